@@ -1,0 +1,90 @@
+"""One attention call for the text model, the vision transformer and the pooling, whatever implementation is chosen."""
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+
+def eager_attention(
+    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, dropout: float
+) -> tuple[Tensor, Tensor]:
+    """Attention written out; scores and softmax in float32 or wider when query and key are.
+
+    Args:
+        query: (B, heads, S, head_dim).
+        key, value: (B, key/value heads, keys, head_dim); consecutive query heads share one.
+        attention_mask: Broadcastable to (B, heads, S, keys): bool (True = may attend), or added to the scores.
+        dropout: Probability of dropping a weight.
+    Returns:
+        (B, S, heads, head_dim) in the dtype of `value`, and the weights (B, heads, S, keys).
+    """
+    batch, heads, queries, _ = query.shape
+    grouped = query.unflatten(1, (key.shape[1], heads // key.shape[1]))
+    scores = torch.matmul(grouped, key[:, :, None].transpose(-1, -2)) * scaling
+    scores = scores.flatten(1, 2)
+    if attention_mask is not None:
+        if attention_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+        else:
+            scores = scores + attention_mask
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
+    weights = nn.functional.dropout(weights, p=dropout)
+    grouped_weights = weights.unflatten(1, (key.shape[1], heads // key.shape[1]))
+    attended = torch.matmul(grouped_weights, value[:, :, None]).flatten(1, 2)
+    return attended.transpose(1, 2), weights
+
+
+class Molmo2AttentionBase(nn.Module):
+    """What the three kinds of attention share: head geometry and the dispatch to an implementation."""
+
+    is_causal = False
+
+    def __init__(self, config, float32_attention: bool = False):
+        super().__init__()
+        self.config = config
+        self.num_heads = config.num_attention_heads
+        self.num_key_value_heads = config.num_key_value_heads
+        self.num_key_value_groups = self.num_heads // self.num_key_value_heads
+        self.head_dim = config.head_dim
+        self.scaling = config.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.float32_attention = float32_attention
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask=None,
+        implementation: str | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Scaled dot-product attention.
+
+        With `float32_attention`, query and key are taken to float32; under sdpa and flex, whose three inputs share
+        one dtype, the value as well. Flash attention has no float32 and keeps the dtype of the model.
+
+        Args:
+            query: (B, heads, S, head_dim).
+            key, value: (B, key/value heads, keys, head_dim).
+            attention_mask: As the implementation takes it; see `masking_molmo2`.
+            implementation: Overrides the configured one.
+        Returns:
+            (B, S, heads * head_dim) in the dtype of `query`, and the weights where they were computed.
+        """
+        implementation = self.config._attn_implementation if implementation is None else implementation
+        implementation = "sdpa" if implementation is None else implementation
+        dtype = query.dtype
+        is_flash = "flash" in implementation
+        if self.float32_attention and not is_flash:
+            query, key = query.float(), key.float()
+        dropout = self.attention_dropout if self.training else 0.0
+        if implementation == "eager":
+            output, weights = eager_attention(query, key, value, attention_mask, self.scaling, dropout)
+        else:
+            if self.float32_attention and not is_flash:
+                value = value.float()
+            output, weights = ALL_ATTENTION_FUNCTIONS[implementation](
+                self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+            )
+        return output.flatten(2).to(dtype), weights

@@ -1,0 +1,88 @@
+"""The one place for calls whose signature changed between the supported releases of transformers (4.57.1 .. 5.23)."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+
+_MASK_PARAMETERS = inspect.signature(create_causal_mask).parameters
+_EMBEDS_NAME = "inputs_embeds" if "inputs_embeds" in _MASK_PARAMETERS else "input_embeds"
+_MASK_WANTS_CACHE_POSITION = (
+    "cache_position" in _MASK_PARAMETERS and _MASK_PARAMETERS["cache_position"].default is inspect.Parameter.empty
+)
+_CACHE_TAKES_KWARGS_DICT = "cache_kwargs" in inspect.signature(Cache.update).parameters
+
+
+def make_causal_mask(
+    config: Any,
+    inputs_embeds: Tensor,
+    attention_mask: Tensor | None,
+    past_key_values: Cache | None,
+    position_ids: Tensor | None,
+    cache_position: Tensor,
+    or_mask_function: Callable | None,
+) -> Any:
+    """`transformers.masking_utils.create_causal_mask` under one signature.
+
+    Args:
+        config: Text configuration; its attention implementation decides the form of the mask.
+        inputs_embeds: (B, S, ...) in the dtype of the model; only shape, dtype and device are used.
+        attention_mask: (B, keys) with 0 on padding, or None.
+        position_ids: (B, S), only where they restart to mark packed sequences, else None.
+        cache_position: (S,) places of the queries in the cache.
+        or_mask_function: `(batch, head, query, key) -> bool` that allows more than causal attention.
+    Returns:
+        None, a (B, 1, S, keys) tensor, a (B, keys) tensor or a BlockMask, as the implementation wants it.
+    """
+    arguments = {_EMBEDS_NAME: inputs_embeds}
+    if _MASK_WANTS_CACHE_POSITION:
+        arguments["cache_position"] = cache_position
+    return create_causal_mask(
+        config=config,
+        attention_mask=attention_mask,
+        past_key_values=past_key_values,
+        position_ids=position_ids,
+        or_mask_function=or_mask_function,
+        **arguments,
+    )
+
+
+def update_cache(
+    cache: Cache, key: Tensor, value: Tensor, layer_idx: int, cache_position: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Append `key` and `value`, each (B, heads, S, head_dim), and return everything the layer has seen."""
+    if _CACHE_TAKES_KWARGS_DICT:
+        return cache.update(key, value, layer_idx, {"cache_position": cache_position})
+    return cache.update(key, value, layer_idx)
+
+
+class _RopeSettings:
+    """What the library's rope functions read of a config, in every spelling they have used."""
+
+    def __init__(self, config: Any):
+        self.rope_parameters = dict(config.rope_parameters)
+        self.rope_scaling = config.rope_scaling
+        self.rope_theta = config.rope_theta
+        self.head_dim = config.head_dim
+        self.hidden_size = config.hidden_size
+        self.num_attention_heads = config.num_attention_heads
+        self.max_position_embeddings = config.max_position_embeddings
+        self.partial_rotary_factor = 1.0
+
+    def standardize_rope_params(self) -> None:
+        """The parameters are in the standard form already."""
+
+
+def scaled_rope(config: Any) -> tuple[Tensor, float]:
+    """Scaled inverse frequencies (head_dim / 2,) in float32 and the factor on cos and sin, by the library's formulas."""
+    with torch.device("cpu"):
+        inv_freq, factor = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](
+            _RopeSettings(config), torch.device("cpu")
+        )
+    return inv_freq.float(), float(factor)

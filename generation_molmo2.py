@@ -1,0 +1,157 @@
+"""What `generate` needs to know about pictures: when they enter, and that they follow their own row."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin, LogitsProcessorList
+
+from .masking_molmo2 import attention_implementation, cached_length, make_attention_mask, starts_sequence
+from .media_layout_molmo2 import MediaTables, assign_media, repeat_rows
+
+
+IMAGE_INPUTS = ("pixel_values", "image_token_pooling", "image_grids", "image_num_crops")
+VIDEO_INPUTS = ("pixel_values_videos", "video_token_pooling", "video_grids")
+
+
+class BaseVocabularyProcessors(LogitsProcessorList):
+    """Logits processors that are shown base-vocabulary ids only.
+
+    Logits cover the base vocabulary, prompts also hold the ids of visual tokens above it, which penalties and n-gram
+    bans would use as indices. They are shown as the last base id, a padding entry that no answer contains.
+    """
+
+    def __init__(self, processors: LogitsProcessorList, vocab_size: int):
+        super().__init__(processors)
+        self.vocab_size = vocab_size
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
+        return super().__call__(input_ids.clamp(max=self.vocab_size - 1), scores, **kwargs)
+
+
+class Molmo2GenerationMixin(GenerationMixin):
+    """The hooks of `generate`; the model class supplies `self.model` and `self.config`."""
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        *args,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        **kwargs,
+    ) -> dict[str, Any]:
+        """Inputs of one forward pass: pictures and their token types only while nothing is cached."""
+        pictures = {name: kwargs.pop(name, None) for name in IMAGE_INPUTS + VIDEO_INPUTS}
+        if token_type_ids is None:
+            token_type_ids = mm_token_type_ids
+        is_prefill = past_key_values is None or bool(cached_length(past_key_values) == 0)
+        if is_prefill:
+            if token_type_ids is None:
+                embeds = inputs_embeds if input_ids.shape[1] == 0 or inputs_embeds is not None else None
+                token_type_ids = self.model.is_visual(None if embeds is not None else input_ids, embeds)
+            kwargs["token_type_ids"] = token_type_ids
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids, *args, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
+        )
+        if is_prefill:
+            model_inputs.update({name: value for name, value in pictures.items() if value is not None})
+        return model_inputs
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: Any,
+        inputs_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        position_ids: Tensor | None = None,
+        cache_position: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        input_embeds: Tensor | None = None,
+        **kwargs,
+    ) -> Any:
+        """The mask of a step, made outside of the compiled forward pass (caches of fixed size)."""
+        embeds = input_embeds if inputs_embeds is None else inputs_embeds
+        text_config = config.get_text_config()
+        if token_type_ids is None:
+            token_type_ids = mm_token_type_ids
+        if token_type_ids is not None and not starts_sequence(embeds.shape[1], past_key_values):
+            token_type_ids = None
+        if cache_position is None:
+            cache_position = torch.arange(embeds.shape[1], device=embeds.device) + cached_length(past_key_values)
+        is_visual = None if token_type_ids is None else token_type_ids.bool()
+        return make_attention_mask(
+            text_config,
+            embeds,
+            attention_mask,
+            past_key_values,
+            is_visual,
+            attention_implementation(text_config, False, is_visual is not None),
+            cache_position,
+        )
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **model_kwargs,
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        """Repeat every row `expand_size` times (beams, several answers), its pictures with it."""
+        self._require_cached_pictures(input_ids, model_kwargs.get("past_key_values"))
+        pictures = {name: model_kwargs.pop(name, None) for name in IMAGE_INPUTS + VIDEO_INPUTS}
+        if expand_size > 1:
+            pictures = self._repeat_pictures(pictures, input_ids, model_kwargs.get("inputs_embeds"), expand_size)
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        model_kwargs.update({name: value for name, value in pictures.items() if value is not None})
+        return input_ids, model_kwargs
+
+    def _require_cached_pictures(self, input_ids: Tensor | None, past_key_values: Cache | None) -> None:
+        """A kept cache can be continued with text; pictures after it would be left out silently."""
+        past_length = int(cached_length(past_key_values)) if isinstance(past_key_values, Cache) else 0
+        if past_length == 0 or input_ids is None:
+            return
+        new_slots = int(self.model.is_patch(input_ids[:, past_length:]).sum())
+        if new_slots:
+            raise ValueError(
+                f"The prompt has {new_slots} patch token(s) after the {past_length} tokens that the cache holds, but "
+                "pictures can only enter at the start of a sequence. Start without `past_key_values`."
+            )
+
+    def _repeat_pictures(
+        self, pictures: dict[str, Tensor | None], input_ids: Tensor | None, inputs_embeds: Tensor | None, repeats: int
+    ) -> dict[str, Tensor | None]:
+        tables = MediaTables(pictures["image_grids"], pictures["image_num_crops"], pictures["video_grids"])
+        if tables.image_grids is None and tables.video_grids is None:
+            return pictures
+        assigned = assign_media(self.model.token_groups(input_ids, inputs_embeds), tables)
+        images = [[item for kind, item in media if kind == "image"] for media in assigned]
+        videos = [[item for kind, item in media if kind == "video"] for media in assigned]
+        sizes: dict[str, tuple[list[int], list[list[int]]]] = {}
+        if tables.image_grids is not None:
+            one_each = [1] * len(tables.image_grids)
+            sizes["pixel_values"] = (tables.image_num_crops.tolist(), images)
+            sizes["image_token_pooling"] = (tables.image_tokens().tolist(), images)
+            sizes["image_grids"] = sizes["image_num_crops"] = (one_each, images)
+        if tables.video_grids is not None:
+            sizes["pixel_values_videos"] = (tables.video_grids[:, 0].tolist(), videos)
+            sizes["video_token_pooling"] = (tables.video_tokens().tolist(), videos)
+            sizes["video_grids"] = ([1] * len(tables.video_grids), videos)
+        repeated = dict(pictures)
+        for name, (per_item, items_of_rows) in sizes.items():
+            value = pictures[name]
+            if value is not None:
+                repeated[name] = value[repeat_rows(per_item, items_of_rows, repeats).to(value.device)]
+        return repeated
+
+    def _get_logits_processor(self, *args, **kwargs) -> LogitsProcessorList:
+        vocab_size = self.config.get_text_config().vocab_size
+        if isinstance(kwargs.get("encoder_input_ids"), Tensor) and not kwargs["encoder_input_ids"].is_floating_point():
+            kwargs["encoder_input_ids"] = kwargs["encoder_input_ids"].clamp(max=vocab_size - 1)
+        processors = super()._get_logits_processor(*args, **kwargs)
+        return BaseVocabularyProcessors(processors, vocab_size) if len(processors) else processors

@@ -1,0 +1,422 @@
+"""Molmo2: a text model that reads pictures. The path of one picture:
+
+pixels -> `vision_backbone` (vision transformer, pooling, projector) -> one vector per patch token -> added to the
+embeddings of the prompt's patch tokens -> `transformer` under a mask in which visual tokens see each other -> `lm_head`.
+
+Parameter names are those of the published checkpoints.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+# Some loaders copy only what this file imports directly, so modules that are only needed by the others stand here too.
+from .attention_molmo2 import Molmo2AttentionBase  # noqa: F401
+from .compat_molmo2 import make_causal_mask  # noqa: F401
+from .configuration_molmo2 import Molmo2Config
+from .generation_molmo2 import Molmo2GenerationMixin
+from .masking_molmo2 import starts_sequence
+from .media_layout_molmo2 import MediaTables, TokenGroup, assign_media, flat_pooling, prompt_order, token_groups
+from .pretrained_molmo2 import Molmo2PreTrainedModel
+from .rotary_molmo2 import Molmo2RotaryEmbedding  # noqa: F401
+from .text_molmo2 import Molmo2Embedding, Molmo2TextModel
+from .vision_molmo2 import Molmo2VisionBackbone
+
+
+@dataclass
+class Molmo2ModelOutputWithPast(ModelOutput):
+    """Output of `Molmo2Model`.
+
+    Attributes:
+        last_hidden_state: (B, S, D).
+        image_hidden_states: (T, D) vectors added to the patch tokens, in the order of the prompts; None without
+            pictures.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    image_hidden_states: torch.FloatTensor | None = None
+
+
+@dataclass
+class Molmo2CausalLMOutputWithPast(ModelOutput):
+    """Output of `Molmo2ForConditionalGeneration`; see `Molmo2ModelOutputWithPast`.
+
+    Attributes:
+        loss: Scalar, when labels were given.
+        logits: (B, kept positions, vocab_size).
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    image_hidden_states: torch.FloatTensor | None = None
+
+
+class Molmo2Model(Molmo2PreTrainedModel):
+    """Vision backbone and text model, without the output matrix."""
+
+    def __init__(self, config: Molmo2Config):
+        super().__init__(config)
+        self.transformer = Molmo2TextModel(config.text_config)
+        self.vision_backbone = Molmo2VisionBackbone(config.vit_config, config.adapter_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> Molmo2Embedding:
+        return self.transformer.wte
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.transformer.wte = value
+
+    @property
+    def patch_ids(self) -> list[int]:
+        """Ids of the tokens that receive a vector of a picture."""
+        return [self.config.image_patch_id, self.config.image_low_res_id]
+
+    @property
+    def visual_ids(self) -> list[int]:
+        """Ids of all tokens that stand for a picture: patches, column, start and end tokens."""
+        return [
+            *self.patch_ids,
+            self.config.image_col_id,
+            self.config.image_start_token_id,
+            self.config.image_end_token_id,
+            self.config.low_res_image_start_token_id,
+            self.config.frame_start_token_id,
+            self.config.frame_end_token_id,
+        ]
+
+    def _special_ids(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """The ids, or where only embeddings are known, ids that are right for visual tokens and -1 elsewhere."""
+        if input_ids is not None:
+            return input_ids
+        ids = torch.tensor(self.visual_ids, device=inputs_embeds.device)
+        rows = self.get_input_embeddings()(ids.to(self.get_input_embeddings().embedding.device))
+        matches = [(inputs_embeds == row).all(-1) for row in rows.to(inputs_embeds.device, inputs_embeds.dtype)]
+        found = torch.full(inputs_embeds.shape[:2], -1, device=inputs_embeds.device)
+        for match, token_id in zip(matches, ids):
+            found = torch.where(match, token_id, found)
+        return found
+
+    def is_patch(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> Tensor:
+        """(B, S) bool: tokens that receive a vector of a picture, found in ids or in their plain embeddings."""
+        ids = self._special_ids(input_ids, inputs_embeds)
+        return torch.isin(ids, torch.tensor(self.patch_ids, device=ids.device))
+
+    def is_visual(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> Tensor:
+        """(B, S) bool: tokens that stand for a picture, what the processor marks in `token_type_ids`."""
+        ids = self._special_ids(input_ids, inputs_embeds)
+        return torch.isin(ids, torch.tensor(self.visual_ids, device=ids.device))
+
+    def token_groups(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> list[list[TokenGroup]]:
+        """Groups of patch tokens for each row, from which the owner of each picture follows."""
+        if input_ids is not None and input_ids.shape[1] == 0:
+            input_ids = None
+        ends = [self.config.image_end_token_id, self.config.frame_end_token_id]
+        ids = self._special_ids(input_ids, inputs_embeds)
+        return token_groups(ids, self.patch_ids, ends, self.config.low_res_image_start_token_id)
+
+    def get_image_features(
+        self,
+        pixel_values: Tensor,
+        image_token_pooling: Tensor,
+        image_grids: Tensor,
+        image_num_crops: Tensor,
+        **kwargs,
+    ) -> Tensor:
+        """Encode images.
+
+        Args:
+            pixel_values: (C, P, patch * patch * 3) crops of all images, the low-res view of each first.
+            image_token_pooling: (T, 4) int64, relative to each image's own crops.
+            image_grids: (images, 4) int64 rows, cols of the low-res view, rows, cols of the high-res crops, in tokens.
+            image_num_crops: (images,) int64, the low-res view counted.
+        Returns:
+            (T, text width): one vector per patch token, image after image.
+        Raises:
+            ValueError: If these tensors contradict each other, naming both numbers.
+        """
+        tokens = MediaTables(image_grids=image_grids).image_tokens()
+        self._require_equal("`image_num_crops` adds up to", image_num_crops.sum(), "`pixel_values` has", pixel_values)
+        self._require_equal("`image_grids` adds up to", tokens.sum(), "`image_token_pooling` has", image_token_pooling)
+        pooling = flat_pooling(image_token_pooling, tokens, image_num_crops, pixel_values.shape[1])
+        return self.vision_backbone(pixel_values, pooling)
+
+    def get_video_features(
+        self, pixel_values_videos: Tensor, video_token_pooling: Tensor, video_grids: Tensor, **kwargs
+    ) -> Tensor:
+        """Encode videos.
+
+        Args:
+            pixel_values_videos: (F, P, patch * patch * 3) frames of all videos.
+            video_token_pooling: (T, 9) int64, relative to each video's own frames.
+            video_grids: (videos, 3) int64 frames, rows, cols in tokens.
+        Returns:
+            (T, text width): one vector per patch token, video after video, frame after frame.
+        Raises:
+            ValueError: If these tensors contradict each other, naming both numbers.
+        """
+        tokens, frames = MediaTables(video_grids=video_grids).video_tokens(), video_grids[:, 0]
+        self._require_equal("`video_grids` counts", frames.sum(), "`pixel_values_videos` has", pixel_values_videos)
+        self._require_equal("`video_grids` adds up to", tokens.sum(), "`video_token_pooling` has", video_token_pooling)
+        pooling = flat_pooling(video_token_pooling, tokens, frames, pixel_values_videos.shape[1])
+        return self.vision_backbone(pixel_values_videos, pooling)
+
+    @staticmethod
+    def _require_equal(stated: str, expected: Tensor, holder: str, tensor: Tensor) -> None:
+        if int(expected) != len(tensor):
+            raise ValueError(
+                f"{stated} {int(expected)}, but {holder} {len(tensor)} row(s). Pass the tensors of one processor call, "
+                "without dropping or repeating rows."
+            )
+
+    def _picture_vectors(self, input_ids: Tensor | None, inputs_embeds: Tensor, pictures: dict) -> Tensor | None:
+        """Vectors of all pictures in the order of the prompts, (T, D); None without pictures."""
+        parts = []
+        for kind, encode in (("image", self.get_image_features), ("video", self.get_video_features)):
+            given = {name: value for name, value in pictures.items() if kind in name or name == f"pixel_values{kind}"}
+            if kind == "image":
+                given["pixel_values"] = pictures["pixel_values"]
+            missing = [name for name, value in given.items() if value is None]
+            if len(missing) == len(given):
+                continue
+            if missing:
+                raise ValueError(f"{', '.join(missing)} missing: pass all of {list(given)} that the processor returned.")
+            parts.append(encode(**given))
+        if len(parts) < 2:
+            return parts[0] if parts else None
+        tables = MediaTables(pictures["image_grids"], pictures["image_num_crops"], pictures["video_grids"])
+        order = prompt_order(assign_media(self.token_groups(input_ids, inputs_embeds), tables), tables)
+        return torch.cat(parts)[order.to(parts[0].device)]
+
+    def _add_pictures(self, input_ids: Tensor | None, inputs_embeds: Tensor, vectors: Tensor) -> Tensor:
+        slots = self.is_patch(input_ids, inputs_embeds).flatten().nonzero()[:, 0]
+        if len(slots) != len(vectors):
+            raise ValueError(
+                f"The prompts have {len(slots)} patch token(s), but the pictures give {len(vectors)} vector(s). Pass ids "
+                "and pictures of one processor call; truncated prompts and stray `<im_patch>` tokens in the text also "
+                "lead here."
+            )
+        vectors = vectors.to(inputs_embeds.device, inputs_embeds.dtype)
+        flat = inputs_embeds.flatten(0, 1).index_add(0, slots.to(inputs_embeds.device), vectors)
+        return flat.unflatten(0, inputs_embeds.shape[:2])
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        image_token_pooling: torch.LongTensor | None = None,
+        image_grids: torch.LongTensor | None = None,
+        image_num_crops: torch.LongTensor | None = None,
+        pixel_values_videos: torch.FloatTensor | None = None,
+        video_token_pooling: torch.LongTensor | None = None,
+        video_grids: torch.LongTensor | None = None,
+        token_type_ids: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> Molmo2ModelOutputWithPast:
+        """Read prompts with their pictures.
+
+        Args:
+            input_ids: (B, S); or `inputs_embeds` (B, S, D), in which patch tokens are found by their embedding.
+            attention_mask: (B, keys), 0 on padding, on either side.
+            pixel_values .. image_num_crops: See `get_image_features`.
+            pixel_values_videos .. video_grids: See `get_video_features`.
+            token_type_ids: (B, S), nonzero on visual tokens; found by id when missing. `mm_token_type_ids` is the
+                name other processors use for it.
+        Raises:
+            ValueError: Neither or both of ids and embeddings, pictures that do not fit the prompts or each other, or
+                a prompt longer than `max_position_embeddings`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError(
+                f"Pass either `input_ids` or `inputs_embeds`: found {'neither' if input_ids is None else 'both'}."
+            )
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids.clamp(min=0))
+        is_visual = token_type_ids if token_type_ids is not None else mm_token_type_ids
+        if not starts_sequence(inputs_embeds.shape[1], past_key_values):
+            is_visual = None
+        elif is_visual is None:
+            is_visual = self.is_visual(input_ids, inputs_embeds)
+        pictures = {
+            "pixel_values": pixel_values,
+            "image_token_pooling": image_token_pooling,
+            "image_grids": image_grids,
+            "image_num_crops": image_num_crops,
+            "pixel_values_videos": pixel_values_videos,
+            "video_token_pooling": video_token_pooling,
+            "video_grids": video_grids,
+        }
+        vectors = self._picture_vectors(input_ids, inputs_embeds, pictures)
+        if vectors is not None:
+            inputs_embeds = self._add_pictures(input_ids, inputs_embeds, vectors)
+        if is_visual is not None:
+            is_visual = is_visual.bool()
+            is_visual = is_visual if bool(is_visual.any()) else None
+        outputs = self.transformer(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=self._setting("output_attentions", output_attentions),
+            output_hidden_states=self._setting("output_hidden_states", output_hidden_states),
+            is_visual=is_visual,
+            cache_position=kwargs.get("cache_position"),
+        )
+        return Molmo2ModelOutputWithPast(**outputs, image_hidden_states=vectors)
+
+    def _setting(self, name: str, value: bool | None) -> bool:
+        return getattr(self.config, name) if value is None else value
+
+
+class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixin):
+    """Molmo2 with its output matrix: logits, loss and `generate`."""
+
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: Molmo2Config):
+        super().__init__(config)
+        self.model = Molmo2Model(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> Molmo2Embedding:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.lm_head = new_embeddings
+
+    def get_decoder(self) -> Molmo2TextModel:
+        return self.model.transformer
+
+    @property
+    def vision_backbone(self) -> Molmo2VisionBackbone:
+        return self.model.vision_backbone
+
+    def get_image_features(self, *args, **kwargs) -> Tensor:
+        """See `Molmo2Model.get_image_features`."""
+        return self.model.get_image_features(*args, **kwargs)
+
+    def get_video_features(self, *args, **kwargs) -> Tensor:
+        """See `Molmo2Model.get_video_features`."""
+        return self.model.get_video_features(*args, **kwargs)
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> Molmo2Embedding:
+        """Check that `new_num_tokens` ids have an embedding; the tables themselves keep their size.
+
+        The published tables hold more rows than the tokenizer has entries, so tokens can be added up to that.
+
+        Raises:
+            ValueError: If more rows are asked for. Ids past `vocab_size` sit in a table of their own and have no logits,
+                so growing the tables would make tokens that can be read and never be written.
+        """
+        embeddings = self.get_input_embeddings()
+        if new_num_tokens is not None and new_num_tokens > embeddings.num_embeddings:
+            raise ValueError(
+                f"The embedding of Molmo2 has {embeddings.num_embeddings} rows ({self.config.vocab_size} predicted ids and "
+                f"{embeddings.new_embedding.shape[0]} that are only read); {new_num_tokens} were asked for. Rename one of "
+                "the tokenizer's unused `|<EXTRA_TOKENS_i>|` entries instead of adding a token."
+            )
+        return embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        image_token_pooling: torch.LongTensor | None = None,
+        image_grids: torch.LongTensor | None = None,
+        image_num_crops: torch.LongTensor | None = None,
+        pixel_values_videos: torch.FloatTensor | None = None,
+        video_token_pooling: torch.LongTensor | None = None,
+        video_grids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        token_type_ids: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
+    ) -> Molmo2CausalLMOutputWithPast:
+        """Logits, and the loss when labels are given. The other arguments are those of `Molmo2Model.forward`.
+
+        Args:
+            labels: (B, S) ids to predict, shifted inside; -100 is ignored, and so are ids past `vocab_size` (visual
+                tokens), for which there are no logits.
+            logits_to_keep: Last so many positions only (0: all), or a tensor of positions.
+        Raises:
+            ValueError: Labels together with `logits_to_keep`, and whatever `Molmo2Model.forward` raises.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
+            image_token_pooling=image_token_pooling,
+            image_grids=image_grids,
+            image_num_crops=image_num_crops,
+            pixel_values_videos=pixel_values_videos,
+            video_token_pooling=video_token_pooling,
+            video_grids=video_grids,
+            token_type_ids=token_type_ids,
+            mm_token_type_ids=mm_token_type_ids,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            cache_position=kwargs.pop("cache_position", None),
+            return_dict=True,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            if logits.shape[1] != labels.shape[1]:
+                raise ValueError(
+                    f"There are logits for {logits.shape[1]} positions and labels for {labels.shape[1]}: leave "
+                    "`logits_to_keep` at 0 when passing labels."
+                )
+            vocab_size = self.config.text_config.vocab_size
+            labels = labels.masked_fill(labels >= vocab_size, -100)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+        return Molmo2CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+
+__all__ = ["Molmo2ForConditionalGeneration", "Molmo2Model", "Molmo2PreTrainedModel", "Molmo2TextModel"]

@@ -1,0 +1,47 @@
+"""What all Molmo2 models tell transformers about themselves, and how fresh weights are drawn."""
+
+from torch import Tensor, nn
+from transformers.modeling_utils import PreTrainedModel
+
+from .configuration_molmo2 import Molmo2Config
+from .rotary_molmo2 import Molmo2RotaryEmbedding
+
+
+class Molmo2PreTrainedModel(PreTrainedModel):
+    """Base of the text model, the vision transformer, the connector and the models made of them."""
+
+    config_class = Molmo2Config
+    base_model_prefix = "model"
+    input_modalities = ("image", "video", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Molmo2DecoderLayer", "Molmo2VisionBlock", "Molmo2Pooling", "Molmo2Projector"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_flash_attn_2 = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Fill what a checkpoint left unfilled; never touch a tensor that was loaded.
+
+        Some releases of transformers call this for modules whose tensors are partly or wholly loaded, with a mark on
+        the loaded ones, and with rotary buffers that were allocated but never computed.
+        """
+        if isinstance(module, Molmo2RotaryEmbedding):
+            module.restore()
+            return
+        is_norm = isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm")
+        for name, parameter in module.named_parameters(recurse=False):
+            if getattr(parameter, "_is_hf_initialized", False):
+                continue
+            self._fill(parameter, is_bias=name == "bias", is_norm=is_norm)
+
+    def _fill(self, parameter: Tensor, is_bias: bool, is_norm: bool) -> None:
+        if is_bias:
+            nn.init.zeros_(parameter)
+        elif is_norm:
+            nn.init.ones_(parameter)
+        else:
+            nn.init.normal_(parameter, mean=0.0, std=self.config.initializer_range)

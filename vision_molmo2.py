@@ -1,0 +1,242 @@
+"""From pixel patches to vectors of the text model: vision transformer, attention pooling, projector.
+
+Everything works on flat lists: all crops of all pictures one after the other, all pooled tokens one after the other.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .attention_molmo2 import Molmo2AttentionBase
+from .configuration_molmo2 import Molmo2AdapterConfig, Molmo2VitConfig
+from .pretrained_molmo2 import Molmo2PreTrainedModel
+
+
+class Molmo2VisionAttention(Molmo2AttentionBase):
+    """Multi-head attention without causality; queries and keys may come from different tokens."""
+
+    def __init__(self, config: Molmo2VitConfig | Molmo2AdapterConfig, input_size: int):
+        super().__init__(config, float32_attention=config.float32_attention)
+        key_value_size = self.num_key_value_heads * self.head_dim
+        self.wq = nn.Linear(input_size, self.num_heads * self.head_dim)
+        self.wk = nn.Linear(input_size, key_value_size)
+        self.wv = nn.Linear(input_size, key_value_size)
+        self.wo = nn.Linear(self.num_heads * self.head_dim, config.hidden_size)
+        self.dropout = nn.Dropout(config.residual_dropout)
+
+    def forward(self, queries: Tensor, keys: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """(N, queries, input) attending to (N, keys, input), giving (N, queries, D).
+
+        Args:
+            attention_mask: (N, 1, 1, keys) bool, True where a key is present; None when all are.
+        """
+        query, key, value = self.wq(queries), self.wk(keys), self.wv(keys)
+        query, key, value = (
+            states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for states in (query, key, value)
+        )
+        implementation = self.config._attn_implementation
+        if attention_mask is not None and implementation is not None and "flash" in implementation:
+            implementation = "sdpa"  # flash attention takes no mask of this form
+        if attention_mask is not None and implementation == "flex_attention":
+            # A tensor is added to the scores there.
+            attention_mask = torch.zeros(attention_mask.shape, device=query.device).masked_fill(
+                ~attention_mask, torch.finfo(torch.float32).min
+            )
+        is_causal = {} if implementation in ("eager", "flex_attention") else {"is_causal": False}
+        attended, _ = self.attend(query, key, value, attention_mask, implementation, **is_causal)
+        return self.dropout(self.wo(attended))
+
+
+class Molmo2VisionMLP(nn.Module):
+    def __init__(self, config: Molmo2VitConfig):
+        super().__init__()
+        self.w1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.w2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.act = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.w2(self.act(self.w1(hidden_states)))
+
+
+class Molmo2VisionBlock(GradientCheckpointingLayer):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: Molmo2VitConfig):
+        super().__init__()
+        self.attention = Molmo2VisionAttention(config, config.hidden_size)
+        self.feed_forward = Molmo2VisionMLP(config)
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.ffn_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        normed = self.attention_norm(hidden_states)
+        hidden_states = hidden_states + self.attention(normed, normed)
+        return hidden_states + self.feed_forward(self.ffn_norm(hidden_states))
+
+
+class Molmo2VisionBlocks(nn.Module):
+    """Holds the blocks under the name they have on disk."""
+
+    def __init__(self, config: Molmo2VitConfig, num_layers: int):
+        super().__init__()
+        self.resblocks = nn.ModuleList([Molmo2VisionBlock(config) for _ in range(num_layers)])
+
+
+class Molmo2VisionTransformer(Molmo2PreTrainedModel):
+    """The vision tower up to the last layer whose output is wanted.
+
+    Args:
+        feature_layers: Layers whose outputs are returned; negative values count from `config.num_hidden_layers`.
+            By default the last one.
+    """
+
+    config_class = Molmo2VitConfig
+    config: Molmo2VitConfig
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+
+    def __init__(self, config: Molmo2VitConfig, feature_layers: list[int] | tuple[int, ...] = (-1,)):
+        super().__init__(config)
+        depth = config.num_hidden_layers
+        self.feature_layers = [layer % depth for layer in feature_layers]
+        self.positional_embedding = nn.Parameter(torch.empty(config.image_num_pos, config.hidden_size))
+        self.patch_embedding = nn.Linear(config.image_patch_size**2 * 3, config.hidden_size)
+        self.transformer = Molmo2VisionBlocks(config, max(self.feature_layers) + 1)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.patch_embedding
+
+    def _positions(self) -> Tensor:
+        """(P, D) position vectors of the patch grid; a stored grid of another size is resized (bicubic, antialiased)."""
+        table = self.positional_embedding
+        rows, cols = self.config.image_num_patch
+        side = round(table.shape[0] ** 0.5)
+        if (rows, cols) == (side, side) or table.shape[0] == rows * cols != side * side:
+            return table
+        grid = table.reshape(1, side, side, -1).permute(0, 3, 1, 2)
+        grid = nn.functional.interpolate(
+            grid.float(), size=(rows, cols), mode="bicubic", align_corners=False, antialias=True
+        )
+        return grid.permute(0, 2, 3, 1).reshape(rows * cols, -1).to(table.dtype)
+
+    def forward(self, pixel_values: Tensor) -> list[Tensor]:
+        """Encode crops.
+
+        Args:
+            pixel_values: (C, P, patch * patch * 3), patch pixels flattened row, column, channel.
+        Returns:
+            For each of the feature layers, in their order, (C, P, D).
+        """
+        weight = self.patch_embedding.weight
+        hidden_states = self.patch_embedding(pixel_values.to(weight.device, weight.dtype))
+        hidden_states = hidden_states + self._positions().to(hidden_states.dtype)
+        kept: dict[int, Tensor] = {}
+        for index, block in enumerate(self.transformer.resblocks):
+            hidden_states = block(hidden_states)
+            if index in self.feature_layers:
+                kept[index] = hidden_states
+        return [kept[layer] for layer in self.feature_layers]
+
+
+class Molmo2Pooling(Molmo2VisionAttention):
+    """One query per token, the mean of its patches, attending to these patches."""
+
+    def __init__(self, config: Molmo2AdapterConfig):
+        super().__init__(config, input_size=config.hidden_size * len(config.vit_layers))
+        self.masks_missing = config.pooling_attention_mask
+        self.feature_dropout = nn.Dropout(config.image_feature_dropout)
+
+    def forward(self, features: Tensor, token_pooling: Tensor) -> Tensor:
+        """Pool patches into tokens.
+
+        Args:
+            features: (patches, layers * D) of all crops, flat.
+            token_pooling: (T, K) int64 rows of `features`, -1 where a window has no patch.
+        Returns:
+            (T, D).
+        """
+        present = token_pooling >= 0  # (T, K)
+        gathered = self.feature_dropout(features[token_pooling.clamp(min=0)])
+        gathered = gathered * present[..., None].to(gathered.dtype)
+        if self.masks_missing:
+            count = present.sum(-1, keepdim=True).clamp(min=1).to(gathered.dtype)
+            query = (gathered.sum(1) / count)[:, None]
+            mask = present[:, None, None]
+        else:
+            query, mask = gathered.mean(1, keepdim=True), None
+        return super().forward(query, gathered, mask)[:, 0]
+
+
+class Molmo2Projector(nn.Module):
+    """Gated feed-forward into the width of the text model."""
+
+    def __init__(self, config: Molmo2AdapterConfig):
+        super().__init__()
+        self.w1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.w2 = nn.Linear(config.intermediate_size, config.text_hidden_size, bias=False)
+        self.w3 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.act = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.w2(self.act(self.w1(hidden_states)) * self.w3(hidden_states))
+
+
+class Molmo2VisionBackbone(Molmo2PreTrainedModel):
+    """Vision transformer and connector.
+
+    `crops_per_chunk` and `tokens_per_chunk` bound the working memory: so many crops are encoded, and so many tokens
+    pooled and projected, at a time. None means all at once. The result does not depend on them.
+    """
+
+    config_class = Molmo2AdapterConfig
+    config: Molmo2AdapterConfig
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+
+    def __init__(self, vit_config: Molmo2VitConfig, adapter_config: Molmo2AdapterConfig):
+        super().__init__(adapter_config)
+        self.image_vit = Molmo2VisionTransformer(vit_config, adapter_config.vit_layers)
+        self.image_pooling_2d = Molmo2Pooling(adapter_config)
+        self.image_projector = Molmo2Projector(adapter_config)
+        self.crops_per_chunk: int | None = 16
+        self.tokens_per_chunk: int | None = 4096
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.image_vit.patch_embedding
+
+    @staticmethod
+    def _chunks(tensor: Tensor, size: int | None) -> tuple[Tensor, ...]:
+        if size is not None and size < 1:
+            raise ValueError(f"A chunk of {size} was asked for; expected at least 1, or None for all at once.")
+        return (tensor,) if size is None or len(tensor) <= size else tensor.split(size)
+
+    def encode_crops(self, pixel_values: Tensor) -> Tensor:
+        """(C, P, pixels) to the concatenated features of the chosen layers, (C * P, layers * D)."""
+        chunks = self._chunks(pixel_values, self.crops_per_chunk)
+        return torch.cat([torch.cat(self.image_vit(chunk), dim=-1).flatten(0, 1) for chunk in chunks])
+
+    def forward(self, pixel_values: Tensor, token_pooling: Tensor) -> Tensor:
+        """Encode crops and pool them into tokens of the text model.
+
+        Args:
+            pixel_values: (C, P, patch * patch * 3) float; crops of all pictures, one after the other.
+            token_pooling: (T, K) int64; patches of each token as indices into the C * P patches, -1 for none.
+        Returns:
+            (valid rows of `token_pooling`, text width): rows without any patch are dropped.
+        Raises:
+            ValueError: For an index past the last patch.
+        """
+        features = self.encode_crops(pixel_values)
+        token_pooling = token_pooling.to(features.device)
+        token_pooling = token_pooling[(token_pooling >= 0).any(-1)]
+        if token_pooling.numel() and bool(token_pooling.max() >= len(features)):
+            raise ValueError(
+                f"`token_pooling` points at patch {int(token_pooling.max())}, but {len(pixel_values)} crop(s) hold "
+                f"{len(features)} patches. Pass the pooling table that was made with these pixels."
+            )
+        chunks = self._chunks(token_pooling, self.tokens_per_chunk)
+        return torch.cat([self.image_projector(self.image_pooling_2d(features, chunk)) for chunk in chunks])
