@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
@@ -32,6 +33,43 @@ def eager_attention(
     grouped_weights = weights.unflatten(1, (key.shape[1], heads // key.shape[1]))
     attended = torch.matmul(grouped_weights, value[:, :, None]).flatten(1, 2)
     return attended.transpose(1, 2), weights
+
+
+def flex_attention_on_cpu(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: BlockMask | Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """flex_attention without its compiler, which generates C++ that does not build when lengths vary (torch 2.13).
+
+    Args and returns: as the attention functions of transformers; a tensor mask is added to the scores.
+    """
+    if dropout > 0:
+        raise ValueError(
+            f"flex_attention has no dropout, but `attention_dropout` is {dropout}: set it to 0 or train with "
+            '`attn_implementation="sdpa"`.'
+        )
+    block_mask = attention_mask if isinstance(attention_mask, BlockMask) else None
+    added = attention_mask if isinstance(attention_mask, Tensor) else None
+
+    def add_mask(score: Tensor, batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return score + added[batch_idx, 0, q_idx, kv_idx]
+
+    output = flex_attention(
+        query,
+        key,
+        value,
+        score_mod=None if added is None else add_mask,
+        block_mask=block_mask,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output.transpose(1, 2), None
 
 
 class Molmo2AttentionBase(nn.Module):
@@ -84,7 +122,10 @@ class Molmo2AttentionBase(nn.Module):
         else:
             if self.float32_attention and not is_flash:
                 value = value.float()
-            output, weights = ALL_ATTENTION_FUNCTIONS[implementation](
+            function = ALL_ATTENTION_FUNCTIONS[implementation]
+            if implementation == "flex_attention" and query.device.type == "cpu":
+                function = flex_attention_on_cpu
+            output, weights = function(
                 self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
             )
         return output.flatten(2).to(dtype), weights
