@@ -99,7 +99,7 @@ class Molmo2Model(Molmo2PreTrainedModel):
         if input_ids is not None:
             return input_ids
         ids = torch.tensor(self.visual_ids, device=inputs_embeds.device)
-        rows = self.get_input_embeddings()(ids.to(self.get_input_embeddings().embedding.device))
+        rows = self.get_input_embeddings()(ids)
         matches = [(inputs_embeds == row).all(-1) for row in rows.to(inputs_embeds.device, inputs_embeds.dtype)]
         found = torch.full(inputs_embeds.shape[:2], -1, device=inputs_embeds.device)
         for match, token_id in zip(matches, ids):
@@ -189,7 +189,9 @@ class Molmo2Model(Molmo2PreTrainedModel):
             if len(missing) == len(given):
                 continue
             if missing:
-                raise ValueError(f"{', '.join(missing)} missing: pass all of {list(given)} that the processor returned.")
+                raise ValueError(
+                    f"{', '.join(missing)} missing: pass all of {list(given)} that the processor returned."
+                )
             parts.append(encode(**given))
         if len(parts) < 2:
             return parts[0] if parts else None

@@ -1,7 +1,7 @@
 """From prompts with placeholders to rows of token ids: pure functions of strings and integers.
 
-    "<|image|>Hi"  -- expand -->  "<low_res_im_start><im_patch>...<im_end><im_start>...<im_end>Hi"
-    [ids], [ids]   -- insert_bos, truncate, pad -->  equal rows and their attention mask
+"<|image|>Hi"  -- expand -->  "<low_res_im_start><im_patch>...<im_end><im_start>...<im_end>Hi"
+[ids], [ids]   -- insert_bos, truncate, pad -->  equal rows and their attention mask
 """
 
 from collections.abc import Sequence
@@ -131,9 +131,7 @@ def require_placeholders(counts: Sequence[int], passed: Sequence[int] | int, pla
     Raises:
         ValueError: Naming both numbers, and the prompt where it is known.
     """
-    advice = (
-        f"Put one `{placeholder}` where each {noun} belongs, or let `apply_chat_template` build the prompt from messages"
-    )
+    advice = f"Put one `{placeholder}` where each {noun} belongs, or let `apply_chat_template` build the prompt from messages"
     if isinstance(passed, int):
         if sum(counts) != passed:
             raise ValueError(

@@ -130,8 +130,9 @@ class Molmo2VisionTransformer(Molmo2PreTrainedModel):
         Returns:
             For each of the feature layers, in their order, (C, P, D).
         """
-        weight = self.patch_embedding.weight
-        hidden_states = self.patch_embedding(pixel_values.to(weight.device, weight.dtype))
+        # Of this module's own tensors: a submodule's may be elsewhere while weights are offloaded.
+        positions = self.positional_embedding
+        hidden_states = self.patch_embedding(pixel_values.to(positions.device, positions.dtype))
         hidden_states = hidden_states + self._positions().to(hidden_states.dtype)
         kept: dict[int, Tensor] = {}
         for index, block in enumerate(self.transformer.resblocks):

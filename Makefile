@@ -1,0 +1,48 @@
+# make demo | test | matrix | check | style | clean. Every target sets up what it needs; pip is all it takes.
+PYTHON ?= python3
+WORKERS ?= 2
+
+# transformers releases that this repository promises to work with; the newest is the one development uses.
+OLDER := 4.57.1 4.57.6 5.0.0 5.8.1 5.17.0
+NEWEST := 5.23.0
+VERSIONS ?= $(OLDER) $(NEWEST)
+# These run the whole suite, the others the core suite (everything that is not marked slow).
+FULL_SUITE := 4.57.1 $(NEWEST)
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# Modules that do not subclass transformers' own classes: these are type-checked.
+TYPED := $(addsuffix _molmo2.py,geometry pixels image_loading frame_sampling special_tokens prompt rotary masking)
+
+.PHONY: setup demo test matrix check style clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints/dev.txt Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "transformers $(NEWEST) needs Python 3.11 or newer, but $(PYTHON) is `$(PYTHON) --version 2>&1`. Name another one: make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -qq -c constraints/dev.txt "transformers==$(NEWEST)" -e ".[dev,video]"
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/python examples/demo.py
+
+test: check
+	scripts/pytest $(BIN)/python -n $(WORKERS)
+
+matrix: $(READY)
+	FULL_SUITE="$(FULL_SUITE)" WORKERS=$(WORKERS) scripts/matrix $(BIN)/python $(VERSIONS)
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	scripts/typecheck $(BIN)/python $(TYPED)
+
+style: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .matrix

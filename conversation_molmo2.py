@@ -1,0 +1,98 @@
+"""Finds the pictures in chat messages, by the rule of the chat template: a part counts as a picture by its type, or by
+carrying one of the keys `image`, `image_url`, `video`, `video_url`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+IMAGE_SOURCES = ("image", "image_url", "url", "path", "base64")
+VIDEO_SOURCES = ("video", "video_url", "url", "path")
+# Options that a video part may carry for itself, and what the video processor calls them.
+VIDEO_OPTIONS = {
+    "num_frames": "num_frames",
+    "max_fps": "max_fps",
+    "frame_sample_mode": "frame_sample_mode",
+    "sampling_fps": "sampling_fps",
+    "clip": "clip",
+    "backend": "video_backend",
+    "video_backend": "video_backend",
+}
+
+
+@dataclass
+class ConversationMedia:
+    """Pictures of one conversation in the order of its messages, as they were given: paths, URLs, arrays, ...
+
+    Attributes:
+        video_metadata: For each video what its part says about it (`video_metadata`, `timestamps`, `fps`), or None.
+        video_options: For each video the options of the video processor that its part carries.
+    """
+
+    images: list[Any] = field(default_factory=list)
+    videos: list[Any] = field(default_factory=list)
+    video_metadata: list[Any] = field(default_factory=list)
+    video_options: list[dict[str, Any]] = field(default_factory=list)
+
+
+def is_batch(conversation: Any) -> bool:
+    """Whether this is a list of conversations rather than one."""
+    if not isinstance(conversation, (list, tuple)) or not conversation:
+        return False
+    return isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages")
+
+
+def messages_of(conversation: Any) -> list[Mapping[str, Any]]:
+    """The messages of a list or of an object that holds them, such as a pipeline's chat."""
+    return list(getattr(conversation, "messages", conversation))
+
+
+def _kind(part: Mapping[str, Any]) -> str | None:
+    if part.get("type") in ("image", "image_url") or "image" in part or "image_url" in part:
+        return "image"
+    if part.get("type") in ("video", "video_url") or "video" in part or "video_url" in part:
+        return "video"
+    return None
+
+
+def _source(part: Mapping[str, Any], keys: Sequence[str], kind: str, where: str) -> Any:
+    for key in keys:
+        value = part.get(key)
+        if isinstance(value, Mapping) and "url" in value:
+            value = value["url"]
+        if value is not None:
+            return value
+    raise ValueError(
+        f"{where} is {'an' if kind == 'image' else 'a'} {kind} without a source; expected one of the keys {list(keys)}. "
+        f"To pass {kind}s separately, render with `tokenize=False` and call the processor with `{kind}s=`."
+    )
+
+
+def _metadata(part: Mapping[str, Any]) -> Any:
+    given = part.get("video_metadata", part.get("metadata"))
+    said = {key: part[key] for key in ("timestamps", "fps") if part.get(key) is not None}
+    if not said:
+        return given
+    return {**(given if isinstance(given, Mapping) else vars(given) if given is not None else {}), **said}
+
+
+def find_media(conversation: Any) -> ConversationMedia:
+    """Collect the pictures of one conversation.
+
+    Raises:
+        ValueError: For a picture part without a source, naming the message and the keys that are looked for.
+    """
+    media = ConversationMedia()
+    for number, message in enumerate(messages_of(conversation)):
+        content = message.get("content")
+        parts = content if isinstance(content, (list, tuple)) else []
+        for place, part in enumerate(parts):
+            kind = _kind(part) if isinstance(part, Mapping) else None
+            where = f"Part {place} of message {number}"
+            if kind == "image":
+                media.images.append(_source(part, IMAGE_SOURCES, kind, where))
+            elif kind == "video":
+                media.videos.append(_source(part, VIDEO_SOURCES, kind, where))
+                media.video_metadata.append(_metadata(part))
+                media.video_options.append({VIDEO_OPTIONS[key]: part[key] for key in VIDEO_OPTIONS if key in part})
+    return media

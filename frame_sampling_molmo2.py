@@ -1,0 +1,211 @@
+"""Which moments of a video the model sees.
+
+Two entry points, because training treated two kinds of input differently:
+
+- `sample_times`: a *file* is sampled in time. The result is seconds; the frame shown is the one on display then.
+- `sample_indices`: an *array of frames* is sampled by frame index, with a nominal frame rate.
+
+Pure numpy: numbers in, arrays out. The rules are those of the training-time preprocessing.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+UNIFORM_LAST_FRAME = "uniform_last_frame"
+FPS = "fps"
+FRAME_SAMPLE_MODES = (UNIFORM_LAST_FRAME, FPS)
+
+# `fps` mode raises the sampling rate of short videos, but never above this many frames per second.
+HIGHEST_SAMPLING_FPS = 8
+# 29.97 is meant as 30, 23.976 as 24: these broadcast rates are a factor of 1000/1001 slower than their name.
+NOMINAL_FPS_TOLERANCE = 0.0015
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How frames are chosen; the names are the keys of `video_preprocessor_config.json`.
+
+    Attributes:
+        num_frames: the most frames a video may give, at least 1.
+        frame_sample_mode: `"uniform_last_frame"` (evenly spread, always ending on the last frame) or `"fps"`
+            (a steady rate from the start).
+        max_fps: the densest `uniform_last_frame` sampling, in frames per second; None for no limit.
+        sampling_fps: the slowest `fps` sampling, in frames per second.
+
+    Raises:
+        ValueError: a value is not usable; the message names it.
+    """
+
+    num_frames: int
+    frame_sample_mode: str = UNIFORM_LAST_FRAME
+    max_fps: float | None = None
+    sampling_fps: int | float = 2
+
+    def __post_init__(self) -> None:
+        if self.frame_sample_mode not in FRAME_SAMPLE_MODES:
+            raise ValueError(
+                f"Unknown frame_sample_mode {self.frame_sample_mode!r}. Use one of {', '.join(FRAME_SAMPLE_MODES)}."
+            )
+        if isinstance(self.num_frames, bool) or int(self.num_frames) != self.num_frames or self.num_frames < 1:
+            raise ValueError(
+                f"num_frames is {self.num_frames!r}, but a video needs a whole number of frames, 1 or more."
+            )
+        if self.max_fps is not None and not _is_positive(self.max_fps):
+            raise ValueError(
+                f"max_fps is {self.max_fps!r}, but it has to be a positive number. Pass max_fps=None for no limit."
+            )
+        if not _is_positive(self.sampling_fps):
+            raise ValueError(f"sampling_fps is {self.sampling_fps!r}, but it has to be a positive number.")
+
+
+def sample_times(duration_seconds: float, video_fps: float | None, settings: SamplingSettings) -> np.ndarray:
+    """Moments at which a video file is shown, in seconds from its first frame.
+
+    `uniform_last_frame` spreads `num_frames` moments evenly over the video, both ends included. With `max_fps`, a
+    video short enough to be covered at that rate is sampled every 1/max_fps seconds, plus its end. `fps` steps
+    through the video at a rate chosen by `_fastest_rate`.
+
+    Example: 1.2 seconds at max_fps=2 give 0.0, 0.5, 1.0, 1.2.
+
+    Args:
+        duration_seconds: end of the last frame minus start of the first.
+        video_fps: average frame rate; only the `fps` mode needs it.
+
+    Returns:
+        (F,) float64, ascending, 1 <= F <= num_frames. The last one of `uniform_last_frame` is the duration itself
+        (unless `num_frames` is 1), a moment at which the last frame is shown.
+
+    Raises:
+        ValueError: the duration is not a finite number >= 0, or the `fps` mode has no usable frame rate.
+    """
+    if not math.isfinite(duration_seconds) or duration_seconds < 0:
+        raise ValueError(f"The duration of the video is {duration_seconds!r} seconds; expected a finite number >= 0.")
+    if settings.frame_sample_mode == FPS:
+        rate = _fastest_rate(
+            require_fps(video_fps), settings.sampling_fps, lambda rate: settings.num_frames / rate >= duration_seconds
+        )
+        times = np.arange(settings.num_frames, dtype=np.float64) / rate
+        return times[: max(1, int(np.count_nonzero(times < duration_seconds)))]
+
+    if duration_seconds == 0:
+        return np.zeros(1)
+    max_fps = settings.max_fps
+    if max_fps is None or (settings.num_frames - 1) / max_fps < duration_seconds:
+        return np.linspace(0, duration_seconds, num=settings.num_frames, endpoint=True, dtype=np.float64)
+    steps = np.arange(0.0, duration_seconds, step=1 / max_fps)
+    # Rounding of 1/max_fps can yield one step too many, within a rounding error of the end.
+    return np.append(steps[: settings.num_frames - 1], float(duration_seconds))
+
+
+def sample_indices(total_num_frames: int, fps: float | None, settings: SamplingSettings) -> np.ndarray:
+    """Indices of the frames shown of a video that is given as an array; their times are index / fps.
+
+    Example: 37 frames at 10 fps with max_fps=2 give 0, 5, 10, ... 35 and 36, the last one.
+
+    Args:
+        total_num_frames: frames in the array.
+        fps: frame rate of the array.
+
+    Returns:
+        (F,) int64, ascending, 1 <= F <= num_frames. A frame may repeat where max_fps is above `fps`, as in training.
+
+    Raises:
+        ValueError: there is no frame, or `fps` is missing or not a positive number.
+    """
+    if total_num_frames < 1:
+        raise ValueError(f"The video has {total_num_frames} frames; expected at least one.")
+    fps = require_fps(fps)
+    if settings.frame_sample_mode == FPS:
+        return _indices_at_rate(total_num_frames, fps, settings)
+    return _uniform_indices(total_num_frames, fps, settings)
+
+
+def require_fps(fps: float | None) -> float:
+    """The frame rate, or an error that says how to pass one."""
+    if fps is None or not _is_positive(fps):
+        raise ValueError(
+            f"The video has no usable frame rate (fps is {fps!r}), so the times of its frames are unknown. Pass the "
+            'rate with the frames: video_metadata={"fps": 30.0}, or the times in seconds of all frames: '
+            'video_metadata={"timestamps": [0.0, 0.5]}.'
+        )
+    return float(fps)
+
+
+def _uniform_indices(total_num_frames: int, fps: float, settings: SamplingSettings) -> np.ndarray:
+    last = total_num_frames - 1
+    num_frames, max_fps = settings.num_frames, settings.max_fps
+    if max_fps is not None and total_num_frames <= 2 and total_num_frames <= num_frames:
+        return np.arange(total_num_frames, dtype=np.int64)
+    if max_fps is None or total_num_frames / fps > (num_frames - 1) / max_fps:
+        spread = np.linspace(0, last, num=min(num_frames, total_num_frames), endpoint=True)
+        return spread.astype(np.int64)
+    indices = np.round(np.arange(0.0, last, step=fps / max_fps)).astype(np.int64)
+    if indices[-1] != last:
+        indices = np.append(indices, last)
+    return indices
+
+
+def _indices_at_rate(total_num_frames: int, fps: float, settings: SamplingSettings) -> np.ndarray:
+    whole_fps = _whole_fps(fps, settings.sampling_fps)
+    if whole_fps is None:  # no rate divides this video: take the frame on display at each sampled moment
+        frames_per_sample = fps / _slowest_rate(fps, settings.sampling_fps)
+        displayed = np.floor(np.arange(settings.num_frames) * frames_per_sample + 1e-6).astype(np.int64)
+        return displayed[displayed < total_num_frames]
+
+    def step(rate: float) -> int:
+        return max(1, round(whole_fps / rate))
+
+    rate = _fastest_rate(
+        fps, settings.sampling_fps, lambda rate: total_num_frames // step(rate) <= settings.num_frames
+    )
+    return np.arange(0, total_num_frames, step(rate), dtype=np.int64)[: settings.num_frames]
+
+
+def _fastest_rate(fps: float, sampling_fps: float, fits: Callable[[float], bool]) -> float:
+    """Frames per second of the `fps` mode.
+
+    The candidates are the multiples of sampling_fps, at most 8, that divide the video's whole frame rate. The slowest
+    is taken even if the video does not fit into `num_frames` at that rate, the fastest of the others that fit else.
+
+    Training truncated the frame rate to an integer and could not use a video whose truncated rate was not a multiple
+    of sampling_fps. For those `_whole_fps` tries the nominal rate (29.97 counts as 30, 23.976 as 24); where that fails
+    as well (25 or 7.5 with sampling_fps=2, or less than 1 frame per second) only the slowest rate is left, which is
+    sampling_fps itself, or the video's own rate if that is lower.
+
+    Args:
+        fits: tells whether the whole video fits at a rate.
+    """
+    whole_fps = _whole_fps(fps, sampling_fps)
+    slowest = _slowest_rate(fps, sampling_fps)
+    if whole_fps is None:
+        return slowest
+    multiples = (k * sampling_fps for k in range(2, int(HIGHEST_SAMPLING_FPS / sampling_fps) + 1))
+    return max([slowest, *(rate for rate in multiples if _divides(rate, whole_fps) and fits(rate))])
+
+
+def _slowest_rate(fps: float, sampling_fps: float) -> float:
+    return min(float(sampling_fps), fps)
+
+
+def _whole_fps(fps: float, sampling_fps: float) -> int | None:
+    """The integer that stands for the frame rate and that sampling_fps divides; None if there is none."""
+    nominal = round(fps)
+    readings = [int(fps)]  # truncated, as in training
+    if nominal >= 1 and abs(fps - nominal) <= NOMINAL_FPS_TOLERANCE * nominal:
+        readings.append(nominal)
+    for whole_fps in readings:
+        if whole_fps >= 1 and _divides(sampling_fps, whole_fps):
+            return whole_fps
+    return None
+
+
+def _divides(rate: float, whole_fps: int) -> bool:
+    frames = whole_fps / rate
+    return frames >= 1 and abs(frames - round(frames)) < 1e-6
+
+
+def _is_positive(value: float) -> bool:
+    return math.isfinite(value) and value > 0

@@ -1,0 +1,289 @@
+"""Turns whatever a person calls an image into (height, width, 3) arrays, or says why it cannot.
+
+Nothing is reinterpreted silently: a layout or a value range that could mean two things is refused or warned about, and
+every error names the item of the list that it is about. Source of the PIL rules (PIL's own `convert("RGB")`,
+orientation tags obeyed in files but not in pictures that are already open): the training-time preprocessing of Molmo2.
+"""
+
+import base64
+import binascii
+import os
+from collections.abc import Callable, Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from transformers.image_utils import load_image
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+ACCEPTED = (
+    "a PIL image, a numpy array, a torch tensor, a path, a URL (http, https, file, data), base64 text, "
+    "the bytes of an image file or an open binary file"
+)
+CHANNEL_COUNTS = (1, 3, 4)  # grey, RGB, RGB with alpha
+LAYOUTS = ("channels_last", "channels_first")
+CLIPPING_PIL_MODES = ("I", "F")  # modes (also "I;16" and its kin) with values above 255, which PIL's conversion clips
+FLOAT_SLACK = 0.01  # how far a float picture may leave 0..1 (filters overshoot a little) without a warning
+DOWNLOAD_SECONDS = 60  # patience with a server that does not answer
+MAX_QUOTED_CHARACTERS = 80
+MIN_BASE64_CHARACTERS = 32  # no image file is smaller; shorter text is a path
+
+
+def load_images(images: Any, *, do_convert_rgb: bool = True, input_data_format: str | None = None) -> list[np.ndarray]:
+    """Every picture in `images`, nested lists and 4-D batches flattened, in order.
+
+    Args:
+        images: one picture or a (nested) list of them. A picture is a PIL image of any mode (of an animation, the
+            frame that is shown); a numpy array or torch tensor, (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4
+            channels, or a batch with one more axis in front; a path or URL; base64 text; the bytes of an image file
+            or an open one. Arrays may be uint8, bool (0 and 255), any other integer type with values in 0..255, or
+            floating point with values in 0..1. A fourth channel is dropped, as PIL does.
+        do_convert_rgb: False refuses whatever is not RGB yet.
+        input_data_format: "channels_last" or "channels_first"; None takes the last axis for the channels if it has
+            1, 3 or 4 entries, else the first.
+
+    Returns:
+        (H, W, 3) arrays, uint8 or floating point.
+
+    Raises:
+        FileNotFoundError: no such file.
+        TypeError: an item is no picture at all.
+        ValueError: a picture cannot be decoded, is empty, or its shape, type or values make no picture.
+    """
+    layout = _parse_layout(input_data_format)
+    pictures = _flatten(fetch_images(images), "images")
+    return [_rgb_array(picture, where, do_convert_rgb, layout) for where, picture in pictures]
+
+
+def fetch_images(images: Any, where: str = "images") -> Any:
+    """Opens paths, URLs, base64 text and raw bytes; everything else, nesting included, stays as it is.
+
+    Returns:
+        `images` with an upright PIL image (orientation tag obeyed) in place of each reference.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: as `load_images`.
+    """
+    if isinstance(images, (list, tuple)):
+        return [fetch_images(item, f"{where}[{index}]") for index, item in enumerate(images)]
+    if _is_reference(images):
+        return _open(images, where)
+    if isinstance(images, Image.Image) or hasattr(images, "__array__"):  # numpy, torch and their like
+        return images
+    found = f"{_shortened(repr(images))} of type {type(images).__name__}"
+    raise TypeError(f"{where} is {found}, which is no image. Pass {ACCEPTED}.")
+
+
+def _flatten(images: Any, where: str) -> Iterator[tuple[str, Image.Image | np.ndarray]]:
+    """Yields (where it stands, picture) for every picture of what `fetch_images` returned."""
+    if isinstance(images, list):
+        for index, item in enumerate(images):
+            yield from _flatten(item, f"{where}[{index}]")
+    elif isinstance(images, Image.Image):
+        yield where, images
+    else:
+        array = _as_numpy(images, where)
+        if array.ndim == 4:
+            yield from ((f"{where}[{index}]", item) for index, item in enumerate(array))
+        else:
+            yield where, array
+
+
+# --- opening files, URLs and bytes -----------------------------------------------------------------------------------
+
+
+def _is_reference(item: Any) -> bool:
+    """True for what stands for an image file: text, a path, bytes or an open file."""
+    return isinstance(item, (str, os.PathLike, bytes, bytearray, memoryview)) or _is_file(item)
+
+
+def _is_file(item: Any) -> bool:
+    return callable(getattr(item, "read", None)) and callable(getattr(item, "seek", None))
+
+
+def _shortened(text: str) -> str:
+    if len(text) <= MAX_QUOTED_CHARACTERS:
+        return text
+    return f"{text[:MAX_QUOTED_CHARACTERS]}... ({len(text)} characters)"
+
+
+def _open(reference: Any, where: str) -> Image.Image:
+    """The upright picture behind a reference, in its own mode."""
+    if isinstance(reference, (bytes, bytearray, memoryview)):
+        return _decode(where, f"{len(reference)} bytes", lambda: Image.open(BytesIO(reference)))
+    if _is_file(reference):
+        return _decode(where, f"the open file {reference!r}", lambda: Image.open(reference))
+    text = os.fsdecode(reference)
+    scheme = text[:8].lower().partition(":")[0]
+    if scheme in ("http", "https"):
+        return _decode(where, f"the answer to {_shortened(text)}", lambda: load_image(text, timeout=DOWNLOAD_SECONDS))
+    if scheme == "data":
+        return _open_base64(text.partition(",")[2], where, _shortened(text))
+    path = Path(url2pathname(urlsplit(text).path)) if scheme == "file" else Path(text)
+    if _is_file_on_disk(path):
+        return _decode(where, f"the file '{path}'", lambda: Image.open(path))
+    if isinstance(reference, str) and len(text) >= MIN_BASE64_CHARACTERS and _base64_bytes(text) is not None:
+        return _open_base64(text, where, _shortened(text))
+    raise FileNotFoundError(
+        f"{where} is '{_shortened(text)}', but there is no such file. Check the path and the working folder; URLs "
+        "start with http://, https://, file:// or data:."
+    )
+
+
+def _is_file_on_disk(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # base64 text is too long for a file name, or holds what no file name may hold
+        return False
+
+
+def _open_base64(text: str, where: str, shown: str) -> Image.Image:
+    content = _base64_bytes(text)
+    if content is None:
+        raise ValueError(f"{where} is '{shown}', which is not valid base64. Encode the bytes of an image file.")
+    return _decode(where, f"'{shown}', read as base64,", lambda: Image.open(BytesIO(content)))
+
+
+def _base64_bytes(text: str) -> bytes | None:
+    """The decoded bytes, or None if `text` is not base64 (line breaks are allowed)."""
+    try:
+        return base64.b64decode("".join(text.split()), validate=True) or None
+    except (binascii.Error, ValueError):
+        return None
+
+
+def _decode(where: str, source: str, open_image: Callable[[], Image.Image]) -> Image.Image:
+    """Opens, decodes and turns a picture upright; whatever a decoder raises becomes one clear error."""
+    try:
+        with open_image() as image:
+            return ImageOps.exif_transpose(image)
+    except Exception as error:  # decoders raise nearly anything: OSError, SyntaxError, struct.error, ...
+        raise ValueError(
+            f"{where}: {source} cannot be decoded as an image ({type(error).__name__}: {error}). "
+            "Check that it is a complete file in a format that PIL reads."
+        ) from error
+
+
+# --- pictures to arrays ----------------------------------------------------------------------------------------------
+
+
+def _rgb_array(item: Image.Image | np.ndarray, where: str, do_convert_rgb: bool, layout: str | None) -> np.ndarray:
+    if isinstance(item, Image.Image):
+        return _pil_to_rgb(item, where, do_convert_rgb)
+    picture = _channels_last(item, where, layout)
+    channels = picture.shape[2]
+    if channels != 3 and not do_convert_rgb:
+        raise ValueError(_not_rgb(where, f"an array with {channels} channel(s)"))
+    picture = _checked_values(picture[:, :, :3], where)
+    return np.repeat(picture, 3, axis=2) if channels == 1 else picture
+
+
+def _pil_to_rgb(image: Image.Image, where: str, do_convert_rgb: bool) -> np.ndarray:
+    if min(image.size) == 0:
+        raise ValueError(f"{where} is empty: {image.height} x {image.width} pixels. Pass a picture with pixels.")
+    if image.mode != "RGB":
+        if not do_convert_rgb:
+            raise ValueError(_not_rgb(where, f"a PIL image of mode '{image.mode}'"))
+        if image.mode in CLIPPING_PIL_MODES or image.mode.startswith("I;"):
+            logger.warning_once(
+                f"A PIL image has mode '{image.mode}': converting it to RGB clips its values to 0..255. Scale "
+                "them to 0..255 (or pass a float array in 0..1) if they reach further."
+            )
+    try:
+        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:  # opened lazily by the caller, decoded only now
+        raise ValueError(
+            f"{where} cannot be read as RGB ({error}). Check that its file is complete, or convert it to RGB first."
+        ) from error
+
+
+def _not_rgb(where: str, found: str) -> str:
+    return f"{where} is {found}, but `do_convert_rgb` is False. Set it to True, or convert the picture to RGB first."
+
+
+def _as_numpy(item: Any, where: str) -> np.ndarray:
+    if isinstance(item, torch.Tensor):
+        item = item.detach().cpu()
+        item = item.float() if item.dtype == torch.bfloat16 else item  # numpy knows no bfloat16
+    array = np.asarray(item)
+    if array.ndim not in (2, 3, 4):
+        raise ValueError(
+            f"{where} has shape {array.shape}. Pass (height, width), (height, width, channels), (channels, height, "
+            "width) or a batch with one more axis in front."
+        )
+    return array
+
+
+def _parse_layout(input_data_format: Any) -> str | None:
+    if input_data_format is None:
+        return None
+    layout = str(getattr(input_data_format, "value", input_data_format))
+    if layout not in LAYOUTS:
+        raise ValueError(
+            f"input_data_format is {input_data_format!r}. Use one of {', '.join(LAYOUTS)}, or None to detect it."
+        )
+    return layout
+
+
+def _channels_last(array: np.ndarray, where: str, layout: str | None) -> np.ndarray:
+    """(H, W, C) with 1, 3 or 4 channels, a view where possible."""
+    if array.size == 0:
+        raise ValueError(f"{where} is empty: its shape is {array.shape}. Pass a picture with pixels.")
+    if array.ndim == 2:
+        return array[:, :, None]
+    fits_last, fits_first = array.shape[2] in CHANNEL_COUNTS, array.shape[0] in CHANNEL_COUNTS
+    if layout is None and not (fits_last or fits_first):
+        raise ValueError(
+            f"{where} has shape {array.shape}: neither its last nor its first axis has 1, 3 or 4 channels. Pass "
+            "(height, width, channels) or (channels, height, width); a batch needs one more axis in front."
+        )
+    if layout is None and fits_last and fits_first:
+        logger.warning_once(
+            f"An array of shape {array.shape} could be (height, width, channels) or (channels, height, width); it is "
+            "taken as (height, width, channels). Pass input_data_format='channels_first' if it is not."
+        )
+    if layout is None:
+        layout = "channels_last" if fits_last else "channels_first"
+    picture = array if layout == "channels_last" else np.moveaxis(array, 0, 2)
+    if picture.shape[2] not in CHANNEL_COUNTS:
+        raise ValueError(
+            f"{where} has shape {array.shape}, which as '{layout}' means {picture.shape[2]} channels, but 1, 3 or 4 "
+            "were expected. Check `input_data_format`."
+        )
+    return picture
+
+
+def _checked_values(picture: np.ndarray, where: str) -> np.ndarray:
+    """The picture as uint8 or as native floats; refuses values that are no grey levels."""
+    kind = picture.dtype.kind
+    if picture.dtype == np.uint8:
+        return picture
+    if kind == "b":
+        return picture.astype(np.uint8) * np.uint8(255)
+    if kind not in "iuf" or picture.dtype.itemsize > 8:
+        raise ValueError(f"{where} has dtype {picture.dtype}. Use uint8 (0..255) or floating point (0..1).")
+    low, high = picture.min(), picture.max()
+    if kind in "iu":
+        if low < 0 or high > 255:
+            raise ValueError(
+                f"{where} has dtype {picture.dtype} and values from {low} to {high}, but integers must lie in 0..255. "
+                "Scale them, or divide by their largest possible value to pass floats in 0..1."
+            )
+        return picture.astype(np.uint8)
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise ValueError(
+            f"{where} holds values that are not finite (NaN or infinity). Replace them by numbers in 0..1."
+        )
+    if low < -FLOAT_SLACK or high > 1 + FLOAT_SLACK:
+        logger.warning_once(
+            "A picture in floating point has values outside 0..1, which are clipped. Divide by 255 (or cast to uint8) "
+            "if they are grey levels from 0 to 255; undo the normalisation if it is normalised already."
+        )
+    return picture.astype(picture.dtype.newbyteorder("="), copy=False)
