@@ -471,7 +471,8 @@ class Molmo2Config(Molmo2BaseConfig):
         self.initializer_range = initializer_range
         self.use_cache = use_cache
         self._require_consistent(tie_word_embeddings)
-        kwargs.setdefault("attn_implementation", self._attn_implementation_of_parts(given))
+        if kwargs.get("attn_implementation") is None:  # older releases pass None for "not chosen"
+            kwargs["attn_implementation"] = self._attn_implementation_of_parts(given)
         readable_only = [name for name in kwargs if isinstance(getattr(type(self), name, None), property)]
         for name in readable_only:
             if getattr(type(self), name).fset is None:

@@ -212,7 +212,7 @@ def _first_success(source: VideoSource, backend: str | None, action: Callable[[V
     failures: dict[str, VideoDecodeError] = {}
     for name in BACKENDS if backend is None else (backend,):
         try:
-            return action(_READERS[name](readable, only_choice=backend is not None))
+            return action(_open_reader(name, readable, only_choice=backend is not None))
         except VideoDecodeError as error:
             logger.info("Video backend %s failed: %s", name, error)
             failures[name] = error
@@ -222,6 +222,14 @@ def _first_success(source: VideoSource, backend: str | None, action: Callable[[V
         "Check that the file is complete and has a video track; re-encoding it (ffmpeg -i in.mp4 out.mp4) often "
         f"helps. The backends come with these packages: {', '.join(PACKAGES.values())}; PyAV (av) reads the most."
     ) from list(failures.values())[-1]
+
+
+def _open_reader(name: str, source: "_Source", only_choice: bool) -> VideoReader:
+    try:
+        return _READERS[name](source, only_choice=only_choice)
+    except Exception as error:  # decoders raise nearly anything
+        reason = error.reason if isinstance(error, VideoDecodeError) else _brief(error)
+        raise VideoDecodeError(f"{name} cannot read {source.name}: {reason}", reason) from error
 
 
 @dataclass(frozen=True)
@@ -294,7 +302,7 @@ def _timeline(
     times = np.append(starts, end_seconds)
     if not np.all(np.isfinite(times)) or starts[0] != 0 or np.any(np.diff(starts) <= 0) or end_seconds < starts[-1]:
         raise VideoDecodeError(
-            f"its frame times are unusable (first {starts[0]:.6g}, last {starts[-1]:.6g}, end {end_seconds:.6g} seconds)"
+            f"its frame times are unusable: first {starts[0]:.6g}, last {starts[-1]:.6g}, end {end_seconds:.6g} s"
         )
     places = np.arange(len(times), dtype=np.float64)
     for rate in _likely_rates(starts, declared_fps):
@@ -366,15 +374,10 @@ class _DecordReader(VideoReader):
         self._open()
         num_frames = len(self._reader)
         if num_frames > LONG_CLIP_FRAMES and not only_choice and _others_usable("decord"):
-            raise self._error(f"it would have to decode all of its {num_frames} frames")
-        try:
-            starts, end = self._frame_times(num_frames)
-            fps = float(self._reader.get_avg_fps())
-            self.timeline = _timeline(starts, end, fps, self._first_frame_size())
-        except VideoDecodeError as error:
-            raise self._error(str(error)) from error
-        except Exception as error:
-            raise self._error(_brief(error)) from error
+            raise VideoDecodeError(f"it would have to decode all of its {num_frames} frames")
+        starts, end = self._frame_times(num_frames)
+        fps = float(self._reader.get_avg_fps())
+        self.timeline = _timeline(starts, end, fps, self._first_frame_size())
 
     def close(self) -> None:
         self._reader = None
@@ -443,22 +446,17 @@ class _TorchcodecReader(VideoReader):
     def __init__(self, source: _Source, only_choice: bool) -> None:
         super().__init__(source)
         decoders = _import_backend("torchcodec.decoders", "torchcodec")
-        try:
-            self._decoder = decoders.VideoDecoder(
-                source.path if source.data is None else source.data,
-                dimension_order="NHWC",
-                num_ffmpeg_threads=0,
-                device="cpu",
-                seek_mode="exact",
-            )
-            metadata = self._decoder.metadata
-            self._first_timestamp = float(metadata.begin_stream_seconds)
-            end = float(metadata.end_stream_seconds) - self._first_timestamp
-            self.timeline = self._predicted_timeline(end) or self._measured_timeline()
-        except VideoDecodeError as error:
-            raise self._error(str(error)) from error
-        except Exception as error:
-            raise self._error(_brief(error)) from error
+        self._decoder = decoders.VideoDecoder(
+            source.path if source.data is None else source.data,
+            dimension_order="NHWC",
+            num_ffmpeg_threads=0,
+            device="cpu",
+            seek_mode="exact",
+        )
+        metadata = self._decoder.metadata
+        self._first_timestamp = float(metadata.begin_stream_seconds)
+        end = float(metadata.end_stream_seconds) - self._first_timestamp
+        self.timeline = self._predicted_timeline(end) or self._measured_timeline()
 
     def close(self) -> None:
         self._decoder = None
@@ -522,20 +520,15 @@ class _PyavReader(VideoReader):
     def __init__(self, source: _Source, only_choice: bool) -> None:
         super().__init__(source)
         self._av = _import_backend("av", "pyav")
-        try:
-            self._open()
-            self._packets = _PacketTable.of(self._stream, self._container.demux(self._stream))
-            self._open()
-            first = next(self._decoded_from(0))[1]  # tells rotation and size
-            size = self._to_picture(first).shape[:2]
-            times, rate = self._packets.times_and_rate()
-            self.timeline = _timeline(times[:-1], float(times[-1]), rate, size, self._packets.first_timestamp_seconds)
-        except VideoDecodeError as error:
-            raise self._error(str(error)) from error
-        except StopIteration:
-            raise self._error("not one frame could be decoded") from None
-        except Exception as error:
-            raise self._error(_brief(error)) from error
+        self._open()
+        self._packets = _PacketTable.of(self._stream, self._demuxed())
+        self._open()
+        _, first = next(self._decoded_from(0), (None, None))  # tells rotation and size
+        if first is None:
+            raise VideoDecodeError("not one frame could be decoded")
+        size = self._to_picture(first).shape[:2]
+        times, rate = self._packets.times_and_rate()
+        self.timeline = _timeline(times[:-1], float(times[-1]), rate, size, self._packets.first_timestamp_seconds)
 
     def close(self) -> None:
         if self._container is not None:
@@ -568,8 +561,10 @@ class _PyavReader(VideoReader):
             except VideoDecodeError:
                 raise
             except Exception as error:
-                damaged = bisect_right(self._packets.stamps, self._last_stamp) if self._last_stamp is not None else 0
-                raise self._frame_error(min(damaged, index), error) from error
+                if self._last_stamp is None:
+                    raise self._frame_error(index, error) from error
+                after_last = bisect_right(self._packets.stamps, self._last_stamp)
+                raise self._frame_error(min(after_last, index), error) from error
             reached = self._packets.place_of[stamp]
             yield picture
 
@@ -585,7 +580,7 @@ class _PyavReader(VideoReader):
         """Yields packets in file order, the first being the one at `place`; seeks if that gets there."""
         if place > 0:
             self._container.seek(self._packets.file_stamps[place], stream=self._stream)
-            packets = self._container.demux(self._stream)
+            packets = self._demuxed()
             first = next(packets, None)
             landed = self._packets.place_of.get(first.pts) if first is not None else None
             if landed is not None and landed <= place:
@@ -597,8 +592,12 @@ class _PyavReader(VideoReader):
                         yield packet
                 return
         self._open()
-        for current, packet in enumerate(self._container.demux(self._stream)):
-            if current >= place:
+        yield from itertools.islice(self._demuxed(), place, None)
+
+    def _demuxed(self) -> Iterator[Any]:
+        """Packets from the current position on; the last one, without time stamp, makes the decoder finish."""
+        for packet in self._container.demux(self._stream):
+            if packet.size or packet.dts is None:  # AVI stores a dropped frame as an empty packet
                 yield packet
 
     def _to_picture(self, frame: Any) -> np.ndarray:

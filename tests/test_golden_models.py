@@ -89,20 +89,19 @@ def has_pooling_mask(case: GoldenCase) -> bool:
     return config["adapter_config"]["pooling_attention_mask"]
 
 
-def grouped(cases: list[GoldenCase], implementations: tuple[str, ...]) -> list[Any]:
+def grouped(cases: list[GoldenCase]) -> list[Any]:
     """Parameters (case, implementation), ordered and grouped so that a worker loads each model once."""
     rows = sorted(
-        ((case, implementation) for case in cases for implementation in implementations),
+        ((case, implementation) for case in cases for implementation in IMPLEMENTATIONS),
         key=lambda row: (row[0].checkpoint.name, row[1]),
     )
-    return [
-        pytest.param(
-            *row,
-            id=f"{row[0].name}-{row[1]}",
-            marks=[pytest.mark.xdist_group(f"{row[0].checkpoint.name}-{row[1]}")],
-        )
-        for row in rows
-    ]
+    parameters = []
+    for case, implementation in rows:
+        marks = [pytest.mark.xdist_group(f"{case.checkpoint.name}-{implementation}")]
+        if implementation == "flex_attention":
+            marks.append(pytest.mark.slow)
+        parameters.append(pytest.param(case, implementation, id=f"{case.name}-{implementation}", marks=marks))
+    return parameters
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -119,7 +118,7 @@ def test_processor_makes_the_recorded_inputs(case):
             assert torch.equal(output[name], recorded), name
 
 
-@pytest.mark.parametrize(("case", "implementation"), grouped(CASES, IMPLEMENTATIONS))
+@pytest.mark.parametrize(("case", "implementation"), grouped(CASES))
 @torch.no_grad()
 def test_forward(case, implementation):
     model = load_model(str(case.checkpoint), implementation)
@@ -148,7 +147,7 @@ def test_forward(case, implementation):
         np.testing.assert_allclose(features.reshape(-1)[:: recorded["stride"]], sample, rtol=0, atol=limit)
 
 
-@pytest.mark.parametrize(("case", "implementation"), grouped(CASES, IMPLEMENTATIONS))
+@pytest.mark.parametrize(("case", "implementation"), grouped(CASES))
 @torch.no_grad()
 def test_generate(case, implementation):
     model = load_model(str(case.checkpoint), implementation)
