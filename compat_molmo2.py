@@ -10,7 +10,6 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-
 _MASK_PARAMETERS = inspect.signature(create_causal_mask).parameters
 _EMBEDS_NAME = "inputs_embeds" if "inputs_embeds" in _MASK_PARAMETERS else "input_embeds"
 _MASK_WANTS_CACHE_POSITION = (
@@ -80,7 +79,7 @@ class _RopeSettings:
 
 
 def scaled_rope(config: Any) -> tuple[Tensor, float]:
-    """Scaled inverse frequencies (head_dim / 2,) in float32 and the factor on cos and sin, by the library's formulas."""
+    """Scaled inverse frequencies (head_dim / 2,), float32, and the factor on cos and sin, as the library has them."""
     with torch.device("cpu"):
         inv_freq, factor = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](
             _RopeSettings(config), torch.device("cpu")

@@ -13,7 +13,6 @@ from typing import Any
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PretrainedConfig
 
-
 SUPPORTED_ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 QK_NORM_TYPES = ("qwen3", "olmo")
 
@@ -250,7 +249,7 @@ class Molmo2TextConfig(Molmo2BaseConfig):
 
     Args:
         vocab_size: Rows of `wte.embedding` and of `lm_head`; logits cover these ids.
-        additional_vocab_size: Rows of `wte.new_embedding`: the ids from `vocab_size` up, which are read, never predicted.
+        additional_vocab_size: Rows of `wte.new_embedding`: the ids from `vocab_size` up, read but never predicted.
         qkv_bias: Bias on the fused query/key/value projection.
         use_qk_norm: RMSNorm on queries and keys.
         qk_norm_type: `"qwen3"` norms each head, `"olmo"` the whole projection.
@@ -482,7 +481,7 @@ class Molmo2Config(Molmo2BaseConfig):
 
     @staticmethod
     def _attn_implementation_of_parts(given: dict[str, Any]) -> dict[str, str] | None:
-        """The attention that a file chose for its parts; the base class would forget it without a choice at the top."""
+        """The attention that a file chose for its parts, which the base class forgets without a choice at the top."""
         chosen = {}
         for name, value in given.items():
             if isinstance(value, dict) and value.get("attn_implementation") is not None:
@@ -501,7 +500,7 @@ class Molmo2Config(Molmo2BaseConfig):
         if tie_word_embeddings:
             self._refuse(
                 "`tie_word_embeddings` is True",
-                "the output matrix of Molmo2 is never tied (it covers fewer ids than the input embedding); set it to False",
+                "Molmo2 never ties its output matrix, which covers fewer ids than the embedding; set it to False",
             )
         depth = self.vit_config.num_hidden_layers
         if any(not -depth <= layer < depth for layer in self.adapter_config.vit_layers):

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-
 IMAGE_SOURCES = ("image", "image_url", "url", "path", "base64")
 VIDEO_SOURCES = ("video", "video_url", "url", "path")
 # Options that a video part may carry for itself, and what the video processor calls them.
@@ -63,7 +62,7 @@ def _source(part: Mapping[str, Any], keys: Sequence[str], kind: str, where: str)
         if value is not None:
             return value
     raise ValueError(
-        f"{where} is {'an' if kind == 'image' else 'a'} {kind} without a source; expected one of the keys {list(keys)}. "
+        f"{where}, {'an' if kind == 'image' else 'a'} {kind}, has no source; expected one of the keys {list(keys)}. "
         f"To pass {kind}s separately, render with `tokenize=False` and call the processor with `{kind}s=`."
     )
 

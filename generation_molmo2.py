@@ -10,7 +10,6 @@ from transformers.generation import GenerationMixin, LogitsProcessorList
 from .masking_molmo2 import attention_implementation, cached_length, make_attention_mask, starts_sequence
 from .media_layout_molmo2 import MediaTables, assign_media, repeat_rows
 
-
 IMAGE_INPUTS = ("pixel_values", "image_token_pooling", "image_grids", "image_num_crops")
 VIDEO_INPUTS = ("pixel_values_videos", "video_token_pooling", "video_grids")
 

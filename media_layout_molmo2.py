@@ -37,10 +37,14 @@ class MediaTables:
 
     def image_tokens(self) -> Tensor:
         """(images,) pooled tokens of each image."""
+        if self.image_grids is None:
+            return torch.zeros(0, dtype=torch.int64)
         return self.image_grids[:, 0] * self.image_grids[:, 1] + self.image_grids[:, 2] * self.image_grids[:, 3]
 
     def video_tokens(self) -> Tensor:
         """(videos,) pooled tokens of each video."""
+        if self.video_grids is None:
+            return torch.zeros(0, dtype=torch.int64)
         return self.video_grids.prod(dim=-1)
 
     def image_groups(self) -> list[list[int]]:
@@ -125,10 +129,10 @@ def assign_media(rows: list[list[TokenGroup]], tables: MediaTables) -> list[list
                     "that come from one call of the processor."
                 )
         assigned.append(media)
-    for kind, groups in waiting.items():
-        if taken[kind] != len(groups):
+    for kind, passed in waiting.items():
+        if taken[kind] != len(passed):
             raise ValueError(
-                f"The prompts place {taken[kind]} {kind}(s), but {len(groups)} were passed. "
+                f"The prompts place {taken[kind]} {kind}(s), but {len(passed)} were passed. "
                 "Pass ids and pictures that come from one call of the processor."
             )
     return assigned

@@ -1,7 +1,8 @@
 """Molmo2: a text model that reads pictures. The path of one picture:
 
 pixels -> `vision_backbone` (vision transformer, pooling, projector) -> one vector per patch token -> added to the
-embeddings of the prompt's patch tokens -> `transformer` under a mask in which visual tokens see each other -> `lm_head`.
+embeddings of the prompt's patch tokens -> `transformer`, under a mask in which visual tokens see each other ->
+`lm_head`.
 
 Parameter names are those of the published checkpoints.
 """
@@ -174,8 +175,8 @@ class Molmo2Model(Molmo2PreTrainedModel):
     def _require_equal(stated: str, expected: Tensor, holder: str, tensor: Tensor) -> None:
         if int(expected) != len(tensor):
             raise ValueError(
-                f"{stated} {int(expected)}, but {holder} {len(tensor)} row(s). Pass the tensors of one processor call, "
-                "without dropping or repeating rows."
+                f"{stated} {int(expected)}, but {holder} {len(tensor)} row(s). Pass the tensors of one call of the "
+                "processor, without dropping or repeating rows."
             )
 
     def _picture_vectors(self, input_ids: Tensor | None, inputs_embeds: Tensor, pictures: dict) -> Tensor | None:
@@ -203,8 +204,8 @@ class Molmo2Model(Molmo2PreTrainedModel):
         slots = self.is_patch(input_ids, inputs_embeds).flatten().nonzero()[:, 0]
         if len(slots) != len(vectors):
             raise ValueError(
-                f"The prompts have {len(slots)} patch token(s), but the pictures give {len(vectors)} vector(s). Pass ids "
-                "and pictures of one processor call; truncated prompts and stray `<im_patch>` tokens in the text also "
+                f"The prompts have {len(slots)} patch token(s), but the pictures give {len(vectors)} vector(s). Pass "
+                "ids and pictures of one processor call; truncated prompts and stray `<im_patch>` in the text also "
                 "lead here."
             )
         vectors = vectors.to(inputs_embeds.device, inputs_embeds.dtype)
@@ -333,15 +334,15 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
         The published tables hold more rows than the tokenizer has entries, so tokens can be added up to that.
 
         Raises:
-            ValueError: If more rows are asked for. Ids past `vocab_size` sit in a table of their own and have no logits,
-                so growing the tables would make tokens that can be read and never be written.
+            ValueError: If more rows are asked for. Ids past `vocab_size` sit in a table of their own and have no
+                logits, so growing it would make tokens that can be read and never be written.
         """
         embeddings = self.get_input_embeddings()
         if new_num_tokens is not None and new_num_tokens > embeddings.num_embeddings:
             raise ValueError(
-                f"The embedding of Molmo2 has {embeddings.num_embeddings} rows ({self.config.vocab_size} predicted ids and "
-                f"{embeddings.new_embedding.shape[0]} that are only read); {new_num_tokens} were asked for. Rename one of "
-                "the tokenizer's unused `|<EXTRA_TOKENS_i>|` entries instead of adding a token."
+                f"The embedding of Molmo2 has {embeddings.num_embeddings} rows ({self.config.vocab_size} predicted "
+                f"ids and {embeddings.new_embedding.shape[0]} that are only read); {new_num_tokens} were asked for. "
+                "Rename one of the tokenizer's unused `|<EXTRA_TOKENS_i>|` entries instead of adding a token."
             )
         return embeddings
 

@@ -1,7 +1,8 @@
 """Molmo2's processor: text, images and videos in, model inputs out.
 
 The path of a prompt: pictures are cut and counted by their processors, placeholders are replaced by as many tokens,
-each row gets one BOS, is truncated and padded. `apply_chat_template` finds the pictures in messages and goes the same way.
+each row gets one BOS, is truncated and padded. `apply_chat_template` finds the pictures in messages and goes the same
+way.
 """
 
 import json
@@ -40,7 +41,6 @@ from .video_decoding_molmo2 import open_video  # noqa: F401
 from .video_loading_molmo2 import list_videos  # noqa: F401
 from .video_processing_molmo2 import Molmo2VideoProcessor, Molmo2VideosKwargs
 
-
 logger = logging.get_logger(__name__)
 
 AUTO_MAP = {
@@ -78,7 +78,8 @@ class Molmo2ProcessorKwargs(ProcessingKwargs, total=False):
     }
 
 
-# As a keyword argument this reaches images only, as in the original; frames keep their filter unless `videos_kwargs` names one.
+# As a keyword argument this reaches images only, as in the original; frames keep their filter unless `videos_kwargs`
+# names one.
 FLAT_FOR_IMAGES_ALONE = frozenset({"resample"})
 SECTIONS = {"text_kwargs": Molmo2TextKwargs, "images_kwargs": Molmo2ImagesKwargs, "videos_kwargs": Molmo2VideosKwargs}
 
@@ -137,7 +138,7 @@ class Molmo2Processor(ProcessorMixin):
         ]
         if missing:
             raise ValueError(
-                f"The tokenizer lacks {missing}. Use the tokenizer of a Molmo2 checkpoint, whose vocabulary ends with them."
+                f"The tokenizer lacks {missing}. Use that of a Molmo2 checkpoint, whose vocabulary ends with them."
             )
         self.image_token_id, self.video_token_id = vocabulary[IMAGE_PLACEHOLDER], vocabulary[VIDEO_PLACEHOLDER]
         self.image_token_ids = [vocabulary[token] for token in VISUAL_TOKENS]
@@ -189,13 +190,14 @@ class Molmo2Processor(ProcessorMixin):
         """Prepare prompts with their pictures.
 
         Args:
-            images: One image, a flat list for all prompts in order, or one list per prompt. A path, a URL, bytes, a PIL
-                image or an array; see `Molmo2ImageProcessor`.
-            text: One prompt or a list, with one `<|image|>` or `<|video|>` where each picture belongs. Without text, the
-                inputs of the pictures alone are returned.
+            images: One image, a flat list for all prompts in order, or one list per prompt. A path, a URL, bytes, a
+                PIL image or an array; see `Molmo2ImageProcessor`.
+            text: One prompt or a list, with one `<|image|>` or `<|video|>` where each picture belongs. Without text,
+                the inputs of the pictures alone are returned.
             videos: Likewise; a file, URL, bytes, or frames with `video_metadata`; see `Molmo2VideoProcessor`.
-            kwargs: Options of the tokenizer (padding, truncation, max_length, padding_side, ...), of the image processor
-                (max_crops, ...) and of the video processor (num_frames, max_fps, clip, ...), and `return_tensors`.
+            kwargs: Options of the tokenizer (padding, truncation, max_length, padding_side, ...), of the image
+                processor (max_crops, ...) and of the video processor (num_frames, max_fps, clip, ...), and
+                `return_tensors`.
                 `per_video_options`: for each video a dictionary of video options that hold for it alone.
         Returns:
             `input_ids`, `attention_mask` (B, S) int64; `token_type_ids` (B, S) bool, True on tokens that stand for a
@@ -269,7 +271,7 @@ class Molmo2Processor(ProcessorMixin):
     def _process_videos(
         self, videos: Any, options: dict[str, Any], own_options: list[dict[str, Any]] | None
     ) -> dict[str, Any]:
-        """Outputs of the video processor as numpy arrays, with metadata; videos with options of their own go one by one."""
+        """Outputs of the video processor as arrays, with metadata; videos with options of their own go one by one."""
         options = {**options, "return_tensors": None, "return_metadata": True}
         if not own_options:
             return dict(self.video_processor.preprocess(videos, **options))
@@ -329,8 +331,8 @@ class Molmo2Processor(ProcessorMixin):
         target = padded_length(lengths, options.get("padding"), max_length, options.get("pad_to_multiple_of"))
         if not target and return_tensors is not None and len(set(lengths)) > 1:
             raise ValueError(
-                f"The prompts have {lengths} tokens, which make no tensor. Pass `padding=True`, or leave `return_tensors` "
-                "out to get lists."
+                f"The prompts have {lengths} tokens, which make no tensor. Pass `padding=True`, or leave "
+                "`return_tensors` out to get lists."
             )
         padding_side = options.get("padding_side")
         padding_side = self.tokenizer.padding_side if padding_side is None else padding_side
@@ -368,12 +370,12 @@ class Molmo2Processor(ProcessorMixin):
         """Write messages as a prompt and, with `tokenize=True`, prepare it with the pictures it names.
 
         Args:
-            conversation: Messages `{"role", "content"}`, or a list of conversations. Content is text or a list of parts:
-                `{"type": "text", "text"}`, `{"type": "image", "image": ...}` (also `url`, `path`, `base64`, `image_url`),
-                `{"type": "video", "video": ...}` (also `url`, `path`, `video_url`), which may carry `clip`, `num_frames`,
-                `max_fps`, `frame_sample_mode`, `sampling_fps`, `timestamps`, `video_metadata`.
-            return_assistant_tokens_mask: With `tokenize` and `return_dict`, add `assistant_masks` (B, S): 1 on what the
-                assistant wrote, the closing token included.
+            conversation: Messages `{"role", "content"}`, or a list of conversations. Content is text or a list of
+                parts: `{"type": "text", "text"}`, `{"type": "image", "image": ...}` (also `url`, `path`, `base64`,
+                `image_url`), `{"type": "video", "video": ...}` (also `url`, `path`, `video_url`), which may carry
+                `clip`, `num_frames`, `max_fps`, `frame_sample_mode`, `sampling_fps`, `timestamps`, `video_metadata`.
+            return_assistant_tokens_mask: With `tokenize` and `return_dict`, add `assistant_masks` (B, S): 1 on what
+                the assistant wrote, the closing token included.
             processor_kwargs, kwargs: Options of `__call__`; the template sees the rest of `kwargs`.
         Returns:
             The prompt, a list of prompts for a batch; with `tokenize` the ids, with `return_dict` too a BatchFeature.
@@ -410,7 +412,7 @@ class Molmo2Processor(ProcessorMixin):
             template = template.get("default")
         if template is None:
             raise ValueError(
-                "The processor has no chat template. Put `chat_template.jinja` beside its files or pass `chat_template=`."
+                "The processor has no chat template. Put `chat_template.jinja` beside its files, or pass one."
             )
         return template
 
@@ -435,7 +437,7 @@ class Molmo2Processor(ProcessorMixin):
 
         Args:
             image_sizes: (height, width) of each image, in pixels.
-            video_sizes: (frames, height, width) of each video after sampling; timestamps, which are text, are not counted.
+            video_sizes: (frames, height, width) of each video after sampling; timestamps are text.
         Returns:
             `num_image_tokens`, `num_image_patches` (crops) and `num_video_tokens`, one number for each.
         """

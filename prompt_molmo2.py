@@ -78,7 +78,7 @@ def video_string(grid: Sequence[int], timestamps: Sequence[float], notation: Pic
     num_frames, rows, cols = (int(side) for side in grid)
     if len(timestamps) != num_frames:
         raise ValueError(
-            f"The video has {num_frames} frame(s) and {len(timestamps)} timestamp(s); expected one time for each frame."
+            f"The video has {num_frames} frame(s) and {len(timestamps)} timestamp(s); expected one for each frame."
         )
     start, end = (FRAME_START, FRAME_END) if notation.use_frame_special_tokens else (IMAGE_START, IMAGE_END)
     frame = start + "".join(_grid_tokens(rows, cols, IMAGE_PATCH, notation.video_use_col_tokens)) + end
@@ -109,7 +109,9 @@ def expand(prompt: str, replacements: dict[str, Sequence[str]]) -> ExpandedPromp
         replacements: For each placeholder the texts of its occurrences; as many as there are.
     """
     waiting = {placeholder: list(texts) for placeholder, texts in replacements.items()}
-    pieces, moves, done = [], [], 0
+    pieces: list[str] = []
+    moves: list[tuple[int, int]] = []
+    done = 0
     while True:
         found = [(place, mark) for mark in waiting if (place := prompt.find(mark, done)) >= 0]
         if not found:
@@ -131,7 +133,7 @@ def require_placeholders(counts: Sequence[int], passed: Sequence[int] | int, pla
     Raises:
         ValueError: Naming both numbers, and the prompt where it is known.
     """
-    advice = f"Put one `{placeholder}` where each {noun} belongs, or let `apply_chat_template` build the prompt from messages"
+    advice = f"Put one `{placeholder}` where each {noun} belongs, or let `apply_chat_template` write the prompt"
     if isinstance(passed, int):
         if sum(counts) != passed:
             raise ValueError(
@@ -169,7 +171,7 @@ def truncate(ids: list[int], max_length: int, side: str, visual_ids: frozenset[i
     if num_visual:
         raise ValueError(
             f"Truncating a prompt of {len(ids)} tokens to `max_length` = {max_length} would cut {num_visual} visual "
-            f"token(s). Raise `max_length` by at least {excess}, or lower `max_crops` (images) or `num_frames` (videos)."
+            f"token(s). Raise `max_length` by {excess} or more, lower `max_crops` (images) or `num_frames` (videos)."
         )
     return ids[:1] + ids[excess + 1 :] if side == "left" else ids[:-excess]
 

@@ -181,8 +181,8 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
         if prompt_length > limit:
             raise ValueError(
                 f"The prompt has {prompt_length} tokens, {prompt_length - limit} more than the model's "
-                f"`max_position_embeddings` = {limit}. Lower `num_frames` (each video frame costs its pooled tokens plus "
-                "a timestamp) or `max_crops` (images) by that much, or shorten the text."
+                f"`max_position_embeddings` = {limit}. Lower `num_frames` (each frame costs its pooled tokens plus a "
+                "timestamp) or `max_crops` (images) by that much, or shorten the text."
             )
 
     def forward(

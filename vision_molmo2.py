@@ -110,7 +110,7 @@ class Molmo2VisionTransformer(Molmo2PreTrainedModel):
         return self.patch_embedding
 
     def _positions(self) -> Tensor:
-        """(P, D) position vectors of the patch grid; a stored grid of another size is resized (bicubic, antialiased)."""
+        """(P, D) position vectors; a stored grid of another size is resized (bicubic, antialiased)."""
         table = self.positional_embedding
         rows, cols = self.config.image_num_patch
         side = round(table.shape[0] ** 0.5)

@@ -57,10 +57,12 @@ def main() -> None:
         print(f"{type(model).__name__} with {parameters / 1e6:.2f} million parameters drawn from a seed,")
         print("so the answers below are noise; everything before them is what a published checkpoint would see.\n")
 
-        print(f"Photo {PHOTO.name}: Point to the technician in the lift.")
-        print(f"  answer: {ask(model, processor, 'Point to the technician in the lift.', {'type': 'image', 'path': str(PHOTO)})!r}\n")
-        print(f"Clip {CLIP.name}: What happens?")
-        print(f"  answer: {ask(model, processor, 'What happens?', {'type': 'video', 'path': str(CLIP)})!r}")
+        for question, kind, path in (
+            ("Point to the technician in the lift.", "image", PHOTO),
+            ("What happens?", "video", CLIP),
+        ):
+            print(f"{path.name}: {question}")
+            print(f"  answer: {ask(model, processor, question, {'type': kind, 'path': str(path)})!r}\n")
 
 
 if __name__ == "__main__":

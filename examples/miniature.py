@@ -66,7 +66,13 @@ def model_settings() -> dict:
         "model_type": "molmo2",
         "dtype": "float32",
         "vit_config": {**vision, **heads, "image_default_input_size": [378, 378], "image_num_pos": 729},
-        "adapter_config": {**heads, "hidden_size": 64, "head_dim": 16, "intermediate_size": 96, "text_hidden_size": 64},
+        "adapter_config": {
+            **heads,
+            "hidden_size": 64,
+            "head_dim": 16,
+            "intermediate_size": 96,
+            "text_hidden_size": 64,
+        },
         "text_config": {
             "hidden_size": 64,
             "num_attention_heads": 4,

@@ -1,14 +1,14 @@
 """`generate` in all its ways: pictures follow their own row, caches and shortcuts change nothing."""
 
 import copy
+import itertools
 import threading
 
 import pytest
 import torch
-from transformers import DynamicCache, TextIteratorStreamer
-
 from checkpoints import FAMILIES, build_model, picture
 from model_inputs import MIXED, batch, clip, processor
+from transformers import DynamicCache, TextIteratorStreamer
 
 NEW_TOKENS = 8
 
@@ -251,7 +251,7 @@ def test_penalties_on_prompts_with_visual_tokens(qwen3):
     penalised = answer(qwen3, inputs, repetition_penalty=5.0, no_repeat_ngram_size=2)
     assert penalised.shape == greedy.shape
     for row in penalised.tolist():
-        pairs = list(zip(row, row[1:], strict=False))
+        pairs = list(itertools.pairwise(row))
         assert len(pairs) == len(set(pairs))
     assert (penalised < qwen3.config.vocab_size).all()
     assert torch.equal(answer(qwen3, inputs, repetition_penalty=1.0), greedy)

@@ -4,11 +4,10 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
 from checkpoints import FAMILIES, build_model, picture
 from model_inputs import MIXED, batch, clip, processor, real_tokens
+from transformers import DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 ATOL = 2e-5
 
@@ -70,7 +69,7 @@ def test_each_part_calls_the_attention_that_was_chosen(qwen3, monkeypatch):
     torch.testing.assert_close(logits_of(model, batch("text")), expected, atol=ATOL, rtol=0)
     assert {name for name, *_ in calls} == {"Molmo2Attention"}
     calls.clear()
-    # With pictures the text model needs a mask that flash lacks, and so does masked pooling; the vision tower does not.
+    # With pictures the text model needs a mask that flash lacks, as does masked pooling; the vision tower does not.
     torch.testing.assert_close(logits_of(model, batch("image")), logits_of(qwen3, batch("image")), atol=ATOL, rtol=0)
     assert {name for name, *_ in calls} == {"Molmo2VisionAttention"}
     assert {dtype for _, dtype, _ in calls} == {torch.float32}

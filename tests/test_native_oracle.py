@@ -1,18 +1,18 @@
 """The native class of recent transformers releases as an independent oracle for numbers.
 
-Random tiny checkpoints are written in published layout and loaded from the same folder once as remote code is, once with
-`trust_remote_code=False`. The native class always masks missing patches in pooling, needs norms of queries and keys and
-a position table as large as the patch grid, and reads `mm_token_type_ids`: settings it lacks are left out here and
-covered by the golden checkpoints.
+Random tiny checkpoints are written in published layout and loaded from the same folder by our class and, with
+`trust_remote_code=False`, by the native one. That one always masks missing patches in pooling, needs norms of queries
+and keys and a position table as large as the patch grid, and reads `mm_token_type_ids`: settings it lacks are left out
+here and covered by the golden checkpoints.
 """
 
 import pytest
 import torch
+from checkpoints import fill_weights, read_json, write_checkpoint, write_json
+from model_inputs import batch, real_tokens
 from transformers import AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from checkpoints import fill_weights, read_json, write_checkpoint, write_json
-from model_inputs import batch, real_tokens
 from molmo2_remote.media_layout_molmo2 import MediaTables, flat_pooling
 from molmo2_remote.modeling_molmo2 import Molmo2ForConditionalGeneration
 
@@ -94,7 +94,9 @@ def test_what_we_save_loads_in_the_native_class(tmp_path):
 
 
 def test_what_the_native_class_saves_loads_here(tmp_path):
-    native = AutoModelForImageTextToText.from_pretrained(write(tmp_path / "a", "olmo3"), trust_remote_code=False).eval()
+    native = AutoModelForImageTextToText.from_pretrained(
+        write(tmp_path / "a", "olmo3"), trust_remote_code=False
+    ).eval()
     native.save_pretrained(tmp_path / "b")
     config = Molmo2ForConditionalGeneration.config_class.from_pretrained(tmp_path / "b")
     original = Molmo2ForConditionalGeneration.config_class.from_pretrained(tmp_path / "a")

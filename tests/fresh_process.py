@@ -1,0 +1,192 @@
+"""Uses checkpoints the way a stranger's program does: a new interpreter, empty caches, nothing of the tests imported.
+
+`run("scenario", ...)` starts this file as a program; what the scenario returns comes back as JSON. Scenarios import what
+they need themselves, because which imports happen, and in what order, is part of what is tested.
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+PROMPT = "What is in the picture?"
+WATCHED = ("torchvision", "decord", "av", "torchcodec", "cv2", "requests", "httpx")
+
+
+def run(
+    scenario: str, cache: Path, *, python_path: Path | None = None, env: dict[str, str] | None = None, **arguments
+):
+    """Run a scenario in a new interpreter.
+
+    Args:
+        cache: An empty folder, used for everything that libraries keep between runs.
+        python_path: A folder that is searched for packages before all others.
+        env: Further environment variables.
+        arguments: Of the scenario; paths are passed as text.
+    Returns:
+        What the scenario returned.
+    """
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
+    environment.update(HF_HOME=str(cache), HF_HUB_OFFLINE="1", TQDM_DISABLE="1", OMP_NUM_THREADS="1")
+    environment.update({} if python_path is None else {"PYTHONPATH": str(python_path)})
+    environment.update({} if env is None else env)
+    done = subprocess.run(
+        [sys.executable, __file__, scenario, json.dumps(arguments, default=str)],
+        env=environment,
+        cwd=cache,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"scenario {scenario!r} failed:\n{done.stderr[-6000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+class ImportWatch:
+    """Notes which of our modules import a watched package themselves; what the library imports is its own business."""
+
+    def __init__(self) -> None:
+        self.importers: dict[str, set[str]] = {}
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        package = name.partition(".")[0]
+        frame = sys._getframe(1)
+        while package in WATCHED and frame is not None and "importlib" in frame.f_code.co_filename:
+            frame = frame.f_back
+        if frame is not None and frame.f_code.co_filename.endswith("_molmo2.py"):
+            self.importers.setdefault(package, set()).add(Path(frame.f_code.co_filename).name)
+
+    def report(self) -> dict[str, list[str]]:
+        return {package: sorted(files) for package, files in self.importers.items()}
+
+
+def attempt(action: Callable[[], Any]) -> dict[str, Any]:
+    """What came of it: the class and module of the result, or the error."""
+    try:
+        result = action()
+    except Exception as error:
+        return {"error": type(error).__name__, "message": str(error), "trace": traceback.format_exc()[-3000:]}
+    return {"class": type(result).__name__, "module": type(result).__module__}
+
+
+def messages(image: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [{"type": "image", "path": image}, {"type": "text", "text": PROMPT}]}]
+
+
+def prepare(processor: Any, image: str) -> Any:
+    return processor.apply_chat_template(
+        messages(image), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+
+
+def save_answer(model: Any, processor: Any, image: str, output: str) -> None:
+    """Write the inputs and the logits as safetensors."""
+    import torch
+    from safetensors.torch import save_file
+
+    inputs = dict(prepare(processor, image))
+    with torch.no_grad():
+        save_file({**inputs, "logits": model(**inputs).logits}, output)
+
+
+def auto_classes(folders: dict[str, str], image: str, video: str, output: str) -> dict[str, Any]:
+    """Load each Auto class from a folder of its own, so that none finds code that another one has copied."""
+    watch = ImportWatch()
+    sys.meta_path.insert(0, watch)
+    report: dict[str, Any] = {"classes": {}, "modules": {}}
+    import transformers
+    from transformers import dynamic_module_utils
+
+    for name, folder in folders.items():
+        module, _, attribute = name.rpartition(".")
+        source = importlib.import_module(module) if module else transformers
+        if not hasattr(source, attribute):
+            report["classes"][name] = {"error": "absent"}
+            continue
+        report["classes"][name] = attempt(
+            lambda: getattr(source, attribute).from_pretrained(folder, trust_remote_code=True)  # noqa: B023
+        )
+        cached = Path(dynamic_module_utils.HF_MODULES_CACHE).glob(f"transformers_modules/{Path(folder).name}/**/*.py")
+        report["modules"][name] = sorted({file.name for file in cached if file.name != "__init__.py"})
+
+    folder = folders["AutoModelForImageTextToText"]
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    save_answer(model, processor, image, output)
+    report["parts"] = {name: type(getattr(processor, name)).__module__ for name in processor.attributes}
+    report["pipeline"] = _pipeline_answers(folder, model, processor, image)
+    report["native"] = _native_classes(folder)
+    report["imports"] = watch.report()
+    processor(text="<|video|>", videos=video)
+    report["imports with a video"] = watch.report()
+    return report
+
+
+def _pipeline_answers(folder: str, model: Any, processor: Any, image: str) -> dict[str, Any]:
+    """What the pipeline answers to messages and to images with text, and what generate answers."""
+    from PIL import Image
+    from transformers import pipeline
+
+    inputs = prepare(processor, image)
+    generated = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    expected = processor.tokenizer.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    ask = pipeline("image-text-to-text", model=folder, trust_remote_code=True)
+    options = {"max_new_tokens": 4, "do_sample": False, "return_full_text": False}
+    prompt = processor.apply_chat_template(messages(image), add_generation_prompt=True)
+    return {
+        "model": type(ask.model).__module__,
+        "expected": expected,
+        "messages": ask(text=messages(image), **options)[0]["generated_text"],
+        "images": ask(images=[Image.open(image)], text=prompt, **options)[0]["generated_text"],
+    }
+
+
+def _native_classes(folder: str) -> dict[str, Any]:
+    """The classes without trust in remote code, after remote code was used in the same process."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    return {
+        "AutoConfig": attempt(lambda: AutoConfig.from_pretrained(folder, trust_remote_code=False)),
+        "AutoModelForImageTextToText": attempt(
+            lambda: AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=False)
+        ),
+        "remote again": attempt(lambda: AutoConfig.from_pretrained(folder, trust_remote_code=True)),
+    }
+
+
+def from_hub_cache(repository: str, image: str, output: str) -> dict[str, Any]:
+    """Load by repository name from what a download has left in the cache, offline."""
+    from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+
+    report = {
+        auto.__name__: attempt(lambda: auto.from_pretrained(repository, trust_remote_code=True))  # noqa: B023
+        for auto in (AutoConfig, AutoTokenizer, AutoModel)
+    }
+    model = AutoModelForImageTextToText.from_pretrained(repository, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(repository, trust_remote_code=True)
+    save_answer(model, processor, image, output)
+    report["AutoProcessor"] = attempt(lambda: processor)
+    report["AutoModelForImageTextToText"] = attempt(lambda: model)
+    return report
+
+
+def answer(folder: str, image: str, output: str) -> dict[str, Any]:
+    """Load model and processor, and save logits."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers.utils import is_torchvision_available
+
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    save_answer(model, processor, image, output)
+    return {"torchvision": bool(is_torchvision_available()), **attempt(lambda: model)}
+
+
+if __name__ == "__main__":
+    print(json.dumps(globals()[sys.argv[1]](**json.loads(sys.argv[2]))))

@@ -1,0 +1,577 @@
+"""The whole processor: any mix of text, images and videos in, rows and tensors that belong together out."""
+
+import base64
+import copy
+import io
+import re
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from transformers import AutoTokenizer
+from transformers.utils import PaddingStrategy
+from transformers.video_utils import VideoMetadata
+
+from golden_cases import GOLDEN, default_settings, pattern, to_numpy
+from golden_processor import build_processor, decode, encode, tokenizer, with_bos
+from molmo2_remote import processing_molmo2
+from molmo2_remote.media_layout_molmo2 import MediaTables, assign_media, token_groups
+from molmo2_remote.processing_molmo2 import Molmo2Processor
+from molmo2_remote.prompt_molmo2 import PictureNotation
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+CLIP = GOLDEN / "media" / "cfr30.mp4"  # 95 frames, 30 per second
+
+# Crops of 98 pixels: pictures of few tokens, which keeps these tests fast.
+SMALL = {
+    "image_processor_init": {"size": {"height": 98, "width": 98}, "overlap_margins": [2, 2], "max_crops": 4},
+    "video_processor_init": {"size": {"height": 98, "width": 98}, "num_frames": 4},
+}
+IMAGE_KEYS = ("pixel_values", "image_token_pooling", "image_grids", "image_num_crops")
+VIDEO_KEYS = ("pixel_values_videos", "video_token_pooling", "video_grids")
+TEXT_KEYS = ("input_ids", "attention_mask", "token_type_ids")
+VISUAL_TOKENS = (
+    "<im_start>",
+    "<im_end>",
+    "<im_patch>",
+    "<im_col>",
+    "<low_res_im_start>",
+    "<im_low>",
+    "<frame_start>",
+    "<frame_end>",
+)
+METADATA = {"fps": 5.0, "total_num_frames": 10}
+
+
+def image(height=100, width=150, seed=1):
+    return pattern({"kind": "pattern", "height": height, "width": width, "seed": seed})
+
+
+def video(frames=10, seed=1):
+    return pattern({"kind": "pattern_video", "height": 40, "width": 60, "frames": frames, "seed": seed})
+
+
+@pytest.fixture
+def processor():
+    return build_processor(SMALL)
+
+
+@pytest.fixture
+def warnings_logged(caplog):
+    """The text of all warnings so far; warnings that are shown once are shown again."""
+    type(processing_molmo2.logger).warning_once.cache_clear()
+    return lambda: "\n".join(record.getMessage() for record in caplog.records)
+
+
+def assert_same(output, expected, keys=None):
+    assert sorted(output) == sorted(expected)
+    for key in expected if keys is None else keys:
+        np.testing.assert_array_equal(to_numpy(output[key]), to_numpy(expected[key]), err_msg=key)
+
+
+def times_of(output, row=0):
+    """The times printed in front of the frames of a row."""
+    return re.findall(r"(\d+\.\d) <frame_start>", decode(list(output["input_ids"][row])))
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+# (prompt, number of images, number of videos)
+ROWS = [
+    ("Only text.", 0, 0),
+    ("<|image|>What is this?", 1, 0),
+    ("Image 1<|image|>Image 2<|image|>Which one?", 2, 0),
+    ("<|video|>What happens?", 0, 1),
+    ("<|image|><|video|>Is it in there?", 1, 1),
+    ("First <|video|> then <|video|>, and <|image|>?", 1, 2),
+]
+
+
+def media_of_rows():
+    """For each of ROWS its images, its videos and the metadata of these, all different."""
+    images, videos, seed = [], [], 0
+    for _prompt, num_images, num_videos in ROWS:
+        seed += 3
+        images.append([image(60 + 40 * seed, 90 + 7 * n, seed + n) for n in range(num_images)])
+        videos.append([video(6 + seed + n, seed + n) for n in range(num_videos)])
+    metadata = [[{"fps": 4.0 + len(clip) % 3, "total_num_frames": len(clip)} for clip in row] for row in videos]
+    return images, videos, metadata
+
+
+def call_rows(processor, images, videos, metadata, rows=range(len(ROWS)), **options):
+    """The processor's output for some of the ROWS, media flat."""
+    return processor(
+        text=[ROWS[row][0] for row in rows],
+        images=sum((images[row] for row in rows), []),
+        videos=sum((videos[row] for row in rows), []),
+        video_metadata=sum((metadata[row] for row in rows), []) or None,
+        return_tensors="pt",
+        **options,
+    )
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_rows_of_a_batch_are_what_they_are_alone(processor, side):
+    """Ids, marks and media of every row, padded to the longest, equal those of a call with this row alone."""
+    media = media_of_rows()
+    whole = call_rows(processor, *media, padding=True, padding_side=side)
+    alone = [call_rows(processor, *media, rows=[row]) for row in range(len(ROWS))]
+
+    width = whole["input_ids"].shape[1]
+    assert whole["input_ids"].shape == (len(ROWS), max(row["input_ids"].shape[1] for row in alone))
+    for row, single in enumerate(alone):
+        length = single["input_ids"].shape[1]
+        real = slice(width - length, width) if side == "left" else slice(0, length)
+        attended = torch.zeros(width, dtype=torch.int64)
+        attended[real] = 1
+        assert torch.equal(whole["attention_mask"][row], attended)
+        assert torch.equal(whole["input_ids"][row, real], single["input_ids"][0])
+        assert torch.equal(whole["token_type_ids"][row, real], single["token_type_ids"][0])
+        assert (whole["input_ids"][row][attended == 0] == tokenizer().pad_token_id).all()
+        assert not whole["token_type_ids"][row][attended == 0].any()
+    for key in (*IMAGE_KEYS, *VIDEO_KEYS):
+        assert torch.equal(whole[key], torch.cat([single[key] for single in alone if key in single])), key
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_every_row_has_one_bos(processor, side):
+    bos = tokenizer().bos_token_id
+    prompts = ["a", "<|im_end|>b and more", "<|image|>c"]
+    output = processor(text=prompts, images=[image()], padding=True, padding_side=side, return_tensors="np")
+    for ids, mask in zip(output["input_ids"], output["attention_mask"], strict=True):
+        row = ids[mask == 1].tolist()
+        assert row[0] == bos
+        assert row.count(bos) == 1
+
+
+def test_rows_are_the_prompts_written_out(processor):
+    """Placeholders become the tokens of their pictures, and nothing else changes."""
+    output = processor(
+        text="See <|image|> and <|video|>.",
+        images=[image()],
+        videos=[video()],
+        video_metadata=[METADATA],
+        return_metadata=True,
+    )
+    timestamps = output["video_metadata"][0].timestamps
+    expected = "See {} and {}.".format(
+        "".join(processor.get_image_tokens(output["image_grids"][0])),
+        processor.get_video_string(output["video_grids"][0], timestamps),
+    )
+    assert output["input_ids"] == [with_bos(expected)]
+    visual = set(tokenizer().convert_tokens_to_ids(list(VISUAL_TOKENS)))
+    assert output["token_type_ids"] == [[token in visual for token in output["input_ids"][0]]]
+
+
+# --- what comes out --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("return_tensors", "kind"), [("pt", torch.Tensor), ("np", np.ndarray)])
+def test_all_outputs_are_tensors(processor, return_tensors, kind):
+    output = processor(
+        text=["<|image|>a", "<|video|>b"],
+        images=[image()],
+        videos=[video()],
+        video_metadata=[METADATA],
+        padding=True,
+        return_tensors=return_tensors,
+    )
+    assert sorted(output) == sorted((*TEXT_KEYS, *IMAGE_KEYS, *VIDEO_KEYS))
+    dtypes = {key: str(value.dtype).removeprefix("torch.") for key, value in output.items()}
+    assert all(isinstance(value, kind) for value in output.values())
+    assert dtypes.pop("token_type_ids") == "bool"
+    assert {dtypes.pop(key) for key in ("pixel_values", "pixel_values_videos")} == {"float32"}
+    assert set(dtypes.values()) == {"int64"}
+
+
+def test_without_return_tensors_rows_are_lists(processor):
+    output = processor(text=["a", "<|image|>b"], images=[image()])
+    assert [len(row) for row in output["input_ids"]] == [len(row) for row in output["attention_mask"]]
+    for key in TEXT_KEYS:
+        assert all(isinstance(row, list) for row in output[key]), key
+    for key in IMAGE_KEYS:
+        assert isinstance(output[key], np.ndarray), key
+
+
+def test_output_names_are_announced(processor):
+    assert processor.model_input_names == [*TEXT_KEYS, *IMAGE_KEYS, *VIDEO_KEYS]
+
+
+def test_without_visual_marks(processor):
+    output = processor(text="<|image|>a", images=[image()], return_mm_token_type_ids=False)
+    assert sorted(output) == sorted(("input_ids", "attention_mask", *IMAGE_KEYS))
+
+
+def test_metadata_on_request(processor):
+    call = partial(processor, text="<|video|>", videos=[video()], video_metadata=[METADATA])
+    assert "video_metadata" not in call()
+    (metadata,) = call(return_metadata=True)["video_metadata"]
+    assert (metadata.total_num_frames, metadata.fps) == (10, 5.0)
+    assert list(metadata.frames_indices) == [0, 3, 6, 9]
+
+
+# --- how media may be passed -----------------------------------------------------------------------------------------
+
+TWO_ROWS = ["<|image|>a<|image|>", "<|image|>b"]
+
+
+@pytest.mark.parametrize(
+    "arrange",
+    [
+        lambda a, b, c: [a, b, c],
+        lambda a, b, c: [[a, b], [c]],
+        lambda a, b, c: ([a, b], (c,)),
+        lambda a, b, c: [Image.fromarray(a), torch.from_numpy(b), c],
+        lambda a, b, c: np.stack([a, b, c]),
+    ],
+    ids=["flat", "per row", "tuples", "mixed types", "array"],
+)
+def test_images_flat_or_per_row(processor, arrange):
+    pictures = [image(seed=seed) for seed in range(3)]
+    expected = processor(text=TWO_ROWS, images=pictures)
+    assert_same(processor(text=TWO_ROWS, images=arrange(*pictures)), expected, IMAGE_KEYS)
+
+
+@pytest.mark.parametrize(
+    "arrange",
+    [
+        lambda a, b: {"videos": [a, b], "video_metadata": [METADATA, METADATA]},
+        lambda a, b: {"videos": [[a], [b]], "video_metadata": [[METADATA], [METADATA]]},
+        lambda a, b: {"videos": [(a, METADATA), (b, METADATA)]},
+        lambda a, b: {"videos": np.stack([a, b]), "video_metadata": [METADATA, METADATA]},
+        lambda a, b: {"videos": [list(a), [Image.fromarray(frame) for frame in b]], "video_metadata": [METADATA] * 2},
+        lambda a, b: {"videos": [torch.from_numpy(a), b], "video_metadata": [VideoMetadata(**METADATA), METADATA]},
+    ],
+    ids=["flat", "per row", "pairs", "array", "lists of frames", "metadata objects"],
+)
+def test_videos_flat_or_per_row(processor, arrange):
+    clips = [video(seed=seed) for seed in range(2)]
+    prompts = ["<|video|>a", "<|video|>b"]
+    expected = processor(text=prompts, videos=clips, video_metadata=[METADATA] * 2)
+    assert_same(processor(text=prompts, **arrange(*clips)), expected, VIDEO_KEYS)
+
+
+def test_one_picture_needs_no_list(processor):
+    in_lists = processor(
+        text=["<|image|><|video|>"], images=[image()], videos=[video()], video_metadata=[METADATA], return_tensors="np"
+    )
+    bare = processor(
+        text="<|image|><|video|>", images=image(), videos=video(), video_metadata=METADATA, return_tensors="np"
+    )
+    assert_same(bare, in_lists)
+
+
+def test_text_may_come_first(processor):
+    expected = processor(text="<|image|>a", images=[image()], return_tensors="np")
+    assert_same(processor("<|image|>a", [image()], return_tensors="np"), expected)
+    assert_same(processor([image()], "<|image|>a", return_tensors="np"), expected)
+    assert processor("just text")["input_ids"] == [with_bos("just text")]
+
+
+@pytest.mark.parametrize("empty", [{"images": []}, {"videos": []}, {"images": [], "videos": []}])
+def test_empty_lists_are_no_media(processor, empty):
+    assert_same(processor(text="Hi", return_tensors="np", **empty), processor(text="Hi", return_tensors="np"))
+
+
+def test_rows_without_images_have_empty_lists(processor):
+    output = processor(text=["a", "<|image|>b", "c"], images=[[], [image()], []])
+    assert output["image_num_crops"].tolist() == [5]
+
+
+def test_pictures_alone(processor):
+    """Without text the tensors of the pictures come out, the same as with it."""
+    pictures = {"images": [image()], "videos": [video()], "video_metadata": [METADATA], "return_tensors": "pt"}
+    output = processor(**pictures)
+    assert sorted(output) == sorted((*IMAGE_KEYS, *VIDEO_KEYS))
+    with_text = processor(text="<|image|><|video|>", **pictures)
+    for key in output:
+        assert torch.equal(output[key], with_text[key])
+
+
+def test_arguments_are_left_as_they_were(processor, tmp_path):
+    picture = tmp_path / "picture.png"
+    Image.fromarray(image()).save(picture)
+    arguments = {
+        "text": ["<|image|>a", "<|video|><|video|>b"],
+        "images": [[str(picture)], []],
+        "videos": [str(CLIP), str(CLIP)],
+        "per_video_options": [{"num_frames": 2}, {"clip": (0, 1)}],
+        "images_kwargs": {"max_crops": 2},
+        "videos_kwargs": {"num_frames": 3},
+        "text_kwargs": {"padding": True},
+        "common_kwargs": {"return_tensors": "pt"},
+    }
+    before = copy.deepcopy(arguments)
+    processor(**arguments)
+    assert arguments == before
+
+    messages = [{"role": "user", "content": [{"type": "video", "video": str(CLIP), "clip": [0, 1], "num_frames": 2}]}]
+    before, options = copy.deepcopy(messages), {"videos_kwargs": {"max_fps": 1}}
+    processor.apply_chat_template(messages, tokenize=True, return_dict=True, processor_kwargs=options)
+    assert messages == before
+    assert options == {"videos_kwargs": {"max_fps": 1}}
+
+
+# --- sources of pictures in messages ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def media_folder(tmp_path_factory):
+    """A folder with picture.png and clip.mp4."""
+    folder = tmp_path_factory.mktemp("media")
+    Image.fromarray(image()).save(folder / "picture.png")
+    (folder / "clip.mp4").write_bytes(CLIP.read_bytes())
+    return folder
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def server(media_folder):
+    """Serves the folder; gives its address."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(QuietHandler, directory=media_folder)) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{httpd.server_port}"
+        httpd.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def _no_proxy_for_the_server(monkeypatch):
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "127.0.0.1")
+
+
+def ask(processor, *parts, **options):
+    """The output for one user turn with these parts and a question."""
+    messages = [{"role": "user", "content": [*parts, {"type": "text", "text": "What?"}]}]
+    return processor.apply_chat_template(
+        messages, tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt", **options
+    )
+
+
+def as_base64(path):
+    return base64.b64encode(path.read_bytes()).decode()
+
+
+IMAGE_PARTS = {
+    "array": lambda folder, url: {"type": "image", "image": image()},
+    "tensor": lambda folder, url: {"type": "image", "image": torch.from_numpy(image())},
+    "pil": lambda folder, url: {"type": "image", "image": Image.fromarray(image())},
+    "path": lambda folder, url: {"type": "image", "path": str(folder / "picture.png")},
+    "path object": lambda folder, url: {"type": "image", "image": folder / "picture.png"},
+    "path as url": lambda folder, url: {"type": "image", "url": str(folder / "picture.png")},
+    "file url": lambda folder, url: {"type": "image", "url": (folder / "picture.png").as_uri()},
+    "http url": lambda folder, url: {"type": "image", "url": f"{url}/picture.png"},
+    "http image": lambda folder, url: {"type": "image", "image": f"{url}/picture.png"},
+    "image_url": lambda folder, url: {"type": "image_url", "image_url": {"url": f"{url}/picture.png"}},
+    "bare image_url": lambda folder, url: {"type": "image_url", "image_url": f"{url}/picture.png"},
+    "data url": lambda folder, url: {
+        "type": "image_url",
+        "image_url": {"url": f"data:image/png;base64,{as_base64(folder / 'picture.png')}"},
+    },
+    "base64": lambda folder, url: {"type": "image", "base64": as_base64(folder / "picture.png")},
+    "bytes": lambda folder, url: {"type": "image", "image": (folder / "picture.png").read_bytes()},
+    "open file": lambda folder, url: {"type": "image", "image": io.BytesIO((folder / "picture.png").read_bytes())},
+    "no type": lambda folder, url: {"image": str(folder / "picture.png")},
+}
+
+
+@pytest.mark.parametrize("name", IMAGE_PARTS)
+def test_images_in_messages(processor, media_folder, server, name):
+    part = IMAGE_PARTS[name](media_folder, server)
+    expected = processor(
+        text="<|image|><|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n",
+        images=[image()],
+        return_tensors="pt",
+    )
+    assert_same(ask(processor, part), expected)
+
+
+VIDEO_PARTS = {
+    "path object": lambda folder, url: {"type": "video", "video": folder / "clip.mp4"},
+    "path": lambda folder, url: {"type": "video", "path": str(folder / "clip.mp4")},
+    "file url": lambda folder, url: {"type": "video", "url": (folder / "clip.mp4").as_uri()},
+    "http url": lambda folder, url: {"type": "video", "url": f"{url}/clip.mp4"},
+    "video_url": lambda folder, url: {"type": "video_url", "video_url": {"url": f"{url}/clip.mp4"}},
+    "bytes": lambda folder, url: {"type": "video", "video": (folder / "clip.mp4").read_bytes()},
+    "open file": lambda folder, url: {"type": "video", "video": io.BytesIO((folder / "clip.mp4").read_bytes())},
+    "no type": lambda folder, url: {"video": str(folder / "clip.mp4")},
+}
+
+
+@pytest.mark.parametrize("name", VIDEO_PARTS)
+def test_videos_in_messages(processor, media_folder, server, name):
+    part = VIDEO_PARTS[name](media_folder, server)
+    expected = processor(
+        text="<|video|><|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n",
+        videos=[str(CLIP)],
+        return_tensors="pt",
+    )
+    output = ask(processor, part)
+    assert times_of(output) == ["0.0", "1.1", "2.1", "3.2"]
+    assert_same(output, expected)
+
+
+def test_string_content_is_tokenized(processor):
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+    output = processor.apply_chat_template(messages, tokenize=True, return_dict=True)
+    assert output["input_ids"] == [with_bos(processor.apply_chat_template(messages))]
+
+
+def test_pictures_of_several_turns_and_conversations(processor):
+    pictures = [image(60 + 50 * seed, seed=seed) for seed in range(3)]
+    parts = [{"type": "image", "image": picture} for picture in pictures]
+    several = [
+        {"role": "user", "content": [{"type": "text", "text": "a"}, parts[0]]},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": [parts[1]]},
+    ]
+    conversations = [several, [{"role": "user", "content": "c"}], [{"role": "user", "content": [parts[2]]}]]
+    output = processor.apply_chat_template(
+        conversations, tokenize=True, return_dict=True, padding=True, return_tensors="pt"
+    )
+    expected = processor(
+        text=processor.apply_chat_template(conversations), images=pictures, padding=True, return_tensors="pt"
+    )
+    assert_same(output, expected)
+
+
+def test_ids_alone(processor):
+    messages = [{"role": "user", "content": "Hello"}]
+    ids = processor.apply_chat_template(messages, tokenize=True)
+    assert ids == [with_bos(processor.apply_chat_template(messages))]
+
+
+# --- options ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_crops": 1, "num_frames": 2, "return_tensors": "np"},
+        {"images_kwargs": {"max_crops": 1}, "videos_kwargs": {"num_frames": 2}, "return_tensors": "np"},
+        {"images_kwargs": {"max_crops": 1}, "num_frames": 2, "text_kwargs": {"return_tensors": "np"}},
+        {"max_crops": 1, "num_frames": 2, "common_kwargs": {"return_tensors": "np"}},
+    ],
+    ids=["flat", "nested", "mixed", "common"],
+)
+def test_options_flat_and_nested(processor, options):
+    settings_of_call = {
+        "image_processor_init": {**SMALL["image_processor_init"], "max_crops": 1},
+        "video_processor_init": {**SMALL["video_processor_init"], "num_frames": 2},
+    }
+    arguments = {"text": "<|image|><|video|>", "images": [image()], "videos": [str(CLIP)]}
+    expected = build_processor(settings_of_call)(**arguments, return_tensors="np")
+    assert expected["image_num_crops"].tolist() == [2]
+    assert expected["video_grids"][:, 0].tolist() == [2]
+    assert_same(processor(**arguments, **options), expected)
+    part = ({"type": "image", "image": image()}, {"type": "video", "video": str(CLIP)})
+    for chat_options in (options, {"processor_kwargs": options}):
+        output = processor.apply_chat_template(
+            [{"role": "user", "content": list(part)}], tokenize=True, return_dict=True, **chat_options
+        )
+        for key in (*IMAGE_KEYS, *VIDEO_KEYS):
+            np.testing.assert_array_equal(output[key], expected[key], err_msg=key)
+
+
+@pytest.mark.parametrize(
+    ("flat", "nested", "message"),
+    [
+        ({"max_crops": 2}, {"images_kwargs": {"max_crops": 3}}, "['max_crops'] given twice: in `images_kwargs` and"),
+        (
+            {"num_frames": 2},
+            {"videos_kwargs": {"num_frames": 2}},
+            "['num_frames'] given twice: in `videos_kwargs` and",
+        ),
+        ({"padding": True}, {"text_kwargs": {"padding": True}}, "['padding'] given twice: in `text_kwargs` and as a"),
+    ],
+)
+def test_an_option_given_twice(processor, flat, nested, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        processor(text="a", **flat, **nested)
+
+
+def test_resample_as_a_keyword_reaches_images_only(processor):
+    """As in the original; frames take another filter through `videos_kwargs`."""
+    arguments = {
+        "text": "<|image|><|video|>",
+        "images": [image()],
+        "videos": [video()],
+        "video_metadata": [METADATA],
+        "return_tensors": "np",
+    }
+    default = processor(**arguments)
+    nearest = processor(**arguments, resample=0)
+    assert not np.array_equal(nearest["pixel_values"], default["pixel_values"])
+    np.testing.assert_array_equal(nearest["pixel_values_videos"], default["pixel_values_videos"])
+    nearest = processor(**arguments, videos_kwargs={"resample": 0})
+    np.testing.assert_array_equal(nearest["pixel_values"], default["pixel_values"])
+    assert not np.array_equal(nearest["pixel_values_videos"], default["pixel_values_videos"])
+
+
+def test_unknown_options_are_warned_about(processor, warnings_logged):
+    output = processor(text="Hi", max_corps=3)
+    assert output["input_ids"] == [with_bos("Hi")]
+    assert "Molmo2Processor ignores the unknown option 'max_corps'." in warnings_logged()
+
+
+@pytest.mark.parametrize(
+    ("options", "printed"),
+    [
+        ({}, "0.0 1.1 2.1 3.2"),
+        ({"num_frames": 2}, "0.0 3.2"),
+        ({"clip": [1, 2]}, "1.0 1.5 2.0"),
+        ({"clip": (2.0, None), "num_frames": 3}, "2.0 2.6 3.2"),
+        ({"max_fps": 1, "num_frames": 8}, "0.0 1.0 2.0 3.0 3.2"),
+        ({"max_fps": None, "num_frames": 3}, "0.0 1.6 3.2"),
+        ({"frame_sample_mode": "fps", "sampling_fps": 4}, "0.0 0.2 0.5 0.8"),
+    ],
+)
+def test_options_of_a_video_part(processor, options, printed):
+    """A clip of 3.17 seconds, at most 4 frames and 2 per second; times of a cut are those of the whole video."""
+    assert times_of(ask(processor, {"type": "video", "video": str(CLIP), **options})) == printed.split()
+
+
+def test_every_video_part_has_its_own_options(processor):
+    """Options of the call hold where a part has none of its own; metadata stay with their video."""
+    frames = {"type": "video", "video": video(), "video_metadata": METADATA}
+    parts = [{"type": "video", "video": str(CLIP), "num_frames": 2}, {**frames, "clip": [0, 1]}, frames]
+    output = ask(processor, *parts, num_frames=3, return_metadata=True)
+    assert output["video_grids"][:, 0].tolist() == [2, 3, 3]
+    assert times_of(output) == ["0.0", "3.2", "0.0", "0.6", "1.0", "0.0", "0.8", "1.8"]
+    assert [metadata.fps for metadata in output["video_metadata"]] == [30.0, 5.0, 5.0]
+    alone = [ask(processor, part, num_frames=3) for part in parts]
+    for key in VIDEO_KEYS:
+        assert torch.equal(output[key], torch.cat([single[key] for single in alone])), key
+
+
+@pytest.mark.parametrize(
+    ("said", "printed"),
+    [
+        ({"fps": 5.0}, "0.0 0.6 1.2 1.8"),
+        ({"fps": 2.5}, "0.0 1.2 2.4 3.6"),
+        ({"timestamps": [n / 4 for n in range(10)]}, "0.0 0.8 1.5 2.2"),
+        ({"video_metadata": {"fps": 5.0}}, "0.0 0.6 1.2 1.8"),
+    ],
+)
+def test_what_a_part_says_about_frames(processor, said, printed):
+    assert times_of(ask(processor, {"type": "video", "video": video(), **said})) == printed.split()
+
+
+def test_options_per_video_of_a_call(processor):
+    arguments = {"text": ["<|video|>a", "<|video|>b"], "videos": [str(CLIP), str(CLIP)]}
+    output = processor(**arguments, per_video_options=[{"num_frames": 2}, {"clip": (1, 2)}])
+    assert output["video_grids"][:, 0].tolist() == [2, 3]
+    assert [times_of(output, row) for row in (0, 1)] == [["0.0", "3.2"], ["1.0", "1.5", "2.0"]]
+    clips = processor(**arguments, clip=[(0, 1), (1, 2)])
+    assert [times_of(clips, row) for row in (0, 1)] == [["0.0", "0.5", "1.0"], ["1.0", "1.5", "2.0"]]
