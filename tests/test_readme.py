@@ -1,0 +1,57 @@
+"""The README's Python blocks run as they are written, in a folder with the files that they name."""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY / "examples"))
+
+BLOCKS = re.findall(r"^```python\n(.*?)^```", (REPOSITORY / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    from miniature import write_json, write_miniature
+
+    folder = tmp_path_factory.mktemp("readme")
+    write_miniature(folder / "Molmo2-4B")
+    # Answers of random weights end anywhere or never; the blocks ask for hundreds of tokens.
+    settings = json.loads((folder / "Molmo2-4B" / "generation_config.json").read_text(encoding="utf-8"))
+    write_json(folder / "Molmo2-4B" / "generation_config.json", {**settings, "max_time": 1.0})
+    data = REPOSITORY / "examples" / "data"
+    for name, source in (
+        ("boats.jpg", "nasa_frame.jpg"),
+        ("harbour.jpg", "nasa_frame.jpg"),
+        ("penguins.mp4", "nasa_clip.mp4"),
+    ):
+        shutil.copy(data / source, folder / name)
+    return folder
+
+
+def test_the_blocks_run_as_written(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    names = {}
+    for block in BLOCKS:
+        exec(compile(block, "README.md", "exec"), names)
+    assert len(BLOCKS) == 8
+    assert capsys.readouterr().out.count("\n") >= 6  # six answers
+    assert len(names["answers"]) == 2
+    assert all(isinstance(answer, str) for answer in names["answers"])
+
+
+def test_the_demo_runs(monkeypatch, capsys, tmp_path):
+    import demo
+
+    monkeypatch.setattr(sys, "argv", ["demo.py", str(tmp_path / "miniature")])
+    demo.main()
+    printed = capsys.readouterr().out
+    for line in printed.splitlines():
+        if line.startswith(("  tokens:", "  image:", "  video:")):
+            assert line in (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert printed.count("  answer: ") == 2
+    assert printed.count("  tokens: ") == 2
