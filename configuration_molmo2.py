@@ -78,7 +78,9 @@ class Molmo2BaseConfig(PretrainedConfig):
         """
         noise = PretrainedConfig().to_dict()
         kept = {"model_type", "transformers_version"}
-        return {k: v for k, v in self.to_dict().items() if k in kept or k not in noise or v != noise[k]}
+        differing = {k: v for k, v in self.to_dict().items() if k in kept or k not in noise or v != noise[k]}
+        differing.pop("_name_or_path", None)  # a place on this machine
+        return differing
 
     def to_dict(self) -> dict[str, Any]:
         settings = super().to_dict()

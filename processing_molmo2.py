@@ -40,6 +40,8 @@ from .special_tokens_molmo2 import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, VISUAL_
 from .video_decoding_molmo2 import open_video  # noqa: F401
 from .video_loading_molmo2 import list_videos  # noqa: F401
 from .video_processing_molmo2 import Molmo2VideoProcessor, Molmo2VideosKwargs
+from .video_readers_molmo2 import VideoReader  # noqa: F401
+from .video_timeline_molmo2 import VideoTimeline  # noqa: F401
 
 logger = logging.get_logger(__name__)
 
@@ -565,11 +567,13 @@ def _assistant_mask(
 
 
 def _portable_tokenizer_class(stated: str | None, tokenizer: Any) -> str:
-    """A class name that all releases know; recent ones write the name of a base class that older ones lack."""
+    """A class name under which all releases read the same ids.
+
+    Recent releases build named classes anew, with their own splitting of words (GPT-2's for Olmo's tokenizer), and write
+    the name of a base class that older ones lack; `PreTrainedTokenizerFast` takes tokenizer.json as it is everywhere.
+    """
     name = type(tokenizer).__name__ if stated is None else stated
-    if name in ("TokenizersBackend", "PreTrainedTokenizerFast"):
-        return "PreTrainedTokenizerFast"
-    return name
+    return name if name.removesuffix("Fast") == "Qwen2Tokenizer" else "PreTrainedTokenizerFast"
 
 
 def _rewrite(path: Path, changes: dict[str, Any], keep_null: dict[str, Any] | None = None) -> None:

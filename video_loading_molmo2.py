@@ -19,7 +19,9 @@ from transformers.video_utils import VideoMetadata
 
 from .frame_sampling_molmo2 import SamplingSettings, require_fps, sample_indices, sample_times
 from .image_loading_molmo2 import load_images
-from .video_decoding_molmo2 import VideoReader, VideoTimeline, decode_video
+from .video_decoding_molmo2 import decode_video
+from .video_readers_molmo2 import VideoReader
+from .video_timeline_molmo2 import VideoTimeline
 
 T = TypeVar("T")
 UseFrames = Callable[[Iterator[np.ndarray], int], T]  # (frames, how many) -> result

@@ -13,7 +13,10 @@ from PIL import Image
 
 from golden_cases import GOLDEN
 from molmo2_remote import video_decoding_molmo2 as decoding
-from molmo2_remote.video_decoding_molmo2 import BACKENDS, VideoDecodeError, VideoTimeline, decode_video, open_video
+from molmo2_remote import video_readers_molmo2 as readers_module
+from molmo2_remote.video_decoding_molmo2 import decode_video, open_video
+from molmo2_remote.video_readers_molmo2 import BACKENDS, VideoReader
+from molmo2_remote.video_timeline_molmo2 import VideoDecodeError, VideoTimeline, make_timeline, undo_rounding
 
 CLIPS = Path(__file__).resolve().parent / "data" / "videos"
 EXPECTED = json.loads((CLIPS / "expected.json").read_text(encoding="utf-8"))
@@ -160,17 +163,17 @@ def test_constant_rate_undoes_rounding():
     exact = np.arange(76) * 1001 / 30000
     rounded = exact.astype(np.float32).astype(np.float64)
     assert np.any(rounded != exact)
-    timeline = decoding._timeline(rounded[:-1], float(rounded[-1]), 29.97002997, (2, 2))
+    timeline = make_timeline(rounded[:-1], float(rounded[-1]), 29.97002997, (2, 2))
     assert timeline.start_seconds.tolist() == exact[:-1].tolist()
     assert timeline.duration_seconds == exact[-1]
-    held = decoding._timeline(rounded[:-1], 9.0, 29.97002997, (2, 2))  # the last frame stays on
+    held = make_timeline(rounded[:-1], 9.0, 29.97002997, (2, 2))  # the last frame stays on
     assert held.start_seconds.tolist() == exact[:-1].tolist()
     assert held.duration_seconds == 9.0
 
 
 def test_variable_rate_keeps_its_times_and_averages_its_rate():
     starts = np.array([0.0, 0.033, 0.067, 0.5])
-    timeline = decoding._timeline(starts, 0.8, 2000.0, (2, 2))
+    timeline = make_timeline(starts, 0.8, 2000.0, (2, 2))
     assert timeline.start_seconds.tolist() == starts.tolist()
     assert timeline.fps == pytest.approx(4 / 0.8)
 
@@ -178,9 +181,9 @@ def test_variable_rate_keeps_its_times_and_averages_its_rate():
 def test_ticks_of_containers_are_restored():
     for ticks_per_second, ticks in ((1000, [0, 33, 67, 5700]), (16000, [0, 1440, 11040, 101264])):
         exact = np.array(ticks) / ticks_per_second
-        assert decoding._undo_rounding(exact.astype(np.float32).astype(np.float64)).tolist() == exact.tolist()
+        assert undo_rounding(exact.astype(np.float32).astype(np.float64)).tolist() == exact.tolist()
     off_ticks = np.array([0.0, 0.1234567])
-    assert decoding._undo_rounding(off_ticks).tolist() == off_ticks.tolist()
+    assert undo_rounding(off_ticks).tolist() == off_ticks.tolist()
 
 
 @pytest.mark.parametrize(
@@ -188,7 +191,7 @@ def test_ticks_of_containers_are_restored():
 )
 def test_impossible_times_are_refused(starts, end):
     with pytest.raises(VideoDecodeError, match="frame times are unusable"):
-        decoding._timeline(np.array(starts), end, 10.0, (2, 2))
+        make_timeline(np.array(starts), end, 10.0, (2, 2))
 
 
 # --- files that are hard to read -------------------------------------------------------------------------------------
@@ -278,7 +281,7 @@ def test_hard_files_give_every_frame_or_an_error(name, tmp_path):
 def test_pyav_jumps_over_long_gaps(tmp_path, monkeypatch):
     file = encode(tmp_path / "long.mp4", "libx264", count=240, options={"g": "12", "x264-params": OPEN_GROUPS})
     decoded = []
-    to_start = decoding._PyavReader._packets_from
+    to_start = readers_module._PyavReader._packets_from
 
     def watched(self, place):
         for packet in to_start(self, place):
@@ -286,7 +289,7 @@ def test_pyav_jumps_over_long_gaps(tmp_path, monkeypatch):
             yield packet
 
     with open_video(file, "pyav") as reader:
-        monkeypatch.setattr(decoding._PyavReader, "_packets_from", watched)
+        monkeypatch.setattr(readers_module._PyavReader, "_packets_from", watched)
         assert [number_on(picture) for picture in reader.frames([5, 100, 101, 230])] == [5, 100, 101, 230]
     assert len(decoded) < 140  # of 240; decoders read ahead
 
@@ -296,14 +299,14 @@ def test_pyav_starts_again_where_a_key_frame_was_none(tmp_path, monkeypatch):
     file = encode(tmp_path / "long.mp4", "libx264", count=96, options={"g": "48"})
     with open_video(file, "pyav") as reader:
         wrong = reader._packets.place_of[reader._packets.stamps[80]] + 2  # a packet that cannot be decoded by itself
-        monkeypatch.setattr(decoding._PacketTable, "key_before", lambda self, index: wrong if index > 70 else 0)
+        monkeypatch.setattr(readers_module._PacketTable, "key_before", lambda self, index: wrong if index > 70 else 0)
         assert [number_on(picture) for picture in reader.frames([3, 80])] == [3, 80]
 
 
 # --- fallback --------------------------------------------------------------------------------------------------------
 
 
-class FakeReader(decoding.VideoReader):
+class FakeReader(VideoReader):
     """Reads four grey frames; fails where its class says."""
 
     opening_error = None
@@ -329,7 +332,7 @@ class FakeReader(decoding.VideoReader):
 def fake_backends(monkeypatch):
     def install(**behaviours):
         readers = {name: type(name, (FakeReader,), {"backend": name, **behaviours.get(name, {})}) for name in BACKENDS}
-        monkeypatch.setattr(decoding, "_READERS", readers)
+        monkeypatch.setattr(decoding, "READERS", readers)
 
     return install
 
@@ -389,7 +392,7 @@ def test_a_backend_that_cannot_be_loaded_is_passed_over(error, monkeypatch):
     def fail(name):
         raise error
 
-    monkeypatch.setattr(decoding.importlib, "import_module", fail)
+    monkeypatch.setattr(readers_module.importlib, "import_module", fail)
     with pytest.raises(VideoDecodeError) as caught:
         open_video(CLIPS / "vfr.mp4")
     for backend, package in (("decord", "decord2"), ("torchcodec", "torchcodec"), ("pyav", "av")):
@@ -399,14 +402,14 @@ def test_a_backend_that_cannot_be_loaded_is_passed_over(error, monkeypatch):
 
 @needs_decord
 def test_decord_leaves_long_clips_to_others(monkeypatch):
-    monkeypatch.setattr(decoding, "LONG_CLIP_FRAMES", 3)
+    monkeypatch.setattr(readers_module, "LONG_CLIP_FRAMES", 3)
     file = CLIPS / "unordered.mov"
     if len(LOADABLE) > 1:
         with open_video(file) as reader:
             assert reader.backend != "decord"
     with open_video(file, "decord") as reader:  # unless told to
         assert reader.backend == "decord"
-    monkeypatch.setattr(decoding, "_others_usable", lambda backend: False)
+    monkeypatch.setattr(readers_module, "_others_usable", lambda backend: False)
     with open_video(file) as reader:  # or alone
         assert reader.backend == "decord"
 

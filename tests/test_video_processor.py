@@ -16,13 +16,13 @@ from transformers.video_utils import VideoMetadata
 
 from golden_cases import GOLDEN, assert_pixels_close, default_settings, pattern, processor_cases, to_numpy
 from molmo2_remote import video_loading_molmo2 as loading
-from molmo2_remote.video_decoding_molmo2 import VideoDecodeError
 from molmo2_remote.video_processing_molmo2 import (
     Molmo2VideoProcessor,
     Molmo2VideosKwargs,
     SampledVideoMetadata,
     load_video,
 )
+from molmo2_remote.video_timeline_molmo2 import VideoDecodeError
 
 CLIPS = Path(__file__).resolve().parent / "data" / "videos"
 CFR30 = GOLDEN / "media" / "cfr30.mp4"  # 95 frames, 30 per second
@@ -49,7 +49,7 @@ def assert_same(actual, expected):
 
 # --- recorded cases --------------------------------------------------------------------------------------------------
 
-# Where this code shows other frames or times than the original: see `video_decoding_molmo2` and the golden README.
+# Where this code shows other frames or times than the original: see `video_timeline_molmo2` and the golden README.
 OTHER_FRAMES = {
     # the original's decord path compares float32 frame ends: a sampled time exactly at a frame start shows another one
     "vfile_decord_cfr10_maxfps10": [*range(52), 51],

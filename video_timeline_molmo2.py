@@ -1,0 +1,132 @@
+"""When each frame of a video is shown: one timeline per file, the same whichever decoder reads it.
+
+Times come from the frames themselves, never from the header of the file. Decoders report them with different
+precision; constant frame rates are recognised and put back to exact times, so that ties are decided alike everywhere.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TypeGuard
+
+import numpy as np
+
+# Frames this close to their place in a constant frame rate are taken to be exactly there.
+CONSTANT_RATE_TOLERANCE_SECONDS = 1e-4
+# Ticks per second of common containers, to undo the float32 rounding of time stamps (coarsest first).
+COMMON_TICK_RATES = (600, 1000, 10240, 12288, 12800, 15360, 16000, 24000, 30000, 60000, 90000)
+FLOAT32_RELATIVE_ERROR = 2.0**-23
+
+
+class VideoDecodeError(ValueError):
+    """A video, or a frame of it, cannot be read. The message names the file, the backend and the `reason`."""
+
+    def __init__(self, message: str, reason: str | None = None) -> None:
+        super().__init__(message)
+        self.reason = message if reason is None else reason
+
+
+@dataclass(frozen=True)
+class VideoTimeline:
+    """When each frame of a video is shown.
+
+    Attributes:
+        start_seconds: (N,) float64, ascending: when each frame appears, counted from the first frame.
+        duration_seconds: end of the last frame minus start of the first.
+        fps: average frames per second.
+        height, width: of the upright picture, in pixels.
+        first_timestamp_seconds: the file's own time of the first frame; None where the backend does not tell.
+    """
+
+    start_seconds: np.ndarray
+    duration_seconds: float
+    fps: float
+    height: int
+    width: int
+    first_timestamp_seconds: float | None = None
+
+    @property
+    def num_frames(self) -> int:
+        return len(self.start_seconds)
+
+    def frames_at(self, times: Sequence[float] | np.ndarray) -> np.ndarray:
+        """Index of the frame on display at each time: the last one that has begun.
+
+        Args:
+            times: seconds since the first frame; at or past the end the last frame is meant.
+
+        Returns:
+            int64 indices, one per time.
+        """
+        begun = np.searchsorted(self.start_seconds, np.asarray(times, dtype=np.float64), side="right")
+        return np.clip(begun - 1, 0, self.num_frames - 1).astype(np.int64)
+
+
+def make_timeline(
+    starts: np.ndarray,
+    end_seconds: float,
+    declared_fps: float | None,
+    size: tuple[int, int],
+    first_timestamp_seconds: float | None = None,
+) -> VideoTimeline:
+    """The timeline of frames that start at `starts` (seconds, counted from the first frame).
+
+    Backends round: decord to float32, containers to their tick. A constant rate is recognised and its times computed
+    afresh, so that "exactly at the start of a frame" is decided the same way whatever the backend.
+
+    Raises:
+        VideoDecodeError: the times are not ascending from 0.
+    """
+    starts = np.asarray(starts, dtype=np.float64)
+    times = np.append(starts, end_seconds)
+    if not np.all(np.isfinite(times)) or starts[0] != 0 or np.any(np.diff(starts) <= 0) or end_seconds < starts[-1]:
+        raise VideoDecodeError(
+            f"its frame times are unusable: first {starts[0]:.6g}, last {starts[-1]:.6g}, end {end_seconds:.6g} s"
+        )
+    places = np.arange(len(times), dtype=np.float64)
+    for rate in _likely_rates(starts, declared_fps):
+        ideal = places * rate.denominator / rate.numerator
+        close = np.abs(times - ideal) <= CONSTANT_RATE_TOLERANCE_SECONDS
+        if close[:-1].all():  # the last frame may be held longer than the others
+            times = np.where(close, ideal, times)
+            break
+    return VideoTimeline(
+        start_seconds=times[:-1],
+        duration_seconds=float(times[-1]),
+        fps=_average_fps(len(starts), float(times[-1]), declared_fps),
+        height=size[0],
+        width=size[1],
+        first_timestamp_seconds=first_timestamp_seconds,
+    )
+
+
+def _likely_rates(starts: np.ndarray, declared_fps: float | None) -> list[Fraction]:
+    """Frame rates to try, as fractions like 30000/1001: the declared one, then the measured one."""
+    rates = [declared_fps] if is_rate(declared_fps) else []
+    if len(starts) > 1:
+        rates.append((len(starts) - 1) / starts[-1])
+    fractions = [Fraction(rate).limit_denominator(1001) for rate in rates]
+    return [fraction for fraction in fractions if fraction > 0]
+
+
+def _average_fps(num_frames: int, duration_seconds: float, declared_fps: float | None) -> float:
+    """The declared rate if it accounts for all frames, else the measured one: headers of variable rates only guess."""
+    if is_rate(declared_fps) and abs(declared_fps * duration_seconds - num_frames) <= 0.5:
+        return float(declared_fps)
+    if duration_seconds > 0:
+        return num_frames / duration_seconds
+    return float(declared_fps) if is_rate(declared_fps) else 1.0
+
+
+def is_rate(fps: float | None) -> TypeGuard[float]:
+    return fps is not None and bool(np.isfinite(float(fps))) and fps > 0
+
+
+def undo_rounding(times: np.ndarray) -> np.ndarray:
+    """Times that were rounded to float32, moved back to the ticks of their container if those can be told."""
+    tolerance = FLOAT32_RELATIVE_ERROR * max(1.0, float(np.max(np.abs(times))))
+    for ticks_per_second in COMMON_TICK_RATES:
+        on_ticks = np.round(times * ticks_per_second) / ticks_per_second
+        if tolerance * ticks_per_second < 0.25 and np.all(np.abs(on_ticks - times) <= tolerance):
+            return on_ticks
+    return times
