@@ -14,7 +14,15 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 from .geometry_molmo2 import CropSettings, ImagePlan, image_token_pooling, plan_image
 from .image_loading_molmo2 import fetch_images, load_images
 from .pixels_molmo2 import CHANNELS, interpolation_mode, write_image_pixel_values
-from .processor_options_molmo2 import divisors_per_channel, pair, per_channel, plain, size_dict, warn_about
+from .processor_options_molmo2 import (
+    IdentityMixin,
+    divisors_per_channel,
+    pair,
+    per_channel,
+    plain,
+    size_dict,
+    warn_about,
+)
 
 DEFAULTS = {
     "do_convert_rgb": True,
@@ -85,7 +93,7 @@ class ImageOptions:
     do_convert_rgb: bool
 
 
-class Molmo2ImageProcessor(BaseImageProcessor):
+class Molmo2ImageProcessor(IdentityMixin, BaseImageProcessor):
     """Cuts pictures into one low-resolution view and up to `max_crops` overlapping tiles each.
 
     Args:
@@ -103,19 +111,14 @@ class Molmo2ImageProcessor(BaseImageProcessor):
 
     model_input_names = ["pixel_values", "image_token_pooling", "image_grids", "image_num_crops"]
     valid_kwargs = Molmo2ImagesKwargs
+    type_key = "image_processor_type"
 
     def __init__(self, **kwargs: Unpack[Molmo2ImagesKwargs]):
-        self._processor_class = kwargs.pop("processor_class", None)
-        auto_map = kwargs.pop("auto_map", None)
-        super().__init__(processor_class=self._processor_class, **({} if auto_map is None else {"auto_map": auto_map}))
+        super().__init__(**self._take_identity(kwargs))
         _warn_about(kwargs, only_near_misses=True)
         for name, value in _canonical(DEFAULTS | _given(kwargs)).items():
             setattr(self, name, value)
         self._options({})  # refuses what could not cut any picture
-
-    def _set_processor_class(self, processor_class: str) -> None:
-        """Called by processors that own this one; recent releases only know it for tokenizers."""
-        self._processor_class = processor_class
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs):
@@ -127,11 +130,7 @@ class Molmo2ImageProcessor(BaseImageProcessor):
     def to_dict(self) -> dict[str, Any]:
         """The content of preprocessor_config.json, the same on every release."""
         output = _canonical({name: getattr(self, name) for name in DEFAULTS})
-        output["image_processor_type"] = type(self).__name__
-        for name, value in (("auto_map", getattr(self, "auto_map", None)), ("processor_class", self._processor_class)):
-            if value is not None:
-                output[name] = value
-        return output
+        return {**output, **self._identity()}
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Opens paths, URLs, base64 text and bytes in a (nested list of) image(s); the rest stays as it is."""

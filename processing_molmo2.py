@@ -569,8 +569,8 @@ def _assistant_mask(
 def _portable_tokenizer_class(stated: str | None, tokenizer: Any) -> str:
     """A class name under which all releases read the same ids.
 
-    Recent releases build named classes anew, with their own splitting of words (GPT-2's for Olmo's tokenizer), and write
-    the name of a base class that older ones lack; `PreTrainedTokenizerFast` takes tokenizer.json as it is everywhere.
+    Recent releases build named classes anew, with their own splitting of words (GPT-2's for Olmo's tokenizer), and
+    write the name of a base class that older ones lack; this one takes tokenizer.json as it is everywhere.
     """
     name = type(tokenizer).__name__ if stated is None else stated
     return name if name.removesuffix("Fast") == "Qwen2Tokenizer" else "PreTrainedTokenizerFast"

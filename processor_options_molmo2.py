@@ -105,3 +105,31 @@ def warn_about(
             logger.warning_once(f"{owner} ignores the unknown option '{name}'. Did you mean '{similar[0]}'?")
         elif not only_near_misses:
             logger.warning_once(f"{owner} ignores the unknown option '{name}'. It knows {', '.join(known)}.")
+
+
+class IdentityMixin:
+    """The keys that say in a processor's JSON what it is, kept and written alike on every release.
+
+    Attributes:
+        type_key: the key under which the name of the class is stored.
+    """
+
+    type_key: str
+    _processor_class: str | None = None
+
+    def _take_identity(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Moves `processor_class` and `auto_map` out of `options`: the arguments of the base class."""
+        self._processor_class = options.pop("processor_class", None)
+        auto_map = options.pop("auto_map", None)
+        return {"processor_class": self._processor_class, **({} if auto_map is None else {"auto_map": auto_map})}
+
+    def _set_processor_class(self, processor_class: str) -> None:
+        """Called by processors that own this one; recent releases only know it for tokenizers."""
+        self._processor_class = processor_class
+
+    def _identity(self) -> dict[str, Any]:
+        keys = {"auto_map": getattr(self, "auto_map", None), "processor_class": self._processor_class}
+        return {
+            self.type_key: type(self).__name__,
+            **{name: value for name, value in keys.items() if value is not None},
+        }

@@ -19,6 +19,7 @@ from .image_loading_molmo2 import load_images  # noqa: F401  (older loaders copy
 from .pixels_molmo2 import CHANNELS, frame_pixel_values, interpolation_mode
 from .processor_options_molmo2 import (
     FIXED_STEPS,
+    IdentityMixin,
     divisors_per_channel,
     pair,
     per_channel,
@@ -133,7 +134,7 @@ class VideoOptions:
     return_metadata: bool
 
 
-class Molmo2VideoProcessor(BaseVideoProcessor):
+class Molmo2VideoProcessor(IdentityMixin, BaseVideoProcessor):
     """Samples frames of videos and cuts each into one crop of patches.
 
     Args:
@@ -149,19 +150,14 @@ class Molmo2VideoProcessor(BaseVideoProcessor):
 
     model_input_names = ["pixel_values_videos", "video_token_pooling", "video_grids"]
     valid_kwargs = Molmo2VideosKwargs
+    type_key = "video_processor_type"
 
     def __init__(self, **kwargs: Unpack[Molmo2VideosKwargs]):
-        self._processor_class = kwargs.pop("processor_class", None)
-        auto_map = kwargs.pop("auto_map", None)
-        super().__init__(processor_class=self._processor_class, **({} if auto_map is None else {"auto_map": auto_map}))
+        super().__init__(**self._take_identity(kwargs))
         _warn_about(kwargs, only_near_misses=True)
         for name, value in _canonical(DEFAULTS | _given(kwargs)).items():
             setattr(self, name, value)
         self._options({})  # refuses what no video could be sampled or cut with
-
-    def _set_processor_class(self, processor_class: str) -> None:
-        """Called by processors that own this one; recent releases only know it for tokenizers."""
-        self._processor_class = processor_class
 
     @classmethod
     def from_dict(cls, video_processor_dict: dict[str, Any], **kwargs):
@@ -175,11 +171,7 @@ class Molmo2VideoProcessor(BaseVideoProcessor):
         output = UNUSED_KEYS | _canonical({name: getattr(self, name) for name in DEFAULTS})
         if output["video_backend"] is None:  # a matter of the machine, not of the model
             del output["video_backend"]
-        output["video_processor_type"] = type(self).__name__
-        for name, value in (("auto_map", getattr(self, "auto_map", None)), ("processor_class", self._processor_class)):
-            if value is not None:
-                output[name] = value
-        return output
+        return {**output, **self._identity()}
 
     def plan(self, num_frames: int, **overrides: Any) -> VideoPlan:
         """How a video of this many sampled frames is cut: grid and number of visual tokens, without any pixel.
