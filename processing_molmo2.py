@@ -322,9 +322,11 @@ class Molmo2Processor(ProcessorMixin):
                 for prompt, own, offsets, row in zip(prompts, spans, encoded["offset_mapping"], rows)
             ]
         max_length, side = options.get("max_length"), self.tokenizer.truncation_side
-        if options.get("truncation") and max_length is None:
+        truncation = getattr(options.get("truncation"), "value", options.get("truncation"))
+        truncates = truncation not in (None, False, "do_not_truncate")
+        if truncates and max_length is None:
             max_length = self.tokenizer.model_max_length
-        if options.get("truncation"):
+        if truncates:
             visual = frozenset(self.image_token_ids)
             masks = masks and [truncate(mask, max_length, side, frozenset()) for mask in masks]
             rows = [truncate(row, max_length, side, visual) for row in rows]
@@ -529,10 +531,10 @@ def _is_text(value: Any) -> bool:
 
 
 def _as_prompts(text: Any) -> list[str]:
-    prompts = [text] if isinstance(text, str) else list(text)
+    prompts = list(text) if isinstance(text, (list, tuple)) else [text]
     wrong = [type(prompt).__name__ for prompt in prompts if not isinstance(prompt, str)]
-    if wrong:
-        raise ValueError(f"`text` holds {wrong[0]}; expected a string or a list of strings.")
+    if wrong or not prompts:
+        raise ValueError(f"`text` holds {wrong[0] if wrong else 'nothing'}; expected a string or a list of strings.")
     return prompts
 
 

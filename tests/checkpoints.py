@@ -11,14 +11,19 @@ The JSON files are the published ones (`data/published`) with only their values 
 
 import json
 import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
+from transformers import dynamic_module_utils
 
 from molmo2_remote.configuration_molmo2 import Molmo2Config
 from molmo2_remote.modeling_molmo2 import Molmo2ForConditionalGeneration
@@ -208,3 +213,19 @@ def picture_inputs(folder: Path) -> dict[str, torch.Tensor]:
             picture_messages(), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )
     )
+
+
+@contextmanager
+def module_cache(folder: Path) -> Iterator[None]:
+    """Remote code is copied to `folder`, not to the cache of whoever runs the tests, and forgotten in the end."""
+
+    def forget() -> None:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+            del sys.modules[name]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(folder))
+        patch.setattr(sys, "path", list(sys.path))
+        forget()
+        yield
+        forget()

@@ -1,7 +1,7 @@
 """Uses checkpoints the way a stranger's program does: a new interpreter, empty caches, nothing of the tests imported.
 
-`run("scenario", ...)` starts this file as a program; what the scenario returns comes back as JSON. Scenarios import what
-they need themselves, because which imports happen, and in what order, is part of what is tested.
+`run("scenario", ...)` starts this file as a program; what the scenario returns comes back as JSON. Scenarios import
+what they need themselves, because which imports happen, and in what order, is part of what is tested.
 """
 
 import importlib
@@ -177,15 +177,43 @@ def from_hub_cache(repository: str, image: str, output: str) -> dict[str, Any]:
     return report
 
 
-def answer(folder: str, image: str, output: str) -> dict[str, Any]:
-    """Load model and processor, and save logits."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+def with_torchvision(folder: str, image: str, video: str, output: str) -> dict[str, Any]:
+    """Everything that looks different to the library where torchvision can be imported."""
+    from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoVideoProcessor
     from transformers.utils import is_torchvision_available
 
     model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     save_answer(model, processor, image, output)
-    return {"torchvision": bool(is_torchvision_available()), **attempt(lambda: model)}
+    processor(text="<|video|>", videos=video)
+    report = {
+        auto.__name__: attempt(lambda: auto.from_pretrained(folder, trust_remote_code=True))  # noqa: B023
+        for auto in (AutoImageProcessor, AutoVideoProcessor)
+    }
+    return {"is_torchvision_available": bool(is_torchvision_available()), **report}
+
+
+def save_all(folder: str, target: str) -> dict[str, Any]:
+    """Load a checkpoint and save it again."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).save_pretrained(target)
+    AutoProcessor.from_pretrained(folder, trust_remote_code=True).save_pretrained(target)
+    return {"files": sorted(os.listdir(target))}
+
+
+def push(folder: str, repository: str) -> dict[str, Any]:
+    """Upload the configuration, and a whole checkpoint in two ways, each to a repository of its own."""
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+    AutoConfig.from_pretrained(folder, trust_remote_code=True).push_to_hub(f"{repository}-config")
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    model.push_to_hub(repository)
+    processor.push_to_hub(repository)
+    for part in (model, processor):
+        part.save_pretrained(f"{folder}-saved", push_to_hub=True, repo_id=f"{repository}-saved")
+    return {}
 
 
 if __name__ == "__main__":

@@ -245,6 +245,12 @@ def assert_native_values(native: Any, config: Molmo2Config) -> None:
             assert getattr(native, name) == getattr(config, name)
 
 
+def test_native_spelling_is_that_of_the_native_class():
+    native = native_class().from_dict(copy.deepcopy(NATIVE_SPELLING))
+    written = json.loads(native.to_json_string())
+    assert written == {**NATIVE_SPELLING, "transformers_version": written["transformers_version"]}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_native_class_reads_what_we_write(family, tmp_path):
     config = tiny_config(family)
@@ -551,8 +557,8 @@ HEADS = "attention heads over 5 key/value heads; `num_attention_heads` must be a
         (
             Molmo2Config,
             {"tie_word_embeddings": True},
-            "Molmo2Config: `tie_word_embeddings` is True; the output matrix of Molmo2 is never tied (it covers fewer "
-            "ids than the input embedding); set it to False.",
+            "Molmo2Config: `tie_word_embeddings` is True; Molmo2 never ties its output matrix, which covers fewer ids than "
+            "the embedding; set it to False.",
         ),
         (
             Molmo2Config,

@@ -113,12 +113,12 @@ def test_metadata_object_of_a_video_part():
     [
         (
             {"type": "image"},
-            "Part 1 of message 2 is an image without a source; expected one of the keys ['image', 'image_url', 'url', "
+            "Part 1 of message 2, an image, has no source; expected one of the keys ['image', 'image_url', 'url', "
             "'path', 'base64']. To pass images separately, render with `tokenize=False` and call the processor with "
             "`images=`.",
         ),
-        ({"type": "image", "image": None}, "Part 1 of message 2 is an image without a source;"),
-        ({"type": "video"}, "Part 1 of message 2 is a video without a source; expected one of the keys ['video', "),
+        ({"type": "image", "image": None}, "Part 1 of message 2, an image, has no source;"),
+        ({"type": "video"}, "Part 1 of message 2, a video, has no source; expected one of the keys ['video', "),
     ],
 )
 def test_pictures_without_a_source(part, message):

@@ -5,7 +5,6 @@ and the remote code beside the weights, as users load them.
 """
 
 import functools
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from checkpoints import (
     FAMILIES,
     PUBLISHED,
     build_model,
+    module_cache,
     picture_inputs,
     read_json,
     tiny_config,
@@ -24,7 +24,7 @@ from checkpoints import (
 )
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, dynamic_module_utils
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
 from molmo2_remote.configuration_molmo2 import Molmo2Config
 from molmo2_remote.modeling_molmo2 import Molmo2ForConditionalGeneration
@@ -33,11 +33,8 @@ NEW_EMBEDDING = "model.transformer.wte.new_embedding"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def module_cache(tmp_path_factory):
-    """Remote code is copied to a folder of this run, not to the cache of whoever runs the tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-        patch.setattr(sys, "path", list(sys.path))
+def own_module_cache(tmp_path_factory):
+    with module_cache(tmp_path_factory.mktemp("modules")):
         yield
 
 
@@ -259,9 +256,9 @@ def test_device_map(olmo3, device_map):
     assert torch.equal(logits(model, olmo3), expected_logits(olmo3))
 
 
-@pytest.mark.parametrize(
-    "cpu_kilobytes", [350, 450, 650]
-)  # the border falls on the text model, its blocks, the vision part
+@pytest.mark.filterwarnings("ignore:The following device_map keys do not match:UserWarning")  # a parameter is one
+# The border falls into the text model, between its blocks, into the vision part.
+@pytest.mark.parametrize("cpu_kilobytes", [350, 450, 650])
 def test_offload_to_disk(olmo3, tmp_path, cpu_kilobytes):
     model = load(
         olmo3, device_map="auto", max_memory={"cpu": f"{cpu_kilobytes}KB"}, offload_folder=str(tmp_path / "offload")

@@ -2,6 +2,7 @@
 
 import base64
 import copy
+import fnmatch
 import io
 import re
 import threading
@@ -16,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoTokenizer
+from transformers.tokenization_utils_base import TruncationStrategy
 from transformers.utils import PaddingStrategy
 from transformers.video_utils import VideoMetadata
 
@@ -105,13 +107,17 @@ def media_of_rows():
     return images, videos, metadata
 
 
-def call_rows(processor, images, videos, metadata, rows=range(len(ROWS)), **options):
+def flat(lists, rows):
+    return [item for row in rows for item in lists[row]]
+
+
+def call_rows(processor, images, videos, metadata, rows, **options):
     """The processor's output for some of the ROWS, media flat."""
     return processor(
         text=[ROWS[row][0] for row in rows],
-        images=sum((images[row] for row in rows), []),
-        videos=sum((videos[row] for row in rows), []),
-        video_metadata=sum((metadata[row] for row in rows), []) or None,
+        images=flat(images, rows),
+        videos=flat(videos, rows),
+        video_metadata=flat(metadata, rows) or None,
         return_tensors="pt",
         **options,
     )
@@ -121,7 +127,7 @@ def call_rows(processor, images, videos, metadata, rows=range(len(ROWS)), **opti
 def test_rows_of_a_batch_are_what_they_are_alone(processor, side):
     """Ids, marks and media of every row, padded to the longest, equal those of a call with this row alone."""
     media = media_of_rows()
-    whole = call_rows(processor, *media, padding=True, padding_side=side)
+    whole = call_rows(processor, *media, rows=range(len(ROWS)), padding=True, padding_side=side)
     alone = [call_rows(processor, *media, rows=[row]) for row in range(len(ROWS))]
 
     width = whole["input_ids"].shape[1]
@@ -282,7 +288,7 @@ def test_empty_lists_are_no_media(processor, empty):
 
 def test_rows_without_images_have_empty_lists(processor):
     output = processor(text=["a", "<|image|>b", "c"], images=[[], [image()], []])
-    assert output["image_num_crops"].tolist() == [5]
+    assert output["image_num_crops"].tolist() == [processor.image_processor.plan(100, 150).num_crops]
 
 
 def test_pictures_alone(processor):
@@ -548,7 +554,7 @@ def test_every_video_part_has_its_own_options(processor):
     parts = [{"type": "video", "video": str(CLIP), "num_frames": 2}, {**frames, "clip": [0, 1]}, frames]
     output = ask(processor, *parts, num_frames=3, return_metadata=True)
     assert output["video_grids"][:, 0].tolist() == [2, 3, 3]
-    assert times_of(output) == ["0.0", "3.2", "0.0", "0.6", "1.0", "0.0", "0.8", "1.8"]
+    assert times_of(output) == ["0.0", "3.2", "0.0", "0.4", "1.0", "0.0", "0.8", "1.8"]
     assert [metadata.fps for metadata in output["video_metadata"]] == [30.0, 5.0, 5.0]
     alone = [ask(processor, part, num_frames=3) for part in parts]
     for key in VIDEO_KEYS:
@@ -575,3 +581,460 @@ def test_options_per_video_of_a_call(processor):
     assert [times_of(output, row) for row in (0, 1)] == [["0.0", "3.2"], ["1.0", "1.5", "2.0"]]
     clips = processor(**arguments, clip=[(0, 1), (1, 2)])
     assert [times_of(clips, row) for row in (0, 1)] == [["0.0", "0.5", "1.0"], ["1.0", "1.5", "2.0"]]
+
+
+# --- callers of other libraries --------------------------------------------------------------------------------------
+
+SAMPLED = {
+    "total_num_frames": 100,
+    "fps": 29.97,
+    "frames_indices": np.array([0.0, 10.5, 20.25, 99.0]),
+    "height": 40,
+    "width": 60,
+    "duration": 3.3,
+    "video_backend": "decord",
+}
+
+
+def test_frames_sampled_by_a_helper_package(processor, warnings_logged):
+    """Frames that are sampled already, with fractional indices and options of other models' processors."""
+    output = processor(
+        text="<|video|>What?",
+        videos=[video(4)],
+        video_metadata=[SAMPLED],
+        do_sample_frames=False,
+        return_tensors="pt",
+        padding=True,
+        fps=None,
+        return_video_kwargs=True,
+        image_patch_size=14,
+        min_frames=2,
+        use_audio_in_video=False,
+    )
+    assert times_of(output) == ["0.0", "0.4", "0.7", "3.3"]
+    assert output["video_grids"].tolist() == [[4, 3, 3]]
+    logged = warnings_logged()
+    for option in ("return_video_kwargs", "image_patch_size", "min_frames", "use_audio_in_video"):
+        assert f"ignores the unknown option '{option}'" in logged
+    assert "'fps'" not in logged
+
+
+def test_frames_sampled_by_an_inference_server(processor):
+    """Nested lists, and the library's metadata objects."""
+    output = processor(
+        text="<|video|>What?",
+        videos=[[video(4)]],
+        video_metadata=[[VideoMetadata(**SAMPLED)]],
+        do_sample_frames=False,
+        return_tensors="pt",
+    )
+    flat = processor(
+        text="<|video|>What?",
+        videos=[video(4)],
+        video_metadata=[SAMPLED],
+        do_sample_frames=False,
+        return_tensors="pt",
+    )
+    assert times_of(output) == ["0.0", "0.4", "0.7", "3.3"]
+    assert_same(output, flat)
+
+
+def test_settings_that_inference_servers_read(processor):
+    images, videos = processor.image_processor, processor.video_processor
+    assert (images.max_crops, images.overlap_margins, images.patch_size, images.pooling_size) == (
+        4,
+        [2, 2],
+        14,
+        [2, 2],
+    )
+    assert (images.size["height"], images.size["width"]) == (98, 98)
+    assert (videos.size["height"], videos.size["width"], videos.patch_size, videos.pooling_size) == (
+        98,
+        98,
+        14,
+        [3, 3],
+    )
+    assert (videos.num_frames, videos.max_fps, videos.sampling_fps) == (4, 2, 2)
+    assert videos.frame_sample_mode == "uniform_last_frame"
+    options = default_settings("processor")
+    assert {name: getattr(processor, name) for name in options} == options
+
+
+# --- truncation and padding ------------------------------------------------------------------------------------------
+
+
+def test_truncation(processor, monkeypatch):
+    """BOS stays on either side; without `max_length` the tokenizer's own limit counts."""
+    (ids,) = processor(text="one two three four")["input_ids"]
+    assert processor(text="one two three four", truncation=True, max_length=5)["input_ids"] == [ids[:5]]
+    monkeypatch.setattr(tokenizer(), "truncation_side", "left")
+    assert processor(text="one two three four", truncation=True, max_length=5)["input_ids"] == [[ids[0], *ids[-4:]]]
+    monkeypatch.setattr(tokenizer(), "model_max_length", 3)
+    assert processor(text="one two three four", truncation=True)["input_ids"] == [[ids[0], *ids[-2:]]]
+    assert processor(text="one two three four")["input_ids"] == [ids]
+
+
+@pytest.mark.parametrize("truncation", [False, None, "do_not_truncate", TruncationStrategy.DO_NOT_TRUNCATE])
+def test_no_truncation(processor, truncation):
+    text = "one two three four"
+    assert processor(text=text, truncation=truncation, max_length=5)["input_ids"] == [with_bos(text)]
+
+
+@pytest.mark.parametrize("truncation", ["longest_first", "only_first", TruncationStrategy.ONLY_FIRST])
+def test_truncation_by_name(processor, truncation):
+    text = "one two three four"
+    assert processor(text=text, truncation=truncation, max_length=5)["input_ids"] == [with_bos(text)[:5]]
+
+
+def test_truncation_refuses_to_cut_pictures(processor):
+    (ids,) = processor(text="<|image|>What is this?", images=[image()])["input_ids"]
+    question = encode("What is this?")
+    cut = processor(text="<|image|>What is this?", images=[image()], truncation=True, max_length=len(ids) - 2)
+    assert cut["input_ids"] == [ids[:-2]]
+    excess = len(question) + 5
+    message = (
+        f"Truncating a prompt of {len(ids)} tokens to `max_length` = {len(ids) - excess} would cut 5 visual token(s). "
+        f"Raise `max_length` by {excess} or more, lower `max_crops` (images) or `num_frames` (videos)."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        processor(text="<|image|>What is this?", images=[image()], truncation=True, max_length=len(ids) - excess)
+
+
+@pytest.mark.parametrize(
+    ("options", "length"),
+    [
+        ({"padding": True}, 8),
+        ({"padding": "longest"}, 8),
+        ({"padding": PaddingStrategy.LONGEST}, 8),
+        ({"padding": True, "pad_to_multiple_of": 5}, 10),
+        ({"padding": "max_length", "max_length": 12}, 12),
+        ({"padding": PaddingStrategy.MAX_LENGTH, "max_length": 12, "pad_to_multiple_of": 8}, 16),
+        ({"padding": "max_length", "max_length": 3}, 8),
+        ({"padding": "max_length", "max_length": 3, "truncation": True}, 3),
+    ],
+)
+def test_padding_strategies(processor, options, length):
+    texts = ["x", "1234567"]
+    rows = [with_bos(text) for text in texts]
+    assert [len(row) for row in rows] == [2, 8]
+    output = processor(text=texts, return_tensors="np", **options)
+    assert output["input_ids"].shape == (2, length)
+    for row, ids, mask in zip(rows, output["input_ids"], output["attention_mask"], strict=True):
+        assert ids[mask == 1].tolist() == row[:length]
+        assert mask[-1] == 1
+
+
+@pytest.mark.parametrize("padding", [False, "do_not_pad", PaddingStrategy.DO_NOT_PAD])
+def test_no_padding(processor, padding):
+    texts = ["x", "1234567"]
+    assert processor(text=texts, padding=padding)["input_ids"] == [with_bos(text) for text in texts]
+    message = (
+        "The prompts have [2, 8] tokens, which make no tensor. Pass `padding=True`, or leave `return_tensors` out to "
+        "get lists."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        processor(text=texts, padding=padding, return_tensors="pt")
+
+
+def test_padding_side_of_the_tokenizer_and_of_the_call(processor):
+    texts = ["x", "x x x x"]
+    for side, first in (("left", 0), ("right", 1)):
+        processor.tokenizer.padding_side = side
+        output = processor(text=texts, padding=True, return_tensors="np")
+        assert output["attention_mask"][0, 0] == first
+        other = {"left": "right", "right": "left"}[side]
+        output = processor(text=texts, padding=True, padding_side=other, return_tensors="np")
+        assert output["attention_mask"][0, 0] == 1 - first
+        assert processor.tokenizer.padding_side == side
+
+
+# --- numbers and notation --------------------------------------------------------------------------------------------
+
+NOTATIONS = {
+    "default": {},
+    "as published": {"use_frame_special_tokens": False, "use_single_crop_col_tokens": False},
+    "web": {
+        "use_frame_special_tokens": False,
+        "use_single_crop_col_tokens": None,
+        "use_single_crop_start_token": False,
+    },
+    "no columns": {"image_use_col_tokens": False, "use_single_crop_col_tokens": None},
+    "all columns": {"use_single_crop_col_tokens": True, "video_use_col_tokens": True},
+    "low-res patches": {"use_low_res_token_for_global_crops": True, "use_frame_special_tokens": False},
+}
+each_notation = pytest.mark.parametrize("notation", NOTATIONS.values(), ids=NOTATIONS)
+
+
+@each_notation
+def test_notation_of_the_checkpoint(notation):
+    """The options of the processor decide how pictures are written, and are kept as attributes."""
+    processor = build_processor({**SMALL, "processor_init": notation})
+    full = {**default_settings("processor"), **notation}
+    assert {name: getattr(processor, name) for name in full} == full
+    assert processor.notation == PictureNotation(**full)
+    output = processor(text="<|image|><|video|>", images=[image()], videos=[video()], video_metadata=[METADATA])
+    low_start = "<low_res_im_start>" if full["use_single_crop_start_token"] else "<im_start>"
+    frame_start = "<frame_start>" if full["use_frame_special_tokens"] else "<im_start>"
+    written = decode(output["input_ids"][0]).removeprefix("<|im_end|>")
+    assert written.startswith(low_start)
+    assert written.count(f" {frame_start}") == 4
+    columns = full["image_use_col_tokens"]
+    low_columns = columns if full["use_single_crop_col_tokens"] is None else full["use_single_crop_col_tokens"]
+    low_rows, _, high_rows, _ = output["image_grids"][0]
+    in_images = written.partition("0.0 ")[0].count("<im_col>")
+    assert in_images == columns * high_rows + low_columns * low_rows
+    assert written.count("<im_col>") - in_images == (4 * 3 if full["video_use_col_tokens"] else 0)
+    assert written.count("<im_low>") == (16 if full.get("use_low_res_token_for_global_crops") else 0)
+
+
+@each_notation
+@pytest.mark.parametrize("options", [{}, {"max_crops": 1}, {"images_kwargs": {"max_crops": 2}}])
+def test_numbers_of_tokens_without_reading_pictures(notation, options):
+    """What servers ask for ahead of time equals what is written later; times are text and not counted."""
+    processor = build_processor({**SMALL, "processor_init": notation})
+    sizes = [(100, 150), (20, 700), (98, 98)]
+    planned = processor._get_num_multimodal_tokens(
+        image_sizes=sizes, video_sizes=[(4, 40, 60), (2, 40, 60)], **options
+    )
+    output = processor(
+        text=["<|image|>"] * 3 + ["<|video|>"] * 2,
+        images=[image(*size) for size in sizes],
+        videos=[video(4), video(2)],
+        video_metadata=[{"fps": 2.0, "frames_indices": list(range(number))} for number in (4, 2)],
+        do_sample_frames=False,
+        **options,
+    )
+    marked = [sum(row) for row in output["token_type_ids"]]
+    assert planned["num_image_tokens"] == marked[:3]
+    assert planned["num_video_tokens"] == marked[3:]
+    assert planned["num_image_patches"] == output["image_num_crops"].tolist()
+
+
+def test_numbers_are_given_for_what_was_asked(processor):
+    numbers = processor._get_num_multimodal_tokens(image_sizes=[])
+    assert (numbers.num_image_tokens, numbers.num_image_patches, numbers.num_video_tokens) == ([], [], None)
+
+
+def test_tokens_of_pictures(processor):
+    tokens = processor.get_image_tokens(np.array([1, 2, 1, 1]))
+    assert tokens == [
+        *["<low_res_im_start>", "<im_patch>", "<im_patch>", "<im_col>", "<im_end>"],
+        *["<im_start>", "<im_patch>", "<im_col>", "<im_end>"],
+    ]
+    text = processor.get_video_string(np.array([2, 1, 1]), np.array([0.0, 0.5]))
+    assert text == "0.0 <frame_start><im_patch><frame_end> 0.5 <frame_start><im_patch><frame_end>"
+
+
+def test_ids_of_special_tokens(processor):
+    vocabulary = tokenizer().get_vocab()
+    assert sorted(processor.image_token_ids) == sorted(vocabulary[token] for token in VISUAL_TOKENS)
+    assert (processor.image_token, processor.image_token_id) == ("<|image|>", vocabulary["<|image|>"])
+    assert (processor.video_token, processor.video_token_id) == ("<|video|>", vocabulary["<|video|>"])
+    assert processor.bos_token_id == vocabulary["<|im_end|>"]
+
+
+def test_bos_falls_back_to_eos(processor):
+    fresh = AutoTokenizer.from_pretrained(GOLDEN / "tokenizer")
+    fresh.bos_token = None
+    without_bos = Molmo2Processor(processor.image_processor, processor.video_processor, fresh)
+    assert fresh.bos_token_id is None
+    assert without_bos.bos_token_id == fresh.eos_token_id
+    assert without_bos(text="Hi")["input_ids"] == [[fresh.eos_token_id, *encode("Hi")]]
+
+
+# --- ids back to text ------------------------------------------------------------------------------------------------
+
+
+def test_decoding(processor):
+    output = processor(text=["<|image|>A cat", "Two words"], images=[image()], padding=True, return_tensors="pt")
+    assert processor.batch_decode(output["input_ids"], skip_special_tokens=True) == ["A cat", "Two words"]
+    assert processor.decode(output["input_ids"][1], skip_special_tokens=True) == "Two words"
+    assert processor.post_process_image_text_to_text(output["input_ids"]) == ["A cat", "Two words"]
+    (kept,) = processor.post_process_image_text_to_text(output["input_ids"][:1], skip_special_tokens=False)
+    assert kept.startswith("<|im_end|><low_res_im_start><im_patch>")
+    assert kept.endswith("<im_end>A cat")
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+IMAGE_ADVICE = "Put one `<|image|>` where each image belongs, or let `apply_chat_template` write the prompt."
+VIDEO_ADVICE = "Put one `<|video|>` where each video belongs, or let `apply_chat_template` write the prompt."
+TWO_FRAMES = {"total_num_frames": 2, "fps": 5.0}
+ONE_VIDEO = {"videos": [video(2)], "video_metadata": [TWO_FRAMES]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "Nothing to process: pass `text`, and `images` or `videos` with it."),
+        ({"text": "a", "audio": [0.0]}, "Molmo2 does not hear: `audio` must be None."),
+        ({"text": [["a"], ["b"]]}, "`text` holds list; expected a string or a list of strings."),
+        ({"text": []}, "`text` holds nothing; expected a string or a list of strings."),
+        ({"text": 5}, "`text` holds int; expected a string or a list of strings."),
+        ({"text": ["a", None]}, "`text` holds NoneType; expected a string or a list of strings."),
+        (
+            {"text": "a", "images": [image()]},
+            f"0 `<|image|>` in the text, but 1 image(s) were passed. {IMAGE_ADVICE}",
+        ),
+        ({"text": "a", **ONE_VIDEO}, f"0 `<|video|>` in the text, but 1 video(s) were passed. {VIDEO_ADVICE}"),
+        ({"text": "<|image|>a"}, f"1 `<|image|>` in the text, but 0 image(s) were passed. {IMAGE_ADVICE}"),
+        (
+            {"text": ["<|video|>a", "<|video|>b"]},
+            f"2 `<|video|>` in the text, but 0 video(s) were passed. {VIDEO_ADVICE}",
+        ),
+        (
+            {"text": ["<|image|>a", "<|image|>b"], "images": [image()] * 3},
+            f"2 `<|image|>` in the text, but 3 image(s) were passed. {IMAGE_ADVICE}",
+        ),
+        (
+            {"text": ["<|image|>a", "<|image|>b"], "images": [[image()] * 2, []]},
+            f"Prompt 0 has 1 `<|image|>`, but 2 image(s) were passed for it. {IMAGE_ADVICE}",
+        ),
+        (
+            {"text": ["a", "<|video|>b"], "videos": [[video(2)], []], "video_metadata": [TWO_FRAMES]},
+            f"Prompt 0 has 0 `<|video|>`, but 1 video(s) were passed for it. {VIDEO_ADVICE}",
+        ),
+        ({"text": "<|image|>a", "images": [image()], **ONE_VIDEO}, "0 `<|video|>` in the text, but 1 video(s)"),
+        ({"text": "<|video|>a", "videos": [video(2)]}, "videos[0]: The video has no usable frame rate (fps is None)"),
+        ({"text": "a", "padding": "short"}, "`padding` is 'short'; expected True, 'longest', 'max_length' or False."),
+        ({"text": "a", "padding": "max_length"}, '`padding="max_length"` needs `max_length`'),
+        ({"text": ["a", "b c"], "padding": True, "padding_side": "up"}, "`padding_side` is 'up'; expected 'left' or"),
+    ],
+)
+def test_calls_that_make_no_sense(processor, arguments, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        processor(**arguments)
+
+
+def test_user_text_with_a_placeholder_is_refused(processor):
+    """It would shift all pictures after it."""
+    messages = [
+        {"role": "user", "content": [{"type": "image", "image": image()}, {"type": "text", "text": "<|image|>"}]}
+    ]
+    with pytest.raises(ValueError, match=re.escape("2 `<|image|>` in the text, but 1 image(s) were passed.")):
+        processor.apply_chat_template(messages, tokenize=True, return_dict=True)
+
+
+def test_parts_that_are_missing(processor):
+    with pytest.raises(ValueError, match=r"^Molmo2Processor needs a `video_processor`; found None\."):
+        Molmo2Processor(processor.image_processor, None, processor.tokenizer)
+
+
+def test_a_tokenizer_without_the_tokens_is_refused(processor, monkeypatch):
+    plain = AutoTokenizer.from_pretrained(GOLDEN / "tokenizer")
+    vocabulary = {token: id_ for token, id_ in plain.get_vocab().items() if token not in ("<im_low>", "<|video|>")}
+    monkeypatch.setattr(plain, "get_vocab", lambda: vocabulary)
+    message = "The tokenizer lacks ['<|video|>', '<im_low>']. Use that of a Molmo2 checkpoint, whose vocabulary ends "
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        Molmo2Processor(processor.image_processor, processor.video_processor, plain)
+
+
+def test_padding_side_of_a_new_processor(processor):
+    """Left, unless the tokenizer's files say otherwise."""
+    parts = processor.image_processor, processor.video_processor
+    fresh = AutoTokenizer.from_pretrained(GOLDEN / "tokenizer")
+    fresh.init_kwargs.pop("padding_side", None)
+    fresh.padding_side = "right"
+    assert Molmo2Processor(*parts, fresh).tokenizer.padding_side == "left"
+    stated = AutoTokenizer.from_pretrained(GOLDEN / "tokenizer", padding_side="right")
+    assert Molmo2Processor(*parts, stated).tokenizer.padding_side == "right"
+
+
+def test_a_processor_without_a_template(processor):
+    fresh = AutoTokenizer.from_pretrained(GOLDEN / "tokenizer")
+    fresh.chat_template = None
+    bare = Molmo2Processor(processor.image_processor, processor.video_processor, fresh)
+    with pytest.raises(ValueError, match=r"^The processor has no chat template\. Put `chat_template\.jinja` beside"):
+        bare.apply_chat_template([{"role": "user", "content": "a"}])
+    assert (
+        bare.apply_chat_template([{"role": "user", "content": "a"}], chat_template="{{ messages[0].role }}") == "user"
+    )
+
+
+# --- any pictures in any rows ----------------------------------------------------------------------------------------
+
+PIL_MODES = ("RGB", "L", "RGBA", "P", "1", "LA", "CMYK", "I;16", "F")
+SIDES = st.integers(1, 700)
+IMAGES = st.tuples(st.just("image"), SIDES, SIDES, st.sampled_from(PIL_MODES))
+VIDEOS = st.tuples(st.just("video"), st.integers(1, 40), st.sampled_from([0.5, 1.0, 7.5, 23.976, 30.0]))
+
+
+@given(
+    rows=st.lists(st.lists(st.one_of(st.just(("text",)), IMAGES, VIDEOS), max_size=3), min_size=1, max_size=3),
+    notation=st.sampled_from(list(NOTATIONS.values())),
+    max_crops=st.integers(1, 24),
+    num_frames=st.integers(1, 6),
+    side=st.sampled_from(["left", "right"]),
+)
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_planned_tokens_are_emitted_and_found_again(rows, notation, max_crops, num_frames, side):
+    """Tokens planned == tokens in the prompt == pooling rows, and the model finds out which row owns what."""
+    processor = build_processor({**SMALL, "processor_init": notation})
+    plans, expected_owners, prompts = [], [], []
+    images, videos, metadata = [], [], []
+    for row in rows:
+        plan, owners, prompt = [], [], "a "
+        for kind, *media in row:
+            if kind == "image":
+                height, width, mode = media
+                owners.append(("image", len(images)))
+                images.append(Image.new(mode, (width, height)))
+                plan.append(processor.image_processor.plan(height, width, max_crops=max_crops).num_pooled_tokens)
+            elif kind == "video":
+                total, fps = media
+                owners.append(("video", len(videos)))
+                videos.append(np.zeros((total, 9, 16, 3), dtype=np.uint8))
+                metadata.append({"total_num_frames": total, "fps": fps})
+                frames = len(processor.video_processor.sample_frames(metadata[-1], num_frames=num_frames))
+                plan.append(processor.video_processor.plan(frames).num_pooled_tokens)
+            prompt += {"image": "<|image|>", "video": "<|video|>", "text": "some text "}[kind]
+        plans.append(plan)
+        expected_owners.append(owners)
+        prompts.append(prompt)
+
+    output = processor(
+        text=prompts,
+        images=images,
+        videos=videos,
+        video_metadata=metadata or None,
+        max_crops=max_crops,
+        num_frames=num_frames,
+        padding=True,
+        padding_side=side,
+        return_tensors="pt",
+    )
+    vocabulary = tokenizer().get_vocab()
+    patches = [vocabulary["<im_patch>"], vocabulary["<im_low>"]]
+    ends = [vocabulary["<im_end>"], vocabulary["<frame_end>"]]
+    emitted = torch.isin(output["input_ids"], torch.tensor(patches)).sum(dim=1).tolist()
+    assert emitted == [sum(plan) for plan in plans]
+    pooled = sum(len(output[key]) for key in ("image_token_pooling", "video_token_pooling") if key in output)
+    assert pooled == sum(emitted)
+
+    tables = MediaTables(*(output.get(key) for key in ("image_grids", "image_num_crops", "video_grids")))
+    groups = token_groups(output["input_ids"], patches, ends, vocabulary["<low_res_im_start>"])
+    assert assign_media(groups, tables) == expected_owners
+
+
+# --- documentation ---------------------------------------------------------------------------------------------------
+
+
+def test_differences_name_existing_tests():
+    """Every row of docs/differences.md names tests that exist, and every departure from a recorded case has a row."""
+    from test_golden_processor import DEPARTURES
+
+    document = (REPOSITORY / "docs" / "differences.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ") for line in document.splitlines() if line.startswith("| ") and "| Test |" not in line]
+    assert {len(row) for row in rows} == {4}
+    name = re.compile(r"`(test_\w+\.py)::(\w+)(?:\[(.+?)\])?`")
+    patterns = set()
+    for *_, tests in rows:
+        assert name.sub("", tests).strip(" ,|") == ""
+        for file, function, cases in name.findall(tests):
+            source = (REPOSITORY / "tests" / file).read_text(encoding="utf-8")
+            assert f"\ndef {function}(" in source, f"{file} has no {function}"
+            patterns |= {cases} if cases else set()
+    recorded = set(DEPARTURES)
+    for cases in patterns:
+        assert fnmatch.filter(recorded, cases), f"{cases} fits no departure"
+    assert [case for case in sorted(recorded) if not any(fnmatch.fnmatch(case, cases) for cases in patterns)] == []

@@ -93,7 +93,7 @@ def test_times_have_one_decimal(seconds, printed):
 
 
 def test_every_frame_has_its_time():
-    with pytest.raises(ValueError, match=r"3 frame\(s\) and 2 timestamp\(s\); expected one time for each frame"):
+    with pytest.raises(ValueError, match=r"3 frame\(s\) and 2 timestamp\(s\); expected one for each frame"):
         video_string([3, 1, 1], [0.0, 0.5], PictureNotation())
 
 
@@ -140,7 +140,7 @@ def test_matching_placeholders(counts, passed):
     require_placeholders(counts, passed, "<|image|>", "image")
 
 
-ADVICE = "Put one `<|image|>` where each image belongs, or let `apply_chat_template` build the prompt from messages."
+ADVICE = "Put one `<|image|>` where each image belongs, or let `apply_chat_template` write the prompt."
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_truncate(ids, max_length, side, expected):
 def test_visual_tokens_are_never_cut(ids, side, lost):
     message = (
         f"Truncating a prompt of 5 tokens to `max_length` = 3 would cut {lost} visual token(s). Raise `max_length` by "
-        "at least 2, or lower `max_crops` (images) or `num_frames` (videos)."
+        "2 or more, lower `max_crops` (images) or `num_frames` (videos)."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         truncate(ids, 3, side, VISUAL)
