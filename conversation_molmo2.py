@@ -1,8 +1,9 @@
 """Finds the pictures in chat messages, by the rule of the chat template: a part counts as a picture by its type, or by
-carrying one of the keys `image`, `image_url`, `video`, `video_url`."""
+carrying a value under one of the keys `image`, `image_url`, `video`, `video_url`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from os import PathLike
 from typing import Any
 
 IMAGE_SOURCES = ("image", "image_url", "url", "path", "base64")
@@ -42,14 +43,26 @@ def is_batch(conversation: Any) -> bool:
 
 
 def messages_of(conversation: Any) -> list[Mapping[str, Any]]:
-    """The messages of a list or of an object that holds them, such as a pipeline's chat."""
-    return list(getattr(conversation, "messages", conversation))
+    """The messages of a list or of an object that holds them, such as a pipeline's chat.
+
+    Raises:
+        ValueError: If there are no messages in it.
+    """
+    messages = getattr(conversation, "messages", conversation)
+    if not isinstance(messages, (list, tuple)) or not all(isinstance(message, Mapping) for message in messages):
+        raise ValueError(
+            f"A conversation is a list of messages such as {{'role': 'user', 'content': ...}}; found {messages!r:.80}."
+        )
+    return list(messages)
 
 
 def _kind(part: Mapping[str, Any]) -> str | None:
-    if part.get("type") in ("image", "image_url") or "image" in part or "image_url" in part:
+    def carries(key: str) -> bool:
+        return part.get(key) is not None  # data sets fill keys that a part lacks with null
+
+    if part.get("type") in ("image", "image_url") or carries("image") or carries("image_url"):
         return "image"
-    if part.get("type") in ("video", "video_url") or "video" in part or "video_url" in part:
+    if part.get("type") in ("video", "video_url") or carries("video") or carries("video_url"):
         return "video"
     return None
 
@@ -67,12 +80,24 @@ def _source(part: Mapping[str, Any], keys: Sequence[str], kind: str, where: str)
     )
 
 
-def _metadata(part: Mapping[str, Any]) -> Any:
+def _is_file(video: Any) -> bool:
+    return isinstance(video, (str, bytes, PathLike)) or hasattr(video, "read")
+
+
+def _metadata(part: Mapping[str, Any], video: Any) -> Any:
     given = part.get("video_metadata", part.get("metadata"))
-    said = {key: part[key] for key in ("timestamps", "fps") if part.get(key) is not None}
+    keys = ("timestamps",) if _is_file(video) else ("timestamps", "fps")
+    said = {key: part[key] for key in keys if part.get(key) is not None}
     if not said:
         return given
     return {**(given if isinstance(given, Mapping) else vars(given) if given is not None else {}), **said}
+
+
+def _options(part: Mapping[str, Any], video: Any) -> dict[str, Any]:
+    options = {VIDEO_OPTIONS[key]: part[key] for key in VIDEO_OPTIONS if part.get(key) is not None}
+    if _is_file(video) and part.get("fps") is not None:
+        options["fps"] = part["fps"]  # of frames it is their own rate, of a file the rate to sample at
+    return options
 
 
 def find_media(conversation: Any) -> ConversationMedia:
@@ -91,7 +116,8 @@ def find_media(conversation: Any) -> ConversationMedia:
             if kind == "image":
                 media.images.append(_source(part, IMAGE_SOURCES, kind, where))
             elif kind == "video":
-                media.videos.append(_source(part, VIDEO_SOURCES, kind, where))
-                media.video_metadata.append(_metadata(part))
-                media.video_options.append({VIDEO_OPTIONS[key]: part[key] for key in VIDEO_OPTIONS if key in part})
+                video = _source(part, VIDEO_SOURCES, kind, where)
+                media.videos.append(video)
+                media.video_metadata.append(_metadata(part, video))
+                media.video_options.append(_options(part, video))
     return media

@@ -111,7 +111,8 @@ def _is_file(item: Any) -> bool:
 def _shortened(text: str) -> str:
     if len(text) <= MAX_QUOTED_CHARACTERS:
         return text
-    return f"{text[:MAX_QUOTED_CHARACTERS]}... ({len(text)} characters)"
+    kept = MAX_QUOTED_CHARACTERS // 2  # of both ends: a path says most at its end
+    return f"{text[:kept]}...{text[-kept:]} ({len(text)} characters)"
 
 
 def _open(reference: Any, where: str) -> Image.Image:

@@ -15,10 +15,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TokenGroup:
-    """Consecutive patch tokens up to an end token: how many, and whether they open like a low-res view."""
+    """Consecutive patch tokens up to an end token.
+
+    Attributes:
+        num_tokens: How many.
+        opens_image: They follow a start token that only low-resolution views have.
+        closes_frame: They end with a token that only video frames have.
+    """
 
     num_tokens: int
     opens_image: bool
+    closes_frame: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,13 +76,14 @@ def flat_pooling(token_pooling: Tensor, tokens: Tensor, crops: Tensor, patches_p
 
 
 def token_groups(
-    input_ids: Tensor, patch_ids: list[int], end_ids: list[int], low_res_start_id: int
+    input_ids: Tensor, patch_ids: list[int], image_end_id: int, frame_end_id: int, low_res_start_id: int
 ) -> list[list[TokenGroup]]:
     """Groups of patch tokens closed by an end token, for each row; end tokens without patches are plain text.
 
     Args:
         input_ids: (B, S) int64.
     """
+    end_ids = [image_end_id, frame_end_id]
     is_patch = torch.isin(input_ids, torch.tensor(patch_ids, device=input_ids.device))
     is_end = torch.isin(input_ids, torch.tensor(end_ids, device=input_ids.device))
     follows_low_res_start = torch.zeros_like(is_patch)
@@ -85,10 +93,11 @@ def token_groups(
     for row in range(len(input_ids)):
         closed_at = is_end[row].nonzero()[:, 0]
         seen_then, opened_then = seen[row, closed_at].tolist(), opened[row, closed_at].tolist()
+        closed_by = input_ids[row, closed_at].tolist()
         starts = zip([0, *seen_then], [0, *opened_then])
         groups = [
-            TokenGroup(end - start, opened_end > opened_start)
-            for (start, opened_start), end, opened_end in zip(starts, seen_then, opened_then)
+            TokenGroup(end - start, opened_end > opened_start, end_id == frame_end_id)
+            for (start, opened_start), end, opened_end, end_id in zip(starts, seen_then, opened_then, closed_by)
         ]
         rows.append([group for group in groups if group.num_tokens])
     return rows
@@ -97,9 +106,9 @@ def token_groups(
 def assign_media(rows: list[list[TokenGroup]], tables: MediaTables) -> list[list[tuple[str, int]]]:
     """For each row its pictures in the order of the prompt, as ("image" | "video", index into the flat list).
 
-    Images, and likewise videos, are taken in flat order. Where a group could be either, a low-res opening means an
-    image, its absence while other groups have one means a video; otherwise an image is tried first, because prompts
-    put images first.
+    Images, and likewise videos, are taken in flat order. Where a group could be either, a frame's own end token means
+    a video; a low-res opening means an image, and its absence while other groups have one a video; otherwise an image
+    is tried first, because prompts put images first.
 
     Raises:
         ValueError: If the groups of a row fit no pictures, or pictures are left over.
@@ -112,7 +121,9 @@ def assign_media(rows: list[list[TokenGroup]], tables: MediaTables) -> list[list
         sizes, place, media = [group.num_tokens for group in groups], 0, []
         while place < len(groups):
             kinds = ["image", "video"]
-            if marks_images:
+            if groups[place].closes_frame:
+                kinds = ["video"]
+            elif marks_images:
                 kinds = ["image"] if groups[place].opens_image else ["video"]
             for kind in kinds:
                 wanted = waiting[kind][taken[kind]] if taken[kind] < len(waiting[kind]) else None

@@ -121,9 +121,9 @@ class Molmo2Model(Molmo2PreTrainedModel):
         """Groups of patch tokens for each row, from which the owner of each picture follows."""
         if input_ids is not None and input_ids.shape[1] == 0:
             input_ids = None
-        ends = [self.config.image_end_token_id, self.config.frame_end_token_id]
-        ids = self._special_ids(input_ids, inputs_embeds)
-        return token_groups(ids, self.patch_ids, ends, self.config.low_res_image_start_token_id)
+        config, ids = self.config, self._special_ids(input_ids, inputs_embeds)
+        ends = (config.image_end_token_id, config.frame_end_token_id)
+        return token_groups(ids, self.patch_ids, *ends, config.low_res_image_start_token_id)
 
     def get_image_features(
         self,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers.configuration_utils import PretrainedConfig
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, TextKwargs, Unpack
 from transformers.utils import logging
@@ -38,7 +39,7 @@ from .prompt_molmo2 import (
 )
 from .special_tokens_molmo2 import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, VISUAL_TOKENS
 from .video_decoding_molmo2 import open_video  # noqa: F401
-from .video_loading_molmo2 import list_videos  # noqa: F401
+from .video_loading_molmo2 import list_videos
 from .video_processing_molmo2 import Molmo2VideoProcessor, Molmo2VideosKwargs
 from .video_readers_molmo2 import VideoReader  # noqa: F401
 from .video_timeline_molmo2 import VideoTimeline  # noqa: F401
@@ -80,6 +81,10 @@ class Molmo2ProcessorKwargs(ProcessingKwargs, total=False):
     }
 
 
+# Options of tokenizers that have no place in rows with pictures.
+UNUSED_TEXT_OPTIONS = {"text_pair", "text_target", "text_pair_target", "stride", "is_split_into_words"} | {
+    f"return_{name}" for name in ("overflowing_tokens", "special_tokens_mask", "offsets_mapping", "length")
+}
 # As a keyword argument this reaches images only, as in the original; frames keep their filter unless `videos_kwargs`
 # names one.
 FLAT_FOR_IMAGES_ALONE = frozenset({"resample"})
@@ -213,7 +218,7 @@ class Molmo2Processor(ProcessorMixin):
             raise ValueError(
                 "Molmo2 does not hear: `audio` must be None. Speech can be passed as text (role `subtitle`)."
             )
-        if _is_text(images) and not _is_text(text):
+        if _is_text(images) and not _is_text(text) and not (text is None and _are_references(images)):
             images, text = text, images  # called with the text first
         if images is None and text is None and videos is None:
             raise ValueError("Nothing to process: pass `text`, and `images` or `videos` with it.")
@@ -266,6 +271,8 @@ class Molmo2Processor(ProcessorMixin):
                 raise ValueError(f"{twice} given twice: in `{name}` and as a keyword argument. Keep one of them.")
             unknown -= set(own)
             sections[name].update({**common, **own, **nested})
+        for option in sorted(UNUSED_TEXT_OPTIONS & {name for name, value in sections["text_kwargs"].items() if value}):
+            logger.warning_once(f"Molmo2Processor has no use for the option {option!r}; it changes nothing.")
         for option in sorted(unknown):
             logger.warning_once(f"Molmo2Processor ignores the unknown option {option!r}.")
         return sections
@@ -277,10 +284,15 @@ class Molmo2Processor(ProcessorMixin):
         options = {**options, "return_tensors": None, "return_metadata": True}
         if not own_options:
             return dict(self.video_processor.preprocess(videos, **options))
-        metadata = options.pop("video_metadata", None) or [None] * len(videos)
+        items = list_videos(videos, options.pop("video_metadata", None))
+        if len(items) != len(own_options):
+            raise ValueError(
+                f"There are {len(items)} video(s), but {len(own_options)} entries in `per_video_options`. Pass one "
+                "dictionary per video, an empty one where nothing differs."
+            )
         outputs = [
-            self.video_processor.preprocess([video], video_metadata=[known], **{**options, **own})
-            for video, known, own in zip(videos, metadata, own_options)
+            self.video_processor.preprocess([item.video], video_metadata=[item.metadata], **{**options, **own})
+            for item, own in zip(items, own_options)
         ]
         merged = {name: np.concatenate([output[name] for output in outputs]) for name in VIDEO_TENSORS}
         return {**merged, "video_metadata": [entry for output in outputs for entry in output["video_metadata"]]}
@@ -387,6 +399,8 @@ class Molmo2Processor(ProcessorMixin):
             ValueError: A picture part without a source, a missing template, and whatever `__call__` raises.
             jinja2.TemplateError: Roles out of order, an empty conversation.
         """
+        if return_assistant_tokens_mask and not (tokenize and return_dict):
+            raise ValueError("`return_assistant_tokens_mask` needs `tokenize=True` and `return_dict=True`.")
         batched = is_batch(conversation)
         conversations = list(conversation) if batched else [conversation]
         template = self._template(chat_template)
@@ -462,12 +476,10 @@ class Molmo2Processor(ProcessorMixin):
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs) -> list[Any]:
         """Load the three parts directly: the library's lookup of video processors needs torchvision."""
-        from transformers import AutoTokenizer
-
         kwargs = {
             name: value for name, value in kwargs.items() if name not in ("use_fast", "_from_auto", "code_revision")
         }
-        tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        tokenizer = _load_tokenizer(pretrained_model_name_or_path, kwargs)
         kwargs.pop("trust_remote_code", None)
         if processor_dict is None:
             processor_dict, _ = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
@@ -530,6 +542,17 @@ def _is_text(value: Any) -> bool:
     )
 
 
+def _are_references(texts: str | list[str]) -> bool:
+    """Whether every string is a URL or the path of a file, so that it means an image and no prompt."""
+    for text in [texts] if isinstance(texts, str) else texts:
+        try:
+            if not text.startswith(("http://", "https://", "file://", "data:")) and not Path(text).is_file():
+                return False
+        except (OSError, ValueError):  # too long for a path, or with characters that none has
+            return False
+    return True
+
+
 def _as_prompts(text: Any) -> list[str]:
     prompts = list(text) if isinstance(text, (list, tuple)) else [text]
     wrong = [type(prompt).__name__ for prompt in prompts if not isinstance(prompt, str)]
@@ -566,6 +589,20 @@ def _assistant_mask(
         int(any(start <= first and last <= end for start, end in moved) and last > first) for first, last in offsets
     ]
     return [0] * (length - len(mask)) + mask
+
+
+def _load_tokenizer(name_or_path: Any, options: dict[str, Any]) -> Any:
+    """The tokenizer, also of a repository that has vocab.json and merges.txt but no tokenizer.json.
+
+    For the model type `molmo2` recent releases read tokenizer.json only. Under another configuration they go by the
+    class that tokenizer_config.json states, which builds the tokenizer from the other two files.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path, **options)
+    except ValueError:
+        return AutoTokenizer.from_pretrained(name_or_path, config=PretrainedConfig(), **options)
 
 
 def _portable_tokenizer_class(stated: str | None, tokenizer: Any) -> str:

@@ -237,13 +237,14 @@ ROLES = "Conversation roles must alternate user/assistant/user/assistant/... aft
         ([user("a"), {"role": "Tool", "content": "b"}], ROLES + "message, but turn 2 is from 'Tool', "),
         (
             [{"role": "user", "content": None}],
-            "The content of a user message is null; expected text or a list of parts.",
+            "The content of a message from 'user' is null; expected text or a list of parts.",
         ),
         (
             [user("a"), assistant(None)],
-            "The content of a assistant message is null; expected text or a list of parts.",
+            "The content of a message from 'assistant' is null; expected text or a list of parts.",
         ),
-        ([{"role": "system", "content": None}], "The content of a system message is null;"),
+        ([{"role": "user", "content": {"text": "x"}}], "The content of a message from 'user' is a single object;"),
+        ([{"role": "system", "content": None}], "The content of a message from 'system' is null;"),
     ],
 )
 def test_what_cannot_be_written(messages, message):
@@ -344,6 +345,14 @@ def test_marks_of_rows_truncated_on_the_left(monkeypatch):
 )
 def test_marks_of_open_and_empty_turns(conversation, options, said):
     assert marked(encode_with_mask(conversation, **options)) == [said]
+
+
+@pytest.mark.parametrize("options", [{}, {"tokenize": True}, {"return_dict": True}])
+def test_marks_need_a_dictionary(options):
+    with pytest.raises(
+        ValueError, match=r"^`return_assistant_tokens_mask` needs `tokenize=True` and `return_dict=True`"
+    ):
+        render(*SHORT, return_assistant_tokens_mask=True, **options)
 
 
 def test_the_tokenizer_marks_them_too():

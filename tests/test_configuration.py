@@ -557,8 +557,8 @@ HEADS = "attention heads over 5 key/value heads; `num_attention_heads` must be a
         (
             Molmo2Config,
             {"tie_word_embeddings": True},
-            "Molmo2Config: `tie_word_embeddings` is True; Molmo2 never ties its output matrix, which covers fewer ids than "
-            "the embedding; set it to False.",
+            "Molmo2Config: `tie_word_embeddings` is True; Molmo2 never ties its output matrix, which covers fewer ids "
+            "than the embedding; set it to False.",
         ),
         (
             Molmo2Config,

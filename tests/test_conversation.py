@@ -72,7 +72,7 @@ def test_options_of_a_video_part():
         "video": "a.mp4",
         "clip": [1, 2],
         "num_frames": 4,
-        "max_fps": None,
+        "max_fps": 3,
         "frame_sample_mode": "fps",
         "sampling_fps": 1,
         "backend": "pyav",
@@ -81,6 +81,41 @@ def test_options_of_a_video_part():
     media = find_media(user(part, {"type": "video", "video": "b.mp4", "video_backend": "decord"}))
     first = {name: part[name] for name in ("clip", "num_frames", "max_fps", "frame_sample_mode", "sampling_fps")}
     assert media.video_options == [{**first, "video_backend": "pyav"}, {"video_backend": "decord"}]
+
+
+def test_keys_that_a_data_set_filled_with_null_are_not_there():
+    filled = {
+        "image": None,
+        "image_url": None,
+        "video": None,
+        "text": None,
+        "clip": None,
+        "max_fps": None,
+        "fps": None,
+    }
+    media = find_media(
+        user({**filled, "type": "text", "text": "x"}, {**filled, "type": "image", "image": "a.png"})
+        + user({**filled, "type": "video", "video": "a.mp4"})
+    )
+    assert media.images == ["a.png"]
+    assert media.videos == ["a.mp4"]
+    assert media.video_metadata == [None]
+    assert media.video_options == [{}]
+
+
+def test_a_rate_beside_a_file_asks_for_that_sampling_and_beside_frames_tells_theirs():
+    frames = [[[0]]]
+    media = find_media(
+        user({"type": "video", "video": "a.mp4", "fps": 1}, {"type": "video", "video": frames, "fps": 2})
+    )
+    assert media.video_options == [{"fps": 1}, {}]
+    assert media.video_metadata == [None, {"fps": 2}]
+
+
+@pytest.mark.parametrize("conversation", ["hello", {"role": "user"}, ["hello"], None])
+def test_what_is_no_conversation(conversation):
+    with pytest.raises(ValueError, match=r"A conversation is a list of messages such as .* found "):
+        find_media(conversation)
 
 
 @pytest.mark.parametrize(
@@ -96,14 +131,14 @@ def test_options_of_a_video_part():
     ],
 )
 def test_metadata_of_a_video_part(said, metadata):
-    part = {"type": "video", "video": "a.mp4", **said}
+    part = {"type": "video", "video": [[[0]]], **said}
     assert find_media(user(part)).video_metadata == [metadata]
 
 
 def test_metadata_object_of_a_video_part():
     known = VideoMetadata(total_num_frames=10, fps=5.0)
     assert find_media(user({"type": "video", "video": "a", "metadata": known})).video_metadata == [known]
-    (merged,) = find_media(user({"type": "video", "video": "a", "metadata": known, "fps": 2.0})).video_metadata
+    (merged,) = find_media(user({"type": "video", "video": [[[0]]], "metadata": known, "fps": 2.0})).video_metadata
     assert (merged["total_num_frames"], merged["fps"]) == (10, 2.0)
     assert known.fps == 5.0
 

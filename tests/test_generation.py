@@ -24,7 +24,7 @@ def qwen3():
 
 
 def without_stopping(model):
-    """Random weights may end an answer at once; the tests want tokens to compare, so the end is an id without logits."""
+    """Random weights may end an answer at once; the tests want tokens, so the end is an id without logits."""
     model.generation_config.eos_token_id = 1151
     model.generation_config.pad_token_id = 1000
     return model

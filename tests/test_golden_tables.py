@@ -12,7 +12,7 @@ CHATS = table("chat_template")
 CHAT_ERRORS = {
     "TemplateError": "roles must alternate",
     "IndexError": "conversation is empty",
-    "TypeError": "content of a user message is null",
+    "TypeError": "content of a message from .user. is null",
 }
 
 

@@ -19,7 +19,7 @@ IDS = {letter: number for number, letter in enumerate(".plcefso")}
 
 def groups_of(*rows: str) -> list[list[TokenGroup]]:
     ids = torch.tensor([[IDS[letter] for letter in row] for row in rows])
-    return token_groups(ids, [IDS["p"], IDS["l"]], [IDS["e"], IDS["f"]], IDS["o"])
+    return token_groups(ids, [IDS["p"], IDS["l"]], IDS["e"], IDS["f"], IDS["o"])
 
 
 def sizes(groups: list[list[TokenGroup]]) -> list[list[int]]:
@@ -68,6 +68,11 @@ def test_equal_groups_are_told_apart_by_the_low_res_start():
 def test_without_a_low_res_start_images_come_first():
     rows = groups_of("sppesppe.sppe.sppe")
     assert assign_media(rows, tables([[1, 2, 1, 2]], [[2, 1, 2]])) == [[("image", 0), ("video", 0)]]
+
+
+def test_frames_with_their_own_end_token_are_never_images():
+    rows = groups_of("sppf.sppf..", "sppesppe...")
+    assert assign_media(rows, tables([[1, 2, 1, 2]], [[2, 1, 2]])) == [[("video", 0)], [("image", 0)]]
 
 
 def test_several_videos_in_a_row():

@@ -228,6 +228,19 @@ def test_metadata_on_request(processor):
 TWO_ROWS = ["<|image|>a<|image|>", "<|image|>b"]
 
 
+def test_a_path_alone_is_an_image_and_other_text_alone_a_prompt(processor, tmp_path):
+    path = tmp_path / "a.png"
+    image().save(path)
+    alone = processor(images=str(path))
+    assert set(alone) == {"pixel_values", "image_token_pooling", "image_grids", "image_num_crops"}
+    assert "input_ids" in processor("no such file.png")
+
+
+def test_options_of_tokenizers_without_a_use_are_warned_about(processor, warnings_logged):
+    processor(text="x", return_length=True)
+    assert any("has no use for the option 'return_length'" in message for message in warnings_logged())
+
+
 @pytest.mark.parametrize(
     "arrange",
     [
@@ -581,6 +594,31 @@ def test_options_per_video_of_a_call(processor):
     assert [times_of(output, row) for row in (0, 1)] == [["0.0", "3.2"], ["1.0", "1.5", "2.0"]]
     clips = processor(**arguments, clip=[(0, 1), (1, 2)])
     assert [times_of(clips, row) for row in (0, 1)] == [["0.0", "0.5", "1.0"], ["1.0", "1.5", "2.0"]]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"text": "<|video|>", "videos": str(CLIP), "per_video_options": [{"num_frames": 2}]},
+        {"text": "<|video|>", "videos": video(), "video_metadata": METADATA, "per_video_options": [{"num_frames": 2}]},
+        {
+            "text": ["<|video|><|video|>", "<|video|>"],
+            "videos": [[video(), video()], [video()]],
+            "video_metadata": [[METADATA, METADATA], [METADATA]],
+            "per_video_options": [{"num_frames": 2}] * 3,
+        },
+    ],
+    ids=["one file", "one array", "per row"],
+)
+def test_options_per_video_however_videos_are_passed(processor, arguments):
+    frames = processor(**arguments)["video_grids"][:, 0]
+    assert set(frames.tolist()) == {2}
+
+
+def test_number_of_options_per_video(processor):
+    message = "There are 2 video(s), but 1 entries in `per_video_options`. Pass one dictionary per video, an empty one"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        processor(text="<|video|><|video|>", videos=[str(CLIP)] * 2, per_video_options=[{"num_frames": 2}])
 
 
 # --- callers of other libraries --------------------------------------------------------------------------------------
@@ -1012,7 +1050,7 @@ def test_planned_tokens_are_emitted_and_found_again(rows, notation, max_crops, n
     assert pooled == sum(emitted)
 
     tables = MediaTables(*(output.get(key) for key in ("image_grids", "image_num_crops", "video_grids")))
-    groups = token_groups(output["input_ids"], patches, ends, vocabulary["<low_res_im_start>"])
+    groups = token_groups(output["input_ids"], patches, *ends, vocabulary["<low_res_im_start>"])
     assert assign_media(groups, tables) == expected_owners
 
 

@@ -13,8 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import transformers
-from packaging.version import Version
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast, dynamic_module_utils
 
 from golden_cases import pattern
@@ -25,7 +23,6 @@ PUBLISHED, TOKENIZERS = SHARED / "published", SHARED / "tokenizers"
 pytestmark = pytest.mark.skipif(
     not (PUBLISHED.is_dir() and TOKENIZERS.is_dir()), reason="the reference data beside the checkout is not there"
 )
-READS_TOKENIZER_JSON_ONLY = Version(transformers.__version__) >= Version("5.8")
 REPOSITORIES = ("Molmo2-4B", "Molmo2-O-7B")
 VISUAL_TOKENS = (
     "<im_start>",
@@ -295,9 +292,6 @@ def test_saved_files_name_a_class_that_all_releases_read_alike(processor, reposi
         assert plain(text)["input_ids"] == ids, text
 
 
-@pytest.mark.xfail(
-    READS_TOKENIZER_JSON_ONLY, reason="AutoTokenizer of this release looks for nothing else", raises=ValueError
-)
 def test_a_repository_without_tokenizer_json(tmp_path):
     """vocab.json and merges.txt are enough, whatever the release would rather read."""
     folder = write_repository(tmp_path / "Molmo2-4B-vocabulary", "Molmo2-4B")
