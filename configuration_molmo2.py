@@ -13,7 +13,13 @@ from typing import Any
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PretrainedConfig
 
-SUPPORTED_ROPE_TYPES = ("default", "linear", "yarn", "llama3")
+# Rotary scaling types, and what each cannot do without.
+ROPE_TYPES = {
+    "default": (),
+    "linear": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 QK_NORM_TYPES = ("qwen3", "olmo")
 
 # The visual tokens follow the base vocabulary in one fixed order; a file that omits an id means this offset.
@@ -46,7 +52,7 @@ class Molmo2BaseConfig(PretrainedConfig):
         cls.__eq__ = _same_settings
 
     def _take_aliases(self, kwargs: dict[str, Any]) -> None:
-        """Store values given under the native spelling; they win over defaults, the published spelling over them."""
+        """Store values given under the native spelling; they win over the published one, which may be a default."""
         for alias, name in self.attribute_map.items():
             if alias in kwargs:
                 setattr(self, name, kwargs.pop(alias))
@@ -329,7 +335,8 @@ class Molmo2TextConfig(Molmo2BaseConfig):
     ) -> dict[str, Any]:
         scaling = rope_parameters if rope_scaling is None else rope_scaling
         merged = {} if scaling is None else dict(scaling)
-        merged["rope_type"] = merged.pop("type", merged.get("rope_type", "default"))
+        unscaled = merged.keys() <= {"rope_theta"}
+        merged["rope_type"] = merged.pop("type", merged.get("rope_type", "default" if unscaled else None))
         if rope_theta is None:
             rope_theta = merged.get("rope_theta", (rope_parameters or {}).get("rope_theta", 5_000_000.0))
         merged["rope_theta"] = float(rope_theta)
@@ -346,11 +353,7 @@ class Molmo2TextConfig(Molmo2BaseConfig):
             self._refuse(f"`additional_vocab_size` is {self.additional_vocab_size}", "expected zero or more")
         if self.use_qk_norm and self.qk_norm_type not in QK_NORM_TYPES:
             self._refuse(f"`qk_norm_type` is {self.qk_norm_type!r}", f"expected one of {QK_NORM_TYPES}")
-        if self.rope_parameters["rope_type"] not in SUPPORTED_ROPE_TYPES:
-            self._refuse(
-                f"the rotary scaling is of type {self.rope_parameters['rope_type']!r}",
-                f"supported are {SUPPORTED_ROPE_TYPES}",
-            )
+        self._require_rope()
         layers = [] if self.rope_scaling_layers is None else self.rope_scaling_layers
         outside = [layer for layer in layers if not 0 <= layer < self.num_hidden_layers]
         if outside:
@@ -359,8 +362,20 @@ class Molmo2TextConfig(Molmo2BaseConfig):
                 f"the model has layers 0..{self.num_hidden_layers - 1}",
             )
 
+    def _require_rope(self) -> None:
+        given = self.rope_parameters
+        rope_type = given.get("rope_type")
+        if rope_type not in ROPE_TYPES:
+            self._refuse(f"the rotary scaling is of type {rope_type!r}", f"supported are {tuple(ROPE_TYPES)}")
+        missing = [name for name in ROPE_TYPES[rope_type] if given.get(name) is None]
+        if missing:
+            self._refuse(f"the rotary scaling of type {rope_type!r} lacks {missing}", f"found {self.rope_scaling}")
+
     def validate_rope(self, *args, **kwargs) -> None:
-        """Nothing left to do: `_require_valid` knows the rules, and the library's warn about published values."""
+        """Nothing left to do: `_require_rope` knows the rules, and the library's warn about published values."""
+
+    def standardize_rope_params(self, *args, **kwargs) -> None:
+        """Nothing left to do: recent releases would add a key that older ones do not know of."""
 
     @property
     def rope_theta(self) -> float:
@@ -456,6 +471,8 @@ class Molmo2Config(Molmo2BaseConfig):
         given = {"vit_config": vit_config, "adapter_config": adapter_config, "text_config": text_config}
         for name, config_class in self.sub_configs.items():
             value = {} if given[name] is None else given[name]
+            if not isinstance(value, (dict, PretrainedConfig)):
+                self._refuse(f"`{name}` is {value!r}", "expected a dictionary of settings or a configuration")
             setattr(self, name, config_class(**value) if isinstance(value, dict) else value)
         self.image_start_token_id = image_start_token_id
         self.low_res_image_start_token_id = low_res_image_start_token_id
@@ -464,7 +481,8 @@ class Molmo2Config(Molmo2BaseConfig):
         self.image_col_id = image_col_id
         self.frame_start_token_id = frame_start_token_id
         self.frame_end_token_id = frame_end_token_id
-        self.image_patch_id = kwargs.pop("image_high_res_id", None) if image_patch_id is None else image_patch_id
+        spellings = (image_patch_id, kwargs.get("image_token_id"), kwargs.get("image_high_res_id"))
+        self.image_patch_id = next((spelling for spelling in spellings if spelling is not None), None)
         for alias in self.attribute_map:
             kwargs.pop(alias, None)
         self._complete_token_ids()

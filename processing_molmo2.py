@@ -522,9 +522,11 @@ class Molmo2Processor(ProcessorMixin):
         _rewrite(
             processor_file, {**nested, "processor_class": type(self).__name__, "auto_map": chosen}, keep_null=settings
         )
+        tokenizer_file = folder / "tokenizer_config.json"
         _rewrite(
-            folder / "tokenizer_config.json",
+            tokenizer_file,
             {
+                **_portable_tokenizer_keys(tokenizer_file),
                 "tokenizer_class": _portable_tokenizer_class(tokenizer_class, self.tokenizer),
                 "chat_template": self.chat_template,
                 "auto_map": chosen,
@@ -615,11 +617,27 @@ def _portable_tokenizer_class(stated: str | None, tokenizer: Any) -> str:
     return name if name.removesuffix("Fast") == "Qwen2Tokenizer" else "PreTrainedTokenizerFast"
 
 
+def _portable_tokenizer_keys(path: Path) -> dict[str, Any]:
+    """Changes to a tokenizer's file that let all releases read it.
+
+    Recent ones list special tokens under a key that older ones read as a dictionary, and note how the tokenizer was
+    found on this machine.
+    """
+    changes: dict[str, Any] = {"is_local": None, "local_files_only": None}
+    special_tokens = json.loads(path.read_text(encoding="utf-8")).get("extra_special_tokens")
+    if isinstance(special_tokens, list):
+        changes.update(extra_special_tokens=None, additional_special_tokens=special_tokens)
+    return changes
+
+
 def _rewrite(path: Path, changes: dict[str, Any], keep_null: dict[str, Any] | None = None) -> None:
-    """Change keys of a JSON file; None removes a key, except for those in `keep_null`."""
+    """Change keys of a JSON file; None removes a key, except for those in `keep_null`.
+
+    What the file says about other keys stays, null included: a tokenizer without an unknown token says so in that way.
+    """
     content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     content.update(changes)
-    content = {name: value for name, value in content.items() if value is not None}
+    content = {name: value for name, value in content.items() if value is not None or name not in changes}
     content.update(keep_null or {})
     path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -62,7 +62,7 @@ class Molmo2RotaryEmbedding(nn.Module):
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
-        if self.inv_freq.device.type != "meta" and self.inv_freq.dtype != torch.float32:
+        if self.inv_freq.device.type != "meta":
             self.restore()
         return self
 

@@ -27,6 +27,7 @@ from .processor_options_molmo2 import (
     size_dict,
     warn_about,
 )
+from .video_decoding_molmo2 import decode_video  # noqa: F401  (likewise)
 from .video_loading_molmo2 import (
     ReadingOptions,
     SampledVideoMetadata,
@@ -36,6 +37,7 @@ from .video_loading_molmo2 import (
     list_videos,
     read_video,
 )
+from .video_readers_molmo2 import VideoReader  # noqa: F401  (likewise)
 from .video_timeline_molmo2 import VideoDecodeError
 
 __all__ = ["Molmo2VideoProcessor", "Molmo2VideosKwargs", "SampledVideoMetadata", "VideoDecodeError", "load_video"]

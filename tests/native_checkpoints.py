@@ -34,7 +34,6 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-
 Tensors = Mapping[str, torch.Tensor]
 BASE_TOKENS = 259  # of `write_base_tokenizer`
 VOCAB_SIZE = 277
@@ -314,8 +313,8 @@ def row_slices(num_rows: int, ranks: int) -> list[tuple[int, int]]:
 class ShardedWriter:
     """Writes pieces one by one, so that a checkpoint larger than memory can be made.
 
-        with ShardedWriter(folder / "model_and_optim", layout) as writer:
-            writer.add("model.x", shape, dtype, lambda first, rows: tensor[first : first + rows])
+    with ShardedWriter(folder / "model_and_optim", layout) as writer:
+        writer.add("model.x", shape, dtype, lambda first, rows: tensor[first : first + rows])
     """
 
     def __init__(self, folder: Path, layout: ShardLayout):
@@ -337,9 +336,7 @@ class ShardedWriter:
         for file in self._files.values():
             file.close()
         with storage_info_class(self.layout.writer_module) as info:
-            self.metadata.storage_data = {
-                index: info(*place) for index, place in self.metadata.storage_data.items()
-            }
+            self.metadata.storage_data = {index: info(*place) for index, place in self.metadata.storage_data.items()}
             self.layout.edit(self.metadata)
             (self.folder / ".metadata").write_bytes(pickle.dumps(self.metadata, protocol=4))
 

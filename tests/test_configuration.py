@@ -327,6 +327,8 @@ LINEAR = {"rope_type": "linear", "factor": 2.0}
         ({}, 5_000_000.0, None),
         ({"rope_theta": 1e4}, 1e4, None),
         ({"rope_theta": 500_000, "rope_scaling": YARN}, 500_000.0, YARN),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, 5_000_000.0, {"rope_type": "yarn", "factor": 4.0}),
+        ({"rope_parameters": {"rope_theta": 7.0}}, 7.0, None),
         ({"rope_theta": 7.0, "rope_scaling": {"type": "linear", "factor": 2.0}}, 7.0, LINEAR),
         ({"rope_parameters": {"rope_theta": 7.0, "rope_type": "default"}}, 7.0, None),
         ({"rope_parameters": {"rope_theta": 7.0, **YARN}}, 7.0, YARN),
@@ -551,6 +553,22 @@ HEADS = "attention heads over 5 key/value heads; `num_attention_heads` must be a
         ),
         (
             Molmo2TextConfig,
+            {"rope_scaling": {"factor": 2.0}},
+            "the rotary scaling is of type None; supported are ('default', 'linear', 'yarn', 'llama3').",
+        ),
+        (
+            Molmo2TextConfig,
+            {"rope_scaling": {"rope_type": "yarn"}},
+            "the rotary scaling of type 'yarn' lacks ['factor']; found {'rope_type': 'yarn'}.",
+        ),
+        (
+            Molmo2TextConfig,
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+            "the rotary scaling of type 'llama3' lacks ['low_freq_factor', 'high_freq_factor', "
+            "'original_max_position_embeddings']; found",
+        ),
+        (
+            Molmo2TextConfig,
             {"num_hidden_layers": 4, "rope_scaling_layers": [0, 4, -1]},
             "`rope_scaling_layers` names layers [4, -1]; the model has layers 0..3.",
         ),
@@ -627,3 +645,14 @@ def test_key_value_heads_default_to_the_query_heads():
 
 def test_position_table_defaults_to_the_patch_grid():
     assert Molmo2VitConfig(image_default_input_size=(98, 126)).image_num_pos == 63
+
+
+@pytest.mark.parametrize("spelling", ["image_patch_id", "image_token_id", "image_high_res_id"])
+def test_the_patch_token_under_every_spelling(spelling):
+    config = Molmo2Config(**{spelling: 151940})
+    assert config.image_patch_id == config.image_token_id == config.video_token_id == 151940
+
+
+def test_a_part_that_is_no_configuration():
+    with pytest.raises(ValueError, match=r"`text_config` is 'x'; expected a dictionary of settings or a configuration"):
+        Molmo2Config(text_config="x")
