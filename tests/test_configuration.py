@@ -654,5 +654,5 @@ def test_the_patch_token_under_every_spelling(spelling):
 
 
 def test_a_part_that_is_no_configuration():
-    with pytest.raises(ValueError, match=r"`text_config` is 'x'; expected a dictionary of settings or a configuration"):
+    with pytest.raises(ValueError, match=r"`text_config` is 'x'; expected a dictionary of settings"):
         Molmo2Config(text_config="x")
