@@ -6,14 +6,14 @@ with transformers 4.57.1.
 
 import json
 import shutil
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast, dynamic_module_utils
+from checkpoints import module_cache
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
 from golden_cases import pattern
 
@@ -154,19 +154,8 @@ def published_ids(repository: str) -> dict[str, int]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _modules_of_their_own(tmp_path_factory):
-    """Loading copies modules to a folder of this file's own, and leaves no trace of them."""
-
-    def remote_modules():
-        return [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-        patch.setattr(sys, "path", list(sys.path))
-        for name in remote_modules():
-            patch.delitem(sys.modules, name)
+    with module_cache(tmp_path_factory.mktemp("modules")):
         yield
-        for name in remote_modules():
-            del sys.modules[name]
 
 
 @pytest.fixture(scope="module", params=REPOSITORIES)
