@@ -1,4 +1,5 @@
-"""Writes a miniature checkpoint, loads it the way a user would and asks it about a photo and a clip.
+"""From a training checkpoint to an answer: writes a native miniature, converts it, loads it the way a user would and
+asks it about a photo and a clip.
 
 Usage: python examples/demo.py [FOLDER]    (default: a temporary folder)
 """
@@ -8,8 +9,12 @@ import tempfile
 from pathlib import Path
 
 import torch
-from miniature import write_miniature
 from transformers import AutoModelForImageTextToText, AutoProcessor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from convert.cli import main as convert
+from miniature import write_native_miniature
 
 DATA = Path(__file__).resolve().parent / "data"
 PHOTO, CLIP = DATA / "nasa_frame.jpg", DATA / "nasa_clip.mp4"
@@ -29,7 +34,7 @@ def describe(inputs: dict) -> None:
 
 
 def ask(model, processor, question: str, picture: dict, **options) -> str:
-    """One question about one picture."""
+    """One question about one picture; the answer as text, or as ids where random weights spell none."""
     messages = [{"role": "user", "content": [{"type": "text", "text": question}, picture]}]
     inputs = processor.apply_chat_template(
         messages,
@@ -44,17 +49,22 @@ def ask(model, processor, question: str, picture: dict, **options) -> str:
     inputs.pop("video_metadata", None)
     with torch.inference_mode():
         output = model.generate(**inputs, max_new_tokens=24, do_sample=False)
-    return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    answer = output[0, inputs["input_ids"].shape[1] :]
+    text = processor.decode(answer, skip_special_tokens=True)
+    return text if text.isprintable() and "\ufffd" not in text else f"tokens {answer.tolist()}"
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(temporary) / "miniature_molmo2"
-        write_miniature(folder)
+        scratch = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(temporary)
+        checkpoint, tokenizer = write_native_miniature(scratch)
+        folder = scratch / "miniature_molmo2"
+        if convert([str(checkpoint), str(folder), "--tokenizer", str(tokenizer), "--overwrite", "--verify"]):
+            raise SystemExit("The conversion failed.")
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
         model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        print(f"{type(model).__name__} with {parameters / 1e6:.2f} million parameters drawn from a seed,")
+        print(f"\n{type(model).__name__} with {parameters / 1e6:.2f} million parameters drawn from a seed,")
         print("so the answers below are noise; everything before them is what a published checkpoint would see.\n")
 
         for question, kind, path in (
@@ -62,7 +72,7 @@ def main() -> None:
             ("What happens?", "video", CLIP),
         ):
             print(f"{path.name}: {question}")
-            print(f"  answer: {ask(model, processor, question, {'type': kind, 'path': str(path)})!r}\n")
+            print(f"  answer: {ask(model, processor, question, {'type': kind, 'path': str(path)})}\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Writes a miniature Molmo2 checkpoint: the published layout and token order, a few small layers, weights from a seed.
+"""Writes a miniature Molmo2: the published layout and token order, a few small layers, weights from a seed.
 
 Its words mean nothing, but every mechanism of the published models is there: 378-pixel crops of 27x27 patches, tiling,
 pooling, both embedding tables, the visual tokens right after the base vocabulary.
@@ -6,14 +6,20 @@ pooling, both embedding tables, the visual tokens right after the base vocabular
 
 import json
 import shutil
+import sys
+import tempfile
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+from convert.to_native import write_native  # noqa: E402
+
 VOCAB_SIZE = 512
 CHAT_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MOLMO2_TOKENS = [
@@ -30,16 +36,20 @@ MOLMO2_TOKENS = [
 ]
 
 
-def write_tokenizer(folder: Path) -> None:
-    """A byte-level tokenizer: 256 bytes, three chat tokens, filler up to `VOCAB_SIZE`, then Molmo2's ten tokens."""
+def write_tokenizer(folder: Path, special_tokens: list[str]) -> None:
+    """A byte-level tokenizer: 256 bytes, three chat tokens, then these.
+
+    Args:
+        special_tokens: None for a base tokenizer, as a text model comes with; `filler()` and Molmo2's ten tokens for
+            that of a finished checkpoint.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    filler = [f"|<EXTRA_TOKENS_{i}>|" for i in range(VOCAB_SIZE - len(alphabet) - len(CHAT_TOKENS))]
-    tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in [*CHAT_TOKENS, *filler, *MOLMO2_TOKENS]]
-    )
+    added = [AddedToken(token, special=True, normalized=False) for token in [*CHAT_TOKENS, *special_tokens]]
+    tokenizer.add_special_tokens(added)
+    folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -49,6 +59,11 @@ def write_tokenizer(folder: Path) -> None:
         "clean_up_tokenization_spaces": False,
     }
     write_json(folder / "tokenizer_config.json", settings)
+
+
+def filler() -> list[str]:
+    """Names for the rows between the chat tokens and `VOCAB_SIZE`."""
+    return [f"|<EXTRA_TOKENS_{i}>|" for i in range(VOCAB_SIZE - 256 - len(CHAT_TOKENS))]
 
 
 def model_settings() -> dict:
@@ -70,7 +85,7 @@ def model_settings() -> dict:
             **heads,
             "hidden_size": 64,
             "head_dim": 16,
-            "intermediate_size": 96,
+            "intermediate_size": 128,
             "text_hidden_size": 64,
         },
         "text_config": {
@@ -92,6 +107,7 @@ def model_settings() -> dict:
 def write_weights(folder: Path, seed: int) -> None:
     """Seeded weights under the published names, scaled so that answers vary."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    config.save_pretrained(folder)  # with every setting spelled out, as published files have it
     model = AutoModelForImageTextToText.from_config(config, trust_remote_code=True)
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
@@ -117,7 +133,7 @@ def write_miniature(folder: Path, seed: int = 0) -> Path:
     folder.mkdir(parents=True)
     for source in [*REPOSITORY.glob("*_molmo2.py"), REPOSITORY / "chat_template.jinja"]:
         shutil.copy(source, folder)
-    write_tokenizer(folder)
+    write_tokenizer(folder, [*filler(), *MOLMO2_TOKENS])
     write_json(folder / "config.json", model_settings())
     write_json(folder / "generation_config.json", {"bos_token_id": 258, "eos_token_id": 258, "pad_token_id": 256})
     processor = {"auto_map": {"AutoProcessor": "processing_molmo2.Molmo2Processor"}, "use_frame_special_tokens": False}
@@ -125,4 +141,23 @@ def write_miniature(folder: Path, seed: int = 0) -> Path:
     write_json(folder / "preprocessor_config.json", {"max_crops": 8})
     write_json(folder / "video_preprocessor_config.json", {"num_frames": 384, "max_fps": 2.0})
     write_weights(folder, seed)
+    AutoProcessor.from_pretrained(folder, trust_remote_code=True).save_pretrained(folder)
     return folder
+
+
+def write_native_miniature(folder: Path, seed: int = 0) -> tuple[Path, Path]:
+    """Write the same model as a trainer would leave it.
+
+    Returns:
+        The checkpoint directory (`config.yaml`, `model.pt`) and the folder of the base tokenizer that it names.
+    """
+    write_tokenizer(folder / "base_tokenizer", [])
+    with tempfile.TemporaryDirectory() as finished:
+        write_miniature(Path(finished) / "miniature", seed)
+        write_native(
+            Path(finished) / "miniature",
+            folder / "checkpoint",
+            tokenizer=str(folder / "base_tokenizer"),
+            overwrite=True,
+        )
+    return folder / "checkpoint", folder / "base_tokenizer"

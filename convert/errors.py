@@ -1,0 +1,39 @@
+"""What can go wrong, sorted by what a script would do about it. Each class has the exit code of the command line."""
+
+
+class ConversionError(Exception):
+    """Base of all errors that the converter raises on purpose; the message says what to do."""
+
+    exit_code = 1
+
+
+class CheckpointError(ConversionError):
+    """The checkpoint is absent, incomplete, damaged or asks for something dangerous."""
+
+    exit_code = 3
+
+
+class UnsupportedError(ConversionError):
+    """The checkpoint is fine, but the target cannot express it."""
+
+    exit_code = 4
+
+
+class OutputError(ConversionError):
+    """The output folder cannot be written."""
+
+    exit_code = 5
+
+
+class VerificationError(ConversionError):
+    """What is on disk does not equal the source."""
+
+    exit_code = 6
+
+
+def listing(problems: list[str], limit: int = 40) -> str:
+    """The problems, one per line; a very long list is cut and says so."""
+    lines = [f"  - {problem}" for problem in problems[:limit]]
+    if len(problems) > limit:
+        lines.append(f"  - ... and {len(problems) - limit} more")
+    return "\n".join(lines)

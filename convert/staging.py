@@ -1,0 +1,190 @@
+"""The output folder appears at once, complete, or not at all.
+
+Everything is written to `.<name>.partial` beside the output, which is renamed at the very end. A killed conversion
+leaves that folder behind, with a record of the shards that were finished, for `--resume` to continue.
+"""
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from .errors import OutputError
+
+STATE_FILE = ".conversion.json"
+CHECK_BYTES = 1 << 22
+
+
+class Segment(NamedTuple):
+    """Consecutive bytes of a file and their checksum."""
+
+    num_bytes: int
+    crc32: int
+
+
+def is_intact(path: Path, segments: list[Segment]) -> bool:
+    """Whether a file holds exactly these segments, one after the other."""
+    if not path.is_file() or path.stat().st_size != sum(segment.num_bytes for segment in segments):
+        return False
+    buffer = memoryview(bytearray(CHECK_BYTES))
+    with open(path, "rb", buffering=0) as file:
+        for segment in segments:
+            crc, left = 0, segment.num_bytes
+            while left:
+                number = file.readinto(buffer[: min(left, CHECK_BYTES)])
+                if not number:
+                    return False
+                crc, left = zlib.crc32(buffer[:number], crc), left - number
+            if crc != segment.crc32:
+                return False
+    return True
+
+
+def flush(path: Path) -> None:
+    """Have the disk hold what was written to a file or, for its names, to a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class Staging:
+    """The folder in which the output grows.
+
+    Args:
+        output: Where it will be; may exist if empty, or with `overwrite`, which replaces it at the end.
+        fingerprint: Of everything that the shards depend on; finished shards of another one are discarded.
+        resume: Keep the finished shards of an earlier attempt, after checking them.
+    Raises:
+        OutputError: If there is something at `output` that may not be replaced, or another conversion at work.
+    """
+
+    def __init__(self, output: Path, fingerprint: str, *, overwrite: bool = False, resume: bool = False):
+        self.output = output.resolve()
+        self.folder = self.output.parent / f".{self.output.name}.partial"
+        self._retired = self.output.parent / f".{self.output.name}.replaced"
+        self._fingerprint = fingerprint
+        self.finished: dict[str, list[Segment]] = {}
+        self._restore_retired()
+        require_free(self.output, overwrite)
+        if resume:
+            self._adopt()
+
+    def _restore_retired(self) -> None:
+        """Undo or complete what a kill between two renames left of an earlier replacement."""
+        if self._retired.exists():
+            if self.output.exists():
+                shutil.rmtree(self._retired)
+            else:
+                self._retired.rename(self.output)
+
+    def _adopt(self) -> None:
+        """Take over the shards of an earlier attempt whose checksums are right."""
+        with suppress(OSError, ValueError, AttributeError, TypeError):
+            state = json.loads((self.folder / STATE_FILE).read_text(encoding="utf-8"))
+            if state["fingerprint"] == self._fingerprint:
+                for name, recorded in state["shards"].items():
+                    segments = [Segment(*numbers) for numbers in recorded]
+                    if is_intact(self.folder / name, segments):
+                        self.finished[name] = segments
+
+    def open(self) -> None:
+        """Make the folder, without anything in it but adopted shards."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for entry in self.folder.iterdir():
+            if entry.name not in self.finished:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        self._save_state()
+
+    def require_space(self, num_bytes: int) -> None:
+        """Refuse to start what the disk cannot hold.
+
+        Args:
+            num_bytes: Of the complete output.
+        """
+        parent = self.folder.parent
+        while not parent.exists():
+            parent = parent.parent
+        present = sum((self.folder / name).stat().st_size for name in self.finished)
+        abandoned = 0
+        if self.folder.is_dir():
+            abandoned = sum(f.stat().st_size for f in self.folder.iterdir() if f.is_file()) - present
+        free = shutil.disk_usage(parent).free + abandoned
+        if num_bytes - present > free:
+            raise OutputError(
+                f"{parent} has {free / 1e9:.2f} GB free, but {(num_bytes - present) / 1e9:.2f} GB are needed. "
+                "Free some space, choose another OUTPUT, or write bfloat16 (--dtype bfloat16)."
+            )
+
+    def record(self, file_name: str, segments: list[Segment]) -> None:
+        """Note a shard that is finished and flushed."""
+        self.finished[file_name] = segments
+        self._save_state()
+
+    def _save_state(self) -> None:
+        path = self.folder / STATE_FILE
+        content = {"fingerprint": self._fingerprint, "shards": self.finished}
+        draft = path.with_suffix(".draft")
+        draft.write_text(json.dumps(content), encoding="utf-8")
+        flush(draft)
+        draft.replace(path)
+
+    def commit(self) -> None:
+        """Move the folder into place."""
+        (self.folder / STATE_FILE).unlink()
+        for entry in self.folder.iterdir():
+            if entry.name not in self.finished:
+                flush(entry)
+        flush(self.folder)
+        if self.output.exists():
+            is_empty = not any(self.output.iterdir())
+            self.output.rmdir() if is_empty else self.output.rename(self._retired)
+        self.folder.rename(self.output)
+        flush(self.output.parent)
+        shutil.rmtree(self._retired, ignore_errors=True)
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Around all writing: on failure, keep finished shards for `--resume`, and say so; else leave nothing.
+
+        Raises:
+            OutputError: In place of an OSError.
+        """
+        try:
+            yield
+        except (OSError, OutputError) as error:
+            raise OutputError(f"{error}. Nothing was changed at {self.output}. {self._keep_or_discard()}") from error
+        except KeyboardInterrupt:
+            self._keep_or_discard()
+            raise
+        except BaseException:
+            self.discard()  # a damaged source: there is nothing to continue with
+            raise
+
+    def _keep_or_discard(self) -> str:
+        if not self.finished:
+            self.discard()
+            return "Nothing is left behind."
+        return f"{len(self.finished)} finished file(s) wait in {self.folder}: continue with --resume, or delete it."
+
+    def discard(self) -> None:
+        """Remove everything that was written."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def require_free(output: Path, overwrite: bool) -> None:
+    """Refuse an output that holds something.
+
+    Raises:
+        OutputError: If `output` is a file, or a folder with content and `overwrite` is false.
+    """
+    if output.is_dir():
+        if any(output.iterdir()) and not overwrite:
+            raise OutputError(f"{output} is not empty. Choose another folder, or replace it with --overwrite.")
+    elif output.exists():
+        raise OutputError(f"{output} is a file; expected a folder, or nothing yet.")

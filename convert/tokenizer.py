@@ -1,0 +1,193 @@
+"""The tokenizer of the converted folder: the base model's, filled up and extended by Molmo2's tokens.
+
+The base files are changed as files. Going through a tokenizer object and back would leave them to the habits of the
+installed transformers release, which differ.
+"""
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .config_files import PROCESSOR_CLASS, PROCESSOR_MAP
+from .errors import CheckpointError, UnsupportedError
+
+EXTRA_TOKENS = (
+    *("<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<low_res_im_start>", "<|image|>", "<im_low>"),
+    *("<frame_start>", "<frame_end>", "<|video|>", "<|points|>", "<|token_index|>", "<|vit_index|>", "<|vit_loc|>"),
+)
+FILLER = "|<EXTRA_TOKENS_{}>|"
+PORTABLE_CLASS = "PreTrainedTokenizerFast"  # reads tokenizer.json as it is, on every release
+TOKENIZER_FILE, TOKENIZER_CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
+SAMPLES = (
+    "Point to the technician in the lift. It's 3,141 m away!",
+    "<|im_start|>user\n  def f(x):\n\treturn x  # naïve café — 東京 🙂<|im_end|>\n",
+    "<|video|><|image|>0.5 1.0<im_start><im_patch><im_col><im_end>",
+)
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """A finished tokenizer.
+
+    Attributes:
+        files: Content by file name.
+        extra_ids: Ids of Molmo2's tokens.
+    """
+
+    files: dict[str, str]
+    extra_ids: dict[str, int]
+    bos_id: int
+    eos_id: int
+    pad_id: int
+
+
+def build_tokenizer(source: str, *, filled_size: int, embedding_rows: int) -> TokenizerFiles:
+    """Extend a base tokenizer.
+
+    Args:
+        source: A local folder, or an identifier on the Hub.
+        filled_size: Number of tokens up to which it is filled with placeholders.
+        embedding_rows: Rows of `wte.embedding`; the first extra token must get this id.
+    Raises:
+        CheckpointError: If the tokenizer cannot be found or read.
+        UnsupportedError: If its ids would point at the wrong rows.
+    """
+    base, settings, loaded = _load_base(source)
+    from tokenizers import AddedToken, Tokenizer  # seconds of import that --help should not cost
+
+    backend = Tokenizer.from_str(base)
+    backend.no_truncation()
+    backend.no_padding()
+    size = backend.get_vocab_size(with_added_tokens=True)
+    present = [token for token in EXTRA_TOKENS if backend.token_to_id(token) is not None]
+    if size > filled_size or present:
+        found = f"{size} tokens, {present} among them" if present else f"{size} tokens"
+        raise UnsupportedError(
+            f"The tokenizer '{source}' has {found}; expected a base tokenizer of at most {filled_size} without "
+            "Molmo2's own tokens. Name the right one with --tokenizer."
+        )
+    added = [FILLER.format(number) for number in range(filled_size - size)] + list(EXTRA_TOKENS)
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in added])
+    ids = {token: backend.token_to_id(token) for token in EXTRA_TOKENS}
+    if ids[EXTRA_TOKENS[0]] != embedding_rows:
+        raise UnsupportedError(
+            f"{EXTRA_TOKENS[0]} would get id {ids[EXTRA_TOKENS[0]]}, but `wte.embedding` has {embedding_rows} rows "
+            f"and the extra tokens must follow them. The tokenizer '{source}' or llm.fix_pad_tokenizer does not fit "
+            "the checkpoint."
+        )
+    settings = _settings(settings, loaded, backend, added)
+    names = {name: settings[f"{name}_token"] for name in ("bos", "eos", "pad")}
+    missing = [name for name, token in names.items() if token is None or backend.token_to_id(token) is None]
+    if missing:
+        raise UnsupportedError(f"The tokenizer '{source}' has no {' and no '.join(missing)} token; Molmo2 needs them.")
+    files = _portable(_files(backend, settings, added), backend, settings)
+    return TokenizerFiles(files, ids, *(backend.token_to_id(token) for token in names.values()))
+
+
+def _load_base(source: str) -> tuple[str, dict[str, Any], Any]:
+    """`tokenizer.json`, `tokenizer_config.json` and the tokenizer as transformers loads it, without foreign code."""
+    from transformers import AutoTokenizer
+    from transformers.utils.hub import cached_file
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        paths = [
+            cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+            for name in (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE)
+        ]
+    except Exception as error:  # the loader raises many kinds
+        raise CheckpointError(
+            f"The tokenizer '{source}' cannot be loaded ({type(error).__name__}: {str(error)[:300]}). config.yaml "
+            "names it as llm.tokenizer.identifier; without network pass a local folder: --tokenizer PATH."
+        ) from error
+    if paths[0] is None and getattr(loaded, "backend_tokenizer", None) is None:
+        raise CheckpointError(f"The tokenizer '{source}' has no {TOKENIZER_FILE} and cannot be turned into one.")
+    base = loaded.backend_tokenizer.to_str() if paths[0] is None else Path(paths[0]).read_text(encoding="utf-8")
+    settings = {} if paths[1] is None else json.loads(Path(paths[1]).read_text(encoding="utf-8"))
+    return base, settings, loaded
+
+
+def _content(token: Any) -> str | None:
+    """The string of a token that files write plainly or as a dictionary."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    return None if token is None else str(token)
+
+
+def _settings(base: dict[str, Any], loaded: Any, backend: Any, added: list[str]) -> dict[str, Any]:
+    """`tokenizer_config.json`: the base's, with bos, the added tokens and our processor."""
+    settings = {name: value for name, value in base.items() if name not in ("chat_template", "auto_map")}
+    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        settings[name] = _content(settings[name] if name in settings else getattr(loaded, name))
+    if settings["bos_token"] is None:
+        settings["bos_token"] = settings["eos_token"]
+    if settings["pad_token"] is None:
+        settings["pad_token"] = settings["eos_token"]
+    stated = str(settings.get("tokenizer_class", type(loaded).__name__))
+    is_generic = stated in (PORTABLE_CLASS, "TokenizersBackend")
+    settings["tokenizer_class"] = PORTABLE_CLASS if is_generic else stated.removesuffix("Fast")
+    if settings["tokenizer_class"] == "GPT2Tokenizer":
+        settings.setdefault("add_prefix_space", False)
+    settings.setdefault("clean_up_tokenization_spaces", False)
+    settings.setdefault("extra_special_tokens", {})
+    settings.setdefault("model_max_length", int(1e30))
+    settings["additional_special_tokens"] = added
+    settings["processor_class"], settings["auto_map"] = PROCESSOR_CLASS, PROCESSOR_MAP
+    flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+    settings["added_tokens_decoder"] = {
+        str(number): {flag: getattr(token, flag) for flag in flags}
+        for number, token in sorted(backend.get_added_tokens_decoder().items())
+    }
+    return settings
+
+
+def _files(backend: Any, settings: dict[str, Any], added: list[str]) -> dict[str, str]:
+    names = {name: settings[name] for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    decoder = backend.get_added_tokens_decoder()
+    contents: dict[str, Any] = {
+        TOKENIZER_CONFIG_FILE: settings,
+        "special_tokens_map.json": {
+            "additional_special_tokens": added,
+            **{name: token for name, token in names.items() if token is not None},
+        },
+        "added_tokens.json": {token.content: number for number, token in decoder.items()},
+    }
+    files = {
+        name: json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
+        for name, content in contents.items()
+    }
+    files[TOKENIZER_FILE] = backend.to_str(pretty=True)
+    model = json.loads(files[TOKENIZER_FILE])["model"]
+    if model.get("type") == "BPE":  # for tools that know nothing else
+        files["vocab.json"] = json.dumps(model["vocab"], ensure_ascii=False)
+        pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+        files["merges.txt"] = "\n".join(["#version: 0.2", *pairs]) + "\n"
+    return files
+
+
+def _portable(files: dict[str, str], backend: Any, settings: dict[str, Any]) -> dict[str, str]:
+    """The files, loaded once to see that they encode like the base; else under a class that reads them literally.
+
+    Some releases build a tokenizer anew from its class's idea of it, which need not be what the file says.
+    """
+    from transformers import AutoTokenizer
+
+    for class_name in (settings["tokenizer_class"], PORTABLE_CLASS):
+        settings = {**settings, "tokenizer_class": class_name}
+        config = json.dumps(settings, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
+        files = {**files, TOKENIZER_CONFIG_FILE: config}
+        with tempfile.TemporaryDirectory() as folder:
+            for name, content in files.items():
+                (Path(folder) / name).write_text(content, encoding="utf-8")
+            loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        texts = (*SAMPLES, "".join(EXTRA_TOKENS))
+        if all(
+            loaded.encode(text, add_special_tokens=False) == backend.encode(text, add_special_tokens=False).ids
+            for text in texts
+        ):
+            return files
+    raise UnsupportedError(
+        "The finished tokenizer, loaded by transformers, does not encode like its base. Please report its name."
+    )
