@@ -185,6 +185,45 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
                 "timestamp) or `max_crops` (images) by that much, or shorten the text."
             )
 
+    def _layer_arguments(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+        is_visual: Tensor | None,
+        wants_weights: bool,
+        cache_position: Tensor | None,
+    ) -> tuple[dict, list[tuple[Tensor, Tensor]]]:
+        """What every layer is called with, and the rotary tables of each."""
+        query_length = inputs_embeds.shape[1]
+        past_length = cached_length(past_key_values)
+        if isinstance(past_length, int) and past_length == 0:
+            self._require_room(query_length)
+        if cache_position is None:
+            cache_position = torch.arange(query_length, device=inputs_embeds.device) + past_length
+        implementation = attention_implementation(self.config, wants_weights, is_visual is not None)
+        mask = make_attention_mask(
+            self.config,
+            inputs_embeds,
+            attention_mask,
+            past_key_values,
+            is_visual,
+            implementation,
+            cache_position,
+            packed_position_ids=position_ids,
+        )
+        if position_ids is None:
+            position_ids = make_position_ids(attention_mask, cache_position, query_length)
+        rotary = self.rotary_emb(position_ids.to(inputs_embeds.device), inputs_embeds.dtype)
+        arguments = {
+            "attention_mask": mask,
+            "past_key_values": past_key_values,
+            "cache_position": cache_position,
+            "implementation": implementation,
+        }
+        return arguments, rotary
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -222,39 +261,19 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
-        query_length = inputs_embeds.shape[1]
-        past_length = cached_length(past_key_values)
-        if isinstance(past_length, int) and past_length == 0:
-            self._require_room(query_length)
-        cache_position = kwargs.pop("cache_position", None)
-        if cache_position is None:
-            cache_position = torch.arange(query_length, device=inputs_embeds.device) + past_length
-        implementation = attention_implementation(self.config, bool(output_attentions), is_visual is not None)
-        mask = make_attention_mask(
-            self.config,
+        arguments, rotary = self._layer_arguments(
             inputs_embeds,
             attention_mask,
+            position_ids,
             past_key_values,
             is_visual,
-            implementation,
-            cache_position,
-            packed_position_ids=position_ids,
+            bool(output_attentions),
+            kwargs.get("cache_position"),
         )
-        if position_ids is None:
-            position_ids = make_position_ids(attention_mask, cache_position, query_length)
-        rotary = self.rotary_emb(position_ids.to(inputs_embeds.device), inputs_embeds.dtype)
-
         hidden_states = self.emb_drop(inputs_embeds)
         all_states, all_weights = [hidden_states], []
         for layer, tables in zip(self.blocks, rotary):
-            hidden_states, weights = layer(
-                hidden_states,
-                rotary=tables,
-                attention_mask=mask,
-                past_key_values=past_key_values,
-                cache_position=cache_position,
-                implementation=implementation,
-            )
+            hidden_states, weights = layer(hidden_states, rotary=tables, **arguments)
             all_weights.append(weights)
             if output_hidden_states:
                 all_states.append(hidden_states)

@@ -1,22 +1,50 @@
-"""Uploads a converted folder to the Hub: shard by shard, then everything in one commit."""
+"""Publishes a converted folder on the Hub: all of it in one commit, and only what is not there yet.
 
-import fnmatch
+Weight files are sent one by one before anything is committed. The Hub keeps each by its SHA-256, so that an upload
+that was interrupted continues with the first file that has not arrived, and nobody sees half a model meanwhile. No
+state is kept on this side: running the same command again is all it takes. (`upload_large_folder` commits part by
+part, leaves its bookkeeping in the folder, and is gone from huggingface_hub 2.)
+
+Where the Hub and this machine have Xet, huggingface_hub sends files as chunks, and an interrupted file continues
+where it stopped; else it sends them with Git LFS, and an interrupted file is sent again.
+"""
+
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from .errors import CheckpointError, ConversionError, OutputError, listing
+from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
+from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.utils import build_hf_headers, get_session, validate_repo_id
+
+from .errors import CheckpointError, ConversionError, listing
 from .folder import read_folder, read_json
-from .shards import INDEX_FILE
+from .shards import INDEX_FILE, SINGLE_FILE
+from .staging import STATE_FILE
 
-WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
-ADVICE = {
-    401: "The token is missing or not valid; log in with `hf auth login`, or set HF_TOKEN.",
-    403: "The token may not write there; take one with write access to this repository (Settings > Access Tokens).",
-    404: "There is no such repository or branch, or this token may not see it.",
-}
+COMMIT_MESSAGE = "Upload the converted checkpoint"
+# What clients read by name; modules and weights are known from config.json and the index.
+REQUIRED_FILES = (
+    "config.json",
+    "generation_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.jinja",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
+# Names under which clients look for weights, and their indices.
+WEIGHT_FILE = re.compile(r"(model|pytorch_model)[^/]*\.(safetensors|bin)(\.index\.json)?")
+NO_SUCH_ROUTE = (404, 405, 501)  # answers of a server that has never heard of Xet
+
+
+class HubError(ConversionError):
+    """The Hub cannot be reached, or does not accept the upload."""
+
+    exit_code = 7
 
 
 def push_folder(
@@ -26,128 +54,221 @@ def push_folder(
     private: bool = False,
     revision: str | None = None,
     token: str | None = None,
-    warn: Callable[[str], object] = warnings.warn,
+    say: Callable[[str], object] | None = None,
+    warn: Callable[[str], object] | None = None,
 ) -> str:
-    """Upload a converted folder; what the Hub has already is neither sent nor committed again.
+    """Upload a converted folder. Repeating it sends what is missing, and commits only if something has changed.
 
-    Shards travel one after the other and are kept by the Hub as soon as they are complete, so after an interruption
-    the same call sends only the rest. A single commit at the end makes all files visible together; if none has
-    changed, there is no commit. Files and folders whose names begin with a dot, and `__pycache__`, stay here.
-
-    Large files go through Xet storage where `hf_xet` is installed. For a server without it, set `HF_HUB_DISABLE_XET=1`
-    in the environment; `HF_ENDPOINT` names another server than huggingface.co.
+    Files that only the repository has stay there; a warning names those that clients could take for weights.
 
     Args:
-        folder: A complete conversion.
-        repo_id: OWNER/NAME, or NAME for a repository of the token's owner; it is created if it does not exist.
-        private: Make a new repository private. An existing one must be private already.
-        revision: Branch to commit to, started from `main` if it does not exist; None is `main`.
-        token: None takes the one that `hf auth login` stored, or HF_TOKEN.
-        warn: Called with a message about weights on the Hub that do not belong to this model.
+        folder: A complete conversion. Hidden files and `__pycache__` are left out.
+        repo_id: "owner/name"; created if it does not exist.
+        private: Make a repository that is created private. One that exists keeps its visibility.
+        revision: Branch, made from "main" if it does not exist; None: "main".
+        token: Of the user, with write permission; None: the one that huggingface_hub finds (HF_TOKEN, or saved by
+            `hf auth login`).
+        say: Called with a line for each weight file.
+        warn: Called with each warning; None: `warnings.warn`.
     Returns:
-        Address of the repository, or of the branch.
+        Address of the commit that holds the folder.
     Raises:
-        CheckpointError: If the folder is incomplete; nothing is uploaded then.
-        OutputError: If the Hub cannot be reached or refuses, or if the upload is interrupted.
+        CheckpointError: If the folder is not a complete conversion.
+        HubError: If the Hub cannot be reached, refuses, or keeps an existing repository public in spite of `private`.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
-
-    files = _files_to_upload(Path(folder))
-    api = HfApi(token=_require_token(token))
-    _check_repo_id(repo_id)
-    with _explained(f"{api.endpoint} cannot be reached, or did not accept '{repo_id}'."):
-        repo_id = _require_repository(api, repo_id, private, revision)
-        foreign = _weights_among(set(api.list_repo_files(repo_id, revision=revision)) - files.keys())
-    if foreign:
-        warn(
-            f"'{repo_id}' holds weights that do not belong to this model; a client may load them in place of it. "
-            f"Delete them there:\n{listing(foreign)}"
-        )
-    additions = {name: CommitOperationAdd(name, str(path)) for name, path in files.items()}
-    stopped = f"The upload to '{repo_id}' stopped. Run the same command again: finished files are not sent again."
-    with _explained(stopped):
-        for name in _weights_among(files):
-            api.preupload_lfs_files(repo_id, [additions[name]], revision=revision, free_memory=False)
-        api.create_commit(
-            repo_id, list(additions.values()), commit_message="Upload converted Molmo2", revision=revision
-        )
-    return f"{api.endpoint}/{repo_id}" + ("" if revision is None else f"/tree/{revision}")
+    folder = Path(folder)
+    files = files_to_publish(folder)
+    _require_owner_and_name(repo_id)
+    api = HfApi(token=token)
+    with _explained(api, repo_id):
+        if token is None and get_token() is None:
+            raise HubError(f"There is no token for {api.endpoint}. {LOGIN_ADVICE}")
+        _prepare_repository(api, repo_id, private)
+        _prepare_branch(api, repo_id, revision)
+        with _without_unoffered_xet(api, repo_id, revision):
+            address = _upload(api, repo_id, folder, files, revision, (lambda _: None) if say is None else say)
+        _review(api, repo_id, folder, files, revision, _warn if warn is None else warn)
+    return address
 
 
-def _files_to_upload(folder: Path) -> dict[str, Path]:
-    """Files by their paths in the repository.
+def files_to_publish(folder: Path) -> list[str]:
+    """Files that make up a converted folder, as sorted paths relative to it.
 
     Raises:
-        CheckpointError: If they are not one complete model.
+        CheckpointError: If something is missing or damaged, or if there are weights that the index does not know.
     """
-    try:
-        read_json(folder / "config.json")
-        tensors = read_folder(folder)
-    except CheckpointError as error:
-        raise CheckpointError(f"{folder} is not a complete conversion and is not uploaded: {error}") from None
-    paths = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    files = {place.as_posix(): path for place, path in paths.items() if not any(map(_is_hidden, place.parts))}
-    shards = {piece.path.name for tensor in tensors.values() for piece in tensor.pieces}
-    strange = [name for name in _weights_among(files) if name not in {*shards, INDEX_FILE}]
-    if strange:
-        raise CheckpointError(f"{folder} holds weights that its index does not name; remove them:\n{listing(strange)}")
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is no folder; expected a converted one.")
+    if (folder / STATE_FILE).exists():
+        raise CheckpointError(
+            f"{folder} is an unfinished conversion. Finish it with --resume, then upload its OUTPUT."
+        )
+    paths = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    hidden = [path for path in paths if any(part.startswith(".") or part == "__pycache__" for part in path.parts)]
+    files = sorted(path.as_posix() for path in set(paths) - set(hidden))
+    classes = read_json(folder / "config.json").get("auto_map", {}).values()
+    modules = sorted({f"{name.partition('.')[0]}.py" for name in classes})
+    missing = [name for name in (*REQUIRED_FILES, *modules) if name not in files]
+    if missing:
+        raise CheckpointError(f"{folder} is not a complete conversion. Missing:\n{listing(missing)}")
+    known = {piece.path.name for tensor in read_folder(folder).values() for piece in tensor.pieces}
+    stray = [name for name in files if WEIGHT_FILE.fullmatch(name) and name not in {*known, INDEX_FILE}]
+    if stray:
+        index = INDEX_FILE if (folder / INDEX_FILE).is_file() else SINGLE_FILE
+        raise CheckpointError(
+            f"{folder} has weight files beside those of {index}, and clients may mix them. Remove:\n{listing(stray)}"
+        )
     return files
 
 
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__pycache__"
-
-
-def _weights_among(names: Any) -> list[str]:
-    return sorted(name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in WEIGHT_FILES))
-
-
-def _require_token(token: str | None) -> str:
-    from huggingface_hub import get_token
-
-    token = get_token() if token is None else token
-    if token is None:
-        raise OutputError(f"Uploading needs a token. {ADVICE[401]}")
-    return token
-
-
-def _check_repo_id(repo_id: str) -> None:
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
+def _require_owner_and_name(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
+        reason = "" if repo_id.count("/") == 1 else "the owner is missing"
     except HFValidationError as error:
-        raise OutputError(f"'{repo_id}' cannot name a repository; expected OWNER/NAME. {error}") from None
+        reason = str(error)
+    if reason:
+        raise HubError(f"{repo_id!r} is no name of a repository; expected OWNER/NAME ({reason.rstrip('.')}).")
 
 
-def _require_repository(api: Any, repo_id: str, private: bool, revision: str | None) -> str:
-    """Make sure that repository and branch exist; the name of the former with its owner."""
-    # Not False: the owner's default visibility applies unless asked otherwise.
-    repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
-    if private and not api.model_info(repo_id).private:
-        raise OutputError(f"'{repo_id}' exists and is public; make it private in its settings, or omit --private.")
-    if revision is not None:
+def _prepare_repository(api: HfApi, repo_id: str, private: bool) -> None:
+    try:
+        is_private = api.repo_info(repo_id).private
+    except RepositoryNotFoundError:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        return
+    if private and not is_private:
+        raise HubError(
+            f"{repo_id} exists and is public, but a private upload was asked for. Make it private in its settings, "
+            "choose another repository, or leave out --private to publish there."
+        )
+
+
+def _prepare_branch(api: HfApi, repo_id: str, revision: str | None) -> None:
+    if revision is None:
+        return
+    references = api.list_repo_refs(repo_id)
+    if revision in [tag.name for tag in references.tags]:
+        raise HubError(f"'{revision}' is a tag of {repo_id}; expected a branch. Choose another --revision.")
+    if revision not in [branch.name for branch in references.branches]:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    return repo_id
 
 
 @contextmanager
-def _explained(situation: str) -> Iterator[None]:
-    """Turn whatever goes wrong into one error that says what to do.
+def _without_unoffered_xet(api: HfApi, repo_id: str, revision: str | None) -> Iterator[None]:
+    """Have huggingface_hub take Git LFS where the server has no Xet.
 
-    The releases of huggingface_hub differ in their HTTP client and thereby in the classes of its errors, so no class
-    is named here; only the status of an HTTP answer matters.
+    Releases from 1.0 on do not ask: with hf_xet installed they insist on it.
     """
+    branch = constants.DEFAULT_REVISION if revision is None else revision.replace("/", "%2F")
+    address = f"{api.endpoint}/api/models/{repo_id}/xet-write-token/{branch}"
+    answer = get_session().get(address, headers=build_hf_headers(token=api.token))
+    before = constants.HF_HUB_DISABLE_XET
+    constants.HF_HUB_DISABLE_XET = before or answer.status_code in NO_SUCH_ROUTE
+    try:
+        yield
+    finally:
+        constants.HF_HUB_DISABLE_XET = before
+
+
+def _upload(
+    api: HfApi, repo_id: str, folder: Path, files: list[str], revision: str | None, say: Callable[[str], object]
+) -> str:
+    """Send the weights one after the other, then everything else with the commit."""
+    weights = [name for name in files if name.endswith(".safetensors")]
+    operations = []
+    for number, name in enumerate(weights, 1):
+        say(f"Uploading {name} ({(folder / name).stat().st_size:,} bytes), {number} of {len(weights)}.")
+        operation = CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name)
+        api.preupload_lfs_files(repo_id, [operation], revision=revision, free_memory=False)
+        operations.append(operation)
+    others = [name for name in files if name not in weights]
+    operations += [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in others]
+    return api.create_commit(repo_id, operations, commit_message=COMMIT_MESSAGE, revision=revision).commit_url
+
+
+def _review(
+    api: HfApi, repo_id: str, folder: Path, files: list[str], revision: str | None, warn: Callable[[str], object]
+) -> None:
+    """Compare what the repository holds now with the folder."""
+    entries = api.list_repo_tree(repo_id, recursive=True, revision=revision)
+    sizes = {entry.path: entry.size for entry in entries if hasattr(entry, "size")}
+    absent = [name for name in files if sizes.get(name) != (folder / name).stat().st_size]
+    if absent:
+        raise HubError(
+            f"{repo_id} did not keep these files as they were sent; does its .gitignore exclude them?\n"
+            f"{listing(absent)}"
+        )
+    stale = sorted(name for name in sizes if WEIGHT_FILE.fullmatch(name) and name not in files)
+    if stale:
+        where = repo_id if revision is None else f"{repo_id}, branch {revision},"
+        warn(
+            f"{where} also holds weight files of another model, which clients may mix with the new ones. If they are "
+            f"not needed, delete them on the website or with huggingface_hub.HfApi().delete_files:\n{listing(stale)}"
+        )
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=4)
+
+
+# Errors
+
+LOGIN_ADVICE = "Log in with `hf auth login`, or set HF_TOKEN to a token with write permission from huggingface.co/settings/tokens."
+CONTINUE_ADVICE = "Then run the same command again: files that have arrived are not sent again."
+TRANSPORTS = ("requests", "urllib3", "httpx", "httpx2")  # which one it is depends on the release of huggingface_hub
+
+
+@contextmanager
+def _explained(api: HfApi, repo_id: str) -> Iterator[None]:
+    """Put every failure of the client library into our words."""
     try:
         yield
     except ConversionError:
         raise
     except Exception as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None and not hasattr(cause, "response"):
-            cause = cause.__cause__
-        status = getattr(getattr(cause, "response", None), "status_code", None)
-        advice = ADVICE.get(status, "")
-        parts = [situation, "" if status is None else f"It answered {status}.", advice]
-        detail = f"{type(cause).__name__}: {' '.join(str(cause).split())}"
-        raise OutputError(" ".join(filter(None, parts)) + f"\n  {detail}") from error
+        raise HubError(_explanation(error, api.endpoint, repo_id)) from error
+
+
+def _explanation(error: Exception, endpoint: str, repo_id: str) -> str:
+    chain = list(_causes(error))
+    responses = [cause.response for cause in chain if getattr(cause, "response", None) is not None]
+    if responses:
+        return _explain_status(responses[0].status_code, _first_line(error), endpoint, repo_id)
+    if any(isinstance(cause, OfflineModeIsEnabled) for cause in chain):
+        return "HF_HUB_OFFLINE is set, so that nothing can be uploaded. Unset it."
+    reason = f"{type(chain[-1]).__name__}: {_first_line(chain[-1])}"
+    is_transport = any(type(cause).__module__.partition(".")[0] in TRANSPORTS for cause in chain)
+    if is_transport or any(isinstance(cause, ConnectionError | TimeoutError) for cause in chain):
+        return (
+            f"The connection to {endpoint} failed or was lost ({reason}). Check the network, and HF_ENDPOINT if it is "
+            f"set. {CONTINUE_ADVICE}"
+        )
+    return f"The upload to {repo_id} stopped ({reason}). Remove the cause. {CONTINUE_ADVICE}"
+
+
+def _explain_status(status: int, message: str, endpoint: str, repo_id: str) -> str:
+    if status == 401:
+        return f"{endpoint} does not accept the token (401: {message}). {LOGIN_ADVICE}"
+    if status == 403:
+        owner = repo_id.partition("/")[0]
+        return (
+            f"The token may not write to {repo_id} (403: {message}). Use a token with write permission of a user who "
+            f"is, or may write for, '{owner}'."
+        )
+    if status >= 500 or status == 429:
+        return f"{endpoint} is out of order or busy ({status}: {message}). Wait a while. {CONTINUE_ADVICE}"
+    return f"{endpoint} does not accept the upload to {repo_id} ({status}: {message})."
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, what it was raised from, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ if error.__cause__ is not None or error.__suppress_context__ else error.__context__
+
+
+def _first_line(error: BaseException) -> str:
+    """The most telling line of a message; the Hub's own words come last."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -5,7 +5,6 @@ installed transformers release, which differ.
 """
 
 import json
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,23 @@ EXTRA_TOKENS = (
 FILLER = "|<EXTRA_TOKENS_{}>|"
 PORTABLE_CLASS = "PreTrainedTokenizerFast"  # reads tokenizer.json as it is, on every release
 TOKENIZER_FILE, TOKENIZER_CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
+DEFAULT_UNKNOWN = dict.fromkeys(("GPT2Tokenizer", "Qwen2Tokenizer"), "<|endoftext|>")
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+QWEN_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN_SPLIT = {"type": "Split", "pattern": {"Regex": QWEN_PATTERN}, "behavior": "Isolated", "invert": False}
+# Parts of tokenizer.json that transformers 5 takes from the class instead.
+REBUILT_PARTS: dict[str, dict[str, Any]] = {
+    "GPT2Tokenizer": {"normalizer": None, "pre_tokenizer": BYTE_LEVEL},
+    "Qwen2Tokenizer": {
+        "normalizer": {"type": "NFC"},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [QWEN_SPLIT, {**BYTE_LEVEL, "use_regex": False}]},
+    },
+}
 SAMPLES = (
-    "Point to the technician in the lift. It's 3,141 m away!",
-    "<|im_start|>user\n  def f(x):\n\treturn x  # naïve café — 東京 🙂<|im_end|>\n",
-    "<|video|><|image|>0.5 1.0<im_start><im_patch><im_col><im_end>",
+    "Point to the technician in the lift. IT'S 3,141 or 1234567 m away!\n\n  Isn't it?\r\n",
+    "def f(x):\n\treturn x  # na\u00efve cafe\u0301 \u6771\u4eac \U0001f642  \n\n",
 )
 
 
@@ -54,8 +66,8 @@ def build_tokenizer(source: str, *, filled_size: int, embedding_rows: int) -> To
         CheckpointError: If the tokenizer cannot be found or read.
         UnsupportedError: If its ids would point at the wrong rows.
     """
-    base, settings, loaded = _load_base(source)
-    from tokenizers import AddedToken, Tokenizer  # seconds of import that --help should not cost
+    base, settings = _load_base(source)
+    from tokenizers import AddedToken, Tokenizer  # not needed for --help
 
     backend = Tokenizer.from_str(base)
     backend.no_truncation()
@@ -68,6 +80,7 @@ def build_tokenizer(source: str, *, filled_size: int, embedding_rows: int) -> To
             f"The tokenizer '{source}' has {found}; expected a base tokenizer of at most {filled_size} without "
             "Molmo2's own tokens. Name the right one with --tokenizer."
         )
+    tokenizer_class = _portable_class(str(settings.get("tokenizer_class", PORTABLE_CLASS)), backend)
     added = [FILLER.format(number) for number in range(filled_size - size)] + list(EXTRA_TOKENS)
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in added])
     ids = {token: backend.token_to_id(token) for token in EXTRA_TOKENS}
@@ -77,36 +90,62 @@ def build_tokenizer(source: str, *, filled_size: int, embedding_rows: int) -> To
             f"and the extra tokens must follow them. The tokenizer '{source}' or llm.fix_pad_tokenizer does not fit "
             "the checkpoint."
         )
-    settings = _settings(settings, loaded, backend, added)
+    settings = _settings(settings, tokenizer_class, backend, added)
     names = {name: settings[f"{name}_token"] for name in ("bos", "eos", "pad")}
     missing = [name for name, token in names.items() if token is None or backend.token_to_id(token) is None]
     if missing:
         raise UnsupportedError(f"The tokenizer '{source}' has no {' and no '.join(missing)} token; Molmo2 needs them.")
-    files = _portable(_files(backend, settings, added), backend, settings)
-    return TokenizerFiles(files, ids, *(backend.token_to_id(token) for token in names.values()))
+    return TokenizerFiles(
+        _files(backend, settings, added), ids, *(backend.token_to_id(token) for token in names.values())
+    )
 
 
-def _load_base(source: str) -> tuple[str, dict[str, Any], Any]:
-    """`tokenizer.json`, `tokenizer_config.json` and the tokenizer as transformers loads it, without foreign code."""
-    from transformers import AutoTokenizer
+def _load_base(source: str) -> tuple[str, dict[str, Any]]:
+    """Contents of `tokenizer.json` and `tokenizer_config.json`; foreign code is not run."""
     from transformers.utils.hub import cached_file
 
     try:
-        loaded = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         paths = [
             cached_file(source, name, _raise_exceptions_for_missing_entries=False)
             for name in (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE)
         ]
-    except Exception as error:  # the loader raises many kinds
+        if paths[0] is None:  # only the files of a slow tokenizer
+            from transformers import AutoTokenizer
+
+            base = AutoTokenizer.from_pretrained(source, trust_remote_code=False).backend_tokenizer.to_str()
+        else:
+            base = Path(paths[0]).read_text(encoding="utf-8")
+        settings = {} if paths[1] is None else json.loads(Path(paths[1]).read_text(encoding="utf-8"))
+    except Exception as error:  # the loaders raise many kinds
         raise CheckpointError(
             f"The tokenizer '{source}' cannot be loaded ({type(error).__name__}: {str(error)[:300]}). config.yaml "
             "names it as llm.tokenizer.identifier; without network pass a local folder: --tokenizer PATH."
         ) from error
-    if paths[0] is None and getattr(loaded, "backend_tokenizer", None) is None:
-        raise CheckpointError(f"The tokenizer '{source}' has no {TOKENIZER_FILE} and cannot be turned into one.")
-    base = loaded.backend_tokenizer.to_str() if paths[0] is None else Path(paths[0]).read_text(encoding="utf-8")
-    settings = {} if paths[1] is None else json.loads(Path(paths[1]).read_text(encoding="utf-8"))
-    return base, settings, loaded
+    return base, settings
+
+
+def _portable_class(stated: str, backend: Any) -> str:
+    """The class to name in `tokenizer_config.json`, under which every release encodes as `tokenizer.json` says.
+
+    Recent releases build some tokenizers anew from their class's idea of them, which need not be what the file says:
+    Olmo's calls itself a GPT2Tokenizer, but splits numbers and line ends otherwise.
+    """
+    from tokenizers import Tokenizer
+
+    stated = stated.removesuffix("Fast")
+    if stated not in REBUILT_PARTS:
+        return PORTABLE_CLASS
+    content = json.loads(backend.to_str())
+    if all(content[name] == part for name, part in REBUILT_PARTS[stated].items()):
+        return stated
+    rebuilt = Tokenizer.from_str(json.dumps({**content, **REBUILT_PARTS[stated]}))
+    # A token that never comes out whole any more shows a rule that splits differently.
+    texts = [
+        *SAMPLES,
+        *(backend.decode([number], skip_special_tokens=False) for number in range(len(content["model"]["vocab"]))),
+    ]
+    literal, other = (tokenizer.encode_batch_fast(texts, add_special_tokens=False) for tokenizer in (backend, rebuilt))
+    return stated if all(a.ids == b.ids for a, b in zip(literal, other, strict=True)) else PORTABLE_CLASS
 
 
 def _content(token: Any) -> str | None:
@@ -116,19 +155,17 @@ def _content(token: Any) -> str | None:
     return None if token is None else str(token)
 
 
-def _settings(base: dict[str, Any], loaded: Any, backend: Any, added: list[str]) -> dict[str, Any]:
+def _settings(base: dict[str, Any], tokenizer_class: str, backend: Any, added: list[str]) -> dict[str, Any]:
     """`tokenizer_config.json`: the base's, with bos, the added tokens and our processor."""
     settings = {name: value for name, value in base.items() if name not in ("chat_template", "auto_map")}
+    settings.setdefault("unk_token", DEFAULT_UNKNOWN.get(tokenizer_class))
     for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
-        settings[name] = _content(settings[name] if name in settings else getattr(loaded, name))
-    if settings["bos_token"] is None:
-        settings["bos_token"] = settings["eos_token"]
-    if settings["pad_token"] is None:
-        settings["pad_token"] = settings["eos_token"]
-    stated = str(settings.get("tokenizer_class", type(loaded).__name__))
-    is_generic = stated in (PORTABLE_CLASS, "TokenizersBackend")
-    settings["tokenizer_class"] = PORTABLE_CLASS if is_generic else stated.removesuffix("Fast")
-    if settings["tokenizer_class"] == "GPT2Tokenizer":
+        settings[name] = _content(settings.get(name))
+    for name in ("bos_token", "pad_token"):
+        if settings[name] is None:
+            settings[name] = settings["eos_token"]
+    settings["tokenizer_class"] = tokenizer_class
+    if tokenizer_class == "GPT2Tokenizer":
         settings.setdefault("add_prefix_space", False)
     settings.setdefault("clean_up_tokenization_spaces", False)
     settings.setdefault("extra_special_tokens", {})
@@ -165,29 +202,3 @@ def _files(backend: Any, settings: dict[str, Any], added: list[str]) -> dict[str
         pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
         files["merges.txt"] = "\n".join(["#version: 0.2", *pairs]) + "\n"
     return files
-
-
-def _portable(files: dict[str, str], backend: Any, settings: dict[str, Any]) -> dict[str, str]:
-    """The files, loaded once to see that they encode like the base; else under a class that reads them literally.
-
-    Some releases build a tokenizer anew from its class's idea of it, which need not be what the file says.
-    """
-    from transformers import AutoTokenizer
-
-    for class_name in (settings["tokenizer_class"], PORTABLE_CLASS):
-        settings = {**settings, "tokenizer_class": class_name}
-        config = json.dumps(settings, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
-        files = {**files, TOKENIZER_CONFIG_FILE: config}
-        with tempfile.TemporaryDirectory() as folder:
-            for name, content in files.items():
-                (Path(folder) / name).write_text(content, encoding="utf-8")
-            loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        texts = (*SAMPLES, "".join(EXTRA_TOKENS))
-        if all(
-            loaded.encode(text, add_special_tokens=False) == backend.encode(text, add_special_tokens=False).ids
-            for text in texts
-        ):
-            return files
-    raise UnsupportedError(
-        "The finished tokenizer, loaded by transformers, does not encode like its base. Please report its name."
-    )

@@ -11,6 +11,7 @@ import json
 import re
 import socket
 import struct
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -388,8 +389,6 @@ class Server(ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Connections that were cut off are no news; anything else is."""
-        import sys
-
         if not isinstance(sys.exc_info()[1], ConnectionError | ValueError):
             super().handle_error(request, client_address)
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from checkpoints import picture, write_processor
 from transformers import AutoTokenizer
 
+from checkpoints import picture, write_processor
 from molmo2_remote.image_processing_molmo2 import Molmo2ImageProcessor
 from molmo2_remote.processing_molmo2 import Molmo2Processor
 from molmo2_remote.video_processing_molmo2 import Molmo2VideoProcessor

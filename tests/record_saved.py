@@ -13,6 +13,7 @@ from pathlib import Path
 
 import conftest  # noqa: F401  (makes the root importable)
 import transformers
+
 from checkpoints import DATA, read_json, write_checkpoint
 from fresh_process import run
 

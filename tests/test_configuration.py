@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import FAMILIES, PUBLISHED, published_config, read_json, tiny_config, write_json
 from transformers.utils import logging as transformers_logging
 
+from checkpoints import FAMILIES, PUBLISHED, published_config, read_json, tiny_config, write_json
 from molmo2_remote.configuration_molmo2 import (
     Molmo2AdapterConfig,
     Molmo2Config,

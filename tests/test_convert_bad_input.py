@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
+
+from convert.cli import main
+from convert.reader import find_checkpoint
 from native_checkpoints import (
     ShardLayout,
     native_section,
@@ -19,10 +23,6 @@ from native_checkpoints import (
     write_sharded,
     write_unsharded,
 )
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
-
-from convert.cli import main
-from convert.reader import find_checkpoint
 
 CHECKPOINT_ERROR, UNSUPPORTED, OUTPUT_ERROR = 3, 4, 5
 EMBEDDING = "model.transformer.wte.embedding"

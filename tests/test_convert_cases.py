@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from native_checkpoints import native_section
 from packaging.version import Version
 from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoTokenizer
@@ -20,6 +19,7 @@ from convert.config_files import MODEL_MAP
 from convert.names import expected_renames, native_name, target_name
 from convert.native_config import parse_config
 from convert.shards import GIGABYTE, index_content, plan_shards
+from native_checkpoints import native_section
 
 TOKENIZERS = {
     "olmo3_sharded_2ranks": "tiny-olmo-tokenizer",

@@ -4,12 +4,12 @@ import copy
 from typing import Any
 
 import pytest
-from native_checkpoints import native_section
 
 from convert import UnsupportedError
 from convert import config_files as target
 from convert.native_config import SECTIONS, parse_config
 from convert.tokenizer import EXTRA_TOKENS
+from native_checkpoints import native_section
 
 TOKEN_IDS = {token: 277 + number for number, token in enumerate(EXTRA_TOKENS)}
 

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
+
 from checkpoints import REPOSITORY, write_json
 from fake_hub import FakeHub, Repository, fake_hub, large_oid
-from safetensors.numpy import save_file
 
 REPO = "tester/molmo2-tiny"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")

@@ -14,15 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from native_checkpoints import (
-    ShardLayout,
-    native_section,
-    native_shapes,
-    native_tensors,
-    write_base_tokenizer,
-    write_sharded,
-    write_unsharded,
-)
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -39,6 +30,15 @@ from convert.probe import probe_folder
 from convert.reader import Piece, SourceTensor
 from convert.staging import STATE_FILE
 from convert.verify import verify_folder
+from native_checkpoints import (
+    ShardLayout,
+    native_section,
+    native_shapes,
+    native_tensors,
+    write_base_tokenizer,
+    write_sharded,
+    write_unsharded,
+)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SEVERAL_SHARDS = 100_000  # bytes per shard, of about 600,000

@@ -6,9 +6,10 @@ import threading
 
 import pytest
 import torch
+from transformers import DynamicCache, TextIteratorStreamer
+
 from checkpoints import FAMILIES, build_model, picture
 from model_inputs import MIXED, batch, clip, processor
-from transformers import DynamicCache, TextIteratorStreamer
 
 NEW_TOKENS = 8
 

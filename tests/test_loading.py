@@ -11,6 +11,10 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, init_empty_weights, load_checkpoint_and_dispatch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+
 from checkpoints import (
     FAMILIES,
     PUBLISHED,
@@ -22,10 +26,6 @@ from checkpoints import (
     write_checkpoint,
     write_json,
 )
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
-
 from molmo2_remote.configuration_molmo2 import Molmo2Config
 from molmo2_remote.modeling_molmo2 import Molmo2ForConditionalGeneration
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from checkpoints import tiny_config
 from transformers import DynamicCache
 
+from checkpoints import tiny_config
 from molmo2_remote.masking_molmo2 import (
     attention_implementation,
     make_attention_mask,

@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
-from checkpoints import FAMILIES, build_model, picture
-from model_inputs import MIXED, batch, clip, processor, real_tokens
 from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from checkpoints import FAMILIES, build_model, picture
+from model_inputs import MIXED, batch, clip, processor, real_tokens
 
 ATOL = 2e-5
 

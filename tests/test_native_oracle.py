@@ -8,11 +8,11 @@ here and covered by the golden checkpoints.
 
 import pytest
 import torch
-from checkpoints import fill_weights, read_json, write_checkpoint, write_json
-from model_inputs import batch, real_tokens
 from transformers import AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from checkpoints import fill_weights, read_json, write_checkpoint, write_json
+from model_inputs import batch, real_tokens
 from molmo2_remote.media_layout_molmo2 import MediaTables, flat_pooling
 from molmo2_remote.modeling_molmo2 import Molmo2ForConditionalGeneration
 

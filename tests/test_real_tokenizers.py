@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoints import module_cache
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
+from checkpoints import module_cache
 from golden_cases import pattern
 
 REPOSITORY = Path(__file__).resolve().parent.parent

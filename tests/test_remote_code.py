@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from checkpoints import AUTO_MAP, PUBLISHED, REPOSITORY, build_model, picture, read_json, write_checkpoint
-from fresh_process import run
 from packaging.version import Version
 from safetensors.torch import load_file
 from transformers import dynamic_module_utils
+
+from checkpoints import AUTO_MAP, PUBLISHED, REPOSITORY, build_model, picture, read_json, write_checkpoint
+from fresh_process import run
 
 MODULES = sorted(REPOSITORY.glob("*_molmo2.py"))
 AUTO_MAP_MODULES = ["configuration", "modeling", "image_processing", "video_processing", "processing"]

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from checkpoints import tiny_config
 
+from checkpoints import tiny_config
 from molmo2_remote.rotary_molmo2 import Molmo2RotaryEmbedding, plain_inverse_frequencies, rotate
 
 POSITIONS = torch.arange(7)[None]

@@ -10,6 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+
 from checkpoints import (
     AUTO_MAP,
     DATA,
@@ -28,10 +32,6 @@ from checkpoints import (
 )
 from fake_hub import fake_hub
 from fresh_process import run
-from safetensors.torch import load_file
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
-
 from molmo2_remote.image_processing_molmo2 import Molmo2ImageProcessor
 from molmo2_remote.modeling_molmo2 import Molmo2ForConditionalGeneration
 from molmo2_remote.processing_molmo2 import Molmo2Processor
