@@ -22,7 +22,7 @@ from .writer import WeightWriter
 NATIVE_CONFIG_FILE = "native_config.yaml"
 # Fields of the native configuration that name places on the machine it was trained on.
 PRIVATE_FIELDS = ("init_path", "init_incremental", "tokenizer_dir")
-BASE_MEMORY = 450_000_000  # Python, numpy and transformers for the tokenizer: most of what the process ever holds
+BASE_MEMORY = 450_000_000  # Python, numpy and the vocabulary of a tokenizer: most of what the process ever holds
 PIECE_MEMORY = 2_000  # what is remembered of one piece
 
 

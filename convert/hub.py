@@ -214,7 +214,7 @@ def _warn(text: str) -> None:
 
 # Errors
 
-LOGIN_ADVICE = "Log in with `hf auth login`, or set HF_TOKEN to a token with write permission from huggingface.co/settings/tokens."
+LOGIN_ADVICE = "Log in with `hf auth login`, or set HF_TOKEN to a token of yours with write permission."
 CONTINUE_ADVICE = "Then run the same command again: files that have arrived are not sent again."
 TRANSPORTS = ("requests", "urllib3", "httpx", "httpx2")  # which one it is depends on the release of huggingface_hub
 

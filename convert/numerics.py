@@ -47,8 +47,9 @@ class BlockConverter:
         rounded += ROUND_HALF
         rounded += bits
         upper = np.ascontiguousarray(rounded.view(np.uint16)[1::2])
-        is_nan = np.isnan(bits.view(np.float32))
-        if is_nan.any():  # the carry could have turned it into infinity or zero
+        values = bits.view(np.float32)
+        if values.size and np.isnan(values.max()):  # the carry could have turned a NaN into infinity or zero
+            is_nan = np.isnan(values)
             upper[is_nan] = (bits[is_nan] >> 16).astype(np.uint16) | QUIET_BIT
         return memoryview(upper).cast("B")
 

@@ -5,6 +5,7 @@ installed transformers release, which differ.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,10 @@ REBUILT_PARTS: dict[str, dict[str, Any]] = {
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [QWEN_SPLIT, {**BYTE_LEVEL, "use_regex": False}]},
     },
 }
+BATCH_TOKENS = 4096
 SAMPLES = (
     "Point to the technician in the lift. IT'S 3,141 or 1234567 m away!\n\n  Isn't it?\r\n",
-    "def f(x):\n\treturn x  # na\u00efve cafe\u0301 \u6771\u4eac \U0001f642  \n\n",
+    "def f(x):\n\treturn x  # na\u00efve caf\u00e9 \u6771\u4eac \U0001f642  \n\n",
 )
 
 
@@ -109,6 +111,8 @@ def _load_base(source: str) -> tuple[str, dict[str, Any]]:
             cached_file(source, name, _raise_exceptions_for_missing_entries=False)
             for name in (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE)
         ]
+        if paths == [None, None]:
+            raise FileNotFoundError(f"there is neither {TOKENIZER_FILE} nor {TOKENIZER_CONFIG_FILE}")
         if paths[0] is None:  # only the files of a slow tokenizer
             from transformers import AutoTokenizer
 
@@ -139,13 +143,20 @@ def _portable_class(stated: str, backend: Any) -> str:
     if all(content[name] == part for name, part in REBUILT_PARTS[stated].items()):
         return stated
     rebuilt = Tokenizer.from_str(json.dumps({**content, **REBUILT_PARTS[stated]}))
+    if not _encode_alike(backend, rebuilt, SAMPLES):
+        return PORTABLE_CLASS
     # A token that never comes out whole any more shows a rule that splits differently.
-    texts = [
-        *SAMPLES,
-        *(backend.decode([number], skip_special_tokens=False) for number in range(len(content["model"]["vocab"]))),
-    ]
-    literal, other = (tokenizer.encode_batch_fast(texts, add_special_tokens=False) for tokenizer in (backend, rebuilt))
-    return stated if all(a.ids == b.ids for a, b in zip(literal, other, strict=True)) else PORTABLE_CLASS
+    numbers = range(len(content["model"]["vocab"]))
+    for start in range(0, len(numbers), BATCH_TOKENS):
+        texts = backend.decode_batch([[number] for number in numbers[start : start + BATCH_TOKENS]], False)
+        if not _encode_alike(backend, rebuilt, texts):
+            return PORTABLE_CLASS
+    return stated
+
+
+def _encode_alike(first: Any, second: Any, texts: Sequence[str]) -> bool:
+    encoded = [tokenizer.encode_batch_fast(texts, add_special_tokens=False) for tokenizer in (first, second)]
+    return all(a.ids == b.ids for a, b in zip(*encoded, strict=True))
 
 
 def _content(token: Any) -> str | None:

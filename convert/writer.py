@@ -13,8 +13,8 @@ from .shards import SAFETENSORS_DTYPES, Shard
 from .staging import Segment, Staging, flush
 from .torch_archive import ITEM_BYTES
 
-# Reading, checksums, rounding and writing all release the interpreter; more threads than this only wait for the disk.
-NUM_WORKERS = max(2, min(4, os.cpu_count() or 1))
+# Reading, checksums, rounding and writing all release the interpreter, and some threads wait for the disk.
+NUM_WORKERS = min(4, (os.cpu_count() or 1) + 2)
 
 
 @dataclass(frozen=True)
