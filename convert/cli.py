@@ -201,7 +201,12 @@ class _Command:
             from .hub import push_folder
 
             address = push_folder(
-                arguments.output, arguments.push_to_hub, private=arguments.private, revision=arguments.revision
+                arguments.output,
+                arguments.push_to_hub,
+                private=arguments.private,
+                revision=arguments.revision,
+                say=self.say,
+                warn=lambda text: print(f"warning: {text}", file=sys.stderr),
             )
             self.say(f"Uploaded: {address}")
 

@@ -302,9 +302,11 @@ def parse_config(
     positions = _first_not_none(max_positions, llm["max_position_embeddings"], llm["max_sequence_length"])
     if positions is None:
         problems.append("llm.max_position_embeddings and llm.max_sequence_length say nothing; pass --max-model-len")
-    if not problems:
+    if _is_complete(llm, LLM):
         _check_text(llm, problems)
+    if _is_complete(vit, VIT) and _is_complete(backbone, BACKBONE):
         _check_vision(vit, backbone, problems)
+    if _is_complete(image, IMAGE) and _is_complete(video, VIDEO):
         _check_pictures(image, video, problems)
     if problems:
         raise UnsupportedError(f"This checkpoint cannot be converted to Molmo2:\n{listing(problems)}")
@@ -319,6 +321,11 @@ def parse_config(
         has_two_way_images=sections[""]["bi_directional_attn"] == TWO_WAY_ATTENTION,
         warnings=_warnings(model, sections[""]),
     )
+
+
+def _is_complete(section: dict[str, Any], fields: dict[str, Field]) -> bool:
+    """Whether every field has a value of its kind, so that they can be compared with each other."""
+    return all(section[name] is not None or field.nullable for name, field in fields.items())
 
 
 def _first_not_none(*values: Any) -> Any:

@@ -78,7 +78,8 @@ class FakeHub:
     Attributes:
         storage: SHA-256 -> content of the files in LFS.
         uploads: What the storage has received, also in requests that were cut off.
-        drops: Number of coming requests to the storage that are cut off halfway.
+        drops: Number of coming requests to the storage that are cut off halfway,
+        drops_after: once so many files have arrived.
         roles: Token -> "write" or "read"; None: every token may write.
         ignored: Paths that the repository's `.gitignore` keeps out.
         unanswered: Requests that this Hub does not know.
@@ -93,6 +94,7 @@ class FakeHub:
         self.parts: dict[str, dict[int, bytes]] = {}
         self.uploads: list[Upload] = []
         self.drops = 0
+        self.drops_after = 0
         self.roles: dict[str, str] | None = None
         self.ignored: set[str] = set()
         self.unanswered: list[str] = []
@@ -343,7 +345,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def store(self, sha256: str, part: str | None = None) -> None:
         content = bytearray()
-        is_dropped = self.hub.drops > 0
+        is_dropped = self.hub.drops > 0 and len(self.hub.storage) >= self.hub.drops_after
         self.hub.drops -= is_dropped
         length = int(self.headers.get("Content-Length", 0))
         for piece in self._stream():

@@ -133,6 +133,20 @@ def test_all_refusals_are_reported_together():
     assert message.count("  - ") == sum(path.startswith("llm.") for path in REFUSED)
 
 
+def test_refused_values_and_contradictions_are_reported_together():
+    message = refusal(
+        {
+            "llm.scale_logits": True,
+            "llm.mlp_hidden_size": 113,
+            "vision_backbone.vit.image_emb_dim": "wide",
+            "mm_preprocessor.image.max_multi_image_crops": 8,
+            "mm_preprocessor.video.max_fps": [1.0, 2.0],
+            "new": 1,
+        }
+    )
+    assert message.count("  - ") == 6
+
+
 def test_unknown_fields_are_refused_unless_accepted_by_name():
     changes = {"llm.new_switch": 1, "vision_backbone.vit.other": [2], "third": True}
     message = refusal(changes)

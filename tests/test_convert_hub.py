@@ -215,6 +215,19 @@ def test_a_dropped_connection_and_the_run_after_it(hub, folder):
     assert sorted(upload.sha256 for upload in hub.uploads) == sorted(sha256(folder / name) for name in SHARDS)
 
 
+def test_an_upload_that_broke_off_in_the_second_shard_continues_there(hub, folder):
+    hub.drops, hub.drops_after = 20, 1
+    assert push(hub, folder).code == 7
+    assert [upload.sha256 for upload in hub.uploads if upload.is_complete] == [sha256(folder / SHARDS[0])]
+    assert commits(hub) == 0
+
+    hub.drops, hub.uploads = 0, []
+    assert push(hub, folder).code == 0
+    assert [upload.sha256 for upload in hub.uploads] == [sha256(folder / SHARDS[1])]
+    assert hub.files(REPO) == visible(folder)
+    assert commits(hub) == 1
+
+
 def test_a_shard_that_arrived_before_an_interruption_is_not_sent_again(hub, folder):
     hub.create(REPO)
     first = (folder / SHARDS[0]).read_bytes()
