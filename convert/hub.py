@@ -236,7 +236,7 @@ def _explanation(error: Exception, endpoint: str, repo_id: str) -> str:
     if responses:
         return _explain_status(responses[0].status_code, _first_line(error), endpoint, repo_id)
     if any(isinstance(cause, OfflineModeIsEnabled) for cause in chain):
-        return "HF_HUB_OFFLINE is set, so that nothing can be uploaded. Unset it."
+        return "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set, so that nothing can be uploaded. Unset it."
     reason = f"{type(chain[-1]).__name__}: {_first_line(chain[-1])}"
     is_transport = any(type(cause).__module__.partition(".")[0] in TRANSPORTS for cause in chain)
     if is_transport or any(isinstance(cause, ConnectionError | TimeoutError) for cause in chain):

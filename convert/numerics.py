@@ -21,7 +21,7 @@ class BlockConverter:
 
     def __init__(self, dtype: str):
         self.dtype = dtype
-        self._buffer = memoryview(np.empty(BLOCK_BYTES, np.uint8))
+        self._buffer = np.empty(BLOCK_BYTES, np.uint8).data
         self._scratch = np.empty(BLOCK_BYTES // 2, np.uint32)
 
     def stream(self, tensor: SourceTensor) -> Iterator[memoryview]:
@@ -51,10 +51,10 @@ class BlockConverter:
         if values.size and np.isnan(values.max()):  # the carry could have turned a NaN into infinity or zero
             is_nan = np.isnan(values)
             upper[is_nan] = (bits[is_nan] >> 16).astype(np.uint16) | QUIET_BIT
-        return memoryview(upper).cast("B")
+        return upper.data.cast("B")
 
     def _widen(self, halves: np.ndarray) -> memoryview:
         """bfloat16 to float32, exactly."""
         wide = self._scratch[: halves.size]
         np.left_shift(halves, 16, out=wide, dtype=np.uint32)
-        return memoryview(wide).cast("B")
+        return wide.data.cast("B")

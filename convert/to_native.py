@@ -172,7 +172,7 @@ def native_section(folder: Path, base: dict[str, Any], tokenizer: str | None) ->
 
 def _llm_values(text: dict[str, Any]) -> dict[str, Any]:
     scaling = text["rope_scaling"]
-    rope = {f"rope_{name}": None for name, _ in native_config.ROPE_FIELDS}
+    rope: dict[str, Any] = {f"rope_{name}": None for name, _ in native_config.ROPE_FIELDS}
     rope["rope_type"] = "default" if scaling is None else scaling["rope_type"]
     rope |= {} if scaling is None else {f"rope_{name}": scaling[name] for name in scaling if name != "rope_type"}
     return {

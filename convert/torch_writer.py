@@ -43,7 +43,8 @@ class _Pickler(pickle.Pickler):
         import torch
 
         strides = [math.prod(value.shape[axis + 1 :]) for axis in range(len(value.shape))]
-        arguments = (_Storage(value), 0, tuple(value.shape), tuple(strides), False, OrderedDict())
+        hooks: OrderedDict = OrderedDict()
+        arguments = (_Storage(value), 0, tuple(value.shape), tuple(strides), False, hooks)
         return torch._utils._rebuild_tensor_v2, arguments
 
     def persistent_id(self, value: Any) -> Any:

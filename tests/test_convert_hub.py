@@ -72,7 +72,8 @@ class Pushed:
 def push(
     hub: FakeHub | str, folder: Path, *, token: str | None = "hf_none", repo_id: str = REPO, **arguments
 ) -> Pushed:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    private = ("HF_", "TRANSFORMERS_OFFLINE")  # older releases of huggingface_hub obey the second one, too
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(private)}
     environment.update({} if token is None else {"HF_TOKEN": token})
     environment.update(
         HF_ENDPOINT=hub if isinstance(hub, str) else hub.url,

@@ -212,6 +212,42 @@ def test_offloading_and_device_map(converted, tmp_path):
         torch.testing.assert_close(model(input_ids=ids).logits, expected, atol=1e-5, rtol=0)
 
 
+LOADING = """
+import re, sys, threading, time
+import torch
+from transformers import AutoModelForImageTextToText
+def private():  # bytes; pages of mapped files do not count
+    return int(re.search(r"RssAnon:\\s+(\\d+) kB", open("/proc/self/status").read()).group(1)) * 1024
+def watch():
+    while not done.is_set():
+        peak[0] = max(peak[0], private())
+        time.sleep(0.002)
+small, large = sys.argv[1:]
+AutoModelForImageTextToText.from_pretrained(small, trust_remote_code=True)  # everything is imported by now
+done, peak, before = threading.Event(), [0], private()
+watcher = threading.Thread(target=watch)
+watcher.start()
+options = {"dtype": torch.float32, "device_map": "auto"}
+model = AutoModelForImageTextToText.from_pretrained(large, trust_remote_code=True, **options)
+done.set()
+watcher.join()
+print((peak[0] - before) / sum(tensor.nbytes for tensor in model.parameters()))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is counted on Linux only")
+def test_loading_holds_no_second_copy(tmp_path, converted, tokenizer):
+    section = native_section({"llm.d_model": 1024, "llm.n_layers": 8, "llm.mlp_hidden_size": 6144})
+    folder = write_unsharded(tmp_path / "native", section, native_tensors(section))
+    options = ConversionOptions(tokenizer=tokenizer, max_shard_bytes=60_000_000)
+    plan = convert_checkpoint(folder, tmp_path / "large", options)
+    assert len(plan.shards) > 3
+    command = [sys.executable, "-c", LOADING, str(converted), str(tmp_path / "large")]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert float(result.stdout.splitlines()[-1]) < 1.3  # of the weights
+
+
 # Names
 
 
