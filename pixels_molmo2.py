@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 CHANNELS = 3
 FLOAT_DTYPES = (np.float16, np.float32, np.float64)
@@ -52,48 +53,38 @@ def resize(image: np.ndarray, height: int, width: int, resample: int) -> np.ndar
     Raises:
         ValueError: the filter is not supported, or `image` is no such array.
     """
-    return _resize_to_sizes(image, [(height, width)], resample)[0]
+    pixels = _resized(_planes(image), (height, width), resample, image.dtype)
+    return pixels.permute(1, 2, 0).numpy().astype(image.dtype, order="C")
 
 
-def to_patches(crops: np.ndarray, patch_size: int) -> np.ndarray:
-    """Cuts crops into square patches, row by row.
-
-    Args:
-        crops: (C, H, W, 3); H and W are multiples of `patch_size`.
-
-    Returns:
-        (C, P, patch_size * patch_size * 3), same dtype, with P = H // patch_size * (W // patch_size); the numbers of a
-        patch run over row, column, channel, channel fastest.
-    """
-    num_crops, height, width, channels = crops.shape
-    rows, cols, row_length = height // patch_size, width // patch_size, patch_size * channels
-    patches = crops.reshape(num_crops, rows, patch_size, cols, row_length).swapaxes(2, 3)
-    return patches.reshape(num_crops, rows * cols, patch_size * row_length)
-
-
-def normalize(
-    pixels: np.ndarray, mean: Sequence[float], std: Sequence[float], out: np.ndarray | None = None
-) -> np.ndarray:
-    """`(pixels - mean) / std` per channel in float32, after uint8 is divided by 255 and floats are taken as they are.
+def normalize(pixels: Tensor, mean: Sequence[float], std: Sequence[float], dtype: np.dtype) -> Tensor:
+    """`(pixels - mean) / std` per channel in float32; what was uint8 is divided by 255 before.
 
     Args:
-        pixels: (..., n * 3), uint8 or float; whole pixels along the last axis, channel fastest.
+        pixels: (3, H, W), overwritten.
         mean, std: one number per channel.
-        out: where to write; a new array by default.
-
     Returns:
-        float32 of the shape of `pixels`.
+        (H, W, 3) float32, contiguous.
     """
-    if out is None:
-        out = np.empty(pixels.shape, dtype=np.float32)
-    if pixels.dtype == np.uint8:
-        np.divide(pixels, np.float32(255), out=out, dtype=np.float32)
-    else:
-        out[...] = pixels
-    repeats = pixels.shape[-1] // CHANNELS
-    out -= np.tile(np.asarray(mean, dtype=np.float32), repeats)
-    out /= np.tile(np.asarray(std, dtype=np.float32), repeats)
-    return out
+    with torch.inference_mode():
+        pixels = pixels.float()
+        if dtype == np.uint8:
+            pixels.div_(255)
+        for plane, channel_mean, channel_std in zip(pixels, mean, std, strict=True):
+            plane.sub_(channel_mean).div_(channel_std)
+        return pixels.permute(1, 2, 0).contiguous()
+
+
+def write_patches(crop: Tensor, out: Tensor, patch_size: int) -> None:
+    """Cuts a crop into square patches, row by row; the numbers of a patch run over row, column, channel.
+
+    Args:
+        crop: (H, W, 3); H and W are multiples of `patch_size`.
+        out: (P, patch_size * patch_size * 3), filled; P = H // patch_size * (W // patch_size).
+    """
+    cut = crop.unflatten(1, (-1, patch_size)).unflatten(0, (-1, patch_size)).transpose(1, 2)
+    with torch.inference_mode():
+        out.view(cut.shape).copy_(cut)
 
 
 def write_image_pixel_values(
@@ -101,21 +92,26 @@ def write_image_pixel_values(
 ) -> None:
     """Writes the crops of one picture: the low-resolution view, then the tiles of the canvas row by row.
 
+    The canvas is normalised before it is cut, so that what the tiles share is computed once.
+
     Args:
         image: (H, W, 3), uint8 or float.
         plan: the `ImagePlan` of the picture.
         out: (plan.num_crops, P, patch_size * patch_size * 3) float32, filled in place.
-        resample, mean, std: see `resize` and `normalize`.
+        resample: see `resize`.
+        mean, std: one number per channel, see `normalize`.
     """
     settings = plan.settings
-    sizes = [(settings.crop_height, settings.crop_width), (plan.canvas_height, plan.canvas_width)]
-    low_res, canvas = _resize_to_sizes(image, sizes, resample)
-    crops = [low_res]
+    planes = _planes(image)
+    crops = iter(torch.from_numpy(out))
+    low_res = _resized(planes, (settings.crop_height, settings.crop_width), resample, image.dtype)
+    write_patches(normalize(low_res, mean, std, image.dtype), next(crops), settings.patch_size)
+    canvas = _resized(planes, (plan.canvas_height, plan.canvas_width), resample, image.dtype)
+    canvas = normalize(canvas, mean, std, image.dtype)
     for top in range(0, plan.tile_rows * settings.window_height, settings.window_height):
         for left in range(0, plan.tile_cols * settings.window_width, settings.window_width):
-            crops.append(canvas[top : top + settings.crop_height, left : left + settings.crop_width])
-    for crop, crop_out in zip(crops, out, strict=True):
-        normalize(to_patches(crop[None], settings.patch_size)[0], mean, std, out=crop_out)
+            tile = canvas[top : top + settings.crop_height, left : left + settings.crop_width]
+            write_patches(tile, next(crops), settings.patch_size)
 
 
 def frame_pixel_values(
@@ -150,8 +146,9 @@ def frame_pixel_values(
     for found, frame in enumerate(frames, start=1):
         if found > num_frames:
             break
-        crop = resize(frame, settings.crop_height, settings.crop_width, resample)
-        normalize(to_patches(crop[None], settings.patch_size)[0], mean, std, out=out[found - 1])
+        crop = _resized(_planes(frame), (settings.crop_height, settings.crop_width), resample, frame.dtype)
+        crop = normalize(crop, mean, std, frame.dtype)
+        write_patches(crop, torch.from_numpy(out[found - 1]), settings.patch_size)
     if found != num_frames:
         raise ValueError(
             f"{num_frames} frame(s) were announced, but {'more' if found > num_frames else found} came. Pass the "
@@ -160,22 +157,29 @@ def frame_pixel_values(
     return out
 
 
-def _resize_to_sizes(image: np.ndarray, sizes: Sequence[tuple[int, int]], resample: int) -> list[np.ndarray]:
-    """`resize` to several sizes; the picture is turned into floating point only once."""
-    mode = interpolation_mode(resample)
-    align_corners = None if mode == "nearest" else False
-    is_uint8 = image.dtype == np.uint8
-    if image.ndim != 3 or image.shape[2] != CHANNELS or not (is_uint8 or image.dtype in FLOAT_DTYPES):
+def _planes(image: np.ndarray) -> Tensor:
+    """A picture as (3, H, W) floating point: float64 stays, everything else becomes float32, of the same range."""
+    if image.ndim != 3 or image.shape[2] != CHANNELS or image.dtype not in (np.uint8, *FLOAT_DTYPES):
         raise ValueError(
             f"A picture of shape {image.shape} and dtype {image.dtype} cannot be resized. Pass (height, width, 3), as "
             f"uint8 or one of {', '.join(dtype.__name__ for dtype in FLOAT_DTYPES)}."
         )
-    source = np.array(image, dtype=np.float64 if image.dtype == np.float64 else np.float32, order="C")
-    channels_first = torch.from_numpy(source).permute(2, 0, 1)[None]  # (1, 3, H, W), a view
-    resized = []
+    source = torch.from_numpy(image if _fits_torch(image) else image.copy()).permute(2, 0, 1)
+    planes = torch.empty(source.shape, dtype=torch.float64 if image.dtype == np.float64 else torch.float32)
+    return planes.copy_(source)
+
+
+def _fits_torch(image: np.ndarray) -> bool:
+    """Whether torch can look at this memory: no negative strides, not read-only (it would warn), native bytes."""
+    return image.flags.writeable and min(image.strides) >= 0 and image.dtype.isnative
+
+
+def _resized(planes: Tensor, size: tuple[int, int], resample: int, dtype: np.dtype) -> Tensor:
+    """`resize` of (3, H, W) planes: (3, height, width), rounded or clipped to the values that `dtype` has."""
+    mode = interpolation_mode(resample)
     with torch.inference_mode():
-        for size in sizes:
-            pixels = F.interpolate(channels_first, size=size, mode=mode, align_corners=align_corners)
-            pixels = pixels.round_().clamp_(0, 255) if is_uint8 else pixels.clamp_(0, 1)
-            resized.append(pixels[0].permute(1, 2, 0).numpy().astype(image.dtype, copy=False))
-    return resized
+        align_corners = None if mode == "nearest" else False
+        pixels = F.interpolate(planes[None], size=size, mode=mode, align_corners=align_corners)[0]
+        if dtype == np.uint8:
+            return pixels.round_().clamp_(0, 255)
+        return pixels.clamp_(0, 1).to(torch.float16 if dtype == np.float16 else pixels.dtype)

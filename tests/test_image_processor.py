@@ -16,7 +16,7 @@ from molmo2_remote import image_loading_molmo2
 from molmo2_remote.geometry_molmo2 import CropSettings
 from molmo2_remote.image_loading_molmo2 import fetch_images, load_images
 from molmo2_remote.image_processing_molmo2 import Molmo2ImageProcessor
-from molmo2_remote.pixels_molmo2 import frame_pixel_values, normalize, resize, to_patches
+from molmo2_remote.pixels_molmo2 import frame_pixel_values, normalize, resize, write_patches
 
 REPOSITORY = Path(__file__).parent.parent
 MODULES = (
@@ -203,25 +203,37 @@ def test_any_memory_layout_is_resized(picture, change):
 
 def test_patches_run_row_by_row_with_channels_last():
     """A 2 x 4 crop in 2 x 2 patches; every value says its row, column and channel."""
-    row, col, channel = np.meshgrid(np.arange(2), np.arange(4), np.arange(3), indexing="ij")
-    crop = (100 * row + 10 * col + channel)[None]
-    assert to_patches(crop, 2).tolist() == [
-        [
-            [0, 1, 2, 10, 11, 12, 100, 101, 102, 110, 111, 112],
-            [20, 21, 22, 30, 31, 32, 120, 121, 122, 130, 131, 132],
-        ]
+    row, col, channel = torch.meshgrid(torch.arange(2), torch.arange(4), torch.arange(3), indexing="ij")
+    out = torch.empty(2, 12, dtype=torch.int64)
+    write_patches(100 * row + 10 * col + channel, out, 2)
+    assert out.tolist() == [
+        [0, 1, 2, 10, 11, 12, 100, 101, 102, 110, 111, 112],
+        [20, 21, 22, 30, 31, 32, 120, 121, 122, 130, 131, 132],
     ]
 
 
+def normalized_by_hand(pixels: np.ndarray, mean: list[float], std: list[float]) -> np.ndarray:
+    """(..., 3) uint8 to float32, one operation of float32 after the other."""
+    scaled = pixels.astype(np.float32) / np.float32(255)
+    return (scaled - np.array(mean, np.float32)) / np.array(std, np.float32)
+
+
+def patches_by_hand(crops: np.ndarray, patch_size: int) -> np.ndarray:
+    """(C, H, W, 3) to (C, P, patch_size * patch_size * 3)."""
+    count, height, width, channels = crops.shape
+    rows = crops.reshape(count, height // patch_size, patch_size, width // patch_size, patch_size * channels)
+    return rows.swapaxes(2, 3).reshape(count, -1, patch_size * patch_size * channels)
+
+
 def test_normalize_is_per_channel_in_float32():
-    pixels = np.array([[0, 128, 255, 1, 2, 3]], np.uint8)
+    pixels = np.arange(256 * 3, dtype=np.uint16).reshape(16, 16, 3).astype(np.uint8)
     mean, std = [0.48, 0.45, 0.4], [0.26, 0.27, 0.28]
-    normalized = normalize(pixels, mean, std)
-    assert normalized.dtype == np.float32
-    scaled = pixels.reshape(1, 2, 3).astype(np.float32) / np.float32(255)
-    expected = (scaled - np.array(mean, np.float32)) / np.array(std, np.float32)
-    np.testing.assert_array_equal(normalized, expected.reshape(1, 6))
-    np.testing.assert_allclose(normalize(pixels / 255, mean, std), normalized, rtol=0, atol=1e-6)
+    planes = torch.from_numpy(pixels).permute(2, 0, 1).float()
+    normalized = normalize(planes.clone(), mean, std, np.dtype(np.uint8))
+    assert normalized.dtype == torch.float32
+    np.testing.assert_array_equal(normalized, normalized_by_hand(pixels, mean, std))
+    floats = normalize(planes.double() / 255, mean, std, np.dtype(np.float64))
+    np.testing.assert_allclose(floats, normalized, rtol=0, atol=1e-6)
 
 
 def test_frames_are_one_crop_each(picture):
@@ -230,7 +242,8 @@ def test_frames_are_one_crop_each(picture):
     values = frame_pixel_values(frames, settings, resample=2, mean=[0.5] * 3, std=[0.5] * 3)
     assert values.shape == (3, 6, 588)
     for frame, found in zip(frames, values, strict=True):
-        expected = normalize(to_patches(resize(frame, 28, 42, 2)[None], 14)[0], [0.5] * 3, [0.5] * 3)
+        expected = normalized_by_hand(resize(frame, 28, 42, 2)[None], [0.5] * 3, [0.5] * 3)
+        expected = patches_by_hand(expected, 14)[0]
         np.testing.assert_array_equal(found, expected)
     options = {"resample": 2, "mean": [0.5] * 3, "std": [0.5] * 3}
     np.testing.assert_array_equal(frame_pixel_values(iter(frames), settings, **options), values)
@@ -253,7 +266,7 @@ def test_crops_are_cut_from_the_resized_picture(picture):
     assert output["image_num_crops"].tolist() == [3]
     canvas = resize(picture, 28, 56, resample=2)
     crops = np.stack([resize(picture, 28, 28, resample=2), canvas[:, :28], canvas[:, 28:]])
-    expected = normalize(to_patches(crops, 14), [0.5] * 3, [0.5] * 3)
+    expected = patches_by_hand(normalized_by_hand(crops, [0.5] * 3, [0.5] * 3), 14)
     np.testing.assert_array_equal(output["pixel_values"], expected)
 
 
