@@ -72,7 +72,8 @@ def normalize(pixels: Tensor, mean: Sequence[float], std: Sequence[float], dtype
             pixels.div_(255)
         for plane, channel_mean, channel_std in zip(pixels, mean, std, strict=True):
             plane.sub_(channel_mean).div_(channel_std)
-        return pixels.permute(1, 2, 0).contiguous()
+        normalized = np.empty((*pixels.shape[1:], CHANNELS), dtype=np.float32)
+        return torch.from_numpy(normalized).copy_(pixels.permute(1, 2, 0))
 
 
 def write_patches(crop: Tensor, out: Tensor, patch_size: int) -> None:
@@ -165,8 +166,9 @@ def _planes(image: np.ndarray) -> Tensor:
             f"uint8 or one of {', '.join(dtype.__name__ for dtype in FLOAT_DTYPES)}."
         )
     source = torch.from_numpy(image if _fits_torch(image) else image.copy()).permute(2, 0, 1)
-    planes = torch.empty(source.shape, dtype=torch.float64 if image.dtype == np.float64 else torch.float32)
-    return planes.copy_(source)
+    # numpy asks for huge pages where memory is large, which saves most of the page faults
+    planes = np.empty(source.shape, dtype=np.float64 if image.dtype == np.float64 else np.float32)
+    return torch.from_numpy(planes).copy_(source)
 
 
 def _fits_torch(image: np.ndarray) -> bool:
