@@ -8,12 +8,15 @@ the prompt and the pixels cannot disagree. Nothing here looks at a pixel. Bare l
 Source of the rules: the training-time preprocessing of Molmo2.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 
 import numpy as np
 
 NO_PATCH = -1  # marks the places of a pooling window that lie outside the picture
+NO_PLACE = -2  # fills up the rows of smaller windows beside larger ones: not part of the window at all
 
 
 @dataclass(frozen=True)
@@ -138,32 +141,64 @@ class ImagePlan:
 
 
 @dataclass(frozen=True)
-class VideoPlan:
-    """How a video is cut: every frame is one crop, and nothing is tiled.
+class FrameRun:
+    """Consecutive frames that are pooled alike.
 
     Attributes:
-        num_frames: sampled frames.
-        settings: the crop settings of the plan.
+        num_frames: how many.
+        settings: how each is cut and pooled.
     """
 
     num_frames: int
     settings: CropSettings
 
     @property
-    def frame_grid(self) -> tuple[int, int]:
-        """Rows and columns of tokens of one frame."""
-        return self.settings.pooled_grid(self.settings.crop_patch_rows, self.settings.crop_patch_cols)
+    def grid(self) -> tuple[int, int, int]:
+        """Frames, then rows and columns of tokens of each."""
+        return self.num_frames, *self.settings.pooled_grid(
+            self.settings.crop_patch_rows, self.settings.crop_patch_cols
+        )
+
+
+@dataclass(frozen=True)
+class VideoPlan:
+    """How a video is cut: every frame is one crop, and nothing is tiled.
+
+    A slow-fast video pools its key frames as always and the frames between them more coarsely, so that the same number
+    of tokens covers a longer time. To everything after the plan it is a row of short videos, one for each run.
+
+    Attributes:
+        num_frames: sampled frames.
+        settings: the crop settings of key frames.
+        between: those of the other frames; None if all are pooled alike.
+        key_frame_interval: every so many frames begin with a key frame; the last frame of the video is one as well.
+    """
+
+    num_frames: int
+    settings: CropSettings
+    between: CropSettings | None = None
+    key_frame_interval: int = 1
 
     @property
-    def grid(self) -> tuple[int, int, int]:
-        """One row of `video_grids`: frames, then rows and columns of tokens of each."""
-        return self.num_frames, *self.frame_grid
+    def runs(self) -> tuple[FrameRun, ...]:
+        """The video as runs of frames that are pooled alike. Key frames that follow each other are one run."""
+        if self.between is None:
+            return (FrameRun(self.num_frames, self.settings),)
+        last = self.num_frames - 1
+        is_key = [index % self.key_frame_interval == 0 or index == last for index in range(self.num_frames)]
+        return tuple(
+            FrameRun(len(list(frames)), self.settings if key else self.between) for key, frames in groupby(is_key)
+        )
+
+    @property
+    def grids(self) -> list[tuple[int, int, int]]:
+        """The rows of `video_grids`: frames, then rows and columns of tokens of each, for every run."""
+        return [run.grid for run in self.runs]
 
     @property
     def num_pooled_tokens(self) -> int:
         """Visual tokens of the video, without start, end and column tokens; the rows of `video_token_pooling`."""
-        rows, cols = self.frame_grid
-        return self.num_frames * rows * cols
+        return sum(frames * rows * cols for frames, rows, cols in self.grids)
 
 
 def plan_image(height: int, width: int, settings: CropSettings, max_crops: int) -> ImagePlan:
@@ -225,25 +260,45 @@ def image_token_pooling(plan: ImagePlan) -> np.ndarray:
     return np.concatenate([low_res, tiles])
 
 
-def plan_video(num_frames: int, settings: CropSettings) -> VideoPlan:
-    """The plan of a video of `num_frames` sampled frames.
+def plan_video(
+    num_frames: int, settings: CropSettings, between: CropSettings | None = None, key_frame_interval: int = 1
+) -> VideoPlan:
+    """The plan of a video of `num_frames` sampled frames; see `VideoPlan` for the other arguments.
 
     Raises:
-        ValueError: there is no frame.
+        ValueError: there is no frame, or the interval is no whole number of at least 1.
     """
     _require_int("num_frames", num_frames, minimum=1, hint="A video needs at least one frame.")
-    return VideoPlan(num_frames=int(num_frames), settings=settings)
+    _require_int("key_frame_interval", key_frame_interval, minimum=1, hint="1 makes every frame a key frame.")
+    return VideoPlan(int(num_frames), settings, between if key_frame_interval > 1 else None, int(key_frame_interval))
 
 
 def video_token_pooling(plan: VideoPlan) -> np.ndarray:
     """For every token of the video, the patches it pools.
 
     Returns:
-        (num_pooled_tokens, pool_height * pool_width) int64. An entry counts the patches of this video's own frames,
-        frame after frame, row by row; -1 where the window leaves the frame.
+        (num_pooled_tokens, largest window) int64. An entry counts the patches of the frames of its run, frame after
+        frame, row by row; -1 where the window leaves the frame, -2 behind the end of a smaller window.
     """
-    one_frame = _pooling_windows(_crop_patch_ids(plan.settings), plan.settings)  # (tokens per frame, window)
-    first_patches = np.arange(plan.num_frames, dtype=np.int64) * plan.settings.patches_per_crop
+    return stack_pooling([_run_token_pooling(run) for run in plan.runs])
+
+
+def stack_pooling(tables: Sequence[np.ndarray], window: int = 0) -> np.ndarray:
+    """Pooling tables one below the other; rows of smaller windows are filled up with -2.
+
+    Args:
+        tables: (T, K) int64, each with its own K.
+        window: smallest width of the result, (sum of T, K).
+    """
+    window = max([window, *(table.shape[1] for table in tables)])
+    none_yet = np.empty((0, window), dtype=np.int64)
+    padded = [np.pad(table, ((0, 0), (0, window - table.shape[1])), constant_values=NO_PLACE) for table in tables]
+    return np.concatenate([none_yet, *padded])
+
+
+def _run_token_pooling(run: FrameRun) -> np.ndarray:
+    one_frame = _pooling_windows(_crop_patch_ids(run.settings), run.settings)  # (tokens per frame, window)
+    first_patches = np.arange(run.num_frames, dtype=np.int64) * run.settings.patches_per_crop
     frames = np.where(one_frame == NO_PATCH, NO_PATCH, one_frame + first_patches[:, None, None])
     return frames.reshape(-1, one_frame.shape[1])
 

@@ -20,7 +20,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 # Some loaders copy only what this file imports directly, so modules that are only needed by the others stand here too.
 from .conversation_molmo2 import ConversationMedia, find_media, is_batch, messages_of
 from .frame_sampling_molmo2 import SamplingSettings  # noqa: F401
-from .geometry_molmo2 import CropSettings  # noqa: F401
+from .geometry_molmo2 import stack_pooling
 from .image_loading_molmo2 import load_images  # noqa: F401
 from .image_processing_molmo2 import Molmo2ImageProcessor, Molmo2ImagesKwargs
 from .pixels_molmo2 import resize  # noqa: F401
@@ -51,7 +51,6 @@ AUTO_MAP = {
     "AutoVideoProcessor": "video_processing_molmo2.Molmo2VideoProcessor",
     "AutoProcessor": "processing_molmo2.Molmo2Processor",
 }
-VIDEO_TENSORS = ("pixel_values_videos", "video_token_pooling", "video_grids")
 NOTATION_OPTIONS = tuple(PictureNotation.__dataclass_fields__)
 
 
@@ -235,8 +234,8 @@ class Molmo2Processor(ProcessorMixin):
             pictures.update(outputs if len(outputs["image_grids"]) else {})
         if videos is not None:
             outputs = self._process_videos(videos, options["videos_kwargs"], own_options)
-            _require_slots(prompts, videos, len(outputs["video_grids"]), VIDEO_PLACEHOLDER, "video")
             metadata = outputs.pop("video_metadata")
+            _require_slots(prompts, videos, len(metadata), VIDEO_PLACEHOLDER, "video")
             pictures.update(outputs if metadata else {})
         data = dict(pictures)
         if prompts is not None:
@@ -294,18 +293,27 @@ class Molmo2Processor(ProcessorMixin):
             self.video_processor.preprocess([item.video], video_metadata=[item.metadata], **{**options, **own})
             for item, own in zip(items, own_options)
         ]
-        merged = {name: np.concatenate([output[name] for output in outputs]) for name in VIDEO_TENSORS}
-        return {**merged, "video_metadata": [entry for output in outputs for entry in output["video_metadata"]]}
+        merged = {name: [output[name] for output in outputs] for name in self.video_processor.model_input_names}
+        pooling = stack_pooling(merged.pop("video_token_pooling"))
+        merged = {name: np.concatenate(arrays) for name, arrays in merged.items()}
+        return {
+            **merged,
+            "video_token_pooling": pooling,
+            "video_metadata": [entry for output in outputs for entry in output["video_metadata"]],
+        }
 
     def _expand(
         self, prompts: list[str], image_grids: Any, video_grids: Any, metadata: list[Any] | None
     ) -> list[ExpandedPrompt]:
         notation = self.notation
         images = ["".join(image_tokens(grid, notation)) for grid in ([] if image_grids is None else image_grids)]
-        videos = [
-            video_string(grid, timing.timestamps, notation)
-            for grid, timing in zip([] if video_grids is None else video_grids, [] if metadata is None else metadata)
-        ]
+        videos = []
+        runs = [] if video_grids is None else np.asarray(video_grids).tolist()
+        for timing in [] if metadata is None else metadata:
+            own = [runs.pop(0)]
+            while sum(frames for frames, *_ in own) < len(timing.timestamps):  # a slow-fast clip has several runs
+                own.append(runs.pop(0))
+            videos.append(video_string(own, timing.timestamps, notation))
         expanded = []
         for placeholder, texts, noun in ((IMAGE_PLACEHOLDER, images, "image"), (VIDEO_PLACEHOLDER, videos, "video")):
             require_placeholders([prompt.count(placeholder) for prompt in prompts], len(texts), placeholder, noun)
@@ -467,9 +475,10 @@ class Molmo2Processor(ProcessorMixin):
             counts["num_image_tokens"] = [len(image_tokens(plan.grid, self.notation)) for plan in plans]
             counts["num_image_patches"] = [plan.num_crops for plan in plans]
         if video_sizes is not None:
-            notation, grids = self.notation, [self.video_processor.plan(frames).grid for frames, *_ in video_sizes]
+            columns = self.notation.video_use_col_tokens
+            plans = [self.video_processor.plan(frames) for frames, *_ in video_sizes]
             counts["num_video_tokens"] = [
-                frames * (rows * (cols + notation.video_use_col_tokens) + 2) for frames, rows, cols in grids
+                sum(frames * (rows * (cols + columns) + 2) for frames, rows, cols in plan.grids) for plan in plans
             ]
         return MultiModalData(**counts)
 

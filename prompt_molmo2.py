@@ -6,6 +6,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from .special_tokens_molmo2 import (
     FRAME_END,
@@ -66,23 +69,26 @@ def image_tokens(grid: Sequence[int], notation: PictureNotation) -> list[str]:
     ]
 
 
-def video_string(grid: Sequence[int], timestamps: Sequence[float], notation: PictureNotation) -> str:
+def video_string(grid: Sequence[Any], timestamps: Sequence[float], notation: PictureNotation) -> str:
     """Text of one video: for each frame its time in seconds with one decimal, then its tokens.
 
     Args:
-        grid: Frames, rows, cols in pooled tokens (a row of `video_grids`).
+        grid: Frames, rows, cols in pooled tokens (a row of `video_grids`), or several such rows, one for each run of
+            frames that are pooled alike.
         timestamps: Seconds, one for each frame.
     Raises:
         ValueError: If there are not as many times as frames.
     """
-    num_frames, rows, cols = (int(side) for side in grid)
-    if len(timestamps) != num_frames:
-        raise ValueError(
-            f"The video has {num_frames} frame(s) and {len(timestamps)} timestamp(s); expected one for each frame."
-        )
     start, end = (FRAME_START, FRAME_END) if notation.use_frame_special_tokens else (IMAGE_START, IMAGE_END)
-    frame = start + "".join(_grid_tokens(rows, cols, IMAGE_PATCH, notation.video_use_col_tokens)) + end
-    return " ".join(f"{seconds:.1f} {frame}" for seconds in timestamps)
+    frames: list[str] = []
+    for num_frames, rows, cols in np.atleast_2d(grid).tolist():
+        tokens = _grid_tokens(rows, cols, IMAGE_PATCH, notation.video_use_col_tokens)
+        frames += [start + "".join(tokens) + end] * num_frames
+    if len(timestamps) != len(frames):
+        raise ValueError(
+            f"The video has {len(frames)} frame(s) and {len(timestamps)} timestamp(s); expected one for each frame."
+        )
+    return " ".join(f"{seconds:.1f} {frame}" for seconds, frame in zip(timestamps, frames))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from transformers.processing_utils import Unpack, VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
 
 from .frame_sampling_molmo2 import SamplingSettings, sample_indices
-from .geometry_molmo2 import CropSettings, VideoPlan, plan_video, video_token_pooling
+from .geometry_molmo2 import CropSettings, VideoPlan, plan_video, stack_pooling, video_token_pooling
 from .image_loading_molmo2 import load_images  # noqa: F401  (older loaders copy only what this file itself imports)
 from .pixels_molmo2 import CHANNELS, frame_pixel_values, interpolation_mode
 from .processor_options_molmo2 import (
@@ -43,12 +43,14 @@ from .video_timeline_molmo2 import VideoDecodeError
 __all__ = ["Molmo2VideoProcessor", "Molmo2VideosKwargs", "SampledVideoMetadata", "VideoDecodeError", "load_video"]
 
 DEFAULTS = {
+    "between_pooling_size": [9, 9],
     "do_convert_rgb": True,
     "do_sample_frames": True,
     "fps": None,
     "frame_sample_mode": "uniform_last_frame",
     "image_mean": [0.5, 0.5, 0.5],
     "image_std": [0.5, 0.5, 0.5],
+    "key_frame_interval": 1,
     "max_fps": 2.0,
     "num_frames": 384,
     "patch_size": 14,
@@ -110,6 +112,9 @@ class Molmo2VideosKwargs(VideosKwargs, total=False):
         video_backend: "decord", "torchcodec" or "pyav" to insist on one decoder. `backend` is taken too.
         patch_size: side of a patch, in pixels.
         pooling_size: (rows, cols) of patches that become one token.
+        key_frame_interval: slow-fast clips: only the first of so many frames, and the last frame of the video, are
+            pooled by `pooling_size`; the frames between by `between_pooling_size`. 1 switches this off.
+        between_pooling_size: (rows, cols) of patches that become one token of a frame between key frames.
         return_metadata: also return a list `video_metadata`.
         return_tensors: "pt" for torch tensors, "np" or None for numpy arrays.
     """
@@ -121,6 +126,8 @@ class Molmo2VideosKwargs(VideosKwargs, total=False):
     video_backend: str | None
     patch_size: int | None
     pooling_size: list[int] | tuple[int, ...] | int | None
+    key_frame_interval: int | None
+    between_pooling_size: list[int] | tuple[int, ...] | int | None
     return_tensors: str | None
 
 
@@ -130,10 +137,16 @@ class VideoOptions:
 
     reading: ReadingOptions
     crops: CropSettings
+    between: CropSettings
+    key_frame_interval: int
     resample: int
     mean: list[float]
     std: list[float]
     return_metadata: bool
+
+    def plan(self, num_frames: int) -> VideoPlan:
+        """How a video of so many sampled frames is cut."""
+        return plan_video(num_frames, self.crops, self.between, self.key_frame_interval)
 
 
 class Molmo2VideoProcessor(IdentityMixin, BaseVideoProcessor):
@@ -173,6 +186,8 @@ class Molmo2VideoProcessor(IdentityMixin, BaseVideoProcessor):
         output = UNUSED_KEYS | _canonical({name: getattr(self, name) for name in DEFAULTS})
         if output["video_backend"] is None:  # a matter of the machine, not of the model
             del output["video_backend"]
+        if output["key_frame_interval"] == 1:  # other readers know nothing of slow-fast clips
+            del output["key_frame_interval"], output["between_pooling_size"]
         return {**output, **self._identity()}
 
     def plan(self, num_frames: int, **overrides: Any) -> VideoPlan:
@@ -182,7 +197,7 @@ class Molmo2VideoProcessor(IdentityMixin, BaseVideoProcessor):
             num_frames: sampled frames.
             overrides: options as for `preprocess`, for example `pooling_size=2`.
         """
-        return plan_video(num_frames, self._options(overrides).crops)
+        return self._options(overrides).plan(num_frames)
 
     def get_num_of_video_patches(
         self, num_frames: int, height: int | None = None, width: int | None = None, videos_kwargs: Any = None
@@ -218,7 +233,8 @@ class Molmo2VideoProcessor(IdentityMixin, BaseVideoProcessor):
             Frames and tokens of all videos one after the other, numpy arrays or, with `return_tensors="pt"`, tensors:
             pixel_values_videos: (frames, patches, patch_size * patch_size * 3) float32.
             video_token_pooling: (tokens, pooled patches) int64; patch numbers within the video, -1 for none.
-            video_grids: (videos, 3) int64; sampled frames, rows and columns of tokens of each.
+            video_grids: (videos, 3) int64; sampled frames, rows and columns of tokens of each. A slow-fast clip has
+                one row for each run of frames that are pooled alike, and its patch numbers count within the run.
 
         Raises:
             FileNotFoundError, TypeError, ValueError: a video cannot be read, or an option makes no sense.
@@ -228,11 +244,14 @@ class Molmo2VideoProcessor(IdentityMixin, BaseVideoProcessor):
         items = list_videos(videos, video_metadata)
         clips = _clips(kwargs.get("clip"), len(items))
         cut = [_cut(item, options, clip) for item, clip in zip(items, clips, strict=True)]
-        plans = [plan_video(len(pixels), options.crops) for pixels, _ in cut]
+        plans = [options.plan(len(pixels)) for pixels, _ in cut]
+        grids = [grid for plan in plans for grid in plan.grids]
         data = {
             "pixel_values_videos": _pixel_values([pixels for pixels, _ in cut], options.crops),
-            "video_token_pooling": _token_pooling(plans, options.crops),
-            "video_grids": np.array([plan.grid for plan in plans], dtype=np.int64).reshape(len(plans), 3),
+            "video_token_pooling": stack_pooling(
+                [video_token_pooling(plan) for plan in plans], options.crops.pool_height * options.crops.pool_width
+            ),
+            "video_grids": np.array(grids, dtype=np.int64).reshape(len(grids), 3),
         }
         features = BatchFeature(data=data, tensor_type=kwargs.get("return_tensors"))
         if kwargs.get("device") is not None and kwargs.get("return_tensors") is not None:
@@ -312,6 +331,8 @@ class Molmo2VideoProcessor(IdentityMixin, BaseVideoProcessor):
         return VideoOptions(
             reading=reading,
             crops=CropSettings(size["height"], size["width"], values["patch_size"], *pooling_size),
+            between=CropSettings(size["height"], size["width"], values["patch_size"], *values["between_pooling_size"]),
+            key_frame_interval=values["key_frame_interval"],
             resample=values["resample"],
             mean=values["image_mean"],
             std=values["image_std"],
@@ -377,12 +398,6 @@ def _pixel_values(cut: list[np.ndarray], crops: CropSettings) -> np.ndarray:
     return np.concatenate([none_yet, *cut])
 
 
-def _token_pooling(plans: list[VideoPlan], crops: CropSettings) -> np.ndarray:
-    """The pooling indices of all videos, one video after the other; each starts again at 0."""
-    none_yet = np.empty((0, crops.pool_height * crops.pool_width), dtype=np.int64)
-    return np.concatenate([none_yet, *(video_token_pooling(plan) for plan in plans)])
-
-
 def _clips(clip: Any, num_videos: int) -> list[tuple[float, float | None] | None]:
     """One checked (start, end) per video."""
     if clip is None or _is_clip(clip):
@@ -432,6 +447,9 @@ def _canonical(values: Mapping[str, Any]) -> dict[str, Any]:
         "image_mean": per_channel("image_mean", values["image_mean"]),
         "image_std": divisors_per_channel("image_std", values["image_std"]),
         "pooling_size": pair("pooling_size", values["pooling_size"], "(rows, cols) in patches"),
+        "between_pooling_size": pair(
+            "between_pooling_size", values["between_pooling_size"], "(rows, cols) in patches"
+        ),
         "resample": values["resample"] if isinstance(values["resample"], str) else int(values["resample"]),
         "size": size_dict(values["size"]),
     }

@@ -12,6 +12,8 @@ from .attention_molmo2 import Molmo2AttentionBase
 from .configuration_molmo2 import Molmo2AdapterConfig, Molmo2VitConfig
 from .pretrained_molmo2 import Molmo2PreTrainedModel
 
+BEHIND_WINDOW = -2  # in pooling tables: fills up the rows of windows that are smaller than the widest
+
 
 class Molmo2VisionAttention(Molmo2AttentionBase):
     """Multi-head attention without causality; queries and keys may come from different tokens."""
@@ -155,20 +157,19 @@ class Molmo2Pooling(Molmo2VisionAttention):
 
         Args:
             features: (patches, layers * D) of all crops, flat.
-            token_pooling: (T, K) int64 rows of `features`, -1 where a window has no patch.
+            token_pooling: (T, K) int64 rows of `features`, -1 where a window has no patch, -2 behind its end.
         Returns:
             (T, D).
         """
         present = token_pooling >= 0  # (T, K)
         gathered = self.feature_dropout(features[token_pooling.clamp(min=0)])
         gathered = gathered * present[..., None].to(gathered.dtype)
-        if self.masks_missing:
-            count = present.sum(-1, keepdim=True).clamp(min=1).to(gathered.dtype)
-            query = (gathered.sum(1) / count)[:, None]
-            mask = present[:, None, None]
-        else:
-            query, mask = gathered.mean(1, keepdim=True), None
-        return super().forward(query, gathered, mask)[:, 0]
+        counted = present if self.masks_missing else token_pooling > BEHIND_WINDOW
+        if not self.masks_missing and bool(counted.all()):
+            return super().forward(gathered.mean(1, keepdim=True), gathered)[:, 0]
+        count = counted.sum(-1, keepdim=True).clamp(min=1).to(gathered.dtype)
+        query = (gathered.sum(1) / count)[:, None]
+        return super().forward(query, gathered, counted[:, None, None])[:, 0]
 
 
 class Molmo2Projector(nn.Module):
@@ -225,7 +226,8 @@ class Molmo2VisionBackbone(Molmo2PreTrainedModel):
 
         Args:
             pixel_values: (C, P, patch * patch * 3) float; crops of all pictures, one after the other.
-            token_pooling: (T, K) int64; patches of each token as indices into the C * P patches, -1 for none.
+            token_pooling: (T, K) int64; patches of each token as indices into the C * P patches, -1 for none, -2
+                behind the end of a window smaller than K.
         Returns:
             (valid rows of `token_pooling`, text width): rows without any patch are dropped.
         Raises:

@@ -158,7 +158,7 @@ def test_crops_need_not_be_square():
 def test_video_frames_are_crops_one_after_the_other():
     crops = CropSettings(3, 3, 1, 2, 2)
     plan = plan_video(2, crops)
-    assert (plan.frame_grid, plan.grid, plan.num_pooled_tokens) == ((2, 2), (2, 2, 2), 8)
+    assert (plan.grids, plan.num_pooled_tokens) == ([(2, 2, 2)], 8)
     pooling = video_token_pooling(plan)
     assert pooling.dtype == np.int64
     assert pooling.tolist() == [
@@ -170,7 +170,7 @@ def test_video_frames_are_crops_one_after_the_other():
 def test_released_video_frame():
     plan = plan_video(3, CropSettings(378, 378, 14, 3, 3))
     pooling = video_token_pooling(plan)
-    assert plan.grid == (3, 9, 9)
+    assert plan.grids == [(3, 9, 9)]
     assert pooling.shape == (3 * 81, 9)
     assert pooling.min() == 0
     assert pooling[81, 0] == 729

@@ -415,7 +415,7 @@ def test_plan_counts_the_tokens_that_preprocess_makes():
     processor = Molmo2VideoProcessor(size={"height": 98, "width": 70}, pooling_size=[2, 3])
     output = processor(clip(), video_metadata=FPS3)
     plan = processor.plan(5)
-    assert output["video_grids"].tolist() == [list(plan.grid)] == [[5, 4, 2]]
+    assert output["video_grids"].tolist() == [list(grid) for grid in plan.grids] == [[5, 4, 2]]
     assert len(output["video_token_pooling"]) == plan.num_pooled_tokens == 40
     assert processor.get_num_of_video_patches(5, 480, 640) == 40
     assert processor.get_num_of_video_patches(5, videos_kwargs={"pooling_size": 1}) == 5 * 7 * 5
