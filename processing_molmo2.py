@@ -21,6 +21,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from .conversation_molmo2 import ConversationMedia, find_media, is_batch, messages_of
 from .frame_sampling_molmo2 import SamplingSettings  # noqa: F401
 from .geometry_molmo2 import stack_pooling
+from .grounding_molmo2 import parse_grounding  # noqa: F401
 from .image_loading_molmo2 import load_images  # noqa: F401
 from .image_processing_molmo2 import Molmo2ImageProcessor, Molmo2ImagesKwargs
 from .pixels_molmo2 import resize  # noqa: F401
