@@ -8,6 +8,7 @@ the prompt and the pixels cannot disagree. Nothing here looks at a pixel. Bare l
 Source of the rules: the training-time preprocessing of Molmo2.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -159,6 +160,11 @@ class FrameRun:
             self.settings.crop_patch_rows, self.settings.crop_patch_cols
         )
 
+    @property
+    def num_pooled_tokens(self) -> int:
+        """Visual tokens of the run, without start, end and column tokens."""
+        return math.prod(self.grid)
+
 
 @dataclass(frozen=True)
 class VideoPlan:
@@ -198,7 +204,7 @@ class VideoPlan:
     @property
     def num_pooled_tokens(self) -> int:
         """Visual tokens of the video, without start, end and column tokens; the rows of `video_token_pooling`."""
-        return sum(frames * rows * cols for frames, rows, cols in self.grids)
+        return sum(run.num_pooled_tokens for run in self.runs)
 
 
 def plan_image(height: int, width: int, settings: CropSettings, max_crops: int) -> ImagePlan:

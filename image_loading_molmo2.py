@@ -17,7 +17,7 @@ from urllib.request import url2pathname
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from transformers.image_utils import load_image
 from transformers.utils import logging
 
@@ -62,8 +62,13 @@ def load_images(images: Any, *, do_convert_rgb: bool = True, input_data_format: 
     return [_rgb_array(picture, where, do_convert_rgb, layout) for where, picture in pictures]
 
 
-def fetch_images(images: Any, where: str = "images") -> Any:
+def fetch_images(
+    images: Any, where: str = "images", finish: Callable[[Image.Image], Any] = ImageOps.exif_transpose
+) -> Any:
     """Opens paths, URLs, base64 text and raw bytes; everything else, nesting included, stays as it is.
+
+    Args:
+        finish: what is done with an opened file before it is closed.
 
     Returns:
         `images` with an upright PIL image (orientation tag obeyed) in place of each reference.
@@ -72,13 +77,33 @@ def fetch_images(images: Any, where: str = "images") -> Any:
         FileNotFoundError, TypeError, ValueError: as `load_images`.
     """
     if isinstance(images, (list, tuple)):
-        return [fetch_images(item, f"{where}[{index}]") for index, item in enumerate(images)]
+        return [fetch_images(item, f"{where}[{index}]", finish) for index, item in enumerate(images)]
     if _is_reference(images):
-        return _open(images, where)
+        return _open(images, where, finish)
     if isinstance(images, Image.Image) or hasattr(images, "__array__"):  # numpy, torch and their like
         return images
     found = f"{_shortened(repr(images))} of type {type(images).__name__}"
     raise TypeError(f"{where} is {found}, which is no image. Pass {ACCEPTED}.")
+
+
+def measure_images(images: Any) -> list[tuple[int, int]]:
+    """(height, width) of every picture, in the order of `load_images`; of files only the header is read.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: as `load_images`, as far as a header tells.
+    """
+    pictures = _flatten(fetch_images(images, finish=_upright_outline), "images")
+    return [
+        (item.height, item.width) if isinstance(item, Image.Image) else _channels_last(item, where, None).shape[:2]
+        for where, item in pictures
+    ]
+
+
+def _upright_outline(image: Image.Image) -> np.ndarray:
+    """A stand-in, without memory of its own, of the size that a picture has once it is turned upright."""
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # 5 to 8 swap height and width
+    height, width = image.size if turned else image.size[::-1]
+    return np.broadcast_to(np.uint8(0), (height, width, 3))
 
 
 def _flatten(images: Any, where: str) -> Iterator[tuple[str, Image.Image | np.ndarray]]:
@@ -115,23 +140,33 @@ def _shortened(text: str) -> str:
     return f"{text[:kept]}...{text[-kept:]} ({len(text)} characters)"
 
 
-def _open(reference: Any, where: str) -> Image.Image:
-    """The upright picture behind a reference, in its own mode."""
+def _open(reference: Any, where: str, finish: Callable[[Image.Image], Any]) -> Any:
+    """The picture behind a reference, in its own mode."""
+
+    def decode(source: str, open_image: Callable[[], Image.Image]) -> Any:
+        return _decode(where, source, open_image, finish)
+
+    def decode_base64(text: str, shown: str) -> Any:
+        content = _base64_bytes(text)
+        if content is None:
+            raise ValueError(f"{where} is '{shown}', which is not valid base64. Encode the bytes of an image file.")
+        return decode(f"'{shown}', read as base64,", lambda: Image.open(BytesIO(content)))
+
     if isinstance(reference, (bytes, bytearray, memoryview)):
-        return _decode(where, f"{len(reference)} bytes", lambda: Image.open(BytesIO(reference)))
+        return decode(f"{len(reference)} bytes", lambda: Image.open(BytesIO(reference)))
     if _is_file(reference):
-        return _decode(where, f"the open file {reference!r}", lambda: Image.open(reference))
+        return decode(f"the open file {reference!r}", lambda: Image.open(reference))
     text = os.fsdecode(reference)
     scheme = text[:8].lower().partition(":")[0]
     if scheme in ("http", "https"):
-        return _decode(where, f"the answer to {_shortened(text)}", lambda: load_image(text, timeout=DOWNLOAD_SECONDS))
+        return decode(f"the answer to {_shortened(text)}", lambda: load_image(text, timeout=DOWNLOAD_SECONDS))
     if scheme == "data":
-        return _open_base64(text.partition(",")[2], where, _shortened(text))
+        return decode_base64(text.partition(",")[2], _shortened(text))
     path = Path(url2pathname(urlsplit(text).path)) if scheme == "file" else Path(text)
     if _is_file_on_disk(path):
-        return _decode(where, f"the file '{path}'", lambda: Image.open(path))
+        return decode(f"the file '{path}'", lambda: Image.open(path))
     if isinstance(reference, str) and len(text) >= MIN_BASE64_CHARACTERS and _base64_bytes(text) is not None:
-        return _open_base64(text, where, _shortened(text))
+        return decode_base64(text, _shortened(text))
     raise FileNotFoundError(
         f"{where} is '{_shortened(text)}', but there is no such file. Check the path and the working folder; URLs "
         "start with http://, https://, file:// or data:."
@@ -145,13 +180,6 @@ def _is_file_on_disk(path: Path) -> bool:
         return False
 
 
-def _open_base64(text: str, where: str, shown: str) -> Image.Image:
-    content = _base64_bytes(text)
-    if content is None:
-        raise ValueError(f"{where} is '{shown}', which is not valid base64. Encode the bytes of an image file.")
-    return _decode(where, f"'{shown}', read as base64,", lambda: Image.open(BytesIO(content)))
-
-
 def _base64_bytes(text: str) -> bytes | None:
     """The decoded bytes, or None if `text` is not base64 (line breaks are allowed)."""
     try:
@@ -160,11 +188,13 @@ def _base64_bytes(text: str) -> bytes | None:
         return None
 
 
-def _decode(where: str, source: str, open_image: Callable[[], Image.Image]) -> Image.Image:
-    """Opens, decodes and turns a picture upright; whatever a decoder raises becomes one clear error."""
+def _decode(
+    where: str, source: str, open_image: Callable[[], Image.Image], finish: Callable[[Image.Image], Any]
+) -> Any:
+    """Opens and finishes a picture; whatever a decoder raises becomes one clear error."""
     try:
         with open_image() as image:
-            return ImageOps.exif_transpose(image)
+            return finish(image)
     except Exception as error:  # decoders raise nearly anything: OSError, SyntaxError, struct.error, ...
         raise ValueError(
             f"{where}: {source} cannot be decoded as an image ({type(error).__name__}: {error}). "

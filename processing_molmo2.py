@@ -8,6 +8,7 @@ way.
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,9 @@ from .geometry_molmo2 import stack_pooling
 from .grounding_molmo2 import parse_grounding  # noqa: F401
 from .image_loading_molmo2 import load_images  # noqa: F401
 from .image_processing_molmo2 import Molmo2ImageProcessor, Molmo2ImagesKwargs
+from .memory_molmo2 import MemoryEstimate  # noqa: F401
 from .pixels_molmo2 import resize  # noqa: F401
+from .planning_molmo2 import Limits, RequestPlan, RequestSketch, Wanted, fit
 from .processor_options_molmo2 import plain  # noqa: F401
 from .prompt_molmo2 import (
     ExpandedPrompt,
@@ -453,6 +456,60 @@ class Molmo2Processor(ProcessorMixin):
         if any(part for own in media for part in own.video_options):
             options["per_video_options"] = [part for own in media for part in own.video_options]
         return self(images=images if images else None, text=prompts, videos=videos if videos else None, **options)
+
+    def plan(
+        self,
+        text: Any = None,
+        images: Any = None,
+        videos: Any = None,
+        *,
+        max_tokens: int | None = None,
+        max_memory: int | None = None,
+        model: Any = None,
+        **kwargs: Unpack[Molmo2ProcessorKwargs],
+    ) -> RequestPlan:
+        """Say what a call will take, before anything is decoded, and find options that make it fit.
+
+        Args:
+            text: A prompt, a list of prompts, or messages as for `apply_chat_template` (then without `images` and
+                `videos`, which the messages name). None counts the pictures alone.
+            images, videos: As for the call. Of files, only what their headers say is read.
+            max_tokens: Most tokens of a row; `num_frames` and `max_crops` are lowered until they fit.
+            max_memory: Most bytes besides the weights; needs `model`.
+            model: The model that will be asked; adds an estimate of memory, with `max_new_tokens=` for its cache.
+            kwargs: Options of the call.
+        Raises:
+            ValueError: Not even one frame and one crop fit; `max_memory` without a model; and as the call.
+        """
+        if max_memory is not None and model is None:
+            raise ValueError("`max_memory` needs `model`, whose shapes decide how much a request takes.")
+        new_tokens = kwargs.pop("max_new_tokens", 0)
+        options = self._options(kwargs)
+        sketch = RequestSketch.of(self, text, images, videos, options)
+        asked = {
+            "num_frames": options["videos_kwargs"].pop("num_frames", None) or self.video_processor.num_frames,
+            "max_crops": options["images_kwargs"].pop("max_crops", None) or self.image_processor.max_crops,
+        }
+
+        def plan_of(chosen: dict[str, int]) -> RequestPlan:
+            return sketch.plan(chosen, model, new_tokens)
+
+        return fit(plan_of, Wanted(**asked), Limits(max_tokens, max_memory))
+
+    def count_tokens(
+        self, prompts: list[str], image_grids: list[Any], videos: list[tuple[list[Any], list[float]]], **options: Any
+    ) -> list[tuple[int, int]]:
+        """Tokens and, among them, visual tokens of each row, from the plans of its pictures alone.
+
+        Args:
+            prompts: With one placeholder for each picture.
+            image_grids: A row of `image_grids` for each image.
+            videos: Rows of `video_grids` and times in seconds for each video.
+        """
+        timings = [SimpleNamespace(timestamps=times) for _, times in videos]
+        expanded = self._expand(prompts, image_grids, [grid for grids, _ in videos for grid in grids], timings)
+        outputs = self._tokenize(expanded, {"return_mm_token_type_ids": True, **options}, None)
+        return [(len(ids), sum(marks)) for ids, marks in zip(outputs["input_ids"], outputs["token_type_ids"])]
 
     def _get_num_multimodal_tokens(
         self,

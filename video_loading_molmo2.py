@@ -19,7 +19,7 @@ from transformers.video_utils import VideoMetadata
 
 from .frame_sampling_molmo2 import SamplingSettings, require_fps, sample_indices, sample_times
 from .image_loading_molmo2 import load_images
-from .video_decoding_molmo2 import decode_video
+from .video_decoding_molmo2 import decode_video, open_video
 from .video_readers_molmo2 import VideoReader
 from .video_timeline_molmo2 import VideoTimeline
 
@@ -146,6 +146,23 @@ def read_video(item: VideoItem, options: ReadingOptions, use_frames: UseFrames[T
     if is_encoded(item.video):
         return _read_file(item, options, use_frames)
     return _read_frames(item, options, use_frames)
+
+
+def outline_video(item: VideoItem, backend: str | None) -> Callable[[ReadingOptions], list[float]]:
+    """Looks at a video without decoding its frames (but the first, for files: it tells the size).
+
+    Returns:
+        A function from reading options to the times at which the video would be shown, in seconds.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: as `read_video`.
+    """
+    if not is_encoded(item.video):
+        return lambda options: _read_frames(item, options, lambda frames, count: None)[1].timestamps
+    with open_video(_local(item), backend) as reader:
+        timeline = reader.timeline
+    about = VideoMetadata(total_num_frames=timeline.num_frames, fps=timeline.fps, duration=timeline.duration_seconds)
+    return lambda options: _file_times(item, timeline, about, options).tolist()
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from .video_loading_molmo2 import (
     is_encoded,
     is_one_video,
     list_videos,
+    outline_video,
     read_video,
 )
 from .video_readers_molmo2 import VideoReader  # noqa: F401  (likewise)
@@ -242,7 +243,7 @@ class Molmo2VideoProcessor(IdentityMixin, BaseVideoProcessor):
         call = {**kwargs, "do_sample_frames": do_sample_frames, "return_metadata": return_metadata}
         options = self._options(call)
         items = list_videos(videos, video_metadata)
-        clips = _clips(kwargs.get("clip"), len(items))
+        clips = clips_per_video(kwargs.get("clip"), len(items))
         cut = [_cut(item, options, clip) for item, clip in zip(items, clips, strict=True)]
         plans = [options.plan(len(pixels)) for pixels, _ in cut]
         grids = [grid for plan in plans for grid in plan.grids]
@@ -259,6 +260,28 @@ class Molmo2VideoProcessor(IdentityMixin, BaseVideoProcessor):
         if options.return_metadata:
             features["video_metadata"] = [metadata for _, metadata in cut]
         return features
+
+    def outline(self, videos: Any, video_metadata: Any = None) -> list[Callable[..., tuple[VideoPlan, list[float]]]]:
+        """Looks at videos without decoding them, to plan what a request will take.
+
+        Args:
+            videos, video_metadata: as for `preprocess`.
+
+        Returns:
+            For each video a function from options of `preprocess` to its plan and the times of its frames in seconds.
+        """
+
+        def outline_one(item: VideoItem) -> Callable[..., tuple[VideoPlan, list[float]]]:
+            times_of = outline_video(item, self.video_backend)
+
+            def planned(clip: Any = None, **overrides: Any) -> tuple[VideoPlan, list[float]]:
+                options = self._options(overrides)
+                times = times_of(replace(options.reading, clip=_checked_clip(clip)))
+                return options.plan(len(times)), times
+
+            return planned
+
+        return [outline_one(item) for item in list_videos(videos, video_metadata)]
 
     def fetch_videos(
         self,
@@ -370,7 +393,9 @@ def load_video(
 
 def _decode(item: VideoItem, reading: ReadingOptions, clip: Any) -> tuple[np.ndarray, SampledVideoMetadata]:
     """The sampled frames of an encoded video, (F, H, W, 3) uint8."""
-    return read_video(item, replace(reading, clip=_clips(clip, 1)[0]), lambda frames, _: np.stack(list(frames)))
+    return read_video(
+        item, replace(reading, clip=clips_per_video(clip, 1)[0]), lambda frames, _: np.stack(list(frames))
+    )
 
 
 def _cut(
@@ -398,7 +423,7 @@ def _pixel_values(cut: list[np.ndarray], crops: CropSettings) -> np.ndarray:
     return np.concatenate([none_yet, *cut])
 
 
-def _clips(clip: Any, num_videos: int) -> list[tuple[float, float | None] | None]:
+def clips_per_video(clip: Any, num_videos: int) -> list[tuple[float, float | None] | None]:
     """One checked (start, end) per video."""
     if clip is None or _is_clip(clip):
         return [_checked_clip(clip)] * num_videos

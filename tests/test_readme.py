@@ -38,8 +38,9 @@ def test_the_blocks_run_as_written(folder, monkeypatch, capsys):
     names = {}
     for block in BLOCKS:
         exec(compile(block, "README.md", "exec"), names)
-    assert len(BLOCKS) == 8
-    assert capsys.readouterr().out.count("\n") >= 6  # six answers
+    assert len(BLOCKS) == 9
+    assert capsys.readouterr().out.count("\n") >= 7  # seven answers
+    assert names["plan"].num_tokens <= 1000
     assert len(names["answers"]) == 2
     assert all(isinstance(answer, str) for answer in names["answers"])
 
