@@ -267,7 +267,9 @@ def _described(media: Any) -> MediaInfo | None:
 
 def _is_metadata(value: Any) -> bool:
     names = ("fps", "frames_indices", "timestamps", "sampled_timestamps")
-    return any(name in value for name in names) if isinstance(value, Mapping) else hasattr(value, "frames_indices")
+    if hasattr(value, "frames_indices"):  # the library's class, also a Mapping
+        return True
+    return isinstance(value, Mapping) and any(name in value for name in names)
 
 
 def _size_of(value: Any) -> Size | None:
@@ -288,7 +290,9 @@ def _video_info(metadata: Any) -> MediaInfo:
         except (TypeError, ValueError):  # the library computes some from others that may be missing
             return None
 
-    width, height, fps = get("width"), get("height"), get("fps")
+    width, height, fps, frame_size = (get(name) for name in ("width", "height", "fps", "frame_size"))
+    if not (width and height) and frame_size is not None:
+        height, width = frame_size
     indices, times = get("source_frame_indices"), get("sampled_timestamps")
     times = get("timestamps") if times is None else times
     if indices is None:

@@ -12,7 +12,9 @@ from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.processing_utils import ImagesKwargs, Unpack
 
 from .geometry_molmo2 import CropSettings, ImagePlan, image_token_pooling, plan_image
+from .grounding_molmo2 import MediaInfo  # noqa: F401  (needed by media_features; loaders copy direct imports only)
 from .image_loading_molmo2 import fetch_images, load_images
+from .media_features_molmo2 import MediaFeatures, image_media
 from .pixels_molmo2 import CHANNELS, interpolation_mode, write_image_pixel_values
 from .processor_options_molmo2 import (
     IdentityMixin,
@@ -170,6 +172,7 @@ class Molmo2ImageProcessor(IdentityMixin, BaseImageProcessor):
             image_token_pooling: (tokens, pooled patches) int64; patch numbers within the picture, -1 for none.
             image_grids: (pictures, 4) int64; rows and columns of tokens, low resolution then high resolution.
             image_num_crops: (pictures,) int64; the low-resolution view counted.
+            The attribute `media` holds the size of each picture.
 
         Raises:
             FileNotFoundError, TypeError, ValueError: a picture cannot be read, or an option makes no sense.
@@ -185,7 +188,8 @@ class Molmo2ImageProcessor(IdentityMixin, BaseImageProcessor):
             "image_grids": np.array([plan.grid for plan in plans], dtype=np.int64).reshape(len(plans), 4),
             "image_num_crops": np.array([plan.num_crops for plan in plans], dtype=np.int64),
         }
-        return BatchFeature(data=data, tensor_type=kwargs.get("return_tensors"))
+        media = [image_media(picture.shape[:2]) for picture in pictures]
+        return MediaFeatures(data, kwargs.get("return_tensors"), media)
 
     def _options(self, overrides: dict[str, Any]) -> ImageOptions:
         """The processor's options with those of one call over them, checked."""

@@ -22,9 +22,10 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from .conversation_molmo2 import ConversationMedia, find_media, is_batch, messages_of
 from .frame_sampling_molmo2 import SamplingSettings  # noqa: F401
 from .geometry_molmo2 import stack_pooling
-from .grounding_molmo2 import parse_grounding  # noqa: F401
+from .grounding_molmo2 import Grounding, MediaInfo
 from .image_loading_molmo2 import load_images  # noqa: F401
 from .image_processing_molmo2 import Molmo2ImageProcessor, Molmo2ImagesKwargs
+from .media_features_molmo2 import MediaFeatures, ground_answers, media_of_rows
 from .memory_molmo2 import MemoryEstimate  # noqa: F401
 from .pixels_molmo2 import resize  # noqa: F401
 from .planning_molmo2 import Limits, RequestPlan, RequestSketch, Wanted, fit
@@ -212,7 +213,8 @@ class Molmo2Processor(ProcessorMixin):
         Returns:
             `input_ids`, `attention_mask` (B, S) int64; `token_type_ids` (B, S) bool, True on tokens that stand for a
             picture (left out under `return_mm_token_type_ids=False`); the outputs of the two processors; with
-            `return_metadata=True` the list `video_metadata`.
+            `return_metadata=True` the list `video_metadata`. The attribute `media` says which pictures each row is
+            about (sizes, sampled frames), for `post_process_grounding`.
         Raises:
             ValueError: Placeholders and pictures do not match; truncation would cut visual tokens; rows of different
                 lengths would become a tensor without padding; neither text nor pictures; audio.
@@ -231,10 +233,12 @@ class Molmo2Processor(ProcessorMixin):
         prompts = None if text is None else _as_prompts(text)
 
         pictures: dict[str, Any] = {}
+        sizes: list[MediaInfo] = []
         metadata = None
         if images is not None:
             outputs = self.image_processor.preprocess(images, **{**options["images_kwargs"], "return_tensors": None})
             _require_slots(prompts, images, len(outputs["image_grids"]), IMAGE_PLACEHOLDER, "image")
+            sizes = outputs.media
             pictures.update(outputs if len(outputs["image_grids"]) else {})
         if videos is not None:
             outputs = self._process_videos(videos, options["videos_kwargs"], own_options)
@@ -245,7 +249,7 @@ class Molmo2Processor(ProcessorMixin):
         if prompts is not None:
             expanded = self._expand(prompts, pictures.get("image_grids"), pictures.get("video_grids"), metadata)
             data = {**self._tokenize(expanded, options["text_kwargs"], return_tensors), **pictures}
-        features = BatchFeature(data, tensor_type=return_tensors)
+        features = MediaFeatures(data, return_tensors, _media_of_rows(prompts, sizes, metadata))
         if metadata is not None and options["videos_kwargs"].get("return_metadata"):
             features["video_metadata"] = metadata
         return features
@@ -511,6 +515,32 @@ class Molmo2Processor(ProcessorMixin):
         outputs = self._tokenize(expanded, {"return_mm_token_type_ids": True, **options}, None)
         return [(len(ids), sum(marks)) for ids, marks in zip(outputs["input_ids"], outputs["token_type_ids"])]
 
+    def post_process_grounding(
+        self, answers: Any, media: Any = None, *, kind: str | None = None
+    ) -> Grounding | list[Grounding]:
+        """Read points, tracks and counts from answers.
+
+        Args:
+            answers: One answer, as a string or token ids (list, array or tensor), or a batch of them. Special tokens
+                are left out; ids that still begin with their prompt lose it, where `media` is the processor's output.
+            media: What the answers are about; nothing gives shares of width and height instead of pixels.
+                The inputs that the answers were generated from: nothing else is needed then. Several answers per row
+                (`num_return_sequences`) follow each other.
+                Or sizes: (width, height), a list of them for the images of one answer, one of them (or one list) per
+                answer for a batch.
+                Or the metadata of the video (`SampledVideoMetadata`, `VideoMetadata`, a dictionary), one per answer
+                for a batch.
+            kind: "image", "multi_image" or "video", for sizes alone.
+        Returns:
+            A `grounding_molmo2.Grounding`, of a batch a list of them. Whatever the answers say, reading does not fail.
+            Where a prompt has images beside a video, keys with a decimal point and tracks are about the video, whole
+            numbers about the images. With several videos times are read against the first; for another one pass
+            `inputs.media[row].more_videos[...]`.
+        Raises:
+            TypeError, ValueError: `answers` are no answers, `media` describes no pictures or not these.
+        """
+        return ground_answers(answers, media, kind, self.tokenizer)
+
     def _get_num_multimodal_tokens(
         self,
         image_sizes: list[tuple[int, int]] | None = None,
@@ -647,6 +677,17 @@ def _lengths_of_rows(given: Any, num_prompts: int, num_pictures: int) -> list[in
         return None
     lengths = [len(row) for row in given]
     return lengths if sum(lengths) == num_pictures else None
+
+
+def _media_of_rows(prompts: list[str] | None, images: list[MediaInfo], metadata: list[Any] | None) -> list[MediaInfo]:
+    """The pictures of each prompt; without prompts, of one row with all of them."""
+    videos = [] if metadata is None else metadata
+    if prompts is None:
+        return media_of_rows([len(images)], [len(videos)], images, videos)
+    num_images, num_videos = (
+        [prompt.count(placeholder) for prompt in prompts] for placeholder in (IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER)
+    )
+    return media_of_rows(num_images, num_videos, images, videos)
 
 
 def _assistant_mask(

@@ -45,11 +45,16 @@ class SampledVideoMetadata(VideoMetadata):
         sampled_timestamps: times in seconds that were asked for; these are printed in the prompt.
         source_frame_indices: index of the frame shown, in the whole video.
         source_timestamps: when that frame begins, in seconds from the first frame of the whole video.
+        source_first_timestamp: the file's own time of its first frame, in seconds; None where the decoder or the kind
+            of input does not tell.
+        frame_size: (height, width) of frames that came decoded, in pixels; `height` and `width` are what was said.
     """
 
     sampled_timestamps: list[float] | None = None
     source_frame_indices: list[int] | None = None
     source_timestamps: list[float] | None = None
+    source_first_timestamp: float | None = None
+    frame_size: tuple[int, int] | None = None
 
     @property
     def timestamps(self) -> list[float]:
@@ -185,6 +190,7 @@ def _read_file(item: VideoItem, options: ReadingOptions, use_frames: UseFrames[T
         metadata.sampled_timestamps = times.tolist()
         metadata.source_frame_indices = indices.tolist()
         metadata.source_timestamps = timeline.start_seconds[indices].tolist()
+        metadata.source_first_timestamp = timeline.first_timestamp_seconds
         return use_frames(reader.frames(indices), len(indices)), metadata
 
     return decode_video(_local(item), use, options.backend)
@@ -266,7 +272,10 @@ def _read_frames(item: VideoItem, options: ReadingOptions, use_frames: UseFrames
         duration=_get(given, "duration"),
         video_backend=_get(given, "video_backend"),
     )
+    first = int(chosen[0])
+    metadata.frame_size = _rgb_frame(item, frames[first], first, options).shape[:2]
     metadata.sampled_timestamps = times.seconds[chosen].tolist()
+    metadata.source_first_timestamp = getattr(given, "source_first_timestamp", None)
     if times.are_irregular:
         metadata.frames_indices = (times.seconds[chosen] * times.fps).tolist()
     else:

@@ -22,6 +22,8 @@ from molmo2_remote.pixels_molmo2 import frame_pixel_values, normalize, resize, w
 REPOSITORY = Path(__file__).parent.parent
 MODULES = (
     "geometry_molmo2",
+    "grounding_molmo2",
+    "media_features_molmo2",
     "pixels_molmo2",
     "image_loading_molmo2",
     "image_processing_molmo2",
