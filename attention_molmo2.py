@@ -5,6 +5,8 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .blockwise_attention_molmo2 import BlockwiseMask, blockwise_attention
+
 
 def eager_attention(
     query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, dropout: float
@@ -119,6 +121,8 @@ class Molmo2AttentionBase(nn.Module):
         dropout = self.attention_dropout if self.training else 0.0
         if implementation == "eager":
             output, weights = eager_attention(query, key, value, attention_mask, self.scaling, dropout)
+        elif isinstance(attention_mask, BlockwiseMask):
+            output, weights = blockwise_attention(query, key, value, attention_mask, self.scaling, dropout), None
         else:
             if self.float32_attention and not is_flash:
                 value = value.float()

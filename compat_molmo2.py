@@ -18,14 +18,18 @@ _MASK_WANTS_CACHE_POSITION = (
 _CACHE_TAKES_KWARGS_DICT = "cache_kwargs" in inspect.signature(Cache.update).parameters
 
 
+def _every_pair(batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+    """Lifts the library's causality, which a rule of our own replaces."""
+    return (q_idx >= 0) & (kv_idx >= 0)
+
+
 def make_causal_mask(
     config: Any,
     inputs_embeds: Tensor,
     attention_mask: Tensor | None,
     past_key_values: Cache | None,
-    position_ids: Tensor | None,
     cache_position: Tensor,
-    or_mask_function: Callable | None,
+    rule: Callable | None,
 ) -> Any:
     """`transformers.masking_utils.create_causal_mask` under one signature.
 
@@ -33,9 +37,8 @@ def make_causal_mask(
         config: Text configuration; its attention implementation decides the form of the mask.
         inputs_embeds: (B, S, ...) in the dtype of the model; only shape, dtype and device are used.
         attention_mask: (B, keys) with 0 on padding, or None.
-        position_ids: (B, S), only where they restart to mark packed sequences, else None.
         cache_position: (S,) places of the queries in the cache.
-        or_mask_function: `(batch, head, query, key) -> bool` that allows more than causal attention.
+        rule: `(batch, head, query, key) -> bool` on index tensors, in the place of causality; padding is hidden too.
     Returns:
         None, a (B, 1, S, keys) tensor, a (B, keys) tensor or a BlockMask, as the implementation wants it.
     """
@@ -46,8 +49,9 @@ def make_causal_mask(
         config=config,
         attention_mask=attention_mask,
         past_key_values=past_key_values,
-        position_ids=position_ids,
-        or_mask_function=or_mask_function,
+        position_ids=None,
+        or_mask_function=None if rule is None else _every_pair,
+        and_mask_function=rule,
         **arguments,
     )
 

@@ -7,7 +7,14 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin, LogitsProcessorList
 
-from .masking_molmo2 import attention_implementation, cached_length, make_attention_mask, starts_sequence
+from .blockwise_attention_molmo2 import TokenTables
+from .masking_molmo2 import (
+    attention_implementation,
+    cached_length,
+    make_attention_mask,
+    starts_sequence,
+    takes_blocks,
+)
 from .media_layout_molmo2 import MediaTables, assign_media, repeat_rows
 
 IMAGE_INPUTS = ("pixel_values", "image_token_pooling", "image_grids", "image_num_crops")
@@ -72,7 +79,10 @@ class Molmo2GenerationMixin(GenerationMixin):
         input_embeds: Tensor | None = None,
         **kwargs,
     ) -> Any:
-        """The mask of a step, made outside of the compiled forward pass (caches of fixed size)."""
+        """The mask of a step, made outside of the compiled forward pass (caches of fixed size).
+
+        Long prefills, which are not compiled, keep the padding mask: the forward pass computes them in blocks.
+        """
         embeds = input_embeds if inputs_embeds is None else inputs_embeds
         text_config = config.get_text_config()
         if token_type_ids is None:
@@ -81,15 +91,12 @@ class Molmo2GenerationMixin(GenerationMixin):
             token_type_ids = None
         if cache_position is None:
             cache_position = torch.arange(embeds.shape[1], device=embeds.device) + cached_length(past_key_values)
-        is_visual = None if token_type_ids is None else token_type_ids.bool()
+        tables = TokenTables(is_visual=None if token_type_ids is None else token_type_ids.bool())
+        implementation = attention_implementation(text_config, False, not tables.is_empty())
+        if takes_blocks(implementation, embeds.shape[1]):
+            return attention_mask
         return make_attention_mask(
-            text_config,
-            embeds,
-            attention_mask,
-            past_key_values,
-            is_visual,
-            attention_implementation(text_config, False, is_visual is not None),
-            cache_position,
+            text_config, embeds, attention_mask, past_key_values, tables, implementation, cache_position
         )
 
     def _expand_inputs_for_generation(

@@ -1,38 +1,26 @@
-"""Who may attend to whom in the text model, and where tokens stand.
+"""Which form the mask of a forward pass takes, and where tokens stand.
 
-`allowed(query, key) = (key <= query or (visual(query) and visual(key))) and not padding(key)`: text is causal, while
-all visual tokens of a sequence see each other in both directions, across pictures and frames (training-time mask).
-The visual part applies where the pictures enter, in the prefill; later steps are causal and see everything before.
+The rule itself is `blockwise_attention_molmo2.allowed_pairs`: text is causal, while all visual tokens of a sequence
+see each other in both directions, across pictures and frames (training-time mask); packed examples do not see each
+other. It applies where pictures and examples enter, in the prefill; later steps are causal and see everything before.
+
+    sdpa, longer prompts                       the rule and small tables, computed block by block
+    sdpa, up to one block, compiled; eager     (B, 1, S, keys) tensor, or None where plain causality is all
+    flex_attention                             BlockMask
+    flash attention                            padding only; passes that need the rule run under sdpa
 """
 
 import copy
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from .blockwise_attention_molmo2 import BlockwiseMask, TokenTables, allowed_pairs
 from .compat_molmo2 import make_causal_mask
-
-
-def visual_pairs(is_visual: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """The pairs that the causal mask lacks: both ends visual.
-
-    Args:
-        is_visual: (B, S) bool.
-    Returns:
-        `(batch, head, query, key) -> bool` on index tensors; keys past S (an allocated cache) are not visual.
-    """
-    length = is_visual.shape[1]
-
-    def both_visual(batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        inside = (q_idx < length) & (kv_idx < length)
-        query_visual = is_visual[batch_idx, torch.where(q_idx < length, q_idx, 0)]
-        key_visual = is_visual[batch_idx, torch.where(kv_idx < length, kv_idx, 0)]
-        return inside & query_visual & key_visual
-
-    return both_visual
+from .packing_molmo2 import PackedRows, examples_of_positions
 
 
 def cached_length(past_key_values: Cache | None) -> int | Tensor:
@@ -45,20 +33,49 @@ def starts_sequence(query_length: int, past_key_values: Cache | None) -> bool:
     return query_length > 1 and bool(cached_length(past_key_values) == 0)
 
 
-def attention_implementation(config: Any, wants_weights: bool, has_visual_pairs: bool) -> str:
+def token_tables(is_visual: Tensor | None, packed_rows: PackedRows | None) -> TokenTables:
+    """What the rule needs of a prefill, padding aside."""
+    if packed_rows is None:
+        return TokenTables(is_visual=is_visual)
+    has_branches = bool(packed_rows.branches.any())
+    return TokenTables(
+        is_visual=is_visual,
+        example_ids=packed_rows.examples,
+        branch_ids=packed_rows.branches if has_branches else None,
+    )
+
+
+def separated_by_positions(tables: TokenTables, position_ids: Tensor) -> TokenTables:
+    """Positions that restart mark packed examples, a convention of the library; (B, S) or (1, S)."""
+    examples = examples_of_positions(position_ids)
+    is_one_example = not torch.compiler.is_compiling() and not bool(examples.any())
+    return tables if is_one_example or tables.example_ids is not None else replace(tables, example_ids=examples)
+
+
+def attention_implementation(config: Any, wants_weights: bool, needs_rule: bool) -> str:
     """The implementation for one forward pass.
 
-    Weights are only computed by eager attention. Flash attention takes no mask but padding, so a prefill in which
-    visual tokens see each other runs under sdpa; text-only prefills and all later steps stay with flash.
+    Weights are only computed by eager attention. Flash attention takes no mask but padding, so a pass in which
+    visual tokens see each other or examples are packed runs under sdpa; text-only prefills and all later steps stay
+    with flash.
     """
     chosen = config._attn_implementation
     if chosen is None:
         chosen = "sdpa"
     if wants_weights:
         return "eager"
-    if has_visual_pairs and "flash" in chosen:
+    if needs_rule and "flash" in chosen:
         return "sdpa"
     return chosen
+
+
+def takes_blocks(implementation: str, query_length: int) -> bool:
+    """Whether attention is computed block by block: under sdpa, where more than one block would be needed.
+
+    Compiled and traced passes keep the tensor mask: the plan of blocks depends on the data.
+    """
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return implementation == "sdpa" and query_length > BlockwiseMask.queries_per_block and not is_traced
 
 
 def make_attention_mask(
@@ -66,36 +83,44 @@ def make_attention_mask(
     inputs_embeds: Tensor,
     attention_mask: Any,
     past_key_values: Cache | None,
-    is_visual: Tensor | None,
+    tables: TokenTables,
     implementation: str,
     cache_position: Tensor,
-    packed_position_ids: Tensor | None = None,
 ) -> Any:
     """The mask of one forward pass, in the form that `implementation` takes.
 
     Args:
         inputs_embeds: (B, S, ...) queries.
         attention_mask: None, (B, keys) with 0 on padding, or a mask made before (returned as it is).
-        is_visual: (B, S) bool in a prefill, else None.
+        tables: What the rule needs besides padding, of a prefill; empty in later passes.
         cache_position: (S,) places of the queries.
-        packed_position_ids: (B, S) only if the caller gave them; restarts separate packed sequences.
     """
     if isinstance(attention_mask, dict):
         attention_mask = attention_mask["full_attention"]
     if attention_mask is not None and len(attention_mask.shape) != 2:
         return attention_mask
+    tables = tables.to(inputs_embeds.device)
+    if takes_blocks(implementation, inputs_embeds.shape[1]):
+        return _blockwise_mask(inputs_embeds, attention_mask, past_key_values, tables)
     if config._attn_implementation != implementation:
         config = copy.copy(config)
         config._attn_implementation_internal = implementation
-    return make_causal_mask(
-        config,
-        inputs_embeds,
-        attention_mask,
-        past_key_values,
-        packed_position_ids,
-        cache_position,
-        None if is_visual is None else visual_pairs(is_visual.to(inputs_embeds.device)),
-    )
+    rule = None if tables.is_empty() else allowed_pairs(tables)
+    return make_causal_mask(config, inputs_embeds, attention_mask, past_key_values, cache_position, rule)
+
+
+def _blockwise_mask(
+    inputs_embeds: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None, tables: TokenTables
+) -> BlockwiseMask | None:
+    """The rule with its tables, padding among them; None where plain causal attention is all there is to do."""
+    batch, queries = inputs_embeds.shape[:2]
+    first_query = int(cached_length(past_key_values))
+    length = first_query + queries
+    if attention_mask is not None and not bool(attention_mask.all()):
+        tables = tables.with_padding(attention_mask.to(inputs_embeds.device)[:, :length].bool())
+    if first_query == 0 and tables.is_empty():
+        return None
+    return BlockwiseMask(tables, batch, first_query, length, inputs_embeds.device)
 
 
 def make_position_ids(attention_mask: Any, cache_position: Tensor, query_length: int) -> Tensor:

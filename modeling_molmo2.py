@@ -17,11 +17,13 @@ from transformers.utils.generic import can_return_tuple
 
 # Some loaders copy only what this file imports directly, so modules that are only needed by the others stand here too.
 from .attention_molmo2 import Molmo2AttentionBase  # noqa: F401
+from .blockwise_attention_molmo2 import BlockwiseMask  # noqa: F401
 from .compat_molmo2 import make_causal_mask  # noqa: F401
 from .configuration_molmo2 import Molmo2Config
 from .generation_molmo2 import Molmo2GenerationMixin
 from .masking_molmo2 import starts_sequence
 from .media_layout_molmo2 import MediaTables, TokenGroup, assign_media, flat_pooling, prompt_order, token_groups
+from .packing_molmo2 import PackedRows  # noqa: F401
 from .pretrained_molmo2 import Molmo2PreTrainedModel
 from .rotary_molmo2 import Molmo2RotaryEmbedding  # noqa: F401
 from .text_molmo2 import Molmo2Embedding, Molmo2TextModel

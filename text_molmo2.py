@@ -8,6 +8,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .attention_molmo2 import Molmo2AttentionBase
+from .blockwise_attention_molmo2 import TokenTables
 from .compat_molmo2 import update_cache
 from .configuration_molmo2 import Molmo2TextConfig
 from .masking_molmo2 import (
@@ -15,7 +16,10 @@ from .masking_molmo2 import (
     cached_length,
     make_attention_mask,
     make_position_ids,
+    separated_by_positions,
+    token_tables,
 )
+from .packing_molmo2 import PackedRows
 from .pretrained_molmo2 import Molmo2PreTrainedModel
 from .rotary_molmo2 import Molmo2RotaryEmbedding, rotate
 
@@ -191,27 +195,28 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
         attention_mask,
         position_ids: Tensor | None,
         past_key_values: Cache | None,
-        is_visual: Tensor | None,
+        tables: TokenTables,
         wants_weights: bool,
         cache_position: Tensor | None,
     ) -> tuple[dict, list[tuple[Tensor, Tensor]]]:
         """What every layer is called with, and the rotary tables of each."""
         query_length = inputs_embeds.shape[1]
         past_length = cached_length(past_key_values)
+        if position_ids is not None and attention_mask is None and past_key_values is None:
+            tables = separated_by_positions(tables, position_ids)
         if isinstance(past_length, int) and past_length == 0:
             self._require_room(query_length)
         if cache_position is None:
             cache_position = torch.arange(query_length, device=inputs_embeds.device) + past_length
-        implementation = attention_implementation(self.config, wants_weights, is_visual is not None)
+        implementation = attention_implementation(self.config, wants_weights, not tables.is_empty())
         mask = make_attention_mask(
             self.config,
             inputs_embeds,
             attention_mask,
             past_key_values,
-            is_visual,
+            tables,
             implementation,
             cache_position,
-            packed_position_ids=position_ids,
         )
         if position_ids is None:
             position_ids = make_position_ids(attention_mask, cache_position, query_length)
@@ -235,6 +240,7 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         is_visual: Tensor | None = None,
+        packed_rows: PackedRows | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Run the decoder.
@@ -245,6 +251,8 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
             position_ids: (B, S); by default counted over real tokens.
             inputs_embeds: (B, S, D).
             is_visual: (B, S) bool in a prefill with pictures: these tokens see each other in both directions.
+            packed_rows: Examples and branches that do not see each other. Without these and without a mask or a
+                cache, examples are told by `position_ids` that restart.
         Raises:
             ValueError: Neither or both of ids and embeddings, or more tokens than `max_position_embeddings`.
         """
@@ -266,7 +274,7 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
             attention_mask,
             position_ids,
             past_key_values,
-            is_visual,
+            token_tables(is_visual, packed_rows),
             bool(output_attentions),
             kwargs.get("cache_position"),
         )

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from golden_cases import GoldenCase, model_cases, to_numpy
+from molmo2_remote.blockwise_attention_molmo2 import BlockwiseMask
 from molmo2_remote.modeling_molmo2 import Molmo2ForConditionalGeneration
 from molmo2_remote.processing_molmo2 import Molmo2Processor
 
@@ -22,7 +23,8 @@ LOSS_TOLERANCE = 1e-4
 HIDDEN_STATE_TOLERANCE = 2e-5  # relative to the largest value
 CLEAR_MARGIN = 5e-3  # greedy steps are comparable while the best token leads by at least this much
 PAD_TOKEN_ID, EOS_TOKEN_ID = 1000, 1002
-IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
+BLOCKWISE = "blockwise"  # sdpa, in blocks of a few queries
+IMPLEMENTATIONS = ("sdpa", BLOCKWISE, "eager", "flex_attention")
 
 CASES = model_cases()
 pytestmark = pytest.mark.skipif(not CASES, reason="the golden checkpoints lie beside the checkout, and are not there")
@@ -30,7 +32,14 @@ pytestmark = pytest.mark.skipif(not CASES, reason="the golden checkpoints lie be
 
 @functools.lru_cache(maxsize=1)
 def load_model(checkpoint: str, implementation: str) -> Molmo2ForConditionalGeneration:
-    return Molmo2ForConditionalGeneration.from_pretrained(checkpoint, attn_implementation=implementation).eval()
+    attention = "sdpa" if implementation == BLOCKWISE else implementation
+    return Molmo2ForConditionalGeneration.from_pretrained(checkpoint, attn_implementation=attention).eval()
+
+
+@pytest.fixture(autouse=True)
+def blocks_of_a_few_queries(request, monkeypatch):
+    if "implementation" in request.fixturenames and request.getfixturevalue("implementation") == BLOCKWISE:
+        monkeypatch.setattr(BlockwiseMask, "queries_per_block", 7)
 
 
 @functools.lru_cache(maxsize=1)

@@ -5,12 +5,12 @@ import torch
 from transformers import DynamicCache
 
 from checkpoints import tiny_config
+from molmo2_remote.blockwise_attention_molmo2 import TokenTables, allowed_pairs
 from molmo2_remote.masking_molmo2 import (
     attention_implementation,
     make_attention_mask,
     make_position_ids,
     starts_sequence,
-    visual_pairs,
 )
 
 
@@ -26,7 +26,8 @@ def dense_mask(visual: str, attention_mask: list[int] | None = None, implementat
     padding = None if attention_mask is None else torch.tensor([attention_mask])
     embeds = torch.zeros(1, len(visual), 8)
     places = torch.arange(len(visual))
-    return make_attention_mask(config, embeds, padding, None, is_visual, implementation, places)[0, 0]
+    tables = TokenTables(is_visual=is_visual)
+    return make_attention_mask(config, embeds, padding, None, tables, implementation, places)[0, 0]
 
 
 def test_visual_tokens_see_each_other_and_text_stays_causal():
@@ -60,19 +61,20 @@ def test_eager_gets_the_same_mask_as_numbers_to_add():
 
 
 def test_keys_past_the_sequence_are_not_visual():
-    pairs = visual_pairs(torch.tensor([[True, True]]))
+    allowed = allowed_pairs(TokenTables(is_visual=torch.tensor([[True, True]])))
     index = torch.tensor(0)
-    assert bool(pairs(index, index, torch.tensor(0), torch.tensor(1)))
-    assert not bool(pairs(index, index, torch.tensor(0), torch.tensor(2)))
-    assert not bool(pairs(index, index, torch.tensor(5), torch.tensor(0)))
+    assert bool(allowed(index, index, torch.tensor(0), torch.tensor(1)))
+    assert not bool(allowed(index, index, torch.tensor(0), torch.tensor(2)))
+    assert not bool(allowed(index, index, torch.tensor(3), torch.tensor(5)))
+    assert bool(allowed(index, index, torch.tensor(5), torch.tensor(3)))  # causal, as everywhere
 
 
 def test_a_prepared_mask_is_used_as_it_is():
     prepared = torch.ones(1, 1, 3, 3, dtype=torch.bool)
     config = tiny_config("qwen3").text_config
-    arguments = (torch.zeros(1, 3, 8), prepared, None, None, "sdpa", torch.arange(3))
+    arguments = (torch.zeros(1, 3, 8), prepared, None, TokenTables(), "sdpa", torch.arange(3))
     assert make_attention_mask(config, *arguments) is prepared
-    inside = (torch.zeros(1, 3, 8), {"full_attention": prepared}, None, None, "sdpa", torch.arange(3))
+    inside = (torch.zeros(1, 3, 8), {"full_attention": prepared}, None, TokenTables(), "sdpa", torch.arange(3))
     assert make_attention_mask(config, *inside) is prepared
 
 

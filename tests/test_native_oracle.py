@@ -13,6 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from checkpoints import fill_weights, read_json, write_checkpoint, write_json
 from model_inputs import batch, real_tokens
+from molmo2_remote.blockwise_attention_molmo2 import BlockwiseMask
 from molmo2_remote.media_layout_molmo2 import MediaTables, flat_pooling
 from molmo2_remote.modeling_molmo2 import Molmo2ForConditionalGeneration
 
@@ -61,10 +62,13 @@ def as_native(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return theirs
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "blockwise"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_same_logits_from_the_same_folder(tmp_path, shape, implementation):
+def test_same_logits_from_the_same_folder(tmp_path, shape, implementation, monkeypatch):
     folder = write(tmp_path, shape)
+    if implementation == "blockwise":
+        monkeypatch.setattr(BlockwiseMask, "queries_per_block", 7)
+        implementation = "sdpa"
     options = {"attn_implementation": implementation, "dtype": torch.float32}
     ours = Molmo2ForConditionalGeneration.from_pretrained(folder, **options).eval()
     native = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=False, **options).eval()

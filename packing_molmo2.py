@@ -1,0 +1,165 @@
+"""Several examples in one row, several branches under one prefix: checks, positions and what each token predicts.
+
+    row       a a a a a | b b b b        two packed examples
+    branch    0 0 1 1 2 | 0 0 1 1        the first one: a shared prefix of two tokens, then two branches
+    position  0 1 2 3 2 | 0 1 2 3        every branch goes on where its prefix ends
+
+A branch sees its prefix and itself. So each branch with its prefix gives the same numbers as in a row of its own.
+Pure functions of ids.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """Examples and branches of a batch, padding counted to the token before it.
+
+    Attributes:
+        examples: (B, S) int64: number of the example within its row, from 0.
+        branches: (B, S) int64: 0 in the prefix that the branches of an example share.
+        is_real: (B, S) bool, False on padding.
+    """
+
+    examples: Tensor
+    branches: Tensor
+    is_real: Tensor
+
+    def example_starts(self) -> Tensor:
+        """(B, S) bool: first tokens of examples."""
+        return _changes(self.examples)
+
+    def branch_starts(self) -> Tensor:
+        """(B, S) bool: first tokens of branches, prefixes not among them."""
+        return (self.example_starts() | _changes(self.branches)) & (self.branches != 0)
+
+    def positions(self) -> Tensor:
+        """(B, S) int64: places within each example; a branch goes on after the prefix; padding gets 0 or more."""
+        place = torch.arange(self.examples.shape[1], device=self.examples.device)
+        counted = self.is_real.long()
+        prefix = counted * (self.branches == 0)
+        example_start = torch.where(self.example_starts(), place, 0).cummax(-1).values
+        segment_start = torch.where(self.example_starts() | self.branch_starts(), place, 0).cummax(-1).values
+        in_prefix = _count_since(prefix, example_start)
+        in_branch = _count_since(counted, segment_start) * (self.branches != 0)
+        return (in_prefix + in_branch - 1).clamp(min=0)
+
+
+def _changes(ids: Tensor) -> Tensor:
+    """(B, S) bool: entries that differ from the one before, and the first ones."""
+    first = torch.ones_like(ids[:, :1], dtype=torch.bool)
+    return torch.cat((first, ids[:, 1:] != ids[:, :-1]), dim=1)
+
+
+def _count_since(counted: Tensor, start: Tensor) -> Tensor:
+    """Sum of `counted` from the column `start` of each entry up to the entry itself."""
+    total = counted.cumsum(-1)
+    return total - (total - counted).gather(-1, start)
+
+
+def _fill_padding(ids: Tensor, is_real: Tensor) -> Tensor:
+    """Padding takes the id of the real token before it, at the start of a row that of the first one."""
+    place = torch.arange(ids.shape[1], device=ids.device)
+    last_real = torch.where(is_real, place, -1).cummax(-1).values
+    first_real = is_real.long().argmax(-1, keepdim=True)
+    return ids.gather(-1, torch.where(last_real < 0, first_real, last_real))
+
+
+def packed_rows(
+    attention_mask: Tensor | None, example_ids: Tensor | None, branch_ids: Tensor | None, shape: tuple[int, int]
+) -> PackedRows | None:
+    """Read the ids of examples and branches; None when there are neither.
+
+    Args:
+        attention_mask: (B, S), 0 on padding.
+        example_ids: (B, S) int64, one value for all tokens of an example; without it a row is one example.
+        branch_ids: (B, S) int64, 0 in shared prefixes; without it there are no branches.
+        shape: (B, S) of the tokens.
+    Raises:
+        ValueError: For tensors of another shape.
+    """
+    if example_ids is None and branch_ids is None:
+        return None
+    given = {"attention_mask": attention_mask, "example_ids": example_ids, "branch_ids": branch_ids}
+    for name, tensor in given.items():
+        if tensor is not None and tuple(getattr(tensor, "shape", ())) != tuple(shape):
+            raise ValueError(
+                f"`{name}` is {tuple(getattr(tensor, 'shape', ()))}, but the tokens are {tuple(shape)}. Examples and "
+                "branches are told apart token by token, in a pass without cached tokens."
+            )
+    ids = example_ids if example_ids is not None else branch_ids
+    is_real = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.to(ids.device) != 0
+    examples = torch.zeros_like(ids) if example_ids is None else _fill_padding(example_ids, is_real)
+    branches = torch.zeros_like(ids) if branch_ids is None else _fill_padding(branch_ids.to(ids.device), is_real)
+    return PackedRows(_changes(examples).long().cumsum(-1) - 1, branches.long(), is_real)
+
+
+def packed_positions(
+    attention_mask: Tensor | None, example_ids: Tensor | None = None, branch_ids: Tensor | None = None
+) -> Tensor:
+    """(B, S) int64 positions of packed rows; see `packed_rows` for the arguments and `PackedRows.positions`."""
+    ids = example_ids if example_ids is not None else branch_ids
+    if ids is None:
+        raise ValueError("Pass `example_ids` or `branch_ids`: without them the positions are those of plain rows.")
+    return packed_rows(attention_mask, example_ids, branch_ids, ids.shape).positions()
+
+
+def examples_of_positions(position_ids: Tensor) -> Tensor:
+    """(B, S) int64: packed examples told by positions that do not go up by one (the library's convention)."""
+    goes_on = position_ids[:, 1:] == position_ids[:, :-1] + 1
+    return torch.cat((torch.zeros_like(position_ids[:, :1]), (~goes_on).long().cumsum(-1)), dim=1)
+
+
+def _returning(ids: Tensor) -> Tensor:
+    """(B,) bool: an id of the row comes back after another one."""
+    ordered = ids.sort(-1).values
+    return _changes(ids).sum(-1) > _changes(ordered).sum(-1)
+
+
+def require_packed_layout(
+    attention_mask: Tensor | None,
+    example_ids: Tensor | None,
+    branch_ids: Tensor | None,
+    is_visual: Tensor | None = None,
+) -> None:
+    """Refuse ids that do not describe examples of one prefix and its branches.
+
+    Args:
+        is_visual: (B, S) bool.
+    Raises:
+        ValueError: An example or a branch in several pieces, a prefix after its branches, negative branch numbers, or
+            pictures in a branch, with the rows concerned and what to do.
+    """
+    ids = example_ids if example_ids is not None else branch_ids
+    rows = None if ids is None else packed_rows(attention_mask, example_ids, branch_ids, ids.shape)
+    if rows is None:
+        return
+    filled = rows.examples if example_ids is None else _fill_padding(example_ids, rows.is_real)
+    pairs = rows.examples * (rows.branches.max() + 1) + rows.branches
+    late_prefix = _changes(rows.branches) & ~rows.example_starts() & (rows.branches == 0)
+    late_prefix[:, 0] = False
+    pictures = torch.zeros_like(rows.is_real)
+    if is_visual is not None:
+        pictures = is_visual.to(rows.is_real.device).bool() & (rows.branches != 0) & rows.is_real
+    problems = {
+        "`example_ids` has an example in several pieces: put the tokens of each example side by side": _returning(
+            filled
+        ),
+        "`branch_ids` has negative numbers: use 0 for the shared prefix and 1, 2, ... for branches": (
+            rows.branches < 0
+        ).any(-1),
+        "`branch_ids` has a shared prefix (0) after a branch of the same example: put the prefix first": (
+            late_prefix.any(-1)
+        ),
+        "`branch_ids` has a branch in several pieces: put the tokens of each branch side by side": _returning(pairs),
+        "there are visual tokens in a branch: put pictures into the shared prefix (`branch_ids` 0), because in a row "
+        "of its own a branch's picture would be seen by the pictures of the prefix": pictures.any(-1),
+    }
+    found = torch.stack(list(problems.values())).tolist()
+    for problem, rows_concerned in zip(problems, found):
+        if any(rows_concerned):
+            concerned = [row for row, is_concerned in enumerate(rows_concerned) if is_concerned]
+            raise ValueError(f"In row(s) {concerned[:8]} {problem}.")
