@@ -1,0 +1,348 @@
+"""Answers as files that other tools read, and back: JSON, CSV, COCO keypoints, MOT.
+
+    save(to_csv(grounding), "boats.csv")
+
+What each keeps: JSON everything. CSV every point with all its numbers, but not the text, tags or count. COCO the
+points in pixels with labels and pictures; ids of objects as `track_id`. MOT the points of one video in pixels, by
+source frame and id, but no labels. Reading back gives a `Grounding` that holds what the format holds.
+"""
+
+import csv
+import io
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from .grounding_molmo2 import IMAGE, MULTI_IMAGE, VIDEO, Grounding, MediaInfo, Moment, Point, Tag, Track
+
+JSON_VERSION = 1
+CSV_COLUMNS = (
+    *("tag", "label", "alt", "key", "id", "x", "y", "x_norm", "y_norm", "image_index"),
+    *("time", "sampled_index", "source_index", "source_time", "file_time"),
+)
+MOT_CONFIDENCE = 1
+VISIBLE = 2  # COCO: labelled and visible
+NO_SPAN = (0, 0)
+
+
+def save(content: str | Mapping[str, Any], path: str | Path) -> Path:
+    """Writes what one of the functions below returned; the file appears when it is complete.
+
+    Args:
+        content: text, or a dictionary to be written as JSON.
+    """
+    path = Path(path)
+    text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, indent=1)
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+        os.chmod(partial, 0o644)
+        os.replace(partial, path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
+    return path
+
+
+# --- JSON ------------------------------------------------------------------------------------------------------------
+
+
+def to_json(grounding: Grounding) -> dict[str, Any]:
+    """The whole answer as a dictionary of plain values."""
+    return {"format": "molmo2-grounding", "version": JSON_VERSION, **grounding.as_dict()}
+
+
+def from_json(content: str | Mapping[str, Any]) -> Grounding:
+    """The inverse of `to_json`, from the dictionary or its text; equal to what was written.
+
+    Raises:
+        ValueError: it is something else, or of a newer version.
+    """
+    values = json.loads(content) if isinstance(content, str) else dict(content)
+    if values.get("format") != "molmo2-grounding" or values.get("version") != JSON_VERSION:
+        raise ValueError(
+            f"Found format {values.get('format')!r}, version {values.get('version')!r}; expected 'molmo2-grounding', "
+            f"version {JSON_VERSION}. Pass what `to_json` wrote."
+        )
+    return _rebuilt(Grounding, values)
+
+
+# Which class the dictionaries and lists of an attribute are made of.
+PARTS = {
+    "points": Point,
+    "tracks": Track,
+    "tags": Tag,
+    "media": MediaInfo,
+    "moments": Moment,
+    "moment": Moment,
+    "more_videos": MediaInfo,
+}
+
+
+def _rebuilt(kind: type, values: Mapping[str, Any]) -> Any:
+    return kind(**{field.name: _value(PARTS.get(field.name), values[field.name]) for field in fields(kind)})
+
+
+def _value(kind: type | None, value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_value(kind, item) for item in value)
+    return _rebuilt(kind, value) if kind is not None and isinstance(value, Mapping) else value
+
+
+# --- CSV -------------------------------------------------------------------------------------------------------------
+
+
+def to_csv(grounding: Grounding) -> str:
+    """One line per point, with the column names in the first; empty where a number is unknown."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\r\n")  # RFC 4180
+    writer.writerow(CSV_COLUMNS)
+    for point in grounding.points:
+        moment = point.moment
+        known = [None] * 5
+        if moment is not None:
+            known = [moment.time, moment.sampled_index, moment.source_index, moment.source_time, moment.file_time]
+        row = [point.tag, point.label, point.alt, point.key, point.id, point.x, point.y, point.x_norm, point.y_norm]
+        writer.writerow(["" if value is None else value for value in [*row, point.image_index, *known]])
+    return text.getvalue()
+
+
+def from_csv(text: str) -> Grounding:
+    """The points of `to_csv`; an empty alt text becomes None, and spans are (0, 0).
+
+    Raises:
+        ValueError: columns are missing, or a value is no number.
+    """
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    missing = [name for name in CSV_COLUMNS if name not in (reader.fieldnames or [])]
+    if missing:
+        raise ValueError(f"The columns {missing} are missing; found {reader.fieldnames}. Pass what `to_csv` wrote.")
+    points = []
+    for row in reader:
+        is_video = row["image_index"] == ""
+        moment = None
+        if row["sampled_index"]:
+            moment = Moment(
+                float(row["time"]),
+                int(row["sampled_index"]),
+                _number(int, row["source_index"]),
+                _number(float, row["source_time"]),
+                _number(float, row["file_time"]),
+            )
+        points.append(
+            Point(
+                tag=row["tag"],
+                label=row["label"],
+                alt=row["alt"] or None,
+                key=float(row["key"]) if is_video else int(row["key"]),
+                id=int(row["id"]),
+                x=_number(float, row["x"]),
+                y=_number(float, row["y"]),
+                x_norm=float(row["x_norm"]),
+                y_norm=float(row["y_norm"]),
+                image_index=None if is_video else int(row["image_index"]),
+                moment=moment,
+                span=NO_SPAN,
+            )
+        )
+    return _grounding(points)
+
+
+def _number(kind: Any, text: str) -> Any:
+    return kind(text) if text else None
+
+
+def _grounding(points: Sequence[Point], media: MediaInfo | None = None) -> Grounding:
+    """An answer that consists of points alone."""
+    kind = IMAGE
+    if any(point.image_index is None for point in points):
+        kind = VIDEO
+    elif any(point.image_index for point in points):
+        kind = MULTI_IMAGE
+    by_object: dict[tuple[str, int], dict[float, Point]] = {}
+    for point in points:
+        if point.tag == "tracks":
+            by_object.setdefault((point.label, point.id), {}).setdefault(float(point.key), point)
+    tracks = tuple(
+        Track(object_id, label, tuple(points_at[time] for time in sorted(points_at)))
+        for (label, object_id), points_at in by_object.items()
+    )
+    return Grounding("", kind, tuple(points), tracks, (), None, False, False, media)
+
+
+# --- COCO keypoints --------------------------------------------------------------------------------------------------
+
+
+def to_coco(grounding: Grounding, file_names: Sequence[str] | None = None) -> dict[str, Any]:
+    """A dictionary in the format of COCO keypoints: each point is an annotation with one keypoint.
+
+    A video becomes one image for each frame with points; `frame_index` is its place in the source, `seconds` its time.
+
+    Args:
+        file_names: of the images of the prompt; of the video alone for an answer about one. None for numbered names.
+
+    Raises:
+        ValueError: the size of a picture is unknown, or there are not as many names.
+    """
+    _require_pixels(grounding.points, "COCO")
+    if grounding.kind == VIDEO:
+        keys: list[Any] = sorted({float(point.key) for point in grounding.points})
+        images = [_coco_frame(number, key, grounding, file_names) for number, key in enumerate(keys, start=1)]
+    else:
+        sizes = () if grounding.media is None else grounding.media.sizes
+        count = max([len(sizes), *(point.image_index + 1 for point in grounding.points)], default=0)
+        names = [f"image_{number}" for number in range(1, count + 1)] if file_names is None else list(file_names)
+        if len(names) != count:
+            raise ValueError(f"There are {count} image(s), but {len(names)} file name(s). Pass one for each.")
+        keys = list(range(count))
+        images = [
+            {"id": index + 1, "file_name": names[index], "width": sizes[index][0], "height": sizes[index][1]}
+            for index in range(count)
+        ]
+    labels = list(dict.fromkeys(point.label for point in grounding.points))
+    place = {key: number for number, key in enumerate(keys, start=1)}
+    annotations = [
+        {
+            "id": number,
+            "image_id": place[float(point.key) if grounding.kind == VIDEO else point.image_index],
+            "category_id": labels.index(point.label) + 1,
+            "track_id": point.id,
+            "keypoints": [point.x, point.y, VISIBLE],
+            "num_keypoints": 1,
+            "bbox": [point.x, point.y, 0.0, 0.0],
+            "area": 0.0,
+            "iscrowd": 0,
+        }
+        for number, point in enumerate(grounding.points, start=1)
+    ]
+    categories = [
+        {"id": number, "name": label, "supercategory": "", "keypoints": ["point"], "skeleton": []}
+        for number, label in enumerate(labels, start=1)
+    ]
+    info = {"description": grounding.text, "kind": grounding.kind}
+    return {"info": info, "images": images, "annotations": annotations, "categories": categories}
+
+
+def _coco_frame(number: int, key: float, grounding: Grounding, file_names: Sequence[str] | None) -> dict[str, Any]:
+    point = next(point for point in grounding.points if float(point.key) == key)
+    width, height = grounding.media.sizes[0]
+    stem = Path(file_names[0]).stem if file_names else "frame"
+    frame = {"id": number, "file_name": f"{stem}_{key:.1f}s", "width": width, "height": height, "seconds": key}
+    if point.moment is not None and point.moment.source_index is not None:
+        frame["frame_index"] = point.moment.source_index
+    if any(point.tag == "tracks" for point in grounding.points):
+        frame["tag"] = "tracks"
+    return frame
+
+
+def from_coco(content: str | Mapping[str, Any]) -> Grounding:
+    """The points of `to_coco`, and single keypoints of other COCO files (every visible one counts as a point)."""
+    values = json.loads(content) if isinstance(content, str) else content
+    images = {image["id"]: image for image in values["images"]}
+    order = {image_id: index for index, image_id in enumerate(images)}
+    labels = {category["id"]: category["name"] for category in values["categories"]}
+    points = []
+    for annotation in values["annotations"]:
+        image = images[annotation["image_id"]]
+        flat = annotation.get("keypoints", [])
+        for x, y, visibility in zip(flat[::3], flat[1::3], flat[2::3], strict=True):
+            if visibility:
+                object_id = annotation.get("track_id", annotation["id"])
+                points.append(
+                    _coco_point(x, y, image, order[image["id"]], object_id, labels[annotation["category_id"]])
+                )
+    sizes = tuple((image["width"], image["height"]) for image in images.values())
+    is_video = any("seconds" in image for image in images.values())
+    kind = VIDEO if is_video else MULTI_IMAGE if len(sizes) > 1 else IMAGE
+    return _grounding(points, MediaInfo(kind, sizes[:1] if is_video else sizes))
+
+
+def _coco_point(x: float, y: float, image: Mapping[str, Any], index: int, object_id: int, label: str) -> Point:
+    seconds = image.get("seconds")
+    return Point(
+        tag=image.get("tag", "points"),
+        label=label,
+        alt=None,
+        key=index + 1 if seconds is None else float(seconds),
+        id=object_id,
+        x=x,
+        y=y,
+        x_norm=x / image["width"],
+        y_norm=y / image["height"],
+        image_index=index if seconds is None else None,
+        moment=None if "frame_index" not in image else Moment(seconds, -1, image["frame_index"]),
+        span=NO_SPAN,
+    )
+
+
+# --- MOT -------------------------------------------------------------------------------------------------------------
+
+
+def to_mot(grounding: Grounding, *, fps: float | None = None, box_size: float = 0.0) -> str:
+    """Lines `frame, id, left, top, width, height, confidence, -1, -1, -1`, frames and pixels counted from 1.
+
+    Args:
+        fps: rate of the video, to compute frame numbers where the answer was read without the frames of the source.
+        box_size: side in pixels of the box around each point, whose centre is the point; 0 for boxes without extent.
+
+    Raises:
+        ValueError: the answer is about images, or neither source frames nor `fps` are known.
+    """
+    if grounding.kind != VIDEO and grounding.points:
+        raise ValueError("MOT files are about one video, but the answer is about images. Write COCO, CSV or JSON.")
+    _require_pixels(grounding.points, "MOT")
+    lines = []
+    for point in grounding.points:
+        known = None if point.moment is None else point.moment.source_index
+        if known is None and fps is None:
+            raise ValueError(
+                f"The source frame of the point at {point.key} s is unknown. Read the answer with what the processor "
+                "returned for the video, or pass `fps`."
+            )
+        frame = round(point.time * fps) if known is None else known
+        box = (point.x - box_size / 2 + 1, point.y - box_size / 2 + 1, box_size, box_size)
+        lines.append((frame + 1, point.id, *box))
+    return "".join(
+        f"{frame},{object_id},{left:g},{top:g},{width:g},{height:g},{MOT_CONFIDENCE},-1,-1,-1\n"
+        for frame, object_id, left, top, width, height in sorted(lines)
+    )
+
+
+def from_mot(text: str, size: tuple[float, float], fps: float, label: str = "") -> Grounding:
+    """Tracks out of MOT lines: the centre of each box.
+
+    Args:
+        size: (width, height) of the video in pixels.
+        fps: its frame rate, which turns frame numbers into times.
+        label: name for all objects, which MOT does not store.
+
+    Raises:
+        ValueError: a line has fewer than six numbers.
+    """
+    points = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        values = line.replace(",", " ").split()
+        if len(values) < 6:
+            raise ValueError(f"Line {number} is {line!r}; expected frame, id, left, top, width, height, ...")
+        frame, object_id = int(float(values[0])) - 1, int(float(values[1]))
+        left, top, width, height = (float(value) for value in values[2:6])
+        x, y = left - 1 + width / 2, top - 1 + height / 2
+        moment = Moment(frame / fps, -1, frame, frame / fps)
+        shares = x / size[0], y / size[1]
+        points.append(Point("tracks", label, None, frame / fps, object_id, x, y, *shares, None, moment, NO_SPAN))
+    return _grounding(points, MediaInfo(VIDEO, (tuple(size),)))
+
+
+def _require_pixels(points: Iterable[Point], name: str) -> None:
+    if any(point.x is None for point in points):
+        raise ValueError(
+            f"{name} files hold pixels, but the size of the picture is unknown. Read the answer with the processor's "
+            "output, or with sizes: parse_grounding(text, [(width, height)])."
+        )

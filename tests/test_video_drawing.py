@@ -1,0 +1,228 @@
+"""Annotated videos: every frame at its own time, marks where the answer puts them, sound kept."""
+
+import itertools
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+av = pytest.importorskip("av")
+
+from molmo2_remote.drawing_molmo2 import DrawingStyle  # noqa: E402
+from molmo2_remote.grounding_molmo2 import parse_grounding  # noqa: E402
+from molmo2_remote.video_drawing_molmo2 import MarksOverTime, annotate_video  # noqa: E402
+from molmo2_remote.video_processing_molmo2 import Molmo2VideoProcessor  # noqa: E402
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SHARED = REPOSITORY.parent / "shared" / "media"
+BIG = DrawingStyle(radius=12, show_ids=False, show_labels=False, trail_seconds=0)
+
+
+def write_clip(path, milliseconds, *, size=(160, 96), sound=None, rate=30):
+    """A grey clip whose frames are shown at these times."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=rate)
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        voice = None if sound is None else container.add_stream(sound, rate=16000)
+        for time in milliseconds:
+            frame = av.VideoFrame.from_ndarray(np.full((size[1], size[0], 3), 90, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+        if voice is not None:
+            tone = (10000 * np.sin(np.arange(1024) / 10)).astype(np.int16)[None]
+            for number in range(30):
+                frame = av.AudioFrame.from_ndarray(tone, format="s16", layout="mono")
+                frame.sample_rate, frame.pts = 16000, number * 1024
+                container.mux(voice.encode(frame))
+            container.mux(voice.encode(None))
+    return path
+
+
+def track(metadata, places, label="ball", kind="tracks"):
+    """An answer with these (x, y) in thousandths at the sampled frames; None where nothing is to be seen."""
+    groups = [
+        f"{time:.1f} 1 {place[0]:03d} {place[1]:03d}"
+        for time, place in zip(metadata.timestamps, places, strict=True)
+        if place is not None
+    ]
+    coords = "\t".join(groups)
+    return parse_grounding(f'<{kind} coords="{coords}">{label}</{kind}>', metadata)
+
+
+def sampled(path, num_frames):
+    output = Molmo2VideoProcessor(num_frames=num_frames, max_fps=None)(path, return_metadata=True)
+    return output["video_metadata"][0]
+
+
+def frames_of(path):
+    """(seconds since the first frame, (H, W, 3) uint8) of every frame."""
+    with av.open(str(path)) as container:
+        stream = container.streams.best("video")
+        frames = [
+            (frame.pts * stream.time_base, frame.to_ndarray(format="rgb24")) for frame in container.decode(stream)
+        ]
+    return [(float(time - frames[0][0]), picture) for time, picture in frames]
+
+
+def centre(picture):
+    """(x, y) of what is no longer grey, as shares; None if nothing is."""
+    marked = np.abs(picture.astype(int) - 90).max(axis=2) > 60
+    if not marked.any():
+        return None
+    y, x = np.argwhere(marked).mean(axis=0)
+    return (x + 0.5) / picture.shape[1], (y + 0.5) / picture.shape[0]
+
+
+CLIPS = {
+    "constant rate": [round(number * 1000 / 30) for number in range(60)],
+    "29.97": [round(number * 1001 / 30) for number in range(60)],
+    "variable rate": list(itertools.accumulate([20, 100, 40, 15, 200, 33] * 8, initial=0)),
+    "late start": [5000 + 40 * number for number in range(50)],
+}
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_marks_follow_the_presentation_times(tmp_path, name):
+    source = write_clip(tmp_path / "clip.mkv", CLIPS[name])
+    metadata = sampled(source, 5)
+    places = [(200, 500), (400, 300), (600, 500), (700, 700), (800, 500)]
+    result = annotate_video(source, track(metadata, places), tmp_path / "out.mkv", BIG)
+    before, after = frames_of(source), frames_of(tmp_path / "out.mkv")
+    assert [time for time, _ in after] == [time for time, _ in before]
+    assert (result.num_frames, result.num_marked_frames, result.audio) == (len(before), len(before), "none")
+    known = np.array(metadata.source_timestamps)
+    for time, picture in after:
+        at = min(time, known[-1])
+        expected = [np.interp(at, known, [place[axis] / 1000 for place in places]) for axis in (0, 1)]
+        assert centre(picture) == pytest.approx(expected, abs=0.012), time
+
+
+def test_the_file_starts_as_late_as_the_source(tmp_path):
+    source = write_clip(tmp_path / "clip.mkv", CLIPS["late start"])
+    annotate_video(source, track(sampled(source, 3), [(500, 500)] * 3), tmp_path / "out.mkv", BIG)
+    with av.open(str(tmp_path / "out.mkv")) as container:
+        first = next(container.decode(video=0))
+    assert float(first.pts * first.time_base) == 5.0
+
+
+def test_what_one_sampled_frame_shows_stays_for_half_the_way(tmp_path):
+    source = write_clip(tmp_path / "clip.mkv", range(0, 2000, 50))
+    metadata = sampled(source, 5)  # about every half second
+    annotate_video(source, track(metadata, [(200, 500), None, (600, 500), None, None]), tmp_path / "out.mkv", BIG)
+    times = metadata.source_timestamps
+    middles = [(times[0] + times[1]) / 2, (times[1] + times[2]) / 2, (times[2] + times[3]) / 2]
+    for time, picture in frames_of(tmp_path / "out.mkv"):
+        if time < middles[0]:
+            assert centre(picture) == pytest.approx((0.2, 0.5), abs=0.012)
+        elif middles[1] <= time < middles[2]:
+            assert centre(picture) == pytest.approx((0.6, 0.5), abs=0.012)
+        else:
+            assert centre(picture) is None
+
+
+def test_points_do_not_move_between_frames():
+    """Equal numbers in a pointing answer are not the same object."""
+    about = {"fps": 1.0, "frames_indices": [0, 1, 2], "width": 100, "height": 100}
+    text = '<points coords="0.0 1 200 200\t1.0 1 800 800">bird</points>'
+    marks_at = MarksOverTime(parse_grounding(text, about), BIG)
+    assert [(mark.x, mark.y) for mark in marks_at(0.4)] == [(0.2, 0.2)]
+    assert [(mark.x, mark.y) for mark in marks_at(0.6)] == [(0.8, 0.8)]
+    assert marks_at(1.6) == []
+
+
+def test_trails_reach_back_as_far_as_they_may():
+    about = {"fps": 1.0, "frames_indices": [0, 1, 2, 3], "width": 100, "height": 100}
+    text = '<tracks coords="0.0 1 100 500\t1.0 1 200 500\t2.0 1 300 500\t3.0 1 400 500">bird</tracks>'
+    grounding = parse_grounding(text, about)
+    (mark,) = MarksOverTime(grounding, DrawingStyle(trail_seconds=1.8))(2.5)
+    assert mark.trail == ((0.2, 0.5), (0.3, 0.5))
+    assert mark.x == pytest.approx(0.35)
+    (mark,) = MarksOverTime(grounding, DrawingStyle(trail_seconds=0))(2.5)
+    assert mark.trail == ()
+
+
+def sound_of(path):
+    """The packets, and the decoded sound, (samples,) float."""
+    with av.open(str(path)) as container:
+        packets = [bytes(packet) for packet in container.demux(audio=0) if packet.size]
+    with av.open(str(path)) as container:
+        resampler = av.AudioResampler(format="flt", layout="mono", rate=16000)
+        pieces = [piece for frame in container.decode(audio=0) for piece in resampler.resample(frame)]
+    return packets, np.concatenate([piece.to_ndarray()[0] for piece in pieces])
+
+
+def test_sound_is_copied_where_the_file_can_hold_it(tmp_path):
+    source = write_clip(tmp_path / "clip.mp4", range(0, 2000, 40), sound="aac")
+    result = annotate_video(source, track(sampled(source, 3), [(500, 500)] * 3), tmp_path / "out.mp4", BIG)
+    assert result.audio == "copied"
+    assert sound_of(tmp_path / "out.mp4")[0] == sound_of(source)[0]
+
+
+def test_other_sound_is_encoded_anew(tmp_path):
+    source = write_clip(tmp_path / "clip.mp4", range(0, 2000, 40), sound="aac")
+    result = annotate_video(source, track(sampled(source, 3), [(500, 500)] * 3), tmp_path / "out.webm", BIG)
+    assert result.audio == "encoded"
+    before, after = sound_of(source)[1], sound_of(tmp_path / "out.webm")[1]
+    assert abs(len(before) - len(after)) < 3000
+    assert np.sqrt((after**2).mean()) == pytest.approx(np.sqrt((before**2).mean()), rel=0.1)
+
+
+@pytest.mark.parametrize("size", [(33, 21), (2, 2)])
+def test_odd_sizes_are_filled_up(tmp_path, size):
+    source = REPOSITORY / "examples" / "data" / "nasa_clip.mp4"
+    if size == (33, 21):
+        with av.open(str(tmp_path / "odd.mkv"), "w") as container:
+            stream = container.add_stream("ffv1", rate=10)
+            stream.width, stream.height, stream.pix_fmt = 33, 21, "bgr0"
+            for _ in range(5):
+                frame = av.VideoFrame.from_ndarray(np.full((21, 33, 3), 90, np.uint8), format="rgb24")
+                container.mux(stream.encode(frame.reformat(format="bgr0")))
+            container.mux(stream.encode(None))
+        source = tmp_path / "odd.mkv"
+    else:
+        source = write_clip(tmp_path / "small.mp4", range(0, 400, 40), size=(16, 16))
+    metadata = sampled(source, 2)
+    annotate_video(source, track(metadata, [(500, 500)] * 2), tmp_path / "out.mp4", BIG)
+    picture = frames_of(tmp_path / "out.mp4")[0][1]
+    assert picture.shape == ((22, 34, 3) if size == (33, 21) else (16, 16, 3))
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared media are not here")
+@pytest.mark.parametrize("name", ["vfr.mp4", "start_at_5s.mkv", "video_90.mov", "flipping_a_pancake.mkv"])
+def test_real_files(tmp_path, name):
+    source = SHARED / name
+    metadata = sampled(source, 3)
+    result = annotate_video(source, track(metadata, [(500, 500)] * 3), tmp_path / "out.mp4", BIG)
+    before, after = frames_of(source), frames_of(tmp_path / "out.mp4")
+    assert len(before) == len(after) == result.num_frames
+    np.testing.assert_allclose([time for time, _ in after], [time for time, _ in before], rtol=0, atol=1e-3)
+    assert after[0][1].shape[:2] == tuple(side + side % 2 for side in (metadata.height, metadata.width))
+    assert (result.audio == "copied") is (name == "flipping_a_pancake.mkv")
+
+
+def test_nothing_is_left_behind_where_it_fails(tmp_path):
+    source = write_clip(tmp_path / "clip.mp4", range(0, 400, 40))
+    grounding = track(sampled(source, 2), [(500, 500)] * 2)
+    (tmp_path / "out.mp4").write_bytes(b"before")
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"no video")
+    with pytest.raises(av.error.FFmpegError):
+        annotate_video(broken, grounding, tmp_path / "out.mp4")
+    assert (tmp_path / "out.mp4").read_bytes() == b"before"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.mp4", "clip.mp4", "out.mp4"]
+    with pytest.raises(FileNotFoundError, match="no video file"):
+        annotate_video(tmp_path / "none.mp4", grounding, tmp_path / "x.mp4")
+    with pytest.raises(ValueError, match="is the source itself"):
+        annotate_video(source, grounding, source)
+    about_images = parse_grounding('<points coords="1 1 500 500">cup</points>', [(10, 10)])
+    with pytest.raises(ValueError, match="about images, not a video"):
+        annotate_video(source, about_images, tmp_path / "x.mp4")
+
+
+def test_shown_in_notebooks(tmp_path):
+    source = write_clip(tmp_path / "clip.mp4", range(0, 400, 40))
+    result = annotate_video(source, track(sampled(source, 2), [(500, 500)] * 2), tmp_path / "out.mp4")
+    assert result._repr_html_().startswith('<video controls loop width="640" src="data:video/mp4;base64,AAAA')
