@@ -20,9 +20,12 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 # Some loaders copy only what this file imports directly, so modules that are only needed by the others stand here too.
 from .conversation_molmo2 import ConversationMedia, find_media, is_batch, messages_of
+from .drawing_molmo2 import DrawingStyle  # noqa: F401
 from .frame_sampling_molmo2 import SamplingSettings  # noqa: F401
 from .geometry_molmo2 import stack_pooling
+from .grounding_files_molmo2 import to_json  # noqa: F401
 from .grounding_molmo2 import Grounding, MediaInfo
+from .grounding_tools_molmo2 import GroundingTools
 from .image_loading_molmo2 import load_images  # noqa: F401
 from .image_processing_molmo2 import Molmo2ImageProcessor, Molmo2ImagesKwargs
 from .media_features_molmo2 import MediaFeatures, ground_answers, media_of_rows
@@ -44,6 +47,7 @@ from .prompt_molmo2 import (
 )
 from .special_tokens_molmo2 import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, VISUAL_TOKENS
 from .video_decoding_molmo2 import open_video  # noqa: F401
+from .video_drawing_molmo2 import annotate_video  # noqa: F401
 from .video_loading_molmo2 import list_videos
 from .video_processing_molmo2 import Molmo2VideoProcessor, Molmo2VideosKwargs
 from .video_readers_molmo2 import VideoReader  # noqa: F401
@@ -95,7 +99,7 @@ FLAT_FOR_IMAGES_ALONE = frozenset({"resample"})
 SECTIONS = {"text_kwargs": Molmo2TextKwargs, "images_kwargs": Molmo2ImagesKwargs, "videos_kwargs": Molmo2VideosKwargs}
 
 
-class Molmo2Processor(ProcessorMixin):
+class Molmo2Processor(GroundingTools, ProcessorMixin):
     """Prepares text, images and videos for Molmo2.
 
     Args:

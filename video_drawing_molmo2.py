@@ -11,6 +11,7 @@ half a step between samples.
 """
 
 import base64
+import importlib
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -23,11 +24,6 @@ import numpy as np
 from PIL import Image
 
 from .drawing_molmo2 import DrawingStyle, Mark, draw_marks
-
-try:
-    import av
-except ImportError:  # said when it is needed
-    av = None
 
 LONE_SAMPLE_SECONDS = 0.5  # half a step where there is only one sampled frame
 EMBEDDED_BYTES = 20_000_000  # the largest video that a notebook is given inside a cell
@@ -76,8 +72,7 @@ def annotate_video(
         FileNotFoundError: there is no such video.
         ValueError: the answer is about images, the file has no video track, or no encoder is there.
     """
-    if av is None:
-        raise ImportError("Drawing into videos needs PyAV, which is not installed: pip install av")
+    av = _pyav()
     source, target = Path(source), Path(target)
     if not source.is_file():
         raise FileNotFoundError(f"There is no video file '{source}'. Check the path.")
@@ -92,6 +87,14 @@ def annotate_video(
         job = _Transcoding(reading, writing, marks_at)
         job.run()
     return AnnotatedVideo(target, job.num_frames, job.num_marked_frames, job.audio)
+
+
+def _pyav() -> Any:
+    """PyAV, imported when it is needed: most users of these files never draw into a video."""
+    try:
+        return importlib.import_module("av")
+    except ImportError as error:
+        raise ImportError("Drawing into videos needs PyAV, which is not installed: pip install av") from error
 
 
 @contextmanager
@@ -200,6 +203,7 @@ class _Transcoding:
     """One pass over a file: frames drawn on and encoded, packets of sound passed on."""
 
     def __init__(self, reading: Any, writing: Any, marks_at: Callable[[float], Sequence[Mark]]):
+        self._av = _pyav()
         self._reading, self._writing, self._marks_at = reading, writing, marks_at
         self._video = reading.streams.best("video")
         self._video.thread_type = "AUTO"
@@ -239,7 +243,7 @@ class _Transcoding:
         pts = self.num_frames if frame.pts is None else frame.pts
         marks = self._marks_at(float((pts - self._first_pts) * self._video.time_base))
         drawn = _even(draw_marks(picture, marks, self._marks_at.style) if marks else picture)
-        encoded = av.VideoFrame.from_ndarray(drawn, format="rgb24")
+        encoded = self._av.VideoFrame.from_ndarray(drawn, format="rgb24")
         encoded.pts, encoded.time_base = pts, self._video.time_base
         self._writing.mux(self._out_video.encode(encoded))
         self.num_frames += 1
@@ -267,7 +271,7 @@ class _Transcoding:
     def _encoder(self, encoders: dict[str, str]) -> str:
         """The first encoder that this PyAV has and whose codec the new file can hold."""
         for codec, encoder in encoders.items():
-            if encoder in av.codecs_available and codec in self._writing.supported_codecs:
+            if encoder in self._av.codecs_available and codec in self._writing.supported_codecs:
                 return encoder
         raise ValueError(
             f"A {self._writing.format.name} file cannot be written: it holds none of {list(encoders)}, or this PyAV "

@@ -6,7 +6,10 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
+from model_inputs import processor
+from molmo2_remote.drawing_molmo2 import DrawingStyle
 from molmo2_remote.grounding_files_molmo2 import (
     CSV_COLUMNS,
     from_coco,
@@ -162,3 +165,21 @@ def test_a_failed_save_leaves_the_old_file(tmp_path):
         save("\ud800", path)
     assert path.read_text() == "before"
     assert [entry.name for entry in tmp_path.iterdir()] == ["answer.json"]
+
+
+def test_the_processor_writes_what_the_suffix_says(tmp_path):
+    export = processor().export_grounding
+    assert from_json(export(answer("tracks"), tmp_path / "a.json").read_text(encoding="utf-8")) == answer("tracks")
+    assert export(answer("tracks"), tmp_path / "a.csv").read_text().startswith("tag,label")
+    assert export(answer("tracks"), tmp_path / "a.txt", box_size=4).read_text().startswith("1,1,127,")
+    assert "annotations" in json.loads(export(answer("tracks"), tmp_path / "b.json", format="coco").read_text())
+    with pytest.raises(ValueError, match=r"Cannot tell the format of .*a\.xml.*Pass one of"):
+        export(answer("tracks"), tmp_path / "a.xml")
+
+
+def test_the_processor_draws():
+    ground = Image.new("RGB", (64, 48))
+    drawn = processor().draw(ground, answer("labels"), radius=3)
+    assert drawn.getpixel((16, 19)) == DrawingStyle().color(answer("labels").points[0].label, 1)
+    assert len(processor().draw([ground, ground], answer("several images"))) == 2
+    assert processor().draw_frames([ground] * 3, answer("tracks"), columns=3).width == 960

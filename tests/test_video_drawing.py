@@ -1,6 +1,7 @@
 """Annotated videos: every frame at its own time, marks where the answer puts them, sound kept."""
 
 import itertools
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -226,3 +227,9 @@ def test_shown_in_notebooks(tmp_path):
     source = write_clip(tmp_path / "clip.mp4", range(0, 400, 40))
     result = annotate_video(source, track(sampled(source, 2), [(500, 500)] * 2), tmp_path / "out.mp4")
     assert result._repr_html_().startswith('<video controls loop width="640" src="data:video/mp4;base64,AAAA')
+
+
+def test_without_pyav(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(ImportError, match="pip install av"):
+        annotate_video(tmp_path / "clip.mp4", parse_grounding("There are none."), tmp_path / "out.mp4")
