@@ -33,7 +33,7 @@ from .memory_molmo2 import MemoryEstimate  # noqa: F401
 from .pixels_molmo2 import resize  # noqa: F401
 from .planning_molmo2 import Limits, RequestPlan, RequestSketch, Wanted, fit
 from .processor_options_molmo2 import plain  # noqa: F401
-from .prompt_molmo2 import (
+from .prompt_expansion_molmo2 import (
     ExpandedPrompt,
     PictureNotation,
     expand,
@@ -106,7 +106,7 @@ class Molmo2Processor(GroundingTools, ProcessorMixin):
         image_processor, video_processor, tokenizer: The three parts, each a public attribute.
         chat_template: Jinja source; see `chat_template.jinja`.
         image_use_col_tokens .. use_low_res_token_for_global_crops: How the checkpoint writes pictures; see
-            `prompt_molmo2.PictureNotation`.
+            `prompt_expansion_molmo2.PictureNotation`.
 
     Unless the tokenizer's files state a padding side, rows are padded on the left, as generation needs.
 
@@ -187,11 +187,11 @@ class Molmo2Processor(GroundingTools, ProcessorMixin):
         return [*names, *self.image_processor.model_input_names, *self.video_processor.model_input_names]
 
     def get_image_tokens(self, image_grid: Sequence[int]) -> list[str]:
-        """Tokens of one image; see `prompt_molmo2.image_tokens`."""
+        """Tokens of one image; see `prompt_expansion_molmo2.image_tokens`."""
         return image_tokens(image_grid, self.notation)
 
     def get_video_string(self, video_grid: Sequence[int], timestamps: Sequence[float]) -> str:
-        """Text of one video; see `prompt_molmo2.video_string`."""
+        """Text of one video; see `prompt_expansion_molmo2.video_string`."""
         return video_string(video_grid, timestamps, self.notation)
 
     def __call__(

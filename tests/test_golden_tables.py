@@ -5,7 +5,7 @@ import pytest
 
 from golden_cases import table
 from golden_processor import build_processor, corrected, tokenizer
-from molmo2_remote.prompt_molmo2 import insert_bos
+from molmo2_remote.prompt_expansion_molmo2 import insert_bos
 
 CHATS = table("chat_template")
 # What the original raises, and what the message here says.

@@ -26,7 +26,7 @@ from golden_processor import build_processor, decode, encode, tokenizer, with_bo
 from molmo2_remote import processing_molmo2
 from molmo2_remote.media_layout_molmo2 import MediaTables, assign_media, token_groups
 from molmo2_remote.processing_molmo2 import Molmo2Processor
-from molmo2_remote.prompt_molmo2 import PictureNotation
+from molmo2_remote.prompt_expansion_molmo2 import PictureNotation
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CLIP = GOLDEN / "media" / "cfr30.mp4"  # 95 frames, 30 per second

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from molmo2_remote.prompt_molmo2 import (
+from molmo2_remote.prompt_expansion_molmo2 import (
     ExpandedPrompt,
     PictureNotation,
     expand,
