@@ -50,6 +50,12 @@ class Molmo2GenerationMixin(GenerationMixin):
         **kwargs,
     ) -> dict[str, Any]:
         """Inputs of one forward pass: pictures and their token types only while nothing is cached."""
+        packed = [name for name in ("example_ids", "branch_ids") if kwargs.get(name) is not None]
+        if packed:
+            raise ValueError(
+                f"`generate` was given {' and '.join(packed)}, but an answer goes on from one prompt a row: pass "
+                "every example, and every branch with its prefix, as a row of its own."
+            )
         pictures = {name: kwargs.pop(name, None) for name in IMAGE_INPUTS + VIDEO_INPUTS}
         if token_type_ids is None:
             token_type_ids = mm_token_type_ids

@@ -33,6 +33,16 @@ def starts_sequence(query_length: int, past_key_values: Cache | None) -> bool:
     return query_length > 1 and bool(cached_length(past_key_values) == 0)
 
 
+def require_empty_cache(past_key_values: Cache | None) -> None:
+    """Packed rows begin with their examples; what a cache holds belongs to none of them."""
+    past_length = int(cached_length(past_key_values))
+    if past_length:
+        raise ValueError(
+            f"`example_ids` and `branch_ids` describe whole rows, but the cache holds {past_length} tokens already. "
+            "Run packed rows in one pass, without `past_key_values`; generate from unpacked prompts."
+        )
+
+
 def token_tables(is_visual: Tensor | None, packed_rows: PackedRows | None) -> TokenTables:
     """What the rule needs of a prefill, padding aside."""
     if packed_rows is None:

@@ -75,14 +75,34 @@ def flat_pooling(token_pooling: Tensor, tokens: Tensor, crops: Tensor, patches_p
     return torch.where(token_pooling >= 0, token_pooling + shift, token_pooling)
 
 
+def _runs(ids: list[int]) -> list[tuple[int, int]]:
+    """(start, end) of each run of equal entries."""
+    starts = [place for place in range(len(ids)) if place == 0 or ids[place] != ids[place - 1]]
+    return list(zip(starts, [*starts[1:], len(ids)]))
+
+
 def token_groups(
-    input_ids: Tensor, patch_ids: list[int], image_end_id: int, frame_end_id: int, low_res_start_id: int
+    input_ids: Tensor,
+    patch_ids: list[int],
+    image_end_id: int,
+    frame_end_id: int,
+    low_res_start_id: int,
+    example_ids: Tensor | None = None,
 ) -> list[list[TokenGroup]]:
     """Groups of patch tokens closed by an end token, for each row; end tokens without patches are plain text.
 
     Args:
         input_ids: (B, S) int64.
+        example_ids: (B, S) int64; packed examples count as rows of their own.
     """
+    if example_ids is not None:
+        tokens = (patch_ids, image_end_id, frame_end_id, low_res_start_id)
+        return [
+            groups
+            for row, ids in zip(input_ids, example_ids.tolist())
+            for start, end in _runs(ids)
+            for groups in token_groups(row[None, start:end], *tokens)
+        ]
     end_ids = [image_end_id, frame_end_id]
     is_patch = torch.isin(input_ids, torch.tensor(patch_ids, device=input_ids.device))
     is_end = torch.isin(input_ids, torch.tensor(end_ids, device=input_ids.device))
@@ -106,9 +126,9 @@ def token_groups(
 def assign_media(rows: list[list[TokenGroup]], tables: MediaTables) -> list[list[tuple[str, int]]]:
     """For each row its pictures in the order of the prompt, as ("image" | "video", index into the flat list).
 
-    Images, and likewise videos, are taken in flat order. Where a group could be either, a frame's own end token means
-    a video; a low-res opening means an image, and its absence while other groups have one a video; otherwise an image
-    is tried first, because prompts put images first.
+    Packed examples count as rows. Images, and likewise videos, are taken in flat order. Where a group could be either,
+    a frame's own end token means a video; a low-res opening means an image, and its absence while other groups have
+    one a video; otherwise an image is tried first, because prompts put images first.
 
     Raises:
         ValueError: If the groups of a row fit no pictures, or pictures are left over.

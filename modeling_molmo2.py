@@ -21,9 +21,10 @@ from .blockwise_attention_molmo2 import BlockwiseMask  # noqa: F401
 from .compat_molmo2 import make_causal_mask  # noqa: F401
 from .configuration_molmo2 import Molmo2Config
 from .generation_molmo2 import Molmo2GenerationMixin
-from .masking_molmo2 import starts_sequence
+from .loss_molmo2 import IGNORED, predicted_labels, weighted_loss
+from .masking_molmo2 import require_empty_cache, starts_sequence
 from .media_layout_molmo2 import MediaTables, TokenGroup, assign_media, flat_pooling, prompt_order, token_groups
-from .packing_molmo2 import PackedRows  # noqa: F401
+from .packing_molmo2 import packed_rows, require_packed_layout
 from .pretrained_molmo2 import Molmo2PreTrainedModel
 from .rotary_molmo2 import Molmo2RotaryEmbedding  # noqa: F401
 from .text_molmo2 import Molmo2Embedding, Molmo2TextModel
@@ -119,13 +120,15 @@ class Molmo2Model(Molmo2PreTrainedModel):
         ids = self._special_ids(input_ids, inputs_embeds)
         return torch.isin(ids, torch.tensor(self.visual_ids, device=ids.device))
 
-    def token_groups(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> list[list[TokenGroup]]:
-        """Groups of patch tokens for each row, from which the owner of each picture follows."""
+    def token_groups(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None, example_ids: Tensor | None = None
+    ) -> list[list[TokenGroup]]:
+        """Groups of patch tokens for each row or packed example, from which the owner of each picture follows."""
         if input_ids is not None and input_ids.shape[1] == 0:
             input_ids = None
         config, ids = self.config, self._special_ids(input_ids, inputs_embeds)
         ends = (config.image_end_token_id, config.frame_end_token_id)
-        return token_groups(ids, self.patch_ids, *ends, config.low_res_image_start_token_id)
+        return token_groups(ids, self.patch_ids, *ends, config.low_res_image_start_token_id, example_ids)
 
     def get_image_features(
         self,
@@ -181,7 +184,9 @@ class Molmo2Model(Molmo2PreTrainedModel):
                 "processor, without dropping or repeating rows."
             )
 
-    def _picture_vectors(self, input_ids: Tensor | None, inputs_embeds: Tensor, pictures: dict) -> Tensor | None:
+    def _picture_vectors(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor, pictures: dict, example_ids: Tensor | None
+    ) -> Tensor | None:
         """Vectors of all pictures in the order of the prompts, (T, D); None without pictures."""
         parts = []
         for kind, encode in (("image", self.get_image_features), ("video", self.get_video_features)):
@@ -199,7 +204,8 @@ class Molmo2Model(Molmo2PreTrainedModel):
         if len(parts) < 2:
             return parts[0] if parts else None
         tables = MediaTables(pictures["image_grids"], pictures["image_num_crops"], pictures["video_grids"])
-        order = prompt_order(assign_media(self.token_groups(input_ids, inputs_embeds), tables), tables)
+        groups = self.token_groups(input_ids, inputs_embeds, example_ids)
+        order = prompt_order(assign_media(groups, tables), tables)
         return torch.cat(parts)[order.to(parts[0].device)]
 
     def _add_pictures(self, input_ids: Tensor | None, inputs_embeds: Tensor, vectors: Tensor) -> Tensor:
@@ -231,6 +237,8 @@ class Molmo2Model(Molmo2PreTrainedModel):
         video_grids: torch.LongTensor | None = None,
         token_type_ids: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
+        example_ids: torch.LongTensor | None = None,
+        branch_ids: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -245,9 +253,13 @@ class Molmo2Model(Molmo2PreTrainedModel):
             pixel_values_videos .. video_grids: See `get_video_features`.
             token_type_ids: (B, S), nonzero on visual tokens; found by id when missing. `mm_token_type_ids` is the
                 name other processors use for it.
+            example_ids: (B, S), one value for all tokens of a packed example; examples do not see each other, and
+                positions restart. Their pictures follow one another, row by row.
+            branch_ids: (B, S), 0 for the prefix that all branches of an example share, 1, 2, ... for branches, which
+                see this prefix and themselves and go on at its end. See `packing_molmo2`.
         Raises:
-            ValueError: Neither or both of ids and embeddings, pictures that do not fit the prompts or each other, or
-                a prompt longer than `max_position_embeddings`.
+            ValueError: Neither or both of ids and embeddings, pictures that do not fit the prompts or each other, a
+                prompt longer than `max_position_embeddings`, or ids of examples and branches that fit no layout.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError(
@@ -269,12 +281,16 @@ class Molmo2Model(Molmo2PreTrainedModel):
             "video_token_pooling": video_token_pooling,
             "video_grids": video_grids,
         }
-        vectors = self._picture_vectors(input_ids, inputs_embeds, pictures)
+        vectors = self._picture_vectors(input_ids, inputs_embeds, pictures, example_ids)
         if vectors is not None:
             inputs_embeds = self._add_pictures(input_ids, inputs_embeds, vectors)
         if is_visual is not None:
             is_visual = is_visual.bool()
             is_visual = is_visual if bool(is_visual.any()) else None
+        packed = packed_rows(attention_mask, example_ids, branch_ids, inputs_embeds.shape[:2])
+        if packed is not None:
+            require_empty_cache(past_key_values)
+            require_packed_layout(attention_mask, example_ids, branch_ids, is_visual)
         outputs = self.transformer(
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -284,6 +300,7 @@ class Molmo2Model(Molmo2PreTrainedModel):
             output_attentions=self._setting("output_attentions", output_attentions),
             output_hidden_states=self._setting("output_hidden_states", output_hidden_states),
             is_visual=is_visual,
+            packed_rows=packed,
             cache_position=kwargs.get("cache_position"),
         )
         return Molmo2ModelOutputWithPast(**outputs, image_hidden_states=vectors)
@@ -366,6 +383,9 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
         mm_token_type_ids: Tensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
+        loss_weights: Tensor | None = None,
+        example_ids: torch.LongTensor | None = None,
+        branch_ids: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -376,10 +396,14 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
 
         Args:
             labels: (B, S) ids to predict, shifted inside; -100 is ignored, and so are ids past `vocab_size` (visual
-                tokens), for which there are no logits.
+                tokens), for which there are no logits. First tokens of packed examples are not predicted; first
+                tokens of branches must be -100.
+            loss_weights: (B, S) weights of the labels at the same places; the loss is `sum(weight * cross entropy)`
+                over their sum, or over `num_items_in_batch` where that is given (the sum over an accumulated step).
             logits_to_keep: Last so many positions only (0: all), or a tensor of positions.
         Raises:
-            ValueError: Labels together with `logits_to_keep`, and whatever `Molmo2Model.forward` raises.
+            ValueError: Labels together with `logits_to_keep`, a label at the start of a branch, negative weights, and
+                whatever `Molmo2Model.forward` raises.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -396,6 +420,8 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
             video_grids=video_grids,
             token_type_ids=token_type_ids,
             mm_token_type_ids=mm_token_type_ids,
+            example_ids=example_ids,
+            branch_ids=branch_ids,
             use_cache=use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
@@ -412,8 +438,14 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
                     "`logits_to_keep` at 0 when passing labels."
                 )
             vocab_size = self.config.text_config.vocab_size
-            labels = labels.masked_fill(labels >= vocab_size, -100)
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+            labels = labels.masked_fill(labels >= vocab_size, IGNORED)
+            packed = packed_rows(attention_mask, example_ids, branch_ids, labels.shape)
+            if packed is not None or loss_weights is not None:
+                kwargs["shift_labels"] = predicted_labels(labels, packed)
+            if loss_weights is None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+            else:
+                loss = weighted_loss(logits, kwargs["shift_labels"], loss_weights, kwargs.get("num_items_in_batch"))
         return Molmo2CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -8,7 +8,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .attention_molmo2 import Molmo2AttentionBase
-from .blockwise_attention_molmo2 import TokenTables
 from .compat_molmo2 import update_cache
 from .configuration_molmo2 import Molmo2TextConfig
 from .masking_molmo2 import (
@@ -195,16 +194,22 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
         attention_mask,
         position_ids: Tensor | None,
         past_key_values: Cache | None,
-        tables: TokenTables,
+        is_visual: Tensor | None,
+        packed_rows: PackedRows | None,
         wants_weights: bool,
         cache_position: Tensor | None,
     ) -> tuple[dict, list[tuple[Tensor, Tensor]]]:
         """What every layer is called with, and the rotary tables of each."""
         query_length = inputs_embeds.shape[1]
         past_length = cached_length(past_key_values)
+        tables = token_tables(is_visual, packed_rows)
         if position_ids is not None and attention_mask is None and past_key_values is None:
             tables = separated_by_positions(tables, position_ids)
-        if isinstance(past_length, int) and past_length == 0:
+        if packed_rows is not None and position_ids is None:
+            position_ids = packed_rows.positions()
+        if packed_rows is not None:
+            self._require_room(int(position_ids.max()) + 1)
+        elif isinstance(past_length, int) and past_length == 0:
             self._require_room(query_length)
         if cache_position is None:
             cache_position = torch.arange(query_length, device=inputs_embeds.device) + past_length
@@ -263,7 +268,8 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
             )
         if inputs_embeds is None:
             inputs_embeds = self.wte(input_ids.clamp(min=0))
-        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if use_cache is None:
+            use_cache = self.config.use_cache and packed_rows is None
         if self.gradient_checkpointing and self.training:
             use_cache = False
         if use_cache and past_key_values is None:
@@ -274,7 +280,8 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
             attention_mask,
             position_ids,
             past_key_values,
-            token_tables(is_visual, packed_rows),
+            is_visual,
+            packed_rows,
             bool(output_attentions),
             kwargs.get("cache_position"),
         )
