@@ -69,7 +69,7 @@ def _fill_padding(ids: Tensor, is_real: Tensor) -> Tensor:
 
 
 def packed_rows(
-    attention_mask: Tensor | None, example_ids: Tensor | None, branch_ids: Tensor | None, shape: tuple[int, int]
+    attention_mask: Tensor | None, example_ids: Tensor | None, branch_ids: Tensor | None, shape: tuple[int, ...]
 ) -> PackedRows | None:
     """Read the ids of examples and branches; None when there are neither.
 
@@ -81,7 +81,8 @@ def packed_rows(
     Raises:
         ValueError: For tensors of another shape.
     """
-    if example_ids is None and branch_ids is None:
+    ids = example_ids if example_ids is not None else branch_ids
+    if ids is None:
         return None
     given = {"attention_mask": attention_mask, "example_ids": example_ids, "branch_ids": branch_ids}
     for name, tensor in given.items():
@@ -90,7 +91,6 @@ def packed_rows(
                 f"`{name}` is {tuple(getattr(tensor, 'shape', ()))}, but the tokens are {tuple(shape)}. Examples and "
                 "branches are told apart token by token, in a pass without cached tokens."
             )
-    ids = example_ids if example_ids is not None else branch_ids
     is_real = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.to(ids.device) != 0
     examples = torch.zeros_like(ids) if example_ids is None else _fill_padding(example_ids, is_real)
     branches = torch.zeros_like(ids) if branch_ids is None else _fill_padding(branch_ids.to(ids.device), is_real)
@@ -102,9 +102,10 @@ def packed_positions(
 ) -> Tensor:
     """(B, S) int64 positions of packed rows; see `packed_rows` for the arguments and `PackedRows.positions`."""
     ids = example_ids if example_ids is not None else branch_ids
-    if ids is None:
+    rows = None if ids is None else packed_rows(attention_mask, example_ids, branch_ids, ids.shape)
+    if rows is None:
         raise ValueError("Pass `example_ids` or `branch_ids`: without them the positions are those of plain rows.")
-    return packed_rows(attention_mask, example_ids, branch_ids, ids.shape).positions()
+    return rows.positions()
 
 
 def examples_of_positions(position_ids: Tensor) -> Tensor:
