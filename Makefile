@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 # Modules that do not subclass transformers' own classes: these are type-checked.
-TYPED := $(addsuffix _molmo2.py,geometry pixels image_loading frame_sampling special_tokens prompt conversation media_layout rotary masking blockwise_attention packing loss grounding)
+TYPED := $(addsuffix _molmo2.py,geometry pixels image_loading frame_sampling special_tokens prompt conversation media_layout rotary masking blockwise_attention packing loss grounding grounding_format)
 
 .PHONY: setup demo test matrix check style clean
 

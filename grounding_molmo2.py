@@ -363,7 +363,7 @@ VALUE_END = {
 }
 UNCLOSED_BEFORE_COORDS = re.compile(r"(?:\A|[\s>])coords\s*=\s*\Z", re.I)
 COORDS_TOKEN = re.compile(
-    rf"(?P<word>(?:[^\s;:,\"'<>&\\/]|&(?!quot;)|<(?!/?{_KIND}(?:[\s/>]|coords))|/(?!>)"
+    rf"(?P<word>(?:[^\s;:,\"'<>&\\/]+|&(?!quot;)|<(?!/?{_KIND}(?:[\s/>]|coords))|/(?!>)"
     r"|\\(?!\\{0,3}(?:[tnr\"']|&quot;)))+)"
     r"|(?P<space>[^\S\t\n\r]+)|(?P<separator>[\t\n\r;:,]|\\{1,4}[tnr])|(?P<quote>\\{0,4}(?:[\"']|&quot;))|(?P<edge>[/<>])",
     re.I,
@@ -446,15 +446,17 @@ class _CoordsReader:
 
     def add(self, word: str, span: Span) -> None:
         self._release()
-        if "." in word and DIGIT.search(word) is not None:  # always a key, whatever stood before it (R6)
+        is_long = len(word) > MAX_WORD  # a number no doubt, but none that means anything
+        opens_group = not is_long and "." in word and DIGIT.search(word) is not None  # R6: a time, at any place
+        if opens_group:
             self.end_group()
         if self._is_broken:
             return
         is_number = WHOLE.fullmatch(word) is not None
         if self._key is None:
             self._key = word
-            self._is_broken = KEY.fullmatch(word) is None
-        elif is_number or (len(word) <= MAX_WORD and DIGIT.search(word) is not None):
+            self._is_broken = is_long or KEY.fullmatch(word) is None
+        elif is_number or is_long or DIGIT.search(word) is not None:
             self._words.append(_Number(int(word) if is_number else None, word, span))
             self._take()
         else:
@@ -683,7 +685,7 @@ class _Scanner:
                         self._is_long_word = True
                         self._place = len(text) - MAX_EDGE
                     return False
-                word = token[0] if not self._is_long_word else "-" * MAX_WORD
+                word = token[0] if not self._is_long_word else "-" * (MAX_WORD + 1)
                 self._coords.add(word, (self._at(token.start()), self._at(token.end())))
                 self._is_long_word = False
             elif token.lastgroup == "separator":
