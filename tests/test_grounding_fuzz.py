@@ -89,7 +89,7 @@ def read(text, cuts=()):
 
 
 @given(answers())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_undamaged_answers_are_read_as_the_card_reads_them(answer):
     kind = {"pointing": "image", "multi-image": "multi_image"}.get(answer.mode, "video")
     found = parse_grounding(answer.text, [(1000, 1000)] * answer.num_images, kind=kind)
@@ -127,19 +127,19 @@ def damaged(draw):
 
 
 @given(damaged(), st.lists(st.integers(0, 10**6), max_size=8))
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_damaged_answers(text, cuts):
     read(text, cuts)
 
 
 @given(st.lists(PIECES, max_size=60).map("".join), st.lists(st.integers(0, 10**6), max_size=8))
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=400, deadline=None)
 def test_texts_of_nothing_but_notation(text, cuts):
     read(text, cuts)
 
 
 @given(st.text(max_size=200) | st.text(st.characters(categories=["Cs", "Nd", "Zs", "Cc"]), max_size=100))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_any_unicode(text):
     assert len(read(text)) == 0 or "coords" in text.lower()
 
