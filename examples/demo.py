@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from convert.cli import main as convert
-from miniature import write_native_miniature
+from random_miniature import write_native_miniature
 
 DATA = Path(__file__).resolve().parent / "data"
 PHOTO, CLIP = DATA / "nasa_frame.jpg", DATA / "nasa_clip.mp4"

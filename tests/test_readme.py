@@ -16,7 +16,7 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", (REPOSITORY / "README.md").read_te
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    from miniature import write_json, write_miniature
+    from random_miniature import write_json, write_miniature
 
     folder = tmp_path_factory.mktemp("readme")
     write_miniature(folder / "Molmo2-4B")
