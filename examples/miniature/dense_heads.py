@@ -5,7 +5,6 @@ heads ask every patch, and every pooled token for each of its patches: is the ce
 and kind, and at which two digits of x and y?
 """
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 

@@ -6,6 +6,7 @@ Everything else about it follows from these settings through the converter.
 from typing import Any
 
 import torch
+
 from convert.names import expected_renames
 from convert.native_config import parse_config
 from convert.to_native import default_section
@@ -81,7 +82,9 @@ def fresh_tensors(section: dict[str, Any], seed: int) -> dict[str, torch.Tensor]
         elif "wte" in name or "positional" in name:
             tensors[name] = 0.3 * torch.randn(shape, generator=generator)
         else:
-            writes_residual = name.endswith(("attn_out.weight", "ff_out.weight", "wo.weight", "feed_forward.w2.weight"))
+            writes_residual = name.endswith(
+                ("attn_out.weight", "ff_out.weight", "wo.weight", "feed_forward.w2.weight")
+            )
             scale = shape[-1] ** -0.5 * (depth**-0.5 if writes_residual else 1.0)
             tensors[name] = scale * torch.randn(shape, generator=generator)
     return tensors

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 import yaml
-from convert.conversion import ConversionOptions, convert_checkpoint
-from convert.to_native import write_native
 from torch.distributed.checkpoint import FileSystemWriter, save
 from torch.distributed.checkpoint.metadata import StorageMeta
+
+from convert.conversion import ConversionOptions, convert_checkpoint
+from convert.to_native import write_native
 
 from . import layout, tokenizer
 

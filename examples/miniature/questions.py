@@ -1,13 +1,13 @@
 """Questions about pictures and clips of the world, with exact answers in the model's notation.
 
-    Point to the red circles.            <points coords="1 1 204 655 2 731 120">red circles</points>
-    How many red circles are there?      Counting the <points ...>red circles</points> shows a total of 2.
-    Count the red circles.               2
-    What colour is the ring?             blue
-    What is the green object?            letter A
-    Where is the ring?                   top left
-    Track the ring.                      <tracks coords="0.0 1 512 340\t0.5 1 530 340">ring</tracks>
-    nothing there                        There are none. / No tracks available. / 0
+Point to the red circles.            <points coords="1 1 204 655 2 731 120">red circles</points>
+How many red circles are there?      Counting the <points ...>red circles</points> shows a total of 2.
+Count the red circles.               2
+What colour is the ring?             blue
+What is the green object?            letter A
+Where is the ring?                   top left
+Track the ring.                      <tracks coords="0.0 1 512 340\t0.5 1 530 340">ring</tracks>
+nothing there                        There are none. / No tracks available. / 0
 """
 
 from collections.abc import Callable, Sequence
@@ -101,12 +101,16 @@ def number_only(target: tuple, places: Sequence[Place]) -> Question:
 
 def track(target: tuple, places: Sequence[Place], plural: bool) -> Question:
     """Each object keeps its identity; identities run in the order of first appearance, then of x, then of y."""
-    label, ids, given = noun(target, plural), {}, []
-    for place in _ordered(places):
-        given.append(ids.setdefault(place.number, len(ids) + 1))
-    rows = sorted(zip(_ordered(places), given), key=lambda row: (row[0].key, row[1]))
+    label, places = noun(target, plural), _ordered(places)
+    rows = sorted(zip(places, identities(places)), key=lambda row: (row[0].key, row[1]))
     answer = _tag("tracks", label, [row[0] for row in rows], [row[1] for row in rows]) if rows else NO_TRACKS
     return Question("track", f"Track the {label}.", answer, target, tuple(row[0] for row in rows))
+
+
+def identities(places: Sequence[Place]) -> list[int]:
+    """Numbers from 1 for the objects of a clip, in the order in which the places name them first."""
+    ids: dict[int, int] = {}
+    return [ids.setdefault(place.number, len(ids) + 1) for place in places]
 
 
 def where(target: tuple, thing: Thing) -> Question:

@@ -137,7 +137,11 @@ class Trainer:
     def _pooling(self, batch: dict[str, Tensor]) -> Tensor:
         """Pooling rows as flat patch numbers over all crops of the batch; (T, K)."""
         if "video_grids" in batch:
-            sizes, tokens, table = batch["video_grids"][:, 0], batch["video_grids"].prod(1), batch["video_token_pooling"]
+            sizes, tokens, table = (
+                batch["video_grids"][:, 0],
+                batch["video_grids"].prod(1),
+                batch["video_token_pooling"],
+            )
         else:
             grids = batch["image_grids"]
             sizes, table = batch["image_num_crops"], batch["image_token_pooling"]
@@ -179,9 +183,7 @@ class Trainer:
         logits = self.model.lm_head(outputs.last_hidden_state[:, :-1][taught]).float()
         losses = functional.cross_entropy(logits, batch["input_ids"][:, 1:][taught], reduction="none")
         answer_loss = (losses * weights[taught]).sum() / weights[taught].sum()
-        dense_loss, _ = self.heads(
-            self.features, outputs.image_hidden_states, self._pooling(batch), batch["dense"]
-        )
+        dense_loss, _ = self.heads(self.features, outputs.image_hidden_states, self._pooling(batch), batch["dense"])
         kind = "clips" if "video_grids" in batch else "pictures"
         right = (logits.argmax(-1) == batch["input_ids"][:, 1:][taught])[weights[taught] == 1].float().mean()
         scores = {f"{kind}_loss": answer_loss.item(), f"{kind}_right": right.item(), "dense": dense_loss.item()}

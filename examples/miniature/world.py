@@ -235,7 +235,9 @@ def make_clip(rng: np.random.Generator, *, max_things: int = 3) -> Clip:
     for thing in _place(rng, kinds, shape, (0.1, 0.15)):
         x, y = rng.uniform(0.1, 0.9), rng.uniform(0.1, 0.9)
         if rng.random() < 0.15:  # past the edge
-            x, y = (x, float(rng.choice([-0.25, 1.25]))) if rng.random() < 0.5 else (float(rng.choice([-0.25, 1.25])), y)
+            x, y = (
+                (x, float(rng.choice([-0.25, 1.25]))) if rng.random() < 0.5 else (float(rng.choice([-0.25, 1.25])), y)
+            )
         if rng.random() < 0.15:
             x, y = thing.x, thing.y
         mover = Mover(thing, (x - thing.x) / seconds, (y - thing.y) / seconds)

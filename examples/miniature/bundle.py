@@ -1,0 +1,61 @@
+"""Writes the picture and the clip that come with the examples: python -m miniature.bundle FOLDER
+
+Both are drawn from seeds that neither training nor scores use.
+"""
+
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image
+
+from .world import CLIP_FPS, Clip, Mover, Thing, make_clip, make_picture
+
+BUNDLE_SEED = 5000
+PICTURE_KINDS = (
+    ("red", "circle"),
+    ("blue", "square"),
+    ("red", "circle"),
+    ("green", "ring"),
+    ("red", "circle"),
+    ("yellow", "letter A"),
+)
+
+
+def picture() -> np.ndarray:
+    """Three red circles among other things; larger than one crop."""
+    return make_picture(np.random.default_rng([BUNDLE_SEED, 0]), tiled=1.0, kinds=PICTURE_KINDS).pixels
+
+
+def clip() -> Clip:
+    """A red ring crosses a blue square; a green triangle leaves. 2.5 seconds of 112 x 112 pixels."""
+    movers = (
+        Mover(Thing("blue", "square", 0.75, 0.35, 0.12), -0.2, 0.0),
+        Mover(Thing("red", "ring", 0.2, 0.25, 0.13), 0.24, 0.08),
+        Mover(Thing("green", "triangle", 0.3, 0.75, 0.12), 0.36, 0.02),
+    )
+    ground = make_clip(np.random.default_rng([BUNDLE_SEED, 1])).ground
+    ground = np.asarray(Image.fromarray(ground).resize((112, 112)))
+    return Clip(movers, 26, ground)
+
+
+def write_clip(moving: Clip, target: Path) -> None:
+    """Encode a clip as H.264 with little loss."""
+    with av.open(str(target), "w") as container:
+        stream = container.add_stream("libx264", rate=CLIP_FPS)
+        stream.height, stream.width = moving.ground.shape[:2]
+        stream.pix_fmt, stream.options = "yuv420p", {"crf": "8"}
+        for frame in moving.frames():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    Image.fromarray(picture()).save(folder / "world_picture.png", optimize=True)
+    write_clip(clip(), folder / "world_clip.mp4")
+
+
+if __name__ == "__main__":
+    main()
