@@ -12,15 +12,14 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-EXAMPLES = Path(__file__).resolve().parent
-sys.path.insert(0, str(EXAMPLES.parent))
-sys.path.insert(0, str(EXAMPLES))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from convert.cli import main as convert
 from miniature.native import CHECKPOINT
 from miniature.world import make_picture
 
-DATA = EXAMPLES / "data"
+DATA = Path(__file__).resolve().parent / "data"
 PICTURE, CLIP = DATA / "world_picture.png", DATA / "world_clip.mp4"
 DRAWN_SEED = 6000  # of pictures that are drawn on the spot; training drew from another
 DRAWN_KINDS = (("purple", "cross"), ("orange", "digit 4"), ("purple", "cross"), ("green", "cross"))
