@@ -1,14 +1,16 @@
-"""What a processor offers to do with answers: draw them and write files, without importing anything by hand."""
+"""What a processor offers around answers - prompts, questions, drawings, files - without any import by hand."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from .ask_molmo2 import AnswerPiece, MediaSession, ask, ask_stream
 from .drawing_molmo2 import DrawingStyle, contact_sheet, draw_images, draw_points
 from .grounding_files_molmo2 import save, to_coco, to_csv, to_json, to_mot
 from .grounding_molmo2 import Grounding
+from .prompts_molmo2 import prompts
 from .video_drawing_molmo2 import AnnotatedVideo, annotate_video
 
 WRITERS = {"json": to_json, "csv": to_csv, "coco": to_coco, "mot": to_mot}
@@ -16,7 +18,27 @@ FORMAT_OF_SUFFIX = {".json": "json", ".csv": "csv", ".txt": "mot"}
 
 
 class GroundingTools:
-    """Methods of `Molmo2Processor` that take what `post_process_grounding` returned."""
+    """Methods of `Molmo2Processor` around questions and answers.
+
+    Attributes:
+        prompts: The prompts of the training, each with its reader; see `prompts_molmo2`.
+    """
+
+    prompts = prompts
+
+    def ask(self, model: Any, question: Any, images: Any = None, videos: Any = None, **options: Any) -> Any:
+        """One call from a question, or a batch of them, to `Answer`s; see `ask_molmo2.ask`."""
+        return ask(model, self, question, images, videos, **options)
+
+    def ask_stream(
+        self, model: Any, question: Any, images: Any = None, videos: Any = None, **options: Any
+    ) -> Iterator[AnswerPiece]:
+        """An answer and its points while it is written; see `ask_molmo2.ask_stream`."""
+        return ask_stream(model, self, question, images, videos, **options)
+
+    def session(self, model: Any, images: Any = None, videos: Any = None, **options: Any) -> MediaSession:
+        """Several questions about pictures that are read once; see `ask_molmo2.MediaSession`."""
+        return MediaSession(model, self, images, videos, **options)
 
     @staticmethod
     def draw(pictures: Any, grounding: Grounding, style: DrawingStyle | None = None, **style_options: Any) -> Any:

@@ -207,15 +207,15 @@ class RequestSketch:
             outline(**{**self.options["videos_kwargs"], "num_frames": chosen["num_frames"], **own})
             for outline, own in zip(self.outlines, self.own_options)
         ]
-        rows = self.processor.count_tokens(
+        encoded = self.processor.encode_prompts(
             self.prompts,
             [plan.grid for plan in images],
             [(plan.grids, times) for plan, times in videos],
             add_special_tokens=self.options["text_kwargs"].get("add_special_tokens", True),
         )
         plan = RequestPlan(
-            row_tokens=tuple(length for length, _ in rows),
-            visual_tokens=tuple(visual for _, visual in rows),
+            row_tokens=tuple(len(ids) for ids in encoded["input_ids"]),
+            visual_tokens=tuple(sum(marks) for marks in encoded["token_type_ids"]),
             image_crops=tuple(plan.num_crops for plan in images),
             timestamps=tuple(tuple(times) for _, times in videos),
             options=dict(chosen),

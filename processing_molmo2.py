@@ -19,6 +19,7 @@ from transformers.utils import logging
 from transformers.utils.chat_template_utils import render_jinja_template
 
 # Some loaders copy only what this file imports directly, so modules that are only needed by the others stand here too.
+from .ask_molmo2 import ask  # noqa: F401
 from .conversation_molmo2 import ConversationMedia, find_media, is_batch, messages_of
 from .drawing_molmo2 import DrawingStyle  # noqa: F401
 from .frame_sampling_molmo2 import SamplingSettings  # noqa: F401
@@ -46,7 +47,9 @@ from .prompt_expansion_molmo2 import (
     truncate,
     video_string,
 )
+from .prompts_molmo2 import Prompt  # noqa: F401
 from .special_tokens_molmo2 import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, VISUAL_TOKENS
+from .structured_molmo2 import parse_structured  # noqa: F401
 from .video_decoding_molmo2 import open_video  # noqa: F401
 from .video_drawing_molmo2 import annotate_video  # noqa: F401
 from .video_loading_molmo2 import list_videos
@@ -505,20 +508,24 @@ class Molmo2Processor(GroundingTools, ProcessorMixin):
 
         return fit(plan_of, Wanted(**asked), Limits(max_tokens, max_memory))
 
-    def count_tokens(
-        self, prompts: list[str], image_grids: list[Any], videos: list[tuple[list[Any], list[float]]], **options: Any
-    ) -> list[tuple[int, int]]:
-        """Tokens and, among them, visual tokens of each row, from the plans of its pictures alone.
+    def encode_prompts(
+        self, prompts: list[str], image_grids: Any, videos: list[tuple[Any, list[float]]], **options: Any
+    ) -> dict[str, Any]:
+        """Write and tokenize prompts whose pictures are planned or processed already.
 
         Args:
             prompts: With one placeholder for each picture.
             image_grids: A row of `image_grids` for each image.
             videos: Rows of `video_grids` and times in seconds for each video.
+            options: Of the tokenizer, and `return_tensors`.
+        Returns:
+            `input_ids`, `attention_mask` and `token_type_ids`, as the call would give them.
         """
         timings = [SimpleNamespace(timestamps=times) for _, times in videos]
         expanded = self._expand(prompts, image_grids, [grid for grids, _ in videos for grid in grids], timings)
-        outputs = self._tokenize(expanded, {"return_mm_token_type_ids": True, **options}, None)
-        return [(len(ids), sum(marks)) for ids, marks in zip(outputs["input_ids"], outputs["token_type_ids"])]
+        options = {**Molmo2ProcessorKwargs._defaults["text_kwargs"], **options}
+        data = self._tokenize(expanded, options, options.get("return_tensors"))
+        return BatchFeature(data, tensor_type=options.get("return_tensors"))
 
     def post_process_grounding(
         self, answers: Any, media: Any = None, *, kind: str | None = None

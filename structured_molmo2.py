@@ -1,0 +1,293 @@
+"""Structured answers: one JSON object, fenced or bare, with events in `mm:ss`, read without ever failing.
+
+What a model writes is repaired where it is damaged or cut off (json-repair, `pip install json-repair`); the result
+says so. Of a list that was cut off, the entry that was being written is left out: it may lack anything.
+"""
+
+import importlib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+SECTIONS = ("summary", "events", "objects", "text", "scene")
+FENCE = re.compile(r"```[ \t]*(?:json5?|JSON)?[ \t]*\n?")
+CLOCK = re.compile(r"(?:(\d{1,4}):)?(\d{1,4}):(\d{2})(?:[.,](\d{1,6}))?")
+SECONDS = re.compile(r"(\d{1,9}(?:\.\d{0,9})?|\.\d{1,9})\s*(?:s|sec|secs|seconds?)?", re.IGNORECASE)
+RANGE = re.compile(r"\s*(?:-|\u2013|\u2014|to)\s*")
+START_NAMES = ("start", "start_time", "begin", "from")
+END_NAMES = ("end", "end_time", "stop", "to")
+RANGE_NAMES = ("timestamp", "timestamps", "time", "interval", "range")
+DESCRIPTION_NAMES = ("description", "event", "label", "caption", "name", "text", "action")
+NAME_NAMES = ("name", "label", "object")
+MAX_CHARACTERS = 200_000  # no answer is longer; what comes after is not read
+MAX_DEPTH = 64  # brackets in brackets; deeper ones are damage
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happens in a video.
+
+    Attributes:
+        start, end: Seconds as said, None where nothing that is a time was said. `end` may lie before `start`, if the
+            answer says so; `problems` of the result names it.
+    """
+
+    start: float | None
+    end: float | None
+    description: str
+
+
+@dataclass(frozen=True)
+class NamedObject:
+    """An object in the scene."""
+
+    name: str
+    description: str = ""
+
+
+@dataclass(frozen=True)
+class StructuredAnswer:
+    """A structured description.
+
+    Attributes:
+        raw: The answer.
+        found: It holds something that could be read as JSON.
+        truncated: The JSON was cut off.
+        repaired: It was no valid JSON.
+        problems: What could not be understood, in words.
+        scene: Names and values of the scene, as text.
+    """
+
+    raw: str
+    summary: str = ""
+    events: tuple[Event, ...] = ()
+    objects: tuple[NamedObject, ...] = ()
+    text: tuple[str, ...] = ()
+    scene: tuple[tuple[str, str], ...] = ()
+    found: bool = False
+    truncated: bool = False
+    repaired: bool = False
+    problems: tuple[str, ...] = ()
+
+
+def parse_structured(answer: str) -> StructuredAnswer:
+    """Read an answer to `prompts.localize_events` or `prompts.describe_structured`.
+
+    Keys are found whatever their case; a list at the top counts as events, as does a single event. Never raises.
+    """
+    document = _find_json(answer[:MAX_CHARACTERS])
+    if document is None:
+        return StructuredAnswer(answer, problems=("no JSON was found",))
+    content = _read(document)
+    problems = list(content.problems)
+    values: Any = content.value
+    if isinstance(values, Mapping) and not _sections_in(values) and _is_event(values):
+        values = [values]
+    if isinstance(values, list):
+        values = {"events": values}
+    if not isinstance(values, Mapping):
+        return StructuredAnswer(
+            answer,
+            truncated=content.truncated,
+            repaired=content.repaired,
+            problems=(*problems, "no JSON object was found"),
+        )
+    sections = _sections_in(values)
+    return StructuredAnswer(
+        raw=answer,
+        summary=_text(sections.get("summary")),
+        events=tuple(_events(sections.get("events"), problems)),
+        objects=tuple(_objects(sections.get("objects"))),
+        text=tuple(filter(None, map(_text, _listed(sections.get("text"))))),
+        scene=_scene(sections.get("scene")),
+        found=True,
+        truncated=content.truncated,
+        repaired=content.repaired,
+        problems=tuple(problems),
+    )
+
+
+def parse_seconds(value: Any) -> float | None:
+    """Seconds of `mm:ss`, `h:mm:ss` (both with fractions), "12.5", "12.5 s" or a number; None for anything else."""
+    if isinstance(value, bool) or value is None:
+        return None
+    if isinstance(value, (int, float)):
+        return float(value) if math.isfinite(value) and value >= 0 else None
+    if not isinstance(value, str):
+        return None
+    text = value.strip()
+    clock = CLOCK.fullmatch(text)
+    if clock is not None:
+        hours, minutes, seconds = int(clock[1] or 0), int(clock[2]), int(clock[3])
+        return hours * 3600 + minutes * 60 + seconds + float(f"0.{clock[4] or 0}")
+    plain = SECONDS.fullmatch(text)
+    return None if plain is None else float(plain[1])
+
+
+# --- the JSON in an answer -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Document:
+    """JSON as it stands in an answer.
+
+    Attributes:
+        text: From its first bracket to its last, or to the end of the answer.
+        truncated: Brackets are open at the end.
+        open_entry: The text up to where the innermost list entry that is open at the end begins; None if none is.
+    """
+
+    text: str
+    truncated: bool
+    open_entry: str | None
+
+
+@dataclass(frozen=True)
+class _Content:
+    value: Any
+    truncated: bool
+    repaired: bool
+    problems: tuple[str, ...] = ()
+
+
+def _find_json(answer: str) -> _Document | None:
+    """The first bracket that opens something, behind a fence if there is one, and what belongs to it."""
+    fence = FENCE.search(answer)
+    start = -1 if fence is None else _first_bracket(answer, fence.end())
+    start = _first_bracket(answer, 0) if start < 0 else start
+    return None if start < 0 else _bracketed(answer, start)
+
+
+def _first_bracket(text: str, start: int) -> int:
+    places = [place for place in (text.find("{", start), text.find("[", start)) if place >= 0]
+    return min(places, default=-1)
+
+
+def _bracketed(text: str, start: int) -> _Document:
+    """The text from an opening bracket to the one that closes it. Brackets inside strings do not count."""
+    stack: list[str] = []
+    entries: list[int] = []  # of each open list, where its current entry begins
+    place, in_string = start, False
+    for token in re.finditer(r'[{}\[\],]|\\.|"|```', text[start:], re.DOTALL):
+        mark, place = token[0], start + token.start()
+        if mark == '"':
+            in_string = not in_string
+        elif in_string or mark.startswith("\\"):
+            continue
+        elif mark in "{[":
+            stack.append(mark)
+            if mark == "[":
+                entries.append(place + 1)
+        elif mark in "}]":
+            if stack and stack.pop() == "[" and entries:
+                entries.pop()
+            if not stack:
+                return _Document(text[start : place + 1], False, None)
+        elif mark == "," and stack and stack[-1] == "[" and entries:
+            entries[-1] = place
+        elif mark == "```":
+            return _Document(text[start:place], True, None)
+    return _Document(text[start:], True, text[start : entries[-1]] if entries else None)
+
+
+def _read(document: _Document) -> _Content:
+    try:
+        return _Content(json.loads(document.text, strict=False), False, False)
+    except (ValueError, RecursionError):
+        pass
+    text = document.text if document.open_entry is None else document.open_entry
+    if _depth(text) > MAX_DEPTH:
+        return _Content(None, document.truncated, True, (f"brackets are nested more than {MAX_DEPTH} deep",))
+    try:
+        repair = importlib.import_module("json_repair")
+    except ImportError:
+        problem = "the JSON is damaged or cut off; to have it repaired: pip install json-repair"
+        return _Content(None, document.truncated, False, (problem,))
+    try:
+        value = repair.loads(text)
+    except Exception as error:  # whatever a repair stumbles over is damage, not a fault of the caller
+        return _Content(None, document.truncated, True, (f"the JSON could not be repaired ({type(error).__name__})",))
+    return _Content(value, document.truncated, True)
+
+
+def _depth(text: str) -> int:
+    deepest = depth = 0
+    for mark in re.findall(r"[{}\[\]]", text):
+        depth += 1 if mark in "{[" else -1
+        deepest = max(deepest, depth)
+    return deepest
+
+
+# --- from JSON to results --------------------------------------------------------------------------------------------
+
+
+def _sections_in(values: Mapping[Any, Any]) -> dict[str, Any]:
+    return {
+        str(name).strip().lower(): value for name, value in values.items() if str(name).strip().lower() in SECTIONS
+    }
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return value.strip()
+    if value is None or isinstance(value, (list, Mapping)):
+        return ", ".join(filter(None, map(_text, _listed(value)))) if isinstance(value, list) else ""
+    return str(value)
+
+
+def _listed(value: Any) -> list[Any]:
+    if value is None or value == "":
+        return []
+    return value if isinstance(value, list) else [value]
+
+
+def _first(entry: Mapping[Any, Any], names: tuple[str, ...]) -> Any:
+    lowered = {str(name).strip().lower(): value for name, value in entry.items()}
+    return next((lowered[name] for name in names if lowered.get(name) is not None), None)
+
+
+def _is_event(entry: Mapping[Any, Any]) -> bool:
+    return _first(entry, START_NAMES + END_NAMES + RANGE_NAMES) is not None
+
+
+def _events(value: Any, problems: list[str]) -> Iterator[Event]:
+    for number, entry in enumerate(_listed(value), start=1):
+        if not isinstance(entry, Mapping):
+            problems.append(f"event {number} is {str(entry)[:60]!r}, not an object")
+            continue
+        start, end = _times(entry)
+        event = Event(start, end, _text(_first(entry, DESCRIPTION_NAMES)))
+        if start is None or end is None:
+            problems.append(f"event {number} lacks {'a start' if start is None else 'an end'} that is a time")
+        elif end < start:
+            problems.append(f"event {number} ends at {end:g} s, before it starts at {start:g} s")
+        yield event
+
+
+def _times(entry: Mapping[Any, Any]) -> tuple[float | None, float | None]:
+    start, end = parse_seconds(_first(entry, START_NAMES)), parse_seconds(_first(entry, END_NAMES))
+    both = _first(entry, RANGE_NAMES)
+    if start is None and end is None and both is not None:
+        parts = both if isinstance(both, list) else RANGE.split(both, maxsplit=1) if isinstance(both, str) else [both]
+        times = [parse_seconds(part) for part in parts[:2]]
+        start, end = times[0] if times else None, times[1] if len(times) == 2 else None
+    return start, end
+
+
+def _objects(value: Any) -> Iterator[NamedObject]:
+    for entry in _listed(value):
+        if isinstance(entry, Mapping):
+            name = _text(_first(entry, NAME_NAMES))
+            if name:
+                yield NamedObject(name, _text(_first(entry, ("description", "details", "attributes"))))
+        elif _text(entry):
+            yield NamedObject(_text(entry))
+
+
+def _scene(value: Any) -> tuple[tuple[str, str], ...]:
+    if isinstance(value, Mapping):
+        return tuple((str(name), _text(part)) for name, part in value.items() if _text(part))
+    return (("description", _text(value)),) if _text(value) else ()
