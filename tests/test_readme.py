@@ -1,4 +1,7 @@
-"""The README's Python blocks run as they are written, in a folder with the files that they name."""
+"""The Python blocks of the README and of the pages in docs run as they are written, in a folder with their files.
+
+On a page, `print(...)  # text` prints that text; the comment may stand on the next line.
+"""
 
 import json
 import re
@@ -11,7 +14,13 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY / "examples"))
 
-BLOCKS = re.findall(r"^```python\n(.*?)^```", (REPOSITORY / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+
+def python_blocks(page):
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+
+
+BLOCKS = python_blocks(REPOSITORY / "README.md")
+PAGES = [page for page in sorted((REPOSITORY / "docs").glob("*.md")) if python_blocks(page)]
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +52,17 @@ def test_the_blocks_run_as_written(folder, monkeypatch, capsys):
     assert names["plan"].num_tokens <= 1000
     assert len(names["answers"]) == 2
     assert all(isinstance(answer, str) for answer in names["answers"])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_blocks_of_a_page_run_as_written(page, folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    names = {}
+    for block in python_blocks(page):
+        exec(compile(block, page.name, "exec"), names)
+        printed = capsys.readouterr().out.splitlines()
+        for line in re.findall(r"^print\(.*\)(?:  |\n)# (.*)$", block, re.M):
+            assert line in printed
 
 
 def test_the_demo_runs(monkeypatch, capsys, tmp_path):
