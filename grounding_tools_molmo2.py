@@ -9,7 +9,8 @@ from PIL import Image
 from .ask_molmo2 import AnswerPiece, MediaSession, ask, ask_stream
 from .drawing_molmo2 import DrawingStyle, contact_sheet, draw_images, draw_points
 from .grounding_files_molmo2 import save, to_coco, to_csv, to_json, to_mot
-from .grounding_molmo2 import Grounding
+from .grounding_format_molmo2 import format_points, format_tracks
+from .grounding_molmo2 import Grounding, GroundingStream
 from .prompts_molmo2 import prompts
 from .video_drawing_molmo2 import AnnotatedVideo, annotate_video
 
@@ -39,6 +40,19 @@ class GroundingTools:
     def session(self, model: Any, images: Any = None, videos: Any = None, **options: Any) -> MediaSession:
         """Several questions about pictures that are read once; see `ask_molmo2.MediaSession`."""
         return MediaSession(model, self, images, videos, **options)
+
+    format_points = staticmethod(format_points)
+    format_tracks = staticmethod(format_tracks)
+
+    @staticmethod
+    def grounding_stream(media: Any = None, row: int = 0) -> GroundingStream:
+        """A reader for an answer that is still being written.
+
+        Args:
+            media: the inputs that it is generated from, or what `grounding_molmo2.media_info` takes.
+            row: which row of the inputs.
+        """
+        return GroundingStream(getattr(media, "media", [media] * (row + 1))[row])
 
     @staticmethod
     def draw(pictures: Any, grounding: Grounding, style: DrawingStyle | None = None, **style_options: Any) -> Any:

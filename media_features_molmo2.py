@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers.feature_extraction_utils import BatchFeature
 
-from .grounding_molmo2 import IMAGE, MULTI_IMAGE, Grounding, MediaInfo, media_info, parse_grounding
+from .grounding_molmo2 import IMAGE, MULTI_IMAGE, Grounding, MediaInfo, is_media_info, media_info, parse_grounding
 
 
 class MediaFeatures(BatchFeature):
@@ -88,7 +88,7 @@ def _is_ids(value: Any) -> bool:
 
 def _texts(answers: Sequence[Any], media: Any, tokenizer: Any) -> list[str]:
     """Answers as text; ids that begin with those of their prompt, as `generate` returns them, lose it."""
-    prompts = media.get("input_ids") if isinstance(media, MediaFeatures) else None
+    prompts = media.get("input_ids") if _has_media(media) else None
     prompts = prompts.tolist() if hasattr(prompts, "tolist") else prompts
     texts = []
     for place, answer in enumerate(answers):
@@ -116,9 +116,13 @@ def _media_of_answers(media: Any, num_answers: int, kind: str | None) -> list[Me
     return [media_info(row, kind) for row in rows for _ in range(per_row)]
 
 
+def _has_media(value: Any) -> bool:
+    return isinstance(value, BatchFeature) and hasattr(value, "media")
+
+
 def _rows(media: Any, num_answers: int) -> list[Any]:
     """`media` as one description per row of the batch."""
-    if isinstance(media, MediaFeatures):
+    if _has_media(media):
         return media.media
     if isinstance(media, (dict, BatchFeature)) and "input_ids" in media:
         if "video_metadata" in media:
@@ -127,9 +131,9 @@ def _rows(media: Any, num_answers: int) -> list[Any]:
             "These inputs are a plain dictionary, without the sizes of their pictures. Pass the processor's own "
             "output (or its `.media`), sizes, or the metadata of the video."
         )
-    if media is None or isinstance(media, MediaInfo) or not isinstance(media, (list, tuple)):
+    if media is None or is_media_info(media) or not isinstance(media, (list, tuple)):
         return [] if media is None else [media]
-    is_nested = any(isinstance(row, MediaInfo) or _is_nested(row) for row in media)
+    is_nested = any(is_media_info(row) or _is_nested(row) for row in media)
     is_one_size = len(media) == 2 and all(isinstance(side, (int, float)) for side in media)
     if is_nested:
         return list(media)

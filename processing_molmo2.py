@@ -25,7 +25,7 @@ from .drawing_molmo2 import DrawingStyle  # noqa: F401
 from .frame_sampling_molmo2 import SamplingSettings  # noqa: F401
 from .geometry_molmo2 import stack_pooling
 from .grounding_files_molmo2 import to_json  # noqa: F401
-from .grounding_format_molmo2 import format_points, format_tracks  # noqa: F401  (for those who load this module)
+from .grounding_format_molmo2 import format_points  # noqa: F401
 from .grounding_molmo2 import Grounding, MediaInfo
 from .grounding_tools_molmo2 import GroundingTools
 from .image_loading_molmo2 import load_images  # noqa: F401

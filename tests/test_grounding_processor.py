@@ -1,8 +1,11 @@
 """Answers read with what the processor's output remembers: sizes of pictures, sampled frames of videos."""
 
 import copy
+import importlib.util
 import pickle
+import sys
 from fractions import Fraction
+from pathlib import Path
 from types import SimpleNamespace
 
 import av
@@ -13,6 +16,7 @@ from PIL import Image
 from transformers.video_utils import VideoMetadata
 
 from golden_processor import build_processor, encode
+from molmo2_remote import grounding_molmo2
 from molmo2_remote.grounding_molmo2 import MediaInfo, Moment, media_info, parse_grounding
 
 SMALL = {
@@ -201,6 +205,26 @@ def test_plain_dictionaries_of_inputs_are_refused(processor):
 def test_media_that_describes_nothing(processor, media):
     with pytest.raises(TypeError, match=r"does not describe pictures"):
         processor.post_process_grounding(CENTRE, media)
+
+
+def test_media_of_another_copy_of_the_module(processor):
+    """Loaders of remote code may run a file more than once, which makes classes of the same name."""
+    path = Path(grounding_molmo2.__file__)
+    spec = importlib.util.spec_from_file_location("grounding_alone", path)
+    alone = importlib.util.module_from_spec(spec)
+    sys.modules["grounding_alone"] = alone
+    spec.loader.exec_module(alone)
+    inputs = processor(images=picture(300, 200), text="<|image|>a")
+    assert at(alone.parse_grounding(CENTRE, inputs.media[0])) == [(150, 100)]
+    assert at(processor.post_process_grounding(CENTRE, alone.MediaInfo("image", ((200, 100),)))) == [(100, 50)]
+    assert at(processor.post_process_grounding([CENTRE], [alone.MediaInfo("image", ((200, 100),))])[0]) == [(100, 50)]
+
+
+def test_a_stream_of_a_row(processor):
+    inputs = processor(text=["<|image|>a", "<|image|>b"], images=[picture(100, 100), picture(200, 400)], padding=True)
+    assert at(processor.grounding_stream(inputs, row=1).feed(CENTRE)) == [(100, 200)]
+    assert at(processor.grounding_stream((200, 100)).feed(CENTRE)) == [(100, 50)]
+    assert at(processor.grounding_stream().feed(CENTRE)) == [(None, None)]
 
 
 def test_ids(processor):
