@@ -104,7 +104,7 @@ def to_csv(grounding: Grounding) -> str:
     writer.writerow(CSV_COLUMNS)
     for point in grounding.points:
         moment = point.moment
-        known = [None] * 5
+        known: list[float | None] = [None] * 5
         if moment is not None:
             known = [moment.time, moment.sampled_index, moment.source_index, moment.source_time, moment.file_time]
         row = [point.tag, point.label, point.alt, point.key, point.id, point.x, point.y, point.x_norm, point.y_norm]
@@ -190,12 +190,17 @@ def to_coco(grounding: Grounding, file_names: Sequence[str] | None = None) -> di
         ValueError: the size of a picture is unknown, or there are not as many names.
     """
     _require_pixels(grounding.points, "COCO")
+    sizes = () if grounding.media is None else grounding.media.sizes
+    if grounding.points and not sizes:
+        raise ValueError("COCO files hold the sizes of pictures, which this answer does not know. Write CSV or JSON.")
     if grounding.kind == VIDEO:
         keys: list[Any] = sorted({float(point.key) for point in grounding.points})
-        images = [_coco_frame(number, key, grounding, file_names) for number, key in enumerate(keys, start=1)]
+        images = [
+            {**_coco_frame(number, key, grounding, file_names), "width": sizes[0][0], "height": sizes[0][1]}
+            for number, key in enumerate(keys, start=1)
+        ]
     else:
-        sizes = () if grounding.media is None else grounding.media.sizes
-        count = max([len(sizes), *(point.image_index + 1 for point in grounding.points)], default=0)
+        count = max([len(sizes), *(1 + (point.image_index or 0) for point in grounding.points)], default=0)
         names = [f"image_{number}" for number in range(1, count + 1)] if file_names is None else list(file_names)
         if len(names) != count:
             raise ValueError(f"There are {count} image(s), but {len(names)} file name(s). Pass one for each.")
@@ -230,9 +235,8 @@ def to_coco(grounding: Grounding, file_names: Sequence[str] | None = None) -> di
 
 def _coco_frame(number: int, key: float, grounding: Grounding, file_names: Sequence[str] | None) -> dict[str, Any]:
     point = next(point for point in grounding.points if float(point.key) == key)
-    width, height = grounding.media.sizes[0]
     stem = Path(file_names[0]).stem if file_names else "frame"
-    frame = {"id": number, "file_name": f"{stem}_{key:.1f}s", "width": width, "height": height, "seconds": key}
+    frame: dict[str, Any] = {"id": number, "file_name": f"{stem}_{key:.1f}s", "seconds": key}
     if point.moment is not None and point.moment.source_index is not None:
         frame["frame_index"] = point.moment.source_index
     if any(point.tag == "tracks" for point in grounding.points):
@@ -275,7 +279,7 @@ def _coco_point(x: float, y: float, image: Mapping[str, Any], index: int, object
         x_norm=x / image["width"],
         y_norm=y / image["height"],
         image_index=index if seconds is None else None,
-        moment=None if "frame_index" not in image else Moment(seconds, -1, image["frame_index"]),
+        moment=None if "frame_index" not in image else Moment(float(image["seconds"]), -1, image["frame_index"]),
         span=NO_SPAN,
     )
 
@@ -304,9 +308,9 @@ def to_mot(grounding: Grounding, *, fps: float | None = None, box_size: float = 
                 f"The source frame of the point at {point.key} s is unknown. Read the answer with what the processor "
                 "returned for the video, or pass `fps`."
             )
-        frame = round(point.time * fps) if known is None else known
-        box = (point.x - box_size / 2 + 1, point.y - box_size / 2 + 1, box_size, box_size)
-        lines.append((frame + 1, point.id, *box))
+        frame = round(float(point.time or 0) * float(fps or 0)) if known is None else known
+        left, top = (float(place or 0) - box_size / 2 + 1 for place in (point.x, point.y))
+        lines.append((frame + 1, point.id, left, top, box_size, box_size))
     return "".join(
         f"{frame},{object_id},{left:g},{top:g},{width:g},{height:g},{MOT_CONFIDENCE},-1,-1,-1\n"
         for frame, object_id, left, top, width, height in sorted(lines)
@@ -337,7 +341,7 @@ def from_mot(text: str, size: tuple[float, float], fps: float, label: str = "") 
         moment = Moment(frame / fps, -1, frame, frame / fps)
         shares = x / size[0], y / size[1]
         points.append(Point("tracks", label, None, frame / fps, object_id, x, y, *shares, None, moment, NO_SPAN))
-    return _grounding(points, MediaInfo(VIDEO, (tuple(size),)))
+    return _grounding(points, MediaInfo(VIDEO, ((size[0], size[1]),)))
 
 
 def _require_pixels(points: Iterable[Point], name: str) -> None:

@@ -134,13 +134,13 @@ def fit(plan_of: Callable[[dict[str, int]], RequestPlan], wanted: Wanted, limits
     steps = max(wanted.num_frames, wanted.max_crops)
     share = _largest(0, steps, lambda step: limits.excess(plan_of(wanted.scaled(step / steps))) is None)
     chosen = wanted.scaled(share / steps)
+
+    def fits_with(name: str) -> Callable[[int], bool]:
+        return lambda value: limits.excess(plan_of({**chosen, name: value})) is None
+
     for name in ("num_frames", "max_crops"):
         if name in wanted.adjustable:
-            chosen[name] = _largest(
-                chosen[name],
-                getattr(wanted, name),
-                lambda value, name=name: limits.excess(plan_of({**chosen, name: value})) is None,
-            )
+            chosen[name] = _largest(chosen[name], getattr(wanted, name), fits_with(name))
     return replace(plan_of(chosen), reduced=True)
 
 

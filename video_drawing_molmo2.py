@@ -14,7 +14,7 @@ import base64
 import importlib
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,8 +160,9 @@ class MarksOverTime:
         after = bisect_right(self._sampled, seconds)
         before = self._sampled[after - 1] if after else None
         following = self._sampled[after] if after < len(self._sampled) else None
-        old, new = points.get(before), points.get(following)
-        if old is not None and new is not None:
+        old = None if before is None else points.get(before)
+        new = None if following is None else points.get(following)
+        if old is not None and new is not None and before is not None and following is not None:
             share = (seconds - before) / (following - before)
             return old.x_norm + share * (new.x_norm - old.x_norm), old.y_norm + share * (new.y_norm - old.y_norm)
         middle = self._middle(before, following)
@@ -173,9 +174,9 @@ class MarksOverTime:
 
     def _middle(self, before: float | None, following: float | None) -> float:
         """When what only the earlier frame shows gives way to what only the later one shows."""
-        if before is None:
-            return following - self._half_step
-        return before + self._half_step if following is None else (before + following) / 2
+        if before is not None and following is not None:
+            return (before + following) / 2
+        return before + self._half_step if before is not None else float(following or 0) - self._half_step
 
     def _trail(self, points: dict[float, Any], seconds: float) -> tuple[tuple[float, float], ...]:
         """Earlier places back to the last sampled frame that does not show the object, or to the trail's length."""
@@ -202,7 +203,7 @@ def _point_seconds(point: Any) -> float:
 class _Transcoding:
     """One pass over a file: frames drawn on and encoded, packets of sound passed on."""
 
-    def __init__(self, reading: Any, writing: Any, marks_at: Callable[[float], Sequence[Mark]]):
+    def __init__(self, reading: Any, writing: Any, marks_at: "MarksOverTime"):
         self._av = _pyav()
         self._reading, self._writing, self._marks_at = reading, writing, marks_at
         self._video = reading.streams.best("video")

@@ -201,7 +201,7 @@ def test_plain_dictionaries_of_inputs_are_refused(processor):
         processor.post_process_grounding(CENTRE, dict(inputs))
 
 
-@pytest.mark.parametrize("media", ["640x480", 5, [1, 2, 3], [(1, 2), "x"], object()], ids=repr)
+@pytest.mark.parametrize("media", ["640x480", 5, [1, 2, 3], [(1, 2), "x"], object], ids=repr)
 def test_media_that_describes_nothing(processor, media):
     with pytest.raises(TypeError, match=r"does not describe pictures"):
         processor.post_process_grounding(CENTRE, media)
