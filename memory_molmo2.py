@@ -67,7 +67,8 @@ def estimate_memory(model: Any, shape: RequestShape) -> MemoryEstimate:
     patches = (height // vit.image_patch_size) * (width // vit.image_patch_size)
     chunk = shape.num_crops if backbone.crops_per_chunk is None else min(shape.num_crops, backbone.crops_per_chunk)
 
-    features = shape.num_crops * patches * len(adapter.vit_layers) * vit.hidden_size
+    # Features are held for the chunk and for crops before it that share a token with it: rarely another chunk's worth.
+    features = min(shape.num_crops, 2 * chunk) * patches * len(adapter.vit_layers) * vit.hidden_size
     widest_vit = max(vit.intermediate_size * 2, vit.num_attention_heads * vit.head_dim * 4)
     encoding = chunk * patches * (vit.hidden_size * (2 + len(adapter.vit_layers)) + widest_vit)
     tokens = shape.pooled_tokens

@@ -3,6 +3,9 @@
 Everything works on flat lists: all crops of all pictures one after the other, all pooled tokens one after the other.
 """
 
+import itertools
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
@@ -186,11 +189,49 @@ class Molmo2Projector(nn.Module):
         return self.w2(self.act(self.w1(hidden_states)) * self.w3(hidden_states))
 
 
+@dataclass(frozen=True)
+class PoolingSchedule:
+    """Which tokens can be pooled once which crops are encoded, so that features are let go again.
+
+    Attributes:
+        order: (T,) tokens in the order in which they are ready.
+        ready: How many of them are ready after each chunk of crops.
+        first_crop: First crop that tokens still need after each chunk.
+    """
+
+    order: Tensor
+    ready: tuple[int, ...]
+    first_crop: tuple[int, ...]
+
+    def is_in_order(self) -> bool:
+        return bool((self.order[1:] > self.order[:-1]).all())
+
+    @classmethod
+    def of(cls, token_pooling: Tensor, patches_per_crop: int, chunk_ends: list[int]) -> "PoolingSchedule":
+        """Plan for a pooling table.
+
+        Args:
+            token_pooling: (T, K) int64, -1 for none, at least one patch in each row.
+            chunk_ends: Crops encoded after each chunk.
+        """
+        token_pooling = token_pooling.cpu()
+        last = token_pooling.amax(-1) // patches_per_crop
+        first = torch.where(token_pooling >= 0, token_pooling, token_pooling.amax(-1, keepdim=True)).amin(-1)
+        last, order = last.sort(stable=True)
+        ends = torch.tensor(chunk_ends)
+        ready = torch.searchsorted(last, ends)
+        # The smallest first crop of this token and all later ones; after the last token nothing is needed.
+        needed = (first // patches_per_crop)[order].flip(0).cummin(0).values.flip(0)
+        needed = torch.cat((needed, ends[-1:]))[ready]
+        return cls(order, tuple(ready.tolist()), tuple(torch.minimum(needed, ends).tolist()))
+
+
 class Molmo2VisionBackbone(Molmo2PreTrainedModel):
     """Vision transformer and connector.
 
-    `crops_per_chunk` and `tokens_per_chunk` bound the working memory: so many crops are encoded, and so many tokens
-    pooled and projected, at a time. None means all at once. The result does not depend on them.
+    `crops_per_chunk` and `tokens_per_chunk` bound the working memory, which does not grow with the number of crops: so
+    many crops are encoded, and so many tokens pooled and projected, at a time. None means all at once. The result does
+    not depend on them.
     """
 
     config_class = Molmo2AdapterConfig
@@ -217,29 +258,51 @@ class Molmo2VisionBackbone(Molmo2PreTrainedModel):
         return (tensor,) if size is None or len(tensor) <= size else tensor.split(size)
 
     def encode_crops(self, pixel_values: Tensor) -> Tensor:
-        """(C, P, pixels) to the concatenated features of the chosen layers, (C * P, layers * D)."""
-        chunks = self._chunks(pixel_values, self.crops_per_chunk)
-        return torch.cat([torch.cat(self.image_vit(chunk), dim=-1).flatten(0, 1) for chunk in chunks])
+        """(C, P, pixels) to the concatenated features of the chosen layers, (C * P, layers * D), in one go."""
+        return torch.cat(self.image_vit(pixel_values), dim=-1).flatten(0, 1)
 
     def forward(self, pixel_values: Tensor, token_pooling: Tensor) -> Tensor:
         """Encode crops and pool them into tokens of the text model.
 
+        Features are held only until the last token that needs them is pooled: a chunk of crops and, for large images,
+        the crops before it that share a token with it.
+
         Args:
             pixel_values: (C, P, patch * patch * 3) float; crops of all pictures, one after the other.
-            token_pooling: (T, K) int64; patches of each token as indices into the C * P patches, -1 for none, -2
-                behind the end of a window smaller than K.
+            token_pooling: (T, K) int64; patches of each token as indices into the C * P patches, -1 for none.
         Returns:
             (valid rows of `token_pooling`, text width): rows without any patch are dropped.
         Raises:
             ValueError: For an index past the last patch.
         """
-        features = self.encode_crops(pixel_values)
-        token_pooling = token_pooling.to(features.device)
+        patches = pixel_values.shape[1]
         token_pooling = token_pooling[(token_pooling >= 0).any(-1)]
-        if token_pooling.numel() and bool(token_pooling.max() >= len(features)):
+        if token_pooling.numel() and bool(token_pooling.max() >= len(pixel_values) * patches):
             raise ValueError(
                 f"`token_pooling` points at patch {int(token_pooling.max())}, but {len(pixel_values)} crop(s) hold "
-                f"{len(features)} patches. Pass the pooling table that was made with these pixels."
+                f"{len(pixel_values) * patches} patches. Pass the pooling table that was made with these pixels."
             )
+        if not token_pooling.numel():
+            return torch.zeros(0, self.config.text_hidden_size, device=token_pooling.device, dtype=self.dtype)
+        chunks = self._chunks(pixel_values, self.crops_per_chunk)
+        ends = list(itertools.accumulate(len(chunk) for chunk in chunks))
+        schedule = PoolingSchedule.of(token_pooling, patches, ends)
+        token_pooling = token_pooling[schedule.order.to(token_pooling.device)]
+        held, held_from, done, vectors = None, 0, 0, []
+        for number, chunk in enumerate(chunks):
+            held = self.encode_crops(chunk) if held is None else torch.cat((held, self.encode_crops(chunk)))
+            ready, first_crop = schedule.ready[number], schedule.first_crop[number]
+            if ready > done:
+                vectors += self._pooled(held, token_pooling[done:ready], held_from * patches)
+            # A copy, so that the memory of what is no longer needed is freed.
+            held = held[(first_crop - held_from) * patches :].clone() if first_crop < ends[number] else None
+            held_from, done = first_crop, ready
+        joined = torch.cat(vectors)
+        return joined if schedule.is_in_order() else joined[schedule.order.argsort().to(joined.device)]
+
+    def _pooled(self, features: Tensor, token_pooling: Tensor, first_patch: int) -> list[Tensor]:
+        """Vectors of tokens, chunk by chunk; `features` begin at patch `first_patch`."""
+        token_pooling = token_pooling.to(features.device)
+        token_pooling = torch.where(token_pooling >= 0, token_pooling - first_patch, token_pooling)
         chunks = self._chunks(token_pooling, self.tokens_per_chunk)
-        return torch.cat([self.image_projector(self.image_pooling_2d(features, chunk)) for chunk in chunks])
+        return [self.image_projector(self.image_pooling_2d(features, chunk)) for chunk in chunks]

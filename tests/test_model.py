@@ -94,7 +94,7 @@ def test_a_chunk_of_nothing_is_refused(qwen3):
     backbone = copy.deepcopy(qwen3.vision_backbone)
     backbone.crops_per_chunk = 0
     with pytest.raises(ValueError, match="A chunk of 0 was asked for; expected at least 1"):
-        backbone.encode_crops(batch("image")["pixel_values"])
+        backbone(batch("image")["pixel_values"], torch.tensor([[0, 1, 7, 8]]))
 
 
 @pytest.mark.parametrize("name", MIXED)
