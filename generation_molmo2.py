@@ -15,7 +15,6 @@ from .masking_molmo2 import (
     starts_sequence,
     takes_blocks,
 )
-from .media_layout_molmo2 import MediaTables, assign_media, repeat_rows
 
 IMAGE_INPUTS = ("pixel_values", "image_token_pooling", "image_grids", "image_num_crops")
 VIDEO_INPUTS = ("pixel_values_videos", "video_token_pooling", "video_grids")
@@ -56,7 +55,7 @@ class Molmo2GenerationMixin(GenerationMixin):
                 f"`generate` was given {' and '.join(packed)}, but an answer goes on from one prompt a row: pass "
                 "every example, and every branch with its prefix, as a row of its own."
             )
-        pictures = {name: kwargs.pop(name, None) for name in IMAGE_INPUTS + VIDEO_INPUTS}
+        pictures = {name: kwargs.pop(name, None) for name in (*IMAGE_INPUTS, *VIDEO_INPUTS, "picture_repeats")}
         if token_type_ids is None:
             token_type_ids = mm_token_type_ids
         is_prefill = past_key_values is None or bool(cached_length(past_key_values) == 0)
@@ -112,15 +111,16 @@ class Molmo2GenerationMixin(GenerationMixin):
         input_ids: Tensor | None = None,
         **model_kwargs,
     ) -> tuple[Tensor | None, dict[str, Any]]:
-        """Repeat every row `expand_size` times (beams, several answers), its pictures with it."""
+        """Repeat every row `expand_size` times (beams, several answers); its pictures are still encoded once."""
         self._require_cached_pictures(input_ids, model_kwargs.get("past_key_values"))
         pictures = {name: model_kwargs.pop(name, None) for name in IMAGE_INPUTS + VIDEO_INPUTS}
-        if expand_size > 1:
-            pictures = self._repeat_pictures(pictures, input_ids, model_kwargs.get("inputs_embeds"), expand_size)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
-        model_kwargs.update({name: value for name, value in pictures.items() if value is not None})
+        pictures = {name: value for name, value in pictures.items() if value is not None}
+        if pictures and expand_size > 1:
+            pictures["picture_repeats"] = expand_size
+        model_kwargs.update(pictures)
         return input_ids, model_kwargs
 
     def _require_cached_pictures(self, input_ids: Tensor | None, past_key_values: Cache | None) -> None:
@@ -134,32 +134,6 @@ class Molmo2GenerationMixin(GenerationMixin):
                 f"The prompt has {new_slots} patch token(s) after the {past_length} tokens that the cache holds, but "
                 "pictures can only enter at the start of a sequence. Start without `past_key_values`."
             )
-
-    def _repeat_pictures(
-        self, pictures: dict[str, Tensor | None], input_ids: Tensor | None, inputs_embeds: Tensor | None, repeats: int
-    ) -> dict[str, Tensor | None]:
-        tables = MediaTables(pictures["image_grids"], pictures["image_num_crops"], pictures["video_grids"])
-        if tables.image_grids is None and tables.video_grids is None:
-            return pictures
-        assigned = assign_media(self.model.token_groups(input_ids, inputs_embeds), tables)
-        images = [[item for kind, item in media if kind == "image"] for media in assigned]
-        videos = [[item for kind, item in media if kind == "video"] for media in assigned]
-        sizes: dict[str, tuple[list[int], list[list[int]]]] = {}
-        if tables.image_grids is not None:
-            one_each = [1] * len(tables.image_grids)
-            sizes["pixel_values"] = (tables.image_num_crops.tolist(), images)
-            sizes["image_token_pooling"] = (tables.image_tokens().tolist(), images)
-            sizes["image_grids"] = sizes["image_num_crops"] = (one_each, images)
-        if tables.video_grids is not None:
-            sizes["pixel_values_videos"] = (tables.video_grids[:, 0].tolist(), videos)
-            sizes["video_token_pooling"] = (tables.video_tokens().tolist(), videos)
-            sizes["video_grids"] = ([1] * len(tables.video_grids), videos)
-        repeated = dict(pictures)
-        for name, (per_item, items_of_rows) in sizes.items():
-            value = pictures[name]
-            if value is not None:
-                repeated[name] = value[repeat_rows(per_item, items_of_rows, repeats).to(value.device)]
-        return repeated
 
     def _get_logits_processor(self, *args, **kwargs) -> LogitsProcessorList:
         vocab_size = self.config.get_text_config().vocab_size

@@ -23,7 +23,15 @@ from .configuration_molmo2 import Molmo2Config
 from .generation_molmo2 import Molmo2GenerationMixin
 from .loss_molmo2 import IGNORED, predicted_labels, weighted_loss
 from .masking_molmo2 import require_empty_cache, starts_sequence
-from .media_layout_molmo2 import MediaTables, TokenGroup, assign_media, flat_pooling, prompt_order, token_groups
+from .media_layout_molmo2 import (
+    MediaTables,
+    TokenGroup,
+    assign_media,
+    flat_pooling,
+    prompt_order,
+    repeat_rows,
+    token_groups,
+)
 from .packing_molmo2 import packed_rows, require_packed_layout
 from .pretrained_molmo2 import Molmo2PreTrainedModel
 from .rotary_molmo2 import Molmo2RotaryEmbedding  # noqa: F401
@@ -208,15 +216,20 @@ class Molmo2Model(Molmo2PreTrainedModel):
         order = prompt_order(assign_media(groups, tables), tables)
         return torch.cat(parts)[order.to(parts[0].device)]
 
-    def _add_pictures(self, input_ids: Tensor | None, inputs_embeds: Tensor, vectors: Tensor) -> Tensor:
-        slots = self.is_patch(input_ids, inputs_embeds).flatten().nonzero()[:, 0]
-        if len(slots) != len(vectors):
+    def _add_pictures(self, input_ids: Tensor | None, inputs_embeds: Tensor, vectors: Tensor, repeats: int) -> Tensor:
+        is_patch = self.is_patch(input_ids, inputs_embeds)
+        slots_of_rows = is_patch[::repeats].sum(-1).tolist()
+        if sum(slots_of_rows) != len(vectors):
             raise ValueError(
-                f"The prompts have {len(slots)} patch token(s), but the pictures give {len(vectors)} vector(s). Pass "
-                "ids and pictures of one processor call; truncated prompts and stray `<im_patch>` in the text also "
-                "lead here."
+                f"The prompts have {sum(slots_of_rows)} patch token(s), but the pictures give {len(vectors)} vector(s). "
+                "Pass ids and pictures of one processor call; truncated prompts and stray `<im_patch>` in the text "
+                "also lead here."
             )
+        if repeats > 1:
+            copies = repeat_rows(slots_of_rows, [[row] for row in range(len(slots_of_rows))], repeats)
+            vectors = vectors[copies.to(vectors.device)]
         vectors = vectors.to(inputs_embeds.device, inputs_embeds.dtype)
+        slots = is_patch.flatten().nonzero()[:, 0]
         flat = inputs_embeds.flatten(0, 1).index_add(0, slots.to(inputs_embeds.device), vectors)
         return flat.unflatten(0, inputs_embeds.shape[:2])
 
@@ -239,6 +252,7 @@ class Molmo2Model(Molmo2PreTrainedModel):
         mm_token_type_ids: Tensor | None = None,
         example_ids: torch.LongTensor | None = None,
         branch_ids: torch.LongTensor | None = None,
+        picture_repeats: int | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -257,6 +271,8 @@ class Molmo2Model(Molmo2PreTrainedModel):
                 positions restart. Their pictures follow one another, row by row.
             branch_ids: (B, S), 0 for the prefix that all branches of an example share, 1, 2, ... for branches, which
                 see this prefix and themselves and go on at its end. See `packing_molmo2`.
+            picture_repeats: So many rows after one another share their pictures, which are passed, and encoded, once
+                (beams, several answers).
         Raises:
             ValueError: Neither or both of ids and embeddings, pictures that do not fit the prompts or each other, a
                 prompt longer than `max_position_embeddings`, or ids of examples and branches that fit no layout.
@@ -281,9 +297,11 @@ class Molmo2Model(Molmo2PreTrainedModel):
             "video_token_pooling": video_token_pooling,
             "video_grids": video_grids,
         }
-        vectors = self._picture_vectors(input_ids, inputs_embeds, pictures, example_ids)
+        repeats = 1 if picture_repeats is None else picture_repeats
+        first_ids = None if input_ids is None else input_ids[::repeats]
+        vectors = self._picture_vectors(first_ids, inputs_embeds[::repeats], pictures, example_ids)
         if vectors is not None:
-            inputs_embeds = self._add_pictures(input_ids, inputs_embeds, vectors)
+            inputs_embeds = self._add_pictures(input_ids, inputs_embeds, vectors, repeats)
         if is_visual is not None:
             is_visual = is_visual.bool()
             is_visual = is_visual if bool(is_visual.any()) else None
@@ -386,6 +404,7 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
         loss_weights: Tensor | None = None,
         example_ids: torch.LongTensor | None = None,
         branch_ids: torch.LongTensor | None = None,
+        picture_repeats: int | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -422,6 +441,7 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
             mm_token_type_ids=mm_token_type_ids,
             example_ids=example_ids,
             branch_ids=branch_ids,
+            picture_repeats=picture_repeats,
             use_cache=use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,

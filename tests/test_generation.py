@@ -51,14 +51,24 @@ def test_several_answers_with_one_candidate_are_the_greedy_answer(model):
 
 
 @pytest.mark.parametrize("name", ["image", "two images", "video", "image and video", "two videos"])
+@torch.no_grad()
 def test_expansion_equals_a_batch_made_by_hand(model, name):
-    inputs = batch(name, "text")
+    inputs = batch(name, "text", "image")
     ids, expanded = model._expand_inputs_for_generation(3, False, **inputs)
-    by_hand = batch(name, name, name, "text", "text", "text")
-    assert torch.equal(ids, by_hand.pop("input_ids"))
-    assert expanded.keys() == by_hand.keys()
-    for key, value in by_hand.items():
-        assert torch.equal(expanded[key], value), key
+    by_hand = batch(name, name, name, "text", "text", "text", "image", "image", "image")
+    assert torch.equal(ids, by_hand["input_ids"])
+    found, expected = model(input_ids=ids, **expanded).logits, model(**by_hand).logits
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 4}], ids=str)
+def test_pictures_are_encoded_once_for_all_answers(qwen3, options):
+    inputs = batch("image", "two images")
+    crops = []
+    handle = qwen3.vision_backbone.image_vit.register_forward_pre_hook(lambda _, given: crops.append(len(given[0])))
+    answer(qwen3, inputs, **options)
+    handle.remove()
+    assert sum(crops) == len(inputs["pixel_values"])
 
 
 def test_beams_on_several_crops_follow_their_row(model):
