@@ -23,16 +23,9 @@ from .configuration_molmo2 import Molmo2Config
 from .generation_molmo2 import Molmo2GenerationMixin
 from .loss_molmo2 import IGNORED, predicted_labels, weighted_loss
 from .masking_molmo2 import require_empty_cache, starts_sequence
-from .media_layout_molmo2 import (
-    MediaTables,
-    TokenGroup,
-    assign_media,
-    flat_pooling,
-    prompt_order,
-    repeat_rows,
-    token_groups,
-)
+from .media_layout_molmo2 import MediaTables  # noqa: F401
 from .packing_molmo2 import packed_rows, require_packed_layout
+from .picture_inputs_molmo2 import Molmo2PictureMixin
 from .pretrained_molmo2 import Molmo2PreTrainedModel
 from .rotary_molmo2 import Molmo2RotaryEmbedding  # noqa: F401
 from .text_molmo2 import Molmo2Embedding, Molmo2TextModel
@@ -73,7 +66,7 @@ class Molmo2CausalLMOutputWithPast(ModelOutput):
     image_hidden_states: torch.FloatTensor | None = None
 
 
-class Molmo2Model(Molmo2PreTrainedModel):
+class Molmo2Model(Molmo2PreTrainedModel, Molmo2PictureMixin):
     """Vision backbone and text model, without the output matrix."""
 
     def __init__(self, config: Molmo2Config):
@@ -87,151 +80,6 @@ class Molmo2Model(Molmo2PreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.transformer.wte = value
-
-    @property
-    def patch_ids(self) -> list[int]:
-        """Ids of the tokens that receive a vector of a picture."""
-        return [self.config.image_patch_id, self.config.image_low_res_id]
-
-    @property
-    def visual_ids(self) -> list[int]:
-        """Ids of all tokens that stand for a picture: patches, column, start and end tokens."""
-        return [
-            *self.patch_ids,
-            self.config.image_col_id,
-            self.config.image_start_token_id,
-            self.config.image_end_token_id,
-            self.config.low_res_image_start_token_id,
-            self.config.frame_start_token_id,
-            self.config.frame_end_token_id,
-        ]
-
-    def _special_ids(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        """The ids, or where only embeddings are known, ids that are right for visual tokens and -1 elsewhere."""
-        if input_ids is not None:
-            return input_ids
-        ids = torch.tensor(self.visual_ids, device=inputs_embeds.device)
-        rows = self.get_input_embeddings()(ids)
-        matches = [(inputs_embeds == row).all(-1) for row in rows.to(inputs_embeds.device, inputs_embeds.dtype)]
-        found = torch.full(inputs_embeds.shape[:2], -1, device=inputs_embeds.device)
-        for match, token_id in zip(matches, ids):
-            found = torch.where(match, token_id, found)
-        return found
-
-    def is_patch(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> Tensor:
-        """(B, S) bool: tokens that receive a vector of a picture, found in ids or in their plain embeddings."""
-        ids = self._special_ids(input_ids, inputs_embeds)
-        return torch.isin(ids, torch.tensor(self.patch_ids, device=ids.device))
-
-    def is_visual(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> Tensor:
-        """(B, S) bool: tokens that stand for a picture, what the processor marks in `token_type_ids`."""
-        ids = self._special_ids(input_ids, inputs_embeds)
-        return torch.isin(ids, torch.tensor(self.visual_ids, device=ids.device))
-
-    def token_groups(
-        self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None, example_ids: Tensor | None = None
-    ) -> list[list[TokenGroup]]:
-        """Groups of patch tokens for each row or packed example, from which the owner of each picture follows."""
-        if input_ids is not None and input_ids.shape[1] == 0:
-            input_ids = None
-        config, ids = self.config, self._special_ids(input_ids, inputs_embeds)
-        ends = (config.image_end_token_id, config.frame_end_token_id)
-        return token_groups(ids, self.patch_ids, *ends, config.low_res_image_start_token_id, example_ids)
-
-    def get_image_features(
-        self,
-        pixel_values: Tensor,
-        image_token_pooling: Tensor,
-        image_grids: Tensor,
-        image_num_crops: Tensor,
-        **kwargs,
-    ) -> Tensor:
-        """Encode images.
-
-        Args:
-            pixel_values: (C, P, patch * patch * 3) crops of all images, the low-res view of each first.
-            image_token_pooling: (T, 4) int64, relative to each image's own crops.
-            image_grids: (images, 4) int64 rows, cols of the low-res view, rows, cols of the high-res crops, in tokens.
-            image_num_crops: (images,) int64, the low-res view counted.
-        Returns:
-            (T, text width): one vector per patch token, image after image.
-        Raises:
-            ValueError: If these tensors contradict each other, naming both numbers.
-        """
-        tokens = MediaTables(image_grids=image_grids).image_tokens()
-        self._require_equal("`image_num_crops` adds up to", image_num_crops.sum(), "`pixel_values` has", pixel_values)
-        self._require_equal("`image_grids` adds up to", tokens.sum(), "`image_token_pooling` has", image_token_pooling)
-        pooling = flat_pooling(image_token_pooling, tokens, image_num_crops, pixel_values.shape[1])
-        return self.vision_backbone(pixel_values, pooling)
-
-    def get_video_features(
-        self, pixel_values_videos: Tensor, video_token_pooling: Tensor, video_grids: Tensor, **kwargs
-    ) -> Tensor:
-        """Encode videos.
-
-        Args:
-            pixel_values_videos: (F, P, patch * patch * 3) frames of all videos.
-            video_token_pooling: (T, 9) int64, relative to each video's own frames.
-            video_grids: (videos, 3) int64 frames, rows, cols in tokens.
-        Returns:
-            (T, text width): one vector per patch token, video after video, frame after frame.
-        Raises:
-            ValueError: If these tensors contradict each other, naming both numbers.
-        """
-        tokens, frames = MediaTables(video_grids=video_grids).video_tokens(), video_grids[:, 0]
-        self._require_equal("`video_grids` counts", frames.sum(), "`pixel_values_videos` has", pixel_values_videos)
-        self._require_equal("`video_grids` adds up to", tokens.sum(), "`video_token_pooling` has", video_token_pooling)
-        pooling = flat_pooling(video_token_pooling, tokens, frames, pixel_values_videos.shape[1])
-        return self.vision_backbone(pixel_values_videos, pooling)
-
-    @staticmethod
-    def _require_equal(stated: str, expected: Tensor, holder: str, tensor: Tensor) -> None:
-        if int(expected) != len(tensor):
-            raise ValueError(
-                f"{stated} {int(expected)}, but {holder} {len(tensor)} row(s). Pass the tensors of one call of the "
-                "processor, without dropping or repeating rows."
-            )
-
-    def _picture_vectors(
-        self, input_ids: Tensor | None, inputs_embeds: Tensor, pictures: dict, example_ids: Tensor | None
-    ) -> Tensor | None:
-        """Vectors of all pictures in the order of the prompts, (T, D); None without pictures."""
-        parts = []
-        for kind, encode in (("image", self.get_image_features), ("video", self.get_video_features)):
-            given = {name: value for name, value in pictures.items() if kind in name or name == f"pixel_values{kind}"}
-            if kind == "image":
-                given["pixel_values"] = pictures["pixel_values"]
-            missing = [name for name, value in given.items() if value is None]
-            if len(missing) == len(given):
-                continue
-            if missing:
-                raise ValueError(
-                    f"{', '.join(missing)} missing: pass all of {list(given)} that the processor returned."
-                )
-            parts.append(encode(**given))
-        if len(parts) < 2:
-            return parts[0] if parts else None
-        tables = MediaTables(pictures["image_grids"], pictures["image_num_crops"], pictures["video_grids"])
-        groups = self.token_groups(input_ids, inputs_embeds, example_ids)
-        order = prompt_order(assign_media(groups, tables), tables)
-        return torch.cat(parts)[order.to(parts[0].device)]
-
-    def _add_pictures(self, input_ids: Tensor | None, inputs_embeds: Tensor, vectors: Tensor, repeats: int) -> Tensor:
-        is_patch = self.is_patch(input_ids, inputs_embeds)
-        slots_of_rows = is_patch[::repeats].sum(-1).tolist()
-        if sum(slots_of_rows) != len(vectors):
-            raise ValueError(
-                f"The prompts have {sum(slots_of_rows)} patch token(s), but the pictures give {len(vectors)} vector(s). "
-                "Pass ids and pictures of one processor call; truncated prompts and stray `<im_patch>` in the text "
-                "also lead here."
-            )
-        if repeats > 1:
-            copies = repeat_rows(slots_of_rows, [[row] for row in range(len(slots_of_rows))], repeats)
-            vectors = vectors[copies.to(vectors.device)]
-        vectors = vectors.to(inputs_embeds.device, inputs_embeds.dtype)
-        slots = is_patch.flatten().nonzero()[:, 0]
-        flat = inputs_embeds.flatten(0, 1).index_add(0, slots.to(inputs_embeds.device), vectors)
-        return flat.unflatten(0, inputs_embeds.shape[:2])
 
     @can_return_tuple
     def forward(
