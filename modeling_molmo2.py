@@ -147,7 +147,8 @@ class Molmo2Model(Molmo2PreTrainedModel, Molmo2PictureMixin):
         }
         repeats = 1 if picture_repeats is None else picture_repeats
         first_ids = None if input_ids is None else input_ids[::repeats]
-        vectors = self._picture_vectors(first_ids, inputs_embeds[::repeats], pictures, example_ids)
+        first_examples = None if example_ids is None else example_ids[::repeats]
+        vectors = self._picture_vectors(first_ids, inputs_embeds[::repeats], pictures, first_examples)
         if vectors is not None:
             inputs_embeds = self._add_pictures(input_ids, inputs_embeds, vectors, repeats)
         if is_visual is not None:
