@@ -54,26 +54,32 @@ def resize(image: np.ndarray, height: int, width: int, resample: int) -> np.ndar
         ValueError: the filter is not supported, or `image` is no such array.
     """
     pixels = _resized(_planes(image), (height, width), resample, image.dtype)
-    return pixels.permute(1, 2, 0).numpy().astype(image.dtype, order="C")
+    return pixels.numpy().astype(image.dtype, order="C")
 
 
 def normalize(pixels: Tensor, mean: Sequence[float], std: Sequence[float], dtype: np.dtype) -> Tensor:
     """`(pixels - mean) / std` per channel in float32; what was uint8 is divided by 255 before.
 
     Args:
-        pixels: (3, H, W), overwritten.
+        pixels: (H, W, 3), overwritten where it is float32 already.
         mean, std: one number per channel.
     Returns:
-        (H, W, 3) float32, contiguous.
+        (H, W, 3) float32.
     """
     with torch.inference_mode():
         pixels = pixels.float()
         if dtype == np.uint8:
             pixels.div_(255)
-        for plane, channel_mean, channel_std in zip(pixels, mean, std, strict=True):
-            plane.sub_(channel_mean).div_(channel_std)
-        normalized = np.empty((*pixels.shape[1:], CHANNELS), dtype=np.float32)
-        return torch.from_numpy(normalized).copy_(pixels.permute(1, 2, 0))
+        rows = pixels.view(len(pixels), -1)  # with the channel as an axis of its own this takes ten times longer
+        rows.sub_(_per_value(mean, rows)).div_(_per_value(std, rows))
+        return pixels
+
+
+def _per_value(per_channel: Sequence[float], rows: Tensor) -> Tensor:
+    """A number per channel, repeated for each pixel of a row."""
+    if len(per_channel) != CHANNELS:
+        raise ValueError(f"There are {len(per_channel)} numbers, {list(per_channel)}, for {CHANNELS} channels.")
+    return torch.tensor(per_channel, dtype=rows.dtype).repeat(rows.shape[1] // CHANNELS)
 
 
 def write_patches(crop: Tensor, out: Tensor, patch_size: int) -> None:
@@ -159,16 +165,19 @@ def frame_pixel_values(
 
 
 def _planes(image: np.ndarray) -> Tensor:
-    """A picture as (3, H, W) floating point: float64 stays, everything else becomes float32, of the same range."""
+    """A picture as (1, 3, H, W) floating point: float64 stays, everything else becomes float32, of the same range.
+
+    It lies in memory as (H, W, 3), which torch resizes several times faster, to the same numbers.
+    """
     if image.ndim != 3 or image.shape[2] != CHANNELS or image.dtype not in (np.uint8, *FLOAT_DTYPES):
         raise ValueError(
             f"A picture of shape {image.shape} and dtype {image.dtype} cannot be resized. Pass (height, width, 3), as "
             f"uint8 or one of {', '.join(dtype.__name__ for dtype in FLOAT_DTYPES)}."
         )
-    source = torch.from_numpy(image if _fits_torch(image) else image.copy()).permute(2, 0, 1)
+    source = torch.from_numpy(image if _fits_torch(image) else image.copy())
     # numpy asks for huge pages where memory is large, which saves most of the page faults
-    planes = np.empty(source.shape, dtype=np.float64 if image.dtype == np.float64 else np.float32)
-    return torch.from_numpy(planes).copy_(source)
+    pixels = np.empty(source.shape, dtype=np.float64 if image.dtype == np.float64 else np.float32)
+    return torch.from_numpy(pixels).copy_(source)[None].permute(0, 3, 1, 2)
 
 
 def _fits_torch(image: np.ndarray) -> bool:
@@ -177,11 +186,11 @@ def _fits_torch(image: np.ndarray) -> bool:
 
 
 def _resized(planes: Tensor, size: tuple[int, int], resample: int, dtype: np.dtype) -> Tensor:
-    """`resize` of (3, H, W) planes: (3, height, width), rounded or clipped to the values that `dtype` has."""
+    """`resize` of (1, 3, H, W) planes: (height, width, 3), rounded or clipped to the values that `dtype` has."""
     mode = interpolation_mode(resample)
     with torch.inference_mode():
         align_corners = None if mode == "nearest" else False
-        pixels = F.interpolate(planes[None], size=size, mode=mode, align_corners=align_corners)[0]
+        pixels = F.interpolate(planes, size=size, mode=mode, align_corners=align_corners)[0].permute(1, 2, 0)
         if dtype == np.uint8:
             return pixels.round_().clamp_(0, 255)
         return pixels.clamp_(0, 1).to(torch.float16 if dtype == np.float16 else pixels.dtype)

@@ -231,12 +231,28 @@ def patches_by_hand(crops: np.ndarray, patch_size: int) -> np.ndarray:
 def test_normalize_is_per_channel_in_float32():
     pixels = np.arange(256 * 3, dtype=np.uint16).reshape(16, 16, 3).astype(np.uint8)
     mean, std = [0.48, 0.45, 0.4], [0.26, 0.27, 0.28]
-    planes = torch.from_numpy(pixels).permute(2, 0, 1).float()
-    normalized = normalize(planes.clone(), mean, std, np.dtype(np.uint8))
+    values = torch.from_numpy(pixels).float()
+    normalized = normalize(values.clone(), mean, std, np.dtype(np.uint8))
     assert normalized.dtype == torch.float32
     np.testing.assert_array_equal(normalized, normalized_by_hand(pixels, mean, std))
-    floats = normalize(planes.double() / 255, mean, std, np.dtype(np.float64))
+    floats = normalize(values.double() / 255, mean, std, np.dtype(np.float64))
     np.testing.assert_allclose(floats, normalized, rtol=0, atol=1e-6)
+
+
+def test_normalize_needs_a_number_per_channel():
+    with pytest.raises(ValueError, match="1 numbers"):
+        normalize(torch.zeros(2, 2, 3), [0.5], [0.5] * 3, np.dtype(np.uint8))
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic", "nearest"])
+@pytest.mark.parametrize("size", [(41, 97), (7, 200), (120, 33), (1, 1), (60, 80)])
+def test_layout_in_memory_changes_no_number(mode, size):
+    picture = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    planes = torch.from_numpy(picture).permute(2, 0, 1).float().contiguous()
+    corners = {} if mode == "nearest" else {"align_corners": False}
+    expected = torch.nn.functional.interpolate(planes[None], size=size, mode=mode, **corners)[0]
+    resized = resize(picture, *size, resample={"nearest": 0, "bilinear": 2, "bicubic": 3}[mode])
+    np.testing.assert_array_equal(resized, expected.round().clamp(0, 255).permute(1, 2, 0))
 
 
 def test_frames_are_one_crop_each(picture):
