@@ -149,11 +149,12 @@ def frame_pixel_values(
         num_frames = len(frames)
     patch_length = settings.patch_size * settings.patch_size * CHANNELS
     out = np.empty((num_frames, settings.patches_per_crop, patch_length), dtype=np.float32)
-    found = 0
+    found, planes = 0, None
     for found, frame in enumerate(frames, start=1):
         if found > num_frames:
             break
-        crop = _resized(_planes(frame), (settings.crop_height, settings.crop_width), resample, frame.dtype)
+        planes = _planes(frame, planes)
+        crop = _resized(planes, (settings.crop_height, settings.crop_width), resample, frame.dtype)
         crop = normalize(crop, mean, std, frame.dtype)
         write_patches(crop, torch.from_numpy(out[found - 1]), settings.patch_size)
     if found != num_frames:
@@ -164,10 +165,11 @@ def frame_pixel_values(
     return out
 
 
-def _planes(image: np.ndarray) -> Tensor:
+def _planes(image: np.ndarray, former: Tensor | None = None) -> Tensor:
     """A picture as (1, 3, H, W) floating point: float64 stays, everything else becomes float32, of the same range.
 
-    It lies in memory as (H, W, 3), which torch resizes several times faster, to the same numbers.
+    It lies in memory as (H, W, 3), which torch resizes several times faster, to the same numbers. The memory of
+    `former` planes is used again where it fits.
     """
     if image.ndim != 3 or image.shape[2] != CHANNELS or image.dtype not in (np.uint8, *FLOAT_DTYPES):
         raise ValueError(
@@ -175,9 +177,14 @@ def _planes(image: np.ndarray) -> Tensor:
             f"uint8 or one of {', '.join(dtype.__name__ for dtype in FLOAT_DTYPES)}."
         )
     source = torch.from_numpy(image if _fits_torch(image) else image.copy())
-    # numpy asks for huge pages where memory is large, which saves most of the page faults
-    pixels = np.empty(source.shape, dtype=np.float64 if image.dtype == np.float64 else np.float32)
-    return torch.from_numpy(pixels).copy_(source)[None].permute(0, 3, 1, 2)
+    dtype = torch.float64 if image.dtype == np.float64 else torch.float32
+    if former is not None and former.dtype == dtype and former.shape[2:] == source.shape[:2]:
+        planes = former
+    else:  # numpy asks for huge pages where memory is large, which saves most of the page faults
+        empty = np.empty((1, *source.shape), dtype=np.float64 if dtype == torch.float64 else np.float32)
+        planes = torch.from_numpy(empty).permute(0, 3, 1, 2)
+    planes[0].permute(1, 2, 0).copy_(source)
+    return planes
 
 
 def _fits_torch(image: np.ndarray) -> bool:

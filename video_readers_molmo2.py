@@ -37,8 +37,9 @@ VideoSource = str | Path | bytes | IO[bytes]
 
 PACKAGES = {"decord": "decord2", "torchcodec": "torchcodec", "pyav": "av"}  # what to `pip install`
 BACKENDS = tuple(PACKAGES)  # in the order they are tried
-# decord has to decode every frame; a longer clip is left to a backend that can skip.
-LONG_CLIP_FRAMES = 10_000
+# decord has to decode every frame and converts it to RGB, wanted or not: where that is much (20 seconds of 1080p), a
+# clip is left to a backend that converts the wanted frames alone.
+LARGE_CLIP_PIXELS = 1_000_000_000
 # decord would repeat the last frame where others are missing; a share of the frames, 0 means "any number".
 NO_FAULT = 1e-9
 # PyAV: jumping to a key frame pays off if it skips more packets than this.
@@ -182,11 +183,12 @@ class _DecordReader(VideoReader):
         self._decord = _import_backend("decord", "decord")
         self._open()
         num_frames = len(self._reader)
-        if num_frames > LONG_CLIP_FRAMES and not only_choice and _others_usable("decord"):
-            raise VideoDecodeError(f"it would have to decode all of its {num_frames} frames")
         starts, end = self._frame_times(num_frames)
         fps = float(self._reader.get_avg_fps())
-        self.timeline = make_timeline(starts, end, fps, self._first_frame_size())
+        height, width = self._first_frame_size()
+        if num_frames * height * width > LARGE_CLIP_PIXELS and not only_choice and _others_usable("decord"):
+            raise VideoDecodeError(f"it would have to convert all of its {num_frames} frames")
+        self.timeline = make_timeline(starts, end, fps, (height, width))
 
     def close(self) -> None:
         self._reader = None

@@ -401,8 +401,8 @@ def test_a_backend_that_cannot_be_loaded_is_passed_over(error, monkeypatch):
 
 
 @needs_decord
-def test_decord_leaves_long_clips_to_others(monkeypatch):
-    monkeypatch.setattr(readers_module, "LONG_CLIP_FRAMES", 3)
+def test_decord_leaves_large_clips_to_others(monkeypatch):
+    monkeypatch.setattr(readers_module, "LARGE_CLIP_PIXELS", 3)
     file = CLIPS / "unordered.mov"
     if len(LOADABLE) > 1:
         with open_video(file) as reader:
