@@ -198,12 +198,24 @@ class MediaSession:
         run, inputs, options = self._question(question, self._turns, self._chat, generate_options)
         output = run.generate(self.model, inputs, options)
         answer = run.answer(0, inputs["attention_mask"][0], output)
+        self._remember(question, answer, output[0], options)
+        return answer
+
+    def chat_stream(self, question: Any, **generate_options: Any) -> Iterator[AnswerPiece]:
+        """`chat`, piece by piece; an answer that is not read to its end is not part of the conversation."""
+        run, inputs, options = self._question(question, self._turns, self._chat, generate_options)
+        for piece in run.stream(self.model, inputs, options):
+            if piece.answer is not None:
+                self._remember(question, piece.answer, run.sequences, options)
+            yield piece
+
+    def _remember(self, question: Any, answer: Answer, sequences: Tensor, options: dict[str, Any]) -> None:
+        """The conversation goes on behind this answer. sequences: (rows, S), prompts with their answers."""
         if self._num_beams(options) == 1:  # otherwise it is unknown which row of the cache became the answer
             cache = options["past_key_values"]
-            self._chat = (output[0][:, : cache.get_seq_length()].cpu(), cache)
+            self._chat = (sequences[:, : cache.get_seq_length()].cpu(), cache)
         turns = [{"role": "user", "content": str(question)}, {"role": "assistant", "content": answer.text}]
         self._turns = [*self._turns, *turns]
-        return answer
 
     def _num_beams(self, options: dict[str, Any]) -> int:
         return options.get("num_beams") or getattr(self.model.generation_config, "num_beams", 1) or 1
@@ -279,6 +291,7 @@ class _Run:
     media: Sequence[MediaInfo]
     preparing: float
     num_cached_tokens: int = 0
+    sequences: Any = None  # once generated
     _times: list[float] = field(default_factory=list)
     _end_ids: set[int] = field(default_factory=set)
 
@@ -294,7 +307,7 @@ class _Run:
         self._times.append(time.perf_counter())
         with torch.inference_mode():
             sequences = model.generate(**inputs, **options, stopping_criteria=criteria)
-        sequences = getattr(sequences, "sequences", sequences)
+        self.sequences = sequences = getattr(sequences, "sequences", sequences)
         end = time.perf_counter()
         self._times += [end if first.time is None else first.time, end]
         return sequences, inputs["input_ids"].shape[1], options["max_new_tokens"]

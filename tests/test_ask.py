@@ -173,6 +173,20 @@ def test_a_conversation_goes_on_from_what_was_read(model, encodings):
 
 
 @torch.no_grad()
+def test_a_conversation_in_pieces_is_the_same(model, encodings):
+    options = {"max_new_tokens": 6, "do_sample": False}
+    session, streamed = (MediaSession(model, processor(), images=[picture()]) for _ in range(2))
+    expected = [session.chat(question, **options) for question in QUESTIONS]
+    next(streamed.chat_stream("This one is given up.", **options))
+    pieces = [list(streamed.chat_stream(question, **options)) for question in QUESTIONS]
+    assert len(encodings) == 2
+    assert ["".join(piece.text for piece in answer).strip() for answer in pieces] == [each.text for each in expected]
+    for answer, whole in zip(pieces, expected, strict=True):
+        assert answer[-1].answer.timings.num_cached_tokens == whole.timings.num_cached_tokens
+        assert answer[-1].answer.timings.num_prompt_tokens == whole.timings.num_prompt_tokens
+
+
+@torch.no_grad()
 def test_beams_in_a_session(model):
     session = MediaSession(model, processor(), images=[picture()])
     answer = session.ask("What is it?", max_new_tokens=5, do_sample=False, num_beams=2)
