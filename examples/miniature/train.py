@@ -2,8 +2,8 @@
 
 Two lessons. In the first, dense heads teach the vision transformer and the connector where things are; in the second
 the whole model answers questions, first about few things, then about everything. How far a run is counts in minutes of
-work of all its cores, so that it ends on time on any machine, and other work beside it makes it longer, not worse. A run
-that was interrupted goes on where its last checkpoint is.
+work of all its cores, so that it ends on time on any machine, and other work beside it makes it longer, not worse. A
+run that was interrupted goes on where its last checkpoint is.
 
 RUN holds `state.pt` (weights, optimizers, clock), `log.jsonl` (losses and held-out scores) and, at the end, `model`
 (converted folder) and `checkpoint` (the sharded form that is shipped).
