@@ -119,7 +119,7 @@ def ask(
         )
     ]
     started = time.perf_counter()
-    inputs = _prepared(processor, conversations, processor_kwargs).to(model.device)
+    inputs = _prepared(model, processor, conversations, processor_kwargs).to(model.device)
     run = _Run(processor, questions, list(inputs.media), time.perf_counter() - started)
     output = run.generate(model, inputs, generate_options)
     answers = [run.answer(row, inputs["attention_mask"][row], output) for row in range(len(questions))]
@@ -142,7 +142,7 @@ def ask_stream(
     """
     started = time.perf_counter()
     conversation = _conversation(question, _listed(images), _listed(videos))
-    inputs = _prepared(processor, [conversation], processor_kwargs).to(model.device)
+    inputs = _prepared(model, processor, [conversation], processor_kwargs).to(model.device)
     run = _Run(processor, [question], list(inputs.media), time.perf_counter() - started)
     yield from run.stream(model, inputs, generate_options)
 
@@ -174,7 +174,7 @@ class MediaSession:
         if not self._images and not self._videos:
             raise ValueError("A session keeps pictures, but there are none. Pass `images` or `videos`, or use `ask`.")
         options = {**({} if processor_kwargs is None else processor_kwargs), "return_metadata": True}
-        inputs = _prepared(processor, [_conversation("", self._images, self._videos)], options)
+        inputs = _prepared(model, processor, [_conversation("", self._images, self._videos)], options)
         self.media: MediaInfo = inputs.media[0]
         self._grids = (inputs.get("image_grids", []), self._runs(inputs))
         inputs.pop("video_metadata", None)
@@ -256,7 +256,7 @@ class MediaSession:
         shorter = min(ids.shape[1], new.shape[1] - 1)  # at least one token has to be read, to answer it
         differs = (ids[0, :shorter] != new[0, :shorter]).nonzero()
         length = int(differs[0]) if len(differs) else shorter
-        kept = copy.deepcopy(cache)
+        kept = _twin(cache)
         excess = kept.get_seq_length() - length
         if excess > 0:
             kept.crop(-excess)  # recent releases take negative numbers only
@@ -362,10 +362,21 @@ class _Run:
         yield AnswerPiece("", answer.grounding.points[num_points:], answer)
 
 
+def _twin(cache: DynamicCache) -> DynamicCache:
+    """A cache that goes its own way from here. Layers grow by joining tensors, so until then both hold the same."""
+    twin = copy.copy(cache)
+    twin.layers = [copy.copy(layer) for layer in cache.layers]
+    return twin
+
+
 # --- questions -------------------------------------------------------------------------------------------------------
 
 
-def _prepared(processor: Any, conversations: list[Any], options: dict[str, Any] | None) -> Any:
+def _prepared(model: Any, processor: Any, conversations: list[Any], options: dict[str, Any] | None) -> Any:
+    """Inputs; the frames of videos are encoded as they are decoded, where the model can."""
+    options = {} if options is None else dict(options)
+    if hasattr(model, "encode_frames") and not {"frame_encoder", "videos_kwargs"} & options.keys():
+        options["frame_encoder"] = model.encode_frames
     return processor.apply_chat_template(
         conversations,
         add_generation_prompt=True,

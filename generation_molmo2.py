@@ -15,9 +15,9 @@ from .masking_molmo2 import (
     starts_sequence,
     takes_blocks,
 )
+from .picture_inputs_molmo2 import ENCODED_INPUTS
 
-IMAGE_INPUTS = ("pixel_values", "image_token_pooling", "image_grids", "image_num_crops")
-VIDEO_INPUTS = ("pixel_values_videos", "video_token_pooling", "video_grids")
+PICTURE_INPUTS = (*ENCODED_INPUTS["image"], *ENCODED_INPUTS["video"], "image_features", "video_features")
 
 
 class BaseVocabularyProcessors(LogitsProcessorList):
@@ -55,7 +55,7 @@ class Molmo2GenerationMixin(GenerationMixin):
                 f"`generate` was given {' and '.join(packed)}, but an answer goes on from one prompt a row: pass "
                 "every example, and every branch with its prefix, as a row of its own."
             )
-        pictures = {name: kwargs.pop(name, None) for name in (*IMAGE_INPUTS, *VIDEO_INPUTS, "picture_repeats")}
+        pictures = {name: kwargs.pop(name, None) for name in (*PICTURE_INPUTS, "picture_repeats")}
         if token_type_ids is None:
             token_type_ids = mm_token_type_ids
         is_prefill = past_key_values is None or bool(cached_length(past_key_values) == 0)
@@ -113,7 +113,7 @@ class Molmo2GenerationMixin(GenerationMixin):
     ) -> tuple[Tensor | None, dict[str, Any]]:
         """Repeat every row `expand_size` times (beams, several answers); its pictures are still encoded once."""
         self._require_cached_pictures(input_ids, model_kwargs.get("past_key_values"))
-        pictures = {name: model_kwargs.pop(name, None) for name in IMAGE_INPUTS + VIDEO_INPUTS}
+        pictures = {name: model_kwargs.pop(name, None) for name in PICTURE_INPUTS}
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )

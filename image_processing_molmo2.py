@@ -21,6 +21,7 @@ from .processor_options_molmo2 import (
     divisors_per_channel,
     pair,
     per_channel,
+    pixel_dtype,
     plain,
     size_dict,
     warn_about,
@@ -51,6 +52,7 @@ IGNORED_OPTIONS = frozenset(ImagesKwargs.__annotations__) | {
     "image_processor_type",
     "image_seq_length",
     "input_data_format",
+    "pixel_dtype",
     "processor_class",
     "return_metadata",
     "return_tensors",
@@ -70,6 +72,7 @@ class Molmo2ImagesKwargs(ImagesKwargs, total=False):
         do_convert_rgb: False refuses pictures that are not RGB.
         image_mean, image_std: one number per channel, or one for all.
         input_data_format: "channels_last" or "channels_first", for arrays that could be either.
+        pixel_dtype: "float32", or "uint8": a quarter of the memory, normalised by the model to the same numbers.
         return_tensors: "pt" for torch tensors, "np" or None for numpy arrays.
     """
 
@@ -78,6 +81,7 @@ class Molmo2ImagesKwargs(ImagesKwargs, total=False):
     patch_size: int | None
     pooling_size: list[int] | tuple[int, ...] | int | None
     do_convert_rgb: bool | None
+    pixel_dtype: str | None
     image_mean: float | int | list[float | int] | tuple[float | int, ...] | None
     image_std: float | int | list[float | int] | tuple[float | int, ...] | None
     return_tensors: str | None
@@ -93,6 +97,7 @@ class ImageOptions:
     mean: list[float]
     std: list[float]
     do_convert_rgb: bool
+    pixel_dtype: np.dtype
 
 
 class Molmo2ImageProcessor(IdentityMixin, BaseImageProcessor):
@@ -168,7 +173,7 @@ class Molmo2ImageProcessor(IdentityMixin, BaseImageProcessor):
 
         Returns:
             Crops and tokens of all pictures one after the other, numpy arrays or, with `return_tensors="pt"`, tensors:
-            pixel_values: (crops, patches, patch_size * patch_size * 3) float32.
+            pixel_values: (crops, patches, patch_size * patch_size * 3) float32, or uint8 if that is asked for.
             image_token_pooling: (tokens, pooled patches) int64; patch numbers within the picture, -1 for none.
             image_grids: (pictures, 4) int64; rows and columns of tokens, low resolution then high resolution.
             image_num_crops: (pictures,) int64; the low-resolution view counted.
@@ -210,6 +215,7 @@ class Molmo2ImageProcessor(IdentityMixin, BaseImageProcessor):
             mean=values["image_mean"],
             std=values["image_std"],
             do_convert_rgb=values["do_convert_rgb"],
+            pixel_dtype=pixel_dtype(overrides.get("pixel_dtype"), values["image_mean"], values["image_std"]),
         )
 
 
@@ -217,7 +223,7 @@ def _pixel_values(pictures: list[np.ndarray], plans: list[ImagePlan], options: I
     """The crops of all pictures, written into one array as they are cut."""
     patch_length = options.crops.patch_size**2 * CHANNELS
     shape = sum(plan.num_crops for plan in plans), options.crops.patches_per_crop, patch_length
-    pixel_values = np.empty(shape, dtype=np.float32)
+    pixel_values = np.empty(shape, dtype=options.pixel_dtype)
     first_crop = 0
     for picture, plan in zip(pictures, plans, strict=True):
         out = pixel_values[first_crop : first_crop + plan.num_crops]

@@ -26,6 +26,7 @@ from .masking_molmo2 import require_empty_cache, starts_sequence
 from .media_layout_molmo2 import MediaTables  # noqa: F401
 from .packing_molmo2 import packed_rows, require_packed_layout
 from .picture_inputs_molmo2 import Molmo2PictureMixin
+from .pixels_molmo2 import normalize_on_device  # noqa: F401
 from .pretrained_molmo2 import Molmo2PreTrainedModel
 from .rotary_molmo2 import Molmo2RotaryEmbedding  # noqa: F401
 from .text_molmo2 import Molmo2Embedding, Molmo2TextModel
@@ -96,6 +97,8 @@ class Molmo2Model(Molmo2PreTrainedModel, Molmo2PictureMixin):
         pixel_values_videos: torch.FloatTensor | None = None,
         video_token_pooling: torch.LongTensor | None = None,
         video_grids: torch.LongTensor | None = None,
+        image_features: torch.FloatTensor | None = None,
+        video_features: torch.FloatTensor | None = None,
         token_type_ids: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
         example_ids: torch.LongTensor | None = None,
@@ -113,6 +116,8 @@ class Molmo2Model(Molmo2PreTrainedModel, Molmo2PictureMixin):
             attention_mask: (B, keys), 0 on padding, on either side.
             pixel_values .. image_num_crops: See `get_image_features`.
             pixel_values_videos .. video_grids: See `get_video_features`.
+            image_features, video_features: (T, D), what these two return, instead of pixels and pooling indices:
+                pictures that were encoded before. The grids are still needed where both kinds come together.
             token_type_ids: (B, S), nonzero on visual tokens; found by id when missing. `mm_token_type_ids` is the
                 name other processors use for it.
             example_ids: (B, S), one value for all tokens of a packed example; examples do not see each other, and
@@ -144,6 +149,8 @@ class Molmo2Model(Molmo2PreTrainedModel, Molmo2PictureMixin):
             "pixel_values_videos": pixel_values_videos,
             "video_token_pooling": video_token_pooling,
             "video_grids": video_grids,
+            "image_features": image_features,
+            "video_features": video_features,
         }
         repeats = 1 if picture_repeats is None else picture_repeats
         first_ids = None if input_ids is None else input_ids[::repeats]
@@ -214,6 +221,10 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
         """See `Molmo2Model.get_video_features`."""
         return self.model.get_video_features(*args, **kwargs)
 
+    def encode_frames(self, *args, **kwargs) -> Tensor:
+        """See `Molmo2Model.encode_frames`."""
+        return self.model.encode_frames(*args, **kwargs)
+
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> Molmo2Embedding:
         """Check that `new_num_tokens` ids have an embedding; the tables themselves keep their size.
 
@@ -243,6 +254,8 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
         pixel_values_videos: torch.FloatTensor | None = None,
         video_token_pooling: torch.LongTensor | None = None,
         video_grids: torch.LongTensor | None = None,
+        image_features: torch.FloatTensor | None = None,
+        video_features: torch.FloatTensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
@@ -286,6 +299,8 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
             pixel_values_videos=pixel_values_videos,
             video_token_pooling=video_token_pooling,
             video_grids=video_grids,
+            image_features=image_features,
+            video_features=video_features,
             token_type_ids=token_type_ids,
             mm_token_type_ids=mm_token_type_ids,
             example_ids=example_ids,

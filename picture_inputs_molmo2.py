@@ -1,5 +1,6 @@
 """How pictures enter the model: encoded flat, told apart by the prompt, added to the embeddings of their tokens."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,12 @@ from .media_layout_molmo2 import (
     repeat_rows,
     token_groups,
 )
+
+# What a picture is encoded from, as the processor returns it; pixels first.
+ENCODED_INPUTS = {
+    "image": ("pixel_values", "image_token_pooling", "image_grids", "image_num_crops"),
+    "video": ("pixel_values_videos", "video_token_pooling", "video_grids"),
+}
 
 
 class Molmo2PictureMixin:
@@ -118,6 +125,17 @@ class Molmo2PictureMixin:
         pooling = flat_pooling(video_token_pooling, tokens, frames, pixel_values_videos.shape[1])
         return self.vision_backbone(pixel_values_videos, pooling)
 
+    @torch.inference_mode()
+    def encode_frames(self, pixel_values_videos: Tensor, video_token_pooling: Tensor, video_grids: Tensor) -> Tensor:
+        """`get_video_features` of tensors that are elsewhere: the `frame_encoder` of the processor.
+
+        On its way to a GPU the transfer runs beside what the GPU computes (from pinned memory).
+        """
+        device = self.vision_backbone.device
+        if device.type == "cuda" and pixel_values_videos.device.type == "cpu":
+            pixel_values_videos = pixel_values_videos.pin_memory().to(device, non_blocking=True)
+        return self.get_video_features(pixel_values_videos, video_token_pooling, video_grids)
+
     @staticmethod
     def _require_equal(stated: str, expected: Tensor, holder: str, tensor: Tensor) -> None:
         if int(expected) != len(tensor):
@@ -132,23 +150,34 @@ class Molmo2PictureMixin:
         """Vectors of all pictures in the order of the prompts, (T, D); None without pictures."""
         parts = []
         for kind, encode in (("image", self.get_image_features), ("video", self.get_video_features)):
-            given = {name: value for name, value in pictures.items() if kind in name or name == f"pixel_values{kind}"}
-            if kind == "image":
-                given["pixel_values"] = pictures["pixel_values"]
-            missing = [name for name, value in given.items() if value is None]
-            if len(missing) == len(given):
-                continue
-            if missing:
-                raise ValueError(
-                    f"{', '.join(missing)} missing: pass all of {list(given)} that the processor returned."
-                )
-            parts.append(encode(**given))
+            vectors = pictures[f"{kind}_features"]
+            given = {name: pictures[name] for name in ENCODED_INPUTS[kind]}
+            if vectors is None:
+                vectors = self._encoded(given, encode)
+            elif given[ENCODED_INPUTS[kind][0]] is not None:
+                raise ValueError(f"Pass either `{kind}_features` or `{ENCODED_INPUTS[kind][0]}`: found both.")
+            if vectors is not None:
+                parts.append(vectors)
         if len(parts) < 2:
             return parts[0] if parts else None
         tables = MediaTables(pictures["image_grids"], pictures["image_num_crops"], pictures["video_grids"])
+        if tables.image_grids is None or tables.video_grids is None:
+            raise ValueError(
+                "Images and videos together need `image_grids`, `image_num_crops` and `video_grids` besides their "
+                "features, to tell which tokens belong to which. Pass all that the processor returned."
+            )
         groups = self.token_groups(input_ids, inputs_embeds, example_ids)
         order = prompt_order(assign_media(groups, tables), tables)
         return torch.cat(parts)[order.to(parts[0].device)]
+
+    @staticmethod
+    def _encoded(given: dict[str, Tensor | None], encode: Callable[..., Tensor]) -> Tensor | None:
+        missing = [name for name, value in given.items() if value is None]
+        if len(missing) == len(given):
+            return None
+        if missing:
+            raise ValueError(f"{', '.join(missing)} missing: pass all of {list(given)} that the processor returned.")
+        return encode(**given)
 
     def _add_pictures(self, input_ids: Tensor | None, inputs_embeds: Tensor, vectors: Tensor, repeats: int) -> Tensor:
         is_patch = self.is_patch(input_ids, inputs_embeds)

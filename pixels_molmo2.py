@@ -15,6 +15,8 @@ from torch import Tensor
 
 CHANNELS = 3
 FLOAT_DTYPES = (np.float16, np.float32, np.float64)
+# What the vision tower normalises uint8 pixels with; the numbers of every published checkpoint, on each channel.
+DEVICE_MEAN = DEVICE_STD = 0.5
 
 # PIL's numbers for resampling filters, as processor configs store them -> torch's names
 INTERPOLATION_MODES = {0: "nearest", 2: "bilinear", 3: "bicubic"}
@@ -75,6 +77,11 @@ def normalize(pixels: Tensor, mean: Sequence[float], std: Sequence[float], dtype
         return pixels
 
 
+def normalize_on_device(pixels: Tensor) -> Tensor:
+    """uint8 patches as the float32 numbers that the processor would have made of them, on the device they are on."""
+    return pixels.float().div_(255).sub_(DEVICE_MEAN).div_(DEVICE_STD)
+
+
 def _per_value(per_channel: Sequence[float], rows: Tensor) -> Tensor:
     """A number per channel, repeated for each pixel of a row."""
     if len(per_channel) != CHANNELS:
@@ -104,7 +111,8 @@ def write_image_pixel_values(
     Args:
         image: (H, W, 3), uint8 or float.
         plan: the `ImagePlan` of the picture.
-        out: (plan.num_crops, P, patch_size * patch_size * 3) float32, filled in place.
+        out: (plan.num_crops, P, patch_size * patch_size * 3), filled in place; float32, or uint8 for pixels that are
+            not normalised.
         resample: see `resize`.
         mean, std: one number per channel, see `normalize`.
     """
@@ -112,9 +120,11 @@ def write_image_pixel_values(
     planes = _planes(image)
     crops = iter(torch.from_numpy(out))
     low_res = _resized(planes, (settings.crop_height, settings.crop_width), resample, image.dtype)
-    write_patches(normalize(low_res, mean, std, image.dtype), next(crops), settings.patch_size)
+    is_raw = _is_raw(out.dtype, image.dtype)
+    low_res = low_res if is_raw else normalize(low_res, mean, std, image.dtype)
+    write_patches(low_res, next(crops), settings.patch_size)
     canvas = _resized(planes, (plan.canvas_height, plan.canvas_width), resample, image.dtype)
-    canvas = normalize(canvas, mean, std, image.dtype)
+    canvas = canvas if is_raw else normalize(canvas, mean, std, image.dtype)
     for top in range(0, plan.tile_rows * settings.window_height, settings.window_height):
         for left in range(0, plan.tile_cols * settings.window_width, settings.window_width):
             tile = canvas[top : top + settings.crop_height, left : left + settings.crop_width]
@@ -129,6 +139,7 @@ def frame_pixel_values(
     mean: Sequence[float],
     std: Sequence[float],
     num_frames: int | None = None,
+    dtype: Any = np.float32,
 ) -> np.ndarray:
     """The pixel values of video frames, one crop each; one frame is held at a time besides the result.
 
@@ -137,25 +148,26 @@ def frame_pixel_values(
         settings: the `CropSettings` of the video.
         resample, mean, std: see `resize` and `normalize`.
         num_frames: how many frames come, if `frames` has no length; saves a second copy of the result.
+        dtype: float32, or uint8 for pixels that are not normalised.
 
     Returns:
-        (F, P, patch_size * patch_size * 3) float32.
+        (F, P, patch_size * patch_size * 3) in `dtype`.
 
     Raises:
-        ValueError: `num_frames` is wrong.
+        ValueError: `num_frames` is wrong, or floating point frames are asked for as uint8.
     """
     if num_frames is None:
         frames = frames if isinstance(frames, Sized) else list(frames)
         num_frames = len(frames)
     patch_length = settings.patch_size * settings.patch_size * CHANNELS
-    out = np.empty((num_frames, settings.patches_per_crop, patch_length), dtype=np.float32)
+    out = np.empty((num_frames, settings.patches_per_crop, patch_length), dtype=dtype)
     found, planes = 0, None
     for found, frame in enumerate(frames, start=1):
         if found > num_frames:
             break
         planes = _planes(frame, planes)
         crop = _resized(planes, (settings.crop_height, settings.crop_width), resample, frame.dtype)
-        crop = normalize(crop, mean, std, frame.dtype)
+        crop = crop if _is_raw(out.dtype, frame.dtype) else normalize(crop, mean, std, frame.dtype)
         write_patches(crop, torch.from_numpy(out[found - 1]), settings.patch_size)
     if found != num_frames:
         raise ValueError(
@@ -163,6 +175,16 @@ def frame_pixel_values(
             "number of frames that the iterable really yields."
         )
     return out
+
+
+def _is_raw(wanted: np.dtype, found: np.dtype) -> bool:
+    """Whether pixels stay 0..255."""
+    if wanted == np.uint8 and found != np.uint8:
+        raise ValueError(
+            f"pixel_dtype is uint8, but there is a picture of dtype {found}. Pass uint8 pictures, or leave "
+            "pixel_dtype at float32."
+        )
+    return wanted == np.uint8
 
 
 def _planes(image: np.ndarray, former: Tensor | None = None) -> Tensor:

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
 from transformers.configuration_utils import PretrainedConfig
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, TextKwargs, Unpack
@@ -22,6 +23,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from .ask_molmo2 import ask  # noqa: F401
 from .conversation_molmo2 import ConversationMedia, find_media, is_batch, messages_of
 from .drawing_molmo2 import DrawingStyle  # noqa: F401
+from .frame_encoding_molmo2 import encode_frames  # noqa: F401
 from .frame_sampling_molmo2 import SamplingSettings  # noqa: F401
 from .geometry_molmo2 import stack_pooling
 from .grounding_files_molmo2 import to_json  # noqa: F401
@@ -309,14 +311,13 @@ class Molmo2Processor(GroundingTools, ProcessorMixin):
             self.video_processor.preprocess([item.video], video_metadata=[item.metadata], **{**options, **own})
             for item, own in zip(items, own_options)
         ]
-        merged = {name: [output[name] for output in outputs] for name in self.video_processor.model_input_names}
-        pooling = stack_pooling(merged.pop("video_token_pooling"))
-        merged = {name: np.concatenate(arrays) for name, arrays in merged.items()}
-        return {
-            **merged,
-            "video_token_pooling": pooling,
-            "video_metadata": [entry for output in outputs for entry in output["video_metadata"]],
-        }
+        merged = {name: [output[name] for output in outputs] for name in outputs[0]}
+        metadata = [entry for entries in merged.pop("video_metadata") for entry in entries]
+        joined = {"video_grids": np.concatenate(merged.pop("video_grids")), "video_metadata": metadata}
+        if "video_features" in merged:
+            return {**joined, "video_features": torch.cat(merged["video_features"])}
+        pixels, pooling = np.concatenate(merged["pixel_values_videos"]), stack_pooling(merged["video_token_pooling"])
+        return {**joined, "pixel_values_videos": pixels, "video_token_pooling": pooling}
 
     def _expand(
         self, prompts: list[str], image_grids: Any, video_grids: Any, metadata: list[Any] | None
@@ -385,9 +386,8 @@ class Molmo2Processor(GroundingTools, ProcessorMixin):
             "attention_mask": padded([[1] * length for length in lengths], 0),
         }
         if options.get("return_mm_token_type_ids"):
-            outputs["token_type_ids"] = [
-                [token in set(self.image_token_ids) for token in row] for row in outputs["input_ids"]
-            ]
+            visual = frozenset(self.image_token_ids)
+            outputs["token_type_ids"] = [[token in visual for token in row] for row in outputs["input_ids"]]
         if masks is not None:
             outputs["assistant_masks"] = padded(masks, 0)
         return outputs

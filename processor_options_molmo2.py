@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
+from .pixels_molmo2 import DEVICE_MEAN, DEVICE_STD
+
 logger = logging.get_logger(__name__)
 
 CHANNELS = 3
@@ -49,6 +51,19 @@ def divisors_per_channel(name: str, value: Any) -> list[float]:
     if 0 in numbers:
         raise ValueError(f"{name} is {numbers}, but pixels are divided by it. Use numbers other than 0.")
     return numbers
+
+
+def pixel_dtype(value: Any, mean: list[float], std: list[float]) -> np.dtype:
+    """dtype of the pixels handed to the model: "float32" (normalised), or "uint8", which the model normalises."""
+    dtype = np.dtype("float32") if value is None else np.dtype(str(value).removeprefix("torch."))
+    if dtype not in (np.float32, np.uint8):
+        raise ValueError(f"pixel_dtype is {value!r}. Use 'float32', or 'uint8' to let the model normalise.")
+    if dtype == np.uint8 and ({*mean} != {DEVICE_MEAN} or {*std} != {DEVICE_STD}):
+        raise ValueError(
+            f"pixel_dtype is uint8, which the model normalises with mean {DEVICE_MEAN} and std {DEVICE_STD}, but the "
+            f"processor has image_mean {mean} and image_std {std}. Use pixel_dtype='float32'."
+        )
+    return dtype
 
 
 def pair(name: str, value: Any, meaning: str) -> list[int]:

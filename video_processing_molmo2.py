@@ -9,10 +9,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from transformers.image_processing_utils import BatchFeature
 from transformers.processing_utils import Unpack, VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
 
+from .frame_encoding_molmo2 import FrameEncoder, encode_frames
 from .frame_sampling_molmo2 import SamplingSettings, sample_indices
 from .geometry_molmo2 import CropSettings, VideoPlan, plan_video, stack_pooling, video_token_pooling
 from .image_loading_molmo2 import load_images  # noqa: F401  (older loaders copy only what this file itself imports)
@@ -23,6 +25,7 @@ from .processor_options_molmo2 import (
     divisors_per_channel,
     pair,
     per_channel,
+    pixel_dtype,
     plain,
     size_dict,
     warn_about,
@@ -84,10 +87,12 @@ IGNORED_OPTIONS = (frozenset(VideosKwargs.__annotations__) | UNUSED_KEYS.keys())
     "clip",
     "code_revision",
     "disable_grouping",
+    "frame_encoder",
     "image_patch_size",
     "image_processor_type",
     "interpolation",
     "min_frames",
+    "pixel_dtype",
     "processor_class",
     "return_tensors",
     "return_video_kwargs",
@@ -116,6 +121,9 @@ class Molmo2VideosKwargs(VideosKwargs, total=False):
         key_frame_interval: slow-fast clips: only the first of so many frames, and the last frame of the video, are
             pooled by `pooling_size`; the frames between by `between_pooling_size`. 1 switches this off.
         between_pooling_size: (rows, cols) of patches that become one token of a frame between key frames.
+        pixel_dtype: "float32", or "uint8": a quarter of the memory, normalised by the model to the same numbers.
+        frame_encoder: `model.encode_frames`, to encode frames while the next are decoded. `video_features` (T, text
+            width) come instead of pixels and pooling indices, and the pixels of a whole video are never in memory.
         return_metadata: also return a list `video_metadata`.
         return_tensors: "pt" for torch tensors, "np" or None for numpy arrays.
     """
@@ -129,6 +137,8 @@ class Molmo2VideosKwargs(VideosKwargs, total=False):
     pooling_size: list[int] | tuple[int, ...] | int | None
     key_frame_interval: int | None
     between_pooling_size: list[int] | tuple[int, ...] | int | None
+    pixel_dtype: str | None
+    frame_encoder: Any
     return_tensors: str | None
 
 
@@ -143,6 +153,7 @@ class VideoOptions:
     resample: int
     mean: list[float]
     std: list[float]
+    pixel_dtype: np.dtype
     return_metadata: bool
 
     def plan(self, num_frames: int) -> VideoPlan:
@@ -232,10 +243,11 @@ class Molmo2VideoProcessor(IdentityMixin, BaseVideoProcessor):
 
         Returns:
             Frames and tokens of all videos one after the other, numpy arrays or, with `return_tensors="pt"`, tensors:
-            pixel_values_videos: (frames, patches, patch_size * patch_size * 3) float32.
+            pixel_values_videos: (frames, patches, patch_size * patch_size * 3) float32, or uint8 if that is asked for.
             video_token_pooling: (tokens, pooled patches) int64; patch numbers within the video, -1 for none.
             video_grids: (videos, 3) int64; sampled frames, rows and columns of tokens of each. A slow-fast clip has
                 one row for each run of frames that are pooled alike, and its patch numbers count within the run.
+            With a `frame_encoder`, video_features (tokens, text width), always a tensor, instead of the first two.
 
         Raises:
             FileNotFoundError, TypeError, ValueError: a video cannot be read, or an option makes no sense.
@@ -244,16 +256,19 @@ class Molmo2VideoProcessor(IdentityMixin, BaseVideoProcessor):
         options = self._options(call)
         items = list_videos(videos, video_metadata)
         clips = clips_per_video(kwargs.get("clip"), len(items))
-        cut = [_cut(item, options, clip) for item, clip in zip(items, clips, strict=True)]
-        plans = [options.plan(len(pixels)) for pixels, _ in cut]
+        encoder = kwargs.get("frame_encoder")
+        cut = [_cut(item, options, clip, encoder) for item, clip in zip(items, clips, strict=True)]
+        plans = [options.plan(len(metadata.timestamps)) for _, metadata in cut]
         grids = [grid for plan in plans for grid in plan.grids]
-        data = {
-            "pixel_values_videos": _pixel_values([pixels for pixels, _ in cut], options.crops),
-            "video_token_pooling": stack_pooling(
+        data: dict[str, Any] = {}
+        if encoder is None:
+            data["pixel_values_videos"] = _pixel_values([pixels for pixels, _ in cut], options)
+            data["video_token_pooling"] = stack_pooling(
                 [video_token_pooling(plan) for plan in plans], options.crops.pool_height * options.crops.pool_width
-            ),
-            "video_grids": np.array(grids, dtype=np.int64).reshape(len(grids), 3),
-        }
+            )
+        elif cut:
+            data["video_features"] = torch.cat([vectors for vectors, _ in cut])
+        data["video_grids"] = np.array(grids, dtype=np.int64).reshape(len(grids), 3)
         features = BatchFeature(data=data, tensor_type=kwargs.get("return_tensors"))
         if kwargs.get("device") is not None and kwargs.get("return_tensors") is not None:
             features = features.to(kwargs["device"])
@@ -359,6 +374,7 @@ class Molmo2VideoProcessor(IdentityMixin, BaseVideoProcessor):
             resample=values["resample"],
             mean=values["image_mean"],
             std=values["image_std"],
+            pixel_dtype=pixel_dtype(overrides.get("pixel_dtype"), values["image_mean"], values["image_std"]),
             return_metadata=values["return_metadata"],
         )
 
@@ -399,9 +415,9 @@ def _decode(item: VideoItem, reading: ReadingOptions, clip: Any) -> tuple[np.nda
 
 
 def _cut(
-    item: VideoItem, options: VideoOptions, clip: tuple[float, float | None] | None
-) -> tuple[np.ndarray, SampledVideoMetadata]:
-    """The sampled frames of a video as patches, (F, P, patch pixels) float32; one frame is in memory at a time."""
+    item: VideoItem, options: VideoOptions, clip: tuple[float, float | None] | None, encoder: FrameEncoder | None
+) -> tuple[Any, SampledVideoMetadata]:
+    """The sampled frames of a video as patches, (F, P, patch pixels), or as vectors; one is decoded at a time."""
 
     def to_pixel_values(frames: Iterator[np.ndarray], num_frames: int) -> np.ndarray:
         return frame_pixel_values(
@@ -411,16 +427,21 @@ def _cut(
             mean=options.mean,
             std=options.std,
             num_frames=num_frames,
+            dtype=options.pixel_dtype,
         )
 
-    return read_video(item, replace(options.reading, clip=clip), to_pixel_values)
+    def to_vectors(frames: Iterator[np.ndarray], num_frames: int) -> Any:
+        return encode_frames(frames, options.plan(num_frames), to_pixel_values, encoder)
+
+    use = to_pixel_values if encoder is None else to_vectors
+    return read_video(item, replace(options.reading, clip=clip), use)
 
 
-def _pixel_values(cut: list[np.ndarray], crops: CropSettings) -> np.ndarray:
+def _pixel_values(cut: list[np.ndarray], options: VideoOptions) -> np.ndarray:
     if len(cut) == 1:
         return cut[0]
-    none_yet = np.empty((0, crops.patches_per_crop, crops.patch_size**2 * CHANNELS), dtype=np.float32)
-    return np.concatenate([none_yet, *cut])
+    shape = 0, options.crops.patches_per_crop, options.crops.patch_size**2 * CHANNELS
+    return np.concatenate([np.empty(shape, dtype=options.pixel_dtype), *cut])
 
 
 def clips_per_video(clip: Any, num_videos: int) -> list[tuple[float, float | None] | None]:

@@ -13,6 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention_molmo2 import Molmo2AttentionBase
 from .configuration_molmo2 import Molmo2AdapterConfig, Molmo2VitConfig
+from .pixels_molmo2 import normalize_on_device
 from .pretrained_molmo2 import Molmo2PreTrainedModel
 
 BEHIND_WINDOW = -2  # in pooling tables: fills up the rows of windows that are smaller than the widest
@@ -137,7 +138,10 @@ class Molmo2VisionTransformer(Molmo2PreTrainedModel):
         """
         # Of this module's own tensors: a submodule's may be elsewhere while weights are offloaded.
         positions = self.positional_embedding
-        hidden_states = self.patch_embedding(pixel_values.to(positions.device, positions.dtype))
+        pixel_values = pixel_values.to(positions.device)
+        if pixel_values.dtype == torch.uint8:
+            pixel_values = normalize_on_device(pixel_values)
+        hidden_states = self.patch_embedding(pixel_values.to(positions.dtype))
         hidden_states = hidden_states + self._positions().to(hidden_states.dtype)
         kept: dict[int, Tensor] = {}
         for index, block in enumerate(self.transformer.resblocks):
@@ -268,7 +272,8 @@ class Molmo2VisionBackbone(Molmo2PreTrainedModel):
         the crops before it that share a token with it.
 
         Args:
-            pixel_values: (C, P, patch * patch * 3) float; crops of all pictures, one after the other.
+            pixel_values: (C, P, patch * patch * 3) float, or uint8 as they are in the picture; crops of all pictures,
+                one after the other. They may be on another device; a chunk is moved at a time.
             token_pooling: (T, K) int64; patches of each token as indices into the C * P patches, -1 for none.
         Returns:
             (valid rows of `token_pooling`, text width): rows without any patch are dropped.
