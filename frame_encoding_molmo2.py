@@ -24,7 +24,7 @@ FrameEncoder = Callable[[Tensor, Tensor, Tensor], Tensor]
 def encode_frames(
     frames: Iterator[np.ndarray],
     plan: VideoPlan,
-    cut: Callable[[Iterator[np.ndarray], int], np.ndarray],
+    cut: Callable[[Iterator[np.ndarray], int], Tensor],
     encoder: FrameEncoder,
 ) -> Tensor:
     """Vectors of a video's visual tokens, (T, text width), frame after frame.
@@ -47,7 +47,7 @@ def encode_frames(
 
         coming = read(chunks[0])
         for number, chunk in enumerate(chunks):
-            pixels = torch.from_numpy(coming.result())
+            pixels = coming.result()
             if number + 1 < len(chunks):
                 coming = read(chunks[number + 1])
             one_run = VideoPlan(chunk.num_frames, chunk.settings)

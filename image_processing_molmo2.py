@@ -15,7 +15,7 @@ from .geometry_molmo2 import CropSettings, ImagePlan, image_token_pooling, plan_
 from .grounding_molmo2 import MediaInfo  # noqa: F401  (needed by media_features; loaders copy direct imports only)
 from .image_loading_molmo2 import fetch_images, load_images
 from .media_features_molmo2 import MediaFeatures, image_media
-from .pixels_molmo2 import CHANNELS, interpolation_mode, write_image_pixel_values
+from .pixels_molmo2 import CHANNELS, as_output, empty_pixels, interpolation_mode, write_image_pixel_values
 from .processor_options_molmo2 import (
     IdentityMixin,
     divisors_per_channel,
@@ -73,6 +73,7 @@ class Molmo2ImagesKwargs(ImagesKwargs, total=False):
         image_mean, image_std: one number per channel, or one for all.
         input_data_format: "channels_last" or "channels_first", for arrays that could be either.
         pixel_dtype: "float32", or "uint8": a quarter of the memory, normalised by the model to the same numbers.
+        device: where pictures are resized and normalised; a GPU rounds a few pixels differently. The CPU by default.
         return_tensors: "pt" for torch tensors, "np" or None for numpy arrays.
     """
 
@@ -188,13 +189,16 @@ class Molmo2ImageProcessor(IdentityMixin, BaseImageProcessor):
         )
         plans = [plan_image(*picture.shape[:2], options.crops, options.max_crops) for picture in pictures]
         data = {
-            "pixel_values": _pixel_values(pictures, plans, options),
+            "pixel_values": _pixel_values(pictures, plans, options, kwargs.get("device")),
             "image_token_pooling": _token_pooling(plans, options.crops),
             "image_grids": np.array([plan.grid for plan in plans], dtype=np.int64).reshape(len(plans), 4),
             "image_num_crops": np.array([plan.num_crops for plan in plans], dtype=np.int64),
         }
         media = [image_media(picture.shape[:2]) for picture in pictures]
-        return MediaFeatures(data, kwargs.get("return_tensors"), media)
+        features = MediaFeatures(data, kwargs.get("return_tensors"), media)
+        if kwargs.get("device") is not None and kwargs.get("return_tensors") is not None:
+            features = features.to(kwargs["device"])
+        return features
 
     def _options(self, overrides: dict[str, Any]) -> ImageOptions:
         """The processor's options with those of one call over them, checked."""
@@ -219,17 +223,17 @@ class Molmo2ImageProcessor(IdentityMixin, BaseImageProcessor):
         )
 
 
-def _pixel_values(pictures: list[np.ndarray], plans: list[ImagePlan], options: ImageOptions) -> np.ndarray:
+def _pixel_values(pictures: list[np.ndarray], plans: list[ImagePlan], options: ImageOptions, device: Any) -> Any:
     """The crops of all pictures, written into one array as they are cut."""
     patch_length = options.crops.patch_size**2 * CHANNELS
     shape = sum(plan.num_crops for plan in plans), options.crops.patches_per_crop, patch_length
-    pixel_values = np.empty(shape, dtype=options.pixel_dtype)
+    pixel_values = empty_pixels(shape, options.pixel_dtype, device)
     first_crop = 0
     for picture, plan in zip(pictures, plans, strict=True):
         out = pixel_values[first_crop : first_crop + plan.num_crops]
         write_image_pixel_values(picture, plan, out, resample=options.resample, mean=options.mean, std=options.std)
         first_crop += plan.num_crops
-    return pixel_values
+    return as_output(pixel_values)
 
 
 def _token_pooling(plans: list[ImagePlan], crops: CropSettings) -> np.ndarray:

@@ -86,7 +86,7 @@ def _per_value(per_channel: Sequence[float], rows: Tensor) -> Tensor:
     """A number per channel, repeated for each pixel of a row."""
     if len(per_channel) != CHANNELS:
         raise ValueError(f"There are {len(per_channel)} numbers, {list(per_channel)}, for {CHANNELS} channels.")
-    return torch.tensor(per_channel, dtype=rows.dtype).repeat(rows.shape[1] // CHANNELS)
+    return torch.tensor(per_channel, dtype=rows.dtype, device=rows.device).repeat(rows.shape[1] // CHANNELS)
 
 
 def write_patches(crop: Tensor, out: Tensor, patch_size: int) -> None:
@@ -102,7 +102,7 @@ def write_patches(crop: Tensor, out: Tensor, patch_size: int) -> None:
 
 
 def write_image_pixel_values(
-    image: np.ndarray, plan: Any, out: np.ndarray, *, resample: int, mean: Sequence[float], std: Sequence[float]
+    image: np.ndarray, plan: Any, out: Tensor, *, resample: int, mean: Sequence[float], std: Sequence[float]
 ) -> None:
     """Writes the crops of one picture: the low-resolution view, then the tiles of the canvas row by row.
 
@@ -112,13 +112,13 @@ def write_image_pixel_values(
         image: (H, W, 3), uint8 or float.
         plan: the `ImagePlan` of the picture.
         out: (plan.num_crops, P, patch_size * patch_size * 3), filled in place; float32, or uint8 for pixels that are
-            not normalised.
+            not normalised. The work is done on its device.
         resample: see `resize`.
         mean, std: one number per channel, see `normalize`.
     """
     settings = plan.settings
-    planes = _planes(image)
-    crops = iter(torch.from_numpy(out))
+    planes = _planes(image, device=out.device)
+    crops = iter(out)
     low_res = _resized(planes, (settings.crop_height, settings.crop_width), resample, image.dtype)
     is_raw = _is_raw(out.dtype, image.dtype)
     low_res = low_res if is_raw else normalize(low_res, mean, std, image.dtype)
@@ -131,6 +131,21 @@ def write_image_pixel_values(
             write_patches(tile, next(crops), settings.patch_size)
 
 
+def empty_pixels(shape: tuple[int, ...], dtype: Any, device: Any = None) -> Tensor:
+    """Memory for pixels, not yet filled; `dtype` is numpy's.
+
+    numpy asks for huge pages where memory is large, which saves most of the page faults.
+    """
+    if device is None or torch.device(device).type == "cpu":
+        return torch.from_numpy(np.empty(shape, dtype=dtype))
+    return torch.empty(shape, dtype=getattr(torch, np.dtype(dtype).name), device=device)
+
+
+def as_output(pixels: Tensor) -> np.ndarray | Tensor:
+    """Pixels as an array over the same memory, where they are on the CPU."""
+    return pixels.numpy() if pixels.device.type == "cpu" else pixels
+
+
 def frame_pixel_values(
     frames: Iterable[np.ndarray],
     settings: Any,
@@ -140,7 +155,8 @@ def frame_pixel_values(
     std: Sequence[float],
     num_frames: int | None = None,
     dtype: Any = np.float32,
-) -> np.ndarray:
+    device: Any = None,
+) -> Tensor:
     """The pixel values of video frames, one crop each; one frame is held at a time besides the result.
 
     Args:
@@ -149,6 +165,7 @@ def frame_pixel_values(
         resample, mean, std: see `resize` and `normalize`.
         num_frames: how many frames come, if `frames` has no length; saves a second copy of the result.
         dtype: float32, or uint8 for pixels that are not normalised.
+        device: where they are resized, and returned; None for the CPU.
 
     Returns:
         (F, P, patch_size * patch_size * 3) in `dtype`.
@@ -160,15 +177,15 @@ def frame_pixel_values(
         frames = frames if isinstance(frames, Sized) else list(frames)
         num_frames = len(frames)
     patch_length = settings.patch_size * settings.patch_size * CHANNELS
-    out = np.empty((num_frames, settings.patches_per_crop, patch_length), dtype=dtype)
+    out = empty_pixels((num_frames, settings.patches_per_crop, patch_length), dtype, device)
     found, planes = 0, None
     for found, frame in enumerate(frames, start=1):
         if found > num_frames:
             break
-        planes = _planes(frame, planes)
+        planes = _planes(frame, planes, out.device)
         crop = _resized(planes, (settings.crop_height, settings.crop_width), resample, frame.dtype)
         crop = crop if _is_raw(out.dtype, frame.dtype) else normalize(crop, mean, std, frame.dtype)
-        write_patches(crop, torch.from_numpy(out[found - 1]), settings.patch_size)
+        write_patches(crop, out[found - 1], settings.patch_size)
     if found != num_frames:
         raise ValueError(
             f"{num_frames} frame(s) were announced, but {'more' if found > num_frames else found} came. Pass the "
@@ -177,17 +194,17 @@ def frame_pixel_values(
     return out
 
 
-def _is_raw(wanted: np.dtype, found: np.dtype) -> bool:
+def _is_raw(wanted: torch.dtype, found: np.dtype) -> bool:
     """Whether pixels stay 0..255."""
-    if wanted == np.uint8 and found != np.uint8:
+    if wanted == torch.uint8 and found != np.uint8:
         raise ValueError(
             f"pixel_dtype is uint8, but there is a picture of dtype {found}. Pass uint8 pictures, or leave "
             "pixel_dtype at float32."
         )
-    return wanted == np.uint8
+    return wanted == torch.uint8
 
 
-def _planes(image: np.ndarray, former: Tensor | None = None) -> Tensor:
+def _planes(image: np.ndarray, former: Tensor | None = None, device: Any = None) -> Tensor:
     """A picture as (1, 3, H, W) floating point: float64 stays, everything else becomes float32, of the same range.
 
     It lies in memory as (H, W, 3), which torch resizes several times faster, to the same numbers. The memory of
@@ -199,12 +216,10 @@ def _planes(image: np.ndarray, former: Tensor | None = None) -> Tensor:
             f"uint8 or one of {', '.join(dtype.__name__ for dtype in FLOAT_DTYPES)}."
         )
     source = torch.from_numpy(image if _fits_torch(image) else image.copy())
-    dtype = torch.float64 if image.dtype == np.float64 else torch.float32
-    if former is not None and former.dtype == dtype and former.shape[2:] == source.shape[:2]:
-        planes = former
-    else:  # numpy asks for huge pages where memory is large, which saves most of the page faults
-        empty = np.empty((1, *source.shape), dtype=np.float64 if dtype == torch.float64 else np.float32)
-        planes = torch.from_numpy(empty).permute(0, 3, 1, 2)
+    dtype = np.dtype(np.float64 if image.dtype == np.float64 else np.float32)
+    planes = former
+    if former is None or former.dtype != getattr(torch, dtype.name) or former.shape[2:] != source.shape[:2]:
+        planes = empty_pixels((1, *source.shape), dtype, device).permute(0, 3, 1, 2)
     planes[0].permute(1, 2, 0).copy_(source)
     return planes
 

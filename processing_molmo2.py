@@ -34,7 +34,7 @@ from .image_loading_molmo2 import load_images  # noqa: F401
 from .image_processing_molmo2 import Molmo2ImageProcessor, Molmo2ImagesKwargs
 from .media_features_molmo2 import MediaFeatures, ground_answers, media_of_rows
 from .memory_molmo2 import MemoryEstimate  # noqa: F401
-from .pixels_molmo2 import resize  # noqa: F401
+from .pixels_molmo2 import as_output
 from .planning_molmo2 import Limits, RequestPlan, RequestSketch, Wanted, fit
 from .processor_options_molmo2 import plain  # noqa: F401
 from .prompt_expansion_molmo2 import (
@@ -316,7 +316,8 @@ class Molmo2Processor(GroundingTools, ProcessorMixin):
         joined = {"video_grids": np.concatenate(merged.pop("video_grids")), "video_metadata": metadata}
         if "video_features" in merged:
             return {**joined, "video_features": torch.cat(merged["video_features"])}
-        pixels, pooling = np.concatenate(merged["pixel_values_videos"]), stack_pooling(merged["video_token_pooling"])
+        pixels = as_output(torch.cat([torch.as_tensor(array) for array in merged["pixel_values_videos"]]))
+        pooling = stack_pooling(merged["video_token_pooling"])
         return {**joined, "pixel_values_videos": pixels, "video_token_pooling": pooling}
 
     def _expand(

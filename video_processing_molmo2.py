@@ -18,7 +18,7 @@ from .frame_encoding_molmo2 import FrameEncoder, encode_frames
 from .frame_sampling_molmo2 import SamplingSettings, sample_indices
 from .geometry_molmo2 import CropSettings, VideoPlan, plan_video, stack_pooling, video_token_pooling
 from .image_loading_molmo2 import load_images  # noqa: F401  (older loaders copy only what this file itself imports)
-from .pixels_molmo2 import CHANNELS, frame_pixel_values, interpolation_mode
+from .pixels_molmo2 import CHANNELS, as_output, empty_pixels, frame_pixel_values, interpolation_mode
 from .processor_options_molmo2 import (
     FIXED_STEPS,
     IdentityMixin,
@@ -122,6 +122,7 @@ class Molmo2VideosKwargs(VideosKwargs, total=False):
             pooled by `pooling_size`; the frames between by `between_pooling_size`. 1 switches this off.
         between_pooling_size: (rows, cols) of patches that become one token of a frame between key frames.
         pixel_dtype: "float32", or "uint8": a quarter of the memory, normalised by the model to the same numbers.
+        device: where frames are resized and normalised; a GPU rounds a few pixels differently. The CPU by default.
         frame_encoder: `model.encode_frames`, to encode frames while the next are decoded. `video_features` (T, text
             width) come instead of pixels and pooling indices, and the pixels of a whole video are never in memory.
         return_metadata: also return a list `video_metadata`.
@@ -155,6 +156,7 @@ class VideoOptions:
     std: list[float]
     pixel_dtype: np.dtype
     return_metadata: bool
+    device: Any = None
 
     def plan(self, num_frames: int) -> VideoPlan:
         """How a video of so many sampled frames is cut."""
@@ -257,6 +259,7 @@ class Molmo2VideoProcessor(IdentityMixin, BaseVideoProcessor):
         items = list_videos(videos, video_metadata)
         clips = clips_per_video(kwargs.get("clip"), len(items))
         encoder = kwargs.get("frame_encoder")
+        options = replace(options, device=kwargs.get("device"))
         cut = [_cut(item, options, clip, encoder) for item, clip in zip(items, clips, strict=True)]
         plans = [options.plan(len(metadata.timestamps)) for _, metadata in cut]
         grids = [grid for plan in plans for grid in plan.grids]
@@ -419,7 +422,7 @@ def _cut(
 ) -> tuple[Any, SampledVideoMetadata]:
     """The sampled frames of a video as patches, (F, P, patch pixels), or as vectors; one is decoded at a time."""
 
-    def to_pixel_values(frames: Iterator[np.ndarray], num_frames: int) -> np.ndarray:
+    def to_pixel_values(frames: Iterator[np.ndarray], num_frames: int) -> torch.Tensor:
         return frame_pixel_values(
             frames,
             options.crops,
@@ -428,6 +431,7 @@ def _cut(
             std=options.std,
             num_frames=num_frames,
             dtype=options.pixel_dtype,
+            device=options.device,
         )
 
     def to_vectors(frames: Iterator[np.ndarray], num_frames: int) -> Any:
@@ -437,11 +441,11 @@ def _cut(
     return read_video(item, replace(options.reading, clip=clip), use)
 
 
-def _pixel_values(cut: list[np.ndarray], options: VideoOptions) -> np.ndarray:
+def _pixel_values(cut: list[torch.Tensor], options: VideoOptions) -> Any:
     if len(cut) == 1:
-        return cut[0]
+        return as_output(cut[0])
     shape = 0, options.crops.patches_per_crop, options.crops.patch_size**2 * CHANNELS
-    return np.concatenate([np.empty(shape, dtype=options.pixel_dtype), *cut])
+    return as_output(torch.cat([empty_pixels(shape, options.pixel_dtype, options.device), *cut]))
 
 
 def clips_per_video(clip: Any, num_videos: int) -> list[tuple[float, float | None] | None]:

@@ -194,3 +194,16 @@ def test_a_session_never_holds_the_pixels_of_a_clip(model, monkeypatch):
     )
     assert MediaSession(model, processor(), videos=video).ask("What happens?", max_new_tokens=5).text == asked.text
     assert seen == [4]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "uint8"])
+def test_pixels_are_made_on_the_device_that_is_asked_for(dtype):
+    """The meta device computes nothing, but whatever was computed elsewhere could not end up on it by itself."""
+    arguments = {"images": picture(), "videos": [(clip(3), {"fps": 2.0})], "pixel_dtype": dtype}
+    expected = processor()(**arguments, return_tensors="pt")
+    for device in ("cpu", "meta"):
+        found = processor()(**arguments, return_tensors="pt", device=device)
+        for name in ("pixel_values", "pixel_values_videos"):
+            assert found[name].device.type == device
+            assert (found[name].shape, found[name].dtype) == (expected[name].shape, expected[name].dtype)
+            assert device == "meta" or torch.equal(found[name], expected[name])
