@@ -12,7 +12,7 @@ class MemoryEstimate:
 
     Attributes:
         pixels: patches of all crops, as the processor hands them over.
-        vision: features of a chunk of crops and of what waits for the next one, and the working memory of one chunk, of
+        vision: features of a chunk of crops and of what waits for the next, and the working memory of one chunk, of
             crops or of pooled tokens.
         prefill: hidden states and the widest layer over the whole prompt.
         cache: keys and values of the prompt and of the new tokens.
