@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 # Modules that do not subclass transformers' own classes: these are type-checked.
-TYPED := $(addsuffix _molmo2.py,geometry pixels image_loading frame_sampling special_tokens prompt_expansion conversation media_layout rotary masking blockwise_attention packing loss grounding grounding_format grounding_files drawing video_drawing prompts structured planning memory)
+TYPED := $(addsuffix _molmo2.py,geometry pixels image_loading frame_sampling special_tokens prompt_expansion conversation media_layout rotary masking blockwise_attention packing loss loss_weighting collator packer grounding grounding_format grounding_files drawing video_drawing prompts structured planning memory)
 
 .PHONY: setup demo miniature miniature-scores test matrix check style clean
 

@@ -56,7 +56,9 @@ def messages_of(conversation: Any) -> list[Mapping[str, Any]]:
     return list(messages)
 
 
-def _kind(part: Mapping[str, Any]) -> str | None:
+def picture_kind(part: Mapping[str, Any]) -> str | None:
+    """What a part stands for: "image", "video" or None."""
+
     def carries(key: str) -> bool:
         return part.get(key) is not None  # data sets fill keys that a part lacks with null
 
@@ -111,7 +113,7 @@ def find_media(conversation: Any) -> ConversationMedia:
         content = message.get("content")
         parts = content if isinstance(content, (list, tuple)) else []
         for place, part in enumerate(parts):
-            kind = _kind(part) if isinstance(part, Mapping) else None
+            kind = picture_kind(part) if isinstance(part, Mapping) else None
             where = f"Part {place} of message {number}"
             if kind == "image":
                 media.images.append(_source(part, IMAGE_SOURCES, kind, where))

@@ -21,6 +21,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 # Some loaders copy only what this file imports directly, so modules that are only needed by the others stand here too.
 from .ask_molmo2 import ask  # noqa: F401
+from .collator_molmo2 import Molmo2DataCollator  # noqa: F401
 from .conversation_molmo2 import ConversationMedia, find_media, is_batch, messages_of
 from .drawing_molmo2 import DrawingStyle  # noqa: F401
 from .frame_encoding_molmo2 import encode_frames  # noqa: F401
@@ -32,8 +33,12 @@ from .grounding_molmo2 import Grounding, MediaInfo
 from .grounding_tools_molmo2 import GroundingTools
 from .image_loading_molmo2 import load_images  # noqa: F401
 from .image_processing_molmo2 import Molmo2ImageProcessor, Molmo2ImagesKwargs
+from .loss_molmo2 import predicted_labels  # noqa: F401
+from .loss_weighting_molmo2 import TokenWeighting  # noqa: F401
 from .media_features_molmo2 import MediaFeatures, ground_answers, media_of_rows
 from .memory_molmo2 import MemoryEstimate  # noqa: F401
+from .packer_molmo2 import Packer  # noqa: F401
+from .packing_molmo2 import packed_rows  # noqa: F401
 from .pixels_molmo2 import as_output
 from .planning_molmo2 import Limits, RequestPlan, RequestSketch, Wanted, fit
 from .processor_options_molmo2 import plain  # noqa: F401
@@ -52,6 +57,8 @@ from .prompt_expansion_molmo2 import (
 from .prompts_molmo2 import Prompt  # noqa: F401
 from .special_tokens_molmo2 import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, VISUAL_TOKENS
 from .structured_molmo2 import parse_structured  # noqa: F401
+from .training_molmo2 import build_training_example  # noqa: F401
+from .training_tools_molmo2 import TrainingTools
 from .video_decoding_molmo2 import open_video  # noqa: F401
 from .video_drawing_molmo2 import annotate_video  # noqa: F401
 from .video_loading_molmo2 import list_videos
@@ -105,7 +112,7 @@ FLAT_FOR_IMAGES_ALONE = frozenset({"resample"})
 SECTIONS = {"text_kwargs": Molmo2TextKwargs, "images_kwargs": Molmo2ImagesKwargs, "videos_kwargs": Molmo2VideosKwargs}
 
 
-class Molmo2Processor(GroundingTools, ProcessorMixin):
+class Molmo2Processor(GroundingTools, TrainingTools, ProcessorMixin):
     """Prepares text, images and videos for Molmo2.
 
     Args:
@@ -460,7 +467,7 @@ class Molmo2Processor(GroundingTools, ProcessorMixin):
         return template
 
     def _process_media(
-        self, prompts: list[str], media: list[ConversationMedia], options: dict[str, Any]
+        self, prompts: list[str] | None, media: list[ConversationMedia], options: dict[str, Any]
     ) -> BatchFeature:
         images = [image for own in media for image in own.images]
         videos = [video for own in media for video in own.videos]

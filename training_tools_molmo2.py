@@ -1,0 +1,71 @@
+"""What a processor offers for training - examples, batches, packing - without any import by hand."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from .collator_molmo2 import Molmo2DataCollator
+from .loss_weighting_molmo2 import TokenWeighting
+from .packer_molmo2 import PackedDataset, Packer
+from .training_molmo2 import build_training_example, messages_of_row
+
+
+class TrainingTools:
+    """Methods of `Molmo2Processor` around training.
+
+    Attributes:
+        token_weighting: The class of weights of answers: `processor.token_weighting()` are those of the recipe.
+        packer: The class that fills rows: `processor.packer(max_tokens=16384, max_crops=128)`.
+    """
+
+    token_weighting = TokenWeighting
+    packer = Packer
+
+    def build_training_example(
+        self,
+        messages: Any,
+        *,
+        weighting: TokenWeighting | None = None,
+        max_length: int | None = None,
+        chat_template: str | None = None,
+        **options: Any,
+    ) -> dict[str, Tensor]:
+        """A conversation, or a tree of them, as one row to train on.
+
+        Args:
+            messages: A conversation as for `apply_chat_template`, with the answers. Or a list of conversations about
+                the same pictures, which become branches that do not see each other; the first one names the pictures,
+                the others name the same ones or none. A message of the assistant may carry `loss_weight`, the weight
+                of its tokens (0: it is read and not learnt), and messages a `style`.
+            weighting: Weights of the tokens of answers; None weighs all alike.
+            max_length: Most tokens of a conversation; the end is cut off.
+            options: Of the image and the video processor: `max_crops`, `num_frames`, ...
+        Returns:
+            (S,) `input_ids`, `labels` (-100 where nothing is learnt) int64, `token_type_ids` bool; with weights
+            `loss_weights` float32, of a tree `branch_ids` int64; and the pictures, as the call returns them.
+            `data_collator` makes batches of such examples.
+        Raises:
+            ValueError: No answer to learn, a template without `{% generation %}`, branches about other pictures,
+                visual tokens past `max_length`, negative weights, and whatever the call raises.
+        """
+        return build_training_example(
+            self, messages, weighting=weighting, max_length=max_length, chat_template=chat_template, **options
+        )
+
+    def data_collator(self, **settings: Any) -> Molmo2DataCollator:
+        """What makes batches of examples or of rows of a data set; see `collator_molmo2.Molmo2DataCollator`."""
+        return Molmo2DataCollator(self, **settings)
+
+    def packed_dataset(self, source: Iterable[Any], packer: Packer, **options: Any) -> PackedDataset:
+        """Rows of a data set as packs; see `packer_molmo2.PackedDataset`.
+
+        Args:
+            source: Rows with `messages` (see `training_molmo2.messages_of_row`), or built examples.
+            options: Of `build_training_example`.
+        """
+
+        def build(row: Any) -> Any:
+            return row if "input_ids" in row else self.build_training_example(messages_of_row(row), **options)
+
+        return PackedDataset(source, packer, build)
