@@ -86,7 +86,7 @@ def build_training_example(
         _labelled(own, ids, mask, visual, weighting).cut(max_length, visual)
         for own, ids, mask in zip(conversations, *encoded)
     ]
-    tensors = {name: torch.as_tensor(np.asarray(value)) for name, value in pictures.items()}
+    tensors = {name: torch.as_tensor(value) for name, value in pictures.items()}
     return {**_row_tensors(rows, visual), **tensors}
 
 
