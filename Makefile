@@ -1,4 +1,4 @@
-# make demo | miniature | miniature-scores | test | matrix | check | style | clean. Every target sets up what it needs; pip is all it takes.
+# make demo | miniature | miniature-scores | test | test-fiftyone | matrix | check | style | clean. Every target sets up what it needs; pip is all it takes.
 PYTHON ?= python3
 WORKERS ?= 2
 
@@ -16,7 +16,7 @@ READY := $(VENV)/.ready
 # Modules that do not subclass transformers' own classes: these are type-checked.
 TYPED := $(addsuffix _molmo2.py,geometry pixels image_loading frame_sampling special_tokens prompt_expansion conversation media_layout rotary masking blockwise_attention packing loss loss_weighting collator packer grounding grounding_format grounding_files drawing video_drawing prompts structured planning memory)
 
-.PHONY: setup demo miniature miniature-scores test matrix check style clean
+.PHONY: setup demo miniature miniature-scores test test-fiftyone matrix check style clean
 
 setup: $(READY)
 
@@ -41,6 +41,19 @@ miniature-scores: $(READY)
 test: check
 	scripts/pytest $(BIN)/python -n $(WORKERS)
 
+# FiftyOne's packages stand beside those of the development environment. Everything is pinned and installed without
+# looking at dependencies: FiftyOne wants the package fiftyone-db, which has no database for every system.
+FIFTYONE := .venv-fiftyone
+
+$(FIFTYONE)/.ready: $(READY) constraints/fiftyone.txt
+	$(BIN)/python -m venv $(FIFTYONE)
+	site='import sysconfig; print(sysconfig.get_path("purelib"))'; $(BIN)/python -c "$$site" > "`$(FIFTYONE)/bin/python -c "$$site"`/development.pth"
+	$(FIFTYONE)/bin/python -m pip install -qq --no-deps -r constraints/fiftyone.txt
+	@touch $@
+
+test-fiftyone: $(FIFTYONE)/.ready
+	scripts/with_mongod $(FIFTYONE)/bin/python scripts/pytest $(FIFTYONE)/bin/python -q tests/test_fiftyone.py
+
 matrix: $(READY)
 	FULL_SUITE="$(FULL_SUITE)" WORKERS=$(WORKERS) scripts/matrix $(BIN)/python $(VERSIONS)
 
@@ -54,4 +67,4 @@ style: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .matrix
+	rm -rf $(VENV) $(FIFTYONE) .matrix

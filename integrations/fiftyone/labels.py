@@ -1,0 +1,119 @@
+"""Molmo2's answers as FiftyOne labels, and keypoints back as the text of an answer.
+
+Usable alone, with any `Grounding` or `StructuredAnswer`. Places are shares of width and height, as FiftyOne stores
+them. Frame numbers count the frames of the file from 1: they come from `Moment.source_index`, so they hold for variable
+frame rates, late starts and clips.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import fiftyone as fo
+
+
+def image_keypoints(grounding: Any, image_index: int = 0) -> fo.Keypoints:
+    """The points of one image, one `fo.Keypoint` each, with the point's id as `index`.
+
+    Args:
+        grounding: A `Grounding`; points in other images and in videos are left out.
+        image_index: Of the image, from 0.
+    """
+    return fo.Keypoints(keypoints=[_keypoint(point) for point in grounding.points if point.image_index == image_index])
+
+
+def frame_keypoints(grounding: Any) -> dict[int, fo.Keypoints]:
+    """The points of a video by frame number, for `sample.add_labels` or `sample.frames`.
+
+    Keypoints of one tracked object share an `fo.Instance`. Of an object that the answer places twice at one time the
+    first counts, as in `Track`.
+
+    Raises:
+        ValueError: The answer was read without the sampled frames of its video.
+    """
+    frames: dict[int, list[fo.Keypoint]] = {}
+    tracked = [(point, instance) for track in grounding.tracks for instance in [fo.Instance()] for point in track.points]
+    single = [(point, None) for point in grounding.points if point.tag != "tracks" and point.image_index is None]
+    for point, instance in single + tracked:
+        frames.setdefault(_frame_number(point.moment), []).append(_keypoint(point, instance))
+    return {number: fo.Keypoints(keypoints=frames[number]) for number in sorted(frames)}
+
+
+def temporal_detections(events: Any, media: Any) -> fo.TemporalDetections:
+    """Events with a start as frames of the file, both ends counted.
+
+    Args:
+        events: Of a `StructuredAnswer`: `start`, `end` in seconds or None, and `description`. Those without a start
+            are left out; without an end an event is one frame; ends in the wrong order are exchanged.
+        media: The `MediaInfo` of the answer; a time means the sampled frame nearest to it, as for points.
+    Raises:
+        ValueError: `media` knows no sampled frames, or not where they stand in the file.
+    """
+    detections = []
+    for event in events:
+        if event.start is not None:
+            times = (event.start, event.start if event.end is None else event.end)
+            support = sorted(_frame_number(media.moment_at(time)) for time in times)
+            detections.append(fo.TemporalDetection(label=event.description, support=support))
+    return fo.TemporalDetections(detections=detections)
+
+
+def structured_labels(answer: Any, media: Any) -> dict[str, fo.Label]:
+    """The sections of a structured description.
+
+    `summary` is a Classification, `objects`, `text` and `scene` are Classifications, `events` are TemporalDetections
+    (videos alone). An answer without readable JSON becomes its `summary` as it is.
+    """
+    labels: dict[str, fo.Label] = {
+        "summary": fo.Classification(label=answer.summary if answer.found else answer.raw.strip()),
+        "objects": _classifications(item.name for item in answer.objects),
+        "text": _classifications(answer.text),
+        "scene": _classifications(f"{name}: {value}" for name, value in answer.scene),
+    }
+    if media.kind == "video":
+        labels["events"] = temporal_detections(answer.events, media)
+    return labels
+
+
+def image_positions(keypoints: fo.Keypoints) -> list[tuple[float, float]]:
+    """Positions for `format_points`, which writes them as an answer: corrections become training data."""
+    return [tuple(place) for keypoint in keypoints.keypoints for place in keypoint.points]
+
+
+def track_positions(
+    frames: Mapping[int, fo.Keypoints], times: Mapping[int, float]
+) -> dict[int, dict[float, tuple[float, float]]]:
+    """{object id: {seconds: (x, y)}} for `format_tracks`, from keypoints of one point with an `index`.
+
+    Args:
+        frames: {frame number from 1: keypoints}, as `frame_keypoints` gives them.
+        times: {frame number: seconds on the clock of the prompt}, one for each of these frames.
+    Raises:
+        ValueError: A keypoint has no index, or not exactly one point.
+    """
+    tracks: dict[int, dict[float, tuple[float, float]]] = {}
+    for number, keypoints in frames.items():
+        for keypoint in keypoints.keypoints:
+            if keypoint.index is None or len(keypoint.points) != 1:
+                raise ValueError(
+                    f"A keypoint in frame {number} has index {keypoint.index} and {len(keypoint.points)} points; a "
+                    "track needs an index and one point."
+                )
+            tracks.setdefault(keypoint.index, {})[times[number]] = tuple(keypoint.points[0])
+    return tracks
+
+
+def _keypoint(point: Any, instance: fo.Instance | None = None) -> fo.Keypoint:
+    return fo.Keypoint(label=point.label, points=[(point.x_norm, point.y_norm)], index=point.id, instance=instance)
+
+
+def _classifications(names: Any) -> fo.Classifications:
+    return fo.Classifications(classifications=[fo.Classification(label=name) for name in names])
+
+
+def _frame_number(moment: Any) -> int:
+    if moment is None or moment.source_index is None:
+        raise ValueError(
+            "It is unknown which frame of the file a time means. Read the answer with the processor's output "
+            "(`processor.post_process_grounding(text, inputs)`), or pass the video's metadata."
+        )
+    return moment.source_index + 1
