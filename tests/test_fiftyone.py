@@ -298,7 +298,9 @@ def test_frames_have_to_be_known(ours):
 
 
 def test_events_without_start_or_with_ends_exchanged(ours):
-    events = [SimpleNamespace(start=start, end=end, description="x") for start, end in ((None, 1), (0.5, None), (1, 0))]
+    events = [
+        SimpleNamespace(start=start, end=end, description="x") for start, end in ((None, 1), (0.5, None), (1, 0))
+    ]
     media = parse_grounding("", {"timestamps": [0.0, 0.5, 1.0], "frames_indices": [0, 15, 30]}).media
     found = ours.model.labels.temporal_detections(events, media).detections
     assert [event.support for event in found] == [[16, 16], [1, 31]]

@@ -3,7 +3,8 @@
     foz.register_zoo_model_source("https://...")
     model = foz.load_zoo_model("allenai/Molmo2-4B", operation="pointing", prompt="boat")
 
-or without the zoo, from a model and a processor that are already there: `Molmo2FiftyOneModel(model, processor, settings)`.
+or without the zoo, from a model and a processor that are already there:
+`Molmo2FiftyOneModel(model, processor, settings)`.
 """
 
 import shutil

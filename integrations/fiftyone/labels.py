@@ -1,7 +1,7 @@
 """Molmo2's answers as FiftyOne labels, and keypoints back as the text of an answer.
 
-Usable alone, with any `Grounding` or `StructuredAnswer`. Places are shares of width and height, as FiftyOne stores
-them. Frame numbers count the frames of the file from 1: they come from `Moment.source_index`, so they hold for variable
+Usable alone, with any `Grounding` or `StructuredAnswer`. Places are shares of width and height, as FiftyOne
+stores them. Frame numbers count the frames of the file from 1: they come from `Moment.source_index`, so they hold for variable
 frame rates, late starts and clips.
 """
 
@@ -31,7 +31,9 @@ def frame_keypoints(grounding: Any) -> dict[int, fo.Keypoints]:
         ValueError: The answer was read without the sampled frames of its video.
     """
     frames: dict[int, list[fo.Keypoint]] = {}
-    tracked = [(point, instance) for track in grounding.tracks for instance in [fo.Instance()] for point in track.points]
+    tracked = [
+        (point, instance) for track in grounding.tracks for instance in [fo.Instance()] for point in track.points
+    ]
     single = [(point, None) for point in grounding.points if point.tag != "tracks" and point.image_index is None]
     for point, instance in single + tracked:
         frames.setdefault(_frame_number(point.moment), []).append(_keypoint(point, instance))

@@ -5,11 +5,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import fiftyone as fo
-import fiftyone.core.models as fom
 import numpy as np
 import torch
 from PIL import Image
+
+import fiftyone as fo
+import fiftyone.core.models as fom
 
 from . import labels
 
@@ -142,7 +143,9 @@ class Molmo2FiftyOneModel(fom.SamplesMixin, fom.EmbeddingsMixin, fom.Model):
         operation, prompts = self.config.operation, _sibling(self.processor, "prompts_molmo2")
         if operation in NAMING_OPERATIONS:
             if not wanted:
-                raise ValueError(f"{operation!r} needs to know what to look for: set `prompt`, or pass `prompt_field`.")
+                raise ValueError(
+                    f"{operation!r} needs to know what to look for: set `prompt`, or pass `prompt_field`."
+                )
             return prompts.prompts.point(wanted) if operation == "pointing" else prompts.prompts.track(wanted)
         if operation == "temporal_localization":
             return prompts.prompts.localize_events(wanted or None)
@@ -234,7 +237,9 @@ def _batches(samples: Any, size: int) -> Iterator[list[Any]]:
     if size < 1:
         raise ValueError(f"`batch_size` is {size}; it has to be at least 1.")
     if samples._dataset._is_clips:
-        raise ValueError("These samples are clips of videos, which have to be read whole. Pass a view of whole videos.")
+        raise ValueError(
+            "These samples are clips of videos, which have to be read whole. Pass a view of whole videos."
+        )
     batch: list[Any] = []
     for sample in samples:
         batch.append(sample)
@@ -249,10 +254,10 @@ def _picture(arg: Any) -> Any:
     """What the processor takes, from what FiftyOne gives."""
     path = getattr(arg, "inpath", None)
     if path is not None:
-        first, last = getattr(arg, "frames", None) and _range(arg) or (None, None)
-        if first is not None:
+        limits, whole = arg._ranges.limits, (1, arg.total_frame_count)
+        if limits != whole:
             raise ValueError(
-                f"Frames {first}-{last} of a video were asked for, but videos are read whole. Apply the model to the "
+                f"Frames {limits} of {whole} were asked for, but videos are read whole. Apply the model to the "
                 "dataset itself instead of a view of clips."
             )
         return path
