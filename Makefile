@@ -41,18 +41,19 @@ miniature-scores: $(READY)
 test: check
 	scripts/pytest $(BIN)/python -n $(WORKERS)
 
-# FiftyOne's packages stand beside those of the development environment. Everything is pinned and installed without
-# looking at dependencies: FiftyOne wants the package fiftyone-db, which has no database for every system.
+# FiftyOne's packages stand beside those of the development environment, which a .pth file adds; see the list.
 FIFTYONE := .venv-fiftyone
+FIFTYONE_SECONDS := 600
 
 $(FIFTYONE)/.ready: $(READY) constraints/fiftyone.txt
+	rm -rf $(FIFTYONE)
 	$(BIN)/python -m venv $(FIFTYONE)
-	site='import sysconfig; print(sysconfig.get_path("purelib"))'; $(BIN)/python -c "$$site" > "`$(FIFTYONE)/bin/python -c "$$site"`/development.pth"
+	packages() { "$$1" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }; echo "import site; site.addsitedir('`packages $(BIN)/python`')" > "`packages $(FIFTYONE)/bin/python`/development.pth"
 	$(FIFTYONE)/bin/python -m pip install -qq --no-deps -r constraints/fiftyone.txt
 	@touch $@
 
 test-fiftyone: $(FIFTYONE)/.ready
-	scripts/with_mongod $(FIFTYONE)/bin/python scripts/pytest $(FIFTYONE)/bin/python -q tests/test_fiftyone.py
+	$(FIFTYONE)/bin/python scripts/with_mongod $(FIFTYONE_SECONDS) scripts/pytest $(CURDIR)/$(FIFTYONE)/bin/python -q -o faulthandler_timeout=120 tests/test_fiftyone.py
 
 matrix: $(READY)
 	FULL_SUITE="$(FULL_SUITE)" WORKERS=$(WORKERS) scripts/matrix $(BIN)/python $(VERSIONS)

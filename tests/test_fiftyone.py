@@ -5,8 +5,10 @@ real. The rest runs the tiny model itself.
 """
 
 import os
+import re
 import shutil
 import sys
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,29 +21,31 @@ pytest.importorskip("fiftyone", reason="`make test-fiftyone` installs it")
 if not os.environ.get("FIFTYONE_DATABASE_URI"):
     pytest.skip("no database: run scripts/with_mongod", allow_module_level=True)
 
+import eta.core.video as etav
 import fiftyone as fo
 import fiftyone.zoo as foz
 
 from checkpoints import picture, write_checkpoint
 from molmo2_remote.grounding_format_molmo2 import format_points, format_tracks
 from molmo2_remote.grounding_molmo2 import parse_grounding
+from scripted_model import ScriptedModel
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-CLIP = REPOSITORY / "examples" / "data" / "nasa_clip.mp4"
 SHARED_CLIPS = [
     path
-    for name in ("vfr.mp4", "start_at_5s.mkv", "h265_video.mp4")
+    for name in ("vfr.mp4", "start_at_5s.mkv", "h265_video.mp4", "h264_10bits.mp4")
     if (path := REPOSITORY.parent / "shared" / "media" / name).is_file()
 ]
 NAME = "allenai/Molmo2-4B"
-FPS = 10
+RATES = (10, 24, Fraction(30000, 1001))  # frames a second of the written clips
+FRAMES = (20, 31, 40)
 
 
 @pytest.fixture(scope="module")
-def zoo(tmp_path_factory):
+def zoo():
     """The zoo's folder with our source in it, as registering it leaves it, and a tiny checkpoint as the download."""
     source = Path(fo.config.model_zoo_dir) / "molmo2-transformers"
-    shutil.copytree(REPOSITORY / "integrations" / "fiftyone", source)
+    shutil.copytree(REPOSITORY / "integrations" / "fiftyone", source, ignore=shutil.ignore_patterns("__pycache__"))
     write_checkpoint(source / "Molmo2-4B", "qwen3")
     yield source
     shutil.rmtree(source)
@@ -60,20 +64,20 @@ def ours(loaded):
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    """Different clips; the first has 20 frames at 10 a second."""
+    """Different clips of different frame rates, and those of the shared media that are there."""
     folder = tmp_path_factory.mktemp("clips")
     paths = []
-    for seed in range(3):
+    for seed, (rate, frames) in enumerate(zip(RATES, FRAMES)):
         path = folder / f"clip{seed}.mp4"
-        frames = [np.asarray(picture(96, 128, seed=seed * 100 + index)) // (1 + seed) for index in range(20)]
         with av.open(str(path), "w") as container:
-            stream = container.add_stream("mpeg4", rate=FPS)
+            stream = container.add_stream("mpeg4", rate=rate)
             stream.width, stream.height, stream.pix_fmt = 128, 96, "yuv420p"
-            for frame in frames:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            for index in range(frames):
+                pixels = np.asarray(picture(96, 128, seed=seed * 100 + index)) // (1 + seed)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
             container.mux(stream.encode())
         paths.append(path)
-    return [*paths, CLIP, *SHARED_CLIPS]
+    return [*paths, *SHARED_CLIPS]
 
 
 @pytest.fixture
@@ -95,34 +99,22 @@ def images(tmp_path):
     made.delete()
 
 
-class Scripted:
-    """A model whose `generate` writes what `answer` says for each row's prompt, and counts its calls."""
-
-    def __init__(self, model, processor, answer):
-        self.device, self.model = model.device, model.model
-        self.tokenizer, self.answer, self.calls = processor.tokenizer, answer, []
-
-    def generate(self, input_ids, attention_mask, **options):
-        prompts = self.tokenizer.batch_decode(input_ids)
-        self.calls.append(prompts)
-        answers = [self.tokenizer(self.answer(prompt), add_special_tokens=False).input_ids for prompt in prompts]
-        width = max(map(len, answers))
-        padded = [ids + [self.tokenizer.eos_token_id] * (width - len(ids)) for ids in answers]
-        return torch.cat([input_ids, torch.tensor(padded)], 1)
-
-
 @pytest.fixture
 def scripted(loaded, ours):
+    """A model that answers what `answer` says for each prompt; all around `generate` is real."""
+
     def build(answer, **settings):
-        model = Scripted(loaded.model, loaded.processor, answer if callable(answer) else lambda prompt: answer)
+        model = ScriptedModel(loaded.processor, answer if callable(answer) else lambda prompt: answer)
         return ours.Molmo2FiftyOneModel(model, loaded.processor, ours.Molmo2Settings(**settings))
 
     return build
 
 
-def generated(dataset):
-    """The first sample, whose clip has frames at tenths of a second."""
-    return dataset.first()
+def begins(path):
+    """When each frame of a file begins, in seconds from the first, as its decoder tells."""
+    with av.open(str(path)) as container:
+        stamps = sorted(frame.pts * frame.time_base for frame in container.decode(video=0))
+    return [float(stamp - stamps[0]) for stamp in stamps]
 
 
 # --- the operations on videos ----------------------------------------------------------------------------------------
@@ -134,15 +126,14 @@ def test_describe(dataset, scripted):
 
 
 def test_pointing(dataset, scripted):
-    answer = format_points({0.0: [(0.25, 0.5), (0.75, 0.125)], 0.8: [(0.1, 0.9)]}, "cup")
+    answer = format_points({0.0: [(0.25, 0.5), (0.75, 0.125)], 1.0: [(0.1, 0.9)]}, "cup")
     model = scripted(answer, operation="pointing", prompt="cup")
     dataset.apply_model(model, label_field="cups", skip_failures=False)
     assert "Point to the cup." in model.model.calls[0][0]
-    sample = generated(dataset)
-    found = {number: frame.cups for number, frame in sample.frames.items() if frame.cups is not None}
-    assert sorted(found) == [1, 9]
+    found = {number: frame.cups for number, frame in dataset.first().frames.items()}
+    assert sorted(found) == [1, 11]
     assert [keypoint.points[0] for keypoint in found[1].keypoints] == [[0.25, 0.5], [0.75, 0.125]]
-    assert [keypoint.label for keypoint in found[9].keypoints] == ["cup"]
+    assert [keypoint.label for keypoint in found[11].keypoints] == ["cup"]
 
 
 def test_pointing_at_nothing(dataset, scripted):
@@ -153,40 +144,128 @@ def test_pointing_at_nothing(dataset, scripted):
 
 
 def test_tracking_links_objects(dataset, scripted):
-    tracks = {1: {0.0: (0.1, 0.2), 0.4: (0.2, 0.2), 0.8: (0.3, 0.2)}, 2: {0.4: (0.9, 0.9), 0.8: (0.8, 0.9)}}
+    tracks = {1: {0.0: (0.1, 0.2), 0.5: (0.2, 0.2), 1.0: (0.3, 0.2)}, 2: {0.5: (0.9, 0.9), 1.0: (0.8, 0.9)}}
     model = scripted(format_tracks(tracks, "ball"), operation="tracking", prompt="ball")
     dataset.apply_model(model, label_field="balls", skip_failures=False)
-    sample = generated(dataset)
+    sample = dataset.first()
     keypoints = {
         (number, keypoint.index): keypoint
         for number, frame in sample.frames.items()
         for keypoint in frame.balls.keypoints
     }
-    assert sorted(keypoints) == [(1, 1), (5, 1), (5, 2), (9, 1), (9, 2)]
+    assert sorted(keypoints) == [(1, 1), (6, 1), (6, 2), (11, 1), (11, 2)]
     instances = {key: keypoint.instance.id for key, keypoint in keypoints.items()}
-    assert instances[1, 1] == instances[5, 1] == instances[9, 1] != instances[5, 2] == instances[9, 2]
+    assert instances[1, 1] == instances[6, 1] == instances[11, 1] != instances[6, 2] == instances[11, 2]
 
 
 def test_temporal_localization(dataset, scripted):
-    answer = '```json\n{"events": [{"start": "00:00", "end": "00:00.8", "description": "lift-off"}]}\n```'
+    answer = '```json\n{"events": [{"start": "00:00", "end": "00:01", "description": "lift-off"}]}\n```'
     model = scripted(answer, operation="temporal_localization")
     dataset.apply_model(model, label_field="events", skip_failures=False)
-    (event,) = generated(dataset).events.detections
-    assert (event.label, event.support) == ("lift-off", [1, 9])
+    (event,) = dataset.first().events.detections
+    assert (event.label, event.support) == ("lift-off", [1, 11])
 
 
 def test_comprehensive(dataset, scripted):
     answer = (
-        '{"summary": "A launch.", "events": [{"start": 0, "end": 0.4, "description": "smoke"}], '
-        '"objects": [{"name": "rocket"}], "text": ["NASA"], "scene": {"setting": "outdoors"}}'
+        '{"summary": "A launch.", "events": [{"start": 0, "end": 0.5, "description": "smoke"}], '
+        '"objects": [{"name": "rocket", "description": "white"}], "text": ["NASA"], "scene": {"setting": "outdoors"}}'
     )
     dataset.apply_model(scripted(answer, operation="comprehensive"), label_field="all", skip_failures=False)
-    sample = generated(dataset)
+    sample = dataset.first()
     assert sample.all_summary.label == "A launch."
-    assert sample.all_events.detections[0].support == [1, 5]
-    assert [found.label for found in sample.all_objects.classifications] == ["rocket"]
+    assert sample.all_events.detections[0].support == [1, 6]
+    assert [(thing.label, thing.description) for thing in sample.all_objects.classifications] == [("rocket", "white")]
     assert [found.label for found in sample.all_text.classifications] == ["NASA"]
     assert [found.label for found in sample.all_scene.classifications] == ["setting: outdoors"]
+
+
+# --- frame numbers, clips, readers -----------------------------------------------------------------------------------
+
+
+def track_at_every_time(prompt):
+    """An answer with one object at each time that the prompt prints before a frame."""
+    times = [float(time) for time in re.findall(r"(\d+\.\d)\s*<im_start>", prompt)]
+    assert len(times) > 1
+    return format_tracks({1: {time: (time / 10, 0.5) for time in times}}, "ball")
+
+
+def test_frame_numbers_at_every_frame_rate(dataset, scripted):
+    """The frame on display at each printed time, by the times that PyAV reads; a printed time is rounded to 0.1 s."""
+    model = scripted(track_at_every_time, operation="tracking", prompt="ball")
+    dataset.apply_model(model, label_field="balls", skip_failures=False)
+    for sample in dataset:
+        starts = [*begins(sample.filepath), float("inf")]
+        found = {number: frame.balls.keypoints[0].points[0][0] * 10 for number, frame in sample.frames.items()}
+        assert len(found) > 1
+        for number, time in found.items():
+            assert starts[number - 1] <= time + 0.051
+            assert starts[number] >= time - 0.051
+
+
+@pytest.fixture
+def parts(dataset):
+    """A view of clips: two of each video, the second of a single frame."""
+    for sample in dataset:
+        last = len(begins(sample.filepath)) - 1
+        supports = [[3, last], [4, 4]]
+        labels = [fo.TemporalDetection(label="part", support=support) for support in supports]
+        sample["parts"] = fo.TemporalDetections(detections=labels)
+        sample.save()
+    return dataset.to_clips("parts")
+
+
+@pytest.mark.parametrize("batch_size", [None, 3])
+def test_clips_have_the_frame_numbers_of_the_whole_video(dataset, parts, scripted, ours, batch_size):
+    def answer(prompt):
+        times = [float(time) for time in re.findall(r"(\d+\.\d)\s*<im_start>", prompt)]
+        return format_points({times[0]: [(0.1, 0.5)], times[-1] + 0.1: [(0.9, 0.5)]}, "ball")
+
+    model = scripted(answer, operation="pointing", prompt="ball")
+    if batch_size is None:
+        parts.apply_model(model, label_field="found", skip_failures=False)
+    else:
+        ours.apply_in_batches(parts, model, "found", batch_size=batch_size)
+    for sample in dataset:
+        first, last = sample.parts.detections[0].support
+        found = {number: frame.found.keypoints for number, frame in sample.frames.items()}
+        assert sorted(found) == sorted({first, 4, last})
+        assert found[first][0].points[0] == [0.1, 0.5]
+
+
+def test_clips_have_embeddings_of_their_own(dataset, parts, loaded, ours):
+    vectors = parts.compute_embeddings(loaded, skip_failures=False)
+    assert len(vectors) == 2 * len(dataset)
+    assert np.linalg.norm(vectors[0] - vectors[1]) > 1e-3
+    ours.embed_in_batches(parts, loaded, "vector", batch_size=4)
+    np.testing.assert_allclose(np.stack(parts.values("vector")), vectors, atol=1e-4)
+
+
+def test_a_clip_has_to_be_within_the_video(clips, loaded, ours):
+    with pytest.raises(ValueError, match=r"Frames 15 to 21 of .* but it has 20"):
+        loaded.predict(ours.VideoPart(str(clips[0]), (15, 21)))
+
+
+def test_neither_ffprobe_nor_ffmpeg_is_needed(dataset, scripted, loaded, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    dataset.apply_model(scripted("Two people talk."), label_field="text", skip_failures=False)
+    assert dataset.count("text") == len(dataset)
+    assert dataset[:1].compute_embeddings(loaded, skip_failures=False).shape == (1, 40)
+
+
+def test_the_usual_reader_comes_back(dataset, scripted):
+    usual = etav.FFmpegVideoReader
+    with pytest.raises(ValueError, match="needs to know what to look for"):
+        dataset.apply_model(scripted("x", operation="pointing"), label_field="text", skip_failures=False)
+    assert etav.FFmpegVideoReader is usual
+
+
+@pytest.mark.skipif(not (shutil.which("ffprobe") and shutil.which("ffmpeg")), reason="FiftyOne's reader needs them")
+@pytest.mark.parametrize("frames", [None, "5-12"])
+def test_the_usual_reader_names_its_part(clips, ours, frames):
+    with etav.FFmpegVideoReader(str(clips[0]), frames=frames) as reader:
+        expected = None if frames is None else (5, 12)
+        assert ours.VideoPart.of_reader(reader) == ours.VideoPart(str(clips[0]), expected)
 
 
 # --- prompts, batches, images ----------------------------------------------------------------------------------------
@@ -230,6 +309,8 @@ def test_images_in_batches(images, scripted):
 def test_structured_answers_about_images_have_no_events(images, scripted):
     model = scripted('{"summary": "Noise."}', operation="comprehensive", media_type="image")
     images.apply_model(model, label_field="all", batch_size=2, skip_failures=False)
+    assert "Describe this image." in model.model.calls[0][0]
+    assert '"events"' not in model.model.calls[0][0]
     assert images.values("all_summary.label") == ["Noise."] * 3
     assert not images.has_field("all_events")
 
@@ -237,19 +318,37 @@ def test_structured_answers_about_images_have_no_events(images, scripted):
 # --- the model itself ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("operation", ["describe", "pointing", "tracking", "temporal_localization", "comprehensive"])
+LABELS = {
+    "describe": ("out.label", str),
+    "pointing": ("frames.out", list),
+    "tracking": ("frames.out", list),
+    "temporal_localization": ("out.detections", list),
+    "comprehensive": ("out_summary.label", str),
+}
+
+
+@pytest.mark.parametrize("operation", LABELS)
 def test_every_operation_runs_the_model(dataset, loaded, ours, operation):
     settings = ours.Molmo2Settings(operation=operation, prompt="cup", max_new_tokens=3)
     model = ours.Molmo2FiftyOneModel(loaded.model, loaded.processor, settings)
-    dataset[:2].apply_model(model, label_field="out", skip_failures=False)
-    if operation == "describe":
-        assert all(isinstance(text, str) for text in dataset[:2].values("out.label"))
+    dataset.apply_model(model, label_field="out", skip_failures=False)
+    field, kind = LABELS[operation]
+    assert all(isinstance(value, kind) for value in dataset.values(field))
 
 
-def test_batches_answer_as_single_samples_do(clips, loaded):
-    paths = [str(path) for path in clips[:3]]
+def test_batches_answer_as_single_samples_do(clips, loaded, monkeypatch):
+    paths = [str(path) for path in clips]
     single = [loaded.predict(path).label for path in paths]
+    assert len(set(single)) > 1
+    generate, sizes = loaded.model.generate, []
+
+    def counted(**inputs):
+        sizes.append(len(inputs["input_ids"]))
+        return generate(**inputs)
+
+    monkeypatch.setattr(loaded.model, "generate", counted)
     assert [found.label for found in loaded.predict_all(paths)] == single
+    assert sizes == [len(paths)]
 
 
 @pytest.mark.parametrize("pooling", ["vision", "last_token"])
@@ -265,13 +364,29 @@ def test_embeddings_tell_clips_apart(dataset, loaded, ours, pooling):
     np.testing.assert_allclose(np.stack(dataset.values("vector")), vectors, atol=1e-4)
 
 
-def test_embeddings_of_images(images, loaded, ours):
-    model = ours.Molmo2FiftyOneModel(loaded.model, loaded.processor, ours.Molmo2Settings(media_type="image"))
-    images.compute_embeddings(model, embeddings_field="vector", batch_size=3, skip_failures=False)
-    vectors = np.stack(images.values("vector"))
-    inputs = loaded.processor(images=[picture(70, 60, seed=1)], return_tensors="pt")
-    expected = loaded.model.model.get_image_features(**inputs).mean(0).detach().numpy()
-    np.testing.assert_allclose(vectors[1], expected, atol=1e-5)
+def test_the_first_token_knows_nothing_of_the_video(clips, loaded, ours):
+    """Why there is no such pooling."""
+    states = [
+        loaded.model.model(**loaded._inputs([str(path)], ["Describe this video."])).last_hidden_state[0].detach()
+        for path in clips[:2]
+    ]
+    assert torch.equal(states[0][0], states[1][0])
+    assert not torch.allclose(states[0][-1], states[1][-1], atol=1e-3)
+
+
+@pytest.mark.parametrize("media_type", ["image", "video"])
+def test_embeddings_are_the_mean_of_the_visual_tokens(images, dataset, loaded, ours, media_type):
+    samples = images if media_type == "image" else dataset
+    model = ours.Molmo2FiftyOneModel(loaded.model, loaded.processor, ours.Molmo2Settings(media_type=media_type))
+    samples.compute_embeddings(model, embeddings_field="vector", batch_size=3, skip_failures=False)
+    path = samples.values("filepath")[1]
+    if media_type == "image":
+        inputs = loaded.processor(images=[path], return_tensors="pt")
+        tokens = loaded.model.model.get_image_features(**inputs)
+    else:
+        inputs = loaded.processor(videos=[path], return_tensors="pt")
+        tokens = loaded.model.model.get_video_features(**inputs)
+    np.testing.assert_allclose(samples.values("vector")[1], tokens.mean(0).detach().numpy(), atol=1e-5)
 
 
 # --- labels alone, settings ------------------------------------------------------------------------------------------
@@ -279,22 +394,22 @@ def test_embeddings_of_images(images, loaded, ours):
 
 def test_labels_return_to_text(ours):
     answer = format_points([(0.25, 0.5), (0.75, 0.125)], "cup")
-    keypoints = ours.model.labels.image_keypoints(parse_grounding(answer, [(200, 100)]))
-    assert format_points(ours.model.labels.image_positions(keypoints), "cup") == answer
+    keypoints = ours.labels.image_keypoints(parse_grounding(answer, [(200, 100)]))
+    assert format_points(ours.labels.image_positions(keypoints), "cup") == answer
 
 
 def test_tracks_return_to_text(ours):
     answer = format_tracks({1: {0.0: (0.1, 0.2), 0.5: (0.2, 0.2)}, 2: {0.5: (0.9, 0.9)}}, "ball")
-    frames = ours.model.labels.frame_keypoints(
+    frames = ours.labels.frame_keypoints(
         parse_grounding(answer, {"timestamps": [0.0, 0.5], "frames_indices": [0, 15], "width": 20, "height": 10})
     )
     assert sorted(frames) == [1, 16]
-    assert format_tracks(ours.model.labels.track_positions(frames, {1: 0.0, 16: 0.5}), "ball") == answer
+    assert format_tracks(ours.labels.track_positions(frames, {1: 0.0, 16: 0.5}), "ball") == answer
 
 
 def test_frames_have_to_be_known(ours):
     with pytest.raises(ValueError, match="unknown which frame"):
-        ours.model.labels.frame_keypoints(parse_grounding('<points coords="1.0 1 500 500">cup</points>'))
+        ours.labels.frame_keypoints(parse_grounding('<points coords="1.0 1 500 500">cup</points>'))
 
 
 def test_events_without_start_or_with_ends_exchanged(ours):
@@ -302,7 +417,7 @@ def test_events_without_start_or_with_ends_exchanged(ours):
         SimpleNamespace(start=start, end=end, description="x") for start, end in ((None, 1), (0.5, None), (1, 0))
     ]
     media = parse_grounding("", {"timestamps": [0.0, 0.5, 1.0], "frames_indices": [0, 15, 30]}).media
-    found = ours.model.labels.temporal_detections(events, media).detections
+    found = ours.labels.temporal_detections(events, media).detections
     assert [event.support for event in found] == [[16, 16], [1, 31]]
 
 
@@ -320,20 +435,31 @@ def test_settings_are_checked(ours, settings, found):
         ours.Molmo2Settings(**settings)
 
 
-def test_clips_of_videos_are_refused(dataset, scripted, ours):
-    sample = dataset.first()
-    sample["parts"] = fo.TemporalDetections(detections=[fo.TemporalDetection(label="x", support=[2, 5])])
-    sample.save()
-    view = dataset.to_clips("parts")
-    with pytest.raises(ValueError, match="whole"):
-        view.apply_model(scripted("x"), label_field="text", skip_failures=False)
-    with pytest.raises(ValueError, match="whole"):
-        ours.apply_in_batches(view, scripted("x"), "text")
-
-
 def test_something_to_look_for_is_needed(dataset, scripted):
     with pytest.raises(ValueError, match="needs to know what to look for"):
         dataset.apply_model(scripted("x", operation="pointing"), label_field="text", skip_failures=False)
+
+
+def test_a_download_brings_the_remote_code_once(tmp_path, ours, monkeypatch):
+    downloads = []
+
+    def snapshot(name, local_dir):
+        """The published files: weights and other code."""
+        downloads.append(name)
+        write_checkpoint(Path(local_dir), "qwen3")
+        for file in Path(local_dir).glob("*_molmo2.py"):
+            file.unlink()
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    folder = tmp_path / "Molmo2-4B"
+    for _ in range(2):
+        ours.download_model(NAME, str(folder))
+    assert downloads == [NAME]
+    text = (folder / "grounding_molmo2.py").read_text(encoding="utf-8")
+    assert text == (REPOSITORY / "grounding_molmo2.py").read_text(encoding="utf-8")
+    next(folder.glob("*.safetensors")).unlink()
+    ours.download_model(NAME, str(folder))
+    assert downloads == [NAME, NAME]
 
 
 def test_the_app_can_ask_for_settings(ours):

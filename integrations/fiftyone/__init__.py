@@ -7,10 +7,12 @@ or without the zoo, from a model and a processor that are already there:
 `Molmo2FiftyOneModel(model, processor, settings)`.
 """
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+from . import labels
 from .model import (
     MEDIA_TYPES,
     OPERATIONS,
@@ -20,20 +22,25 @@ from .model import (
     apply_in_batches,
     embed_in_batches,
 )
+from .reader import VideoPart
 
 __all__ = [
     "Molmo2FiftyOneModel",
     "Molmo2Settings",
+    "VideoPart",
     "apply_in_batches",
-    "embed_in_batches",
     "download_model",
+    "embed_in_batches",
+    "labels",
     "load_model",
     "resolve_input",
 ]
 
 
 def download_model(model_name: str, model_path: str) -> None:
-    """Download a checkpoint and put this project's remote code into its folder.
+    """Download a checkpoint and put this project's remote code into its folder, unless it is there already.
+
+    FiftyOne looks for a file at `model_path`, so it calls this for a folder each time that a model is loaded.
 
     Args:
         model_name: Its repository on the Hub.
@@ -41,43 +48,48 @@ def download_model(model_name: str, model_path: str) -> None:
     Raises:
         ImportError: The package `molmo2-transformers`, which brings the remote code, is not installed.
     """
+    folder = Path(model_path)
+    if _is_complete(folder):
+        return
     try:
         from convert.conversion import remote_code_files
     except ImportError as error:
         raise ImportError(
             "The remote code comes from the package molmo2-transformers, which is not installed. Install it "
-            "(`pip install .[fiftyone]` in its repository), or convert a checkpoint with it and pass `checkpoint=`."
+            f"(`pip install .[fiftyone]` in its repository), or put a checkpoint that has it into {folder}."
         ) from error
     from huggingface_hub import snapshot_download
 
     snapshot_download(model_name, local_dir=model_path)
     for file in remote_code_files():
-        shutil.copy(file, Path(model_path) / file.name)
+        shutil.copy(file, folder / file.name)
+
+
+def _is_complete(folder: Path) -> bool:
+    """It has a configuration, this project's code and all files of weights."""
+    index = folder / "model.safetensors.index.json"
+    weights = {"model.safetensors"}
+    if index.is_file():
+        weights = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return all((folder / name).is_file() for name in {"config.json", "grounding_molmo2.py", *weights})
 
 
 def load_model(
-    model_name: str,
-    model_path: str,
-    *,
-    checkpoint: str | None = None,
-    load_options: dict[str, Any] | None = None,
-    **settings: Any,
+    model_name: str, model_path: str, *, load_options: dict[str, Any] | None = None, **settings: Any
 ) -> Molmo2FiftyOneModel:
     """Load a checkpoint folder with its remote code.
 
     Args:
-        model_path: The folder that `download_model` wrote.
-        checkpoint: Another folder to take instead.
+        model_path: The folder that `download_model` wrote, or any other with this project's remote code.
         load_options: Of the model's `from_pretrained`: dtype ("auto" unless given), device_map, ...
         settings: Fields of `Molmo2Settings`.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    folder = checkpoint or model_path
     config = Molmo2Settings(**settings)
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(model_path, trust_remote_code=True)
     options = {"dtype": "auto", **(load_options or {})}
-    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, **options)
+    model = AutoModelForImageTextToText.from_pretrained(model_path, trust_remote_code=True, **options)
     return Molmo2FiftyOneModel(model.eval(), processor, config)
 
 
@@ -91,5 +103,5 @@ def resolve_input(model_name: str, ctx: Any) -> Any:
     inputs.str("prompt", required=False, label="Prompt", description="What to look for, or the whole question")
     inputs.str("prompt_field", required=False, label="Prompt field", description="Field with each sample's prompt")
     inputs.enum("pooling", POOLINGS, default="vision", required=True, label="Pooling of embeddings")
-    inputs.int("max_new_tokens", default=512, required=True, label="Most tokens of an answer")
+    inputs.int("max_new_tokens", default=2048, required=True, label="Most tokens of an answer")
     return types.Property(inputs)

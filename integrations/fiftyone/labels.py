@@ -1,8 +1,8 @@
 """Molmo2's answers as FiftyOne labels, and keypoints back as the text of an answer.
 
-Usable alone, with any `Grounding` or `StructuredAnswer`. Places are shares of width and height, as FiftyOne
-stores them. Frame numbers count the frames of the file from 1: they come from `Moment.source_index`, so they hold for variable
-frame rates, late starts and clips.
+Usable alone, with any `Grounding` or `StructuredAnswer`. Places are shares of width and height, as FiftyOne stores
+them. Frame numbers count the frames of the file from 1: they come from `Moment.source_index`, so they hold for
+variable frame rates, late starts and clips.
 """
 
 from collections.abc import Mapping
@@ -36,7 +36,7 @@ def frame_keypoints(grounding: Any) -> dict[int, fo.Keypoints]:
     ]
     single = [(point, None) for point in grounding.points if point.tag != "tracks" and point.image_index is None]
     for point, instance in single + tracked:
-        frames.setdefault(_frame_number(point.moment), []).append(_keypoint(point, instance))
+        frames.setdefault(frame_number(point.moment), []).append(_keypoint(point, instance))
     return {number: fo.Keypoints(keypoints=frames[number]) for number in sorted(frames)}
 
 
@@ -54,7 +54,7 @@ def temporal_detections(events: Any, media: Any) -> fo.TemporalDetections:
     for event in events:
         if event.start is not None:
             times = (event.start, event.start if event.end is None else event.end)
-            support = sorted(_frame_number(media.moment_at(time)) for time in times)
+            support = sorted(frame_number(media.moment_at(time)) for time in times)
             detections.append(fo.TemporalDetection(label=event.description, support=support))
     return fo.TemporalDetections(detections=detections)
 
@@ -67,7 +67,11 @@ def structured_labels(answer: Any, media: Any) -> dict[str, fo.Label]:
     """
     labels: dict[str, fo.Label] = {
         "summary": fo.Classification(label=answer.summary if answer.found else answer.raw.strip()),
-        "objects": _classifications(item.name for item in answer.objects),
+        "objects": fo.Classifications(
+            classifications=[
+                fo.Classification(label=item.name, description=item.description) for item in answer.objects
+            ]
+        ),
         "text": _classifications(answer.text),
         "scene": _classifications(f"{name}: {value}" for name, value in answer.scene),
     }
@@ -112,7 +116,12 @@ def _classifications(names: Any) -> fo.Classifications:
     return fo.Classifications(classifications=[fo.Classification(label=name) for name in names])
 
 
-def _frame_number(moment: Any) -> int:
+def frame_number(moment: Any) -> int:
+    """The frame of the file, counted from 1, that a `Moment` is.
+
+    Raises:
+        ValueError: It is unknown.
+    """
     if moment is None or moment.source_index is None:
         raise ValueError(
             "It is unknown which frame of the file a time means. Read the answer with the processor's output "

@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import fiftyone as fo
 import fiftyone.core.models as fom
 
 from . import labels
+from .reader import VideoPart, videos_left_unopened
 
 OPERATIONS = ("describe", "pointing", "tracking", "temporal_localization", "comprehensive")
 VIDEO_OPERATIONS = ("tracking", "temporal_localization")
@@ -33,7 +35,7 @@ class Molmo2Settings:
         prompt_field: Field of the samples that holds their prompt; `apply_model(..., prompt_field=...)` goes first.
         pooling: How `embed` makes one vector: "vision" averages the vectors of all visual tokens as the language model
             receives them; "last_token" is the last hidden state of the prompt's last token, which has seen everything.
-        max_new_tokens: Of an answer.
+        max_new_tokens: Of an answer; long tracks need many, and cut-off ones keep what was finished.
         processor_kwargs: Options of the processor, such as {"num_frames": 64}.
     """
 
@@ -42,7 +44,7 @@ class Molmo2Settings:
     prompt: str | None = None
     prompt_field: str | None = None
     pooling: str = "vision"
-    max_new_tokens: int = 512
+    max_new_tokens: int = 2048
     processor_kwargs: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -72,6 +74,16 @@ class Molmo2FiftyOneModel(fom.SamplesMixin, fom.EmbeddingsMixin, fom.Model):
         self.model, self.processor = model, processor
         self.config = Molmo2Settings() if config is None else config
         self._embeddings = np.empty((0, 0), dtype=np.float32)
+        self._entered: list[AbstractContextManager[None]] = []
+
+    def __enter__(self) -> "Molmo2FiftyOneModel":
+        """FiftyOne's `apply_model` and `compute_embeddings` do their work inside."""
+        self._entered.append(videos_left_unopened() if self.media_type == "video" else nullcontext())
+        self._entered[-1].__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._entered.pop().__exit__(*error)
 
     # what FiftyOne asks
 
@@ -114,8 +126,8 @@ class Molmo2FiftyOneModel(fom.SamplesMixin, fom.EmbeddingsMixin, fom.Model):
         """Labels of several samples, from one call of `generate`.
 
         Args:
-            args: For each sample its video (FiftyOne's reader, or a path) or image (an array (H, W, 3) uint8, a PIL
-                image, or a path).
+            args: For each sample its video (a path, a `VideoPart` or one of FiftyOne's readers) or image (an array
+                (H, W, 3) uint8, a PIL image, or a path).
             samples: For their prompts.
         Returns:
             For each sample an `fo.Label`, a dictionary of them by section (comprehensive), or by frame number (points
@@ -150,9 +162,12 @@ class Molmo2FiftyOneModel(fom.SamplesMixin, fom.EmbeddingsMixin, fom.Model):
         if operation == "temporal_localization":
             return prompts.prompts.localize_events(wanted or None)
         usual = prompts.prompts.describe(self.media_type)
-        if operation == "comprehensive":
+        if operation == "comprehensive" and self.media_type == "video":
             usual = prompts.prompts.describe_structured()
-        return usual if not wanted else type(usual)(wanted, usual.reader)
+        elif operation == "comprehensive":
+            about_time = prompts.prompts.describe_structured("summary", "objects", "text", "scene")
+            usual = type(about_time)(about_time.text.replace("this video", "this image"), about_time.reader)
+        return type(usual)(str(wanted), usual.reader) if wanted else usual
 
     def _labels(self, prompt: Any, answer: str, media: Any) -> Any:
         operation, parsed = self.config.operation, prompt.parse(answer, media)
@@ -164,7 +179,8 @@ class Molmo2FiftyOneModel(fom.SamplesMixin, fom.EmbeddingsMixin, fom.Model):
             return labels.structured_labels(parsed, media)
         if media.kind != "video":
             return labels.image_keypoints(parsed)
-        return labels.frame_keypoints(parsed) or {1: fo.Keypoints()}  # FiftyOne can't add labels for no frame at all
+        # FiftyOne can't add labels for no frame at all.
+        return labels.frame_keypoints(parsed) or {labels.frame_number(media.moments[0]): fo.Keypoints()}
 
     # embeddings
 
@@ -197,9 +213,8 @@ class Molmo2FiftyOneModel(fom.SamplesMixin, fom.EmbeddingsMixin, fom.Model):
         return torch.stack([own.float().mean(0) for own in features(**inputs).split(counts)])
 
     def _inputs(self, args: Sequence[Any], questions: Sequence[str]) -> Any:
-        kind = self.media_type
         conversations = [
-            [{"role": "user", "content": [{"type": kind, kind: _picture(arg)}, {"type": "text", "text": question}]}]
+            [{"role": "user", "content": [self._picture(arg), {"type": "text", "text": question}]}]
             for arg, question in zip(args, questions)
         ]
         inputs = self.processor.apply_chat_template(
@@ -213,22 +228,31 @@ class Molmo2FiftyOneModel(fom.SamplesMixin, fom.EmbeddingsMixin, fom.Model):
         )
         return inputs.to(self.model.device)
 
+    def _picture(self, arg: Any) -> dict[str, Any]:
+        """The part of a message that shows the image or the video."""
+        if self.media_type == "image":
+            return {"type": "image", "image": Image.fromarray(arg) if isinstance(arg, np.ndarray) else arg}
+        if not isinstance(arg, VideoPart):
+            arg = VideoPart.of_reader(arg) if hasattr(arg, "inpath") else VideoPart(str(arg))
+        clip = arg.clip(_sibling(self.processor, "video_decoding_molmo2"))
+        return {"type": "video", "video": arg.path} | ({} if clip is None else {"clip": clip})
+
 
 def apply_in_batches(samples: Any, model: Molmo2FiftyOneModel, label_field: Any, batch_size: int = 4) -> None:
-    """`samples.apply_model` for whole videos, `batch_size` of them in each call of `generate`.
+    """`samples.apply_model` for videos and clips of them, `batch_size` in each call of `generate`.
 
     FiftyOne batches images itself (`apply_model(..., batch_size=)`), but hands over videos one by one.
     """
     for batch in _batches(samples, batch_size):
-        for sample, found in zip(batch, model.predict_all([sample.filepath for sample in batch], batch)):
+        for sample, found in zip(batch, model.predict_all(_media(batch, model), batch)):
             sample.add_labels(found, label_field=label_field)
             sample.save()
 
 
 def embed_in_batches(samples: Any, model: Molmo2FiftyOneModel, embeddings_field: str, batch_size: int = 4) -> None:
-    """`samples.compute_embeddings` for whole videos, `batch_size` of them in each call of the model."""
+    """`samples.compute_embeddings` for videos and clips of them, `batch_size` in each call of the model."""
     for batch in _batches(samples, batch_size):
-        for sample, vector in zip(batch, model.embed_all([sample.filepath for sample in batch])):
+        for sample, vector in zip(batch, model.embed_all(_media(batch, model))):
             sample[embeddings_field] = vector
             sample.save()
 
@@ -236,10 +260,6 @@ def embed_in_batches(samples: Any, model: Molmo2FiftyOneModel, embeddings_field:
 def _batches(samples: Any, size: int) -> Iterator[list[Any]]:
     if size < 1:
         raise ValueError(f"`batch_size` is {size}; it has to be at least 1.")
-    if samples._dataset._is_clips:
-        raise ValueError(
-            "These samples are clips of videos, which have to be read whole. Pass a view of whole videos."
-        )
     batch: list[Any] = []
     for sample in samples:
         batch.append(sample)
@@ -250,18 +270,9 @@ def _batches(samples: Any, size: int) -> Iterator[list[Any]]:
         yield batch
 
 
-def _picture(arg: Any) -> Any:
-    """What the processor takes, from what FiftyOne gives."""
-    path = getattr(arg, "inpath", None)
-    if path is not None:
-        limits, whole = arg._ranges.limits, (1, arg.total_frame_count)
-        if limits != whole:
-            raise ValueError(
-                f"Frames {limits} of {whole} were asked for, but videos are read whole. Apply the model to the "
-                "dataset itself instead of a view of clips."
-            )
-        return path
-    return Image.fromarray(arg) if isinstance(arg, np.ndarray) else arg
+def _media(batch: list[Any], model: Molmo2FiftyOneModel) -> list[Any]:
+    images = model.media_type == "image"
+    return [sample.filepath if images else VideoPart.of_sample(sample) for sample in batch]
 
 
 def _sibling(processor: Any, name: str) -> Any:
