@@ -53,7 +53,7 @@ $(FIFTYONE)/.ready: $(READY) constraints/fiftyone.txt
 	@touch $@
 
 test-fiftyone: $(FIFTYONE)/.ready
-	$(FIFTYONE)/bin/python scripts/with_mongod $(FIFTYONE_SECONDS) scripts/pytest $(CURDIR)/$(FIFTYONE)/bin/python -q -o faulthandler_timeout=120 tests/test_fiftyone.py
+	$(FIFTYONE)/bin/python scripts/with_mongod $(FIFTYONE_SECONDS) scripts/pytest $(CURDIR)/$(FIFTYONE)/bin/python -q -W ignore::DeprecationWarning -o faulthandler_timeout=120 tests/test_fiftyone.py
 
 matrix: $(READY)
 	FULL_SUITE="$(FULL_SUITE)" WORKERS=$(WORKERS) scripts/matrix $(BIN)/python $(VERSIONS)

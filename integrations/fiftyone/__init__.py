@@ -1,6 +1,6 @@
-"""Molmo2 in FiftyOne's zoo of models.
+"""Molmo2 in FiftyOne's zoo of models: the package `molmo2_fiftyone`, in the layout of a zoo source.
 
-    foz.register_zoo_model_source("https://...")
+    molmo2_fiftyone.register()
     model = foz.load_zoo_model("allenai/Molmo2-4B", operation="pointing", prompt="boat")
 
 or without the zoo, from a model and a processor that are already there:
@@ -19,8 +19,6 @@ from .model import (
     POOLINGS,
     Molmo2FiftyOneModel,
     Molmo2Settings,
-    apply_in_batches,
-    embed_in_batches,
 )
 from .reader import VideoPart
 
@@ -28,13 +26,29 @@ __all__ = [
     "Molmo2FiftyOneModel",
     "Molmo2Settings",
     "VideoPart",
-    "apply_in_batches",
     "download_model",
-    "embed_in_batches",
     "labels",
     "load_model",
+    "register",
     "resolve_input",
 ]
+
+
+def register() -> Path:
+    """Put this package into the folder of FiftyOne's zoo, in place of an earlier version of it; no network is needed.
+
+    Returns:
+        Its place there. Checkpoints are downloaded into folders beside the files of the package.
+    """
+    import fiftyone as fo
+
+    here = Path(__file__).parent
+    name = json.loads((here / "manifest.json").read_text(encoding="utf-8"))["name"]
+    there = Path(fo.config.model_zoo_dir) / name
+    there.mkdir(parents=True, exist_ok=True)
+    for file in [*here.glob("*.py"), here / "manifest.json"]:
+        shutil.copy(file, there / file.name)
+    return there
 
 
 def download_model(model_name: str, model_path: str) -> None:

@@ -182,6 +182,20 @@ class Molmo2FiftyOneModel(fom.SamplesMixin, fom.EmbeddingsMixin, fom.Model):
         # FiftyOne can't add labels for no frame at all.
         return labels.frame_keypoints(parsed) or {labels.frame_number(media.moments[0]): fo.Keypoints()}
 
+    def apply_in_batches(self, samples: Any, label_field: Any, batch_size: int = 4) -> None:
+        """`samples.apply_model` with `batch_size` videos, clips or images in each call of `generate`.
+
+        FiftyOne batches images itself (`apply_model(..., batch_size=)`), but hands over videos one by one.
+
+        Args:
+            samples: A dataset or view.
+            label_field: As for `apply_model`.
+        """
+        for batch in _batches(samples, batch_size):
+            for sample, found in zip(batch, self.predict_all(self._media_of(batch), batch)):
+                sample.add_labels(found, label_field=label_field)
+                sample.save()
+
     # embeddings
 
     def embed(self, arg: Any) -> np.ndarray:
@@ -197,6 +211,13 @@ class Molmo2FiftyOneModel(fom.SamplesMixin, fom.EmbeddingsMixin, fom.Model):
         self._embeddings = vectors.float().cpu().numpy()
         return self._embeddings
 
+    def embed_in_batches(self, samples: Any, embeddings_field: str, batch_size: int = 4) -> None:
+        """`samples.compute_embeddings` with `batch_size` videos, clips or images in each call of the model."""
+        for batch in _batches(samples, batch_size):
+            for sample, vector in zip(batch, self.embed_all(self._media_of(batch))):
+                sample[embeddings_field] = vector
+                sample.save()
+
     def get_embeddings(self) -> np.ndarray:
         """What the last call of `embed` or `embed_all` gave, (N, D)."""
         return self._embeddings
@@ -211,6 +232,10 @@ class Molmo2FiftyOneModel(fom.SamplesMixin, fom.EmbeddingsMixin, fom.Model):
         features = base.get_image_features if self.media_type == "image" else base.get_video_features
         counts = base.is_patch(inputs["input_ids"], None).sum(1).tolist()
         return torch.stack([own.float().mean(0) for own in features(**inputs).split(counts)])
+
+    def _media_of(self, batch: Sequence[Any]) -> list[Any]:
+        images = self.media_type == "image"
+        return [sample.filepath if images else VideoPart.of_sample(sample) for sample in batch]
 
     def _inputs(self, args: Sequence[Any], questions: Sequence[str]) -> Any:
         conversations = [
@@ -238,25 +263,6 @@ class Molmo2FiftyOneModel(fom.SamplesMixin, fom.EmbeddingsMixin, fom.Model):
         return {"type": "video", "video": arg.path} | ({} if clip is None else {"clip": clip})
 
 
-def apply_in_batches(samples: Any, model: Molmo2FiftyOneModel, label_field: Any, batch_size: int = 4) -> None:
-    """`samples.apply_model` for videos and clips of them, `batch_size` in each call of `generate`.
-
-    FiftyOne batches images itself (`apply_model(..., batch_size=)`), but hands over videos one by one.
-    """
-    for batch in _batches(samples, batch_size):
-        for sample, found in zip(batch, model.predict_all(_media(batch, model), batch)):
-            sample.add_labels(found, label_field=label_field)
-            sample.save()
-
-
-def embed_in_batches(samples: Any, model: Molmo2FiftyOneModel, embeddings_field: str, batch_size: int = 4) -> None:
-    """`samples.compute_embeddings` for videos and clips of them, `batch_size` in each call of the model."""
-    for batch in _batches(samples, batch_size):
-        for sample, vector in zip(batch, model.embed_all(_media(batch, model))):
-            sample[embeddings_field] = vector
-            sample.save()
-
-
 def _batches(samples: Any, size: int) -> Iterator[list[Any]]:
     if size < 1:
         raise ValueError(f"`batch_size` is {size}; it has to be at least 1.")
@@ -268,11 +274,6 @@ def _batches(samples: Any, size: int) -> Iterator[list[Any]]:
             batch = []
     if batch:
         yield batch
-
-
-def _media(batch: list[Any], model: Molmo2FiftyOneModel) -> list[Any]:
-    images = model.media_type == "image"
-    return [sample.filepath if images else VideoPart.of_sample(sample) for sample in batch]
 
 
 def _sibling(processor: Any, name: str) -> Any:
