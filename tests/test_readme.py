@@ -22,9 +22,7 @@ def python_blocks(page):
 BLOCKS = python_blocks(REPOSITORY / "README.md")
 ELSEWHERE = ("fiftyone",)  # test_fiftyone.py runs it, beside a database
 PAGES = [
-    page
-    for page in sorted((REPOSITORY / "docs").glob("*.md"))
-    if python_blocks(page) and page.stem not in ELSEWHERE
+    page for page in sorted((REPOSITORY / "docs").glob("*.md")) if python_blocks(page) and page.stem not in ELSEWHERE
 ]
 
 
