@@ -1,4 +1,4 @@
-# make demo | miniature | miniature-scores | test | test-fiftyone | matrix | check | style | clean. Every target sets up what it needs; pip is all it takes.
+# make demo | app | screenshots | miniature | miniature-scores | test | test-app | test-fiftyone | matrix | check | style | clean. Every target sets up what it needs; pip is all it takes.
 PYTHON ?= python3
 WORKERS ?= 2
 
@@ -16,7 +16,12 @@ READY := $(VENV)/.ready
 # Modules that do not subclass transformers' own classes: these are type-checked.
 TYPED := $(addsuffix _molmo2.py,geometry pixels image_loading frame_sampling special_tokens prompt_expansion conversation media_layout rotary masking blockwise_attention packing loss loss_weighting collator packer grounding grounding_format grounding_files drawing video_drawing prompts structured planning memory)
 
-.PHONY: setup demo miniature miniature-scores test test-fiftyone matrix check style clean
+# The app and the notebooks: what they need besides, in an environment that sees the other one.
+APP_VENV := .venv-app
+APP_BIN := $(APP_VENV)/bin
+APP_READY := $(APP_VENV)/.ready
+
+.PHONY: setup demo app screenshots miniature miniature-scores test test-app test-fiftyone matrix check style clean
 
 setup: $(READY)
 
@@ -28,6 +33,27 @@ $(READY): pyproject.toml constraints/dev.txt Makefile
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
+
+$(APP_READY): $(READY) constraints/app.txt
+	rm -rf $(APP_VENV)
+	$(BIN)/python -m venv $(APP_VENV)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >`$(APP_BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'`/base.pth
+	$(APP_BIN)/python -m pip install -qq -c constraints/app.txt "transformers==$(NEWEST)" -e ".[app,app-test]"
+	@touch $@
+
+# The demo app; with another model: make app APP_OPTIONS="--model FOLDER"
+app: $(APP_READY)
+	$(APP_BIN)/python -m app $(APP_OPTIONS)
+
+# The app in a headless browser.
+test-app: $(APP_READY)
+	scripts/browser $(APP_BIN)/python
+	MOLMO2_NEEDS_BROWSER=1 scripts/pytest $(APP_BIN)/python tests/test_app.py tests/test_app_backend.py
+
+# Takes the pictures of the app anew.
+screenshots: $(APP_READY)
+	scripts/browser $(APP_BIN)/python
+	$(APP_BIN)/python tests/app_screenshots.py
 
 # Trains the miniature anew into miniature_run/ (about 70 minutes on two cores); continues a run that is there.
 miniature: $(READY)
@@ -68,4 +94,4 @@ style: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(FIFTYONE) .matrix
+	rm -rf $(VENV) $(FIFTYONE) $(APP_VENV) .matrix

@@ -55,5 +55,47 @@ class ScriptedModel:
 
 
 def _lookup(answers: dict[str, str], prompt: str) -> str:
-    """The answer whose question is in the prompt."""
-    return next(answer for question, answer in answers.items() if question in prompt)
+    """The answer whose question stands last in the prompt."""
+    places = {prompt.rfind(question): answer for question, answer in answers.items() if question in prompt}
+    return places[max(places)]
+
+
+class DictatedModel:
+    """A real model that is told what to say: caches, streams and stopping work as ever, only the tokens are given.
+
+    Args:
+        before_token: Called with the answer so far before each token, to hold the model or to look at the outside.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        script: Callable[[str], str] | dict[str, str],
+        before_token: Callable[[str], object] = lambda text: None,
+    ):
+        self._model, self._tokenizer, self._before_token = model, processor.tokenizer, before_token
+        self._script = script if callable(script) else lambda prompt: _lookup(script, prompt)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._model(*args, **kwargs)
+
+    def generate(self, input_ids: torch.Tensor, **options: Any) -> torch.Tensor:
+        tokenizer = self._tokenizer
+        answers = [
+            [*tokenizer.encode(self._script(prompt), add_special_tokens=False), tokenizer.eos_token_id]
+            for prompt in tokenizer.batch_decode(input_ids)
+        ]
+
+        def dictate(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            place = ids.shape[1] - input_ids.shape[1]
+            self._before_token(tokenizer.decode(ids[0, input_ids.shape[1] :]))
+            wanted = [answer[place] if place < len(answer) else tokenizer.pad_token_id for answer in answers]
+            told = torch.full_like(scores, -torch.inf)
+            told[range(len(wanted)), wanted] = 0.0
+            return told
+
+        return self._model.generate(input_ids=input_ids, **options, logits_processor=[dictate])

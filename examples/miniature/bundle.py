@@ -1,6 +1,6 @@
-"""Writes the picture and the clip that come with the examples: python -m miniature.bundle FOLDER
+"""Writes the pictures and the clip that come with the examples: python -m miniature.bundle FOLDER
 
-Both are drawn from seeds that neither training nor scores use.
+All are drawn from seeds that neither training nor scores use.
 """
 
 import sys
@@ -21,11 +21,17 @@ PICTURE_KINDS = (
     ("red", "circle"),
     ("yellow", "letter A"),
 )
+OTHER_KINDS = (("blue", "square"), ("yellow", "triangle"), ("blue", "square"), ("red", "circle"))
 
 
 def picture() -> np.ndarray:
     """Three red circles among other things; larger than one crop."""
     return make_picture(np.random.default_rng([BUNDLE_SEED, 0]), tiled=1.0, kinds=PICTURE_KINDS).pixels
+
+
+def other_picture() -> np.ndarray:
+    """Two blue squares, a yellow triangle and a red circle, to be asked about together with `picture`."""
+    return make_picture(np.random.default_rng([BUNDLE_SEED, 2]), tiled=0.0, kinds=OTHER_KINDS).pixels
 
 
 def clip() -> Clip:
@@ -54,6 +60,7 @@ def write_clip(moving: Clip, target: Path) -> None:
 def main() -> None:
     folder = Path(sys.argv[1])
     Image.fromarray(picture()).save(folder / "world_picture.png", optimize=True)
+    Image.fromarray(other_picture()).save(folder / "world_picture_2.png", optimize=True)
     write_clip(clip(), folder / "world_clip.mp4")
 
 

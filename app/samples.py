@@ -1,0 +1,28 @@
+"""Pictures, clips and questions that a visitor can start from."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+DATA = Path(__file__).resolve().parent.parent / "examples" / "data"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A question about files."""
+
+    label: str
+    paths: tuple[Path, ...]
+    question: str
+
+
+SAMPLES = (
+    Sample("Point in a picture", (DATA / "world_picture.png",), "Point to the red circles."),
+    Sample("Count", (DATA / "world_picture.png",), "How many red circles are there?"),
+    Sample(
+        "Point in several pictures",
+        (DATA / "world_picture.png", DATA / "world_picture_2.png"),
+        "Point to the blue squares.",
+    ),
+    Sample("Track in a clip", (DATA / "world_clip.mp4",), "Track the red ring."),
+    Sample("A photo", (DATA / "nasa_frame.jpg",), "Describe this image."),
+)

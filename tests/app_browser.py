@@ -1,0 +1,119 @@
+"""A headless browser on the app: finding one, serving a page, and what tests and screenshots do there."""
+
+import base64
+import io
+import os
+import shutil
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from playwright.sync_api import Page as BrowserPage
+from playwright.sync_api import expect, sync_playwright
+
+from app.page import Page, launch
+
+COMMANDS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+TIMEOUT = 30_000  # milliseconds
+READ_PIXELS = """async picture => {
+    if (picture.decode) await picture.decode();
+    const canvas = document.createElement("canvas");
+    canvas.width = picture.naturalWidth || picture.videoWidth;
+    canvas.height = picture.naturalHeight || picture.videoHeight;
+    canvas.getContext("2d").drawImage(picture, 0, 0);
+    return canvas.toDataURL("image/png").split(",")[1];
+}"""
+
+
+def find_browser() -> str | None:
+    """A browser of the Chromium family: $CHROMIUM, one on the PATH, or the one that playwright installed."""
+    for command in (os.environ.get("CHROMIUM", ""), *COMMANDS):
+        found = shutil.which(command) if command else None
+        if found is not None:
+            return found
+    with sync_playwright() as playwright:
+        own = playwright.chromium.executable_path
+    return own if Path(own).is_file() else None
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def browser(executable: str) -> Iterator[Any]:
+    with sync_playwright() as playwright:
+        # Root may not use the sandbox, and needs none for a page of our own.
+        running = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"] * (os.geteuid() == 0))
+        yield running
+        running.close()
+
+
+@contextmanager
+def look_at(running: Any, address: str, *, width: int = 1280, height: int = 900) -> Iterator["Visitor"]:
+    """A new visitor of a page that is served somewhere."""
+    context = running.new_context(viewport={"width": width, "height": height}, accept_downloads=True)
+    context.set_default_timeout(TIMEOUT)
+    expect.set_options(timeout=TIMEOUT)
+    try:
+        browser_page = context.new_page()
+        browser_page.goto(address)
+        yield Visitor(browser_page)
+    finally:
+        context.close()
+
+
+@contextmanager
+def visit(running: Any, page: Page, **size: int) -> Iterator["Visitor"]:
+    """Serves a page on this machine and looks at it."""
+    address = launch(page, "127.0.0.1", free_port(), wait=False)
+    try:
+        with look_at(running, address, **size) as visitor:
+            yield visitor
+    finally:
+        page.blocks.close(verbose=False)
+
+
+class Visitor:
+    """Someone who uses the page.
+
+    Attributes:
+        page: The browser's view of it.
+    """
+
+    def __init__(self, page: BrowserPage):
+        self.page = page
+
+    def upload(self, paths: Sequence[Path]) -> None:
+        """Replace what was uploaded before."""
+        remove = self.page.locator("#files").get_by_label("Clear")
+        if remove.count():
+            remove.first.click()
+        self.page.locator("#files input[type=file]").set_input_files([str(path) for path in paths])
+
+    def ask(self, question: str) -> None:
+        self.page.locator("#question textarea").fill(question)
+        self.page.locator("#question button").click()
+
+    @property
+    def answers(self) -> Any:
+        return self.page.locator("#chat .bot.message")
+
+    def shown(self, selector: str) -> np.ndarray:
+        """What an <img> or <video> shows, (H, W, 3) uint8 in the picture's own pixels."""
+        data = self.page.locator(selector).evaluate(READ_PIXELS)
+        return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"))
+
+    def export(self, name: str, folder: Path) -> Path:
+        """Click on an export button and keep the file."""
+        with self.page.expect_download() as download:
+            self.page.locator(f"#export_{name}").click()
+        target = folder / download.value.suggested_filename
+        download.value.save_as(target)
+        return target
