@@ -20,6 +20,7 @@ from .attention_molmo2 import Molmo2AttentionBase  # noqa: F401
 from .blockwise_attention_molmo2 import BlockwiseMask  # noqa: F401
 from .compat_molmo2 import make_causal_mask  # noqa: F401
 from .configuration_molmo2 import Molmo2Config
+from .finetuning_molmo2 import Molmo2FineTuningMixin, nothing_from, trains_in_company
 from .generation_molmo2 import Molmo2GenerationMixin
 from .loss_molmo2 import IGNORED, predicted_labels, weighted_loss
 from .masking_molmo2 import require_empty_cache, starts_sequence
@@ -158,6 +159,8 @@ class Molmo2Model(Molmo2PreTrainedModel, Molmo2PictureMixin):
         vectors = self._picture_vectors(first_ids, inputs_embeds[::repeats], pictures, first_examples)
         if vectors is not None:
             inputs_embeds = self._add_pictures(input_ids, inputs_embeds, vectors, repeats)
+        elif trains_in_company(self.vision_backbone):
+            inputs_embeds = inputs_embeds + nothing_from(self.vision_backbone).to(inputs_embeds)
         if is_visual is not None:
             is_visual = is_visual.bool()
             is_visual = is_visual if bool(is_visual.any()) else None
@@ -183,7 +186,7 @@ class Molmo2Model(Molmo2PreTrainedModel, Molmo2PictureMixin):
         return getattr(self.config, name) if value is None else value
 
 
-class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixin):
+class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixin, Molmo2FineTuningMixin):
     """Molmo2 with its output matrix: logits, loss and `generate`."""
 
     accepts_loss_kwargs = True

@@ -24,6 +24,7 @@ from .ask_molmo2 import ask  # noqa: F401
 from .collator_molmo2 import Molmo2DataCollator  # noqa: F401
 from .conversation_molmo2 import ConversationMedia, find_media, is_batch, messages_of
 from .drawing_molmo2 import DrawingStyle  # noqa: F401
+from .finetuning_molmo2 import LearningRates  # noqa: F401
 from .frame_encoding_molmo2 import encode_frames  # noqa: F401
 from .frame_sampling_molmo2 import SamplingSettings  # noqa: F401
 from .geometry_molmo2 import stack_pooling

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from .collator_molmo2 import Molmo2DataCollator
+from .finetuning_molmo2 import LearningRates, trainer_class
 from .loss_weighting_molmo2 import TokenWeighting
 from .packer_molmo2 import PackedDataset, Packer
 from .training_molmo2 import build_training_example, messages_of_row
@@ -17,10 +18,14 @@ class TrainingTools:
     Attributes:
         token_weighting: The class of weights of answers: `processor.token_weighting()` are those of the recipe.
         packer: The class that fills rows: `processor.packer(max_tokens=16384, max_crops=128)`.
+        learning_rates: The class of rates of the parts: `processor.learning_rates(text=1e-4)`.
+        trainer_class: `Trainer`, or TRL's, for Molmo2: `processor.trainer_class(Trainer)`; see `finetuning_molmo2`.
     """
 
     token_weighting = TokenWeighting
     packer = Packer
+    learning_rates = LearningRates
+    trainer_class = staticmethod(trainer_class)
 
     def build_training_example(
         self,

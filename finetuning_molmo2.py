@@ -1,0 +1,175 @@
+"""What is trained, how fast, and where adapters go: the parts of the model by the names of its parameters."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Parts of the model and what their parameters' names have in common; everything else is text.
+VISION_MODULES = {"vision": ("image_vit",), "connector": ("image_pooling_2d", "image_projector")}
+PARTS = ("vision", "connector", "text")
+# The linear layers of each part, under their published names, for `target_modules` of a `LoraConfig`. The output
+# matrix and the embeddings are not among them.
+LORA_TARGETS = {
+    "vision": r"image_vit\.transformer\.resblocks\.\d+\.(attention\.(wq|wk|wv|wo)|feed_forward\.(w1|w2))",
+    "connector": r"(image_pooling_2d\.(wq|wk|wv|wo)|image_projector\.(w1|w2|w3))",
+    "text": r"transformer\.blocks\.\d+\.(self_attn\.(att_proj|attn_out)|mlp\.(ff_proj|ff_out))",
+}
+# Units of FSDP. Only text layers: every process runs all of them in every step. Layers of the vision transformer run
+# once per chunk of crops, of which processes have unlike numbers, so their all-gathers would wait for each other.
+FSDP_UNITS = ("Molmo2DecoderLayer",)
+
+
+@dataclass(frozen=True)
+class LearningRates:
+    """A learning rate for each part, and the settings of AdamW.
+
+    The defaults are those of Molmo's fine-tuning (Deitke et al. 2024, https://arxiv.org/abs/2409.17146); for a fresh
+    connector, before it, the rates are 6e-6, 2e-4 and 2e-5. Betas, eps and no weight decay as in the trainer.
+    """
+
+    vision: float = 5e-6
+    connector: float = 5e-6
+    text: float = 1e-5
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-6
+
+
+def part_of(name: str) -> str:
+    """ "vision", "connector" or "text": the part that a parameter belongs to, adapters included."""
+    segments = name.split(".")
+    return next((part for part, modules in VISION_MODULES.items() if set(modules) & set(segments)), "text")
+
+
+class Molmo2FineTuningMixin:
+    """Methods of `Molmo2ForConditionalGeneration` for fine-tuning."""
+
+    def _parameters_of(self, parts: tuple[str, ...]) -> Iterator[nn.Parameter]:
+        unknown = sorted(set(parts) - set(PARTS))
+        if unknown or not parts:
+            raise ValueError(f"Parts of the model are {list(PARTS)}; found {unknown or 'none'}.")
+        return (parameter for name, parameter in self.named_parameters() if part_of(name) in parts)
+
+    def freeze(self, *parts: str) -> None:
+        """Keep parts of the model as they are: "vision" (transformer), "connector", "text" (embeddings and all).
+
+        Raises:
+            ValueError: For another name, or none.
+        """
+        for parameter in self._parameters_of(parts):
+            parameter.requires_grad_(False)
+
+    def unfreeze(self, *parts: str) -> None:
+        """Train parts of the model; see `freeze`."""
+        for parameter in self._parameters_of(parts):
+            parameter.requires_grad_(True)
+
+    def parameter_groups(self, rates: LearningRates | None = None) -> list[dict[str, Any]]:
+        """Groups for an optimizer: for each part that is trained its parameters and its learning rate."""
+        rates = LearningRates() if rates is None else rates
+        groups: dict[str, list[nn.Parameter]] = {part: [] for part in PARTS}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                groups[part_of(name)].append(parameter)
+        return [
+            {"name": part, "params": parameters, "lr": getattr(rates, part), "weight_decay": rates.weight_decay}
+            for part, parameters in groups.items()
+            if parameters
+        ]
+
+    @staticmethod
+    def lora_targets(*parts: str) -> str:
+        """A pattern of module names for `LoraConfig(target_modules=...)`; without parts, of all of them.
+
+        Raises:
+            ValueError: For another name.
+        """
+        unknown = sorted(set(parts) - set(PARTS))
+        if unknown:
+            raise ValueError(f"Parts of the model are {list(PARTS)}; found {unknown}.")
+        return r"(.*\.)?(" + "|".join(LORA_TARGETS[part] for part in parts or PARTS) + ")"
+
+    @staticmethod
+    def fsdp_config(**settings: Any) -> dict[str, Any]:
+        """Settings of FSDP2 for `TrainingArguments(fsdp="full_shard auto_wrap", fsdp_config=...)`.
+
+        Args:
+            settings: Further ones, or others in the place of these.
+        """
+        return {"fsdp_version": 2, "transformer_layer_cls_to_wrap": list(FSDP_UNITS), **settings}
+
+
+def trainer_class(base: type, rates: LearningRates | None = None) -> type:
+    """A `Trainer`, or a trainer made from it such as TRL's, that knows about Molmo2's training.
+
+    Where batches have `loss_weights`, a step divides by the sum of the weights of all its batches, on all devices: a
+    `Trainer` counts labels.
+
+    Args:
+        base: `transformers.Trainer`, `trl.SFTTrainer`, ...
+        rates: A learning rate for each part of the model. None: the arguments' own for all of it.
+    """
+    from transformers import Trainer
+
+    class Molmo2Trainer(base):
+        def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+            batches, number = super().get_batch_samples(*args, **kwargs)
+            weights = [batch["loss_weights"] for batch in batches if "loss_weights" in batch]
+            if not weights:
+                return batches, number
+            if len(weights) < len(batches):
+                raise ValueError(
+                    f"Of {len(batches)} batches of a step {len(weights)} have `loss_weights`. Weigh the answers of "
+                    "all examples or of none."
+                )
+            total = sum(weight.sum() for weight in weights).to(self.args.device)
+            if self.args.average_tokens_across_devices:
+                total = self.accelerator.gather(total).sum()
+            return batches, total
+
+        def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            if "loss_weights" in inputs:  # TRL's own loss knows no weights, that of the model does
+                return Trainer.compute_loss(self, model, inputs, *args, **kwargs)
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+        def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+            if rates is None or self.optimizer is not None:
+                return super().create_optimizer(*args, **kwargs)
+            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args)
+            settings = {**settings, "betas": rates.betas, "eps": rates.eps}
+            model = self.accelerator.unwrap_model(self.model)
+            self.optimizer = optimizer_class(_base_model(model).parameter_groups(rates), **settings)
+            return self.optimizer
+
+    Molmo2Trainer.__name__ = f"Molmo2{base.__name__}"
+    return Molmo2Trainer
+
+
+def _base_model(model: Any) -> Any:
+    """The model under its adapters."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def trains_in_company(module: nn.Module) -> bool:
+    """Whether several processes are training this part together."""
+    if not (module.training and torch.is_grad_enabled() and torch.distributed.is_available()):
+        return False
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() < 2:
+        return False
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def nothing_from(vision_backbone: Any) -> Tensor:
+    """Zero, computed from all of vision: one black crop times 0.
+
+    Processes that train together add up their gradients tensor by tensor, so each must have a gradient for the same
+    tensors, also the one whose batch has no picture.
+    """
+    config = vision_backbone.image_vit.config
+    device, dtype = vision_backbone.image_vit.device, vision_backbone.image_vit.dtype
+    rows, cols = config.image_num_patch
+    crop = torch.zeros(1, rows * cols, 3 * config.image_patch_size**2, device=device, dtype=dtype)
+    return 0.0 * vision_backbone(crop, torch.zeros(1, 1, dtype=torch.int64, device=device)).sum()
