@@ -1,4 +1,4 @@
-# make demo | app | screenshots | miniature | miniature-scores | test | test-app | test-fiftyone | matrix | check | style | clean. Every target sets up what it needs; pip is all it takes.
+# make demo | app | screenshots | miniature | miniature-scores | benchmarks | test | test-app | test-fiftyone | matrix | check | style | clean. Every target sets up what it needs; pip is all it takes.
 PYTHON ?= python3
 WORKERS ?= 2
 
@@ -12,6 +12,8 @@ FULL_SUITE := 4.57.1 $(NEWEST)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+MEASURING := .venv-benchmarks
+RESULTS ?= benchmarks/results/cpu.json
 
 # Modules that do not subclass transformers' own classes: these are type-checked.
 TYPED := $(addsuffix _molmo2.py,geometry pixels image_loading frame_sampling special_tokens prompt_expansion conversation media_layout rotary masking blockwise_attention packing loss loss_weighting collator packer grounding grounding_format grounding_files drawing video_drawing prompts structured planning memory)
@@ -21,7 +23,7 @@ APP_VENV := .venv-app
 APP_BIN := $(APP_VENV)/bin
 APP_READY := $(APP_VENV)/.ready
 
-.PHONY: setup demo app screenshots miniature miniature-scores test test-app test-fiftyone matrix check style clean
+.PHONY: setup demo app screenshots miniature miniature-scores benchmarks test test-app test-fiftyone matrix check style clean
 
 setup: $(READY)
 
@@ -63,6 +65,18 @@ miniature: $(READY)
 miniature-scores: $(READY)
 	cd examples && ../$(BIN)/python -m miniature.evaluate
 
+# Measures this code beside the native class of transformers (about 25 minutes on two cores, quiet ones). Other remote
+# code, fewer rows: make benchmarks OPTIONS='--peer DIR --rows photo-8'. In an environment of its own, because a
+# torchvision built for CUDA, which the native processors want, breaks transformers elsewhere.
+benchmarks: $(MEASURING)/.ready
+	$(MEASURING)/bin/python -m benchmarks --curves --output $(RESULTS) $(OPTIONS)
+
+$(MEASURING)/.ready: $(READY)
+	$(BIN)/python -m venv $(MEASURING)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "`$(MEASURING)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'`/development.pth"
+	$(MEASURING)/bin/python -m pip install -qq --no-deps -c constraints/dev.txt torchvision
+	@touch $@
+
 test: check
 	scripts/pytest $(BIN)/python -n $(WORKERS)
 
@@ -93,4 +107,4 @@ style: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(FIFTYONE) $(APP_VENV) .matrix
+	rm -rf $(VENV) $(FIFTYONE) $(APP_VENV) $(MEASURING) .matrix .benchmarks

@@ -1,0 +1,109 @@
+"""Growth curves of ours: time and peak memory over frames, crops, tokens and rows of a batch."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks.harness import Side, Work
+from benchmarks.models import clip_and_text
+from benchmarks.pictures import clip, photo
+from benchmarks.sides import chat_inputs, image_processor, load_model, video_processor
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A measurement that is repeated with a growing number.
+
+    Attributes:
+        unit: What the number counts.
+        linear: Which of "seconds" and "peak_bytes" grow no faster than the number.
+        prepare: As of a row, with the number as `point`.
+    """
+
+    title: str
+    unit: str
+    points: tuple[int, ...]
+    linear: tuple[str, ...]
+    prepare: Callable[..., Work]
+
+
+def _frames(side: Side, point: int) -> Work:
+    processor, path = video_processor(side), str(clip(side, 720, 1280, side.pick(64, 8)))
+    processor(path, num_frames=1)
+    return lambda: dict(processor(path, num_frames=point, max_fps=8, return_tensors="pt"))
+
+
+def _encoding(side: Side, point: int) -> Work:
+    model = load_model(side, "session")
+    pixels = torch.zeros(point, 729, 588)
+    pooling = torch.arange(point * 729).unflatten(0, (-1, 9))
+    return lambda: model.vision_backbone(pixels, pooling)
+
+
+def _crops(side: Side, point: int) -> Work:
+    processor = image_processor(side)
+    picture = photo(378 * 5, 378 * 5)
+    processor(picture, max_crops=1)
+    return lambda: dict(processor(picture, max_crops=point - 1, return_tensors="pt"))
+
+
+def _tokens(side: Side, point: int) -> Work:
+    model, inputs = load_model(side, "thin"), clip_and_text(side, point)
+    model(**clip_and_text(side, 64), logits_to_keep=1)
+    return lambda: model(**inputs, use_cache=True, logits_to_keep=1)
+
+
+def _batch(side: Side, point: int) -> Work:
+    model = load_model(side, "session")
+    inputs = chat_inputs(side, "session", [{"type": "text", "text": "Describe what you see in a few words."}])
+    inputs = {name: value.repeat(point, 1) for name, value in inputs.items()}
+    return lambda: model.generate(**inputs, max_new_tokens=side.pick(32, 4), do_sample=False)
+
+
+BOTH = ("seconds", "peak_bytes")
+CURVES: dict[str, Curve] = {
+    "frames": Curve("Preprocessing a 64 s clip", "frames", (1, 48, 96, 192, 288, 384), BOTH, _frames),
+    "encoding": Curve("Encoding frames", "frames", (1, 48, 96, 192, 384), BOTH, _encoding),
+    "crops": Curve("Preprocessing a photo", "crops", (2, 5, 10, 17, 25), BOTH, _crops),
+    "tokens": Curve("Prefill", "tokens", (1024, 2048, 4096, 8192, 16384, 36864), ("peak_bytes",), _tokens),
+    "batch": Curve("Answers in a batch", "rows", (1, 2, 4, 8, 16), BOTH, _batch),
+}
+
+
+def exponent(points: Sequence[int], values: Sequence[float]) -> float | None:
+    """Slope of log(value) over log(number) in the upper half of the curve: 1 where it grows linearly, less below."""
+    upper = [(n, value) for n, value in zip(points, values, strict=True) if value > 0][-3:]
+    if len(upper) < 2:
+        return None
+    xs, ys = [math.log(n) for n, _ in upper], [math.log(value) for _, value in upper]
+    mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
+    spread = sum((x - mean_x) ** 2 for x in xs)
+    return sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True)) / spread
+
+
+def linear_fit(points: Sequence[int], values: Sequence[float]) -> dict[str, float]:
+    """Least squares `values = start + slope * number`, and the share of the variation that it explains."""
+    mean_x, mean_y = sum(points) / len(points), sum(values) / len(values)
+    spread = sum((x - mean_x) ** 2 for x in points)
+    slope = sum((x - mean_x) * (y - mean_y) for x, y in zip(points, values, strict=True)) / spread
+    start = mean_y - slope * mean_x
+    missed = sum((y - start - slope * x) ** 2 for x, y in zip(points, values, strict=True))
+    total = sum((y - mean_y) ** 2 for y in values)
+    return {"start": start, "slope": slope, "explained": 1 - missed / total if total else 1.0}
+
+
+def growth(curve: Curve, found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The figures of a curve: values, exponent and linear fit of time and memory."""
+    result: dict[str, Any] = {"title": curve.title, "unit": curve.unit, "linear": list(curve.linear)}
+    result["points"] = [entry["point"] for entry in found]
+    for key in BOTH:
+        values = [entry[key] for entry in found]
+        if None in values:
+            continue
+        result[key] = values
+        result[f"{key}_exponent"] = exponent(result["points"], values)
+        result[f"{key}_fit"] = linear_fit(result["points"], values)
+    return result

@@ -1,0 +1,84 @@
+"""The physical bounds of a model: its matrix products alone, its attention alone, its weights read once."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Products:
+    """What a forward pass multiplies: (rows, weight) of each linear layer, and the shapes of each attention call."""
+
+    linear: tuple[tuple[int, Tensor], ...]
+    attention: tuple[tuple[torch.Size, torch.Size], ...]
+
+    @classmethod
+    def of(cls, model: nn.Module, forward: Callable[[], Any], attention: bool = True) -> "Products":
+        """Noted while `forward` runs once."""
+        linear: list[tuple[int, Tensor]] = []
+        calls: list[tuple[torch.Size, torch.Size]] = []
+        original = F.scaled_dot_product_attention
+
+        def note(module: nn.Linear, given: tuple[Tensor, ...], output: Tensor) -> None:
+            linear.append((given[0].numel() // given[0].shape[-1], module.weight))
+
+        def attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
+            calls.append((query.shape, key.shape))
+            return original(query, key, value, *args, **options)
+
+        hooks = [part.register_forward_hook(note) for part in model.modules() if isinstance(part, nn.Linear)]
+        with mock.patch.object(F, "scaled_dot_product_attention", attend):
+            forward()
+        for hook in hooks:
+            hook.remove()
+        return cls(tuple(linear), tuple(calls) if attention else ())
+
+    def work(self) -> Callable[[], None]:
+        """Does the same products on random inputs, which are made here; results are dropped."""
+        inputs: dict[tuple[int, int], Tensor] = {}
+        for rows, weight in self.linear:
+            if (rows, weight.shape[1]) not in inputs:
+                inputs[rows, weight.shape[1]] = torch.randn(rows, weight.shape[1]).to(weight)
+        heads = {shape: torch.randn(shape) for call in self.attention for shape in call}
+
+        def run() -> None:
+            for rows, weight in self.linear:
+                torch.mm(inputs[rows, weight.shape[1]], weight.t())
+            for queries, keys in self.attention:
+                query, key = heads[queries], heads[keys]
+                F.scaled_dot_product_attention(query, key, key, enable_gqa=query.shape[1] != key.shape[1])
+
+        return run
+
+
+def causal_attention(text_config: Any, length: int) -> Callable[[], None]:
+    """Plain causal attention of every layer over so many tokens."""
+    query = torch.randn(1, text_config.num_attention_heads, length, text_config.head_dim)
+    key = torch.randn(1, text_config.num_key_value_heads, length, text_config.head_dim)
+
+    def run() -> None:
+        for _ in range(text_config.num_hidden_layers):
+            F.scaled_dot_product_attention(query, key, key, is_causal=True, enable_gqa=True)
+
+    return run
+
+
+def reading(model: nn.Module, times: int) -> Callable[[], None]:
+    """Reads the weights that every new token needs: decoder layers and output matrix, not the embedding tables."""
+    weights = [
+        tensor.detach().view(torch.float32)
+        for name, tensor in model.named_parameters()
+        if "embedding" not in name and "vision" not in name and tensor.dim() > 1
+    ]
+
+    def run() -> None:
+        for _ in range(times):
+            for weight in weights:
+                weight.sum()
+
+    return run

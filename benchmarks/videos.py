@@ -1,0 +1,96 @@
+"""Clips: what the video processor costs beside decoding the frames that it takes."""
+
+import importlib.util
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.harness import NotAvailable, Reach, Side, Work, row
+from benchmarks.pictures import FRAMES_PER_SECOND, clip
+from benchmarks.sides import video_processor
+
+BOUND = "the wanted frames decoded to RGB by whichever of decord, torchcodec and PyAV is fastest"
+REACH = (Reach(1.25, "bound"), Reach(200e6, "over output", "peak"))
+
+
+def _decord(path: str, wanted: np.ndarray) -> None:
+    """One frame at a time, those between skipped: nothing is converted that is not wanted."""
+    import decord
+
+    reader, place = decord.VideoReader(path), 0
+    for index in wanted.tolist():
+        if index > place:
+            reader.skip_frames(index - place)
+        reader.next().asnumpy()
+        place = index + 1
+
+
+def _torchcodec(path: str, wanted: np.ndarray) -> None:
+    from torchcodec.decoders import VideoDecoder
+
+    decoder = VideoDecoder(path, seek_mode="approximate", num_ffmpeg_threads=0)
+    for index in wanted.tolist():
+        decoder.get_frame_at(index)
+
+
+def _pyav(path: str, wanted: np.ndarray) -> None:
+    import av
+
+    remaining = set(wanted.tolist())
+    with av.open(path) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        for index, frame in enumerate(container.decode(stream)):
+            if index in remaining:
+                frame.to_ndarray(format="rgb24")
+
+
+DECODERS: dict[str, Callable[[str, np.ndarray], None]] = {"decord": _decord, "torchcodec": _torchcodec, "av": _pyav}
+
+
+def _fastest(path: str, wanted: np.ndarray) -> Work:
+    """The fastest decoder here; each is tried once."""
+    taken = {}
+    for package, decode in DECODERS.items():
+        if importlib.util.find_spec(package) is None:
+            continue
+        start = time.perf_counter()
+        try:
+            decode(path, wanted)
+        except (ImportError, OSError, RuntimeError):  # installed, but without the libraries that it needs
+            continue
+        taken[package] = time.perf_counter() - start
+    if not taken:
+        raise NotAvailable("no decoder is installed")
+    chosen = DECODERS[min(taken, key=lambda package: taken[package])]
+    return lambda: chosen(path, wanted)
+
+
+def _preprocessing(side: Side, path: Path, num_frames: int, seconds: int) -> Work:
+    if side.is_bound:
+        return _fastest(str(path), np.linspace(0, seconds * FRAMES_PER_SECOND - 1, num_frames).round().astype(int))
+    processor: Any = video_processor(side)
+    options = {"num_frames": num_frames, "max_fps": -(-num_frames // seconds), "return_tensors": "pt"}
+    try:
+        warm_up = clip(side, 96, 128, seconds=2)
+        processor(str(warm_up), **{**options, "num_frames": 2})
+    except ImportError as error:
+        raise NotAvailable(str(error).splitlines()[0]) from error
+    return lambda: dict(processor(str(path), **options))
+
+
+def _register(name: str, height: int, width: int, num_frames: int) -> None:
+    @row(f"clip-{name}-{num_frames}", f"64 s clip of {name}, {num_frames} frames", bound=BOUND, reach=REACH)
+    def prepare(side: Side) -> Work:
+        seconds = side.pick(64, 8)
+        return _preprocessing(
+            side, clip(side, height, width, seconds), side.pick(num_frames, num_frames // 8), seconds
+        )
+
+
+for _name, _height, _width in (("720p", 720, 1280), ("1080p", 1080, 1920)):
+    for _num_frames in (128, 384):
+        _register(_name, _height, _width, _num_frames)
