@@ -1,4 +1,4 @@
-# make demo | app | screenshots | miniature | miniature-scores | benchmarks | test | test-app | test-fiftyone | matrix | check | style | clean. Every target sets up what it needs; pip is all it takes.
+# make demo | app | notebooks | screenshots | miniature | miniature-scores | benchmarks | test | test-app | test-fiftyone | matrix | check | style | clean. Every target sets up what it needs; pip is all it takes.
 PYTHON ?= python3
 WORKERS ?= 2
 
@@ -23,7 +23,7 @@ APP_VENV := .venv-app
 APP_BIN := $(APP_VENV)/bin
 APP_READY := $(APP_VENV)/.ready
 
-.PHONY: setup demo app screenshots miniature miniature-scores benchmarks test test-app test-fiftyone matrix check style clean
+.PHONY: setup demo app notebooks screenshots miniature miniature-scores benchmarks test test-app test-fiftyone matrix check style clean
 
 setup: $(READY)
 
@@ -47,11 +47,14 @@ $(APP_READY): $(READY) constraints/app.txt
 app: $(APP_READY)
 	$(APP_BIN)/python -m app $(APP_OPTIONS)
 
-# The app in a headless browser; with BROWSER=optional, all but the page where none can be had.
+# The app in a headless browser, and the notebooks from clean kernels; with BROWSER=optional, all but the page where none can be had.
 test-app: $(APP_READY)
-	if scripts/browser $(APP_BIN)/python; then needed=1; else [ "$(BROWSER)" = optional ] || exit 1; fi; MOLMO2_NEEDS_BROWSER=$$needed scripts/pytest $(APP_BIN)/python tests/test_app.py tests/test_app_backend.py
+	if scripts/browser $(APP_BIN)/python; then needed=1; else [ "$(BROWSER)" = optional ] || exit 1; fi; MOLMO2_NEEDS_BROWSER=$$needed scripts/pytest $(APP_BIN)/python tests/test_app.py tests/test_app_backend.py tests/test_notebooks.py
 
-# Takes the pictures of the app anew.
+# Runs the notebooks and stores what they print; takes the pictures of the app anew.
+notebooks: $(APP_READY)
+	$(APP_BIN)/python notebooks/execute.py
+
 screenshots: $(APP_READY)
 	scripts/browser $(APP_BIN)/python
 	$(APP_BIN)/python tests/app_screenshots.py

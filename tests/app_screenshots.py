@@ -12,9 +12,8 @@ from pathlib import Path
 import conftest  # noqa: F401 - makes `molmo2_remote` importable
 from PIL import Image
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "examples")]
-# ruff: noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 from app.backend import Backend
 from app.models import load
@@ -24,7 +23,7 @@ from app_browser import browser, expect, find_browser, visit
 from miniature_folder import is_trained
 from scripted_model import DictatedModel
 
-IMAGES = REPOSITORY / "docs" / "images"
+IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
 DICTATED = "The answers on this page are **dictated**: it shows the app, not what a model can do."
 ANSWERS = {
     "Point to the red circles": '<points coords="1 1 225 500 2 775 380 3 910 715">red circles</points>',
