@@ -182,7 +182,8 @@ def _knapsack(across: np.ndarray, down: np.ndarray, worth: np.ndarray, room: tup
 class PackedDataset(IterableDataset):
     """Packs of the examples of a source, for a `DataLoader` or a `Trainer`.
 
-    With several workers each packs its own share of the source.
+    With several workers each packs its own share of the source. A `Trainer` cuts the batches of streams into rows,
+    which pictures do not follow, unless its arguments say `accelerator_config={"dispatch_batches": False}`.
 
     Args:
         source: Anything that can be iterated again and again: a list, a `Dataset`, a stream of data sets.

@@ -1,0 +1,265 @@
+"""Whole runs with `Trainer`, TRL and PEFT: the loss falls, the steps are right, the checkpoints load again."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
+
+from checkpoints import module_cache, picture, write_checkpoint
+from training_cases import CLIP, IMAGE, turn
+
+pytestmark = pytest.mark.slow
+
+ROWS = [
+    {"messages": turn("What is this?", "A red boat.", IMAGE)},
+    {"messages": turn("What happens?", "It sails.", CLIP)},
+    {"messages": turn("Name a number.", "Seven.")},
+    {"messages": [turn("Where?", "Here.", IMAGE), turn("Why?", "No reason.")]},
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint", "qwen3")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _modules(tmp_path_factory):
+    with module_cache(tmp_path_factory.mktemp("modules")):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _precision(monkeypatch):
+    """Some releases pass on the precision of one run to the next in the environment."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+
+
+@pytest.fixture
+def model(folder):
+    return AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+
+
+@pytest.fixture(scope="module")
+def processor(folder):
+    return AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+
+
+def arguments(folder: Path, **settings: Any) -> dict[str, Any]:
+    """Arguments of a short run on the CPU."""
+    return {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "max_steps": 12,
+        "learning_rate": 3e-3,
+        "per_device_train_batch_size": 2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "remove_unused_columns": False,
+        "disable_tqdm": True,
+        "bf16": False,  # TRL's default is True, and the trained model would go on in mixed precision
+        **settings,
+    }
+
+
+def losses(trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def require_falling(trainer, share: float = 0.7) -> None:
+    first, last = np.mean(losses(trainer)[:3]), np.mean(losses(trainer)[-3:])
+    assert last < share * first, losses(trainer)
+
+
+def answers(model, processor) -> torch.Tensor:
+    inputs = processor.data_collator()(ROWS)
+    with torch.no_grad():
+        return model.eval()(**inputs).logits
+
+
+def require_reloads(checkpoint: Path, trained) -> Any:
+    """The checkpoint alone gives the processor and the model that were trained."""
+    processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
+    again = AutoModelForImageTextToText.from_pretrained(checkpoint, trust_remote_code=True)
+    torch.testing.assert_close(answers(again, processor), answers(trained, processor))
+    return processor
+
+
+def test_trainer(model, processor, tmp_path):
+    """Rows of a data set: images, a clip, text, a tree; the checkpoint includes the processor."""
+    settings = TrainingArguments(**arguments(tmp_path, save_strategy="steps", save_steps=12))
+    trainer = Trainer(model, settings, processor.data_collator(), ROWS, processing_class=processor)
+    trainer.train()
+    require_falling(trainer)
+    again = require_reloads(tmp_path / "checkpoint-12", model)
+    assert again.chat_template == processor.chat_template
+    assert again.image_processor.to_dict() == processor.image_processor.to_dict()
+
+    settings = TrainingArguments(**arguments(tmp_path, max_steps=14))
+    trainer = Trainer(model, settings, processor.data_collator(), ROWS, processing_class=processor)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
+    assert trainer.state.global_step == 14
+
+
+def test_trainer_keeps_the_columns_of_built_examples(model, processor, tmp_path):
+    rows = [processor.build_training_example(row["messages"], weighting=processor.token_weighting()) for row in ROWS]
+    settings = TrainingArguments(**arguments(tmp_path, remove_unused_columns=True))
+    trainer = processor.trainer_class(Trainer)(model, settings, processor.data_collator(padding_side="left"), rows)
+    seen = []
+    model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(set(kwargs)), with_kwargs=True)
+    trainer.train()
+    assert {"labels", "loss_weights", "branch_ids", "pixel_values", "token_type_ids"} <= set().union(*seen)
+    require_falling(trainer)
+
+
+def test_trainer_on_packed_rows_in_bfloat16(model, processor, tmp_path):
+    packer = processor.packer(max_tokens=250, max_crops=12, pool_size=4)
+    dataset = processor.packed_dataset(ROWS * 8, packer)
+    settings = TrainingArguments(
+        **arguments(
+            tmp_path,
+            per_device_train_batch_size=1,
+            bf16=True,
+            gradient_checkpointing=True,
+            accelerator_config={"dispatch_batches": False},
+        )
+    )
+    trainer = Trainer(model, settings, processor.data_collator(), dataset)
+    trainer.train()
+    assert packer.report.examples > packer.report.rows
+    require_falling(trainer)
+
+
+def weights_after_a_step(folder: Path, processor, trainer, **settings: Any) -> dict[str, torch.Tensor]:
+    """All weights after one step of SGD on three weighted examples."""
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    rows = [
+        processor.build_training_example(row["messages"], weighting=processor.token_weighting()) for row in ROWS[:3]
+    ]
+    options = {"optim": "sgd", "max_steps": 1, "learning_rate": 0.1, "max_grad_norm": 0.0, **settings}
+    own = TrainingArguments(**arguments(folder.parent / "run", lr_scheduler_type="constant", **options))
+    trainer(model, own, processor.data_collator(), rows).train()
+    return dict(model.named_parameters())
+
+
+def test_accumulated_batches_are_one_weighted_batch(folder, processor):
+    """Divided by the sum of the weights of the whole step, however it is cut into batches."""
+    trainer = processor.trainer_class(Trainer)
+    whole = weights_after_a_step(folder, processor, trainer, per_device_train_batch_size=3)
+    parts = weights_after_a_step(
+        folder, processor, trainer, per_device_train_batch_size=1, gradient_accumulation_steps=3
+    )
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, atol=1e-6, rtol=1e-5)
+
+
+def test_batches_with_and_without_weights(processor, model, tmp_path):
+    rows = [
+        processor.build_training_example(ROWS[0]["messages"], weighting=own)
+        for own in (None, processor.token_weighting())
+    ]
+    settings = TrainingArguments(
+        **arguments(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=2, max_steps=1)
+    )
+    trainer = processor.trainer_class(Trainer)(model, settings, processor.data_collator(), rows)
+    with pytest.raises(ValueError, match=r"Of 2 batches of a step 1 have `loss_weights`\. Weigh the answers of all"):
+        trainer.train()
+
+
+def test_trainer_with_a_rate_for_each_part(model, processor, tmp_path):
+    model.freeze("vision")
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    rates = processor.learning_rates(connector=2e-3, text=1e-3)
+    settings = TrainingArguments(**arguments(tmp_path, lr_scheduler_type="constant", max_steps=2))
+    trainer = processor.trainer_class(Trainer, rates)(model, settings, processor.data_collator(), ROWS)
+    trainer.train()
+    groups = trainer.optimizer.param_groups
+    assert [(group["name"], group["lr"], group["betas"]) for group in groups] == [
+        ("connector", 2e-3, (0.9, 0.95)),
+        ("text", 1e-3, (0.9, 0.95)),
+    ]
+    for name, value in model.named_parameters():
+        assert torch.equal(value, before[name]) == (".image_vit." in name), name
+
+
+# --- TRL and PEFT ----------------------------------------------------------------------------------------------------
+
+
+def trl_rows() -> list[dict[str, Any]]:
+    """Rows in TRL's form: pictures in a column of their own."""
+    asked = (("What is this?", "A red boat.", 0), ("What is that?", "A blue house.", 1))
+    return [
+        {
+            "images": [picture(70, 90, seed)],
+            "messages": [
+                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},
+                {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+            ],
+        }
+        for question, answer, seed in asked
+    ]
+
+
+@pytest.fixture(scope="module")
+def trl():
+    return pytest.importorskip("trl")
+
+
+@pytest.fixture
+def dataset():
+    return pytest.importorskip("datasets").Dataset.from_list(trl_rows())
+
+
+@pytest.mark.parametrize("own_collator", [False, True])
+def test_sft_trainer(trl, dataset, model, processor, tmp_path, own_collator):
+    """TRL's path for vision-language models, with its collator or ours."""
+    config = trl.SFTConfig(
+        **arguments(
+            tmp_path, save_strategy="steps", save_steps=12, max_length=None, assistant_only_loss=not own_collator
+        )
+    )
+    collator = processor.data_collator() if own_collator else None
+    trainer = trl.SFTTrainer(model, config, train_dataset=dataset, processing_class=processor, data_collator=collator)
+    trainer.train()
+    require_falling(trainer)
+    require_reloads(tmp_path / "checkpoint-12", model)
+
+
+def test_the_collators_agree(trl, processor):
+    """On conversations about images, TRL's labels on answers alone are ours."""
+    from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+    found = DataCollatorForVisionLanguageModeling(processor, assistant_only_loss=True)(trl_rows())
+    expected = processor.data_collator()(trl_rows())
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def test_sft_trainer_with_adapters_weights_and_rates(trl, dataset, model, processor, tmp_path):
+    peft = pytest.importorskip("peft")
+    targets = model.lora_targets("text", "connector")
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    trainer = processor.trainer_class(trl.SFTTrainer, processor.learning_rates(connector=1e-2, text=2e-2))(
+        model,
+        trl.SFTConfig(**arguments(tmp_path, max_length=None, save_strategy="steps", save_steps=12)),
+        train_dataset=dataset,
+        processing_class=processor,
+        data_collator=processor.data_collator(weighting=processor.token_weighting()),
+        peft_config=peft.LoraConfig(r=4, target_modules=targets),
+    )
+    trainer.train()
+    require_falling(trainer)
+    assert {group["name"] for group in trainer.optimizer.param_groups} == {"connector", "text"}
+    for name, value in trainer.model.get_base_model().named_parameters():
+        if ".lora_" not in name:
+            assert torch.equal(value, before[name.replace(".base_layer", "")])
+    checkpoint = tmp_path / "checkpoint-12"
+    assert AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True).chat_template == processor.chat_template
+    fresh = AutoModelForImageTextToText.from_pretrained(model.config._name_or_path, trust_remote_code=True)
+    again = peft.PeftModel.from_pretrained(fresh, checkpoint)
+    torch.testing.assert_close(answers(again, processor), answers(trainer.model, processor))
