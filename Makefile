@@ -1,4 +1,4 @@
-# make demo | app | notebooks | screenshots | miniature | miniature-scores | benchmarks | test | test-app | test-fiftyone | matrix | check | style | clean. Every target sets up what it needs; pip is all it takes.
+# make demo | app | notebooks | screenshots | miniature | miniature-scores | benchmarks | test | test-app | test-fiftyone | test-training | matrix | check | style | clean. Every target sets up what it needs; pip is all it takes.
 PYTHON ?= python3
 WORKERS ?= 2
 
@@ -23,7 +23,7 @@ APP_VENV := .venv-app
 APP_BIN := $(APP_VENV)/bin
 APP_READY := $(APP_VENV)/.ready
 
-.PHONY: setup demo app notebooks screenshots miniature miniature-scores benchmarks test test-app test-fiftyone matrix check style clean
+.PHONY: setup demo app notebooks screenshots miniature miniature-scores benchmarks test test-app test-fiftyone test-training matrix check style clean
 
 setup: $(READY)
 
@@ -97,6 +97,19 @@ $(FIFTYONE)/.ready: $(READY) constraints/fiftyone.txt
 test-fiftyone: $(FIFTYONE)/.ready
 	$(FIFTYONE)/bin/python scripts/with_mongod $(FIFTYONE_SECONDS) scripts/pytest $(CURDIR)/$(FIFTYONE)/bin/python -q -W ignore::DeprecationWarning -o faulthandler_timeout=120 tests/test_fiftyone.py
 
+# PEFT, TRL and data sets stand beside the packages of the development environment too.
+TRAINING := .venv-training
+
+$(TRAINING)/.ready: $(READY) constraints/training.txt
+	rm -rf $(TRAINING)
+	$(BIN)/python -m venv $(TRAINING)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >`$(TRAINING)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'`/base.pth
+	$(TRAINING)/bin/python -m pip install -qq -c constraints/dev.txt -c constraints/training.txt "transformers==$(NEWEST)" -e ".[training]"
+	@touch $@
+
+test-training: $(TRAINING)/.ready
+	scripts/pytest $(TRAINING)/bin/python tests/test_trainers.py tests/test_finetuning.py tests/test_training_round_trip.py
+
 matrix: $(READY)
 	FULL_SUITE="$(FULL_SUITE)" WORKERS=$(WORKERS) scripts/matrix $(BIN)/python $(VERSIONS)
 
@@ -110,4 +123,4 @@ style: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(FIFTYONE) $(APP_VENV) $(MEASURING) .matrix .benchmarks
+	rm -rf $(VENV) $(TRAINING) $(FIFTYONE) $(APP_VENV) $(MEASURING) .matrix .benchmarks
