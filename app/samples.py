@@ -24,5 +24,5 @@ SAMPLES = (
         "Point to the blue squares.",
     ),
     Sample("Track in a clip", (DATA / "world_clip.mp4",), "Track the red ring."),
-    Sample("A photo", (DATA / "nasa_frame.jpg",), "Describe this image."),
+    Sample("Ask", (DATA / "world_picture.png",), "What colour is the ring?"),
 )

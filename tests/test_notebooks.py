@@ -29,7 +29,7 @@ KEY_OUTPUTS = {
     "images": ["Counting the <points coords=", "points,red circles,,1,1,30.78,57.57"],
     "videos": ["26 frames", "[1.0, 1.5, 2.0]", "6,1,36.84,33.48"],
     "convert_and_push": [
-        "Verified: 170 tensors",
+        "equal the checkpoint",
         "Probed: logits",
         "the same as here: True",
         "the same weights: True",
