@@ -18,7 +18,7 @@ from benchmarks import report, runner  # noqa: E402
 from benchmarks.curves import Curve, exponent, growth, linear_fit  # noqa: E402
 from benchmarks.harness import NotAvailable, Reach, Row, Settings, Side, measure  # noqa: E402
 from benchmarks.memory import PeakMemory, held_bytes  # noqa: E402
-from benchmarks.products import Products  # noqa: E402
+from benchmarks.products import Products, reading  # noqa: E402
 
 SIDE = Side("ours", Settings(quick=True))
 
@@ -157,6 +157,18 @@ def test_products_are_those_of_the_forward_pass():
         assert products.attention == ((torch.Size((3, 1, 5, 2)), torch.Size((3, 1, 5, 2))),)
         products.work()()
         assert len(Products.of(model, forward, attention=False).attention) == 0
+
+
+def test_weights_that_every_token_needs_are_read(monkeypatch):
+    """Matrices as often as there are tokens; embedding tables, vision and vectors never."""
+    read = []
+    monkeypatch.setattr(torch.Tensor, "sum", lambda weight: read.append(tuple(weight.shape)))
+    monkeypatch.setattr(torch, "mv", lambda weight, zeros: read.append(tuple(weight.shape)))
+    model = nn.ModuleDict({"blocks": nn.Linear(4, 6), "embedding": nn.Embedding(9, 4), "vision": nn.Linear(4, 4)})
+    run = reading(model, 3)
+    read.clear()
+    run()
+    assert read == [(6, 4)] * 3
 
 
 @pytest.mark.parametrize("power", [0.0, 1.0, 2.0])
