@@ -49,7 +49,7 @@ app: $(APP_READY)
 
 # The app in a headless browser, and the notebooks from clean kernels; with BROWSER=optional, all but the page where none can be had.
 test-app: $(APP_READY)
-	if scripts/browser $(APP_BIN)/python; then needed=1; else [ "$(BROWSER)" = optional ] || exit 1; fi; MOLMO2_NEEDS_BROWSER=$$needed scripts/pytest $(APP_BIN)/python tests/test_app.py tests/test_app_backend.py tests/test_notebooks.py
+	if scripts/browser $(APP_BIN)/python; then needed=1; else [ "$(BROWSER)" = optional ] || exit 1; fi; MOLMO2_NEEDS_BROWSER=$$needed scripts/pytest $(APP_BIN)/python tests/test_app.py tests/test_notebooks.py
 
 # Runs the notebooks and stores what they print; takes the pictures of the app anew.
 notebooks: $(APP_READY)
