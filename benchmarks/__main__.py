@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.harness import DEFAULT_CACHE, ROWS, Settings
 
 
@@ -52,6 +54,8 @@ def main(given: Sequence[str] | None = None) -> int:
         print("rows:  ", *ROWS, "\ncurves:", *CURVES)
         return 0
     rows = _chosen(arguments.rows, list(ROWS), none=False)
+    if arguments.rows is None and not torch.cuda.is_available():
+        rows = [name for name in rows if ROWS[name].device != "cuda"]
     curves = _chosen(arguments.curves, list(CURVES), none=True)
     settings = Settings(arguments.quick, arguments.threads, arguments.cache.resolve())
     settings.cache.mkdir(parents=True, exist_ok=True)

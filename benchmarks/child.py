@@ -18,7 +18,8 @@ def main() -> None:
     from benchmarks.catalogue import find
 
     prepare, device = find(request["row"], request["point"])
-    with torch.inference_mode():
+    # What is compiled may not like tensors of inference mode.
+    with torch.no_grad() if device == "cuda" else torch.inference_mode():
         found = measure(prepare, Side(request["side"], settings), device)
     print(json.dumps(found))
 

@@ -69,6 +69,18 @@ def _fastest(path: str, wanted: np.ndarray) -> Work:
     return lambda: chosen(path, wanted)
 
 
+def _native_with_pyav(processor: Any, path: str, num_frames: int) -> Work:
+    """The native processor with frames that the library's own loader reads by PyAV."""
+    from transformers.video_utils import load_video
+
+    def work() -> dict[str, Any]:
+        frames, metadata = load_video(path, num_frames=num_frames, backend="pyav")
+        output = processor([frames], video_metadata=[metadata], do_sample_frames=False, return_tensors="pt")
+        return {name: value for name, value in output.items() if name != "video_metadata"}
+
+    return work
+
+
 def _preprocessing(side: Side, path: Path, num_frames: int, seconds: int) -> Work:
     if side.is_bound:
         return _fastest(str(path), np.linspace(0, seconds * FRAMES_PER_SECOND - 1, num_frames).round().astype(int))
@@ -77,8 +89,8 @@ def _preprocessing(side: Side, path: Path, num_frames: int, seconds: int) -> Wor
     try:
         warm_up = clip(side, 96, 128, seconds=2)
         processor(str(warm_up), **{**options, "num_frames": 2})
-    except ImportError as error:
-        raise NotAvailable(str(error).splitlines()[0]) from error
+    except ImportError:  # torchcodec, the only decoder it takes by itself, does not load beside every torch
+        return _native_with_pyav(processor, str(path), num_frames)
     return lambda: dict(processor(str(path), **options))
 
 
