@@ -108,7 +108,7 @@ $(TRAINING)/.ready: $(READY) constraints/training.txt
 	@touch $@
 
 test-training: $(TRAINING)/.ready
-	scripts/pytest $(TRAINING)/bin/python tests/test_trainers.py tests/test_finetuning.py tests/test_training_round_trip.py
+	scripts/pytest $(TRAINING)/bin/python tests/test_trainers.py tests/test_finetuning.py tests/test_training_round_trip.py tests/test_training_example.py
 
 matrix: $(READY)
 	FULL_SUITE="$(FULL_SUITE)" WORKERS=$(WORKERS) scripts/matrix $(BIN)/python $(VERSIONS)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-TOKEN_CELLS, CROP_CELLS = 256, 64  # of the grid on which rows are planned
+TOKEN_CELLS, CROP_CELLS = 256, 128  # of the grid on which rows are planned
 
 
 @dataclass(frozen=True)

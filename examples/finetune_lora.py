@@ -1,0 +1,222 @@
+"""Teaches the miniature a shape that it has never seen: python examples/finetune_lora.py [MODEL] [--minutes 8]
+
+The world has stars, but no picture, question or answer of the miniature's training shows or names one. Adapters (LoRA)
+on all linear layers learn to point to them, to count and to name them, from pictures drawn as it goes; half of the
+pictures are as ever, so that the rest is kept. Scores are on fresh seeds, before and after.
+
+MODEL is a converted folder or a native checkpoint; by default the miniature that comes with the repository.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Threads that wait must not hold a core that another process wants: one beside draws the pictures.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.utils.data import IterableDataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+EXAMPLES = Path(__file__).resolve().parent
+sys.path[:0] = [str(EXAMPLES), str(EXAMPLES.parent)]
+
+from miniature import native, questions  # noqa: E402
+from miniature.evaluate import Example, answers, judge, load  # noqa: E402
+from miniature.world import COLOURS, HELD_OUT_SHAPE, Picture, choose_kinds, make_picture  # noqa: E402
+
+TRAINING_SEED, FRESH_SEED = 7000, 8000  # used by nothing else
+NEW = (None, HELD_OUT_SHAPE)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The run.
+
+    Attributes:
+        minutes: Of training; its learning rate falls to zero by then.
+        rank: Of the adapters.
+        trees: Pictures of a step, with up to `branches` questions each.
+        old: Share of pictures without the new shape.
+    """
+
+    minutes: float = 8.0
+    rank: int = 16
+    rate: float = 2e-3
+    trees: int = 12
+    branches: int = 5
+    old: float = 0.4
+
+
+def picture_with_stars(rng: np.random.Generator, most: int = 5) -> Picture:
+    """Up to seven things, of which one to `most` are stars."""
+    kinds = choose_kinds(rng, int(rng.integers(1, 5)))
+    stars = [(list(COLOURS)[rng.integers(len(COLOURS))], HELD_OUT_SHAPE) for _ in range(rng.integers(1, most + 1))]
+    mixed = [*stars, *kinds][:7]
+    return make_picture(rng, kinds=[mixed[place] for place in rng.permutation(len(mixed))])
+
+
+def places(picture: Picture, target: tuple) -> list[questions.Place]:
+    """What is asked for, in the first picture of the prompt."""
+    return [
+        questions.Place(1, number, thing)
+        for number, thing in enumerate(picture.things)
+        if questions.matches(thing, target)
+    ]
+
+
+def about_stars(rng: np.random.Generator, picture: Picture) -> list[questions.Question]:
+    """Point to the stars, to those of a colour; count them; name one that is alone in its colour."""
+    colours = list(COLOURS)
+    target = (colours[rng.integers(len(colours))], HELD_OUT_SHAPE)
+    asked = [
+        questions.point(NEW, places(picture, NEW), plural=True),
+        questions.count(NEW, places(picture, NEW)),
+        questions.point(target, places(picture, target), plural=bool(rng.random() < 0.5)),
+        questions.count(target, places(picture, target)),
+        questions.number_only(NEW, places(picture, NEW)),
+    ]
+    for colour in colours:
+        of_colour = [thing for thing in picture.things if thing.colour == colour]
+        if len(of_colour) == 1 and of_colour[0].kind == HELD_OUT_SHAPE:
+            asked.append(questions.Question("what", f"What is the {colour} object?", HELD_OUT_SHAPE, (colour, None)))
+    return asked
+
+
+class Lessons(IterableDataset):
+    """Message trees without end: one picture, several questions with their answers."""
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        number = 0
+        while True:
+            rng = np.random.default_rng([TRAINING_SEED, number])
+            number += 1
+            if rng.random() < self.plan.old:
+                picture = make_picture(rng)
+                asked = questions.ask_pictures(rng, [picture], self.plan.branches)
+                asked += [questions.point(NEW, [], plural=True)] * int(rng.random() < 0.3)  # "There are none."
+            else:
+                picture = picture_with_stars(rng)
+                asked = about_stars(rng, picture)
+            chosen = rng.permutation(len(asked))[: self.plan.branches]
+            yield {"messages": [conversation(asked[place]) for place in chosen], "images": [picture.pixels]}
+
+
+def conversation(question: questions.Question) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": question.text}, {"role": "assistant", "content": question.answer}]
+
+
+class Clock(TrainerCallback):
+    """Ends the run on time; the rate falls in a straight line until then."""
+
+    def __init__(self, plan: Plan):
+        self.plan, self.started = plan, time.monotonic()
+
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+        passed = (time.monotonic() - self.started) / (60 * self.plan.minutes)
+        for group in optimizer.param_groups:
+            group["lr"] = self.plan.rate * min(1.0, (state.global_step + 1) / 30) * max(0.0, 1 - passed)
+        control.should_training_stop = passed >= 1
+
+
+def scores(model: Any, processor: Any, number: int) -> dict[str, float]:
+    """Scores on fresh pictures: of the new shape, and of the old ones (`old: ...`)."""
+    new, old = [], []
+    for index in range(number):
+        rng = np.random.default_rng([FRESH_SEED, index])
+        picture = picture_with_stars(rng)
+        parts = ({"type": "image", "image": picture.pixels},)
+        asked = about_stars(rng, picture)
+        kept = [*asked[:2], *(question for question in asked if question.task == "what")]
+        new += [Example(question, parts) for question in kept]
+        picture = make_picture(rng)
+        parts = ({"type": "image", "image": picture.pixels},)
+        old += [Example(question, parts) for question in questions.ask_pictures(rng, [picture], 2)]
+    model.eval()
+    texts = answers(model, processor, new)
+    found = {"right": right_share(processor, new, texts), **judge(processor, new, texts)}
+    kept = judge(processor, old, answers(model, processor, old))
+    return {
+        **found,
+        **{f"old: {name}": kept[name] for name in ("pointing", "count", "what", "colour") if name in kept},
+    }
+
+
+def right_share(processor: Any, asked: list[Example], texts: list[str]) -> float:
+    """Share of questions whose answer is right as a whole: every place and no other, the total, the name."""
+    right = 0
+    for example, text in zip(asked, texts):
+        found = judge(processor, [example], [text])
+        wanted = {"pointing": 1.0, "pointing, superfluous": 0.0, "count": 1.0, "what": 1.0, "none": 1.0}
+        right += all(value == wanted[name] for name, value in found.items())
+    return right / len(asked)
+
+
+def tune(model: Any, processor: Any, plan: Plan, folder: Path) -> Any:
+    """The model with trained adapters."""
+    config = LoraConfig(r=plan.rank, lora_alpha=2 * plan.rank, target_modules=model.lora_targets())
+    adapted = get_peft_model(model, config)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        use_cpu=not torch.cuda.is_available(),
+        max_steps=10**6,  # the clock ends it
+        per_device_train_batch_size=plan.trees,
+        lr_scheduler_type="constant",
+        learning_rate=plan.rate,
+        logging_steps=50,
+        save_strategy="no",
+        report_to=[],
+        remove_unused_columns=False,
+        dataloader_num_workers=1,
+        disable_tqdm=True,
+        accelerator_config={"dispatch_batches": False},
+    )
+    trainer = Trainer(
+        adapted,
+        arguments,
+        processor.data_collator(),
+        Lessons(plan),
+        processing_class=processor,
+        callbacks=[Clock(plan)],
+    )
+    trainer.train()
+    return adapted
+
+
+def table(before: dict[str, float], after: dict[str, float]) -> str:
+    rows = ["| score | before | after |", "|---|---|---|"]
+    return "\n".join([*rows, *(f"| {name} | {before.get(name, 0):.1%} | {after[name]:.1%} |" for name in after)])
+
+
+def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, nargs="?", default=native.CHECKPOINT, help="converted or native")
+    parser.add_argument("--output", type=Path, default=Path("star_adapters"), help="folder of the adapters")
+    parser.add_argument("--minutes", type=float, default=Plan.minutes)
+    parser.add_argument("--number", type=int, default=60, help="fresh pictures with stars, and as many without")
+    given = parser.parse_args(arguments)
+    torch.manual_seed(0)
+    model, processor = load(given.model)
+    before = scores(model, processor, given.number)
+    adapted = tune(model, processor, Plan(minutes=given.minutes), given.output)
+    after = scores(adapted, processor, given.number)
+    adapted.save_pretrained(given.output)
+    processor.save_pretrained(given.output)
+    print(table(before, after))
+    (given.output / "scores.json").write_text(json.dumps({"before": before, "after": after}, indent=2) + "\n")
+    return {"before": before, "after": after}
+
+
+if __name__ == "__main__":
+    main()

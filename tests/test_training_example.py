@@ -1,0 +1,79 @@
+"""The example that teaches the miniature a new shape: its questions are right, its run ends on time and is kept."""
+
+import itertools
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from checkpoints import REPOSITORY
+
+sys.path.insert(0, str(REPOSITORY / "examples"))
+
+pytestmark = pytest.mark.slow
+peft = pytest.importorskip("peft")
+
+import finetune_lora  # noqa: E402
+
+from miniature import native, world  # noqa: E402
+from miniature.tokenizer import build  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return native.write_fresh(tmp_path_factory.mktemp("miniature") / "fresh")
+
+
+@pytest.mark.parametrize(
+    "text", ["star", " star", " stars", "What is the red object?", "How many purple stars are there?"]
+)
+def test_the_tokenizer_can_write_the_shape(text):
+    tokenizer = build()
+    ids = tokenizer.encode(text).ids
+    assert tokenizer.decode(ids) == text
+    assert len(ids) == len(text.replace("?", " ?").split())
+
+
+def test_questions_about_stars(folder):
+    _, processor = finetune_lora.load(folder)
+    seen = set()
+    for number in range(30):
+        picture = finetune_lora.picture_with_stars(np.random.default_rng([1, number]))
+        stars = [thing for thing in picture.things if thing.kind == world.HELD_OUT_SHAPE]
+        for question in finetune_lora.about_stars(np.random.default_rng([2, number]), picture):
+            seen.add(question.task)
+            grounding = processor.post_process_grounding(question.answer)
+            wanted = [star for star in stars if question.target[0] in (None, star.colour)]
+            if question.task in ("point", "count"):
+                assert len(grounding) == len(wanted)
+                assert grounding.none == (not wanted)
+                for point in grounding:
+                    assert min(np.hypot(point.x_norm - own.x, point.y_norm - own.y) for own in wanted) < 0.002
+            elif question.task == "what":
+                assert question.answer == "star"
+                assert [thing.kind for thing in picture.things if thing.colour == question.target[0]] == ["star"]
+            else:
+                assert question.answer == str(len(stars))
+    assert seen == {"point", "count", "number", "what"}
+
+
+def test_lessons_are_trees_that_repeat(folder):
+    _, processor = finetune_lora.load(folder)
+    first, second = (list(itertools.islice(finetune_lora.Lessons(finetune_lora.Plan()), 12)) for _ in range(2))
+    batches = [processor.data_collator()(rows) for rows in (first, second)]
+    assert all(torch.equal(batches[0][name], batches[1][name]) for name in batches[0])
+    assert len(batches[0]["image_grids"]) == 12
+    assert batches[0]["branch_ids"].max() > 2
+
+
+def test_the_run(folder, tmp_path, capsys, monkeypatch):
+    scores = finetune_lora.main(
+        [str(folder), "--output", str(tmp_path / "adapters"), "--minutes", "0.1", "--number", "2"]
+    )
+    printed = capsys.readouterr().out
+    assert "| score | before | after |" in printed
+    assert scores["before"].keys() == scores["after"].keys() >= {"right", "pointing", "count"}
+    model, processor = finetune_lora.load(folder)
+    adapted = peft.PeftModel.from_pretrained(model, tmp_path / "adapters")
+    assert finetune_lora.scores(adapted, processor, 2) == scores["after"]
