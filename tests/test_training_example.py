@@ -1,6 +1,7 @@
 """The example that teaches the miniature a new shape: its questions are right, its run ends on time and is kept."""
 
 import itertools
+import json
 import sys
 
 import numpy as np
@@ -77,3 +78,18 @@ def test_the_run(folder, tmp_path, capsys, monkeypatch):
     model, processor = finetune_lora.load(folder)
     adapted = peft.PeftModel.from_pretrained(model, tmp_path / "adapters")
     assert finetune_lora.scores(adapted, processor, 2) == scores["after"]
+
+
+def test_the_notebook_runs(monkeypatch, capsys):
+    """Its cells one after the other, with seconds of training instead of minutes."""
+    notebook = json.loads((REPOSITORY / "notebooks" / "finetune_lora.ipynb").read_text(encoding="utf-8"))
+    monkeypatch.chdir(REPOSITORY / "notebooks")
+    monkeypatch.setenv("MINUTES", "0.05")
+    monkeypatch.setenv("PICTURES", "1")
+    names: dict = {}
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    for cell in cells:
+        exec(compile("".join(cell["source"]), "finetune_lora.ipynb", "exec"), names)
+    assert len(cells) == 7
+    assert names["after"].keys() == names["before"].keys()
+    assert capsys.readouterr().out.count("| score | before | after |") == 2
