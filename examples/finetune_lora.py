@@ -49,11 +49,11 @@ class Plan:
     """
 
     minutes: float = 8.0
-    rank: int = 16
+    rank: int = 32
     rate: float = 2e-3
-    trees: int = 12
+    trees: int = 10
     branches: int = 5
-    old: float = 0.4
+    old: float = 0.3
 
 
 def picture_with_stars(rng: np.random.Generator, most: int = 5) -> Picture:
