@@ -217,8 +217,10 @@ def _planes(image: np.ndarray, former: Tensor | None = None, device: Any = None)
         )
     source = torch.from_numpy(image if _fits_torch(image) else image.copy())
     dtype = np.dtype(np.float64 if image.dtype == np.float64 else np.float32)
-    planes = former
-    if former is None or former.dtype != getattr(torch, dtype.name) or former.shape[2:] != source.shape[:2]:
+    wanted = getattr(torch, dtype.name), source.shape[:2]
+    if former is not None and (former.dtype, former.shape[2:]) == wanted:
+        planes = former
+    else:
         planes = empty_pixels((1, *source.shape), dtype, device).permute(0, 3, 1, 2)
     planes[0].permute(1, 2, 0).copy_(source)
     return planes
