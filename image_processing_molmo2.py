@@ -11,8 +11,9 @@ import numpy as np
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.processing_utils import ImagesKwargs, Unpack
 
+from .bilinear_molmo2 import BilinearTables  # noqa: F401  (needed by pixels; loaders copy direct imports only)
 from .geometry_molmo2 import CropSettings, ImagePlan, image_token_pooling, plan_image
-from .grounding_molmo2 import MediaInfo  # noqa: F401  (needed by media_features; loaders copy direct imports only)
+from .grounding_molmo2 import MediaInfo  # noqa: F401  (likewise, by media_features)
 from .image_loading_molmo2 import fetch_images, load_images
 from .media_features_molmo2 import MediaFeatures, image_media
 from .pixels_molmo2 import CHANNELS, as_output, empty_pixels, interpolation_mode, write_image_pixel_values

@@ -17,6 +17,7 @@ from transformers.utils.generic import can_return_tuple
 
 # Some loaders copy only what this file imports directly, so modules that are only needed by the others stand here too.
 from .attention_molmo2 import Molmo2AttentionBase  # noqa: F401
+from .bilinear_molmo2 import BilinearTables  # noqa: F401
 from .blockwise_attention_molmo2 import BlockwiseMask  # noqa: F401
 from .compat_molmo2 import make_causal_mask  # noqa: F401
 from .configuration_molmo2 import Molmo2Config

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHANNELS = 3
+from .bilinear_molmo2 import CHANNELS, looked_up
+
 FLOAT_DTYPES = (np.float16, np.float32, np.float64)
 # What the vision tower normalises uint8 pixels with; the numbers of every published checkpoint, on each channel.
 DEVICE_MEAN = DEVICE_STD = 0.5
@@ -94,7 +95,7 @@ def write_patches(crop: Tensor, out: Tensor, patch_size: int) -> None:
 
     Args:
         crop: (H, W, 3); H and W are multiples of `patch_size`.
-        out: (P, patch_size * patch_size * 3), filled; P = H // patch_size * (W // patch_size).
+        out: (P, patch_size * patch_size * 3) or (rows, columns, ...), filled; P = H // patch_size * (W // patch_size).
     """
     cut = crop.unflatten(1, (-1, patch_size)).unflatten(0, (-1, patch_size)).transpose(1, 2)
     with torch.inference_mode():
@@ -179,13 +180,21 @@ def frame_pixel_values(
     patch_length = settings.patch_size * settings.patch_size * CHANNELS
     out = empty_pixels((num_frames, settings.patches_per_crop, patch_length), dtype, device)
     found, planes = 0, None
+    size = settings.crop_height, settings.crop_width
     for found, frame in enumerate(frames, start=1):
         if found > num_frames:
             break
-        planes = _planes(frame, planes, out.device)
-        crop = _resized(planes, (settings.crop_height, settings.crop_width), resample, frame.dtype)
-        crop = crop if _is_raw(out.dtype, frame.dtype) else normalize(crop, mean, std, frame.dtype)
-        write_patches(crop, out[found - 1], settings.patch_size)
+        _require_picture(frame)
+        if _is_looked_up(frame, out.device, resample):
+            parts = looked_up(_torch_view(frame), size, settings.patch_size)
+        else:
+            planes = _planes(frame, planes, out.device)
+            parts = [(0, _resized(planes, size, resample, frame.dtype))]
+        patches = out[found - 1].unflatten(0, (size[0] // settings.patch_size, -1))
+        for row, pixels in parts:
+            pixels = pixels if _is_raw(out.dtype, frame.dtype) else normalize(pixels, mean, std, frame.dtype)
+            first, count = row // settings.patch_size, len(pixels) // settings.patch_size
+            write_patches(pixels, patches[first : first + count], settings.patch_size)
     if found != num_frames:
         raise ValueError(
             f"{num_frames} frame(s) were announced, but {'more' if found > num_frames else found} came. Pass the "
@@ -204,18 +213,32 @@ def _is_raw(wanted: torch.dtype, found: np.dtype) -> bool:
     return wanted == torch.uint8
 
 
+def _is_looked_up(frame: np.ndarray, device: torch.device, resample: int) -> bool:
+    """Whether the neighbours of wanted pixels are looked up: the same numbers, for less work."""
+    return frame.dtype == np.uint8 and device.type == "cpu" and interpolation_mode(resample) == "bilinear"
+
+
+def _require_picture(image: np.ndarray) -> None:
+    if image.ndim != 3 or image.shape[2] != CHANNELS or image.dtype not in (np.uint8, *FLOAT_DTYPES):
+        raise ValueError(
+            f"A picture of shape {image.shape} and dtype {image.dtype} cannot be resized. Pass (height, width, 3), as "
+            f"uint8 or one of {', '.join(dtype.__name__ for dtype in FLOAT_DTYPES)}."
+        )
+
+
+def _torch_view(image: np.ndarray) -> Tensor:
+    """The same memory, or a copy where torch cannot look at it."""
+    return torch.from_numpy(image if _fits_torch(image) else image.copy())
+
+
 def _planes(image: np.ndarray, former: Tensor | None = None, device: Any = None) -> Tensor:
     """A picture as (1, 3, H, W) floating point: float64 stays, everything else becomes float32, of the same range.
 
     It lies in memory as (H, W, 3), which torch resizes several times faster, to the same numbers. The memory of
     `former` planes is used again where it fits.
     """
-    if image.ndim != 3 or image.shape[2] != CHANNELS or image.dtype not in (np.uint8, *FLOAT_DTYPES):
-        raise ValueError(
-            f"A picture of shape {image.shape} and dtype {image.dtype} cannot be resized. Pass (height, width, 3), as "
-            f"uint8 or one of {', '.join(dtype.__name__ for dtype in FLOAT_DTYPES)}."
-        )
-    source = torch.from_numpy(image if _fits_torch(image) else image.copy())
+    _require_picture(image)
+    source = _torch_view(image)
     dtype = np.dtype(np.float64 if image.dtype == np.float64 else np.float32)
     wanted = getattr(torch, dtype.name), source.shape[:2]
     if former is not None and (former.dtype, former.shape[2:]) == wanted:

@@ -21,6 +21,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 # Some loaders copy only what this file imports directly, so modules that are only needed by the others stand here too.
 from .ask_molmo2 import ask  # noqa: F401
+from .bilinear_molmo2 import BilinearTables  # noqa: F401
 from .collator_molmo2 import Molmo2DataCollator  # noqa: F401
 from .conversation_molmo2 import ConversationMedia, find_media, is_batch, messages_of
 from .drawing_molmo2 import DrawingStyle  # noqa: F401
@@ -56,6 +57,7 @@ from .prompt_expansion_molmo2 import (
     video_string,
 )
 from .prompts_molmo2 import Prompt  # noqa: F401
+from .read_ahead_molmo2 import read_ahead  # noqa: F401
 from .special_tokens_molmo2 import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, VISUAL_TOKENS
 from .structured_molmo2 import parse_structured  # noqa: F401
 from .training_molmo2 import build_training_example  # noqa: F401

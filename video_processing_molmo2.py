@@ -14,10 +14,11 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.processing_utils import Unpack, VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
 
+from .bilinear_molmo2 import BilinearTables  # noqa: F401  (older loaders copy only what this file itself imports)
 from .frame_encoding_molmo2 import FrameEncoder, encode_frames
 from .frame_sampling_molmo2 import SamplingSettings, sample_indices
 from .geometry_molmo2 import CropSettings, VideoPlan, plan_video, stack_pooling, video_token_pooling
-from .image_loading_molmo2 import load_images  # noqa: F401  (older loaders copy only what this file itself imports)
+from .image_loading_molmo2 import load_images  # noqa: F401  (likewise)
 from .pixels_molmo2 import CHANNELS, as_output, empty_pixels, frame_pixel_values, interpolation_mode
 from .processor_options_molmo2 import (
     FIXED_STEPS,
@@ -30,6 +31,7 @@ from .processor_options_molmo2 import (
     size_dict,
     warn_about,
 )
+from .read_ahead_molmo2 import read_ahead
 from .video_decoding_molmo2 import decode_video  # noqa: F401  (likewise)
 from .video_loading_molmo2 import (
     ReadingOptions,
@@ -100,6 +102,7 @@ IGNORED_OPTIONS = (frozenset(VideosKwargs.__annotations__) | UNUSED_KEYS.keys())
     "use_fast",
     "video_processor_type",
 }
+FRAMES_AHEAD = 3  # decoded while an earlier one is resized
 NULLABLE_OPTIONS = ("max_fps",)  # None is a value of theirs, not "not given"
 
 
@@ -424,7 +427,7 @@ def _cut(
 
     def to_pixel_values(frames: Iterator[np.ndarray], num_frames: int) -> torch.Tensor:
         return frame_pixel_values(
-            frames,
+            frames if encoder is not None else read_ahead(frames, FRAMES_AHEAD),
             options.crops,
             resample=options.resample,
             mean=options.mean,

@@ -14,6 +14,7 @@ from PIL import Image
 
 from golden_cases import HAS_FULL_SET, assert_pixels_close, default_settings, pattern, processor_cases, to_numpy
 from molmo2_remote import image_loading_molmo2
+from molmo2_remote.bilinear_molmo2 import MOST_ELEMENTS, BilinearTables, looked_up
 from molmo2_remote.geometry_molmo2 import CropSettings
 from molmo2_remote.image_loading_molmo2 import fetch_images, load_images
 from molmo2_remote.image_processing_molmo2 import Molmo2ImageProcessor
@@ -21,6 +22,7 @@ from molmo2_remote.pixels_molmo2 import frame_pixel_values, normalize, resize, w
 
 REPOSITORY = Path(__file__).parent.parent
 MODULES = (
+    "bilinear_molmo2",
     "geometry_molmo2",
     "grounding_molmo2",
     "media_features_molmo2",
@@ -253,6 +255,28 @@ def test_layout_in_memory_changes_no_number(mode, size):
     expected = torch.nn.functional.interpolate(planes[None], size=size, mode=mode, **corners)[0]
     resized = resize(picture, *size, resample={"nearest": 0, "bilinear": 2, "bicubic": 3}[mode])
     np.testing.assert_array_equal(resized, expected.round().clamp(0, 255).permute(1, 2, 0))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_looking_up_neighbours_gives_the_numbers_of_interpolate(seed):
+    """To the last bit before rounding; sides up to 600, larger, smaller and equal ones."""
+    rng = np.random.default_rng(seed)
+    source, size = (tuple(int(side) for side in rng.integers(1, 600, 2)) for _ in range(2))
+    size = {0: source, 1: (2 * source[0], source[1]), 2: (1 + source[0] // 2, 1 + source[1] // 3)}.get(seed % 8, size)
+    picture = torch.from_numpy(rng.integers(0, 256, (*source, 3), dtype=np.uint8))
+    planes = picture.permute(2, 0, 1).float()[None]
+    expected = torch.nn.functional.interpolate(planes, size=size, mode="bilinear", align_corners=False)
+    found = BilinearTables(source, size).rows(picture.view(-1, 3), 0, size[0])
+    torch.testing.assert_close(found, expected[0].permute(1, 2, 0), atol=0, rtol=0)
+
+
+def test_looked_up_pieces_are_whole_rows_of_patches():
+    picture = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (600, 900, 3), dtype=np.uint8))
+    pieces = list(looked_up(picture, (378, 378), 14))
+    assert [row for row, _ in pieces] == list(range(0, 378, 28))
+    assert max(pixels.numel() for _, pixels in pieces) <= MOST_ELEMENTS
+    expected = resize(picture.numpy(), 378, 378, resample=2)
+    np.testing.assert_array_equal(torch.cat([pixels for _, pixels in pieces]), expected)
 
 
 def test_frames_are_one_crop_each(picture):
