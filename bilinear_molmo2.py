@@ -30,31 +30,34 @@ class BilinearTables:
     def __init__(self, source: tuple[int, int], size: tuple[int, int]):
         self.source, self.size = source, size
         rows, columns = (_neighbours(*lengths) for lengths in zip(source, size))
-        self.upper, self.lower = (row * source[1] for row in rows[:2])
+        self.upper, self.lower = rows[:2]
         self.left, self.right = columns[:2]
         self.upper_weight, self.lower_weight = (weight[:, None] for weight in rows[2:])
         self.left_weight, self.right_weight = (weight.repeat_interleave(CHANNELS) for weight in columns[2:])
 
-    def rows(self, pixels: Tensor, start: int, stop: int) -> Tensor:
+    def rows(self, image: Tensor, start: int, stop: int) -> Tensor:
         """Rows of the result.
 
         Args:
-            pixels: (H * W, 3) uint8.
+            image: (H, W, 3) uint8.
         Returns:
             (stop - start, width, 3) float32 from 0 to 255, not rounded.
         """
-        sums = None
-        corners = (
-            (self.upper, self.right, self.upper_weight, self.right_weight),
-            (self.upper, self.left, self.upper_weight, self.left_weight),
-            (self.lower, self.left, self.lower_weight, self.left_weight),
-            (self.lower, self.right, self.lower_weight, self.right_weight),
-        )
-        for first, place, row_weight, column_weight in corners:
-            places = (first[start:stop, None] + place).flatten()
-            values = pixels.index_select(0, places).view(stop - start, -1).float()
-            weights = row_weight[start:stop] * column_weight
-            sums = values.mul_(weights) if sums is None else sums.addcmul_(weights, values)
+        upper, lower = self.upper[start:stop], self.lower[start:stop]
+        first, last = int(upper[0]), int(lower[-1]) + 1
+        needed = None if last - first <= 2 * (stop - start) else torch.cat((upper, lower))
+        if needed is None:  # neighbours share rows: each is looked up once
+            source, upper, lower = image[first:last], upper - first, lower - first
+        else:
+            source = image.index_select(0, needed)
+            lower = torch.arange(stop - start, 2 * (stop - start))
+            upper = lower - (stop - start)
+        left, right = (source.index_select(1, places).flatten(1).float() for places in (self.left, self.right))
+        upper_weight, lower_weight = self.upper_weight[start:stop], self.lower_weight[start:stop]
+        sums = right.index_select(0, upper).mul_(upper_weight * self.right_weight)
+        sums.addcmul_(upper_weight * self.left_weight, left.index_select(0, upper))
+        sums.addcmul_(lower_weight * self.left_weight, left.index_select(0, lower))
+        sums.addcmul_(lower_weight * self.right_weight, right.index_select(0, lower))
         return sums.unflatten(1, (-1, CHANNELS))
 
 
@@ -67,11 +70,10 @@ def looked_up(image: Tensor, size: tuple[int, int], multiple: int) -> Iterator[t
         multiple: Rows of a piece are a multiple of it.
     """
     tables = bilinear_tables(tuple(image.shape[:2]), size)
-    pixels = image.reshape(-1, CHANNELS)
     count = multiple * max(1, MOST_ELEMENTS // (multiple * size[1] * CHANNELS))
     for start in range(0, size[0], count):
         with torch.inference_mode():
-            rows = tables.rows(pixels, start, min(size[0], start + count)).round_()
+            rows = tables.rows(image, start, min(size[0], start + count)).round_()
         yield start, rows
 
 

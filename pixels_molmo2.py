@@ -5,7 +5,7 @@ preprocessing of Molmo2, which resized with torch and **without** antialiasing: 
 pictures unlike those it learned from.
 """
 
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -107,7 +107,7 @@ def write_image_pixel_values(
 ) -> None:
     """Writes the crops of one picture: the low-resolution view, then the tiles of the canvas row by row.
 
-    The canvas is normalised before it is cut, so that what the tiles share is computed once.
+    Rows of the canvas are normalised before they are cut, so that what the tiles share is computed once.
 
     Args:
         image: (H, W, 3), uint8 or float.
@@ -118,18 +118,19 @@ def write_image_pixel_values(
         mean, std: one number per channel, see `normalize`.
     """
     settings = plan.settings
-    planes = _planes(image, device=out.device)
-    crops = iter(out)
-    low_res = _resized(planes, (settings.crop_height, settings.crop_width), resample, image.dtype)
-    is_raw = _is_raw(out.dtype, image.dtype)
-    low_res = low_res if is_raw else normalize(low_res, mean, std, image.dtype)
-    write_patches(low_res, next(crops), settings.patch_size)
-    canvas = _resized(planes, (plan.canvas_height, plan.canvas_width), resample, image.dtype)
-    canvas = canvas if is_raw else normalize(canvas, mean, std, image.dtype)
-    for top in range(0, plan.tile_rows * settings.window_height, settings.window_height):
-        for left in range(0, plan.tile_cols * settings.window_width, settings.window_width):
-            tile = canvas[top : top + settings.crop_height, left : left + settings.crop_width]
-            write_patches(tile, next(crops), settings.patch_size)
+    patch = settings.patch_size
+    picture = _Picture(image, out, resample, mean, std)
+    rows, columns = plan.tile_rows, plan.tile_cols
+    views = out.unflatten(1, (settings.crop_height // patch, -1))
+    for top, pixels in picture.pieces((settings.crop_height, settings.crop_width), patch):
+        write_patches(pixels, views[0, top // patch : (top + len(pixels)) // patch], patch)
+    for start, pixels in picture.pieces((plan.canvas_height, plan.canvas_width), patch):
+        for crop, (row, column) in enumerate(np.ndindex(rows, columns), start=1):
+            top, left = row * settings.window_height, column * settings.window_width
+            first, last = max(start, top), min(start + len(pixels), top + settings.crop_height)
+            if first < last:
+                tile = pixels[first - start : last - start, left : left + settings.crop_width]
+                write_patches(tile, views[crop, (first - top) // patch : (last - top) // patch], patch)
 
 
 def empty_pixels(shape: tuple[int, ...], dtype: Any, device: Any = None) -> Tensor:
@@ -180,21 +181,15 @@ def frame_pixel_values(
     patch_length = settings.patch_size * settings.patch_size * CHANNELS
     out = empty_pixels((num_frames, settings.patches_per_crop, patch_length), dtype, device)
     found, planes = 0, None
-    size = settings.crop_height, settings.crop_width
+    patch, size = settings.patch_size, (settings.crop_height, settings.crop_width)
+    views = out.unflatten(1, (size[0] // patch, -1))
     for found, frame in enumerate(frames, start=1):
         if found > num_frames:
             break
-        _require_picture(frame)
-        if _is_looked_up(frame, out.device, resample):
-            parts = looked_up(_torch_view(frame), size, settings.patch_size)
-        else:
-            planes = _planes(frame, planes, out.device)
-            parts = [(0, _resized(planes, size, resample, frame.dtype))]
-        patches = out[found - 1].unflatten(0, (size[0] // settings.patch_size, -1))
-        for row, pixels in parts:
-            pixels = pixels if _is_raw(out.dtype, frame.dtype) else normalize(pixels, mean, std, frame.dtype)
-            first, count = row // settings.patch_size, len(pixels) // settings.patch_size
-            write_patches(pixels, patches[first : first + count], settings.patch_size)
+        picture = _Picture(frame, out, resample, mean, std, planes)
+        for top, pixels in picture.pieces(size, patch):
+            write_patches(pixels, views[found - 1, top // patch : (top + len(pixels)) // patch], patch)
+        planes = picture.planes
     if found != num_frames:
         raise ValueError(
             f"{num_frames} frame(s) were announced, but {'more' if found > num_frames else found} came. Pass the "
@@ -213,9 +208,40 @@ def _is_raw(wanted: torch.dtype, found: np.dtype) -> bool:
     return wanted == torch.uint8
 
 
-def _is_looked_up(frame: np.ndarray, device: torch.device, resample: int) -> bool:
-    """Whether the neighbours of wanted pixels are looked up: the same numbers, for less work."""
-    return frame.dtype == np.uint8 and device.type == "cpu" and interpolation_mode(resample) == "bilinear"
+class _Picture:
+    """A picture that is resized, once or twice, into the numbers that go where `out` is.
+
+    Where the neighbours of wanted pixels can be looked up, that is done, a few rows at a time: the same numbers for
+    less work. Otherwise torch resizes the whole as floating point.
+
+    Attributes:
+        planes: The picture as floating point, where torch resizes; its memory may serve the next one.
+    """
+
+    def __init__(
+        self,
+        image: np.ndarray,
+        out: Tensor,
+        resample: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        former: Tensor | None = None,
+    ):
+        _require_picture(image)
+        self.image, self.resample, self.mean, self.std = image, resample, mean, std
+        self.is_raw = _is_raw(out.dtype, image.dtype)
+        is_bilinear = interpolation_mode(resample) == "bilinear"
+        self.is_looked_up = image.dtype == np.uint8 and out.device.type == "cpu" and is_bilinear
+        self.planes = None if self.is_looked_up else _planes(image, former, out.device)
+
+    def pieces(self, size: tuple[int, int], multiple: int) -> Iterator[tuple[int, Tensor]]:
+        """The number of a first row, and so many rows, a multiple of `multiple`, until the size is complete."""
+        if self.planes is None:
+            parts = looked_up(_torch_view(self.image), size, multiple)
+        else:
+            parts = iter([(0, _resized(self.planes, size, self.resample, self.image.dtype))])
+        for row, pixels in parts:
+            yield row, pixels if self.is_raw else normalize(pixels, self.mean, self.std, self.image.dtype)
 
 
 def _require_picture(image: np.ndarray) -> None:
