@@ -54,6 +54,14 @@ def test_lessons_of_a_step_are_drawn_again_after_an_interruption(trainer):
     )
 
 
+def test_attention_slot_by_slot_gives_the_losses_of_the_whole(trainer):
+    for part in lesson(trainer, 0.9, 0):
+        split, _ = trainer._second_lesson(part)
+        whole, _ = trainer._second_lesson({**part, "slots": torch.tensor([0, part["input_ids"].shape[1]])})
+        assert len(part["slots"]) > 2
+        torch.testing.assert_close(split, whole)
+
+
 def test_an_interrupted_run_goes_on_where_it_was(trainer):
     for step in range(2):
         trainer.train_step(lesson(trainer, 0.9, step))

@@ -13,9 +13,10 @@ for folder in (REPOSITORY, REPOSITORY / "examples"):
     sys.path.insert(0, str(folder))
 
 from miniature import native, tokenizer  # noqa: E402
-from miniature.batches import ROUNDING_WEIGHT, BatchMaker, Mix, Rows, dense_targets, tree_mask  # noqa: E402
+from miniature.batches import PATCHES, ROUNDING_WEIGHT, BatchMaker, Mix, dense_targets, patch_of, tree_mask  # noqa: E402
+from miniature.dense_heads import look_loss  # noqa: E402
 from miniature.evaluate import examples, judge, sampled_times  # noqa: E402
-from miniature.questions import NO_TRACKS, NONE, Question, ask_clip, ask_pictures, noun  # noqa: E402
+from miniature.questions import NO_TRACKS, NONE, Place, Question, ask_clip, ask_pictures, noun, point  # noqa: E402
 from miniature.world import CLIP_FPS, HELD_OUT_SHAPE, Thing, make_clip, make_picture  # noqa: E402
 from molmo2_remote.grounding_molmo2 import parse_grounding  # noqa: E402
 
@@ -185,21 +186,57 @@ def test_a_tree_gives_the_logits_of_its_branches_alone(fresh):
 
 def test_only_answers_are_taught_and_last_digits_count_less(fresh):
     _, processor = fresh
-    maker, rows = BatchMaker(processor), Rows()
     answer = '<points coords="1 1 204 655">ring</points>'
-    maker.add_tree(rows, "", [Question("point", "Point to the ring.", answer)])
-    taught = [(processor.tokenizer.decode([i]), w) for i, w in zip(rows.ids[0], rows.weights[0]) if w]
-    expected = [('<points coords="', 1), ("1", 1), (" 1", 1), (" 2", 1), ("0", 1), ("4", ROUNDING_WEIGHT)]
-    expected += [
-        (" 6", 1),
-        ("5", 1),
-        ("5", ROUNDING_WEIGHT),
-        ('">', 1),
-        ("ring", 1),
-        ("</points>", 1),
-        ("<|im_end|>", 1),
+    question = Question("point", "Point to the ring.", answer)
+    _, branch = BatchMaker(processor).tree("", [question], {}, np.empty((0, 4), dtype=int))
+    usual = 4 / len([weight for weight in branch.weights if weight]) ** 0.5
+    taught = [
+        (processor.tokenizer.decode([number]), round(weight / usual, 6))
+        for number, weight in zip(branch.ids, branch.weights)
+        if weight
     ]
-    assert taught == expected
+    expected = [('<points coords="', 1), ("1", 1), (" 1", 1), (" 2", 1), ("0", 1), ("4", ROUNDING_WEIGHT)]
+    expected += [(" 6", 1), ("5", 1), ("5", ROUNDING_WEIGHT), ('">', 1), ("ring", 1), ("</points>", 1)]
+    assert taught == [*expected, ("<|im_end|>", 1)]
+
+
+def test_a_head_is_shown_the_things_that_are_asked_about(fresh):
+    """From the end of the question to all of them, from each coordinate to its own; to the start where there is none."""
+    _, processor = fresh
+    rng = np.random.default_rng(8)
+    picture = make_picture(rng, tiled=0.0, kinds=[("red", "ring"), ("blue", "ring"), ("red", "cross")])
+    places = {(1, number): patch_of(thing) for number, thing in enumerate(picture.things)}
+    found = [Place(1, number, thing) for number, thing in enumerate(picture.things)]
+    rings = point((None, "ring"), found[:2], True)
+    windows = np.arange(PATCHES)[:, None]  # every token is one patch
+    shared, *branches = BatchMaker(processor).tree(
+        "".join(["<im_patch>"] * PATCHES), [rings, point(("green", None), [], False)], places, windows
+    )
+    first, second = sorted(branches, key=lambda branch: branch.branch)
+    spots = {place.number: 1 + patch_of(place.thing) for place in rings.places}
+    assert set(shared.ids[1:]) == {processor.tokenizer.convert_tokens_to_ids("<im_patch>")}
+    assert [sorted(spots) for spots in first.named.values()] == [sorted(spots.values())]
+    assert [processor.tokenizer.decode([first.ids[position]]) for position in first.named] == ["."]
+    assert list(second.named.values()) == [[0]] == list(second.written.values())
+    looked = {position + 1: spot for position, (spot, *_) in list(first.written.items())[1:]}
+    digits = "".join(processor.tokenizer.decode([first.ids[position]]) for position in looked).split()
+    assert digits == [number for place in rings.places for number in _written(place)]
+    assert list(looked.values()) == [spots[place.number] for place in rings.places for _ in range(6)]
+
+
+def _written(place):
+    return [f"{round(1000 * value):03d}" for value in (place.thing.x, place.thing.y)]
+
+
+def test_the_loss_of_looks_falls_to_nothing_for_a_head_that_looks_there():
+    allowed = torch.ones(1, 3, 3, dtype=torch.bool).tril()
+    wanted = torch.zeros(1, 3, 3, dtype=torch.bool)
+    wanted[0, 2, 1] = True
+    key = torch.eye(3)[None]
+    there, away = (20 * torch.eye(3)[[0, 0, index]][None] for index in (1, 0))
+    loss, share = look_loss(there, key, 1.0, allowed, wanted)
+    assert (float(loss), share) == (pytest.approx(0, abs=1e-6), pytest.approx(1))
+    assert float(look_loss(away, key, 1.0, allowed, wanted)[0]) == pytest.approx(20, abs=1e-3)
 
 
 def test_dense_targets_name_the_patch_of_each_centre():

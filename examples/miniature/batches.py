@@ -10,21 +10,25 @@ Pixels and tokens come from the processor's own parts; `tests/test_miniature.py`
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from special_tokens_molmo2 import IMAGE_PATCH
+
 from .layout import CROP, PATCH, PATCHES
-from .questions import Question, ask_clip, ask_pictures
+from .questions import Place, Question, ask_clip, ask_pictures, clip_key, picture_number
 from .world import COLOURS, KINDS, Clip, Thing, make_clip, make_picture
 
+PROMPT_TAIL = 6  # tokens from the mark at the end of a question to its answer
 NO_TARGET = -1  # this patch is not asked about
 EMPTY = 0
 ROUNDING_WEIGHT = 0.2  # of the last digit of a coordinate, which is finer than the pixels
 COORDINATE = re.compile(r"(?<= )\d{3,4}(?=[ \t\"])")
+TRIPLE = re.compile(r"\d+ (\d{3,4} \d{3,4})(?=[ \t\"])")
 COLOUR_IDS = {name: number for number, name in enumerate(COLOURS)}
 KIND_IDS = {name: number for number, name in enumerate(KINDS)}
 
@@ -40,13 +44,22 @@ class Mix:
 
 
 @dataclass
-class Rows:
-    """Rows under construction: one entry per tree."""
+class Segment:
+    """The pictures of a tree, or one question with its answer.
 
-    ids: list[list[int]] = field(default_factory=list)
-    branches: list[list[int]] = field(default_factory=list)
-    positions: list[list[int]] = field(default_factory=list)
-    weights: list[list[float]] = field(default_factory=list)
+    `named` and `written` say for some of its tokens at which tokens of the pictures an attention head should look: from
+    the end of a question at all that it is about, and from each token before a coordinate at the thing that has it.
+    """
+
+    ids: list[int]
+    branch: int
+    positions: range
+    weights: list[float]
+    named: dict[int, list[int]] = field(default_factory=dict)
+    written: dict[int, list[int]] = field(default_factory=dict)
+
+
+Trees = list[list[Segment]]
 
 
 class BatchMaker:
@@ -55,7 +68,7 @@ class BatchMaker:
     def __init__(self, processor):
         self.processor = processor
         self.backend = processor.tokenizer.backend_tokenizer
-        self.visual = torch.tensor(processor.image_token_ids)
+        (self.patch_id,) = self.encode(IMAGE_PATCH)
 
     def encode(self, text: str) -> list[int]:
         return self.backend.encode(text, add_special_tokens=False).ids
@@ -64,44 +77,93 @@ class BatchMaker:
         """Tokens of an answer and their weights in the loss."""
         encoded = self.backend.encode(answer, add_special_tokens=False)
         light = {match.end() - 1 for match in COORDINATE.finditer(answer)}
-        weights = [ROUNDING_WEIGHT if end - 1 in light else 1.0 for _, end in encoded.offsets]
+        usual = 4 / (len(encoded.ids) + 1) ** 0.5  # the recipe's: one word counts more than a word among many
+        weights = [usual * (ROUNDING_WEIGHT if end - 1 in light else 1.0) for _, end in encoded.offsets]
         return encoded.ids, weights
 
-    def add_tree(self, rows: Rows, opening: str, questions: Sequence[Question]) -> None:
-        """One sequence: the pictures, then each question with its answer."""
+    def coordinates(self, question: Question) -> list[tuple[int, Place]]:
+        """Tokens of an answer that write a coordinate, and the place it belongs to."""
+        spans = [match.span(1) for match in TRIPLE.finditer(question.answer)]
+        offsets = self.backend.encode(question.answer, add_special_tokens=False).offsets
+        return [
+            (number, place)
+            for (first, last), place in zip(spans, question.places)
+            for number, (start, end) in enumerate(offsets)
+            if first - 1 <= start and end <= last
+        ]
+
+    def tree(
+        self, opening: str, questions: Sequence[Question], patches: Mapping[tuple, int], pooling: np.ndarray
+    ) -> list[Segment]:
+        """One sequence: the pictures, then each question with its answer, the longest first.
+
+        Args:
+            patches: (key, number) of a thing -> the patch of its centre.
+            pooling: (tokens of these pictures, K) their patches.
+        """
         ids = [self.processor.bos_token_id, *self.encode(opening)]
-        shared, count = len(ids), len(ids)
-        branches, positions, weights = [0] * count, list(range(count)), [0.0] * count
-        for branch, question in enumerate(questions, start=1):
+        shared = len(ids)
+        slots = np.flatnonzero(np.array(ids) == self.patch_id)
+        spots = {place: slots[(pooling == patch).any(1)].tolist() for place, patch in patches.items()}
+        branches = []
+        for question in questions:
             prompt = self.encode(f"<|im_start|>user\n{question.text}<|im_end|>\n<|im_start|>assistant\n")
-            answer, answer_weights = self.answer_weights(question.answer)
+            answer, weights = self.answer_weights(question.answer)
             own = [*prompt, *answer, self.processor.tokenizer.eos_token_id]
-            ids += own
-            branches += [branch] * len(own)
-            positions += range(shared, shared + len(own))
-            weights += [*[0.0] * len(prompt), *answer_weights, 1.0]
-        rows.ids.append(ids)
-        rows.branches.append(branches)
-        rows.positions.append(positions)
-        rows.weights.append(weights)
+            meant = [spot for place in question.places for spot in spots.get((place.key, place.number), [])] or [0]
+            last = len(prompt) - 1
+            places = {last + offset: place for offset, place in self.coordinates(question)}
+            written = {number: spots.get((place.key, place.number)) or [0] for number, place in places.items()}
+            branches.append(
+                Segment(
+                    own,
+                    len(branches) + 1,
+                    range(shared, shared + len(own)),
+                    [*[0.0] * len(prompt), *weights, max(weights)],
+                    {len(prompt) - PROMPT_TAIL: meant},
+                    {last: meant, **written},
+                )
+            )
+        branches.sort(key=lambda branch: -len(branch.ids))
+        return [Segment(ids, 0, range(shared), [0.0] * shared), *branches]
 
-    def finish(self, rows: Rows) -> dict[str, Tensor]:
-        """(B, S) `input_ids`, `branches`, `position_ids` and `weights`, padded on the right."""
-        length = max(len(ids) for ids in rows.ids)
+    def finish(self, trees: Trees) -> dict[str, Tensor]:
+        """Trees as rows, padded so that the n-th longest branches of all of them start at one place.
 
-        def padded(values: list[list], filler: float, dtype: torch.dtype) -> Tensor:
-            return torch.tensor([row + [filler] * (length - len(row)) for row in values], dtype=dtype)
-
+        Returns:
+            (B, S) `input_ids`, `branches`, `position_ids` and `weights`; (B, S, S) bool `named` and `written`;
+            `slots`, where the pictures and the branches start, and S.
+        """
+        number = max(len(tree) for tree in trees)
+        widths = [max(len(tree[index].ids) for tree in trees if index < len(tree)) for index in range(number)]
+        slots = [0, *np.cumsum(widths).tolist()]
+        shape = len(trees), slots[-1]
+        ids = torch.full(shape, self.processor.tokenizer.pad_token_id)
+        branches, positions = torch.full(shape, -1), torch.zeros(shape, dtype=torch.long)
+        weights = torch.zeros(shape)
+        looks = {name: torch.zeros(*shape, shape[1], dtype=torch.bool) for name in ("named", "written")}
+        for row, tree in enumerate(trees):
+            for start, segment in zip(slots, tree):
+                own = row, slice(start, start + len(segment.ids))
+                ids[own] = torch.tensor(segment.ids)
+                branches[own] = segment.branch
+                positions[own] = torch.tensor(segment.positions)
+                weights[own] = torch.tensor(segment.weights)
+                for name, wanted in looks.items():
+                    for position, spots in getattr(segment, name).items():
+                        wanted[row, start + position, spots] = True
         return {
-            "input_ids": padded(rows.ids, self.processor.tokenizer.pad_token_id, torch.long),
-            "branches": padded(rows.branches, -1, torch.long),
-            "position_ids": padded(rows.positions, 0, torch.long),
-            "weights": padded(rows.weights, 0.0, torch.float32),
+            "input_ids": ids,
+            "branches": branches,
+            "position_ids": positions,
+            "weights": weights,
+            "slots": torch.tensor(slots),
+            **looks,
         }
 
     def pictures(self, rng: np.random.Generator, number: int, mix: Mix) -> dict[str, Tensor]:
         """So many trees about single pictures or sets of them."""
-        rows, all_pictures, questions = Rows(), [], []
+        trees, all_pictures, questions = [], [], []
         for _ in range(number):
             count = mix.pictures if mix.pictures == 1 else int(rng.integers(2, mix.pictures + 1))
             most = mix.max_things if count == 1 else min(4, mix.max_things)
@@ -111,19 +173,27 @@ class BatchMaker:
         flat = [picture for pictures in all_pictures for picture in pictures]
         tensors = self.processor.image_processor.preprocess([picture.pixels for picture in flat], return_tensors="pt")
         grids = iter(tensors["image_grids"].tolist())
+        crops = tensors["image_num_crops"]
+        first = (crops.cumsum(0) - crops).tolist()
+        tables = iter(_per_picture(tensors["image_token_pooling"], tensors["image_grids"], crops))
         for pictures, asked in zip(all_pictures, questions):
             texts = ["".join(self.processor.get_image_tokens(next(grids))) for _ in pictures]
             opening = texts[0] if len(texts) == 1 else "".join(f"Image {i}{text}" for i, text in enumerate(texts, 1))
-            self.add_tree(rows, opening, asked)
-        crops = tensors["image_num_crops"]
-        first = (crops.cumsum(0) - crops).tolist()
+            patches, pooling, shift = {}, [], 0
+            for key, picture in enumerate(pictures, start=1):
+                table, size = next(tables)
+                pooling.append(np.where(table < 0, NO_TARGET, table + shift))
+                for number, thing in enumerate(picture.things):
+                    patches[key, picture_number(key, number)] = shift + patch_of(thing)
+                shift += size
+            trees.append(self.tree(opening, asked, patches, np.concatenate(pooling)))
         seen = {crop: picture.things for crop, picture in zip(first, flat)}
         dense = dense_targets(len(tensors["pixel_values"]), seen)
-        return {**self.finish(rows), **tensors, "dense": dense}
+        return {**self.finish(trees), **tensors, "dense": dense}
 
     def clips(self, rng: np.random.Generator, number: int, mix: Mix) -> dict[str, Tensor]:
         """So many trees about one clip each."""
-        rows, seen, frames, first = Rows(), {}, [], 0
+        trees, seen, frames, first = [], {}, [], 0
         clips = [make_clip(rng, max_things=min(3, mix.max_things)) for _ in range(number)]
         metadata = [{"fps": 10.0, "total_num_frames": clip.num_frames} for clip in clips]
         indices = [self.processor.video_processor.sample_frames(entry).tolist() for entry in metadata]
@@ -134,18 +204,38 @@ class BatchMaker:
             do_sample_frames=False,
             return_tensors="pt",
         )
-        for clip, own, grid in zip(clips, indices, tensors["video_grids"].tolist()):
+        sizes = tensors["video_grids"].prod(1).tolist()
+        for clip, own, grid, table in zip(
+            clips, indices, tensors["video_grids"].tolist(), tensors["video_token_pooling"].split(sizes)
+        ):
             times = [index / 10 for index in own]
-            self.add_tree(
-                rows, self.processor.get_video_string(grid, times), self._clip_questions(rng, clip, times, mix)
-            )
+            patches = {
+                (clip_key(time), number): offset * PATCHES + patch_of(thing)
+                for offset, time in enumerate(times)
+                for number, thing in clip.seen_at(time)
+            }
+            opening = self.processor.get_video_string(grid, times)
+            trees.append(self.tree(opening, self._clip_questions(rng, clip, times, mix), patches, table.numpy()))
             for offset, time in enumerate(times):
                 seen[first + offset] = [thing for _, thing in clip.seen_at(time)]
             first += len(own)
-        return {**self.finish(rows), **tensors, "dense": dense_targets(first, seen)}
+        return {**self.finish(trees), **tensors, "dense": dense_targets(first, seen)}
 
     def _clip_questions(self, rng: np.random.Generator, clip: Clip, times: list[float], mix: Mix) -> list[Question]:
         return ask_clip(rng, clip, times, max(2, mix.branches // 2))
+
+
+def patch_of(thing: Thing) -> int:
+    """The patch of a whole view that has the centre of a thing."""
+    side = CROP // PATCH
+    col, row = (min(side - 1, max(0, int(side * place))) for place in (thing.x, thing.y))
+    return row * side + col
+
+
+def _per_picture(pooling: Tensor, grids: Tensor, crops: Tensor) -> list[tuple[np.ndarray, int]]:
+    """Pooling rows of each picture, with patches counted from its first crop, and how many patches it has."""
+    tokens = (grids[:, 0] * grids[:, 1] + grids[:, 2] * grids[:, 3]).tolist()
+    return [(table.numpy(), PATCHES * size) for table, size in zip(pooling.split(tokens), crops.tolist())]
 
 
 def dense_targets(num_crops: int, seen: dict[int, Sequence[Thing]]) -> Tensor:
@@ -156,16 +246,14 @@ def dense_targets(num_crops: int, seen: dict[int, Sequence[Thing]]) -> Tensor:
     Returns:
         (C, P, 7) int64: `NO_TARGET`, `EMPTY` or 1 with colour, kind, two digits of x, two digits of y.
     """
-    side = CROP // PATCH
     targets = np.zeros((num_crops, PATCHES, 7), dtype=np.int64)
     targets[:, :, 0] = NO_TARGET
     for crop, things in seen.items():
         targets[crop, :, 0] = EMPTY
         for thing in things:
-            col, row = (min(side - 1, max(0, int(side * place))) for place in (thing.x, thing.y))
             digits = [min(99, max(0, int(100 * place))) for place in (thing.x, thing.y)]
             numbers = [part for value in digits for part in divmod(value, 10)]
-            targets[crop, row * side + col] = [1, COLOUR_IDS[thing.colour], KIND_IDS[thing.kind], *numbers]
+            targets[crop, patch_of(thing)] = [1, COLOUR_IDS[thing.colour], KIND_IDS[thing.kind], *numbers]
     return torch.from_numpy(targets)
 
 

@@ -5,6 +5,7 @@ heads ask every patch, and every pooled token for each of its patches: is the ce
 and kind, and at which two digits of x and y?
 """
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -63,3 +64,19 @@ def slot_loss(guesses: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, float
         loss = loss + weight * functional.cross_entropy(part[full], targets[full, column])
         scores[name] = float((part[full].argmax(-1) == targets[full, column]).float().mean())
     return loss, scores
+
+
+def look_loss(query: Tensor, key: Tensor, scaling: float, allowed: Tensor, wanted: Tensor) -> tuple[Tensor, float]:
+    """How far one attention head is from looking at what is wanted, and the share of its attention that goes there.
+
+    Args:
+        query, key: (B, S, head_dim) of the head.
+        allowed: (B, S, S) bool; dim 1 is the query.
+        wanted: (B, S, S) bool; queries that want nothing are not asked.
+    """
+    row, position = wanted.any(-1).nonzero(as_tuple=True)
+    scores = (query @ key.transpose(1, 2))[row, position].float() * scaling
+    shares = scores.masked_fill(~allowed[row, position], -torch.inf).log_softmax(-1)
+    targets = wanted[row, position].float()
+    distance = -(shares.masked_fill(targets == 0, 0.0) * targets).sum(-1) / targets.sum(-1)
+    return distance.mean(), float((shares.detach().exp() * targets).sum(-1).mean())

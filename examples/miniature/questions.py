@@ -48,6 +48,16 @@ class Question:
     places: tuple[Place, ...] = ()
 
 
+def picture_number(key: int, place: int) -> int:
+    """Number of a thing in a set of pictures."""
+    return 100 * key + place
+
+
+def clip_key(seconds: float) -> float:
+    """The time of a frame as answers write it."""
+    return round(float(seconds), 1)
+
+
 def matches(thing: Thing, target: tuple[str | None, str | None]) -> bool:
     colour, kind = target
     return (colour is None or thing.colour == colour) and (kind is None or thing.kind == kind)
@@ -113,10 +123,12 @@ def identities(places: Sequence[Place]) -> list[int]:
     return [ids.setdefault(place.number, len(ids) + 1) for place in places]
 
 
-def where(target: tuple, thing: Thing) -> Question:
+def where(target: tuple, places: Sequence[Place]) -> Question:
+    thing = places[0].thing
     row = ("top", "", "bottom")[min(2, int(3 * thing.y))]
     col = ("left", "", "right")[min(2, int(3 * thing.x))]
-    return Question("where", f"Where is the {noun(target, False)}?", f"{row} {col}".strip() or "centre", target)
+    answer = f"{row} {col}".strip() or "centre"
+    return Question("where", f"Where is the {noun(target, False)}?", answer, target, tuple(places))
 
 
 def _pick_target(rng: np.random.Generator, things: Sequence[Thing], none: float) -> tuple[str | None, str | None]:
@@ -135,42 +147,57 @@ def _pick_target(rng: np.random.Generator, things: Sequence[Thing], none: float)
     return options[rng.choice(4, p=(0.5, 0.25, 0.2, 0.05))]
 
 
-def _about_one(rng: np.random.Generator, things: Sequence[Thing]) -> Question | None:
+def _about_one(rng: np.random.Generator, seen: Sequence[Place]) -> Question | None:
     """A colour, what or where question about something that is described by its kind or colour alone."""
-    order = rng.permutation(len(things))
+    things = first_places(seen)
     task = ("colour", "what", "where")[rng.integers(3)]
-    for thing in (things[index] for index in order):
+    for chosen in (things[index] for index in rng.permutation(len(things))):
+        thing = chosen.thing
+        places = [place for place in seen if place.number == chosen.number]
         targets = {"colour": [(None, thing.kind)], "what": [(thing.colour, None)]}.get(
             task, [(thing.colour, thing.kind), (None, thing.kind)]
         )
         for target in targets:
-            if sum(matches(other, target) for other in things) > 1:
+            if sum(matches(other.thing, target) for other in things) > 1:
                 continue
-            if task == "colour":
-                return Question(task, f"What colour is the {noun(target, False)}?", thing.colour, target)
-            if task == "what":
-                return Question(task, f"What is the {noun(target, False)}?", thing.kind, target)
-            return where(target, thing)
+            if task == "where":
+                return where(target, places)
+            words = noun(target, False)
+            text, answer = (
+                (f"What colour is the {words}?", thing.colour)
+                if task == "colour"
+                else (f"What is the {words}?", thing.kind)
+            )
+            return Question(task, text, answer, target, tuple(places))
     return None
+
+
+def first_places(places: Sequence[Place]) -> list[Place]:
+    """Where each thing is seen first."""
+    firsts: dict[int, Place] = {}
+    for place in places:
+        firsts.setdefault(place.number, place)
+    return list(firsts.values())
 
 
 def _compose(
     rng: np.random.Generator,
     number: int,
-    things: Sequence[Thing],
+    seen: Sequence[Place],
     places_of: Callable[[tuple], list[Place]],
     makers: Sequence[tuple[float, Callable[[tuple, list[Place]], Question]]],
     about_one: float,
     none: float,
 ) -> list[Question]:
-    """So many different questions, drawn by weight."""
+    """So many different questions, drawn by weight, about the things at the places where they are seen."""
+    things = [place.thing for place in first_places(seen)]
     weights = np.array([weight for weight, _ in makers])
     found: dict[str, Question] = {}
     for _ in range(6 * number):
         if len(found) == number:
             break
         if rng.random() < about_one:
-            question = _about_one(rng, things) if things else None
+            question = _about_one(rng, seen) if seen else None
         else:
             maker = makers[rng.choice(len(makers), p=weights / weights.sum())][1]
             target = _pick_target(rng, things, none)
@@ -191,7 +218,7 @@ def ask_pictures(
         none: Probability that a pointing or counting question asks for something absent.
     """
     everything = [
-        Place(index, 100 * index + place, thing)
+        Place(index, picture_number(index, place), thing)
         for index, picture in enumerate(pictures, start=1)
         for place, thing in enumerate(picture.things)
     ]
@@ -204,8 +231,7 @@ def ask_pictures(
         (0.35, count),
         (0.15, number_only),
     )
-    things = [place.thing for place in everything]
-    return _compose(rng, number, things, places_of, makers, about_one if len(pictures) == 1 else 0, none)
+    return _compose(rng, number, everything, places_of, makers, about_one if len(pictures) == 1 else 0, none)
 
 
 def ask_clip(
@@ -218,26 +244,19 @@ def ask_clip(
     none: float = 0.12,
 ) -> list[Question]:
     """Questions about a clip whose frames are seen at `times`, in seconds."""
-    seen = [Place(round(float(time), 1), number, thing) for time in times for number, thing in clip.seen_at(time)]
+    seen = [Place(clip_key(time), number, thing) for time in times for number, thing in clip.seen_at(time)]
 
     def all_places(target: tuple) -> list[Place]:
         return [place for place in seen if matches(place.thing, target)]
-
-    def first_places(places: list[Place]) -> list[Place]:
-        firsts: dict[int, Place] = {}
-        for place in places:
-            firsts.setdefault(place.number, place)
-        return list(firsts.values())
 
     makers = (
         (0.7, lambda target, places: track(target, places, bool(rng.random() < 0.3))),
         (0.2, lambda target, places: point(target, first_places(places), bool(rng.random() < 0.5))),
         (0.1, lambda target, places: count(target, first_places(places))),
     )
-    things = [place.thing for place in first_places(seen)]
     return [
         question
-        for question in _compose(rng, number, things, all_places, makers, about_one, none)
+        for question in _compose(rng, number, seen, all_places, makers, about_one, none)
         if question.task != "where"  # things move
     ]
 
@@ -248,7 +267,7 @@ def vocabulary_texts() -> list[str]:
 
     targets = [(colour, kind) for colour in (None, *COLOURS) for kind in (None, HELD_OUT_SHAPE, *KINDS)]
     nouns = [noun(target, plural) for target in targets for plural in (False, True)]
-    phrases = [question.text for question in (where((None, SHAPES[0]), Thing("red", SHAPES[0], 0, 0, 0.1)),)]
+    phrases = [question.text for question in (where((None, SHAPES[0]), [Place(1, 0, Thing("red", SHAPES[0], 0, 0, 0.1))]),)]
     phrases += ["Point to the circle.", "How many circles are there?", "Count the circles.", "Track the circle."]
     phrases += ["What colour is the circle?", "What is the red object?", "top left", "top right", "bottom left"]
     phrases += ["bottom right", "centre", "left", "right", "top", "bottom", NONE, NO_TRACKS]

@@ -27,11 +27,12 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from . import native
 from .batches import BatchMaker, Mix, tree_mask
-from .dense_heads import DenseHeads
+from .dense_heads import DenseHeads, look_loss
 from .evaluate import score
 
 WORLD_SEED = 1  # evaluation draws from other seeds
 PICTURE_INPUTS = ("pixel_values", "image_token_pooling", "image_grids", "image_num_crops")
+LOOKS = {"named": 1, "written": 3}  # layers whose first head is shown where to look
 CLIP_INPUTS = ("pixel_values_videos", "video_token_pooling", "video_grids")
 
 
@@ -45,12 +46,13 @@ class Plan:
         matrix_rate, rate: Peak learning rates of the hidden matrices (Muon) and of everything else (AdamW).
     """
 
-    minutes: float = 60.0
-    first_lesson: float = 0.12
-    single: float = 0.25
+    minutes: float = 80.0
+    first_lesson: float = 0.08
+    single: float = 0.12
     matrix_rate: float = 2e-3
     rate: float = 2e-3
     dense_weight: float = 0.1
+    look_weight: float = 0.2
     pictures: int = 16
     clips: int = 6
     sets: int = 6
@@ -76,14 +78,13 @@ class Lessons(Dataset):
                 return [self.maker.pictures(rng, 3 * plan.pictures, mix)]
             return [self.maker.clips(rng, 2 * plan.clips, mix)]
         second = (passed - plan.first_lesson) / (1 - plan.first_lesson)
-        if second < plan.single:
-            level = second / plan.single
-            mix = Mix(max_things=2 + int(6 * level) if level < 0.9 else 7, tiled=0.35 * level)
-            return [self.maker.pictures(rng, plan.pictures, mix)]
-        parts = [self.maker.pictures(rng, plan.pictures, Mix())]
-        if step % 3 < 2:
+        level = min(1.0, second / plan.single)
+        tiled = float(rng.random() < 0.35 * level)  # a whole batch alike: less padding
+        mix = Mix(max_things=min(7, 2 + int(6 * level)), tiled=tiled)
+        parts = [self.maker.pictures(rng, plan.pictures, mix)]
+        if level == 1 and step % 4 < 2:
             parts.append(self.maker.clips(rng, plan.clips, Mix()))
-        else:
+        elif level == 1 and step % 4 == 2:
             parts.append(self.maker.pictures(rng, plan.sets, Mix(pictures=3, tiled=0.1, branches=4)))
         return parts
 
@@ -97,11 +98,17 @@ class Trainer:
         if not (folder / "model" / "config.json").is_file():
             native.write_fresh(folder / "model", seed)
         self.processor = AutoProcessor.from_pretrained(folder / "model", trust_remote_code=True)
-        self.model = AutoModelForImageTextToText.from_pretrained(folder / "model", trust_remote_code=True).float()
+        self.model = AutoModelForImageTextToText.from_pretrained(
+            folder / "model", trust_remote_code=True, attn_implementation="eager"
+        ).float()
         backbone = self.model.vision_backbone
         backbone.crops_per_chunk = backbone.tokens_per_chunk = None  # the features of a batch in one piece
         backbone.image_vit.register_forward_hook(self._keep_features)
         self.features: Tensor | None = None
+        self.heard: dict[int, tuple[Tensor, Tensor]] = {}
+        self.slots: list[int] = []  # of the batch that is being taught
+        for block in self.model.model.transformer.blocks:
+            self._split_attention(block.self_attn)
         config = self.model.config
         width = config.vit_config.hidden_size * len(config.adapter_config.vit_layers)
         torch.manual_seed(seed)
@@ -113,6 +120,31 @@ class Trainer:
 
     def _keep_features(self, module: nn.Module, inputs: tuple, outputs: list[Tensor]) -> None:
         self.features = torch.cat(outputs, dim=-1).flatten(0, 1)
+
+    def _split_attention(self, attention: nn.Module) -> None:
+        """Compute an attention slot by slot: no branch sees another one, so most of their products are not needed.
+
+        Query and key of the first head are kept for the layers that are shown where to look.
+        """
+        attend = attention.attend
+
+        def split(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *arguments, **options):
+            if not self.slots:
+                return attend(query, key, value, mask, *arguments, **options)
+            if attention.layer_idx in LOOKS.values():
+                self.heard[attention.layer_idx] = query[:, 0], key[:, 0]
+            first, *starts = self.slots[1:]
+            parts = [
+                attend(*(states[:, :, :first] for states in (query, key, value)), mask[..., :first, :first], *arguments, **options)
+            ]
+            for start, stop in zip([first, *starts], starts):
+                own = slice(start, stop)
+                keys, values = (torch.cat((states[:, :, :first], states[:, :, own]), 2) for states in (key, value))
+                seen = torch.cat((mask[..., own, :first], mask[..., own, own]), -1)
+                parts.append(attend(query[:, :, own], keys, values, seen, *arguments, **options))
+            return torch.cat([part for part, _ in parts], 1), None
+
+        attention.attend = split
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
         """Muon for the matrices between hidden states, AdamW for tables, heads, norms and biases."""
@@ -171,24 +203,34 @@ class Trainer:
     def _second_lesson(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
         is_visual = torch.isin(batch["input_ids"], self.visual)
         inputs = {name: batch[name] for name in (*PICTURE_INPUTS, *CLIP_INPUTS) if name in batch}
+        self.slots = batch["slots"].tolist()
+        mask = tree_mask(batch["branches"], is_visual)
         outputs = self.model.model(
             input_ids=batch["input_ids"],
-            attention_mask=tree_mask(batch["branches"], is_visual),
+            attention_mask=mask,
             position_ids=batch["position_ids"],
             token_type_ids=is_visual,
             use_cache=False,
             **inputs,
         )
+        self.slots = []
         weights = batch["weights"][:, 1:]
         taught = weights > 0
         logits = self.model.lm_head(outputs.last_hidden_state[:, :-1][taught]).float()
         losses = functional.cross_entropy(logits, batch["input_ids"][:, 1:][taught], reduction="none")
         answer_loss = (losses * weights[taught]).sum() / weights[taught].sum()
         dense_loss, _ = self.heads(self.features, outputs.image_hidden_states, self._pooling(batch), batch["dense"])
+        looks = {
+            name: look_loss(*self.heard[layer], attention.scaling, mask[:, 0], batch[name])
+            for name, layer in LOOKS.items()
+            for attention in (self.model.model.transformer.blocks[layer].self_attn,)
+        }
         kind = "clips" if "video_grids" in batch else "pictures"
-        right = (logits.argmax(-1) == batch["input_ids"][:, 1:][taught])[weights[taught] == 1].float().mean()
+        right = (logits.argmax(-1) == batch["input_ids"][:, 1:][taught]).float().mean()
         scores = {f"{kind}_loss": answer_loss.item(), f"{kind}_right": right.item(), "dense": dense_loss.item()}
-        return answer_loss + self.plan.dense_weight * dense_loss, scores
+        scores |= {f"{kind}_{name}": share for name, (_, share) in looks.items()}
+        look = sum(loss for loss, _ in looks.values())
+        return answer_loss + self.plan.dense_weight * dense_loss + self.plan.look_weight * look, scores
 
     def train_step(self, parts: list[dict[str, Tensor]]) -> dict[str, float]:
         """One update; what it measured."""
