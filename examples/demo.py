@@ -1,78 +1,93 @@
-"""From a training checkpoint to an answer: writes a native miniature, converts it, loads it the way a user would and
-asks it about a photo and a clip.
+"""From a training checkpoint to drawn points: converts the trained miniature, loads it the way a user would, asks it
+about pictures and a clip, and writes what it saw.
 
-Usage: python examples/demo.py [FOLDER]    (default: a temporary folder)
+Usage: python examples/demo.py [FOLDER]    (default: demo_output)
 """
 
 import sys
-import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import torch
+import numpy as np
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+EXAMPLES = Path(__file__).resolve().parent
+sys.path[:0] = [str(EXAMPLES), str(EXAMPLES.parent)]
 
-from convert.cli import main as convert
-from random_miniature import write_native_miniature
+from convert.cli import main as convert  # noqa: E402
+from miniature.native import CHECKPOINT  # noqa: E402
+from miniature.questions import ask_pictures  # noqa: E402
+from miniature.world import make_picture  # noqa: E402
 
-DATA = Path(__file__).resolve().parent / "data"
-PHOTO, CLIP = DATA / "nasa_frame.jpg", DATA / "nasa_clip.mp4"
-
-
-def describe(inputs: dict) -> None:
-    """Print what went into the model."""
-    ids, visual = inputs["input_ids"], inputs["token_type_ids"]
-    print(f"  tokens: {ids.shape[1]}, of which {int(visual.sum())} stand for pictures")
-    for grid, crops in zip(inputs.get("image_grids", []), inputs.get("image_num_crops", []), strict=True):
-        low_rows, low_cols, rows, cols = grid.tolist()
-        print(f"  image: {int(crops)} crops; {low_rows}x{low_cols} tokens for the whole, {rows}x{cols} for the tiles")
-    for grid, timing in zip(inputs.get("video_grids", []), inputs.get("video_metadata", []), strict=True):
-        frames, rows, cols = grid.tolist()
-        times = ", ".join(f"{seconds:.1f}" for seconds in timing.timestamps)
-        print(f"  video: {frames} frames of {rows}x{cols} tokens at {times} s; read with {timing.video_backend}")
+PICTURE, CLIP = EXAMPLES / "data" / "world_picture.png", EXAMPLES / "data" / "world_clip.mp4"
+DRAWN_SEED = 7000  # of pictures drawn anew; training, scores and the bundled pictures have others
 
 
-def ask(model, processor, question: str, picture: dict, **options) -> str:
-    """One question about one picture; the answer as text, or as ids where random weights spell none."""
-    messages = [{"role": "user", "content": [{"type": "text", "text": question}, picture]}]
-    inputs = processor.apply_chat_template(
-        messages,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        return_metadata=True,
-        **options,
-    )
-    describe(inputs)
-    inputs.pop("video_metadata", None)
-    with torch.inference_mode():
-        output = model.generate(**inputs, max_new_tokens=24, do_sample=False)
-    answer = output[0, inputs["input_ids"].shape[1] :]
-    text = processor.decode(answer, skip_special_tokens=True)
-    return text if text.isprintable() and "\ufffd" not in text else f"tokens {answer.tolist()}"
+class Demo:
+    """A converted folder at work; what it draws goes into `output`."""
+
+    def __init__(self, folder: Path, output: Path):
+        self.processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+        self.model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
+        self.output = output
+
+    def ask(self, question: str, **media: Any) -> Any:
+        """Ask and print; returns the answer."""
+        answer = self.processor.ask(self.model, question, **media)
+        print(f"  {question}\n    {answer.text}")
+        for point in answer.grounding.points[:8]:
+            when = "" if point.time is None else f" at {point.time:.1f} s"
+            print(f"    {point.label} {point.id}: x {point.x:.0f}, y {point.y:.0f} of {self._size(answer)}{when}")
+        if answer.grounding.count is not None:
+            print(f"    count: {answer.grounding.count}")
+        return answer
+
+    @staticmethod
+    def _size(answer: Any) -> str:
+        return "{}x{}".format(*answer.grounding.media.sizes[0])
+
+    def save(self, image: Image.Image, name: str) -> None:
+        image.save(self.output / name)
+        print(f"    wrote {self.output / name}")
+
+    def bundled_picture(self) -> None:
+        print(f"\n{PICTURE.name}")
+        answer = self.ask("Point to the red circles.", images=PICTURE)
+        self.save(self.processor.draw(PICTURE, answer.grounding), "points.png")
+        for question in ("How many red circles are there?", "What colour is the ring?", "Point to the green squares."):
+            self.ask(question, images=PICTURE)
+
+    def clip(self) -> None:
+        print(f"\n{CLIP.name}")
+        answer = self.ask("Track the red ring.", videos=CLIP)
+        drawn = self.processor.annotate_video(CLIP, answer.grounding, self.output / "track.mp4")
+        print(f"    wrote {drawn.path}")
+
+    def drawn_pictures(self, seeds: Sequence[int]) -> None:
+        """Pictures that nobody has seen before, with the true answer of each question."""
+        for seed in seeds:
+            rng = np.random.default_rng([DRAWN_SEED, seed])
+            picture = make_picture(rng)
+            print(f"\na picture drawn from seed {seed}")
+            for question in ask_pictures(rng, [picture], 2):
+                self.ask(question.text, images=picture.pixels)
+                print(f"    the truth: {question.answer}")
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as temporary:
-        scratch = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(temporary)
-        checkpoint, tokenizer = write_native_miniature(scratch)
-        folder = scratch / "miniature_molmo2"
-        if convert([str(checkpoint), str(folder), "--tokenizer", str(tokenizer), "--overwrite", "--verify"]):
-            raise SystemExit("The conversion failed.")
-        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-        model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        print(f"\n{type(model).__name__} with {parameters / 1e6:.2f} million parameters drawn from a seed,")
-        print("so the answers below are noise; everything before them is what a published checkpoint would see.\n")
-
-        for question, kind, path in (
-            ("Point to the technician in the lift.", "image", PHOTO),
-            ("What happens?", "video", CLIP),
-        ):
-            print(f"{path.name}: {question}")
-            print(f"  answer: {ask(model, processor, question, {'type': kind, 'path': str(path)})}\n")
+    output = Path(sys.argv[1]) if len(sys.argv) > 1 else Path("demo_output")
+    output.mkdir(parents=True, exist_ok=True)
+    folder = output / "miniature"
+    tokenizer = CHECKPOINT / "base_tokenizer"
+    if convert([str(CHECKPOINT), str(folder), "--tokenizer", str(tokenizer), "--overwrite", "--verify"]):
+        raise SystemExit("The conversion failed.")
+    demo = Demo(folder, output)
+    print(f"\nA {type(demo.model).__name__} with {demo.model.num_parameters() / 1e6:.1f} million parameters")
+    demo.bundled_picture()
+    demo.clip()
+    demo.drawn_pictures(range(3))
 
 
 if __name__ == "__main__":
