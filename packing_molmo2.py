@@ -97,17 +97,6 @@ def packed_rows(
     return PackedRows(_changes(examples).long().cumsum(-1) - 1, branches.long(), is_real)
 
 
-def packed_positions(
-    attention_mask: Tensor | None, example_ids: Tensor | None = None, branch_ids: Tensor | None = None
-) -> Tensor:
-    """(B, S) int64 positions of packed rows; see `packed_rows` for the arguments and `PackedRows.positions`."""
-    ids = example_ids if example_ids is not None else branch_ids
-    rows = None if ids is None else packed_rows(attention_mask, example_ids, branch_ids, ids.shape)
-    if rows is None:
-        raise ValueError("Pass `example_ids` or `branch_ids`: without them the positions are those of plain rows.")
-    return rows.positions()
-
-
 def examples_of_positions(position_ids: Tensor) -> Tensor:
     """(B, S) int64: packed examples told by positions that do not go up by one (the library's convention)."""
     goes_on = position_ids[:, 1:] == position_ids[:, :-1] + 1

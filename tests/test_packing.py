@@ -13,7 +13,7 @@ from molmo2_remote.blockwise_attention_molmo2 import BlockwiseMask
 from molmo2_remote.loss_molmo2 import predicted_labels, weighted_loss
 from molmo2_remote.masking_molmo2 import token_tables
 from molmo2_remote.media_layout_molmo2 import MediaTables, assign_media, token_groups
-from molmo2_remote.packing_molmo2 import packed_positions, packed_rows, require_packed_layout
+from molmo2_remote.packing_molmo2 import packed_rows, require_packed_layout
 
 PICTURES = (
     "pixel_values",
@@ -55,11 +55,8 @@ def written(ids: torch.Tensor) -> list[str]:
     ],
 )
 def test_positions(mask, examples, branches, positions):
-    found = packed_positions(
-        None if mask is None else digits(mask),
-        None if examples is None else digits(examples),
-        None if branches is None else digits(branches),
-    )
+    ids = (None if text is None else digits(text) for text in (mask, examples, branches))
+    found = packed_rows(*ids, (1, len(positions))).positions()
     assert written(found) == [positions]
 
 
@@ -330,7 +327,7 @@ def test_positions_that_restart_mark_examples_too(qwen3, attention, monkeypatch)
     expected = model(**inputs).logits
     found = model(
         input_ids=inputs["input_ids"],
-        position_ids=packed_positions(None, inputs["example_ids"]),
+        position_ids=packed_rows(None, inputs["example_ids"], None, inputs["input_ids"].shape).positions(),
         use_cache=False,
     ).logits
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
