@@ -59,7 +59,7 @@ screenshots: $(APP_READY)
 	scripts/browser $(APP_BIN)/python
 	$(APP_BIN)/python tests/app_screenshots.py
 
-# Trains the miniature anew into miniature_run/ (about 70 minutes on two cores); continues a run that is there.
+# Trains the miniature anew into miniature_run/ (80 minutes on two cores); continues a run that is there.
 miniature: $(READY)
 	cd examples && ../$(BIN)/python -m miniature.train ../miniature_run
 	cd examples && ../$(BIN)/python -m miniature.curves ../miniature_run/log.jsonl ../miniature_run/curves.png

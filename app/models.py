@@ -9,13 +9,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from .backend import Backend
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-TRAINED = (
+MINIATURE = (
     "This is a miniature that was trained on drawn shapes: ask about circles, squares, triangles, crosses, rings, "
     "letters and digits, and their colours. To ask about anything else, start the app with `--model FOLDER`."
-)
-UNTRAINED = (
-    "This is a miniature with **random weights**: its answers are noise. Start the app with `--model FOLDER` to talk "
-    "to a real model."
 )
 
 
@@ -29,10 +25,10 @@ def load(folder: Path | None, scratch: Path, **options: int) -> Backend:
     """
     notice = ""
     if folder is None:
-        sys.path.insert(0, str(EXAMPLES))
-        from miniature_folder import is_trained, write_miniature_folder
+        sys.path[:0] = [str(EXAMPLES), str(EXAMPLES.parent)]
+        from miniature.native import CHECKPOINT, to_transformers
 
-        folder, notice = write_miniature_folder(scratch / "miniature"), TRAINED if is_trained() else UNTRAINED
+        folder, notice = to_transformers(CHECKPOINT, scratch / "miniature"), MINIATURE
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype="auto").to(device)

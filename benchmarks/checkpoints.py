@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from benchmarks.harness import REPOSITORY, Side
 
-sys.path.append(str(REPOSITORY / "examples"))
+sys.path.append(str(REPOSITORY / "tests"))
 
 from random_miniature import CHAT_TOKENS, MOLMO2_TOKENS, write_json
 

@@ -1,7 +1,6 @@
 """Writes docs/images/app_*.png from the running app: python tests/app_screenshots.py (make screenshots)
 
-The answers are those of the trained miniature. Where its weights are not there, they are dictated, and the pictures
-carry a line that says so.
+The answers are those of the trained miniature.
 """
 
 import io
@@ -13,38 +12,19 @@ import conftest  # noqa: F401 - makes `molmo2_remote` importable
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
-from app.backend import Backend
 from app.models import load
 from app.page import Page
 from app.samples import SAMPLES
 from app_browser import browser, expect, find_browser, visit
-from miniature_folder import is_trained
-from scripted_model import DictatedModel
 
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
-DICTATED = "The answers on this page are **dictated**: it shows the app, not what a model can do."
-ANSWERS = {
-    "Point to the red circles": '<points coords="1 1 225 500 2 775 380 3 910 715">red circles</points>',
-    "What colour is the ring": "green",
-    "Point to the blue squares": '<points coords="1 1 650 715\t2 2 535 300 3 500 775">blue squares</points>',
-    "Track the red ring": '<tracks coords="0.0 1 200 250\t0.5 1 320 290\t1.0 1 440 330\t1.5 1 560 370\t2.0 1 680 410'
-    '\t2.5 1 800 450">red ring</tracks>',
-}
 SHOTS = {  # name -> (label of the example, follow-up question)
     "app_picture": ("Point in a picture", "What colour is the ring?"),
     "app_pictures": ("Point in several pictures", None),
     "app_clip": ("Track in a clip", None),
 }
 PAUSE = 1500  # milliseconds, for the page to come to rest
-
-
-def backend(scratch: Path) -> Backend:
-    real = load(None, scratch)
-    if is_trained():
-        return real
-    return Backend(DictatedModel(real.model, real.processor, ANSWERS), real.processor, notice=DICTATED)
 
 
 def shoot(visitor, label: str, follow_up: str | None, target: Path) -> None:
@@ -68,7 +48,7 @@ def main() -> None:
     IMAGES.mkdir(parents=True, exist_ok=True)
     assert {label for label, _ in SHOTS.values()} <= {sample.label for sample in SAMPLES}
     with tempfile.TemporaryDirectory() as scratch, browser(executable) as running:
-        page = Page(backend(Path(scratch)))
+        page = Page(load(None, Path(scratch)))
         for name, (label, follow_up) in SHOTS.items():
             with visit(running, page, width=1160, height=930) as visitor:
                 shoot(visitor, label, follow_up, IMAGES / f"{name}.png")

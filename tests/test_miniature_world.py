@@ -16,7 +16,8 @@ from miniature import native, tokenizer  # noqa: E402
 from miniature.batches import PATCHES, ROUNDING_WEIGHT, BatchMaker, Mix, dense_targets, patch_of, tree_mask  # noqa: E402
 from miniature.dense_heads import look_loss  # noqa: E402
 from miniature.evaluate import examples, judge, sampled_times  # noqa: E402
-from miniature.questions import NO_TRACKS, NONE, Place, Question, ask_clip, ask_pictures, noun, point  # noqa: E402
+from miniature.questions import NO_TRACKS, NONE, Place, Question, ask_clip, ask_pictures, noun  # noqa: E402
+from miniature.questions import point as pointing  # noqa: E402
 from miniature.world import CLIP_FPS, HELD_OUT_SHAPE, Thing, make_clip, make_picture  # noqa: E402
 from molmo2_remote.grounding_molmo2 import parse_grounding  # noqa: E402
 
@@ -201,16 +202,16 @@ def test_only_answers_are_taught_and_last_digits_count_less(fresh):
 
 
 def test_a_head_is_shown_the_things_that_are_asked_about(fresh):
-    """From the end of the question to all of them, from each coordinate to its own; to the start where there is none."""
+    """From the end of the question to all of them, from each coordinate to its own; or to the start."""
     _, processor = fresh
     rng = np.random.default_rng(8)
     picture = make_picture(rng, tiled=0.0, kinds=[("red", "ring"), ("blue", "ring"), ("red", "cross")])
     places = {(1, number): patch_of(thing) for number, thing in enumerate(picture.things)}
     found = [Place(1, number, thing) for number, thing in enumerate(picture.things)]
-    rings = point((None, "ring"), found[:2], True)
+    rings = pointing((None, "ring"), found[:2], True)
     windows = np.arange(PATCHES)[:, None]  # every token is one patch
     shared, *branches = BatchMaker(processor).tree(
-        "".join(["<im_patch>"] * PATCHES), [rings, point(("green", None), [], False)], places, windows
+        "".join(["<im_patch>"] * PATCHES), [rings, pointing(("green", None), [], False)], places, windows
     )
     first, second = sorted(branches, key=lambda branch: branch.branch)
     spots = {place.number: 1 + patch_of(place.thing) for place in rings.places}

@@ -12,13 +12,18 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY / "examples"))
+for place in (REPOSITORY, REPOSITORY / "examples"):
+    sys.path.insert(0, str(place))
+
+from miniature import bundle, native  # noqa: E402
+from random_miniature import write_json, write_miniature  # noqa: E402
 
 
 def python_blocks(page):
     return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
 
 
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 BLOCKS = python_blocks(REPOSITORY / "README.md")
 ELSEWHERE = ("fiftyone", "training")  # test_fiftyone.py, beside a database, and test_trainers.py run these
 PAGES = [
@@ -28,8 +33,6 @@ PAGES = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    from random_miniature import write_json, write_miniature
-
     folder = tmp_path_factory.mktemp("readme")
     write_miniature(folder / "Molmo2-4B")
     # Answers of random weights end anywhere or never; the blocks ask for hundreds of tokens.
@@ -42,6 +45,9 @@ def folder(tmp_path_factory):
         ("penguins.mp4", "nasa_clip.mp4"),
     ):
         shutil.copy(data / source, folder / name)
+    native.to_transformers(native.CHECKPOINT, folder / "demo_output" / "miniature")
+    (folder / "examples" / "data").mkdir(parents=True)
+    shutil.copy(data / "world_picture.png", folder / "examples" / "data")
     return folder
 
 
@@ -50,7 +56,7 @@ def test_the_blocks_run_as_written(folder, monkeypatch, capsys):
     names = {}
     for block in BLOCKS:
         exec(compile(block, "README.md", "exec"), names)
-    assert len(BLOCKS) == 9
+    assert len(BLOCKS) == 10
     assert capsys.readouterr().out.count("\n") >= 7  # seven answers
     assert names["plan"].num_tokens <= 1000
     assert len(names["answers"]) == 2
@@ -68,14 +74,19 @@ def test_the_blocks_of_a_page_run_as_written(page, folder, monkeypatch, capsys):
             assert line in printed
 
 
-def test_the_demo_runs(monkeypatch, capsys, tmp_path):
+def test_the_demo_answers_truly(monkeypatch, capsys, tmp_path):
+    """What it prints stands in the README; the bundled picture and clip are answered as they were drawn."""
     import demo
 
-    monkeypatch.setattr(sys, "argv", ["demo.py", str(tmp_path / "miniature")])
+    monkeypatch.setattr(sys, "argv", ["demo.py", str(tmp_path)])
     demo.main()
     printed = capsys.readouterr().out
-    for line in printed.splitlines():
-        if line.startswith(("  tokens:", "  image:", "  video:")):
-            assert line in (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    assert printed.count("  answer: ") == 2
-    assert printed.count("  tokens: ") == 2
+    quoted = re.search(r"^It prints, among others:\n\n```\n(.*?)^```", README, re.M | re.S).group(1)
+    assert quoted.replace("demo_output", str(tmp_path)) in printed
+    assert printed.count("the truth: ") == 6
+    red_circles = [thing for thing in bundle.picture().things if (thing.colour, thing.kind) == ("red", "circle")]
+    found = re.findall(r"red circles \d: x (\d+), y (\d+) of (\d+)x(\d+)", printed)
+    for thing in red_circles:
+        gaps = [(int(x) / int(w) - thing.x) ** 2 + (int(y) / int(h) - thing.y) ** 2 for x, y, w, h in found]
+        assert min(gaps) ** 0.5 < 0.03
+    assert {path.name for path in tmp_path.iterdir()} >= {"miniature", "points.png", "track.mp4"}

@@ -3,7 +3,6 @@
 import importlib.util
 import re
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 
 from checkpoints import REPOSITORY, module_cache, picture, write_checkpoint
+from random_miniature import write_miniature
 from training_cases import CLIP, IMAGE, turn
 
 pytestmark = pytest.mark.slow
@@ -283,9 +283,6 @@ def test_sft_trainer_with_adapters_weights_and_rates(trl, dataset, model, proces
 
 def test_the_page_runs_as_written(tmp_path, monkeypatch, capsys):
     """`py` blocks need TRL and run where it is; `print(...)  # text` prints that text."""
-    sys.path.insert(0, str(REPOSITORY / "examples"))
-    from random_miniature import write_miniature
-
     page = (REPOSITORY / "docs" / "training.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```(python|py)\n(.*?)^```", page, re.M | re.S)
     assert len(blocks) == 6

@@ -47,8 +47,8 @@ class Mix:
 class Segment:
     """The pictures of a tree, or one question with its answer.
 
-    `named` and `written` say for some of its tokens at which tokens of the pictures an attention head should look: from
-    the end of a question at all that it is about, and from each token before a coordinate at the thing that has it.
+    `named` and `written` say for some of its tokens at which tokens of the pictures an attention head should look:
+    from the end of a question at all that it is about, from each token before a coordinate at the thing that has it.
     """
 
     ids: list[int]

@@ -10,7 +10,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from .world import CLIP_FPS, Clip, Mover, Thing, make_clip, make_picture
+from .world import CLIP_FPS, Clip, Mover, Picture, Thing, make_clip, make_picture
 
 BUNDLE_SEED = 5000
 PICTURE_KINDS = (
@@ -24,14 +24,14 @@ PICTURE_KINDS = (
 OTHER_KINDS = (("blue", "square"), ("yellow", "triangle"), ("blue", "square"), ("red", "circle"))
 
 
-def picture() -> np.ndarray:
+def picture() -> Picture:
     """Three red circles among other things; larger than one crop."""
-    return make_picture(np.random.default_rng([BUNDLE_SEED, 0]), tiled=1.0, kinds=PICTURE_KINDS).pixels
+    return make_picture(np.random.default_rng([BUNDLE_SEED, 0]), tiled=1.0, kinds=PICTURE_KINDS)
 
 
-def other_picture() -> np.ndarray:
+def other_picture() -> Picture:
     """Two blue squares, a yellow triangle and a red circle, to be asked about together with `picture`."""
-    return make_picture(np.random.default_rng([BUNDLE_SEED, 2]), tiled=0.0, kinds=OTHER_KINDS).pixels
+    return make_picture(np.random.default_rng([BUNDLE_SEED, 2]), tiled=0.0, kinds=OTHER_KINDS)
 
 
 def clip() -> Clip:
@@ -59,8 +59,8 @@ def write_clip(moving: Clip, target: Path) -> None:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    Image.fromarray(picture()).save(folder / "world_picture.png", optimize=True)
-    Image.fromarray(other_picture()).save(folder / "world_picture_2.png", optimize=True)
+    Image.fromarray(picture().pixels).save(folder / "world_picture.png", optimize=True)
+    Image.fromarray(other_picture().pixels).save(folder / "world_picture_2.png", optimize=True)
     write_clip(clip(), folder / "world_clip.mp4")
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .world import COLOURS, KINDS, SHAPES, Clip, Picture, Thing
+from .world import COLOURS, KINDS, Clip, Picture, Thing
 
 NONE, NO_TRACKS = "There are none.", "No tracks available."
 MAX_POINTS = 7
@@ -267,8 +267,13 @@ def vocabulary_texts() -> list[str]:
 
     targets = [(colour, kind) for colour in (None, *COLOURS) for kind in (None, HELD_OUT_SHAPE, *KINDS)]
     nouns = [noun(target, plural) for target in targets for plural in (False, True)]
-    phrases = [question.text for question in (where((None, SHAPES[0]), [Place(1, 0, Thing("red", SHAPES[0], 0, 0, 0.1))]),)]
-    phrases += ["Point to the circle.", "How many circles are there?", "Count the circles.", "Track the circle."]
+    phrases = [
+        "Where is the circle?",
+        "Point to the circle.",
+        "How many circles are there?",
+        "Count the circles.",
+        "Track the circle.",
+    ]
     phrases += ["What colour is the circle?", "What is the red object?", "top left", "top right", "bottom left"]
     phrases += ["bottom right", "centre", "left", "right", "top", "bottom", NONE, NO_TRACKS]
     phrases += ["Counting the", " shows a total of 1."]

@@ -133,16 +133,14 @@ class Trainer:
                 return attend(query, key, value, mask, *arguments, **options)
             if attention.layer_idx in LOOKS.values():
                 self.heard[attention.layer_idx] = query[:, 0], key[:, 0]
-            first, *starts = self.slots[1:]
-            parts = [
-                attend(*(states[:, :, :first] for states in (query, key, value)), mask[..., :first, :first], *arguments, **options)
-            ]
-            for start, stop in zip([first, *starts], starts):
-                own = slice(start, stop)
-                keys, values = (torch.cat((states[:, :, :first], states[:, :, own]), 2) for states in (key, value))
-                seen = torch.cat((mask[..., own, :first], mask[..., own, own]), -1)
-                parts.append(attend(query[:, :, own], keys, values, seen, *arguments, **options))
-            return torch.cat([part for part, _ in parts], 1), None
+            pictures, *branches = (slice(*ends) for ends in zip(self.slots, self.slots[1:]))
+            parts = []
+            for own in (pictures, *branches):
+                seen = [pictures] if own is pictures else [pictures, own]
+                keys, values = (torch.cat([states[:, :, part] for part in seen], 2) for states in (key, value))
+                allowed = torch.cat([mask[..., own, part] for part in seen], -1)
+                parts.append(attend(query[:, :, own], keys, values, allowed, *arguments, **options)[0])
+            return torch.cat(parts, 1), None
 
         attention.attend = split
 

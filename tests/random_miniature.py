@@ -6,8 +6,6 @@ pooling, both embedding tables, the visual tokens right after the base vocabular
 
 import json
 import shutil
-import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -16,9 +14,6 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
-
-from convert.to_native import write_native  # noqa: E402
 
 VOCAB_SIZE = 512
 CHAT_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -143,21 +138,3 @@ def write_miniature(folder: Path, seed: int = 0) -> Path:
     write_weights(folder, seed)
     AutoProcessor.from_pretrained(folder, trust_remote_code=True).save_pretrained(folder)
     return folder
-
-
-def write_native_miniature(folder: Path, seed: int = 0) -> tuple[Path, Path]:
-    """Write the same model as a trainer would leave it.
-
-    Returns:
-        The checkpoint directory (`config.yaml`, `model.pt`) and the folder of the base tokenizer that it names.
-    """
-    write_tokenizer(folder / "base_tokenizer", [])
-    with tempfile.TemporaryDirectory() as finished:
-        write_miniature(Path(finished) / "miniature", seed)
-        write_native(
-            Path(finished) / "miniature",
-            folder / "checkpoint",
-            tokenizer=str(folder / "base_tokenizer"),
-            overwrite=True,
-        )
-    return folder / "checkpoint", folder / "base_tokenizer"
