@@ -43,12 +43,14 @@ class Plan:
     Attributes:
         first_lesson: Share of the run that is spent on dense targets alone.
         single: Share of the second lesson that shows single pictures only, with ever more things.
+        more_clips: From this share of the second lesson on, three steps of four show clips instead of two.
         matrix_rate, rate: Peak learning rates of the hidden matrices (Muon) and of everything else (AdamW).
     """
 
     minutes: float = 80.0
     first_lesson: float = 0.08
     single: float = 0.12
+    more_clips: float = 0.33
     matrix_rate: float = 2e-3
     rate: float = 2e-3
     dense_weight: float = 0.1
@@ -82,9 +84,10 @@ class Lessons(Dataset):
         tiled = float(rng.random() < 0.35 * level)  # a whole batch alike: less padding
         mix = Mix(max_things=min(7, 2 + int(6 * level)), tiled=tiled)
         parts = [self.maker.pictures(rng, plan.pictures, mix)]
-        if level == 1 and step % 4 < 2:
+        turn = step % 4
+        if level == 1 and (turn < 2 or (turn == 3 and second > plan.more_clips)):
             parts.append(self.maker.clips(rng, plan.clips, Mix()))
-        elif level == 1 and step % 4 == 2:
+        elif level == 1 and turn == 2:
             parts.append(self.maker.pictures(rng, plan.sets, Mix(pictures=3, tiled=0.1, branches=4)))
         return parts
 
