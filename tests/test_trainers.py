@@ -3,6 +3,7 @@
 import importlib.util
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,11 @@ from checkpoints import REPOSITORY, module_cache, picture, write_checkpoint
 from random_miniature import write_miniature
 from training_cases import CLIP, IMAGE, turn
 
+for place in (REPOSITORY, REPOSITORY / "examples"):
+    sys.path.insert(0, str(place))
+
+from miniature import native  # noqa: E402
+
 pytestmark = pytest.mark.slow
 
 ROWS = [
@@ -25,9 +31,13 @@ ROWS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint", "qwen3")
+@pytest.fixture(scope="module", params=["tiny", "miniature"])
+def folder(request, tmp_path_factory):
+    """A few random weights in the published layout, and the miniature that knows something."""
+    target = tmp_path_factory.mktemp(request.param) / "checkpoint"
+    if request.param == "tiny":
+        return write_checkpoint(target, "qwen3")
+    return native.to_transformers(native.CHECKPOINT, target)
 
 
 @pytest.fixture(scope="module", autouse=True)
