@@ -88,8 +88,9 @@ def test_what_is_finished_converts_and_holds_the_trained_weights(trainer, tmp_pa
 
 def test_curves_are_drawn_from_a_log(tmp_path):
     rows = [{"step": i, "minutes": i / 2, "pictures_loss": 2 / (i + 1), "pointing": i / 10} for i in range(10)]
+    rows += [{"step": 7, "minutes": 3.5, "resumed": True}, {**rows[8], "pointing": 0.95}]
     log = tmp_path / "log.jsonl"
     log.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
     curves.draw(log, tmp_path / "curves.png")
-    assert curves.read_curves(log)["pointing"][-1] == (4.5, 0.9)
+    assert curves.read_curves(log)["pointing"][-2:] == [(3.5, 0.7), (4.0, 0.95)]
     assert (tmp_path / "curves.png").stat().st_size > 5000

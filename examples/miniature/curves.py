@@ -40,10 +40,12 @@ class Panel:
 
 
 def read_curves(log: Path) -> dict[str, Curve]:
-    """Every number of the log over minutes."""
+    """Every number of the log over minutes; what a run did behind the checkpoint that it was resumed from is left out."""
     curves: dict[str, list[tuple[float, float]]] = {}
     for line in log.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
+        if row.get("resumed"):
+            curves = {name: [point for point in own if point[0] <= row["minutes"]] for name, own in curves.items()}
         for name, value in row.items():
             if name not in ("step", "minutes") and not isinstance(value, bool):
                 curves.setdefault(name, []).append((row["minutes"], value))
