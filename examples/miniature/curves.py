@@ -16,7 +16,10 @@ PANELS = {
         (0, 1),
     ),
     "Second lesson: loss per answer token": (("pictures_loss", "clips_loss"), (0, 2)),
-    "Second lesson: share of right answer tokens": (("pictures_right", "clips_right"), (0, 1)),
+    "Second lesson: attention on what is asked about": (
+        ("pictures_named", "pictures_written", "clips_named", "clips_written"),
+        (0, 1),
+    ),
     "Held-out answers": (("pointing", "count", "colour", "what", "none", "track error"), (0, 1)),
 }
 SMOOTHED = 5  # neighbouring entries whose mean is drawn; held-out scores are drawn as they are
@@ -40,7 +43,7 @@ class Panel:
 
 
 def read_curves(log: Path) -> dict[str, Curve]:
-    """Every number of the log over minutes; what a run did behind the checkpoint that it was resumed from is left out."""
+    """Every number of the log over minutes, without what was lost when a run was resumed from an earlier checkpoint."""
     curves: dict[str, list[tuple[float, float]]] = {}
     for line in log.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
