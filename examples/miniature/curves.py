@@ -43,7 +43,7 @@ class Panel:
 
 
 def read_curves(log: Path) -> dict[str, Curve]:
-    """Every number of the log over minutes, without what was lost when a run was resumed from an earlier checkpoint."""
+    """Every number of the log over minutes, less what was lost when a run was resumed from a checkpoint."""
     curves: dict[str, list[tuple[float, float]]] = {}
     for line in log.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
