@@ -88,7 +88,7 @@ def sampled_times(num_frames: int) -> list[float]:
 
 
 def answers(
-    model, processor, asked: Sequence[Example], *, batch_size: int = 32, max_new_tokens: int = 160, **options
+    model, processor, asked: Sequence[Example], *, batch_size: int = 32, max_new_tokens: int = 260, **options
 ) -> list[str]:
     """The model's greedy answers; questions of like pictures share a batch."""
     order = sorted(range(len(asked)), key=lambda index: [part["type"] for part in asked[index].parts])

@@ -1,9 +1,9 @@
-"""Trains the miniature from scratch: python -m miniature.train RUN [--minutes 60]    (from `examples/`)
+"""Trains the miniature from scratch: python -m miniature.train RUN [--minutes 80]    (from `examples/`)
 
 Two lessons. In the first, dense heads teach the vision transformer and the connector where things are; in the second
 the whole model answers questions, first about few things, then about everything. How far a run is counts in minutes of
 work of all its cores, so that it ends on time on any machine, and other work beside it makes it longer, not worse. A
-run that was interrupted goes on where its last checkpoint is.
+run that was interrupted goes on where its last checkpoint is; one that is over goes on with more `--minutes`.
 
 RUN holds `state.pt` (weights, optimizers, clock), `log.jsonl` (losses and held-out scores) and, at the end, `model`
 (converted folder) and `checkpoint` (the sharded form that is shipped).
@@ -32,8 +32,8 @@ from .evaluate import score
 
 WORLD_SEED = 1  # evaluation draws from other seeds
 PICTURE_INPUTS = ("pixel_values", "image_token_pooling", "image_grids", "image_num_crops")
-LOOKS = {"named": 1, "written": 3}  # layers whose first head is shown where to look
 CLIP_INPUTS = ("pixel_values_videos", "video_token_pooling", "video_grids")
+LOOKS = {"named": 1, "written": 3}  # layers whose first head is shown where to look
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ class Plan:
         single: Share of the second lesson that shows single pictures only, with ever more things.
         more_clips: From this share of the second lesson on, three steps of four show clips instead of two.
         matrix_rate, rate: Peak learning rates of the hidden matrices (Muon) and of everything else (AdamW).
+        dense_weight, look_weight: In the second lesson, beside 1 for answers.
+        pictures, clips, sets: Trees per step.
     """
 
     minutes: float = 80.0
@@ -101,6 +103,7 @@ class Trainer:
         if not (folder / "model" / "config.json").is_file():
             native.write_fresh(folder / "model", seed)
         self.processor = AutoProcessor.from_pretrained(folder / "model", trust_remote_code=True)
+        # On short rows in bfloat16 several times faster than sdpa's kernel for CPUs.
         self.model = AutoModelForImageTextToText.from_pretrained(
             folder / "model", trust_remote_code=True, attn_implementation="eager"
         ).float()
