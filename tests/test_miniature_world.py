@@ -15,8 +15,8 @@ for folder in (REPOSITORY, REPOSITORY / "examples"):
 from miniature import native, tokenizer  # noqa: E402
 from miniature.batches import PATCHES, ROUNDING_WEIGHT, BatchMaker, Mix, dense_targets, patch_of, tree_mask  # noqa: E402
 from miniature.dense_heads import look_loss  # noqa: E402
-from miniature.evaluate import examples, judge, sampled_times  # noqa: E402
-from miniature.questions import NO_TRACKS, NONE, Place, Question, ask_clip, ask_pictures, noun  # noqa: E402
+from miniature.evaluate import Example, examples, judge, sampled_times  # noqa: E402
+from miniature.questions import NO_TRACKS, NONE, Place, Question, ask_clip, ask_pictures, noun, track  # noqa: E402
 from miniature.questions import point as pointing  # noqa: E402
 from miniature.world import CLIP_FPS, HELD_OUT_SHAPE, Thing, make_clip, make_picture  # noqa: E402
 from molmo2_remote.grounding_molmo2 import parse_grounding  # noqa: E402
@@ -252,8 +252,22 @@ def test_perfect_answers_score_full_marks_and_others_do_not(fresh):
     asked = examples(seed=11, number=60)
     perfect = judge(processor, asked, [example.question.answer for example in asked])
     for name, value in perfect.items():
-        is_error = name == "track error" or "superfluous" in name
+        is_error = "track error" in name or "superfluous" in name
         assert value == pytest.approx(0 if is_error else 1, abs=6e-4), name
     silent = judge(processor, asked, ["I do not know."] * len(asked))
     assert silent["pointing"] == silent["count"] == silent["none"] == silent["colour"] == silent["what"] == 0
     assert silent["track error"] == 0.5
+
+
+def test_numbers_of_tracks_are_names(fresh):
+    """Two objects whose numbers are exchanged are tracked well; those that exchange them halfway are not."""
+    _, processor = fresh
+    left, right = (Thing("red", "ring", x, 0.5, 0.1) for x in (0.2, 0.7))
+    places = [Place(time, number, thing) for time in (0.0, 0.5) for number, thing in enumerate((left, right))]
+    asked = [Example(track((None, "ring"), places, True), ({"type": "video"},))]
+    exchanged = '<tracks coords="0.0 1 700 500 2 200 500\t0.5 1 700 500 2 200 500">rings</tracks>'
+    found = judge(processor, asked, [exchanged])
+    assert (found["track error"], found["track found"]) == (pytest.approx(0, abs=1e-6), 1)
+    assert found["track error, numbers as written"] == pytest.approx(0.5)
+    halfway = exchanged.replace("0.5 1 700 500 2 200", "0.5 1 200 500 2 700")
+    assert judge(processor, asked, [halfway])["track error"] == pytest.approx(0.25)

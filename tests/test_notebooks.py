@@ -26,7 +26,7 @@ TRAINS = "finetune_lora"  # for minutes; test_training_example.py runs its cells
 PATHS = [path for path in sorted((REPOSITORY / "notebooks").glob("*.ipynb")) if path.stem != TRAINS]
 KEY_OUTPUTS = {
     "images": ["Counting the <points coords=", "points,red circles,,1,1,30.78,57.57"],
-    "videos": ["26 frames", "[1.0, 1.5, 2.0]", "6,1,36.84,33.48"],
+    "videos": ["24 frames", "[1.0, 1.5, 2.0]", "6,1,36.84,33.48"],
     "convert_and_push": [
         "equal the checkpoint",
         "Probed: logits",

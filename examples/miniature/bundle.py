@@ -35,7 +35,7 @@ def other_picture() -> Picture:
 
 
 def clip() -> Clip:
-    """A red ring crosses a blue square; a green triangle leaves. 2.5 seconds of 112 x 112 pixels."""
+    """A red ring crosses a blue square; a green triangle leaves. 2.4 seconds of 112 x 112 pixels."""
     movers = (
         Mover(Thing("blue", "square", 0.75, 0.35, 0.12), -0.2, 0.0),
         Mover(Thing("red", "ring", 0.2, 0.25, 0.13), 0.24, 0.08),
@@ -43,7 +43,7 @@ def clip() -> Clip:
     )
     ground = make_clip(np.random.default_rng([BUNDLE_SEED, 1])).ground
     ground = np.asarray(Image.fromarray(ground).resize((112, 112)))
-    return Clip(movers, 26, ground)
+    return Clip(movers, 24, ground)
 
 
 def write_clip(moving: Clip, target: Path) -> None:
