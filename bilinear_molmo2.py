@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 # torch hands pieces of more elements to its pool of threads, whose workers then spin for a while on cores that decode.
-MOST_ELEMENTS = 32768
+MOST_INLINE = 32768
+MOST_ELEMENTS = 2**19  # of a piece where nothing else is going on: few steps, and small beside the pixels of a photo
 CHANNELS = 3
 
 
@@ -61,16 +62,19 @@ class BilinearTables:
         return sums.unflatten(1, (-1, CHANNELS))
 
 
-def looked_up(image: Tensor, size: tuple[int, int], multiple: int) -> Iterator[tuple[int, Tensor]]:
+def looked_up(
+    image: Tensor, size: tuple[int, int], multiple: int, most_elements: int = MOST_ELEMENTS
+) -> Iterator[tuple[int, Tensor]]:
     """A resized picture in pieces: (number of the first row, (rows, width, 3) float32 of whole numbers).
 
     Args:
         image: (H, W, 3) uint8.
         size: height, a multiple of `multiple`, and width of the result.
         multiple: Rows of a piece are a multiple of it.
+        most_elements: Of a piece, if that many rows have no more.
     """
     tables = bilinear_tables(tuple(image.shape[:2]), size)
-    count = multiple * max(1, MOST_ELEMENTS // (multiple * size[1] * CHANNELS))
+    count = multiple * max(1, most_elements // (multiple * size[1] * CHANNELS))
     for start in range(0, size[0], count):
         with torch.inference_mode():
             rows = tables.rows(image, start, min(size[0], start + count)).round_()

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .bilinear_molmo2 import CHANNELS, looked_up
+from .bilinear_molmo2 import CHANNELS, MOST_ELEMENTS, MOST_INLINE, looked_up
 
 FLOAT_DTYPES = (np.float16, np.float32, np.float64)
 # What the vision tower normalises uint8 pixels with; the numbers of every published checkpoint, on each channel.
@@ -187,7 +187,7 @@ def frame_pixel_values(
         if found > num_frames:
             break
         picture = _Picture(frame, out, resample, mean, std, planes)
-        for top, pixels in picture.pieces(size, patch):
+        for top, pixels in picture.pieces(size, patch, MOST_INLINE):
             write_patches(pixels, views[found - 1, top // patch : (top + len(pixels)) // patch], patch)
         planes = picture.planes
     if found != num_frames:
@@ -234,10 +234,12 @@ class _Picture:
         self.is_looked_up = image.dtype == np.uint8 and out.device.type == "cpu" and is_bilinear
         self.planes = None if self.is_looked_up else _planes(image, former, out.device)
 
-    def pieces(self, size: tuple[int, int], multiple: int) -> Iterator[tuple[int, Tensor]]:
+    def pieces(
+        self, size: tuple[int, int], multiple: int, most_elements: int = MOST_ELEMENTS
+    ) -> Iterator[tuple[int, Tensor]]:
         """The number of a first row, and so many rows, a multiple of `multiple`, until the size is complete."""
         if self.planes is None:
-            parts = looked_up(_torch_view(self.image), size, multiple)
+            parts = looked_up(_torch_view(self.image), size, multiple, most_elements)
         else:
             parts = iter([(0, _resized(self.planes, size, self.resample, self.image.dtype))])
         for row, pixels in parts:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from golden_cases import HAS_FULL_SET, assert_pixels_close, default_settings, pattern, processor_cases, to_numpy
 from molmo2_remote import image_loading_molmo2
-from molmo2_remote.bilinear_molmo2 import MOST_ELEMENTS, BilinearTables, looked_up
+from molmo2_remote.bilinear_molmo2 import MOST_INLINE, BilinearTables, looked_up
 from molmo2_remote.geometry_molmo2 import CropSettings
 from molmo2_remote.image_loading_molmo2 import fetch_images, load_images
 from molmo2_remote.image_processing_molmo2 import Molmo2ImageProcessor
@@ -272,9 +272,9 @@ def test_looking_up_neighbours_gives_the_numbers_of_interpolate(seed):
 
 def test_looked_up_pieces_are_whole_rows_of_patches():
     picture = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (600, 900, 3), dtype=np.uint8))
-    pieces = list(looked_up(picture, (378, 378), 14))
+    pieces = list(looked_up(picture, (378, 378), 14, MOST_INLINE))
     assert [row for row, _ in pieces] == list(range(0, 378, 28))
-    assert max(pixels.numel() for _, pixels in pieces) <= MOST_ELEMENTS
+    assert max(pixels.numel() for _, pixels in pieces) <= MOST_INLINE
     expected = resize(picture.numpy(), 378, 378, resample=2)
     np.testing.assert_array_equal(torch.cat([pixels for _, pixels in pieces]), expected)
 
