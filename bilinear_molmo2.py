@@ -2,7 +2,10 @@
 
 torch.nn.functional.interpolate takes floating point, so every pixel of a picture is converted first, read or not; of
 a 1080p frame that becomes 378 x 378 three quarters are not. Here only neighbours are converted, a few rows at a time,
-in the thread that calls: other threads may decode meanwhile. The numbers are those of `interpolate`, to the last bit.
+in the thread that calls: other threads may decode meanwhile.
+
+The numbers are those of `interpolate` with one thread, to the last bit. With several it takes another kernel, which
+rounds sums that lie halfway between two grey levels the other way now and then; here they are the same on any machine.
 """
 
 from collections.abc import Iterator
@@ -13,7 +16,7 @@ from torch import Tensor
 
 # torch hands pieces of more elements to its pool of threads, whose workers then spin for a while on cores that decode.
 MOST_INLINE = 32768
-MOST_ELEMENTS = 2**19  # of a piece where nothing else is going on: few steps, and small beside the pixels of a photo
+MOST_ELEMENTS = 2**18  # of a piece where nothing else is going on: few steps, and small beside the pixels of a photo
 CHANNELS = 3
 
 
@@ -53,12 +56,12 @@ class BilinearTables:
             source = image.index_select(0, needed)
             lower = torch.arange(stop - start, 2 * (stop - start))
             upper = lower - (stop - start)
-        left, right = (source.index_select(1, places).flatten(1).float() for places in (self.left, self.right))
+        left, right = (source.index_select(1, places).flatten(1) for places in (self.left, self.right))
         upper_weight, lower_weight = self.upper_weight[start:stop], self.lower_weight[start:stop]
-        sums = right.index_select(0, upper).mul_(upper_weight * self.right_weight)
-        sums.addcmul_(upper_weight * self.left_weight, left.index_select(0, upper))
-        sums.addcmul_(lower_weight * self.left_weight, left.index_select(0, lower))
-        sums.addcmul_(lower_weight * self.right_weight, right.index_select(0, lower))
+        sums = right.index_select(0, upper).float().mul_(upper_weight * self.right_weight)
+        sums.addcmul_(upper_weight * self.left_weight, left.index_select(0, upper).float())
+        sums.addcmul_(lower_weight * self.left_weight, left.index_select(0, lower).float())
+        sums.addcmul_(lower_weight * self.right_weight, right.index_select(0, lower).float())
         return sums.unflatten(1, (-1, CHANNELS))
 
 

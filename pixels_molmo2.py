@@ -56,7 +56,11 @@ def resize(image: np.ndarray, height: int, width: int, resample: int) -> np.ndar
     Raises:
         ValueError: the filter is not supported, or `image` is no such array.
     """
-    pixels = _resized(_planes(image), (height, width), resample, image.dtype)
+    _require_picture(image)
+    if _is_looked_up(image, resample):
+        pixels = torch.cat([rows for _, rows in looked_up(_torch_view(image), (height, width), 1)])
+    else:
+        pixels = _resized(_planes(image), (height, width), resample, image.dtype)
     return pixels.numpy().astype(image.dtype, order="C")
 
 
@@ -90,14 +94,15 @@ def _per_value(per_channel: Sequence[float], rows: Tensor) -> Tensor:
     return torch.tensor(per_channel, dtype=rows.dtype, device=rows.device).repeat(rows.shape[1] // CHANNELS)
 
 
-def write_patches(crop: Tensor, out: Tensor, patch_size: int) -> None:
-    """Cuts a crop into square patches, row by row; the numbers of a patch run over row, column, channel.
+def write_patches(crops: Tensor, out: Tensor, patch_size: int) -> None:
+    """Cuts crops into square patches, row by row; the numbers of a patch run over row, column, channel.
 
     Args:
-        crop: (H, W, 3); H and W are multiples of `patch_size`.
-        out: (P, patch_size * patch_size * 3) or (rows, columns, ...), filled; P = H // patch_size * (W // patch_size).
+        crops: (..., H, W, 3); H and W are multiples of `patch_size`.
+        out: (..., P, patch_size * patch_size * 3), or with P as two axes, rows and columns; filled.
+            P = H // patch_size * (W // patch_size).
     """
-    cut = crop.unflatten(1, (-1, patch_size)).unflatten(0, (-1, patch_size)).transpose(1, 2)
+    cut = crops.unflatten(-2, (-1, patch_size)).unflatten(-4, (-1, patch_size)).transpose(-4, -3)
     with torch.inference_mode():
         out.view(cut.shape).copy_(cut)
 
@@ -125,12 +130,13 @@ def write_image_pixel_values(
     for top, pixels in picture.pieces((settings.crop_height, settings.crop_width), patch):
         write_patches(pixels, views[0, top // patch : (top + len(pixels)) // patch], patch)
     for start, pixels in picture.pieces((plan.canvas_height, plan.canvas_width), patch):
-        for crop, (row, column) in enumerate(np.ndindex(rows, columns), start=1):
-            top, left = row * settings.window_height, column * settings.window_width
+        for row in range(rows):
+            top, crop = row * settings.window_height, 1 + row * columns
             first, last = max(start, top), min(start + len(pixels), top + settings.crop_height)
             if first < last:
-                tile = pixels[first - start : last - start, left : left + settings.crop_width]
-                write_patches(tile, views[crop, (first - top) // patch : (last - top) // patch], patch)
+                tiles = pixels[first - start : last - start].unfold(1, settings.crop_width, settings.window_width)
+                own = views[crop : crop + columns, (first - top) // patch : (last - top) // patch]
+                write_patches(tiles.permute(1, 0, 3, 2), own, patch)
 
 
 def empty_pixels(shape: tuple[int, ...], dtype: Any, device: Any = None) -> Tensor:
@@ -208,6 +214,10 @@ def _is_raw(wanted: torch.dtype, found: np.dtype) -> bool:
     return wanted == torch.uint8
 
 
+def _is_looked_up(image: np.ndarray, resample: int) -> bool:
+    return image.dtype == np.uint8 and interpolation_mode(resample) == "bilinear"
+
+
 class _Picture:
     """A picture that is resized, once or twice, into the numbers that go where `out` is.
 
@@ -230,9 +240,8 @@ class _Picture:
         _require_picture(image)
         self.image, self.resample, self.mean, self.std = image, resample, mean, std
         self.is_raw = _is_raw(out.dtype, image.dtype)
-        is_bilinear = interpolation_mode(resample) == "bilinear"
-        self.is_looked_up = image.dtype == np.uint8 and out.device.type == "cpu" and is_bilinear
-        self.planes = None if self.is_looked_up else _planes(image, former, out.device)
+        is_looked_up = out.device.type == "cpu" and _is_looked_up(image, resample)
+        self.planes = None if is_looked_up else _planes(image, former, out.device)
 
     def pieces(
         self, size: tuple[int, int], multiple: int, most_elements: int = MOST_ELEMENTS
