@@ -81,7 +81,7 @@ def test_the_demo_answers_truly(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", ["demo.py", str(tmp_path)])
     demo.main()
     printed = capsys.readouterr().out
-    quoted = re.search(r"^It prints, among others:\n\n```\n(.*?)^```", README, re.M | re.S).group(1)
+    quoted = re.search(r"It prints, among others:\n\n```\n(.*?)^```", README, re.M | re.S).group(1)
     assert quoted.replace("demo_output", str(tmp_path)) in printed
     assert printed.count("the truth: ") == 6
     red_circles = [thing for thing in bundle.picture().things if (thing.colour, thing.kind) == ("red", "circle")]
