@@ -154,7 +154,7 @@ def test_a_clip_plays_with_its_track(visitor, tmp_path):
     visitor.page.wait_for_function("!document.querySelector('#clip video').seeking")
     middle = visitor.shown(CLIP)[56, 56].astype(int)
     assert np.abs(middle - color("ring", 1)).max() < ENCODED_TOLERANCE
-    assert abs(clip.evaluate("video => video.duration") - 2.6) < 0.2
+    assert abs(clip.evaluate("video => video.duration") - 2.4) < 0.2
     assert tuple(visitor.shown(PICTURE)[90, 90]) == color("ring", 1)  # the sampled frames on a sheet
     lines = visitor.export("mot", tmp_path).read_text().splitlines()
     assert [line.split(",")[:2] for line in lines] == [["1", "1"], ["11", "1"]]
