@@ -11,10 +11,12 @@ rounds sums that lie halfway between two grey levels the other way now and then;
 from collections.abc import Iterator
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
 # torch hands pieces of more elements to its pool of threads, whose workers then spin for a while on cores that decode.
+# Its `index_select` and `round` do so with pieces of any size: numpy, which has no threads, does their part here.
 MOST_INLINE = 32768
 MOST_ELEMENTS = 2**18  # of a piece where nothing else is going on: few steps, and small beside the pixels of a photo
 CHANNELS = 3
@@ -34,12 +36,12 @@ class BilinearTables:
     def __init__(self, source: tuple[int, int], size: tuple[int, int]):
         self.source, self.size = source, size
         rows, columns = (_neighbours(*lengths) for lengths in zip(source, size))
-        self.upper, self.lower = rows[:2]
-        self.left, self.right = columns[:2]
+        self.upper, self.lower = (places.numpy() for places in rows[:2])
+        self.left, self.right = (places.numpy() for places in columns[:2])
         self.upper_weight, self.lower_weight = (weight[:, None] for weight in rows[2:])
         self.left_weight, self.right_weight = (weight.repeat_interleave(CHANNELS) for weight in columns[2:])
 
-    def rows(self, image: Tensor, start: int, stop: int) -> Tensor:
+    def rows(self, image: np.ndarray, start: int, stop: int) -> Tensor:
         """Rows of the result.
 
         Args:
@@ -49,24 +51,22 @@ class BilinearTables:
         """
         upper, lower = self.upper[start:stop], self.lower[start:stop]
         first, last = int(upper[0]), int(lower[-1]) + 1
-        needed = None if last - first <= 2 * (stop - start) else torch.cat((upper, lower))
-        if needed is None:  # neighbours share rows: each is looked up once
+        if last - first <= 2 * (stop - start):  # neighbours share rows: each is looked up once
             source, upper, lower = image[first:last], upper - first, lower - first
         else:
-            source = image.index_select(0, needed)
-            lower = torch.arange(stop - start, 2 * (stop - start))
-            upper = lower - (stop - start)
-        left, right = (source.index_select(1, places).flatten(1) for places in (self.left, self.right))
+            source = image.take(np.concatenate((upper, lower)), axis=0)
+            upper, lower = np.arange(stop - start), np.arange(stop - start, 2 * (stop - start))
+        left, right = (source.take(places, axis=1) for places in (self.left, self.right))
         upper_weight, lower_weight = self.upper_weight[start:stop], self.lower_weight[start:stop]
-        sums = right.index_select(0, upper).float().mul_(upper_weight * self.right_weight)
-        sums.addcmul_(upper_weight * self.left_weight, left.index_select(0, upper).float())
-        sums.addcmul_(lower_weight * self.left_weight, left.index_select(0, lower).float())
-        sums.addcmul_(lower_weight * self.right_weight, right.index_select(0, lower).float())
+        sums = _floats(right, upper).mul_(upper_weight * self.right_weight)
+        sums.addcmul_(upper_weight * self.left_weight, _floats(left, upper))
+        sums.addcmul_(lower_weight * self.left_weight, _floats(left, lower))
+        sums.addcmul_(lower_weight * self.right_weight, _floats(right, lower))
         return sums.unflatten(1, (-1, CHANNELS))
 
 
 def looked_up(
-    image: Tensor, size: tuple[int, int], multiple: int, most_elements: int = MOST_ELEMENTS
+    image: np.ndarray, size: tuple[int, int], multiple: int, most_elements: int = MOST_ELEMENTS
 ) -> Iterator[tuple[int, Tensor]]:
     """A resized picture in pieces: (number of the first row, (rows, width, 3) float32 of whole numbers).
 
@@ -80,7 +80,8 @@ def looked_up(
     count = multiple * max(1, most_elements // (multiple * size[1] * CHANNELS))
     for start in range(0, size[0], count):
         with torch.inference_mode():
-            rows = tables.rows(image, start, min(size[0], start + count)).round_()
+            rows = tables.rows(image, start, min(size[0], start + count))
+        np.rint(rows.numpy(), out=rows.numpy())  # torch's `round` wakes its threads for pieces of any size
         yield start, rows
 
 
@@ -99,3 +100,8 @@ def _neighbours(source: int, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]
     after = (before + 1).clamp(max=source - 1)
     weight = places - before
     return before, after, 1 - weight, weight
+
+
+def _floats(pixels: np.ndarray, rows: np.ndarray) -> Tensor:
+    """Those rows of (H, W, 3) pixels as (rows, W * 3) float32."""
+    return torch.from_numpy(pixels.take(rows, axis=0)).flatten(1).float()

@@ -6,6 +6,7 @@ pictures unlike those it learned from.
 """
 
 from collections.abc import Iterable, Iterator, Sequence, Sized
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,7 @@ def resize(image: np.ndarray, height: int, width: int, resample: int) -> np.ndar
     """
     _require_picture(image)
     if _is_looked_up(image, resample):
-        pixels = torch.cat([rows for _, rows in looked_up(_torch_view(image), (height, width), 1)])
+        pixels = torch.cat([rows for _, rows in looked_up(image, (height, width), 1)])
     else:
         pixels = _resized(_planes(image), (height, width), resample, image.dtype)
     return pixels.numpy().astype(image.dtype, order="C")
@@ -78,7 +79,8 @@ def normalize(pixels: Tensor, mean: Sequence[float], std: Sequence[float], dtype
         if dtype == np.uint8:
             pixels.div_(255)
         rows = pixels.view(len(pixels), -1)  # with the channel as an axis of its own this takes ten times longer
-        rows.sub_(_per_value(mean, rows)).div_(_per_value(std, rows))
+        width = rows.shape[1] // CHANNELS
+        rows.sub_(_per_value(tuple(mean), width, rows.device)).div_(_per_value(tuple(std), width, rows.device))
         return pixels
 
 
@@ -87,11 +89,12 @@ def normalize_on_device(pixels: Tensor) -> Tensor:
     return pixels.float().div_(255).sub_(DEVICE_MEAN).div_(DEVICE_STD)
 
 
-def _per_value(per_channel: Sequence[float], rows: Tensor) -> Tensor:
-    """A number per channel, repeated for each pixel of a row."""
+@lru_cache(maxsize=16)
+def _per_value(per_channel: tuple[float, ...], width: int, device: torch.device) -> Tensor:
+    """A number per channel, repeated for each pixel of a row: (width * 3,) float32."""
     if len(per_channel) != CHANNELS:
         raise ValueError(f"There are {len(per_channel)} numbers, {list(per_channel)}, for {CHANNELS} channels.")
-    return torch.tensor(per_channel, dtype=rows.dtype, device=rows.device).repeat(rows.shape[1] // CHANNELS)
+    return torch.tensor(per_channel, dtype=torch.float32, device=device).repeat(width)
 
 
 def write_patches(crops: Tensor, out: Tensor, patch_size: int) -> None:
@@ -248,7 +251,7 @@ class _Picture:
     ) -> Iterator[tuple[int, Tensor]]:
         """The number of a first row, and so many rows, a multiple of `multiple`, until the size is complete."""
         if self.planes is None:
-            parts = looked_up(_torch_view(self.image), size, multiple, most_elements)
+            parts = looked_up(self.image, size, multiple, most_elements)
         else:
             parts = iter([(0, _resized(self.planes, size, self.resample, self.image.dtype))])
         for row, pixels in parts:

@@ -12,6 +12,7 @@ What a decoder cannot read that way it refuses with a `VideoDecodeError`.
 import importlib
 import io
 import itertools
+import os
 import re
 from abc import ABC, abstractmethod
 from bisect import bisect_right
@@ -44,6 +45,8 @@ LARGE_CLIP_PIXELS = 1_000_000_000
 NO_FAULT = 1e-9
 # PyAV: jumping to a key frame pays off if it skips more packets than this.
 WORTHWHILE_JUMP_PACKETS = 16
+# PyAV: frames in the making. More than cores, so that decoding goes on while one of them resizes a frame.
+THREADS_PER_CORE, MOST_THREADS = 3, 16
 # Formats of Pillow that can be a moving picture; "MPEG" is a video that Pillow merely recognises.
 ANIMATED_FORMATS = ("GIF", "PNG", "WEBP", "AVIF")
 
@@ -326,6 +329,7 @@ class _PyavReader(VideoReader):
     _container: Any = None
     _stream: Any = None
     _converter: tuple[Any, Any] | None = None
+    _begun: Iterator[tuple[int | None, Any]] | None = None  # all frames, the first of which is decoded already
     _last_stamp: int | None = None  # of the frame that the decoder returned last
 
     def __init__(self, source: Source, only_choice: bool) -> None:
@@ -334,9 +338,11 @@ class _PyavReader(VideoReader):
         self._open()
         self._packets = _PacketTable.of(self._stream, self._demuxed())
         self._open()
-        _, first = next(self._decoded_from(0), (None, None))  # tells rotation and size
+        frames = self._decoded_from(0)
+        stamp, first = next(frames, (None, None))  # tells rotation and size
         if first is None:
             raise VideoDecodeError("not one frame could be decoded")
+        self._begun = itertools.chain([(stamp, first)], frames)
         size = self._to_picture(first).shape[:2]
         times, rate = self._packets.times_and_rate()
         self.timeline = make_timeline(times[:-1], float(times[-1]), rate, size, self._packets.first_timestamp_seconds)
@@ -344,7 +350,7 @@ class _PyavReader(VideoReader):
     def close(self) -> None:
         if self._container is not None:
             self._container.close()
-        self._container = self._stream = self._converter = None
+        self._container = self._stream = self._converter = self._begun = None
 
     def _open(self) -> None:
         self.close()
@@ -353,6 +359,7 @@ class _PyavReader(VideoReader):
         if self._stream is None:
             raise VideoDecodeError("it has no video track")
         self._stream.thread_type = "AUTO"
+        self._stream.codec_context.thread_count = min(MOST_THREADS, THREADS_PER_CORE * (os.cpu_count() or 1))
 
     def _decode(self, indices: list[int]) -> Iterator[np.ndarray]:
         frames: Iterator[tuple[int | None, Any]] | None = None
@@ -360,7 +367,7 @@ class _PyavReader(VideoReader):
         for index in indices:
             stamp, key = self._packets.stamps[index], self._packets.key_before(index)
             if frames is None or key > reached + WORTHWHILE_JUMP_PACKETS:
-                frames, from_start = self._decoded_from(key), key == 0
+                frames, from_start = self._frames_from(key), key == 0
             try:
                 frame = _frame_with(stamp, frames)
                 if frame is None and not from_start:  # that key frame is no good start: read from the beginning
@@ -378,6 +385,11 @@ class _PyavReader(VideoReader):
                 raise self._frame_error(min(after_last, index), error) from error
             reached = self._packets.place_of[stamp]
             yield picture
+
+    def _frames_from(self, place: int) -> Iterator[tuple[int | None, Any]]:
+        """As `_decoded_from`; goes on where opening stopped, if that is the start and nothing was read since."""
+        begun, self._begun = self._begun, None
+        return begun if begun is not None and place == 0 else self._decoded_from(place)
 
     def _decoded_from(self, place: int) -> Iterator[tuple[int | None, Any]]:
         """Yields (stamp, frame) in display order, decoding from the packet at this place of the file."""
@@ -430,7 +442,14 @@ class _PyavReader(VideoReader):
         quarter_turns = round(getattr(frame, "rotation", 0) / 90) % 4
         graph = self._converter[1]
         graph.push(frame)
-        return np.ascontiguousarray(np.rot90(graph.pull().to_ndarray(), k=quarter_turns))
+        return np.ascontiguousarray(np.rot90(_rgb_view(graph.pull()), k=quarter_turns))
+
+
+def _rgb_view(frame: Any) -> np.ndarray:
+    """(H, W, 3) over the memory of an RGB frame, which lives as long as the array does."""
+    (plane,) = frame.planes
+    rows = np.frombuffer(plane, dtype=np.uint8).reshape(frame.height, plane.line_size)
+    return rows[:, : 3 * frame.width].reshape(frame.height, frame.width, 3)
 
 
 @dataclass(frozen=True)

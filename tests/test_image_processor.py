@@ -276,8 +276,8 @@ def test_looking_up_neighbours_gives_the_numbers_of_interpolate(seed):
     rng = np.random.default_rng(seed)
     source, size = (tuple(int(side) for side in rng.integers(1, 600, 2)) for _ in range(2))
     size = {0: source, 1: (2 * source[0], source[1]), 2: (1 + source[0] // 2, 1 + source[1] // 3)}.get(seed % 8, size)
-    picture = torch.from_numpy(rng.integers(0, 256, (*source, 3), dtype=np.uint8))
-    planes = picture.permute(2, 0, 1).float()[None]
+    picture = rng.integers(0, 256, (*source, 3), dtype=np.uint8)
+    planes = torch.from_numpy(picture).permute(2, 0, 1).float()[None]
     with threads(1):
         expected = torch.nn.functional.interpolate(planes, size=size, mode="bilinear", align_corners=False)
     with threads(1 + seed % 3):
@@ -286,11 +286,11 @@ def test_looking_up_neighbours_gives_the_numbers_of_interpolate(seed):
 
 
 def test_looked_up_pieces_are_whole_rows_of_patches():
-    picture = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (600, 900, 3), dtype=np.uint8))
+    picture = np.random.default_rng(0).integers(0, 256, (600, 900, 3), dtype=np.uint8)
     pieces = list(looked_up(picture, (378, 378), 14, MOST_INLINE))
     assert [row for row, _ in pieces] == list(range(0, 378, 28))
     assert max(pixels.numel() for _, pixels in pieces) <= MOST_INLINE
-    expected = resize(picture.numpy(), 378, 378, resample=2)
+    expected = resize(picture, 378, 378, resample=2)
     np.testing.assert_array_equal(torch.cat([pixels for _, pixels in pieces]), expected)
 
 
