@@ -23,6 +23,7 @@ from .compat_molmo2 import make_causal_mask  # noqa: F401
 from .configuration_molmo2 import Molmo2Config
 from .finetuning_molmo2 import Molmo2FineTuningMixin, nothing_from, trains_in_company
 from .generation_molmo2 import Molmo2GenerationMixin
+from .linear_molmo2 import Linear
 from .loss_molmo2 import IGNORED, predicted_labels, weighted_loss
 from .masking_molmo2 import require_empty_cache, starts_sequence
 from .media_layout_molmo2 import MediaTables  # noqa: F401
@@ -195,7 +196,7 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
     def __init__(self, config: Molmo2Config):
         super().__init__(config)
         self.model = Molmo2Model(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head = Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
     def get_input_embeddings(self) -> Molmo2Embedding:

@@ -10,6 +10,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from .attention_molmo2 import Molmo2AttentionBase
 from .compat_molmo2 import update_cache
 from .configuration_molmo2 import Molmo2TextConfig
+from .linear_molmo2 import Linear
 from .masking_molmo2 import (
     attention_implementation,
     cached_length,
@@ -83,8 +84,8 @@ class Molmo2Attention(Molmo2AttentionBase):
             self.num_key_value_heads * self.head_dim,
             self.num_key_value_heads * self.head_dim,
         )
-        self.att_proj = nn.Linear(config.hidden_size, sum(self.widths), bias=config.qkv_bias)
-        self.attn_out = nn.Linear(self.widths[0], config.hidden_size, bias=False)
+        self.att_proj = Linear(config.hidden_size, sum(self.widths), bias=config.qkv_bias)
+        self.attn_out = Linear(self.widths[0], config.hidden_size, bias=False)
         self.norms_heads = config.qk_norm_type == "qwen3"
         self.q_norm = self.k_norm = None
         if config.use_qk_norm:
@@ -125,8 +126,8 @@ class Molmo2MLP(nn.Module):
 
     def __init__(self, config: Molmo2TextConfig):
         super().__init__()
-        self.ff_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.ff_out = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.ff_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.ff_out = Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.act = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: Tensor) -> Tensor:

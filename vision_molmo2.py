@@ -13,6 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention_molmo2 import Molmo2AttentionBase
 from .configuration_molmo2 import Molmo2AdapterConfig, Molmo2VitConfig
+from .linear_molmo2 import Linear
 from .pixels_molmo2 import normalize_on_device
 from .pretrained_molmo2 import Molmo2PreTrainedModel
 
@@ -25,10 +26,10 @@ class Molmo2VisionAttention(Molmo2AttentionBase):
     def __init__(self, config: Molmo2VitConfig | Molmo2AdapterConfig, input_size: int):
         super().__init__(config, float32_attention=config.float32_attention)
         key_value_size = self.num_key_value_heads * self.head_dim
-        self.wq = nn.Linear(input_size, self.num_heads * self.head_dim)
-        self.wk = nn.Linear(input_size, key_value_size)
-        self.wv = nn.Linear(input_size, key_value_size)
-        self.wo = nn.Linear(self.num_heads * self.head_dim, config.hidden_size)
+        self.wq = Linear(input_size, self.num_heads * self.head_dim)
+        self.wk = Linear(input_size, key_value_size)
+        self.wv = Linear(input_size, key_value_size)
+        self.wo = Linear(self.num_heads * self.head_dim, config.hidden_size)
         self.dropout = nn.Dropout(config.residual_dropout)
 
     def forward(self, queries: Tensor, keys: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -57,8 +58,8 @@ class Molmo2VisionAttention(Molmo2AttentionBase):
 class Molmo2VisionMLP(nn.Module):
     def __init__(self, config: Molmo2VitConfig):
         super().__init__()
-        self.w1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.w2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.w1 = Linear(config.hidden_size, config.intermediate_size)
+        self.w2 = Linear(config.intermediate_size, config.hidden_size)
         self.act = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -107,7 +108,7 @@ class Molmo2VisionTransformer(Molmo2PreTrainedModel):
         depth = config.num_hidden_layers
         self.feature_layers = [layer % depth for layer in feature_layers]
         self.positional_embedding = nn.Parameter(torch.empty(config.image_num_pos, config.hidden_size))
-        self.patch_embedding = nn.Linear(config.image_patch_size**2 * 3, config.hidden_size)
+        self.patch_embedding = Linear(config.image_patch_size**2 * 3, config.hidden_size)
         self.transformer = Molmo2VisionBlocks(config, max(self.feature_layers) + 1)
         self.gradient_checkpointing = False
         self.post_init()
@@ -184,9 +185,9 @@ class Molmo2Projector(nn.Module):
 
     def __init__(self, config: Molmo2AdapterConfig):
         super().__init__()
-        self.w1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.w2 = nn.Linear(config.intermediate_size, config.text_hidden_size, bias=False)
-        self.w3 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.w1 = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.w2 = Linear(config.intermediate_size, config.text_hidden_size, bias=False)
+        self.w3 = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.act = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
