@@ -1,11 +1,15 @@
 """One attention call for the text model, the vision transformer and the pooling, whatever implementation is chosen."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .blockwise_attention_molmo2 import BlockwiseMask, blockwise_attention
+from .cpu_attention_molmo2 import attends_by_products, attention_by_products
 
 
 def eager_attention(
@@ -126,6 +130,10 @@ class Molmo2AttentionBase(nn.Module):
         else:
             if self.float32_attention and not is_flash:
                 value = value.float()
+            if implementation == "sdpa" and self._asks_onednn(query, key, value, attention_mask, dropout):
+                is_causal = self.is_causal and attention_mask is None
+                output = attention_by_products(query, key, value, attention_mask, self.scaling, is_causal)
+                return output.transpose(1, 2).flatten(2).to(dtype), None
             function = ALL_ATTENTION_FUNCTIONS[implementation]
             if implementation == "flex_attention" and query.device.type == "cpu":
                 function = flex_attention_on_cpu
@@ -133,3 +141,13 @@ class Molmo2AttentionBase(nn.Module):
                 self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
             )
         return output.flatten(2).to(dtype), weights
+
+    def _asks_onednn(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, dropout: float) -> bool:
+        """Under plain sdpa; what others have put in its place is called."""
+        if mask is None:
+            if self.is_causal and query.shape[2] != key.shape[2]:
+                return False
+        elif not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape[1] != 1:
+            return False
+        is_torchs = ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
+        return is_torchs and attends_by_products(query, key, value, dropout)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .cpu_attention_molmo2 import attends_by_products, attention_by_products
+
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -206,8 +208,13 @@ def blockwise_attention(
         # Kernels that take a mask want as many key heads as query heads there.
         key, value = (states.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for states in (key, value))
         shares_heads = False
+    asks_onednn = attends_by_products(query, key, value, dropout)
+    if asks_onednn:
+        key, value = key.contiguous(), value.contiguous()
 
     def attend(block: QueryBlock, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        if asks_onednn:
+            return attention_by_products(queries, keys, values, mask.part(block, queries.device), scaling)
         return nn.functional.scaled_dot_product_attention(
             queries,
             keys,

@@ -21,6 +21,7 @@ from .bilinear_molmo2 import BilinearTables  # noqa: F401
 from .blockwise_attention_molmo2 import BlockwiseMask  # noqa: F401
 from .compat_molmo2 import make_causal_mask  # noqa: F401
 from .configuration_molmo2 import Molmo2Config
+from .cpu_attention_molmo2 import attends_by_products  # noqa: F401
 from .finetuning_molmo2 import Molmo2FineTuningMixin, nothing_from, trains_in_company
 from .generation_molmo2 import Molmo2GenerationMixin
 from .linear_molmo2 import Linear

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 PRODUCTS: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
     lambda rows, weight: torch.mm(rows, weight.t()),
     lambda rows, weight: torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], ""),

@@ -357,7 +357,8 @@ def test_memory_grows_with_the_length_alone(run):
 def test_the_count_of_memory_notices_a_whole_mask(monkeypatch):
     model = thin_model(2048)
     in_one_piece(monkeypatch)
-    counted = [prefill(model, length) for length in (1024, 2048)]
+    with torch.backends.mkldnn.flags(enabled=False):  # torch's kernel, which has the mask as numbers
+        counted = [prefill(model, length) for length in (1024, 2048)]
     assert counted[1].largest >= 2048**2
     assert counted[1].peak_bytes > 3.5 * counted[0].peak_bytes
 

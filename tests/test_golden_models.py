@@ -24,7 +24,8 @@ HIDDEN_STATE_TOLERANCE = 2e-5  # relative to the largest value
 CLEAR_MARGIN = 5e-3  # greedy steps are comparable while the best token leads by at least this much
 PAD_TOKEN_ID, EOS_TOKEN_ID = 1000, 1002
 BLOCKWISE = "blockwise"  # sdpa, in blocks of a few queries
-IMPLEMENTATIONS = ("sdpa", BLOCKWISE, "eager", "flex_attention")
+WITHOUT_ONEDNN = "without oneDNN"  # sdpa, torch's kernel; products by MKL
+IMPLEMENTATIONS = ("sdpa", BLOCKWISE, WITHOUT_ONEDNN, "eager", "flex_attention")
 
 CASES = model_cases()
 pytestmark = pytest.mark.skipif(not CASES, reason="the golden checkpoints lie beside the checkout, and are not there")
@@ -32,14 +33,17 @@ pytestmark = pytest.mark.skipif(not CASES, reason="the golden checkpoints lie be
 
 @functools.lru_cache(maxsize=1)
 def load_model(checkpoint: str, implementation: str) -> Molmo2ForConditionalGeneration:
-    attention = "sdpa" if implementation == BLOCKWISE else implementation
+    attention = "sdpa" if implementation in (BLOCKWISE, WITHOUT_ONEDNN) else implementation
     return Molmo2ForConditionalGeneration.from_pretrained(checkpoint, attn_implementation=attention).eval()
 
 
 @pytest.fixture(autouse=True)
-def blocks_of_a_few_queries(request, monkeypatch):
-    if "implementation" in request.fixturenames and request.getfixturevalue("implementation") == BLOCKWISE:
+def paths_on_and_off(request, monkeypatch):
+    chosen = request.getfixturevalue("implementation") if "implementation" in request.fixturenames else "sdpa"
+    if chosen == BLOCKWISE:
         monkeypatch.setattr(BlockwiseMask, "queries_per_block", 7)
+    with torch.backends.mkldnn.flags(enabled=chosen != WITHOUT_ONEDNN):
+        yield
 
 
 @functools.lru_cache(maxsize=1)
