@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from golden_cases import GoldenCase, model_cases, to_numpy
+from molmo2_remote import linear_molmo2
 from molmo2_remote.blockwise_attention_molmo2 import BlockwiseMask
 from molmo2_remote.modeling_molmo2 import Molmo2ForConditionalGeneration
 from molmo2_remote.processing_molmo2 import Molmo2Processor
@@ -24,8 +25,8 @@ HIDDEN_STATE_TOLERANCE = 2e-5  # relative to the largest value
 CLEAR_MARGIN = 5e-3  # greedy steps are comparable while the best token leads by at least this much
 PAD_TOKEN_ID, EOS_TOKEN_ID = 1000, 1002
 BLOCKWISE = "blockwise"  # sdpa, in blocks of a few queries
-WITHOUT_ONEDNN = "without oneDNN"  # sdpa, torch's kernel; products by MKL
-IMPLEMENTATIONS = ("sdpa", BLOCKWISE, WITHOUT_ONEDNN, "eager", "flex_attention")
+ONEDNN = "oneDNN"  # sdpa, with all products by oneDNN as in larger models
+IMPLEMENTATIONS = ("sdpa", BLOCKWISE, ONEDNN, "eager", "flex_attention")
 
 CASES = model_cases()
 pytestmark = pytest.mark.skipif(not CASES, reason="the golden checkpoints lie beside the checkout, and are not there")
@@ -33,7 +34,7 @@ pytestmark = pytest.mark.skipif(not CASES, reason="the golden checkpoints lie be
 
 @functools.lru_cache(maxsize=1)
 def load_model(checkpoint: str, implementation: str) -> Molmo2ForConditionalGeneration:
-    attention = "sdpa" if implementation in (BLOCKWISE, WITHOUT_ONEDNN) else implementation
+    attention = "sdpa" if implementation in (BLOCKWISE, ONEDNN) else implementation
     return Molmo2ForConditionalGeneration.from_pretrained(checkpoint, attn_implementation=attention).eval()
 
 
@@ -42,8 +43,8 @@ def paths_on_and_off(request, monkeypatch):
     chosen = request.getfixturevalue("implementation") if "implementation" in request.fixturenames else "sdpa"
     if chosen == BLOCKWISE:
         monkeypatch.setattr(BlockwiseMask, "queries_per_block", 7)
-    with torch.backends.mkldnn.flags(enabled=chosen != WITHOUT_ONEDNN):
-        yield
+    if chosen == ONEDNN:
+        monkeypatch.setattr(linear_molmo2, "FEWEST_MULTIPLICATIONS", 0)
 
 
 @functools.lru_cache(maxsize=1)

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from molmo2_remote import linear_molmo2
 from molmo2_remote.cpu_attention_molmo2 import attends_by_products, attention_by_products
 from molmo2_remote.linear_molmo2 import Linear, is_for_onednn
 
@@ -13,6 +14,17 @@ pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"),
     reason="this torch was built without oneDNN, and nothing asks for it",
 )
+
+
+@pytest.fixture(autouse=True)
+def small_products_count(request, monkeypatch):
+    if "as_it_is" not in request.fixturenames:
+        monkeypatch.setattr(linear_molmo2, "FEWEST_MULTIPLICATIONS", 0)
+
+
+@pytest.fixture
+def as_it_is():
+    """Small products are left to torch, as for users."""
 
 
 def asked(work) -> bool:
@@ -27,7 +39,9 @@ def layer(bias: bool = True) -> Linear:
     return Linear(48, 80, bias=bias)
 
 
-@pytest.mark.parametrize("shape", [(48,), (1, 48), (2, 5, 48), (0, 48), (3, 1, 200, 48)])
+@pytest.mark.parametrize(
+    "shape", [(48,), (1, 48), (3, 48), (2, 2, 48), (2, 8, 48), (17, 48), (0, 48), (3, 1, 200, 48)]
+)
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_linear_layer_has_the_precision_of_float32(shape, bias):
     part, states = layer(bias), torch.randn(shape)
@@ -76,6 +90,13 @@ def test_otherwise_it_is_a_layer_of_torch(part, states, context):
         assert not asked(lambda: part(states))
         plain = nn.functional.linear(states, part.weight, part.bias)
         torch.testing.assert_close(part(states), plain, rtol=0, atol=0)
+
+
+def test_small_products_are_left_to_torch(as_it_is):
+    part = layer()
+    with torch.no_grad():
+        assert not asked(lambda: part(torch.randn(4, 48)))
+        assert asked(lambda: part(torch.randn(80, 48)))
 
 
 def test_gradients_are_those_of_torch():
