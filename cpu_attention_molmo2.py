@@ -15,7 +15,6 @@ def attends_by_products(query: Tensor, key: Tensor, value: Tensor, dropout: floa
         query.shape[2] >= FEWEST_QUERIES
         and not dropout
         and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
         and is_for_onednn(query, key)
         and is_for_onednn(query, value)
     )

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin, LogitsProcessorList
+from transformers.generation.candidate_generator import CandidateGenerator, PromptLookupCandidateGenerator
 
 from .blockwise_attention_molmo2 import TokenTables
 from .masking_molmo2 import (
@@ -16,6 +17,7 @@ from .masking_molmo2 import (
     takes_blocks,
 )
 from .picture_inputs_molmo2 import ENCODED_INPUTS
+from .prompt_lookup_molmo2 import LatestMatchLookup
 
 PICTURE_INPUTS = (*ENCODED_INPUTS["image"], *ENCODED_INPUTS["video"], "image_features", "video_features")
 
@@ -141,3 +143,7 @@ class Molmo2GenerationMixin(GenerationMixin):
             kwargs["encoder_input_ids"] = kwargs["encoder_input_ids"].clamp(max=vocab_size - 1)
         processors = super()._get_logits_processor(*args, **kwargs)
         return BaseVocabularyProcessors(processors, vocab_size) if len(processors) else processors
+
+    def _get_candidate_generator(self, *args, **kwargs) -> CandidateGenerator:
+        generator = super()._get_candidate_generator(*args, **kwargs)
+        return LatestMatchLookup(generator) if isinstance(generator, PromptLookupCandidateGenerator) else generator

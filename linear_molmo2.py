@@ -59,6 +59,7 @@ def is_for_onednn(states: Tensor, weight: Tensor) -> bool:
         and type(states) is Tensor
         and type(weight) in (nn.Parameter, Tensor)
         and not torch.is_grad_enabled()
+        and not torch.jit.is_tracing()
         and not torch.is_autocast_enabled("cpu")
         and bool(torch.backends.mkldnn.enabled)
     )

@@ -32,6 +32,7 @@ from .packing_molmo2 import packed_rows, require_packed_layout
 from .picture_inputs_molmo2 import Molmo2PictureMixin
 from .pixels_molmo2 import normalize_on_device  # noqa: F401
 from .pretrained_molmo2 import Molmo2PreTrainedModel
+from .prompt_lookup_molmo2 import LatestMatchLookup  # noqa: F401
 from .rotary_molmo2 import Molmo2RotaryEmbedding  # noqa: F401
 from .text_molmo2 import Molmo2Embedding, Molmo2TextModel
 from .vision_molmo2 import Molmo2VisionBackbone

@@ -53,7 +53,8 @@ class Products:
             return original(query, key, value, *args, **options)
 
         hooks = [part.register_forward_hook(note) for part in model.modules() if isinstance(part, nn.Linear)]
-        with mock.patch.object(F, "scaled_dot_product_attention", attend):
+        # Without oneDNN attention is torch's own, which can be noted.
+        with mock.patch.object(F, "scaled_dot_product_attention", attend), torch.backends.mkldnn.flags(enabled=False):
             forward()
         for hook in hooks:
             hook.remove()

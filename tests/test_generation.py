@@ -10,6 +10,8 @@ from transformers import DynamicCache, TextIteratorStreamer
 
 from checkpoints import FAMILIES, build_model, picture
 from model_inputs import MIXED, batch, clip, processor
+from molmo2_remote import generation_molmo2
+from molmo2_remote.prompt_lookup_molmo2 import LatestMatchLookup, draft_after
 
 NEW_TOKENS = 8
 
@@ -126,6 +128,45 @@ def test_caches_and_shortcuts_change_nothing(model, name, shortcut):
     }[shortcut]
     # Some releases let an assisted answer run a token over the limit.
     assert torch.equal(answer(model, inputs, **options)[:, :NEW_TOKENS], greedy)
+
+
+@pytest.mark.parametrize(
+    ("ids", "longest", "count", "expected"),
+    [
+        ([1, 2, 3, 1, 2, 4, 1, 2], 2, 2, [4, 1]),  # the later of two matches
+        ([1, 2, 3, 9, 2, 4, 1, 2], 2, 2, [3, 9]),  # a longer match before a later one
+        ([5, 6, 7], 2, 3, []),
+        ([7, 7], 3, 5, [7]),
+        ([1, 2, 1], 1, 0, []),
+        ([3], 2, 4, []),
+    ],
+)
+def test_prompt_lookup_drafts_what_followed_last(ids, longest, count, expected):
+    assert draft_after(ids, longest, count) == expected
+
+
+def test_prompt_lookup_stops_at_the_end_of_an_answer_and_of_the_room(qwen3):
+    made = []
+
+    class Watched(LatestMatchLookup):
+        def get_candidates(self, input_ids, *args, **kwargs):
+            found = super().get_candidates(input_ids, *args, **kwargs)
+            made.append((self, input_ids, found[0]))
+            return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation_molmo2, "LatestMatchLookup", Watched)
+        answer(qwen3, batch("text"), prompt_lookup_num_tokens=4)
+    assert made
+    assert all(1 <= found.shape[1] - ids.shape[1] + 1 <= 5 for _, ids, found in made)
+    lookup, ids, _ = made[0]
+    lookup.eos_token_id, lookup.num_output_tokens, lookup.max_length = torch.tensor([8]), 5, 100
+    repeated = torch.tensor([[1, 2, 7, 8, 9, 1, 2]])
+    assert lookup.get_candidates(repeated)[0].tolist() == [[1, 2, 7, 8, 9, 1, 2, 7]]
+    lookup.eos_token_id, lookup.max_length = None, 10
+    assert lookup.get_candidates(repeated)[0].tolist() == [[1, 2, 7, 8, 9, 1, 2, 7, 8]]
+    lookup.max_length = 8
+    assert lookup.get_candidates(repeated)[0] is repeated
 
 
 def test_a_static_cache_for_a_mixed_batch(model):
