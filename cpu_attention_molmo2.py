@@ -31,7 +31,7 @@ def attention_by_products(
         mask: (B or 1, 1, Q or 1, K or more) bool, True = may attend; None where every pair is allowed.
         is_causal: Queries see no later keys; Q = K then.
     Returns:
-        (B, heads, Q, head_dim).
+        (B, heads, Q, head_dim); zeros for queries that see no key, as of torch's kernel.
     """
     batch, key_heads, keys, _ = key.shape
     key, value = key.contiguous(), value.contiguous()  # oneDNN takes other matrices, a thousand times slower
@@ -50,4 +50,6 @@ def attention_by_products(
                 if blocked is not None:
                     scores.masked_fill_(blocked, torch.finfo(scores.dtype).min)
                 attended[row, head, :, start:end] = product(scores.softmax(dim=-1), value[row, head, :seen].t())
+    if hidden is not None:
+        attended.masked_fill_(hidden.all(dim=-1)[:, None, :, :, None], 0)
     return attended.flatten(1, 2)
