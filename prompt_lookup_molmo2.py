@@ -23,11 +23,15 @@ class LatestMatchLookup(PromptLookupCandidateGenerator):
         vars(self).update(vars(lookup))
 
     def get_candidates(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        """(1, S) ids to (1, S + drafted) ids, drafted <= `num_output_tokens`, and None for logits that it has not."""
+        """(1, S) ids to (1, S + drafted) ids, drafted <= `num_output_tokens`, and None for logits that it has not.
+
+        A draft stops before the end of an answer and before visual tokens, which have no logits.
+        """
         room = self.max_length - input_ids.shape[1] - 1  # the model adds a token of its own
         draft = draft_after(input_ids[0].tolist(), self.max_matching_ngram_size, min(self.num_output_tokens, room))
         ends = () if self.eos_token_id is None else torch.as_tensor(self.eos_token_id).flatten().tolist()
-        draft = draft[: next((place for place, token in enumerate(draft) if token in ends), None)]
+        unsayable = (place for place, token in enumerate(draft) if token in ends or token >= self.vocab_size)
+        draft = draft[: next(unsayable, None)]
         if not draft:
             return input_ids, None
         return torch.cat((input_ids, input_ids.new_tensor([draft])), dim=1), None

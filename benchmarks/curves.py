@@ -44,8 +44,8 @@ def _encoding(side: Side, point: int) -> Work:
 
 
 def _crops(side: Side, point: int) -> Work:
-    processor = image_processor(side)
-    picture = photo(378 * 5, 378 * 5)
+    processor, (rows, columns) = image_processor(side), TILES[point]
+    picture = photo(112 + rows * 266, 112 + columns * 266)  # 378 pixels a tile, of which neighbours share 112
     processor(picture, max_crops=1)
     return lambda: dict(processor(picture, max_crops=point - 1, return_tensors="pt"))
 
@@ -64,10 +64,11 @@ def _batch(side: Side, point: int) -> Work:
 
 
 BOTH = ("seconds", "peak_bytes")
+TILES = {2: (1, 1), 5: (2, 2), 10: (3, 3), 17: (4, 4), 25: (4, 6)}  # beside the low-resolution view
 CURVES: dict[str, Curve] = {
     "frames": Curve("Preprocessing a 64 s clip", "frames", (1, 48, 96, 192, 288, 384), BOTH, _frames),
     "encoding": Curve("Encoding frames", "frames", (1, 48, 96, 192, 384), BOTH, _encoding),
-    "crops": Curve("Preprocessing a photo", "crops", (2, 5, 10, 17, 25), BOTH, _crops),
+    "crops": Curve("Preprocessing a photo", "crops", tuple(TILES), BOTH, _crops),
     "tokens": Curve("Prefill", "tokens", (1024, 2048, 4096, 8192, 16384, 36864), ("peak_bytes",), _tokens),
     "batch": Curve("Answers in a batch", "rows", (1, 2, 4, 8, 16), BOTH, _batch),
 }

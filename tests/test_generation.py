@@ -165,6 +165,8 @@ def test_prompt_lookup_stops_at_the_end_of_an_answer_and_of_the_room(qwen3):
     assert lookup.get_candidates(repeated)[0].tolist() == [[1, 2, 7, 8, 9, 1, 2, 7]]
     lookup.eos_token_id, lookup.max_length = None, 10
     assert lookup.get_candidates(repeated)[0].tolist() == [[1, 2, 7, 8, 9, 1, 2, 7, 8]]
+    lookup.vocab_size = 8
+    assert lookup.get_candidates(repeated)[0].tolist() == [[1, 2, 7, 8, 9, 1, 2, 7]]
     lookup.max_length = 8
     assert lookup.get_candidates(repeated)[0] is repeated
 
