@@ -20,9 +20,17 @@ class LatestMatchLookup(PromptLookupCandidateGenerator):
     """
 
     def __init__(self, lookup: PromptLookupCandidateGenerator):
-        vars(self).update(vars(lookup))
+        super().__init__(
+            eos_token_id=lookup.eos_token_id,
+            num_output_tokens=lookup.num_output_tokens,
+            max_matching_ngram_size=lookup.max_matching_ngram_size,
+            max_length=lookup.max_length,
+            logits_processor=lookup.logits_processor,
+            vocab_size=lookup.vocab_size,
+        )
 
-    def get_candidates(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    # Arguments and annotations of the method differ between releases.
+    def get_candidates(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:  # type: ignore
         """(1, S) ids to (1, S + drafted) ids, drafted <= `num_output_tokens`, and None for logits that it has not.
 
         A draft stops before the end of an answer and before visual tokens, which have no logits.
@@ -30,7 +38,8 @@ class LatestMatchLookup(PromptLookupCandidateGenerator):
         room = self.max_length - input_ids.shape[1] - 1  # the model adds a token of its own
         draft = draft_after(input_ids[0].tolist(), self.max_matching_ngram_size, min(self.num_output_tokens, room))
         ends = () if self.eos_token_id is None else torch.as_tensor(self.eos_token_id).flatten().tolist()
-        unsayable = (place for place, token in enumerate(draft) if token in ends or token >= self.vocab_size)
+        vocab_size = float("inf") if self.vocab_size is None else self.vocab_size
+        unsayable = (place for place, token in enumerate(draft) if token in ends or token >= vocab_size)
         draft = draft[: next(unsayable, None)]
         if not draft:
             return input_ids, None

@@ -14,7 +14,7 @@ from torch import nn
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from benchmarks import report, runner  # noqa: E402
+from benchmarks import profile, report, runner  # noqa: E402
 from benchmarks.curves import Curve, exponent, growth, linear_fit  # noqa: E402
 from benchmarks.harness import NotAvailable, Reach, Row, Settings, Side, measure  # noqa: E402
 from benchmarks.memory import PeakMemory, held_bytes  # noqa: E402
@@ -253,3 +253,19 @@ def test_a_row_from_end_to_end(tmp_path):
     assert "seconds" in native or native["unavailable"]
     assert row["sides"]["ours"]["output_bytes"] == 512 * 4  # the logits of one place
     assert report.table(json.loads(output.read_text(encoding="utf-8")))
+
+
+def test_profiles_name_what_takes_the_time(tmp_path, capsys):
+    output = tmp_path / "profiles.md"
+    assert profile.main(["photo-8", "--quick", "--cache", str(tmp_path), "--output", str(output)]) == 0
+    line = output.read_text(encoding="utf-8").splitlines()[-1]
+    assert line.startswith("| photo-8 | ")
+    assert "`take`" in line
+    assert line in capsys.readouterr().out
+
+
+def test_rows_that_miss_their_goal_are_profiled(tmp_path, monkeypatch):
+    rows = [{"row": str(met), "reach": [{"met": True}, {"met": met}]} for met in (True, False, None)]
+    (tmp_path / "cpu.json").write_text(json.dumps({"rows": rows}), encoding="utf-8")
+    monkeypatch.setattr(profile, "RESULTS", tmp_path / "cpu.json")
+    assert profile.missed() == ["False"]
