@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from molmo2_remote import linear_molmo2
+from checkpoints import build_model
+from model_inputs import batch
+from molmo2_remote import attention_molmo2, linear_molmo2
 from molmo2_remote.cpu_attention_molmo2 import attends_by_products, attention_by_products
 from molmo2_remote.linear_molmo2 import Linear, is_for_onednn
 
@@ -184,3 +187,29 @@ def test_when_attention_is_left_to_torch():
         assert not attends_by_products(query[:, :, :1], key, value, 0.0)
         assert not attends_by_products(*(states.bfloat16() for states in (query, key, value)), 0.0)
     assert not attends_by_products(query, key, value, 0.0)
+
+
+def calls_in_a_forward_pass(monkeypatch) -> int:
+    """How often the model asks for attention by products, for a question about a picture."""
+    calls = []
+
+    def noted(*args, **kwargs):
+        calls.append(1)
+        return attention_by_products(*args, **kwargs)
+
+    monkeypatch.setattr(attention_molmo2, "attention_by_products", noted)
+    with torch.no_grad():
+        build_model("qwen3")(**batch("image"))
+    return len(calls)
+
+
+def test_text_and_vision_attend_by_products_under_sdpa(monkeypatch):
+    config = build_model("qwen3").config
+    layers = config.text_config.num_hidden_layers + config.vit_config.num_hidden_layers
+    assert 2 <= calls_in_a_forward_pass(monkeypatch) <= layers
+
+
+def test_what_replaces_sdpa_is_called(monkeypatch):
+    own = dict(ALL_ATTENTION_FUNCTIONS)["sdpa"]
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", lambda *args, **kwargs: own(*args, **kwargs))
+    assert calls_in_a_forward_pass(monkeypatch) == 0
