@@ -3,7 +3,10 @@
 from dataclasses import dataclass, fields
 from typing import Any
 
-PIXEL_BYTES = 4  # pixel values are float32
+from .blockwise_attention_molmo2 import BlockwiseMask
+from .cpu_attention_molmo2 import FEWEST_QUERIES, SCORES_AT_ONCE
+
+PIXEL_BYTES = SCORE_BYTES = 4  # pixel values and scores are float32
 
 
 @dataclass(frozen=True)
@@ -14,7 +17,7 @@ class MemoryEstimate:
         pixels: patches of all crops, as the processor hands them over.
         vision: features of a chunk of crops and of what waits for the next, and the working memory of one chunk, of
             crops or of pooled tokens.
-        prefill: hidden states and the widest layer over the whole prompt.
+        prefill: hidden states and the widest layer over the whole prompt, masks and scores of a few queries.
         cache: keys and values of the prompt and of the new tokens.
     """
 
@@ -81,9 +84,16 @@ def estimate_memory(model: Any, shape: RequestShape) -> MemoryEstimate:
     widest_text = max(text.intermediate_size * 4, heads * text.head_dim * 2)
     tokens = shape.rows * shape.row_tokens
     keys_and_values = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
+    queries = min(shape.row_tokens, BlockwiseMask.queries_per_block)
+    attention = 3 * shape.rows * queries * shape.row_tokens  # a mask, its opposite, and what they are made of
+    if element == SCORE_BYTES and next(model.parameters()).device.type == "cpu":
+        groups = text.num_attention_heads // text.num_key_value_heads
+        scores_at_once = max(SCORES_AT_ONCE, FEWEST_QUERIES * groups * shape.row_tokens)
+        attention += 2 * SCORE_BYTES * min(groups * queries * shape.row_tokens, scores_at_once)
+        encoding += 2 * min(patches**2, SCORES_AT_ONCE)
     return MemoryEstimate(
         pixels=shape.num_crops * patches * 3 * vit.image_patch_size**2 * PIXEL_BYTES,
         vision=(2 * features + max(encoding, pooling) + 2 * vectors) * element if shape.num_crops else 0,
-        prefill=(tokens * (4 * text.hidden_size + widest_text) + vectors) * element,
+        prefill=(tokens * (4 * text.hidden_size + widest_text) + vectors) * element + attention,
         cache=shape.rows * (shape.row_tokens + shape.new_tokens) * keys_and_values * element,
     )
