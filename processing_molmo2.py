@@ -22,8 +22,10 @@ from transformers.utils.chat_template_utils import render_jinja_template
 # Some loaders copy only what this file imports directly, so modules that are only needed by the others stand here too.
 from .ask_molmo2 import ask  # noqa: F401
 from .bilinear_molmo2 import BilinearTables  # noqa: F401
+from .blockwise_attention_molmo2 import BlockwiseMask  # noqa: F401
 from .collator_molmo2 import Molmo2DataCollator  # noqa: F401
 from .conversation_molmo2 import ConversationMedia, find_media, is_batch, messages_of
+from .cpu_attention_molmo2 import attends_by_products  # noqa: F401
 from .drawing_molmo2 import DrawingStyle  # noqa: F401
 from .finetuning_molmo2 import LearningRates  # noqa: F401
 from .frame_encoding_molmo2 import encode_frames  # noqa: F401
@@ -35,6 +37,7 @@ from .grounding_molmo2 import Grounding, MediaInfo
 from .grounding_tools_molmo2 import GroundingTools
 from .image_loading_molmo2 import load_images  # noqa: F401
 from .image_processing_molmo2 import Molmo2ImageProcessor, Molmo2ImagesKwargs
+from .linear_molmo2 import Linear  # noqa: F401
 from .loss_molmo2 import predicted_labels  # noqa: F401
 from .loss_weighting_molmo2 import TokenWeighting  # noqa: F401
 from .media_features_molmo2 import MediaFeatures, ground_answers, media_of_rows
