@@ -78,6 +78,22 @@ def flex_attention_on_cpu(
     return output.transpose(1, 2), None
 
 
+def sdpa_by_products(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float,
+    scaling: float,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """`attention_by_products`, called as the attention functions of transformers are; it has no dropout."""
+    is_causal = module.is_causal and attention_mask is None
+    output = attention_by_products(query, key, value, attention_mask, scaling, is_causal)
+    return output.transpose(1, 2), None
+
+
 class Molmo2AttentionBase(nn.Module):
     """What the three kinds of attention share: head geometry and the dispatch to an implementation."""
 
@@ -130,24 +146,23 @@ class Molmo2AttentionBase(nn.Module):
         else:
             if self.float32_attention and not is_flash:
                 value = value.float()
-            if implementation == "sdpa" and self._asks_onednn(query, key, value, attention_mask, dropout):
-                is_causal = self.is_causal and attention_mask is None
-                output = attention_by_products(query, key, value, attention_mask, self.scaling, is_causal)
-                return output.transpose(1, 2).flatten(2).to(dtype), None
             function = ALL_ATTENTION_FUNCTIONS[implementation]
             if implementation == "flex_attention" and query.device.type == "cpu":
                 function = flex_attention_on_cpu
+            elif function is sdpa_attention_forward and self._attends_by_products(
+                query, key, value, attention_mask, dropout
+            ):
+                function = sdpa_by_products
             output, weights = function(
                 self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
             )
         return output.flatten(2).to(dtype), weights
 
-    def _asks_onednn(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, dropout: float) -> bool:
-        """Under plain sdpa; what others have put in its place is called."""
+    def _attends_by_products(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, dropout: float) -> bool:
+        """Whether `sdpa_by_products` can take these."""
         if mask is None:
             if self.is_causal and query.shape[2] != key.shape[2]:
                 return False
         elif not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape[1] != 1:
             return False
-        is_torchs = ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
-        return is_torchs and attends_by_products(query, key, value, dropout)
+        return attends_by_products(query, key, value, dropout)

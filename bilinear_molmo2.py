@@ -81,7 +81,7 @@ def looked_up(
     for start in range(0, size[0], count):
         with torch.inference_mode():
             rows = tables.rows(image, start, min(size[0], start + count))
-        np.rint(rows.numpy(), out=rows.numpy())  # torch's `round` wakes its threads for pieces of any size
+        np.rint(rows.numpy(), out=rows.numpy())
         yield start, rows
 
 

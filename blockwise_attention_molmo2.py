@@ -208,12 +208,12 @@ def blockwise_attention(
         # Kernels that take a mask want as many key heads as query heads there.
         key, value = (states.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for states in (key, value))
         shares_heads = False
-    asks_onednn = attends_by_products(query, key, value, dropout)
-    if asks_onednn:
+    by_products = attends_by_products(query, key, value, dropout)
+    if by_products:  # which wants them so: here once, not for each block
         key, value = key.contiguous(), value.contiguous()
 
     def attend(block: QueryBlock, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        if asks_onednn:
+        if by_products:
             return attention_by_products(queries, keys, values, mask.part(block, queries.device), scaling)
         return nn.functional.scaled_dot_product_attention(
             queries,

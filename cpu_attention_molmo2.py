@@ -12,11 +12,7 @@ FEWEST_QUERIES = 16  # fewer do not repay a call per head
 def attends_by_products(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:
     """Whether `attention_by_products` can do it, and is wanted."""
     return (
-        query.shape[2] >= FEWEST_QUERIES
-        and not dropout
-        and not torch.compiler.is_compiling()
-        and is_for_onednn(query, key)
-        and is_for_onednn(query, value)
+        query.shape[2] >= FEWEST_QUERIES and not dropout and is_for_onednn(query, key) and is_for_onednn(query, value)
     )
 
 

@@ -26,7 +26,7 @@ class Linear(nn.Linear):
     def forward(self, states: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
         weight = self.weight
-        if not torch.compiler.is_compiling() and is_for_onednn(states, weight) and weight.is_contiguous():
+        if is_for_onednn(states, weight) and weight.is_contiguous():
             return product(states, weight, self.bias)
         return super().forward(states)
 
@@ -52,7 +52,8 @@ def product(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 def is_for_onednn(states: Tensor, weight: Tensor) -> bool:
     """Whether `product` can take these, (..., in_features) and (..., out_features, in_features), and is wanted."""
     return (
-        _product is not None
+        not torch.compiler.is_compiling()
+        and _product is not None
         and states.shape[:-1].numel() * weight.numel() >= FEWEST_MULTIPLICATIONS
         and states.dtype is weight.dtype is torch.float32
         and states.device.type == weight.device.type == "cpu"

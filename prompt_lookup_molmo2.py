@@ -4,7 +4,6 @@ Tracks repeat themselves from frame to frame: the next place of an object is nea
 digits are the same. The search of transformers takes the first match, which is where the object was at the start.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,7 +45,7 @@ class LatestMatchLookup(PromptLookupCandidateGenerator):
         return torch.cat((input_ids, input_ids.new_tensor([draft])), dim=1), None
 
 
-def draft_after(ids: Sequence[int], longest: int, count: int) -> list[int]:
+def draft_after(ids: list[int], longest: int, count: int) -> list[int]:
     """Up to `count` tokens that followed the latest earlier occurrence of the last tokens, the longest that occur.
 
     Args:
@@ -54,8 +53,8 @@ def draft_after(ids: Sequence[int], longest: int, count: int) -> list[int]:
     """
     size = len(ids)
     for length in range(min(longest, size - 1), 0, -1):
-        pattern = list(ids[size - length :])
+        pattern = ids[size - length :]
         for start in range(size - length - 1, -1, -1):
-            if ids[start] == pattern[0] and list(ids[start : start + length]) == pattern:
-                return list(ids[start + length : start + length + max(0, count)])
+            if ids[start] == pattern[0] and ids[start : start + length] == pattern:
+                return ids[start + length : start + length + max(0, count)]
     return []

@@ -7,13 +7,14 @@
 "ours", "native" (the class of transformers), "bound" (what nothing can beat) or the folder of other remote code.
 """
 
+import functools
 import gc
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks.memory import PeakMemory, held_bytes
 
@@ -22,6 +23,7 @@ DEFAULT_CACHE = REPOSITORY / ".benchmarks"
 ENOUGH_SECONDS, MOST_RUNS = 2.0, 15
 
 Work = Callable[[], Any]
+T = TypeVar("T")
 
 
 class NotAvailable(Exception):
@@ -136,6 +138,25 @@ def measure(prepare: Callable[[Side], Work], side: Side, device: str = "cpu") ->
     while first < ENOUGH_SECONDS and sum(seconds) < ENOUGH_SECONDS and len(seconds) < MOST_RUNS:
         seconds.append(_timed(work, device)[0])
     return {**found, "seconds": seconds or [first], "load": load}
+
+
+def fastest(ways: Iterable[T], use: Callable[[T], Any], unable: tuple[type[Exception], ...], device: str = "cpu") -> T:
+    """The way that takes `use` the least time; each is tried once.
+
+    Args:
+        unable: What a way raises that cannot do it here.
+    Raises:
+        NotAvailable: None can.
+    """
+    taken = []
+    for way in ways:
+        try:
+            taken.append((_timed(functools.partial(use, way), device)[0], way))
+        except unable:
+            continue
+    if not taken:
+        raise NotAvailable("nothing that could do it is installed")
+    return min(taken, key=lambda entry: entry[0])[1]
 
 
 def _timed(work: Work, device: str) -> tuple[float, Any]:

@@ -1,6 +1,5 @@
 """The physical bounds of a model: its matrix products alone, its attention alone, its weights read once."""
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,25 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.harness import fastest
+
 PRODUCTS: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
     lambda rows, weight: torch.mm(rows, weight.t()),
     lambda rows, weight: torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], ""),
 )
-
-
-def _fastest(ways: tuple[Any, ...], use: Callable[[Any], None]) -> Any:
-    """The way that takes `use` the least time; those that cannot do it here are left out."""
-    taken = {}
-    for way in ways:
-        start = time.perf_counter()
-        try:
-            use(way)
-        except (AttributeError, NotImplementedError, RuntimeError):
-            continue
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        taken[way] = time.perf_counter() - start
-    return min(taken, key=lambda way: taken[way])
 
 
 @dataclass(frozen=True)
@@ -75,7 +61,8 @@ class Products:
             for rows, weight in self.linear:
                 product(inputs[rows, weight.shape[1]], weight)
 
-        product = _fastest(PRODUCTS, multiply)
+        device = self.linear[0][1].device.type
+        product = fastest(PRODUCTS, multiply, (AttributeError, RuntimeError), device)
 
         def run() -> None:
             multiply(product)
@@ -121,7 +108,7 @@ def reading(model: nn.Module, times: int) -> Callable[[], None]:
             read(weight)
 
     read_all(add_up)  # the first pass brings files into memory
-    read = _fastest((add_up, multiply), read_all)
+    read = fastest((add_up, multiply), read_all, (RuntimeError,), weights[0].device.type)
 
     def run() -> None:
         for _ in range(times):

@@ -58,7 +58,7 @@ def profile_row(name: str, settings: Settings) -> str:
 
 
 def missed() -> list[str]:
-    """Rows with a goal of time that is not reached."""
+    """Rows with a goal that is not reached."""
     rows = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]
     return [row["row"] for row in rows if any(reach["met"] is False for reach in row["reach"])]
 
