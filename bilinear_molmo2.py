@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 # torch hands pieces of more elements to its pool of threads, whose workers then spin for a while on cores that decode.
-# Its `index_select` and `round` do so with pieces of any size: numpy, which has no threads, does their part here.
+# Its `round` does so with pieces of any size: numpy, which has no threads, does that part.
 MOST_INLINE = 32768
 MOST_ELEMENTS = 2**18  # of a piece where nothing else is going on: few steps, and small beside the pixels of a photo
 CHANNELS = 3
@@ -36,8 +36,8 @@ class BilinearTables:
     def __init__(self, source: tuple[int, int], size: tuple[int, int]):
         self.source, self.size = source, size
         rows, columns = (_neighbours(*lengths) for lengths in zip(source, size))
-        self.upper, self.lower = (places.numpy() for places in rows[:2])
-        self.left, self.right = (places.numpy() for places in columns[:2])
+        self.upper, self.lower = rows[:2]
+        self.left, self.right = columns[:2]
         self.upper_weight, self.lower_weight = (weight[:, None] for weight in rows[2:])
         self.left_weight, self.right_weight = (weight.repeat_interleave(CHANNELS) for weight in columns[2:])
 
@@ -54,14 +54,15 @@ class BilinearTables:
         if last - first <= 2 * (stop - start):  # neighbours share rows: each is looked up once
             source, upper, lower = image[first:last], upper - first, lower - first
         else:
-            source = image.take(np.concatenate((upper, lower)), axis=0)
-            upper, lower = np.arange(stop - start), np.arange(stop - start, 2 * (stop - start))
-        left, right = (source.take(places, axis=1) for places in (self.left, self.right))
+            source = image.take(torch.cat((upper, lower)).numpy(), axis=0)
+            upper, lower = torch.arange(2 * (stop - start)).chunk(2)
+        is_small = (stop - start) * self.size[1] * CHANNELS <= MOST_INLINE
+        left, right = (_columns(source, places, is_small) for places in (self.left, self.right))
         upper_weight, lower_weight = self.upper_weight[start:stop], self.lower_weight[start:stop]
-        sums = _floats(right, upper).mul_(upper_weight * self.right_weight)
-        sums.addcmul_(upper_weight * self.left_weight, _floats(left, upper))
-        sums.addcmul_(lower_weight * self.left_weight, _floats(left, lower))
-        sums.addcmul_(lower_weight * self.right_weight, _floats(right, lower))
+        sums = right.index_select(0, upper).float().mul_(upper_weight * self.right_weight)
+        sums.addcmul_(upper_weight * self.left_weight, left.index_select(0, upper).float())
+        sums.addcmul_(lower_weight * self.left_weight, left.index_select(0, lower).float())
+        sums.addcmul_(lower_weight * self.right_weight, right.index_select(0, lower).float())
         return sums.unflatten(1, (-1, CHANNELS))
 
 
@@ -102,6 +103,25 @@ def _neighbours(source: int, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]
     return before, after, 1 - weight, weight
 
 
-def _floats(pixels: np.ndarray, rows: np.ndarray) -> Tensor:
-    """Those rows of (H, W, 3) pixels as (rows, W * 3) float32."""
-    return torch.from_numpy(pixels.take(rows, axis=0)).flatten(1).float()
+class _Unlocked:
+    """Says that memory may be written, which nobody does: torch warns of read-only arrays, as Pillow's are."""
+
+    def __init__(self, array: np.ndarray):
+        self.array = array  # whose memory it is
+        interface = array.__array_interface__
+        self.__array_interface__ = {**interface, "data": (interface["data"][0], False)}
+
+
+def torch_view(array: np.ndarray) -> Tensor:
+    """The same memory, or a copy where torch cannot look at it: negative strides, foreign byte order."""
+    if min(array.strides) < 0 or not array.dtype.isnative:
+        return torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
+    return torch.from_numpy(array if array.flags.writeable else np.asarray(_Unlocked(array)))
+
+
+def _columns(pixels: np.ndarray, places: Tensor, is_small: bool) -> Tensor:
+    """Those columns of (H, W, 3) pixels as (H, places * 3). torch does it with its threads, numpy is faster in one."""
+    if is_small or torch.get_num_threads() == 1:
+        return torch.from_numpy(pixels.take(places.numpy(), axis=1)).flatten(1)
+    values = (places[:, None] * CHANNELS + torch.arange(CHANNELS)).flatten()
+    return torch_view(pixels).flatten(1).gather(1, values.expand(len(pixels), -1))

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .bilinear_molmo2 import CHANNELS, MOST_ELEMENTS, MOST_INLINE, looked_up
+from .bilinear_molmo2 import CHANNELS, MOST_ELEMENTS, MOST_INLINE, looked_up, torch_view
 
 FLOAT_DTYPES = (np.float16, np.float32, np.float64)
 # What the vision tower normalises uint8 pixels with; the numbers of every published checkpoint, on each channel.
@@ -266,11 +266,6 @@ def _require_picture(image: np.ndarray) -> None:
         )
 
 
-def _torch_view(image: np.ndarray) -> Tensor:
-    """The same memory, or a copy where torch cannot look at it."""
-    return torch.from_numpy(image if _fits_torch(image) else image.copy())
-
-
 def _planes(image: np.ndarray, former: Tensor | None = None, device: Any = None) -> Tensor:
     """A picture as (1, 3, H, W) floating point: float64 stays, everything else becomes float32, of the same range.
 
@@ -278,7 +273,7 @@ def _planes(image: np.ndarray, former: Tensor | None = None, device: Any = None)
     `former` planes is used again where it fits.
     """
     _require_picture(image)
-    source = _torch_view(image)
+    source = torch_view(image)
     dtype = np.dtype(np.float64 if image.dtype == np.float64 else np.float32)
     wanted = getattr(torch, dtype.name), source.shape[:2]
     if former is not None and (former.dtype, former.shape[2:]) == wanted:
@@ -287,11 +282,6 @@ def _planes(image: np.ndarray, former: Tensor | None = None, device: Any = None)
         planes = empty_pixels((1, *source.shape), dtype, device).permute(0, 3, 1, 2)
     planes[0].permute(1, 2, 0).copy_(source)
     return planes
-
-
-def _fits_torch(image: np.ndarray) -> bool:
-    """Whether torch can look at this memory: no negative strides, not read-only (it would warn), native bytes."""
-    return image.flags.writeable and min(image.strides) >= 0 and image.dtype.isnative
 
 
 def _resized(planes: Tensor, size: tuple[int, int], resample: int, dtype: np.dtype) -> Tensor:

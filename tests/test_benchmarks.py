@@ -1,6 +1,8 @@
 """The measuring suite: what it counts, how sides take turns, what it reports; one real row from end to end."""
 
+import cProfile
 import json
+import re
 import subprocess
 import sys
 import time
@@ -259,9 +261,20 @@ def test_profiles_name_what_takes_the_time(tmp_path, capsys):
     output = tmp_path / "profiles.md"
     assert profile.main(["photo-8", "--quick", "--cache", str(tmp_path), "--output", str(output)]) == 0
     line = output.read_text(encoding="utf-8").splitlines()[-1]
-    assert line.startswith("| photo-8 | ")
-    assert "`take`" in line
+    assert re.fullmatch(r"\| photo-8 \| [\d.]+ \w+ \| (\d+% `[\w.]+` \([\d,]+\)(, )?)+ \|", line)
     assert line in capsys.readouterr().out
+
+
+def test_profiles_share_the_time_among_functions():
+    def waiting():
+        for _ in range(3):
+            time.sleep(0.05)
+
+    run = cProfile.Profile()
+    run.runcall(waiting)
+    total, (most, *_) = profile.shares(run)
+    assert total >= 0.15
+    assert (most[0], most[2]) == ("`sleep`", 3)
 
 
 def test_rows_that_miss_their_goal_are_profiled(tmp_path, monkeypatch):

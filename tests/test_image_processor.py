@@ -15,7 +15,7 @@ from PIL import Image
 
 from golden_cases import HAS_FULL_SET, assert_pixels_close, default_settings, pattern, processor_cases, to_numpy
 from molmo2_remote import image_loading_molmo2
-from molmo2_remote.bilinear_molmo2 import MOST_INLINE, BilinearTables, looked_up
+from molmo2_remote.bilinear_molmo2 import MOST_ELEMENTS, MOST_INLINE, BilinearTables, looked_up
 from molmo2_remote.geometry_molmo2 import CropSettings
 from molmo2_remote.image_loading_molmo2 import fetch_images, load_images
 from molmo2_remote.image_processing_molmo2 import Molmo2ImageProcessor
@@ -283,6 +283,19 @@ def test_looking_up_neighbours_gives_the_numbers_of_interpolate(seed):
     with threads(1 + seed % 3):
         found = BilinearTables(source, size).rows(picture, 0, size[0])
     torch.testing.assert_close(found, expected[0].permute(1, 2, 0), atol=0, rtol=0)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("most_elements", [MOST_INLINE, MOST_ELEMENTS])
+def test_pixels_are_looked_up_in_any_memory(most_elements):
+    wide = np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8)
+    read_only = wide[:, :150].copy()
+    read_only.flags.writeable = False
+    for picture in (read_only, wide[:, :150], wide[::-1], wide[:, ::-1], wide[:, ::2], wide.transpose(1, 0, 2)):
+        with threads(2):
+            found = [list(looked_up(own, (378, 378), 14, most_elements)) for own in (picture, picture.copy())]
+        assert len(found[0]) == (14 if most_elements == MOST_INLINE else 2)
+        torch.testing.assert_close(*found, atol=0, rtol=0)
 
 
 def test_looked_up_pieces_are_whole_rows_of_patches():
