@@ -1,5 +1,6 @@
 """One attention call for the text model, the vision transformer and the pooling, whatever implementation is chosen."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .blockwise_attention_molmo2 import BlockwiseMask, blockwise_attention
-from .cpu_attention_molmo2 import attends_by_products, attention_by_products
+from .cpu_attention_molmo2 import FEWEST_QUERIES, attends_by_products, attention_by_products
 
 
 def eager_attention(
@@ -94,6 +95,33 @@ def sdpa_by_products(
     return output.transpose(1, 2), None
 
 
+def sdpa_of_few(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float,
+    scaling: float,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """sdpa of a few new tokens: keys are neither repeated for the heads that share them nor read once for each.
+
+    These heads become further queries of one head. Called as the attention functions of transformers are, which
+    repeat keys and values where there is a mask.
+    """
+    groups = query.shape[1] // key.shape[1]
+    if attention_mask is not None:
+        attention_mask = attention_mask[..., : key.shape[2]]
+        if attention_mask.shape[2] > 1:
+            attention_mask = attention_mask.repeat(1, 1, groups, 1)
+    queries = query.unflatten(1, (-1, groups)).flatten(2, 3)
+    output = nn.functional.scaled_dot_product_attention(
+        queries, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling
+    )
+    return output.unflatten(2, (groups, -1)).flatten(1, 2).transpose(1, 2), None
+
+
 class Molmo2AttentionBase(nn.Module):
     """What the three kinds of attention share: head geometry and the dispatch to an implementation."""
 
@@ -149,20 +177,23 @@ class Molmo2AttentionBase(nn.Module):
             function = ALL_ATTENTION_FUNCTIONS[implementation]
             if implementation == "flex_attention" and query.device.type == "cpu":
                 function = flex_attention_on_cpu
-            elif function is sdpa_attention_forward and self._attends_by_products(
-                query, key, value, attention_mask, dropout
-            ):
-                function = sdpa_by_products
+            elif function is sdpa_attention_forward:
+                function = self._sdpa_for(query, key, value, attention_mask, dropout)
             output, weights = function(
                 self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
             )
         return output.flatten(2).to(dtype), weights
 
-    def _attends_by_products(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, dropout: float) -> bool:
-        """Whether `sdpa_by_products` can take these."""
+    def _sdpa_for(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, dropout: float) -> Callable:
+        """The library's function, or one that is faster for these and gives the same."""
         if mask is None:
-            if self.is_causal and query.shape[2] != key.shape[2]:
-                return False
+            if self.is_causal and 1 < query.shape[2] != key.shape[2]:
+                return sdpa_attention_forward
         elif not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape[1] != 1:
-            return False
-        return attends_by_products(query, key, value, dropout)
+            return sdpa_attention_forward
+        if attends_by_products(query, key, value, dropout):
+            return sdpa_by_products
+        is_causal_itself = mask is None and self.is_causal and query.shape[2] > 1
+        if query.shape[1] > key.shape[1] and query.shape[2] < FEWEST_QUERIES and not is_causal_itself:
+            return sdpa_of_few
+        return sdpa_attention_forward

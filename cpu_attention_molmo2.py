@@ -30,7 +30,7 @@ def attention_by_products(
         (B, heads, Q, head_dim); zeros for queries that see no key, as of torch's kernel.
     """
     batch, key_heads, keys, _ = key.shape
-    key, value = key.contiguous(), value.contiguous()  # oneDNN takes other matrices, a thousand times slower
+    key, value = _dense(key), _dense(value)
     queries = query.unflatten(1, (key_heads, -1)) * scaling
     attended = torch.empty_like(queries)
     count = max(FEWEST_QUERIES, SCORES_AT_ONCE // (queries.shape[2] * keys))
@@ -49,3 +49,8 @@ def attention_by_products(
     if hidden is not None:
         attended.masked_fill_(hidden.all(dim=-1)[:, None, :, :, None], 0)
     return attended.flatten(1, 2)
+
+
+def _dense(states: Tensor) -> Tensor:
+    """Each matrix in one piece: oneDNN takes others too, a thousand times slower."""
+    return states if states.stride()[2:] == (states.shape[3], 1) else states.contiguous()

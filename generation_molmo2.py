@@ -9,6 +9,7 @@ from transformers.generation import GenerationMixin, LogitsProcessorList
 from transformers.generation.candidate_generator import CandidateGenerator, PromptLookupCandidateGenerator
 
 from .blockwise_attention_molmo2 import TokenTables
+from .growing_cache_molmo2 import let_grow
 from .masking_molmo2 import (
     attention_implementation,
     cached_length,
@@ -105,6 +106,11 @@ class Molmo2GenerationMixin(GenerationMixin):
         return make_attention_mask(
             text_config, embeds, attention_mask, past_key_values, tables, implementation, cache_position
         )
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args, **kwargs) -> Any:
+        done = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        let_grow(model_kwargs.get("past_key_values"))
+        return done
 
     def _expand_inputs_for_generation(
         self,

@@ -24,6 +24,7 @@ from .configuration_molmo2 import Molmo2Config
 from .cpu_attention_molmo2 import attends_by_products  # noqa: F401
 from .finetuning_molmo2 import Molmo2FineTuningMixin, nothing_from, trains_in_company
 from .generation_molmo2 import Molmo2GenerationMixin
+from .growing_cache_molmo2 import let_grow  # noqa: F401
 from .linear_molmo2 import Linear
 from .loss_molmo2 import IGNORED, predicted_labels, weighted_loss
 from .masking_molmo2 import require_empty_cache, starts_sequence

@@ -10,6 +10,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from .attention_molmo2 import Molmo2AttentionBase
 from .compat_molmo2 import update_cache
 from .configuration_molmo2 import Molmo2TextConfig
+from .growing_cache_molmo2 import let_grow
 from .linear_molmo2 import Linear
 from .masking_molmo2 import (
     attention_implementation,
@@ -274,7 +275,7 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
         if self.gradient_checkpointing and self.training:
             use_cache = False
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+            past_key_values = let_grow(DynamicCache(config=self.config))
 
         arguments, rotary = self._layer_arguments(
             inputs_embeds,

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import DynamicCache
 
 from benchmarks.checkpoints import checkpoint
 from benchmarks.harness import Reach, Side, Work, row
@@ -109,6 +110,27 @@ def decode_float32(side: Side) -> Work:
 @row("decode-bfloat16", "decode, bfloat16", bound=READING, reach=(Reach(1.15, "bound"),))
 def decode_bfloat16(side: Side) -> Work:
     return _decode(side, torch.bfloat16)
+
+
+@row("decode-cached", "decode, float32, 16,384 tokens cached", bound="as above, and keys and values read once per token")
+def decode_cached(side: Side) -> Work:
+    """As after a long clip; the cached states are random numbers."""
+    model, tokens, length = load_model(side, "decoder", torch.float32), side.pick(24, 4), side.pick(16384, 1024)
+    config = model.config.get_text_config()
+    shape = 2, 1, config.num_key_value_heads, length, config.head_dim
+    layers = [torch.rand(shape) for _ in range(config.num_hidden_layers)]
+    if side.is_bound:
+        return reading(model, tokens, layers)
+    ids = torch.full((1, length + 1), 65)
+
+    def work() -> None:
+        cache = DynamicCache()
+        for place, (keys, values) in enumerate(layers):
+            cache.update(keys, values, place)
+        settings = {"max_new_tokens": tokens, "do_sample": False, "past_key_values": cache}
+        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
+
+    return work
 
 
 @row(
