@@ -107,7 +107,9 @@ class Molmo2GenerationMixin(GenerationMixin):
             text_config, embeds, attention_mask, past_key_values, tables, implementation, cache_position
         )
 
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args, **kwargs) -> Any:
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args, **kwargs
+    ) -> Any:
         done = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         let_grow(model_kwargs.get("past_key_values"))
         return done

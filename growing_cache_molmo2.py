@@ -14,6 +14,11 @@ LEAST_ROOM = 64  # tokens
 SHARE_OF_ROOM = 8  # an eighth of what is cached
 
 
+def with_room(length: int) -> int:
+    """The tokens for which there is memory, if it is made for so many now."""
+    return length + max(LEAST_ROOM, length // SHARE_OF_ROOM)
+
+
 class _Room:
     """Memory for more tokens than there are, and how much of it is taken; twins of a layer share it.
 
@@ -24,9 +29,8 @@ class _Room:
 
     def __init__(self, keys: Tensor, values: Tensor, more: int):
         self.taken = keys.shape[2]
-        total = self.taken + more
-        total += max(LEAST_ROOM, total // SHARE_OF_ROOM)
-        self.keys, self.values = (_longer(states, total) for states in (keys, values))
+        length = with_room(self.taken + more)
+        self.keys, self.values = (_longer(states, length) for states in (keys, values))
 
     def continues(self, keys: Tensor, more: int) -> bool:
         """Whether `keys` are all that is written here, and so many tokens fit behind them."""

@@ -5,6 +5,7 @@ from typing import Any
 
 from .blockwise_attention_molmo2 import BlockwiseMask
 from .cpu_attention_molmo2 import FEWEST_QUERIES, SCORES_AT_ONCE
+from .growing_cache_molmo2 import with_room
 
 PIXEL_BYTES = SCORE_BYTES = 4  # pixel values and scores are float32
 
@@ -18,7 +19,7 @@ class MemoryEstimate:
         vision: features of a chunk of crops and of what waits for the next, and the working memory of one chunk, of
             crops or of pooled tokens.
         prefill: hidden states and the widest layer over the whole prompt, masks and scores of a few queries.
-        cache: keys and values of the prompt and of the new tokens.
+        cache: keys and values of the prompt and of the new tokens, and the room they grow in.
     """
 
     pixels: int
@@ -91,9 +92,10 @@ def estimate_memory(model: Any, shape: RequestShape) -> MemoryEstimate:
         scores_at_once = max(SCORES_AT_ONCE, FEWEST_QUERIES * groups * shape.row_tokens)
         attention += 2 * SCORE_BYTES * min(groups * queries * shape.row_tokens, scores_at_once)
         encoding += 2 * min(patches**2, SCORES_AT_ONCE)
+    kept = with_room(shape.row_tokens + shape.new_tokens) if shape.new_tokens else shape.row_tokens
     return MemoryEstimate(
         pixels=shape.num_crops * patches * 3 * vit.image_patch_size**2 * PIXEL_BYTES,
         vision=(2 * features + max(encoding, pooling) + 2 * vectors) * element if shape.num_crops else 0,
         prefill=(tokens * (4 * text.hidden_size + widest_text) + vectors) * element + attention,
-        cache=shape.rows * (shape.row_tokens + shape.new_tokens) * keys_and_values * element,
+        cache=shape.rows * kept * keys_and_values * element,
     )

@@ -35,6 +35,7 @@ from .grounding_files_molmo2 import to_json  # noqa: F401
 from .grounding_format_molmo2 import format_points  # noqa: F401
 from .grounding_molmo2 import Grounding, MediaInfo
 from .grounding_tools_molmo2 import GroundingTools
+from .growing_cache_molmo2 import let_grow  # noqa: F401
 from .image_loading_molmo2 import load_images  # noqa: F401
 from .image_processing_molmo2 import Molmo2ImageProcessor, Molmo2ImagesKwargs
 from .linear_molmo2 import Linear  # noqa: F401
