@@ -363,7 +363,7 @@ class _Run:
 
 
 def _twin(cache: DynamicCache) -> DynamicCache:
-    """A cache that goes its own way from here. Layers grow by joining tensors, so until then both hold the same."""
+    """A cache that goes its own way from here. No layer writes over what another holds: until then they share it."""
     twin = copy.copy(cache)
     twin.layers = [copy.copy(layer) for layer in cache.layers]
     return twin

@@ -4,6 +4,7 @@ transformers' `DynamicCache` joins tensors, so each new token reads and writes a
 a long clip more than the weights. Its layers are exchanged for ones that write new tokens behind the old ones.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,36 +20,28 @@ def with_room(length: int) -> int:
     return length + max(LEAST_ROOM, length // SHARE_OF_ROOM)
 
 
+@dataclass
 class _Room:
-    """Memory for more tokens than there are, and how much of it is taken; twins of a layer share it.
+    """How much of the memory behind the keys and values of a layer is taken; twins of the layer share this.
+
+    The memory itself is held by the keys and values alone, and goes with them.
 
     Attributes:
+        place: Where the keys begin.
+        length: Tokens for which there is memory.
         taken: Tokens that some layer has written. Only a layer that holds exactly these may go on here: a cropped one,
             or the twin of one that went on before, would write over tokens that another still reads.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, more: int):
-        self.taken = keys.shape[2]
-        length = with_room(self.taken + more)
-        self.keys, self.values = (_longer(states, length) for states in (keys, values))
+    place: int
+    length: int
+    taken: int
 
-    def continues(self, keys: Tensor, more: int) -> bool:
-        """Whether `keys` are all that is written here, and so many tokens fit behind them."""
-        if self.keys.is_inference() and not torch.is_inference_mode_enabled():
-            return False  # torch forbids to write there
-        return (
-            keys.data_ptr() == self.keys.data_ptr()
-            and len(keys) == len(self.keys)
-            and keys.shape[2] == self.taken
-            and self.taken + more <= self.keys.shape[2]
-        )
-
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys and values, (B, heads, S, head_dim), views of the memory."""
-        start, self.taken = self.taken, self.taken + keys.shape[2]
-        for states, new in ((self.keys, keys), (self.values, values)):
-            states[:, :, start : self.taken].copy_(new)
-        return self.keys[:, :, : self.taken], self.values[:, :, : self.taken]
+    def fits(self, keys: Tensor, more: int) -> bool:
+        """Whether `keys` are all that is written here, and so many tokens may be written behind them."""
+        is_locked = keys.is_inference() and not torch.is_inference_mode_enabled()  # torch forbids it
+        is_here = keys.data_ptr() == self.place and keys.stride(1) == self.length * keys.shape[3]
+        return is_here and not is_locked and keys.shape[2] == self.taken and self.taken + more <= self.length
 
 
 class GrowingLayer(DynamicLayer):
@@ -62,13 +55,18 @@ class GrowingLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Adds tokens, (B, heads, new, head_dim), and returns all."""
-        if self.get_seq_length() == 0 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        length, more = self.get_seq_length(), key_states.shape[2]
+        if length == 0 or torch.is_grad_enabled() or torch.compiler.is_compiling():
             self._room = None
             return super().update(key_states, value_states, *args, **kwargs)
-        more = key_states.shape[2]
-        if self._room is None or not self._room.continues(self.keys, more):
-            self._room = _Room(self.keys, self.values, more)
-        self.keys, self.values = self._room.append(key_states, value_states)
+        if self._room is None or not self._room.fits(self.keys, more):
+            capacity = with_room(length + more)
+            self.keys = _moved(self.keys, capacity)
+            self.values = _moved(self.values, capacity)
+            self._room = _Room(self.keys.data_ptr(), capacity, length)
+        self._room.taken += more
+        self.keys = _continued(self.keys, key_states)
+        self.values = _continued(self.values, value_states)
         return self.keys, self.values
 
 
@@ -83,8 +81,15 @@ def let_grow(cache: Any) -> Any:
     return cache
 
 
-def _longer(states: Tensor, length: int) -> Tensor:
-    """(B, heads, length, head_dim) that begins with these states."""
-    longer = states.new_empty((*states.shape[:2], length, states.shape[3]))
-    longer[:, :, : states.shape[2]].copy_(states)
+def _moved(states: Tensor, capacity: int) -> Tensor:
+    """The same states, (B, heads, S, head_dim), at the beginning of memory for so many tokens."""
+    memory = states.new_empty((*states.shape[:2], capacity, states.shape[3]))
+    return memory[:, :, : states.shape[2]].copy_(states)
+
+
+def _continued(states: Tensor, new: Tensor) -> Tensor:
+    """States with new ones written behind them, (B, heads, S + new, head_dim), in the same memory."""
+    length = states.shape[2]
+    longer = states.as_strided((*states.shape[:2], length + new.shape[2], states.shape[3]), states.stride())
+    longer[:, :, length:].copy_(new)
     return longer
