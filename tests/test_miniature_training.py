@@ -1,6 +1,8 @@
 """The training of the miniature: losses fall, and an interrupted run goes on as if nothing had happened."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -94,3 +96,19 @@ def test_curves_are_drawn_from_a_log(tmp_path):
     curves.draw(log, tmp_path / "curves.png")
     assert curves.read_curves(log)["pointing"][-2:] == [(3.5, 0.7), (4.0, 0.95)]
     assert (tmp_path / "curves.png").stat().st_size > 5000
+
+
+def test_a_log_without_numbers_is_refused(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 0, "minutes": 0.0, "resumed": true}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match="holds no losses or scores yet"):
+        curves.draw(tmp_path / "log.jsonl", tmp_path / "curves.png")
+
+
+@pytest.mark.slow
+def test_the_command_trains_and_writes_the_model(tmp_path):
+    """As `make miniature` calls it, in a process of its own that knows nothing of the paths of these tests."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-m", "miniature.train", str(tmp_path / "run"), "--minutes", "0.03"]
+    subprocess.run(command, cwd=REPOSITORY / "examples", env=environment, check=True, timeout=250)
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+    assert (tmp_path / "run" / "checkpoint" / "config.yaml").is_file()

@@ -3,3 +3,10 @@
 `world` draws, `questions` asks and answers, `layout` says how large the model is, `tokenizer` writes its vocabulary,
 `native` keeps it in the trainer's form, `batches` and `dense_heads` and `train` teach it, `evaluate` scores it.
 """
+
+import sys
+from pathlib import Path
+
+REPOSITORY = str(Path(__file__).resolve().parents[2])
+if REPOSITORY not in sys.path:  # modules of the remote code lie there; none of their names is anyone else's
+    sys.path.append(REPOSITORY)

@@ -88,6 +88,8 @@ def draw_panel(canvas: ImageDraw.ImageDraw, panel: Panel, title: str, curves: di
 def draw(log: Path, target: Path) -> None:
     """Write the curves of a log as a PNG file."""
     curves = read_curves(log)
+    if not curves:
+        raise ValueError(f"{log} holds no losses or scores yet: train for longer, they are written every few steps.")
     minutes = max(point[0] for curve in curves.values() for point in curve)
     picture = Image.new("RGB", (1320, 700), "white")
     canvas = ImageDraw.Draw(picture)
