@@ -56,7 +56,8 @@ class GrowingLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Adds tokens, (B, heads, new, head_dim), and returns all."""
         length, more = self.get_seq_length(), key_states.shape[2]
-        if length == 0 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        is_plain = type(key_states) is Tensor  # not spread over devices, nor otherwise without memory of its own
+        if length == 0 or not is_plain or torch.is_grad_enabled() or torch.compiler.is_compiling():
             self._room = None
             return super().update(key_states, value_states, *args, **kwargs)
         if self._room is None or not self._room.fits(self.keys, more):

@@ -114,6 +114,22 @@ def test_gradients_go_through_it():
     torch.testing.assert_close(states.grad, 4 * states.detach())
 
 
+@torch.no_grad()
+def test_other_kinds_of_tensors_are_joined():
+    class Spread(torch.Tensor):
+        """As those of tensor parallelism: not every operation has a meaning."""
+
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            assert function is not torch.Tensor.as_strided
+            return super().__torch_function__(function, types, args, kwargs)
+
+    cache = let_grow(DynamicCache())
+    for count in (3, 1, 1):
+        keys, values = cache.update(*(torch.rand(1, HEADS, count, HEAD_DIM).as_subclass(Spread) for _ in range(2)), 0)
+    assert keys.shape == values.shape == (1, HEADS, 5, HEAD_DIM)
+
+
 def test_inference_mode_may_be_left():
     pair = Pair()
     with torch.inference_mode():
