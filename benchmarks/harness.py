@@ -20,7 +20,7 @@ from benchmarks.memory import PeakMemory, held_bytes
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DEFAULT_CACHE = REPOSITORY / ".benchmarks"
-ENOUGH_SECONDS, MOST_RUNS = 2.0, 15
+ENOUGH_SECONDS, MOST_RUNS = 2.0, 40
 
 Work = Callable[[], Any]
 T = TypeVar("T")
