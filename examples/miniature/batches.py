@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from tokenizers import Encoding
 from torch import Tensor
 
 from special_tokens_molmo2 import IMAGE_PATCH
@@ -23,6 +24,7 @@ from .layout import CROP, PATCH, PATCHES
 from .questions import Place, Question, ask_clip, ask_pictures, clip_key, picture_number
 from .world import COLOURS, KINDS, Clip, Thing, make_clip, make_picture
 
+MOST_KNOWN = 4096  # texts whose tokens are kept
 PROMPT_TAIL = 6  # tokens from the mark at the end of a question to its answer
 NO_TARGET = -1  # this patch is not asked about
 EMPTY = 0
@@ -68,14 +70,22 @@ class BatchMaker:
     def __init__(self, processor):
         self.processor = processor
         self.backend = processor.tokenizer.backend_tokenizer
+        self.known: dict[str, Encoding] = {}  # few texts, many times
         (self.patch_id,) = self.encode(IMAGE_PATCH)
 
     def encode(self, text: str) -> list[int]:
-        return self.backend.encode(text, add_special_tokens=False).ids
+        return self.encoding(text).ids
+
+    def encoding(self, text: str) -> Encoding:
+        if text not in self.known:
+            if len(self.known) == MOST_KNOWN:
+                self.known.clear()
+            self.known[text] = self.backend.encode(text, add_special_tokens=False)
+        return self.known[text]
 
     def answer_weights(self, answer: str) -> tuple[list[int], list[float]]:
         """Tokens of an answer and their weights in the loss."""
-        encoded = self.backend.encode(answer, add_special_tokens=False)
+        encoded = self.encoding(answer)
         light = {match.end() - 1 for match in COORDINATE.finditer(answer)}
         usual = 4 / (len(encoded.ids) + 1) ** 0.5  # the recipe's: one word counts more than a word among many
         weights = [usual * (ROUNDING_WEIGHT if end - 1 in light else 1.0) for _, end in encoded.offsets]
@@ -84,7 +94,7 @@ class BatchMaker:
     def coordinates(self, question: Question) -> list[tuple[int, Place]]:
         """Tokens of an answer that write a coordinate, and the place it belongs to."""
         spans = [match.span(1) for match in TRIPLE.finditer(question.answer)]
-        offsets = self.backend.encode(question.answer, add_special_tokens=False).offsets
+        offsets = self.encoding(question.answer).offsets
         return [
             (number, place)
             for (first, last), place in zip(spans, question.places)
@@ -138,28 +148,19 @@ class BatchMaker:
         widths = [max(len(tree[index].ids) for tree in trees if index < len(tree)) for index in range(number)]
         slots = [0, *np.cumsum(widths).tolist()]
         shape = len(trees), slots[-1]
-        ids = torch.full(shape, self.processor.tokenizer.pad_token_id)
-        branches, positions = torch.full(shape, -1), torch.zeros(shape, dtype=torch.long)
-        weights = torch.zeros(shape)
-        looks = {name: torch.zeros(*shape, shape[1], dtype=torch.bool) for name in ("named", "written")}
+        ids = np.full(shape, self.processor.tokenizer.pad_token_id)
+        branches, positions, weights = np.full(shape, -1), np.zeros(shape, np.int64), np.zeros(shape, np.float32)
+        looks = {name: np.zeros((*shape, shape[1]), dtype=bool) for name in ("named", "written")}
         for row, tree in enumerate(trees):
             for start, segment in zip(slots, tree):
                 own = row, slice(start, start + len(segment.ids))
-                ids[own] = torch.tensor(segment.ids)
-                branches[own] = segment.branch
-                positions[own] = torch.tensor(segment.positions)
-                weights[own] = torch.tensor(segment.weights)
+                ids[own], branches[own] = segment.ids, segment.branch
+                positions[own], weights[own] = segment.positions, segment.weights
                 for name, wanted in looks.items():
                     for position, spots in getattr(segment, name).items():
                         wanted[row, start + position, spots] = True
-        return {
-            "input_ids": ids,
-            "branches": branches,
-            "position_ids": positions,
-            "weights": weights,
-            "slots": torch.tensor(slots),
-            **looks,
-        }
+        parts = {"input_ids": ids, "branches": branches, "position_ids": positions, "weights": weights, **looks}
+        return {"slots": torch.tensor(slots), **{name: torch.from_numpy(part) for name, part in parts.items()}}
 
     def pictures(self, rng: np.random.Generator, number: int, mix: Mix) -> dict[str, Tensor]:
         """So many trees about single pictures or sets of them."""

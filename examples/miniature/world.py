@@ -103,12 +103,16 @@ def _ground(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     base = 255 * np.array(colorsys.hsv_to_rgb(hue, saturation, value))
     rows, cols = np.mgrid[0:height, 0:width]
     period = rng.integers(4, 20)
-    pattern = (
-        np.zeros((height, width)),
-        np.sin((rows * rng.uniform(-1, 1) + cols * rng.uniform(-1, 1)) * 6.28 / period),
-        ((rows // period + cols // period) % 2) * 2.0 - 1,
-        rows / height * rng.uniform(-1, 1) + cols / width * rng.uniform(-1, 1),
-    )[rng.integers(4)]
+    slopes, rises = rng.uniform(-1, 1, 2), rng.uniform(-1, 1, 2)
+    kind = rng.integers(4)
+    if kind == 0:
+        pattern = np.zeros((height, width))
+    elif kind == 1:
+        pattern = np.sin((rows * slopes[0] + cols * slopes[1]) * 6.28 / period)
+    elif kind == 2:
+        pattern = ((rows // period + cols // period) % 2) * 2.0 - 1
+    else:
+        pattern = rows / height * rises[0] + cols / width * rises[1]
     noise = rng.normal(0, rng.uniform(0, 8), (height, width, 1))
     return np.clip(base + pattern[..., None] * rng.uniform(0, 18) + noise, 0, 255).astype(np.uint8)
 
