@@ -186,14 +186,13 @@ class Molmo2AttentionBase(nn.Module):
 
     def _sdpa_for(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, dropout: float) -> Callable:
         """The library's function, or one that is faster for these and gives the same."""
-        if mask is None:
-            if self.is_causal and 1 < query.shape[2] != key.shape[2]:
-                return sdpa_attention_forward
-        elif not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape[1] != 1:
+        is_causal = mask is None and self.is_causal and query.shape[2] > 1
+        if is_causal and query.shape[2] != key.shape[2]:
+            return sdpa_attention_forward
+        if mask is not None and not (isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape[1] == 1):
             return sdpa_attention_forward
         if attends_by_products(query, key, value, dropout):
             return sdpa_by_products
-        is_causal_itself = mask is None and self.is_causal and query.shape[2] > 1
-        if query.shape[1] > key.shape[1] and query.shape[2] < FEWEST_QUERIES and not is_causal_itself:
+        if query.shape[1] > key.shape[1] and query.shape[2] < FEWEST_QUERIES and not is_causal:
             return sdpa_of_few
         return sdpa_attention_forward

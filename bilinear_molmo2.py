@@ -9,7 +9,7 @@ rounds sums that lie halfway between two grey levels the other way now and then;
 """
 
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -56,14 +56,34 @@ class BilinearTables:
         else:
             source = image.take(torch.cat((upper, lower)).numpy(), axis=0)
             upper, lower = torch.arange(2 * (stop - start)).chunk(2)
-        is_small = (stop - start) * self.size[1] * CHANNELS <= MOST_INLINE
-        left, right = (_columns(source, places, is_small) for places in (self.left, self.right))
+        left, right = self._columns(source, is_small=(stop - start) * self.size[1] * CHANNELS <= MOST_INLINE)
         upper_weight, lower_weight = self.upper_weight[start:stop], self.lower_weight[start:stop]
         sums = right.index_select(0, upper).float().mul_(upper_weight * self.right_weight)
         sums.addcmul_(upper_weight * self.left_weight, left.index_select(0, upper).float())
         sums.addcmul_(lower_weight * self.left_weight, left.index_select(0, lower).float())
         sums.addcmul_(lower_weight * self.right_weight, right.index_select(0, lower).float())
         return sums.unflatten(1, (-1, CHANNELS))
+
+    def _columns(self, pixels: np.ndarray, is_small: bool) -> tuple[Tensor, Tensor]:
+        """The left and the right neighbours in (H, W, 3) pixels, (H, width * 3) each.
+
+        torch looks them up with its threads; numpy is faster in one.
+        """
+        if is_small or torch.get_num_threads() == 1:
+            taken = (torch.from_numpy(pixels.take(places.numpy(), axis=1)) for places in (self.left, self.right))
+            left, right = (columns.flatten(1) for columns in taken)
+        else:
+            lines = torch_view(pixels).flatten(1)
+            left, right = (lines.gather(1, values.expand(len(lines), -1)) for values in self._values)
+        return left, right
+
+    @cached_property
+    def _values(self) -> tuple[Tensor, Tensor]:
+        """`left` and `right` in numbers of values instead of pixels, (width * 3,) each."""
+        left, right = (
+            (places[:, None] * CHANNELS + torch.arange(CHANNELS)).flatten() for places in (self.left, self.right)
+        )
+        return left, right
 
 
 def looked_up(
@@ -117,11 +137,3 @@ def torch_view(array: np.ndarray) -> Tensor:
     if min(array.strides) < 0 or not array.dtype.isnative:
         return torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
     return torch.from_numpy(array if array.flags.writeable else np.asarray(_Unlocked(array)))
-
-
-def _columns(pixels: np.ndarray, places: Tensor, is_small: bool) -> Tensor:
-    """Those columns of (H, W, 3) pixels as (H, places * 3). torch does it with its threads, numpy is faster in one."""
-    if is_small or torch.get_num_threads() == 1:
-        return torch.from_numpy(pixels.take(places.numpy(), axis=1)).flatten(1)
-    values = (places[:, None] * CHANNELS + torch.arange(CHANNELS)).flatten()
-    return torch_view(pixels).flatten(1).gather(1, values.expand(len(pixels), -1))

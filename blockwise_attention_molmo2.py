@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .cpu_attention_molmo2 import attends_by_products, attention_by_products
+from .cpu_attention_molmo2 import attends_by_products, attention_by_products, dense
 
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -210,7 +210,7 @@ def blockwise_attention(
         shares_heads = False
     by_products = attends_by_products(query, key, value, dropout)
     if by_products:  # which wants them so: here once, not for each block
-        key, value = key.contiguous(), value.contiguous()
+        key, value = dense(key), dense(value)
 
     def attend(block: QueryBlock, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         if by_products:

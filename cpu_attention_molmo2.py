@@ -30,7 +30,7 @@ def attention_by_products(
         (B, heads, Q, head_dim); zeros for queries that see no key, as of torch's kernel.
     """
     batch, key_heads, keys, _ = key.shape
-    key, value = _dense(key), _dense(value)
+    key, value = dense(key), dense(value)
     queries = query.unflatten(1, (key_heads, -1)) * scaling
     attended = torch.empty_like(queries)
     count = max(FEWEST_QUERIES, SCORES_AT_ONCE // (queries.shape[2] * keys))
@@ -51,6 +51,6 @@ def attention_by_products(
     return attended.flatten(1, 2)
 
 
-def _dense(states: Tensor) -> Tensor:
-    """Each matrix in one piece: oneDNN takes others too, a thousand times slower."""
+def dense(states: Tensor) -> Tensor:
+    """(B, heads, S, head_dim) with each matrix in one piece: oneDNN takes others too, a thousand times slower."""
     return states if states.stride()[2:] == (states.shape[3], 1) else states.contiguous()

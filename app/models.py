@@ -25,7 +25,7 @@ def load(folder: Path | None, scratch: Path, **options: int) -> Backend:
     """
     notice = ""
     if folder is None:
-        sys.path[:0] = [str(EXAMPLES), str(EXAMPLES.parent)]
+        sys.path.insert(0, str(EXAMPLES))
         from miniature.native import CHECKPOINT, to_transformers
 
         folder, notice = to_transformers(CHECKPOINT, scratch / "miniature"), MINIATURE

@@ -27,7 +27,7 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 EXAMPLES = Path(__file__).resolve().parent
-sys.path[:0] = [str(EXAMPLES), str(EXAMPLES.parent)]
+sys.path.insert(0, str(EXAMPLES))
 
 from miniature import native, questions  # noqa: E402
 from miniature.evaluate import Example, answers, judge, load  # noqa: E402

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from checkpoints import build_model
+from checkpoints import build_model, without_stopping
 from model_inputs import batch
 from molmo2_remote import attention_molmo2
 from molmo2_remote.attention_molmo2 import Molmo2AttentionBase, sdpa_of_few
@@ -69,9 +69,7 @@ def test_it_is_chosen_for_few_queries_of_heads_that_share_keys():
 @pytest.mark.parametrize("names", [("image",), ("text", "image")], ids=["alone", "padded"])
 @torch.no_grad()
 def test_every_step_of_decoding_takes_it(names, monkeypatch):
-    model, calls = build_model("qwen3"), []
-    model.generation_config.eos_token_id = 1151
-    model.generation_config.pad_token_id = 1000
+    model, calls = without_stopping(build_model("qwen3")), []
 
     def noted(module, query, *args, **kwargs):
         calls.append(query.shape[2])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import DynamicCache, TextIteratorStreamer
 
-from checkpoints import FAMILIES, build_model, picture
+from checkpoints import FAMILIES, build_model, picture, without_stopping
 from model_inputs import MIXED, batch, clip, processor
 from molmo2_remote import generation_molmo2
 from molmo2_remote.prompt_lookup_molmo2 import LatestMatchLookup, draft_after
@@ -24,13 +24,6 @@ def model(request):
 @pytest.fixture(scope="module")
 def qwen3():
     return without_stopping(build_model("qwen3"))
-
-
-def without_stopping(model):
-    """Random weights may end an answer at once; the tests want tokens, so the end is an id without logits."""
-    model.generation_config.eos_token_id = 1151
-    model.generation_config.pad_token_id = 1000
-    return model
 
 
 def answer(model, inputs, **options) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
-from checkpoints import build_model
+from checkpoints import build_model, without_stopping
 from model_inputs import batch
 from molmo2_remote.growing_cache_molmo2 import LEAST_ROOM, GrowingLayer, let_grow
 
@@ -155,9 +155,7 @@ def test_only_plain_caches_grow():
 @pytest.mark.parametrize("own", [True, False], ids=["given", "made by generate"])
 @torch.no_grad()
 def test_answers_are_those_of_the_library_cache(own, monkeypatch):
-    model = build_model("qwen3")
-    model.generation_config.eos_token_id = 1151
-    model.generation_config.pad_token_id = 1000
+    model = without_stopping(build_model("qwen3"))
     inputs = batch("image", "video")
     given = {"past_key_values": DynamicCache()} if own else {}
     settings = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}

@@ -8,5 +8,5 @@ import sys
 from pathlib import Path
 
 REPOSITORY = str(Path(__file__).resolve().parents[2])
-if REPOSITORY not in sys.path:  # modules of the remote code lie there; none of their names is anyone else's
-    sys.path.append(REPOSITORY)
+if REPOSITORY not in sys.path:  # `convert` and the modules of the remote code lie there
+    sys.path.insert(0, REPOSITORY)
