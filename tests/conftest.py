@@ -18,7 +18,19 @@ def _register_root_package() -> None:
     sys.modules["molmo2_remote"] = package
 
 
+def _load_hypothesis_profile() -> None:
+    """The same examples in every run, without a limit of time; `--hypothesis-profile=search` draws others."""
+    if importlib.util.find_spec("hypothesis") is None:  # the environments of the app and of training do without it
+        return
+    from hypothesis import settings
+
+    settings.register_profile("search", deadline=None)
+    settings.register_profile("steady", deadline=None, derandomize=True)
+    settings.load_profile("steady")
+
+
 _register_root_package()
+_load_hypothesis_profile()
 
 
 @pytest.fixture(scope="session")

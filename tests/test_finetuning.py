@@ -2,9 +2,9 @@
 
 import copy
 import re
-import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -156,24 +156,23 @@ def test_adapters_are_trained_and_nothing_else(qwen3, inputs, parts, tmp_path):
 
 def in_processes(mode: str, folder: Path) -> list[dict]:
     """What each process reports after one step."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     program = str(Path(__file__).resolve().parent / "two_processes.py")
-    running = [
-        subprocess.Popen(
-            [sys.executable, program, str(folder), str(rank), str(WORLD_SIZE), port, mode],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(WORLD_SIZE)
-    ]
+    running, errors = [], [folder / f"{rank}.err" for rank in range(WORLD_SIZE)]
+    for rank, path in enumerate(errors):
+        command = [sys.executable, program, str(folder), str(rank), str(WORLD_SIZE), mode]
+        with path.open("w") as file:
+            running.append(subprocess.Popen(command, stderr=file))
+    end = time.monotonic() + 240
     try:
-        errors = [process.communicate(timeout=240)[1] for process in running]
+        while time.monotonic() < end:
+            if {process.poll() for process in running} not in ({None}, {None, 0}):
+                break  # all are done, or one has failed, which the others would wait for
+            time.sleep(0.05)
     finally:
         for process in running:
             process.kill()
-    assert [process.returncode for process in running] == [0] * WORLD_SIZE, "\n".join(errors)
+            process.wait()
+    assert [process.returncode for process in running] == [0] * WORLD_SIZE, "\n".join(map(Path.read_text, errors))
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD_SIZE)]
 
 

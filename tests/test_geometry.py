@@ -197,7 +197,7 @@ def crop_settings(draw):
 SIDES = st.one_of(st.integers(1, 40), st.integers(1, 5000))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(height=SIDES, width=SIDES, crops=crop_settings(), max_crops=st.integers(1, 12))
 def test_plan_and_pooling_equal_brute_force(height, width, crops, max_crops):
     plan = plan_image(height, width, crops, max_crops)
@@ -213,7 +213,6 @@ def test_plan_and_pooling_equal_brute_force(height, width, crops, max_crops):
     assert_every_patch_once(plan)
 
 
-@settings(deadline=None)
 @given(num_frames=st.integers(1, 9), crops=crop_settings())
 def test_every_video_patch_is_pooled_once(num_frames, crops):
     plan = plan_video(num_frames, crops)

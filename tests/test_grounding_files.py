@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -71,7 +71,6 @@ def test_csv_holds_every_number_of_every_point(name, tmp_path):
     assert [track.id for track in read.tracks] == [track.id for track in grounding.tracks]
 
 
-@settings(deadline=None)
 @given(label=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20))
 def test_csv_survives_any_label(label):
     (point,) = answer("no size").points

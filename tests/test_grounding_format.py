@@ -76,7 +76,7 @@ def test_tracks(arguments, expected):
 
 
 @given(answers())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_what_was_read_is_written_as_it_was(answer):
     tag = re.search(r"<(?:points|tracks) .*</(?:points|tracks)>", answer.text, re.S)[0]
     tag = re.sub('coords="[^"]*"', lambda found: re.sub("[;:,]", "\t", found[0]), tag)
@@ -91,7 +91,7 @@ def test_what_was_read_is_written_as_it_was(answer):
     | st.dictionaries(TENTHS, st.lists(PLACES, max_size=4), min_size=1, max_size=5),
     st.sampled_from([None, "after", "before"]),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_positions_are_read_back(by_key, count):
     found = parse_grounding(format_points(by_key, "cup", count=count))
     expected = [(key, *at) for key in sorted(by_key) for at in by_key[key]]
@@ -102,7 +102,7 @@ def test_positions_are_read_back(by_key, count):
 
 
 @given(st.dictionaries(st.integers(0, 999), st.dictionaries(TENTHS, PLACES, min_size=1, max_size=5), max_size=4))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_objects_are_read_back(objects):
     found = parse_grounding(format_tracks(objects, "cup"), kind="video")
     read = {track.id: {point.key: (point.x_norm, point.y_norm) for point in track.points} for track in found.tracks}
@@ -128,7 +128,7 @@ def is_refused(**texts):
 
 
 @given(MIXED, st.none() | MIXED)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_texts_are_read_back_or_refused(label, alt):
     assume(not is_refused(label=label) and not is_refused(alt=alt))
     text = format_points([(0.5, 0.5), (0.25, 1)], label, alt=alt)

@@ -89,7 +89,7 @@ def read(text, cuts=()):
 
 
 @given(answers())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_undamaged_answers_are_read_as_the_card_reads_them(answer):
     kind = {"pointing": "image", "multi-image": "multi_image"}.get(answer.mode, "video")
     found = parse_grounding(answer.text, [(1000, 1000)] * answer.num_images, kind=kind)
@@ -100,7 +100,7 @@ def test_undamaged_answers_are_read_as_the_card_reads_them(answer):
 
 
 @given(answers(), st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_an_answer_cut_anywhere_keeps_its_complete_triples(answer, data):
     end = data.draw(st.integers(0, len(answer.text)))
     whole, found = parse_grounding(answer.text), read(answer.text[:end])
@@ -127,25 +127,25 @@ def damaged(draw):
 
 
 @given(damaged(), st.lists(st.integers(0, 10**6), max_size=8))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_damaged_answers(text, cuts):
     read(text, cuts)
 
 
 @given(st.lists(PIECES, max_size=60).map("".join), st.lists(st.integers(0, 10**6), max_size=8))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_texts_of_nothing_but_notation(text, cuts):
     read(text, cuts)
 
 
 @given(st.text(max_size=200) | st.text(st.characters(categories=["Cs", "Nd", "Zs", "Cc"]), max_size=100))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_unicode(text):
     assert len(read(text)) == 0 or "coords" in text.lower()
 
 
 @given(answers(modes=["video pointing", "tracking"]))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_times_survive_tabs_that_became_spaces(answer):
     for separator in ("\t", ";"):
         text = answer.text.replace(separator, " ")

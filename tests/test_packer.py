@@ -39,7 +39,7 @@ def test_frames_count_as_crops():
     sizes=st.lists(st.tuples(st.integers(1, 100), st.integers(0, 10)), max_size=60),
     pool_size=st.integers(1, 12),
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_each_example_is_in_one_row_within_both_budgets(sizes, pool_size):
     packer = Packer(100, 10, pool_size=pool_size)
     packs = list(packer.pack(sized(*size, number=number) for number, size in enumerate(sizes)))
@@ -54,7 +54,7 @@ def test_each_example_is_in_one_row_within_both_budgets(sizes, pool_size):
 
 
 @given(sizes=st.lists(st.tuples(st.integers(1, 60), st.integers(0, 8)), min_size=1, max_size=9))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_rows_are_filled_nearly_as_well_as_possible(sizes):
     """Against every subset; sizes are rounded up to the cells of the grid, which costs little."""
     tokens, crops = (np.array(side) for side in zip(*sizes, strict=True))

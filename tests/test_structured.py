@@ -180,13 +180,13 @@ FRAGMENTS = st.sampled_from(
 )
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.one_of(st.text(max_size=200), st.lists(FRAGMENTS, max_size=60).map("".join)))
 def test_no_text_makes_it_raise(answer):
     assert parse_structured(answer).raw == answer
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.data())
 def test_damage_never_raises_and_never_invents_times(data):
     answer = json.dumps({"events": EVENTS})

@@ -1,10 +1,13 @@
 """One step of training in several processes, each with its own part of the batch.
 
-    python two_processes.py OUTPUT RANK WORLD_SIZE PORT MODE      (MODE: fsdp, ddp)
+    python two_processes.py OUTPUT RANK WORLD_SIZE MODE      (MODE: fsdp, ddp)
 
-Each process writes its loss, process 0 the gradients and the updated weights too.
+Each process writes its loss, process 0 the gradients and the updated weights too. They find one another through a file
+in the output folder: a port that was free a moment ago may not be so any more. A process that waits for longer than
+`SECONDS` writes where it stands and gives up.
 """
 
+import faulthandler
 import os
 import sys
 from pathlib import Path
@@ -26,6 +29,7 @@ PARTS = (
     [example(CONVERSATIONS["text"])],
 )
 RATE = 0.05
+SECONDS = 200
 
 
 def number_of_labels() -> int:
@@ -60,9 +64,11 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def main(output: Path, rank: int, world_size: int, port: str, mode: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), WORLD_SIZE=str(world_size))
-    distributed.init_process_group("gloo", rank=rank, world_size=world_size)
+def main(output: Path, rank: int, world_size: int, mode: str) -> None:
+    faulthandler.dump_traceback_later(SECONDS, exit=True)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size))
+    meeting_point = (output / "rendezvous").as_uri()
+    distributed.init_process_group("gloo", init_method=meeting_point, rank=rank, world_size=world_size)
     model = build_model("qwen3").train()
     model.vision_backbone.crops_per_chunk = 2  # so that processes have unlike numbers of chunks
     wrapped = sharded(model, mode)
@@ -76,8 +82,10 @@ def main(output: Path, rank: int, world_size: int, port: str, mode: str) -> None
     units = [type(module).__name__ for module in model.modules() if type(module).__name__.startswith("FSDP")]
     report = {"loss": loss.detach(), "units": units}
     torch.save({**report, "gradients": gradients, "weights": weights} if rank == 0 else report, output / f"{rank}.pt")
+    distributed.barrier()  # nobody leaves while another one still reads from it
     distributed.destroy_process_group()
+    os._exit(0)  # the step is what is tested, not how the threads of gloo and of autograd end
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5])
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
