@@ -125,6 +125,27 @@ def _progress(title: str, num_bytes: int, is_quiet: bool) -> Iterator[Callable[[
         yield bar.update
 
 
+# What says how to convert, or what to do with the result, and has no meaning on the way back.
+ONE_WAY = (
+    *("max_model_len", "attn_implementation", "max_shard_size", "dry_run", "resume", "verify", "probe"),
+    *("push_to_hub", "private", "revision"),
+)
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The arguments; the program ends with code 2 where they are wrong or do not fit together."""
+    parser = build_parser()
+    parsed = parser.parse_args(arguments)
+    if parsed.to_native:
+        given = [name for name in ONE_WAY if getattr(parsed, name) != parser.get_default(name)]
+        if given:
+            options = ", ".join("--" + name.replace("_", "-") for name in given)
+            parser.error(f"{options}: not available with --to-native")
+    elif parsed.native_config is not None:
+        parser.error("--native-config: only available with --to-native")
+    return parsed
+
+
 class _Command:
     """One run of the command line."""
 
@@ -222,6 +243,7 @@ class _Command:
                 native_config_path=arguments.native_config,
                 tokenizer=arguments.tokenizer,
                 dtype=arguments.dtype,
+                ignored_fields=arguments.ignore_field,
                 overwrite=arguments.overwrite,
                 advance=advance,
             )
@@ -234,7 +256,7 @@ def _is_converted(folder: Path) -> bool:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    parsed = build_parser().parse_args(arguments)
+    parsed = parse_arguments(arguments)
     try:
         _Command(parsed).run()
     except ConversionError as error:
@@ -244,6 +266,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return OutputError.exit_code
     except KeyboardInterrupt:
-        print(f"Interrupted. {parsed.output} is as it was; continue with --resume.", file=sys.stderr)
+        advice = "start again" if parsed.to_native else "continue with --resume"
+        print(f"Interrupted. {parsed.output} is as it was; {advice}.", file=sys.stderr)
         return INTERRUPTED
     return 0

@@ -22,16 +22,23 @@ def probe_folder(source: NativeSource, folder: Path) -> float:
     Returns:
         The largest difference between logits.
     Raises:
-        VerificationError: If it is larger than `TOLERANCE`, or if the model has other tensors than the source.
+        VerificationError: If it is larger than `TOLERANCE`, if the model has other tensors than the source, or if
+            the prompt is longer than the model's longest sequence.
     """
     import torch
     from transformers import AutoModelForImageTextToText, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    inputs = probe_inputs(tokenizer, source.config)
+    length, longest = inputs["input_ids"].shape[1], source.config.max_positions
+    if length > longest:
+        raise VerificationError(
+            f"{folder} is complete but was not probed: the probe's prompt has {length} tokens, and the longest "
+            f"sequence is set to {longest}. Leave --probe out, or raise --max-model-len."
+        )
     model = AutoModelForImageTextToText.from_pretrained(
         folder, trust_remote_code=True, dtype="auto", attn_implementation="sdpa"
     ).eval()
-    inputs = probe_inputs(tokenizer, source.config)
     with torch.inference_mode():
         converted = model(**inputs).logits.float()
         _refill(model, source)

@@ -13,6 +13,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 from .errors import OutputError
 
 STATE_FILE = ".conversion.json"
@@ -61,7 +66,7 @@ class Staging:
         fingerprint: Of everything that the shards depend on; finished shards of another one are discarded.
         resume: Keep the finished shards of an earlier attempt, after checking them.
     Raises:
-        OutputError: If there is something at `output` that may not be replaced, or another conversion at work.
+        OutputError: If there is something at `output` that may not be replaced.
     """
 
     def __init__(self, output: Path, fingerprint: str, *, overwrite: bool = False, resume: bool = False):
@@ -69,6 +74,8 @@ class Staging:
         self.folder = self.output.parent / f".{self.output.name}.partial"
         self._retired = self.output.parent / f".{self.output.name}.replaced"
         self._fingerprint = fingerprint
+        self._lock: int | None = None  # a descriptor of the folder
+        self._is_ours = False
         self.finished: dict[str, list[Segment]] = {}
         self._restore_retired()
         require_free(self.output, overwrite)
@@ -94,12 +101,37 @@ class Staging:
                         self.finished[name] = segments
 
     def open(self) -> None:
-        """Make the folder, without anything in it but adopted shards."""
+        """Make the folder, without anything in it but adopted shards.
+
+        Raises:
+            OutputError: If another conversion is writing into it.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._take()
         for entry in self.folder.iterdir():
             if entry.name not in self.finished:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         self._save_state()
+
+    def _take(self) -> None:
+        """Lock the folder; the system unlocks it when this process ends. Windows and some networks have no locks."""
+        if fcntl is not None:
+            self._lock = os.open(self.folder, os.O_RDONLY)
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise OutputError(
+                    f"Another conversion is writing into {self.folder}: wait for it, or choose another OUTPUT"
+                ) from None
+            except OSError:  # a file system without locks
+                pass
+        self._is_ours = True
+
+    def _release(self) -> None:
+        self._is_ours = False
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def require_space(self, num_bytes: int) -> None:
         """Refuse to start what the disk cannot hold.
@@ -136,15 +168,20 @@ class Staging:
 
     def commit(self) -> None:
         """Move the folder into place."""
-        (self.folder / STATE_FILE).unlink()
         for entry in self.folder.iterdir():
             if entry.name not in self.finished:
                 flush(entry)
-        flush(self.folder)
-        if self.output.exists():
-            is_empty = not any(self.output.iterdir())
-            self.output.rmdir() if is_empty else self.output.rename(self._retired)
-        self.folder.rename(self.output)
+        (self.folder / STATE_FILE).unlink()
+        try:
+            flush(self.folder)
+            if self.output.exists():
+                is_empty = not any(self.output.iterdir())
+                self.output.rmdir() if is_empty else self.output.rename(self._retired)
+            self.folder.rename(self.output)
+        except OSError:
+            with suppress(OSError):
+                self._save_state()  # for `--resume`: all shards are finished
+            raise
         flush(self.output.parent)
         shutil.rmtree(self._retired, ignore_errors=True)
 
@@ -165,24 +202,33 @@ class Staging:
         except BaseException:
             self.discard()  # a damaged source: there is nothing to continue with
             raise
+        finally:
+            self._release()
 
     def _keep_or_discard(self) -> str:
+        if not self._is_ours:
+            return "Nothing was written."
         if not self.finished:
             self.discard()
             return "Nothing is left behind."
         return f"{len(self.finished)} finished file(s) wait in {self.folder}: continue with --resume, or delete it."
 
     def discard(self) -> None:
-        """Remove everything that was written."""
+        """Remove everything that was written, if it was written here."""
+        if not self._is_ours:
+            return
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def require_free(output: Path, overwrite: bool) -> None:
-    """Refuse an output that holds something.
+    """Refuse an output that holds something, or that cannot be exchanged as a whole.
 
     Raises:
-        OutputError: If `output` is a file, or a folder with content and `overwrite` is false.
+        OutputError: If `output` is a file, the root of a mounted disk, or a folder with content and `overwrite` is
+            false.
     """
+    if os.path.ismount(output):
+        raise OutputError(f"{output} is the root of a mounted disk, which cannot be exchanged. Choose a folder in it.")
     if output.is_dir():
         if any(output.iterdir()) and not overwrite:
             raise OutputError(f"{output} is not empty. Choose another folder, or replace it with --overwrite.")

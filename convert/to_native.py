@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ def write_native(
     native_config_path: str | Path | None = None,
     tokenizer: str | None = None,
     dtype: str | None = None,
+    ignored_fields: Collection[str] = (),
     overwrite: bool = False,
     advance: Callable[[int], object] | None = None,
 ) -> dict[str, Any]:
@@ -63,6 +64,7 @@ def write_native(
             training switches). By default the folder's own `native_config.yaml`, else the trainer's defaults.
         tokenizer: Identifier of the base tokenizer to write into `config.yaml`.
         dtype: Of the native tensors; None keeps the folder's.
+        ignored_fields: Unknown native settings to accept, as dotted paths; they are written again.
         overwrite: Replace an output that holds something.
         advance: Called with the number of bytes after each write.
     Returns:
@@ -76,7 +78,7 @@ def write_native(
     tensors = read_folder(folder)
     section = native_section(folder, _base_section(folder, native_config_path), tokenizer)
     section["llm"]["weight_tying"] = _is_tied(tensors, section["llm"].get("weight_tying"))
-    config = parse_config(section)
+    config = parse_config(section, ignored_fields=ignored_fields)
     _require_same_settings(folder, config)
     native = _native_tensors(tensors, config)
     staging = Staging(Path(output), fingerprint="", overwrite=overwrite)

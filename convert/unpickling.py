@@ -104,6 +104,12 @@ STORAGE_DTYPES = {
     "ByteStorage": "uint8",
     "BoolStorage": "bool",
 }
+# The folder that a checkpoint was saved to, as torch's own writer notes it; Python 3.13 names the module differently.
+_PATHS = {
+    (module, name): Ignored
+    for module in ("pathlib", "pathlib._local")
+    for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
+}
 _CHECKPOINT = "torch.distributed.checkpoint.metadata"
 
 METADATA_GLOBALS: dict[tuple[str, str], Any] = {
@@ -119,10 +125,19 @@ METADATA_GLOBALS: dict[tuple[str, str], Any] = {
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): StorageEntry,
     ("olmo.train.remote_filesystem", "_StorageInfo"): StorageEntry,
     ("torch", "Size"): Size,
+    **_PATHS,
     **{("torch", name): name for name in DTYPE_NAMES},
 }
+
+
+def _parameter(data: Any, *_: Any) -> Any:
+    """An nn.Parameter is the tensor in it."""
+    return data
+
+
 ARCHIVE_GLOBALS: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor_v2"): TensorRecord,
+    ("torch._utils", "_rebuild_parameter"): _parameter,
     ("collections", "OrderedDict"): Dictionary,
     **{("torch", name): dtype for name, dtype in STORAGE_DTYPES.items()},
 }

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import struct
@@ -14,14 +15,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import save
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 import convert.writer
 from convert import ConversionOptions, OutputError, VerificationError, convert_checkpoint, plan_conversion
-from convert.cli import build_parser, main, parse_size
+from convert.cli import build_parser, main, parse_arguments, parse_size
 from convert.conversion import write_plan
 from convert.names import TABLE, expected_renames, match, native_name, target_name
 from convert.native_config import parse_config
@@ -36,6 +39,7 @@ from native_checkpoints import (
     native_shapes,
     native_tensors,
     write_base_tokenizer,
+    write_config,
     write_sharded,
     write_unsharded,
 )
@@ -84,6 +88,29 @@ def load_all(folder: Path) -> dict[str, torch.Tensor]:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def contents_of_weights(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+# What is read
+
+
+def test_a_checkpoint_that_torch_wrote_itself(tmp_path, section, tensors, tokenizer, converted):
+    """torch's writer notes the folder it writes to, as a path object."""
+    write_config(tmp_path / "native", section)
+    state = {f"model.{name}": tensor for name, tensor in tensors.items()}
+    save(state, checkpoint_id=tmp_path / "native" / "model_and_optim", no_dist=True)
+    assert b"pathlib" in (tmp_path / "native" / "model_and_optim" / ".metadata").read_bytes()
+    convert_checkpoint(tmp_path / "native", tmp_path / "out", several(tokenizer))
+    assert contents_of_weights(tmp_path / "out") == contents_of_weights(converted)
+
+
+def test_parameters_in_one_file(tmp_path, section, tensors, tokenizer, converted):
+    parameters = {name: torch.nn.Parameter(tensor) for name, tensor in tensors.items()}
+    convert_checkpoint(write_unsharded(tmp_path / "native", section, parameters), tmp_path / "out", several(tokenizer))
+    assert contents_of_weights(tmp_path / "out") == contents_of_weights(converted)
 
 
 # What is written
@@ -375,6 +402,13 @@ def test_probe_finds_exchanged_tensors(tmp_path, converted, checkpoint, tokenize
         probe_folder(source, folder)
 
 
+def test_a_model_too_short_for_the_probe(tmp_path, checkpoint, tokenizer, capsys):
+    options = ["--tokenizer", tokenizer, "--max-model-len", "40", "--probe", "--quiet"]
+    assert main([str(checkpoint), str(tmp_path / "out"), *options]) == 6
+    assert re.search(r"was not probed: the probe's prompt has \d+ tokens, .* is set to 40", capsys.readouterr().err)
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
 # When it appears
 
 
@@ -493,6 +527,59 @@ def test_too_little_space_is_seen_before(tmp_path, checkpoint, tokenizer, monkey
     with pytest.raises(OutputError, match=r"has 0\.00 GB free, but 0\.00 GB are needed\. Free some space"):
         convert_checkpoint(checkpoint, tmp_path / "out", ConversionOptions(tokenizer=tokenizer))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_conversions_to_one_place(tmp_path, checkpoint, tokenizer, converted, capsys):
+    """The second one is refused while the first one writes, and leaves its files alone."""
+    arguments = [str(checkpoint), str(tmp_path / "out"), "--tokenizer", tokenizer, "--quiet"]
+    codes = []
+
+    def second(_):
+        if not codes:
+            codes.append(main([*arguments, "--resume"]))
+
+    convert_checkpoint(checkpoint, tmp_path / "out", several(tokenizer), advance=second)
+    assert codes == [5]
+    message = capsys.readouterr().err
+    assert re.search(r"Another conversion is writing into .*\.out\.partial: wait for it", message)
+    assert message.endswith("Nothing was written.\n")
+    assert contents(tmp_path / "out") == contents(converted)
+
+
+def test_a_failure_at_the_very_end_can_be_resumed(tmp_path, checkpoint, tokenizer, converted, monkeypatch):
+    rename = Path.rename
+
+    def refuse(path, target):
+        raise OSError(errno.EBUSY, "Device or resource busy", str(path))
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(OutputError, match=r"Device or resource busy.*finished file\(s\) wait in"):
+        convert_checkpoint(checkpoint, tmp_path / "out", several(tokenizer))
+    monkeypatch.setattr(Path, "rename", rename)
+    times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / ".out.partial").glob("*.safetensors")}
+    assert len(times) > 1
+    convert_checkpoint(checkpoint, tmp_path / "out", several(tokenizer), resume=True)
+    assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in times} == times
+    assert contents(tmp_path / "out") == contents(converted)
+
+
+def test_resumed_under_another_spelling_of_the_path(tmp_path, checkpoint, tokenizer, monkeypatch):
+    interruption = Interruption(350_000, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        convert_checkpoint(checkpoint, tmp_path / "out", several(tokenizer), advance=interruption)
+    finished = json.loads((tmp_path / ".out.partial" / STATE_FILE).read_text())["shards"]
+    times = {name: (tmp_path / ".out.partial" / name).stat().st_mtime_ns for name in finished}
+    monkeypatch.chdir(checkpoint.parent)
+    convert_checkpoint(checkpoint.name, tmp_path / "out", several(tokenizer), resume=True)
+    assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in finished} == times
+
+
+def test_a_mounted_disk_is_no_output(tmp_path, checkpoint, tokenizer, monkeypatch, capsys):
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "disk")
+    assert main([str(checkpoint), str(tmp_path / "disk"), "--tokenizer", tokenizer, "--quiet"]) == 5
+    assert "is the root of a mounted disk, which cannot be exchanged. Choose a folder in it" in capsys.readouterr().err
+    assert main([str(checkpoint), str(tmp_path / "disk" / "out"), "--tokenizer", tokenizer, "--quiet"]) == 0
 
 
 @pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="needs the right to mount")
@@ -619,6 +706,16 @@ def test_there_and_back(tmp_path, tokenizer, case, dtype):
     assert load_all(tmp_path / "again").keys() == load_all(tmp_path / "hf").keys()
 
 
+def test_there_and_back_with_a_field_of_ones_own(tmp_path, tokenizer):
+    section = native_section()
+    section["llm"]["new_switch"] = True
+    folder = write_unsharded(tmp_path / "native", section, native_tensors(section))
+    options = ["--tokenizer", tokenizer, "--ignore-field", "llm.new_switch", "--quiet"]
+    assert main([str(folder), str(tmp_path / "hf"), *options]) == 0
+    assert main([str(tmp_path / "hf"), str(tmp_path / "back"), "--to-native", *options]) == 0
+    assert yaml.safe_load((tmp_path / "back" / "config.yaml").read_text())["model"]["llm"]["new_switch"] is True
+
+
 def test_back_in_another_dtype(tmp_path, section, tensors, tokenizer, checkpoint):
     convert_checkpoint(checkpoint, tmp_path / "hf", ConversionOptions(tokenizer=tokenizer))
     arguments = [str(tmp_path / "hf"), str(tmp_path / "back"), "--to-native", "--quiet", "--dtype", "bfloat16"]
@@ -695,11 +792,14 @@ def test_sizes(text, expected):
         (["--max-model-len", "-1"], "'-1' is no positive integer"),
         (["--max-model-len", "0"], "'0' is no positive integer"),
         (["--dtype", "float16"], "invalid choice: 'float16'"),
+        (["--to-native", "--dry-run", "--verify"], "--dry-run, --verify: not available with --to-native"),
+        (["--to-native", "--push-to-hub", "me/it"], "--push-to-hub: not available with --to-native"),
+        (["--native-config", "config.yaml"], "--native-config: only available with --to-native"),
     ],
 )
 def test_wrong_arguments(arguments, expected, capsys):
     with pytest.raises(SystemExit) as caught:
-        build_parser().parse_args(["checkpoint", "output", *arguments])
+        parse_arguments(["checkpoint", "output", *arguments])
     assert caught.value.code == 2
     assert expected in capsys.readouterr().err
 

@@ -37,7 +37,7 @@ def write_sharded(
 
 
 def _forget_place(path: Path) -> None:
-    """Take the folder of this machine out of the metadata; as a path object the converter would refuse it."""
+    """Take the folder of this machine out of the metadata: it is nobody's business."""
     metadata = pickle.loads(path.read_bytes())
     metadata.storage_meta = StorageMeta(checkpoint_id="model_and_optim", save_id="0")
     path.write_bytes(pickle.dumps(metadata, protocol=4))
