@@ -54,7 +54,8 @@ def flex_attention_on_cpu(
 ) -> tuple[Tensor, None]:
     """flex_attention without its compiler, which generates C++ that does not build when lengths vary (torch 2.13).
 
-    Args and returns: as the attention functions of transformers; a tensor mask is added to the scores.
+    Args and returns: as the attention functions of transformers; a tensor mask, (B or 1, heads or 1, queries, keys),
+    is added to the scores, or tells by True which keys are seen.
     """
     if dropout > 0:
         raise ValueError(
@@ -63,9 +64,13 @@ def flex_attention_on_cpu(
         )
     block_mask = attention_mask if isinstance(attention_mask, BlockMask) else None
     added = attention_mask if isinstance(attention_mask, Tensor) else None
+    if added is not None:
+        if added.dtype == torch.bool:
+            added = torch.zeros_like(added, dtype=query.dtype).masked_fill(~added, torch.finfo(query.dtype).min)
+        added = added.expand(*query.shape[:2], -1, -1)
 
     def add_mask(score: Tensor, batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return score + added[batch_idx, 0, q_idx, kv_idx]
+        return score + added[batch_idx, head_idx, q_idx, kv_idx]
 
     output = flex_attention(
         query,

@@ -38,6 +38,20 @@ class BaseVocabularyProcessors(LogitsProcessorList):
         return super().__call__(input_ids.clamp(max=self.vocab_size - 1), scores, **kwargs)
 
 
+def _num_places(options: dict[str, Any]) -> int | None:
+    """Tokens of a prompt, cached ones among them; recent releases leave out masks without padding."""
+    described = (options.get(name) for name in ("attention_mask", "position_ids"))
+    return next((entry.shape[-1] for entry in described if isinstance(entry, Tensor)), None)
+
+
+def _behind_kept_cache(options: dict[str, Any], input_ids: Tensor, past_key_values: Cache | None) -> dict[str, Any]:
+    """Decoding with candidates forgets, from 5.8 on, that a kept cache holds a part of the prompt already."""
+    is_forgotten = options.get("is_first_iteration") and options.get("next_sequence_length", 0) is None
+    if not is_forgotten or _num_places(options) != input_ids.shape[1]:
+        return options
+    return {**options, "next_sequence_length": input_ids.shape[1] - int(cached_length(past_key_values))}
+
+
 class Molmo2GenerationMixin(GenerationMixin):
     """The hooks of `generate`; the model class supplies `self.model` and `self.config`."""
 
@@ -67,6 +81,8 @@ class Molmo2GenerationMixin(GenerationMixin):
                 embeds = inputs_embeds if input_ids.shape[1] == 0 or inputs_embeds is not None else None
                 token_type_ids = self.model.is_visual(None if embeds is not None else input_ids, embeds)
             kwargs["token_type_ids"] = token_type_ids
+        elif inputs_embeds is None:
+            kwargs = _behind_kept_cache(kwargs, input_ids, past_key_values)
         model_inputs = super().prepare_inputs_for_generation(
             input_ids, *args, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
         )
@@ -122,7 +138,7 @@ class Molmo2GenerationMixin(GenerationMixin):
         **model_kwargs,
     ) -> tuple[Tensor | None, dict[str, Any]]:
         """Repeat every row `expand_size` times (beams, several answers); its pictures are still encoded once."""
-        self._require_cached_pictures(input_ids, model_kwargs.get("past_key_values"))
+        self._require_cached_pictures(input_ids, model_kwargs)
         pictures = {name: model_kwargs.pop(name, None) for name in PICTURE_INPUTS}
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
@@ -133,12 +149,15 @@ class Molmo2GenerationMixin(GenerationMixin):
         model_kwargs.update(pictures)
         return input_ids, model_kwargs
 
-    def _require_cached_pictures(self, input_ids: Tensor | None, past_key_values: Cache | None) -> None:
+    def _require_cached_pictures(self, input_ids: Tensor | None, model_kwargs: dict[str, Any]) -> None:
         """A kept cache can be continued with text; pictures after it would be left out silently."""
-        past_length = int(cached_length(past_key_values)) if isinstance(past_key_values, Cache) else 0
+        cache = model_kwargs.get("past_key_values")
+        past_length = int(cached_length(cache)) if isinstance(cache, Cache) else 0
         if past_length == 0 or input_ids is None:
             return
-        new_slots = int(self.model.is_patch(input_ids[:, past_length:]).sum())
+        # Recent releases also take the new tokens alone.
+        are_all_new = (_num_places(model_kwargs) or 0) > input_ids.shape[1]
+        new_slots = int(self.model.is_patch(input_ids if are_all_new else input_ids[:, past_length:]).sum())
         if new_slots:
             raise ValueError(
                 f"The prompt has {new_slots} patch token(s) after the {past_length} tokens that the cache holds, but "

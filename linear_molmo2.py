@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 # Unchanged since torch 2.0, though meant for compiled graphs; it has no derivative.
 _product: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
@@ -55,11 +56,13 @@ def is_for_onednn(states: Tensor, weight: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and _product is not None
         and states.shape[:-1].numel() * weight.numel() >= FEWEST_MULTIPLICATIONS
+        and states.shape[-1] == weight.shape[-1]
         and states.dtype is weight.dtype is torch.float32
         and states.device.type == weight.device.type == "cpu"
         and type(states) is Tensor
         and type(weight) in (nn.Parameter, Tensor)
         and not torch.is_grad_enabled()
+        and forward_ad._current_level < 0
         and not torch.jit.is_tracing()
         and not torch.is_autocast_enabled("cpu")
         and bool(torch.backends.mkldnn.enabled)

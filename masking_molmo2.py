@@ -55,11 +55,13 @@ def token_tables(is_visual: Tensor | None, packed_rows: PackedRows | None) -> To
     )
 
 
-def separated_by_positions(tables: TokenTables, position_ids: Tensor) -> TokenTables:
-    """Positions that restart mark packed examples, a convention of the library; (B, S) or (1, S)."""
+def separated_by_positions(tables: TokenTables, position_ids: Tensor, batch: int) -> TokenTables:
+    """Positions that restart mark packed examples, a convention of the library; (B, S), or (1, S) for all rows."""
     examples = examples_of_positions(position_ids)
     is_one_example = not torch.compiler.is_compiling() and not bool(examples.any())
-    return tables if is_one_example or tables.example_ids is not None else replace(tables, example_ids=examples)
+    if is_one_example or tables.example_ids is not None:
+        return tables
+    return replace(tables, example_ids=examples.expand(batch, -1))
 
 
 def attention_implementation(config: Any, wants_weights: bool, needs_rule: bool) -> str:
@@ -137,13 +139,16 @@ def make_position_ids(attention_mask: Any, cache_position: Tensor, query_length:
     """Positions counted over real tokens: left padding does not count.
 
     Args:
-        attention_mask: (B, keys) with 0 on padding, whose last columns are the queries; otherwise the cache position
-            is the position.
+        attention_mask: (B, keys) with 0 on padding, one column for each place, those of queries and maybe of places
+            that are not filled yet; otherwise the cache position is the position.
         cache_position: (S,) places of the queries.
     Returns:
         (B, S) or (1, S) int64; padding gets 0.
     """
     if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
         counted = attention_mask.long().cumsum(dim=-1) - 1
-        return counted[:, -query_length:].clamp(min=0)
+        if counted.shape[1] == query_length:
+            return counted.clamp(min=0)
+        places = cache_position.to(counted.device).clamp(max=counted.shape[1] - 1)
+        return counted.index_select(1, places).clamp(min=0)
     return cache_position[None]

@@ -206,7 +206,7 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
         past_length = cached_length(past_key_values)
         tables = token_tables(is_visual, packed_rows)
         if position_ids is not None and attention_mask is None and past_key_values is None:
-            tables = separated_by_positions(tables, position_ids)
+            tables = separated_by_positions(tables, position_ids, len(inputs_embeds))
         if packed_rows is not None and position_ids is None:
             position_ids = packed_rows.positions()
         if packed_rows is not None:
@@ -258,8 +258,8 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
             position_ids: (B, S); by default counted over real tokens.
             inputs_embeds: (B, S, D).
             is_visual: (B, S) bool in a prefill with pictures: these tokens see each other in both directions.
-            packed_rows: Examples and branches that do not see each other. Without these and without a mask or a
-                cache, examples are told by `position_ids` that restart.
+            packed_rows: Examples and branches that do not see each other. Without these, without a mask and with
+                `use_cache=False`, examples are told by `position_ids` that restart.
         Raises:
             ValueError: Neither or both of ids and embeddings, or more tokens than `max_position_embeddings`.
         """

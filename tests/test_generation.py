@@ -251,6 +251,18 @@ def test_a_conversation_goes_on_with_its_cache(model, name):
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("name", ["text", "image"])
+@pytest.mark.parametrize("shortcut", ["prompt lookup", "assisted"])
+def test_candidates_after_a_kept_cache(qwen3, name, shortcut):
+    first = qwen3.generate(**batch(name), max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
+    ids = torch.cat([first.sequences, torch.tensor([[30, 31, 32, 33, 30, 31]])], 1)
+    again = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    expected = answer(qwen3, again, past_key_values=copy.deepcopy(first.past_key_values))
+    options = {"prompt lookup": {"prompt_lookup_num_tokens": 3}, "assisted": {"assistant_model": qwen3}}[shortcut]
+    found = answer(qwen3, again, past_key_values=copy.deepcopy(first.past_key_values), **options)
+    assert torch.equal(found[:, :NEW_TOKENS], expected)
+
+
 def test_pictures_after_a_kept_cache_are_refused(qwen3):
     first = qwen3.generate(**batch("text"), max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
     inputs = batch("image")
@@ -259,6 +271,10 @@ def test_pictures_after_a_kept_cache_are_refused(qwen3):
     inputs.pop("token_type_ids")
     length = first.sequences.shape[1] - 1
     message = rf"The prompt has 40 patch token\(s\) after the {length} tokens that the cache holds"
+    with pytest.raises(ValueError, match=message):
+        qwen3.generate(**inputs, past_key_values=first.past_key_values, max_new_tokens=3)
+    # Recent releases take the new tokens alone, with a mask for all.
+    inputs["input_ids"] = ids[:, length:]
     with pytest.raises(ValueError, match=message):
         qwen3.generate(**inputs, past_key_values=first.past_key_values, max_new_tokens=3)
 

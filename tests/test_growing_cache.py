@@ -130,6 +130,57 @@ def test_other_kinds_of_tensors_are_joined():
     assert keys.shape == values.shape == (1, HEADS, 5, HEAD_DIM)
 
 
+def longer(layer):
+    layer.keys, layer.values = layer.keys * 1.5, layer.values.clone()
+
+
+def expanded(layer):
+    layer.keys, layer.values = (states[:1].expand(2, -1, -1, -1) for states in (layer.keys, layer.values))
+
+
+def other_values(layer):
+    layer.values = layer.values * 1.5
+
+
+@pytest.mark.parametrize("edit", [longer, expanded, other_values])
+@torch.no_grad()
+def test_states_that_somebody_exchanged(edit):
+    """Keys or values may be replaced by others of the same shape, wherever these lie."""
+    pair = Pair()
+    for count in (5, 1, 1):
+        pair.add(count)
+    pair.each(lambda cache: [edit(layer) for layer in cache.layers])
+    for count in (1, 1):
+        pair.add(count)
+    pair.check()
+
+
+@torch.no_grad()
+def test_new_states_of_another_kind():
+    """Another dtype is joined as the library does, another number of rows refused, and nothing is changed by that."""
+    pair = Pair()
+    for count in (5, 1):
+        pair.add(count)
+    before = pair.grown.layers[0].keys.clone()
+    with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+        pair.grown.update(*torch.rand(2, 1, HEADS, 1, HEAD_DIM), 0)
+    assert torch.equal(pair.grown.layers[0].keys, before)
+    states = torch.rand(2, 2, HEADS, 1, HEAD_DIM, dtype=torch.float64)
+    pair.each(lambda cache: [cache.update(*states, layer) for layer in range(LAYERS)])
+    assert pair.grown.layers[0].keys.dtype == torch.float64
+    pair.check()
+
+
+@torch.no_grad()
+def test_a_forward_pass_that_makes_a_cache_is_one_graph():
+    model = build_model("qwen3").model.transformer
+    ids = torch.arange(12)[None]
+    expected = model(input_ids=ids)
+    found = torch.compile(model, fullgraph=True, backend="eager")(input_ids=ids)
+    torch.testing.assert_close(found.last_hidden_state, expected.last_hidden_state)
+    assert found.past_key_values.get_seq_length() == 12
+
+
 def test_inference_mode_may_be_left():
     pair = Pair()
     with torch.inference_mode():

@@ -95,6 +95,20 @@ def test_otherwise_it_is_a_layer_of_torch(part, states, context):
         torch.testing.assert_close(part(states), plain, rtol=0, atol=0)
 
 
+@torch.no_grad()
+def test_states_of_another_width_are_refused_as_by_torch():
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
+        layer()(torch.randn(4, 47))
+
+
+@torch.no_grad()
+def test_derivatives_in_forward_mode():
+    """They are taken without recording gradients too."""
+    part, states = layer(), torch.randn(4, 48)
+    _, tangent = torch.func.jvp(part, (states,), (torch.ones_like(states),))
+    torch.testing.assert_close(tangent, part.weight.sum(1).expand(4, -1), rtol=1e-5, atol=1e-5)
+
+
 def test_small_products_are_left_to_torch(as_it_is):
     part = layer()
     with torch.no_grad():

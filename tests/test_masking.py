@@ -101,6 +101,8 @@ def test_positions_count_real_tokens():
     assert make_position_ids(mask, torch.arange(5), 5).tolist() == expected
     # A later step: the mask covers what is cached, the query is its last column.
     assert make_position_ids(mask, torch.arange(4, 5), 1).tolist() == [[2], [4], [2]]
+    # A mask may cover places that nothing fills yet, as for caches of fixed size.
+    assert make_position_ids(mask, torch.arange(1, 3), 2).tolist() == [row[1:3] for row in expected]
     assert make_position_ids(None, torch.arange(3, 5), 2).tolist() == [[3, 4]]
 
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from checkpoints import FAMILIES, build_model, picture
@@ -284,6 +284,43 @@ def test_float32_islands_in_bfloat16(qwen3, monkeypatch):
 def test_padding_gives_no_nan(model, implementation, side):
     inputs = batch("text", "two images", padding_side=side)
     assert not logits_of(with_attention(model, implementation), inputs).isnan().any()
+
+
+@torch.no_grad()
+def test_a_mask_as_long_as_a_static_cache(qwen3):
+    ids = torch.arange(12)[None]
+    mask = torch.zeros(1, 20, dtype=torch.int64)
+    mask[:, :12] = 1
+    cache = StaticCache(config=qwen3.config.get_text_config(), max_cache_len=20)
+    found = qwen3(input_ids=ids, attention_mask=mask, past_key_values=cache).logits
+    torch.testing.assert_close(found, qwen3(input_ids=ids).logits, atol=2e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_positions_for_all_rows_may_restart(qwen3):
+    ids, positions = torch.arange(24).reshape(2, 12), torch.arange(6).repeat(2)[None]
+    text = qwen3.model.transformer
+    found = text(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+    expected = text(input_ids=ids, position_ids=positions.expand(2, -1), use_cache=False).last_hidden_state
+    torch.testing.assert_close(found, expected)
+    alone = text(input_ids=ids[:, 6:], use_cache=False).last_hidden_state
+    torch.testing.assert_close(found[:, 6:], alone, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["bool", "of one row", "per head"])
+@pytest.mark.parametrize("implementation", ["sdpa", "flex_attention"])
+@torch.no_grad()
+def test_masks_of_ones_own_are_those_of_eager(qwen3, implementation, kind):
+    ids = torch.arange(24).reshape(2, 12)
+    heads = qwen3.config.get_text_config().num_attention_heads
+    generator = torch.Generator().manual_seed(0)
+    shape = {"bool": (2, 1, 12, 12), "of one row": (1, 1, 12, 12), "per head": (2, heads, 12, 12)}[kind]
+    seen = (torch.rand(shape, generator=generator) < 0.7).tril() | torch.eye(12, dtype=torch.bool)
+    mask = seen if kind == "bool" else torch.zeros(shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    expected = logits_of(with_attention(qwen3, "eager"), inputs)
+    found = logits_of(with_attention(qwen3, implementation), inputs)
+    torch.testing.assert_close(found, expected, atol=5e-5, rtol=0)
 
 
 def test_minus_one_counts_as_id_zero(qwen3):
