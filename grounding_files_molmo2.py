@@ -182,6 +182,7 @@ def to_coco(grounding: Grounding, file_names: Sequence[str] | None = None) -> di
     """A dictionary in the format of COCO keypoints: each point is an annotation with one keypoint.
 
     A video becomes one image for each frame with points; `frame_index` is its place in the source, `seconds` its time.
+    Images beside a video follow its frames.
 
     Args:
         file_names: of the images of the prompt; of the video alone for an answer about one. None for numbered names.
@@ -193,28 +194,16 @@ def to_coco(grounding: Grounding, file_names: Sequence[str] | None = None) -> di
     sizes = () if grounding.media is None else grounding.media.sizes
     if grounding.points and not sizes:
         raise ValueError("COCO files hold the sizes of pictures, which this answer does not know. Write CSV or JSON.")
-    if grounding.kind == VIDEO:
-        keys: list[Any] = sorted({float(point.key) for point in grounding.points})
-        images = [
-            {**_coco_frame(number, key, grounding, file_names), "width": sizes[0][0], "height": sizes[0][1]}
-            for number, key in enumerate(keys, start=1)
-        ]
-    else:
-        count = max([len(sizes), *(1 + (point.image_index or 0) for point in grounding.points)], default=0)
-        names = [f"image_{number}" for number in range(1, count + 1)] if file_names is None else list(file_names)
-        if len(names) != count:
-            raise ValueError(f"There are {count} image(s), but {len(names)} file name(s). Pass one for each.")
-        keys = list(range(count))
-        images = [
-            {"id": index + 1, "file_name": names[index], "width": sizes[index][0], "height": sizes[index][1]}
-            for index in range(count)
-        ]
+    is_video = grounding.kind == VIDEO
+    entries = _coco_frames(grounding, file_names) if is_video else {}
+    entries |= _coco_images(grounding, None if is_video else file_names)
+    images = [{"id": number, **entry} for number, entry in enumerate(entries.values(), start=1)]
+    place = {key: number for number, key in enumerate(entries, start=1)}
     labels = list(dict.fromkeys(point.label for point in grounding.points))
-    place = {key: number for number, key in enumerate(keys, start=1)}
     annotations = [
         {
             "id": number,
-            "image_id": place[float(point.key) if grounding.kind == VIDEO else point.image_index],
+            "image_id": place[_coco_key(point)],
             "category_id": labels.index(point.label) + 1,
             "track_id": point.id,
             "keypoints": [point.x, point.y, VISIBLE],
@@ -233,22 +222,50 @@ def to_coco(grounding: Grounding, file_names: Sequence[str] | None = None) -> di
     return {"info": info, "images": images, "annotations": annotations, "categories": categories}
 
 
-def _coco_frame(number: int, key: float, grounding: Grounding, file_names: Sequence[str] | None) -> dict[str, Any]:
-    point = next(point for point in grounding.points if float(point.key) == key)
+def _coco_key(point: Point) -> tuple[str, float]:
+    """Which picture a point is in: a frame of the video, or an image."""
+    return ("second", float(point.key)) if point.image_index is None else ("image", point.image_index)
+
+
+def _coco_frames(grounding: Grounding, file_names: Sequence[str] | None) -> dict[tuple[str, float], dict[str, Any]]:
+    """The frames with points."""
+    points = [point for point in grounding.points if point.image_index is None]
+    if grounding.media is None or not points:
+        return {}
+    width, height = grounding.media.sizes[0]
     stem = Path(file_names[0]).stem if file_names else "frame"
-    frame: dict[str, Any] = {"id": number, "file_name": f"{stem}_{key:.1f}s", "seconds": key}
-    if point.moment is not None and point.moment.source_index is not None:
-        frame["frame_index"] = point.moment.source_index
-    if any(point.tag == "tracks" for point in grounding.points):
-        frame["tag"] = "tracks"
-    return frame
+    is_tracking = any(point.tag == "tracks" for point in points)
+    frames: dict[tuple[str, float], dict[str, Any]] = {}
+    for point in sorted(points, key=lambda point: float(point.key)):
+        key = float(point.key)
+        frame: dict[str, Any] = {"file_name": f"{stem}_{key:.1f}s", "seconds": key, "width": width, "height": height}
+        if point.moment is not None and point.moment.source_index is not None:
+            frame["frame_index"] = point.moment.source_index
+        if is_tracking:
+            frame["tag"] = "tracks"
+        frames.setdefault(_coco_key(point), frame)
+    return frames
+
+
+def _coco_images(grounding: Grounding, file_names: Sequence[str] | None) -> dict[tuple[str, float], dict[str, Any]]:
+    """The images of the prompt, with points or without; also those beside a video."""
+    media = grounding.media
+    sizes = () if media is None else media.image_sizes if media.kind == VIDEO else media.sizes
+    names = [f"image_{number}" for number in range(1, len(sizes) + 1)] if file_names is None else list(file_names)
+    if len(names) != len(sizes):
+        raise ValueError(f"There are {len(sizes)} image(s), but {len(names)} file name(s). Pass one for each.")
+    return {
+        ("image", index): {"file_name": name, "width": width, "height": height}
+        for index, (name, (width, height)) in enumerate(zip(names, sizes, strict=True))
+    }
 
 
 def from_coco(content: str | Mapping[str, Any]) -> Grounding:
     """The points of `to_coco`, and single keypoints of other COCO files (every visible one counts as a point)."""
     values = json.loads(content) if isinstance(content, str) else content
     images = {image["id"]: image for image in values["images"]}
-    order = {image_id: index for index, image_id in enumerate(images)}
+    still = [image_id for image_id, image in images.items() if "seconds" not in image]
+    order = {image_id: index for index, image_id in enumerate(still)}
     labels = {category["id"]: category["name"] for category in values["categories"]}
     points = []
     for annotation in values["annotations"]:
@@ -258,27 +275,29 @@ def from_coco(content: str | Mapping[str, Any]) -> Grounding:
             if visibility:
                 object_id = annotation.get("track_id", annotation["id"])
                 points.append(
-                    _coco_point(x, y, image, order[image["id"]], object_id, labels[annotation["category_id"]])
+                    _coco_point(x, y, image, order.get(image["id"]), object_id, labels[annotation["category_id"]])
                 )
-    sizes = tuple((image["width"], image["height"]) for image in images.values())
-    is_video = any("seconds" in image for image in images.values())
-    kind = VIDEO if is_video else MULTI_IMAGE if len(sizes) > 1 else IMAGE
-    return _grounding(points, MediaInfo(kind, sizes[:1] if is_video else sizes))
+    frames = [image for image in images.values() if "seconds" in image]
+    sizes = tuple((images[image_id]["width"], images[image_id]["height"]) for image_id in still)
+    if frames:
+        media = MediaInfo(VIDEO, ((frames[0]["width"], frames[0]["height"]),), image_sizes=sizes)
+    else:
+        media = MediaInfo(MULTI_IMAGE if len(sizes) > 1 else IMAGE, sizes)
+    return _grounding(points, media)
 
 
-def _coco_point(x: float, y: float, image: Mapping[str, Any], index: int, object_id: int, label: str) -> Point:
-    seconds = image.get("seconds")
+def _coco_point(x: float, y: float, image: Mapping[str, Any], index: int | None, object_id: int, label: str) -> Point:
     return Point(
         tag=image.get("tag", "points"),
         label=label,
         alt=None,
-        key=index + 1 if seconds is None else float(seconds),
+        key=float(image["seconds"]) if index is None else index + 1,
         id=object_id,
         x=x,
         y=y,
         x_norm=x / image["width"],
         y_norm=y / image["height"],
-        image_index=index if seconds is None else None,
+        image_index=index,
         moment=None if "frame_index" not in image else Moment(float(image["seconds"]), -1, image["frame_index"]),
         span=NO_SPAN,
     )
@@ -297,7 +316,7 @@ def to_mot(grounding: Grounding, *, fps: float | None = None, box_size: float = 
     Raises:
         ValueError: the answer is about images, or neither source frames nor `fps` are known.
     """
-    if grounding.kind != VIDEO and grounding.points:
+    if any(point.image_index is not None for point in grounding.points):
         raise ValueError("MOT files are about one video, but the answer is about images. Write COCO, CSV or JSON.")
     _require_pixels(grounding.points, "MOT")
     lines = []

@@ -6,6 +6,7 @@ way.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,7 +70,7 @@ from .training_tools_molmo2 import TrainingTools
 from .video_decoding_molmo2 import open_video  # noqa: F401
 from .video_drawing_molmo2 import annotate_video  # noqa: F401
 from .video_loading_molmo2 import list_videos
-from .video_processing_molmo2 import Molmo2VideoProcessor, Molmo2VideosKwargs
+from .video_processing_molmo2 import Molmo2VideoProcessor, Molmo2VideosKwargs, clips_per_video
 from .video_readers_molmo2 import VideoReader  # noqa: F401
 from .video_timeline_molmo2 import VideoTimeline  # noqa: F401
 
@@ -109,6 +110,8 @@ class Molmo2ProcessorKwargs(ProcessingKwargs, total=False):
     }
 
 
+SPACE = re.compile(r"\s")
+PICTURE_SUFFIXES = {".avif", ".bmp", ".gif", ".heic", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 # Options of tokenizers that have no place in rows with pictures.
 UNUSED_TEXT_OPTIONS = {"text_pair", "text_target", "text_pair_target", "stride", "is_split_into_words"} | {
     f"return_{name}" for name in ("overflowing_tokens", "special_tokens_mask", "offsets_mapping", "length")
@@ -247,7 +250,7 @@ class Molmo2Processor(GroundingTools, TrainingTools, ProcessorMixin):
             raise ValueError(
                 "Molmo2 does not hear: `audio` must be None. Speech can be passed as text (role `subtitle`)."
             )
-        if _is_text(images) and not _is_text(text) and not (text is None and _are_references(images)):
+        if _is_text(images) and not _is_text(text) and not _are_references(images):
             images, text = text, images  # called with the text first
         if images is None and text is None and videos is None:
             raise ValueError("Nothing to process: pass `text`, and `images` or `videos` with it.")
@@ -321,9 +324,12 @@ class Molmo2Processor(GroundingTools, TrainingTools, ProcessorMixin):
                 f"There are {len(items)} video(s), but {len(own_options)} entries in `per_video_options`. Pass one "
                 "dictionary per video, an empty one where nothing differs."
             )
+        clips = clips_per_video(options.pop("clip", None), len(items))
         outputs = [
-            self.video_processor.preprocess([item.video], video_metadata=[item.metadata], **{**options, **own})
-            for item, own in zip(items, own_options)
+            self.video_processor.preprocess(
+                [item.video], video_metadata=[item.metadata], **{**options, "clip": clip, **own}
+            )
+            for item, clip, own in zip(items, clips, own_options)
         ]
         merged = {name: [output[name] for output in outputs] for name in outputs[0]}
         metadata = [entry for entries in merged.pop("video_metadata") for entry in entries]
@@ -669,14 +675,17 @@ def _is_text(value: Any) -> bool:
 
 
 def _are_references(texts: str | list[str]) -> bool:
-    """Whether every string is a URL or the path of a file, so that it means an image and no prompt."""
-    for text in [texts] if isinstance(texts, str) else texts:
-        try:
-            if not text.startswith(("http://", "https://", "file://", "data:")) and not Path(text).is_file():
-                return False
-        except (OSError, ValueError):  # too long for a path, or with characters that none has
-            return False
-    return True
+    """Whether every string is a URL, the path of a file or the name of a picture, so that it is no prompt."""
+    return all(_is_reference(text) for text in ([texts] if isinstance(texts, str) else texts))
+
+
+def _is_reference(text: str) -> bool:
+    if text.startswith(("http://", "https://", "file://", "data:")):
+        return True
+    try:
+        return Path(text).is_file() or (not SPACE.search(text) and Path(text).suffix.lower() in PICTURE_SUFFIXES)
+    except (OSError, ValueError):  # too long for a path, or with characters that none has
+        return False
 
 
 def _as_prompts(text: Any) -> list[str]:

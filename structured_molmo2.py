@@ -23,6 +23,7 @@ RANGE_NAMES = ("timestamp", "timestamps", "time", "interval", "range")
 DESCRIPTION_NAMES = ("description", "event", "label", "caption", "name", "text", "action")
 NAME_NAMES = ("name", "label", "object")
 MAX_CHARACTERS = 200_000  # no answer is longer; what comes after is not read
+MARK = re.compile(r'[{}\[\],]|\\.|"|```', re.DOTALL)
 MAX_DEPTH = 64  # brackets in brackets; deeper ones are damage
 
 
@@ -154,11 +155,20 @@ class _Content:
 
 
 def _find_json(answer: str) -> _Document | None:
-    """The first bracket that opens something, behind a fence if there is one, and what belongs to it."""
-    fence = FENCE.search(answer)
+    """The first bracket that opens something, behind a fence if there is one, and what belongs to it.
+
+    Brackets without an object in them may be a part of the prose ("see [1]"): they count where there is no other.
+    """
+    fence, first = FENCE.search(answer), None
     start = -1 if fence is None else _first_bracket(answer, fence.end())
     start = _first_bracket(answer, 0) if start < 0 else start
-    return None if start < 0 else _bracketed(answer, start)
+    while start >= 0:
+        document = _bracketed(answer, start)
+        if "{" in document.text:
+            return document
+        first = document if first is None else first
+        start = _first_bracket(answer, start + len(document.text))
+    return first
 
 
 def _first_bracket(text: str, start: int) -> int:
@@ -171,8 +181,8 @@ def _bracketed(text: str, start: int) -> _Document:
     stack: list[str] = []
     entries: list[int] = []  # of each open list, where its current entry begins
     place, in_string = start, False
-    for token in re.finditer(r'[{}\[\],]|\\.|"|```', text[start:], re.DOTALL):
-        mark, place = token[0], start + token.start()
+    for token in MARK.finditer(text, start):
+        mark, place = token[0], token.start()
         if mark == '"':
             in_string = not in_string
         elif in_string or mark.startswith("\\"):

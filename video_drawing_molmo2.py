@@ -115,7 +115,7 @@ class MarksOverTime:
     """The marks of an answer about a video, for any moment.
 
     Args:
-        grounding: a `Grounding` of kind "video".
+        grounding: a `Grounding` of kind "video". Its points in images beside the video are left out.
         style: gives colours, captions and the length of trails.
 
     Raises:
@@ -130,12 +130,13 @@ class MarksOverTime:
             )
         self.style = style.for_answer(grounding)
         moments = () if grounding.media is None else grounding.media.moments
-        sampled = {_seconds(moment) for moment in moments} | {_point_seconds(point) for point in grounding.points}
+        points = [point for point in grounding.points if point.image_index is None]
+        sampled = {_seconds(moment) for moment in moments} | {_point_seconds(point) for point in points}
         self._sampled = sorted(sampled)
         steps = np.diff(self._sampled)
         self._half_step = float(np.median(steps)) / 2 if len(steps) else LONE_SAMPLE_SECONDS
         self._objects: dict[tuple[Any, ...], dict[float, Any]] = {}
-        for number, point in enumerate(grounding.points):
+        for number, point in enumerate(points):
             identity = (point.tag, point.label, point.id) if point.tag == "tracks" else (number,)
             self._objects.setdefault(identity, {}).setdefault(_point_seconds(point), point)
 

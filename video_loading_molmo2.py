@@ -335,8 +335,11 @@ def _frame_times(item: VideoItem, num_frames: int, are_all: bool) -> _FrameTimes
 def _is_sampled(given: Mapping[str, Any], num_frames: int) -> bool:
     """True if the metadata says that these frames were picked from a longer video already."""
     indices, total = _get(given, "frames_indices"), _get(given, "total_num_frames")
-    picked = indices is not None and len(indices) == num_frames
-    return picked and (total != num_frames or getattr(given, "sampled_timestamps", None) is not None)
+    if indices is None or len(indices) != num_frames:
+        return False
+    if getattr(given, "sampled_timestamps", None) is not None:
+        return True
+    return list(indices) != list(range(num_frames)) if total is None else total != num_frames
 
 
 def _chosen_frames(item: VideoItem, times: _FrameTimes, options: ReadingOptions) -> np.ndarray:

@@ -12,6 +12,8 @@ from typing import TypeGuard
 import numpy as np
 
 # Frames this close to their place in a constant frame rate are taken to be exactly there.
+# Headers average a variable rate over the frames less one, or over the time of the whole file; some only guess.
+DECLARED_RATE_TOLERANCE = 0.25
 CONSTANT_RATE_TOLERANCE_SECONDS = 1e-4
 # Ticks per second of common containers, to undo the float32 rounding of time stamps (coarsest first).
 COMMON_TICK_RATES = (600, 1000, 10240, 12288, 12800, 15360, 16000, 24000, 30000, 60000, 90000)
@@ -110,8 +112,8 @@ def _likely_rates(starts: np.ndarray, declared_fps: float | None) -> list[Fracti
 
 
 def _average_fps(num_frames: int, duration_seconds: float, declared_fps: float | None) -> float:
-    """The declared rate if it accounts for all frames, else the measured one: headers of variable rates only guess."""
-    if is_rate(declared_fps) and abs(declared_fps * duration_seconds - num_frames) <= 0.5:
+    """The declared rate, as the original has it, unless it is far from what the frames say."""
+    if is_rate(declared_fps) and abs(declared_fps * duration_seconds / num_frames - 1) <= DECLARED_RATE_TOLERANCE:
         return float(declared_fps)
     if duration_seconds > 0:
         return num_frames / duration_seconds

@@ -23,6 +23,7 @@ from molmo2_remote.grounding_files_molmo2 import (
     to_mot,
 )
 from molmo2_remote.grounding_molmo2 import MediaInfo, Moment, parse_grounding
+from molmo2_remote.video_drawing_molmo2 import MarksOverTime
 
 VIDEO = MediaInfo(
     "video",
@@ -45,11 +46,33 @@ ANSWERS = {
     "cut off": ('<points coords="1 1 250 400 2 300', [(64, 48)]),
     "no size": ('<points coords="1 1 250 400">cup</points>', None),
 }
+BESIDE_IMAGES = replace(VIDEO, image_sizes=((64, 48), (30, 20)))
+MIXED = '<points coords="0.5 1 500 500\t1 2 250 500\t2 3 100 900">boats</points>'
 PIXELS = [name for name in ANSWERS if name != "no size"]
 
 
 def answer(name):
     return parse_grounding(*ANSWERS[name])
+
+
+def test_images_beside_a_video():
+    """Points in them are no points of the video."""
+    grounding = parse_grounding(MIXED, BESIDE_IMAGES)
+    assert [point.image_index for point in grounding.points] == [None, 0, 1]
+    coco = to_coco(grounding, ["clip.mp4"])
+    found = [(image["file_name"], image["width"], image["height"]) for image in coco["images"]]
+    assert found == [("clip_0.5s", 640, 360), ("image_1", 64, 48), ("image_2", 30, 20)]
+    assert [annotation["image_id"] for annotation in coco["annotations"]] == [1, 2, 3]
+    read = from_coco(json.loads(json.dumps(coco)))
+    assert [replace(point, span=(0, 0)) for point in grounding.points] == [
+        replace(point, moment=given.moment, span=(0, 0)) for point, given in zip(read.points, grounding.points)
+    ]
+    assert read.media.image_sizes == BESIDE_IMAGES.image_sizes
+    with pytest.raises(ValueError, match="MOT files are about one video"):
+        to_mot(grounding)
+    marks = MarksOverTime(grounding, DrawingStyle())
+    assert [(mark.x, mark.y) for mark in marks(0.5)] == [(0.5, 0.5)]
+    assert marks(1.0) == marks(2.0) == []
 
 
 @pytest.mark.parametrize("name", ANSWERS)

@@ -594,6 +594,22 @@ def test_options_per_video_of_a_call(processor):
     assert [times_of(output, row) for row in (0, 1)] == [["0.0", "3.2"], ["1.0", "1.5", "2.0"]]
     clips = processor(**arguments, clip=[(0, 1), (1, 2)])
     assert [times_of(clips, row) for row in (0, 1)] == [["0.0", "0.5", "1.0"], ["1.0", "1.5", "2.0"]]
+    both = processor(**arguments, clip=[(0, 1), (1, 2)], per_video_options=[{"num_frames": 2}, {}])
+    assert [times_of(both, row) for row in (0, 1)] == [["0.0", "1.0"], ["1.0", "1.5", "2.0"]]
+
+
+@pytest.mark.parametrize("images", ["/absent/a.png", ["/absent/a.JPG", "b.webp"]])
+def test_the_name_of_an_absent_picture_is_no_prompt(processor, images):
+    with pytest.raises((FileNotFoundError, ValueError), match="absent"):
+        processor(images=images)
+
+
+def test_a_prompt_may_come_first(processor):
+    expected = processor(text="Is it in a.png?")["input_ids"]
+    assert processor("Is it in a.png?")["input_ids"] == expected
+    assert processor("Is it in a.png?", [])["input_ids"] == expected
+    with pytest.raises(ValueError, match="`text` holds nothing"):
+        processor(images=["a.png"], text=[])
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,14 @@ def test_no_text_makes_it_raise(answer):
     assert parse_structured(answer).raw == answer
 
 
+@pytest.mark.parametrize("answer", ["Sure [1]: {}", "As in [1], [2, 3]:\n{}", "Times in [s]. {} See [4]."])
+def test_brackets_in_the_prose_before(answer):
+    whole = parse_structured(json.dumps({"events": EVENTS}))
+    found = parse_structured(answer.replace("{}", json.dumps({"events": EVENTS})))
+    assert found.events == whole.events
+    assert found.events
+
+
 @settings(max_examples=200)
 @given(st.data())
 def test_damage_never_raises_and_never_invents_times(data):
@@ -200,7 +208,9 @@ def test_damage_never_raises_and_never_invents_times(data):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("unit", ["[", "{", '{"a":', '"', "```", "\\", '[{"start": 1, "end": 2}, ', "}{", "'", "1,"])
+@pytest.mark.parametrize(
+    "unit", ["[", "{", '{"a":', '"', "```", "\\", '[{"start": 1, "end": 2}, ', "}{", "'", "1,", "[]", "[1] "]
+)
 def test_hostile_text_takes_no_more_than_linear_time(unit):
     def work(length):
         answer = "[" + unit * (length // len(unit))
