@@ -22,6 +22,7 @@ FILLERS: dict[str, float | int | bool] = {
     "branch_ids": 0,
 }
 DTYPES = {"token_type_ids": torch.bool, "loss_weights": torch.float32}
+PIXELS = ("pixel_values", "pixel_values_videos")
 POOLING_TABLES = ("image_token_pooling", "video_token_pooling")
 
 
@@ -132,6 +133,8 @@ def _joined_pictures(examples: Sequence[Mapping[str, Any]], names: Sequence[str]
     joined = {}
     for name in names:
         values = [torch.as_tensor(example[name]) for example in examples if name in example]
+        if name in PIXELS:  # data sets return uint8 as lists of numbers
+            values = [value if value.is_floating_point() else value.to(torch.uint8) for value in values]
         if name in POOLING_TABLES and values:
             window = max(value.shape[1] for value in values)
             values = [nn.functional.pad(value, (0, window - value.shape[1]), value=NO_PLACE) for value in values]

@@ -139,7 +139,8 @@ def trainer_class(base: type, rates: LearningRates | None = None) -> type:
             if rates is None or self.optimizer is not None:
                 return super().create_optimizer(*args, **kwargs)
             optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args)
-            settings = {**settings, "betas": rates.betas, "eps": rates.eps}
+            own = {"betas": rates.betas, "eps": rates.eps}
+            settings = {name: own.get(name, value) for name, value in settings.items()}  # not every optimizer has them
             model = self.accelerator.unwrap_model(self.model)
             self.optimizer = optimizer_class(_base_model(model).parameter_groups(rates), **settings)
             return self.optimizer

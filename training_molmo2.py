@@ -8,11 +8,13 @@ tokens. Several conversations about the same pictures make a tree: their rows ar
 in common at the beginning is kept once (see `packing_molmo2`), so that a tree is what its rows are apart.
 """
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import torch
 from torch import Tensor
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -21,6 +23,7 @@ from .conversation_molmo2 import ConversationMedia, find_media, is_batch, messag
 from .loss_molmo2 import IGNORED
 from .loss_weighting_molmo2 import TokenWeighting, is_answer, message_weights
 from .prompt_expansion_molmo2 import truncate
+from .video_loading_molmo2 import is_one_video
 
 
 @dataclass(frozen=True)
@@ -190,7 +193,9 @@ def _picture_parts(messages: Iterable[Mapping[str, Any]]) -> list[Any]:
 
 
 def _same(one: Any, other: Any) -> bool:
-    return one is other or (isinstance(one, (str, bytes)) and type(one) is type(other) and one == other)
+    """Whether two pictures are one, also where a data set decoded it twice."""
+    compared = (str, bytes, os.PathLike, PIL.Image.Image)
+    return one is other or (isinstance(one, compared) and type(one) is type(other) and one == other)
 
 
 def _about(messages: list[Mapping[str, Any]], first: list[Mapping[str, Any]], media: ConversationMedia) -> list[Any]:
@@ -228,8 +233,8 @@ def messages_of_row(row: Mapping[str, Any]) -> Any:
 
     Args:
         row: `messages`; or `prompt` and `completion`, of which only the second is learnt. Columns `images`, `image`,
-            `videos`, `video` hold the pictures of parts that have none, in their order; without such parts the
-            pictures go into the first message from the user.
+            `videos`, `video` hold the pictures of parts that have none, in their order (a list of frames is one
+            video); without such parts the pictures go into the first message from the user.
     Raises:
         ValueError: If there are no messages, or not as many pictures as parts that wait for one.
     """
@@ -250,7 +255,8 @@ def messages_of_row(row: Mapping[str, Any]) -> Any:
     first = messages_of(conversations[0])
     for kind in ("image", "video"):
         given = row.get(f"{kind}s") if row.get(f"{kind}s") is not None else row.get(kind)
-        pictures = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
+        is_list = isinstance(given, (list, tuple)) and not (kind == "video" and is_one_video(given))
+        pictures = [] if given is None else list(given) if is_list else [given]
         first = _filled(first, kind, pictures)
     return [first, *conversations[1:]] if is_batch(messages) else first
 

@@ -216,5 +216,19 @@ def push(folder: str, repository: str) -> dict[str, Any]:
     return {}
 
 
+def fsdp_plugin(output: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """What `TrainingArguments` make of settings for FSDP; some releases keep it in the environment."""
+    from accelerate import FullyShardedDataParallelPlugin
+    from transformers import TrainingArguments
+
+    arguments = TrainingArguments(output, fsdp="full_shard auto_wrap", fsdp_config=settings, use_cpu=True)
+    plugin = FullyShardedDataParallelPlugin(**(getattr(arguments, "fsdp_plugin_args", None) or {}))
+    return {
+        "version": plugin.fsdp_version,
+        "state_dict": plugin.state_dict_type.name,
+        "units": plugin.transformer_cls_names_to_wrap,
+    }
+
+
 if __name__ == "__main__":
     print(json.dumps(globals()[sys.argv[1]](**json.loads(sys.argv[2]))))

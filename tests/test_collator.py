@@ -87,9 +87,10 @@ def test_packed_rows(side, ids, kind):
     assert batch["input_ids"][0].tolist() == [40, 41, 42, 40, 41]
 
 
-def test_examples_that_were_stored_as_lists():
+@pytest.mark.parametrize("options", [{}, {"pixel_dtype": "uint8"}], ids=["float32", "uint8"])
+def test_examples_that_were_stored_as_lists(options):
     """A data set that was mapped and saved gives lists instead of tensors, and null for what a row lacks."""
-    row = example(CONVERSATIONS["image"])
+    row = example(CONVERSATIONS["image"], **options)
     stored = {name: value.tolist() for name, value in row.items()} | {"loss_weights": None, "note": "kept aside"}
     found, expected = collate([stored]), collate([row])
     assert found.keys() == expected.keys()

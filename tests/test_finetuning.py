@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import nn
 
 from checkpoints import FAMILIES, build_model
-from molmo2_remote.finetuning_molmo2 import LORA_TARGETS, PARTS, LearningRates, part_of
+from fresh_process import run
+from molmo2_remote.finetuning_molmo2 import FSDP_UNITS, LORA_TARGETS, PARTS, LearningRates, part_of
 from training_cases import CONVERSATIONS, collate, example, gradients
 
 WORLD_SIZE = 2
@@ -152,6 +155,14 @@ def test_adapters_are_trained_and_nothing_else(qwen3, inputs, parts, tmp_path):
 
 
 # --- several processes -----------------------------------------------------------------------------------------------
+
+
+def test_the_trainer_shards_with_fsdp2_and_saves_whole_checkpoints(qwen3, tmp_path):
+    """In the environment that `docs/training.md` gives for releases before 5.17."""
+    needed = {"FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
+    env = needed if Version(transformers.__version__) < Version("5.17") else None
+    found = run("fsdp_plugin", tmp_path, env=env, output=tmp_path / "out", settings=qwen3.fsdp_config())
+    assert found == {"version": 2, "state_dict": "FULL_STATE_DICT", "units": list(FSDP_UNITS)}
 
 
 def in_processes(mode: str, folder: Path) -> list[dict]:

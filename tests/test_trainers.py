@@ -200,6 +200,17 @@ def test_trainer_with_a_rate_for_each_part(model, processor, tmp_path):
         assert torch.equal(value, before[name]) == (".image_vit." in name), name
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adafactor"])
+def test_rates_of_parts_for_other_optimizers(model, processor, tmp_path, optimizer):
+    """They have no `betas`."""
+    rates = processor.learning_rates(connector=2e-3)
+    settings = TrainingArguments(**arguments(tmp_path, optim=optimizer, max_steps=1))
+    trainer = processor.trainer_class(Trainer, rates)(model, settings, processor.data_collator(), ROWS)
+    trainer.train()
+    rates_of = {group["name"]: group["initial_lr"] for group in trainer.optimizer.param_groups}
+    assert rates_of["connector"] == 2e-3
+
+
 # --- TRL and PEFT ----------------------------------------------------------------------------------------------------
 
 

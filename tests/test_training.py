@@ -1,7 +1,11 @@
 """Training examples: what is learnt, how much it counts, and trees that are what their branches are apart."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from checkpoints import FAMILIES, build_model, picture
 from model_inputs import processor
@@ -357,6 +361,26 @@ def test_videos_in_columns_of_their_own():
     for column, value in (("videos", ["clip.mp4"]), ("video", "clip.mp4")):
         first, _ = messages_of_row({"messages": turn("What?", "That."), column: value})
         assert first["content"][0] == {"type": "video", "video": "clip.mp4"}
+
+
+@pytest.mark.parametrize("column", ["video", "videos"])
+def test_a_column_with_the_frames_of_one_video(column):
+    frames = [np.full((8, 8, 3), 20 * number, dtype=np.uint8) for number in range(3)]
+    asked = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "What?"}]}, turn("", "That.")[1]]
+    (part, _) = messages_of_row({"messages": asked, column: frames})[0]["content"]
+    assert part["video"] is frames
+
+
+def test_branches_may_name_the_same_picture_again(tmp_path):
+    """By another path object, or decoded once more."""
+    path = tmp_path / "a.png"
+    IMAGE["image"].save(path)
+    wanted = example([turn("Where?", "Here.", IMAGE), turn("Why?", "So.")])
+    for source in (lambda: Path(str(path)), lambda: Image.open(path).convert("RGB")):
+        parts = [{"type": "image", "image": source()} for _ in range(2)]
+        found = example([turn("Where?", "Here.", parts[0]), turn("Why?", "So.", parts[1])])
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[field], wanted[field]) for field in wanted)
 
 
 def test_of_prompt_and_completion_the_second_is_learnt():
