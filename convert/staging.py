@@ -16,7 +16,7 @@ from typing import NamedTuple
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None
 
 from .errors import OutputError
 

@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,17 @@ def test_a_checkpoint_that_torch_wrote_itself(tmp_path, section, tensors, tokeni
     save(state, checkpoint_id=tmp_path / "native" / "model_and_optim", no_dist=True)
     assert b"pathlib" in (tmp_path / "native" / "model_and_optim" / ".metadata").read_bytes()
     convert_checkpoint(tmp_path / "native", tmp_path / "out", several(tokenizer))
+    assert contents_of_weights(tmp_path / "out") == contents_of_weights(converted)
+
+
+def test_an_empty_piece_where_another_one_begins(tmp_path, section, tensors, tokenizer, converted):
+    def add_empty_pieces(metadata):
+        for entry in metadata.state_dict_metadata.values():
+            for chunk in list(entry.chunks):
+                entry.chunks.insert(0, replace(chunk, sizes=torch.Size((0, *chunk.sizes[1:]))))
+
+    folder = write_sharded(tmp_path / "native", section, tensors, ShardLayout(3, 1, edit=add_empty_pieces))
+    convert_checkpoint(folder, tmp_path / "out", several(tokenizer))
     assert contents_of_weights(tmp_path / "out") == contents_of_weights(converted)
 
 
