@@ -49,7 +49,8 @@ def _behind_kept_cache(options: dict[str, Any], input_ids: Tensor, past_key_valu
     is_forgotten = options.get("is_first_iteration") and options.get("next_sequence_length", 0) is None
     if not is_forgotten or _num_places(options) != input_ids.shape[1]:
         return options
-    return {**options, "next_sequence_length": input_ids.shape[1] - int(cached_length(past_key_values))}
+    num_new = input_ids.shape[1] - int(cached_length(past_key_values))
+    return {**options, "next_sequence_length": num_new} if num_new > 0 else options
 
 
 class Molmo2GenerationMixin(GenerationMixin):

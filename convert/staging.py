@@ -180,6 +180,8 @@ class Staging:
             self.folder.rename(self.output)
         except OSError:
             with suppress(OSError):
+                self._restore_retired()
+            with suppress(OSError):
                 self._save_state()  # for `--resume`: all shards are finished
             raise
         flush(self.output.parent)

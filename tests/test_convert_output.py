@@ -559,18 +559,24 @@ def test_two_conversions_to_one_place(tmp_path, checkpoint, tokenizer, converted
 
 
 def test_a_failure_at_the_very_end_can_be_resumed(tmp_path, checkpoint, tokenizer, converted, monkeypatch):
+    """What was to be replaced is still there."""
     rename = Path.rename
 
     def refuse(path, target):
-        raise OSError(errno.EBUSY, "Device or resource busy", str(path))
+        if path.name == ".out.partial":
+            raise OSError(errno.EBUSY, "Device or resource busy", str(path))
+        return rename(path, target)
 
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old.txt").write_text("old")
     monkeypatch.setattr(Path, "rename", refuse)
     with pytest.raises(OutputError, match=r"Device or resource busy.*finished file\(s\) wait in"):
-        convert_checkpoint(checkpoint, tmp_path / "out", several(tokenizer))
+        convert_checkpoint(checkpoint, tmp_path / "out", several(tokenizer), overwrite=True)
     monkeypatch.setattr(Path, "rename", rename)
+    assert contents(tmp_path / "out") == {"old.txt": b"old"}
     times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / ".out.partial").glob("*.safetensors")}
     assert len(times) > 1
-    convert_checkpoint(checkpoint, tmp_path / "out", several(tokenizer), resume=True)
+    convert_checkpoint(checkpoint, tmp_path / "out", several(tokenizer), resume=True, overwrite=True)
     assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in times} == times
     assert contents(tmp_path / "out") == contents(converted)
 
