@@ -72,7 +72,9 @@ def build_training_example(
     **options: Any,
 ) -> dict[str, Tensor]:
     """A conversation, or a tree of them, as one row; see `TrainingTools.build_training_example`."""
-    conversations = [messages_of(own) for own in messages] if is_batch(messages) else [messages_of(messages)]
+    conversations = [
+        _without_null_styles(messages_of(own)) for own in (messages if is_batch(messages) else [messages])
+    ]
     media = find_media(conversations[0])
     conversations = [conversations[0], *(_about(own, conversations[0], media) for own in conversations[1:])]
     for own in conversations:
@@ -91,6 +93,19 @@ def build_training_example(
     ]
     tensors = {name: torch.as_tensor(value) for name, value in pictures.items()}
     return {**_row_tensors(rows, visual), **tensors}
+
+
+def _without_null_styles(messages: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Data sets fill keys that a part lacks with null, and the template, as the original's, would write "None: "."""
+
+    def cleaned(part: Any) -> Any:
+        is_null = isinstance(part, Mapping) and "style" in part and part["style"] is None
+        return {key: value for key, value in part.items() if key != "style"} if is_null else part
+
+    return [
+        {**message, "content": [cleaned(part) for part in _parts(message)]} if _parts(message) else message
+        for message in messages
+    ]
 
 
 def _pictures(processor: Any, media: ConversationMedia, options: dict[str, Any]) -> dict[str, Any]:

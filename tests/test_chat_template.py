@@ -89,7 +89,6 @@ def test_demo_styles_are_not_written(style):
         ([text("Why?", style="vqa2")], "vqa2: Why?"),
         ([text("Why?", style="Demo")], "Demo: Why?"),  # names are compared exactly
         ([text("a", style="vqa2"), text("b", style="demo"), text("c", style="tally_qa")], "vqa2: a b tally_qa: c"),
-        ([text("a", style=None), text("b", style="vqa2")], "a vqa2: b"),  # data sets fill up with null
         ([text("", style="vqa2"), text("b")], "vqa2:  b"),  # a style is written even before an empty text
     ],
 )

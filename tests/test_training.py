@@ -132,7 +132,7 @@ def test_the_end_is_cut_off():
         ),
         ([TREES["image"][0], turn("b", "c", CLIP)], {}, r"about 1 image\(s\) and 0 video\(s\), another one about 0"),
         (
-            [TREES["image"][0], turn("b", "c", {"type": "image", "image": picture()})],
+            [TREES["image"][0], turn("b", "c", {"type": "image", "image": picture(90, 130, 1)})],
             {},
             "or about others. All branches of a tree are about the same",
         ),
@@ -361,6 +361,17 @@ def test_videos_in_columns_of_their_own():
     for column, value in (("videos", ["clip.mp4"]), ("video", "clip.mp4")):
         first, _ = messages_of_row({"messages": turn("What?", "That."), column: value})
         assert first["content"][0] == {"type": "video", "video": "clip.mp4"}
+
+
+def test_a_null_style_is_none():
+    def styled(**style):
+        texts = ({"type": "text", "text": text, **style} for text in ("What is this?", "A boat."))
+        return [{"role": role, "content": [text]} for role, text in zip(("user", "assistant"), texts)]
+
+    found, expected = example(styled(style=None)), example(styled())
+    assert all(torch.equal(found[field], expected[field]) for field in expected)
+    assert learnt(found) == "A boat.<|im_end|>"
+    assert learnt(example(styled(style="vqa2"))) == "vqa2: A boat.<|im_end|>"
 
 
 @pytest.mark.parametrize("column", ["video", "videos"])
