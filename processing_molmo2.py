@@ -69,7 +69,7 @@ from .training_molmo2 import build_training_example  # noqa: F401
 from .training_tools_molmo2 import TrainingTools
 from .video_decoding_molmo2 import open_video  # noqa: F401
 from .video_drawing_molmo2 import annotate_video  # noqa: F401
-from .video_loading_molmo2 import list_videos
+from .video_loading_molmo2 import PICTURE_SUFFIXES, list_videos
 from .video_processing_molmo2 import Molmo2VideoProcessor, Molmo2VideosKwargs, clips_per_video
 from .video_readers_molmo2 import VideoReader  # noqa: F401
 from .video_timeline_molmo2 import VideoTimeline  # noqa: F401
@@ -111,7 +111,7 @@ class Molmo2ProcessorKwargs(ProcessingKwargs, total=False):
 
 
 SPACE = re.compile(r"\s")
-PICTURE_SUFFIXES = {".avif", ".bmp", ".gif", ".heic", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+IMAGE_SUFFIXES = (*PICTURE_SUFFIXES, ".avif", ".gif", ".heic")  # a GIF among videos is a clip, not a frame
 # Options of tokenizers that have no place in rows with pictures.
 UNUSED_TEXT_OPTIONS = {"text_pair", "text_target", "text_pair_target", "stride", "is_split_into_words"} | {
     f"return_{name}" for name in ("overflowing_tokens", "special_tokens_mask", "offsets_mapping", "length")
@@ -683,7 +683,7 @@ def _is_reference(text: str) -> bool:
     if text.startswith(("http://", "https://", "file://", "data:")):
         return True
     try:
-        return Path(text).is_file() or (not SPACE.search(text) and Path(text).suffix.lower() in PICTURE_SUFFIXES)
+        return Path(text).is_file() or (not SPACE.search(text) and Path(text).suffix.lower() in IMAGE_SUFFIXES)
     except (OSError, ValueError):  # too long for a path, or with characters that none has
         return False
 

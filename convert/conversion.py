@@ -87,8 +87,9 @@ class ConversionPlan:
         """Changes whenever the shards would."""
         tensors = self.source.tensors.values()
         files = {piece.path for tensor in tensors for piece in tensor.pieces}
-        stats = sorted((str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
-        pieces = sorted((t.name, t.dtype, [(str(p.path.resolve()), p.start) for p in t.pieces]) for t in tensors)
+        names = {path: str(path.resolve()) for path in files}
+        stats = sorted((names[path], path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+        pieces = sorted((t.name, t.dtype, [(names[p.path], p.start) for p in t.pieces]) for t in tensors)
         digest = hashlib.sha256(json.dumps([stats, pieces]).encode())
         for shard in self.shards:
             digest.update(shard.file_name.encode() + shard.header)

@@ -262,7 +262,7 @@ def _announced(entry: Any, places: dict[tuple[int, ...], tuple]) -> tuple[tuple[
     dtype = properties.dtype if isinstance(properties, PropertiesEntry) else None
     if dtype not in MODEL_DTYPES:
         raise _Problem(f"of dtype {dtype}; expected float32 or bfloat16")
-    chunks, places, empty = [], dict(places), []
+    chunks, places, empty = [], dict(places), set()
     listed = entry.field("chunks")
     if not isinstance(listed, list) or not all(isinstance(chunk, ChunkEntry) for chunk in listed):
         raise _Problem("without a list of its pieces")
@@ -273,7 +273,7 @@ def _announced(entry: Any, places: dict[tuple[int, ...], tuple]) -> tuple[tuple[
                 f"a piece of {sizes} at {offsets} in {size}; only pieces cut along dimension 0 are supported"
             )
         if 0 in sizes:
-            empty.append(offsets)  # a rank that holds nothing, maybe at the row where the next one begins
+            empty.add(offsets)  # a rank that holds nothing, maybe at the row where the next one begins
             continue
         if offsets not in places:
             raise _Problem(f"the piece at row {offsets[0] if offsets else 0} is in no file")

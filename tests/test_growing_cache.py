@@ -130,7 +130,7 @@ def test_other_kinds_of_tensors_are_joined():
     assert keys.shape == values.shape == (1, HEADS, 5, HEAD_DIM)
 
 
-def longer(layer):
+def scaled(layer):
     layer.keys, layer.values = layer.keys * 1.5, layer.values.clone()
 
 
@@ -142,7 +142,7 @@ def other_values(layer):
     layer.values = layer.values * 1.5
 
 
-@pytest.mark.parametrize("edit", [longer, expanded, other_values])
+@pytest.mark.parametrize("edit", [scaled, expanded, other_values])
 @torch.no_grad()
 def test_states_that_somebody_exchanged(edit):
     """Keys or values may be replaced by others of the same shape, wherever these lie."""
