@@ -261,8 +261,22 @@ def test_profiles_name_what_takes_the_time(tmp_path, capsys):
     output = tmp_path / "profiles.md"
     assert profile.main(["photo-8", "--quick", "--cache", str(tmp_path), "--output", str(output)]) == 0
     line = output.read_text(encoding="utf-8").splitlines()[-1]
-    assert re.fullmatch(r"\| photo-8 \| [\d.]+ \w+ \| (\d+% `[\w.]+` \([\d,]+\)(, )?)+ \|", line)
+    assert re.fullmatch(r"\| photo-8 \| [\d.]+ \w+ \| (\d+% `[^`|]+` \([\d,]+\)(, )?)+ \|", line)
     assert line in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "place, name",
+    [
+        (("~", 0, "<built-in method torch._C._nn.linear>"), "`linear`"),
+        (("~", 0, "<method 'gather' of 'torch._C.TensorBase' objects>"), "`gather`"),
+        (("/a/pixels_molmo2.py", 12, "rows"), "`pixels_molmo2.rows`"),
+        (("/a/pixels_molmo2.py", 12, "<dictcomp>"), "`pixels_molmo2.<dictcomp>`"),  # a frame of its own before 3.12
+        (("<string>", 2, "<lambda>"), "`<string>.<lambda>`"),
+    ],
+)
+def test_names_in_profiles(place, name):
+    assert profile.name_of(place) == name
 
 
 def test_profiles_share_the_time_among_functions():
