@@ -38,7 +38,7 @@ def clip() -> Clip:
     """A red ring crosses a blue square; a green triangle leaves. 2.4 seconds of 112 x 112 pixels."""
     movers = (
         Mover(Thing("blue", "square", 0.75, 0.35, 0.12), -0.2, 0.0),
-        Mover(Thing("red", "ring", 0.2, 0.25, 0.13), 0.24, 0.08),
+        Mover(Thing("red", "ring", 0.2, 0.3, 0.13), 0.22, 0.12),
         Mover(Thing("green", "triangle", 0.3, 0.75, 0.12), 0.36, 0.02),
     )
     ground = make_clip(np.random.default_rng([BUNDLE_SEED, 1])).ground
