@@ -20,7 +20,7 @@ SAMPLES = (
     Sample("Count", (DATA / "world_picture.png",), "How many red circles are there?"),
     Sample(
         "Point in several pictures",
-        (DATA / "world_picture.png", DATA / "world_picture_2.png"),
+        (DATA / "world_pair_1.png", DATA / "world_pair_2.png"),
         "Point to the blue squares.",
     ),
     Sample("Track in a clip", (DATA / "world_clip.mp4",), "Track the red ring."),

@@ -1,8 +1,8 @@
 """Teaches the miniature a shape that it has never seen: python examples/finetune_lora.py [MODEL] [--minutes 8]
 
-The world has stars, but no picture, question or answer of the miniature's training shows or names one. Adapters (LoRA)
-on all linear layers learn to point to them, to count and to name them, from pictures drawn as it goes; half of the
-pictures are as ever, so that the rest is kept. Scores are on fresh seeds, before and after.
+The world has diamonds, but no picture, question or answer of the miniature's training shows or names one. Adapters
+(LoRA) on all linear layers learn to point to them, to count and to name them, from pictures drawn as it goes; a third
+of these are as ever, so that the rest is kept. Scores are on fresh seeds, before and after.
 
 MODEL is a converted folder or a native checkpoint; by default the miniature that comes with the repository.
 """
@@ -31,10 +31,9 @@ sys.path.insert(0, str(EXAMPLES))
 
 from miniature import native, questions  # noqa: E402
 from miniature.evaluate import Example, answers, judge, load  # noqa: E402
-from miniature.world import COLOURS, HELD_OUT_SHAPE, Picture, choose_kinds, make_picture  # noqa: E402
+from miniature.world import COLOURS, HELD_OUT_SHAPES, Picture, choose_kinds, make_picture  # noqa: E402
 
 TRAINING_SEED, FRESH_SEED = 7000, 8000  # used by nothing else
-NEW = (None, HELD_OUT_SHAPE)
 
 
 @dataclass(frozen=True)
@@ -42,12 +41,14 @@ class Plan:
     """The run.
 
     Attributes:
+        shape: One of `HELD_OUT_SHAPES`.
         minutes: Of training; its learning rate falls to zero by then.
         rank: Of the adapters.
         trees: Pictures of a step, with up to `branches` questions each.
         old: Share of pictures without the new shape.
     """
 
+    shape: str = "diamond"
     minutes: float = 8.0
     rank: int = 32
     rate: float = 2e-3
@@ -56,11 +57,11 @@ class Plan:
     old: float = 0.3
 
 
-def picture_with_stars(rng: np.random.Generator, most: int = 5) -> Picture:
-    """Up to seven things, of which one to `most` are stars."""
+def picture_with(shape: str, rng: np.random.Generator, most: int = 5) -> Picture:
+    """Up to seven things, of which one to `most` have the new shape."""
     kinds = choose_kinds(rng, int(rng.integers(1, 5)))
-    stars = [(list(COLOURS)[rng.integers(len(COLOURS))], HELD_OUT_SHAPE) for _ in range(rng.integers(1, most + 1))]
-    mixed = [*stars, *kinds][:7]
+    new = [(list(COLOURS)[rng.integers(len(COLOURS))], shape) for _ in range(rng.integers(1, most + 1))]
+    mixed = [*new, *kinds][:7]
     return make_picture(rng, kinds=[mixed[place] for place in rng.permutation(len(mixed))])
 
 
@@ -73,21 +74,21 @@ def places(picture: Picture, target: tuple) -> list[questions.Place]:
     ]
 
 
-def about_stars(rng: np.random.Generator, picture: Picture) -> list[questions.Question]:
-    """Point to the stars, to those of a colour; count them; name one that is alone in its colour."""
-    colours = list(COLOURS)
-    target = (colours[rng.integers(len(colours))], HELD_OUT_SHAPE)
+def about(shape: str, rng: np.random.Generator, picture: Picture) -> list[questions.Question]:
+    """Point to all of that shape, to those of a colour; count them; name one that is alone in its colour."""
+    colours, new = list(COLOURS), (None, shape)
+    target = (colours[rng.integers(len(colours))], shape)
     asked = [
-        questions.point(NEW, places(picture, NEW), plural=True),
-        questions.count(NEW, places(picture, NEW)),
+        questions.point(new, places(picture, new), plural=True),
+        questions.count(new, places(picture, new)),
         questions.point(target, places(picture, target), plural=bool(rng.random() < 0.5)),
         questions.count(target, places(picture, target)),
-        questions.number_only(NEW, places(picture, NEW)),
+        questions.number_only(new, places(picture, new)),
     ]
     for colour in colours:
         of_colour = [thing for thing in picture.things if thing.colour == colour]
-        if len(of_colour) == 1 and of_colour[0].kind == HELD_OUT_SHAPE:
-            asked.append(questions.Question("what", f"What is the {colour} object?", HELD_OUT_SHAPE, (colour, None)))
+        if len(of_colour) == 1 and of_colour[0].kind == shape:
+            asked.append(questions.Question("what", f"What is the {colour} object?", shape, (colour, None)))
     return asked
 
 
@@ -105,10 +106,11 @@ class Lessons(IterableDataset):
             if rng.random() < self.plan.old:
                 picture = make_picture(rng)
                 asked = questions.ask_pictures(rng, [picture], self.plan.branches)
-                asked += [questions.point(NEW, [], plural=True)] * int(rng.random() < 0.3)  # "There are none."
+                absent = questions.point((None, self.plan.shape), [], plural=True)  # "There are none."
+                asked += [absent] * int(rng.random() < 0.3)
             else:
-                picture = picture_with_stars(rng)
-                asked = about_stars(rng, picture)
+                picture = picture_with(self.plan.shape, rng)
+                asked = about(self.plan.shape, rng, picture)
             chosen = rng.permutation(len(asked))[: self.plan.branches]
             yield {"messages": [conversation(asked[place]) for place in chosen], "images": [picture.pixels]}
 
@@ -130,14 +132,14 @@ class Clock(TrainerCallback):
         control.should_training_stop = passed >= 1
 
 
-def scores(model: Any, processor: Any, number: int) -> dict[str, float]:
+def scores(model: Any, processor: Any, number: int, shape: str = Plan.shape) -> dict[str, float]:
     """Scores on fresh pictures: of the new shape, and of the old ones (`old: ...`)."""
     new, old = [], []
     for index in range(number):
         rng = np.random.default_rng([FRESH_SEED, index])
-        picture = picture_with_stars(rng)
+        picture = picture_with(shape, rng)
         parts = ({"type": "image", "image": picture.pixels},)
-        asked = about_stars(rng, picture)
+        asked = about(shape, rng, picture)
         kept = [*asked[:2], *(question for question in asked if question.task == "what")]
         new += [Example(question, parts) for question in kept]
         picture = make_picture(rng)
@@ -202,15 +204,16 @@ def table(before: dict[str, float], after: dict[str, float]) -> str:
 def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, nargs="?", default=native.CHECKPOINT, help="converted or native")
-    parser.add_argument("--output", type=Path, default=Path("star_adapters"), help="folder of the adapters")
+    parser.add_argument("--output", type=Path, default=Path("adapters"), help="their folder")
+    parser.add_argument("--shape", default=Plan.shape, choices=HELD_OUT_SHAPES)
     parser.add_argument("--minutes", type=float, default=Plan.minutes)
-    parser.add_argument("--number", type=int, default=60, help="fresh pictures with stars, and as many without")
+    parser.add_argument("--number", type=int, default=60, help="fresh pictures with the shape, and as many without")
     given = parser.parse_args(arguments)
     torch.manual_seed(0)
     model, processor = load(given.model)
-    before = scores(model, processor, given.number)
-    adapted = tune(model, processor, Plan(minutes=given.minutes), given.output)
-    after = scores(adapted, processor, given.number)
+    before = scores(model, processor, given.number, given.shape)
+    adapted = tune(model, processor, Plan(shape=given.shape, minutes=given.minutes), given.output)
+    after = scores(adapted, processor, given.number, given.shape)
     adapted.save_pretrained(given.output)
     processor.save_pretrained(given.output)
     print(table(before, after))

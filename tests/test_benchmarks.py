@@ -266,7 +266,7 @@ def test_profiles_name_what_takes_the_time(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "place, name",
+    ("place", "name"),
     [
         (("~", 0, "<built-in method torch._C._nn.linear>"), "`linear`"),
         (("~", 0, "<method 'gather' of 'torch._C.TensorBase' objects>"), "`gather`"),

@@ -1,6 +1,7 @@
 """The trained miniature answers truly: on seeds that training never saw, and alike however it is run."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 for place in (REPOSITORY, REPOSITORY / "examples"):
     sys.path.insert(0, str(place))
 
-from miniature import native  # noqa: E402
+from miniature import bundle, native  # noqa: E402
 from miniature.evaluate import FRESH_SEED, LOW_IS_GOOD, TARGETS, answers, examples, judge, score  # noqa: E402
 
 MANY = 300  # questions about single pictures; sets and clips come on top
@@ -86,6 +87,23 @@ def test_batches_change_no_answer(folder, processor, asked, usual):
     model = load(folder)
     assert answers(model, processor, asked[::3], batch_size=1) == usual[::3]
     assert answers(model, processor, asked, batch_size=5) == usual
+
+
+def test_the_bundled_pair_is_answered_as_it_was_drawn(folder, processor):
+    model, data = load(folder), REPOSITORY / "examples" / "data"
+    pictures = [data / "world_pair_1.png", data / "world_pair_2.png"]
+    for colour, kind in (("blue", "square"), ("red", "circle")):
+        shown = [
+            (index, thing)
+            for index, picture in enumerate(bundle.pair())
+            for thing in picture.things
+            if (thing.colour, thing.kind) == (colour, kind)
+        ]
+        points = processor.ask(model, f"Point to the {colour} {kind}s.", images=pictures).grounding.points
+        assert len(points) == len(shown) == {"square": 3, "circle": 2}[kind]
+        for index, thing in shown:
+            gaps = [math.hypot(p.x_norm - thing.x, p.y_norm - thing.y) for p in points if p.image_index == index]
+            assert min(gaps) < 0.03
 
 
 def test_asking_one_by_one_changes_no_answer(folder, processor, asked, usual):

@@ -18,7 +18,7 @@ from miniature.dense_heads import look_loss  # noqa: E402
 from miniature.evaluate import Example, examples, judge, sampled_times  # noqa: E402
 from miniature.questions import NO_TRACKS, NONE, Place, Question, ask_clip, ask_pictures, noun, track  # noqa: E402
 from miniature.questions import point as pointing  # noqa: E402
-from miniature.world import CLIP_FPS, HELD_OUT_SHAPE, Thing, make_clip, make_picture  # noqa: E402
+from miniature.world import CLIP_FPS, HELD_OUT_SHAPES, Thing, make_clip, make_picture  # noqa: E402
 from molmo2_remote.grounding_molmo2 import parse_grounding  # noqa: E402
 
 
@@ -92,12 +92,13 @@ def test_an_identity_stays_with_its_object_in_tracks():
     assert tracked > 5
 
 
-def test_the_held_out_shape_is_never_seen_or_asked_for():
+@pytest.mark.parametrize("shape", HELD_OUT_SHAPES)
+def test_a_held_out_shape_is_never_seen_or_asked_for(shape):
     seen = [thing for pictures, _ in pictures_and_questions(60) for picture in pictures for thing in picture.things]
-    assert not [thing for thing in seen if thing.kind == HELD_OUT_SHAPE]
+    assert not [thing for thing in seen if thing.kind == shape]
     texts = [f"{q.text} {q.answer}" for _, questions in pictures_and_questions(60) for q in questions]
-    assert not [text for text in texts if HELD_OUT_SHAPE in text]
-    assert noun(("red", HELD_OUT_SHAPE), True) == "red stars"
+    assert not [text for text in texts if shape in text]
+    assert noun(("red", shape), True) == f"red {shape}s"
 
 
 def test_clips_leave_the_frame_and_cross():

@@ -17,8 +17,9 @@ peft = pytest.importorskip("peft")
 
 import finetune_lora  # noqa: E402
 
-from miniature import native, world  # noqa: E402
+from miniature import native  # noqa: E402
 from miniature.tokenizer import build  # noqa: E402
+from miniature.world import HELD_OUT_SHAPES  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -27,35 +28,38 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "text", ["star", " star", " stars", "What is the red object?", "How many purple stars are there?"]
+    ("text", "tokens"),
+    [("star", 1), (" stars", 1), ("How many purple stars are there?", 7), ("diamond", 7), (" diamonds", 9)],
 )
-def test_the_tokenizer_can_write_the_shape(text):
+def test_the_tokenizer_can_write_the_shapes(text, tokens):
+    """A star is a word of its own, a diamond is spelled in bytes."""
     tokenizer = build()
     ids = tokenizer.encode(text).ids
     assert tokenizer.decode(ids) == text
-    assert len(ids) == len(text.replace("?", " ?").split())
+    assert len(ids) == tokens
 
 
-def test_questions_about_stars(folder):
+@pytest.mark.parametrize("shape", HELD_OUT_SHAPES)
+def test_questions_about_the_shape(folder, shape):
     _, processor = finetune_lora.load(folder)
     seen = set()
     for number in range(30):
-        picture = finetune_lora.picture_with_stars(np.random.default_rng([1, number]))
-        stars = [thing for thing in picture.things if thing.kind == world.HELD_OUT_SHAPE]
-        for question in finetune_lora.about_stars(np.random.default_rng([2, number]), picture):
+        picture = finetune_lora.picture_with(shape, np.random.default_rng([1, number]))
+        shown = [thing for thing in picture.things if thing.kind == shape]
+        for question in finetune_lora.about(shape, np.random.default_rng([2, number]), picture):
             seen.add(question.task)
             grounding = processor.post_process_grounding(question.answer)
-            wanted = [star for star in stars if question.target[0] in (None, star.colour)]
+            wanted = [thing for thing in shown if question.target[0] in (None, thing.colour)]
             if question.task in ("point", "count"):
                 assert len(grounding) == len(wanted)
                 assert grounding.none == (not wanted)
                 for point in grounding:
                     assert min(np.hypot(point.x_norm - own.x, point.y_norm - own.y) for own in wanted) < 0.002
             elif question.task == "what":
-                assert question.answer == "star"
-                assert [thing.kind for thing in picture.things if thing.colour == question.target[0]] == ["star"]
+                assert question.answer == shape
+                assert [thing.kind for thing in picture.things if thing.colour == question.target[0]] == [shape]
             else:
-                assert question.answer == str(len(stars))
+                assert question.answer == str(len(shown))
     assert seen == {"point", "count", "number", "what"}
 
 

@@ -21,7 +21,10 @@ PICTURE_KINDS = (
     ("red", "circle"),
     ("yellow", "letter A"),
 )
-OTHER_KINDS = (("blue", "square"), ("yellow", "triangle"), ("blue", "square"), ("red", "circle"))
+PAIR_KINDS = (
+    (("blue", "square"), ("green", "ring"), ("red", "circle")),
+    (("blue", "square"), ("yellow", "triangle"), ("blue", "square"), ("red", "circle")),
+)
 
 
 def picture() -> Picture:
@@ -29,9 +32,12 @@ def picture() -> Picture:
     return make_picture(np.random.default_rng([BUNDLE_SEED, 0]), tiled=1.0, kinds=PICTURE_KINDS)
 
 
-def other_picture() -> Picture:
-    """Two blue squares, a yellow triangle and a red circle, to be asked about together with `picture`."""
-    return make_picture(np.random.default_rng([BUNDLE_SEED, 2]), tiled=0.0, kinds=OTHER_KINDS)
+def pair() -> tuple[Picture, ...]:
+    """One and two blue squares, and a red circle each: like most sets, of small pictures with few things."""
+    return tuple(
+        make_picture(np.random.default_rng([BUNDLE_SEED, seed]), tiled=0.0, kinds=kinds)
+        for seed, kinds in zip((3, 2), PAIR_KINDS)
+    )
 
 
 def clip() -> Clip:
@@ -60,7 +66,8 @@ def write_clip(moving: Clip, target: Path) -> None:
 def main() -> None:
     folder = Path(sys.argv[1])
     Image.fromarray(picture().pixels).save(folder / "world_picture.png", optimize=True)
-    Image.fromarray(other_picture().pixels).save(folder / "world_picture_2.png", optimize=True)
+    for number, other in enumerate(pair(), 1):
+        Image.fromarray(other.pixels).save(folder / f"world_pair_{number}.png", optimize=True)
     write_clip(clip(), folder / "world_clip.mp4")
 
 

@@ -262,10 +262,8 @@ def ask_clip(
 
 
 def vocabulary_texts() -> list[str]:
-    """Every word, label and phrase that questions and answers are made of, the held-out shape's included."""
-    from .world import HELD_OUT_SHAPE
-
-    targets = [(colour, kind) for colour in (None, *COLOURS) for kind in (None, HELD_OUT_SHAPE, *KINDS)]
+    """Every word, label and phrase that questions and answers are made of, stars included; diamonds need bytes."""
+    targets = [(colour, kind) for colour in (None, *COLOURS) for kind in (None, "star", *KINDS)]
     nouns = [noun(target, plural) for target in targets for plural in (False, True)]
     phrases = [
         "Where is the circle?",

@@ -26,7 +26,7 @@ COLOURS = {
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 LETTERS, DIGITS = ("A", "E", "H", "K", "S", "T"), ("2", "4", "7")
 KINDS = (*SHAPES, *(f"letter {name}" for name in LETTERS), *(f"digit {name}" for name in DIGITS))
-HELD_OUT_SHAPE = "star"  # drawn on request only: no training picture, question or answer has it
+HELD_OUT_SHAPES = ("star", "diamond")  # drawn on request only: no training picture, question or answer has them
 CLIP_FPS = 10
 MAX_THINGS = 7
 
@@ -37,7 +37,7 @@ class Thing:
 
     Attributes:
         colour: A key of `COLOURS`.
-        kind: One of `KINDS`, or the held-out shape.
+        kind: One of `KINDS`, or a held-out shape.
         x, y: Centre, as fractions of width and height.
         radius: As a fraction of the geometric mean of the sides.
     """
@@ -144,8 +144,10 @@ def _draw_thing(canvas: ImageDraw.ImageDraw, thing: Thing, width: int, height: i
         thick = 0.3 * radius
         canvas.rectangle((x - radius, y - thick, x + radius, y + thick), fill=colour)
         canvas.rectangle((x - thick, y - radius, x + thick, y + radius), fill=colour)
-    elif thing.kind == HELD_OUT_SHAPE:
+    elif thing.kind == "star":
         canvas.polygon(_corners(x, y, [1.2 * radius, 0.5 * radius] * 5, -90), fill=colour)
+    elif thing.kind == "diamond":
+        canvas.polygon(_corners(x, y, [1.15 * radius, 0.8 * radius] * 2, -90), fill=colour)
     else:
         font, text = _font(max(10, round(2.5 * radius))), thing.kind[-1]
         canvas.text((x, y), text, fill=colour, font=font, anchor="mm", stroke_width=max(1, round(radius / 10)))
@@ -194,7 +196,7 @@ def _place(
     scale = (height * width) ** 0.5
     things: list[Thing] = []
     for colour, kind in kinds:
-        smallest = radii[0] if kind in SHAPES or kind == HELD_OUT_SHAPE else radii[0] + 0.015
+        smallest = radii[0] if kind in SHAPES or kind in HELD_OUT_SHAPES else radii[0] + 0.015
         radius = rng.uniform(smallest, radii[1])
         for _ in range(20):
             across, down = 1.1 * radius * scale / width, 1.1 * radius * scale / height
