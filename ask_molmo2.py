@@ -12,13 +12,14 @@ Everything here goes through public methods of the model and the processor; plai
 import copy
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from .grounding_molmo2 import Grounding, GroundingStream, MediaInfo, Point
 
@@ -59,7 +60,7 @@ class Answer:
         text: The answer without special tokens.
         grounding: Points, tracks and counts in it, in pixels and source frames of the question's pictures.
         parsed: What the `Prompt` made of it; equal to `grounding` for a question in plain text.
-        truncated: It ended because of `max_new_tokens`.
+        truncated: It ended because there were no more tokens to be had: `max_new_tokens`, `max_length`.
     """
 
     text: str
@@ -104,7 +105,8 @@ def ask(
         images, videos: A picture or a list of them, in any form that the processor takes; for a batch one such entry
             (or None) for each question.
         processor_kwargs: Options of the processor: num_frames, max_crops, clip, ...
-        generate_options: Options of `generate`; `max_new_tokens` is 512 unless given.
+        generate_options: Options of `generate`. `max_new_tokens` is 512 unless a length is given, by an option, a
+            `generation_config` among them, or that of the model.
     Returns:
         An `Answer`, of a batch a list of them.
     Raises:
@@ -112,6 +114,8 @@ def ask(
     """
     batched = isinstance(question, (list, tuple))
     questions = list(question) if batched else [question]
+    if not questions:
+        return []
     conversations = [
         _conversation(text, own_images, own_videos)
         for text, own_images, own_videos in zip(
@@ -138,7 +142,8 @@ def ask_stream(
 ) -> Iterator[AnswerPiece]:
     """`ask` for one question, piece by piece; the last piece has the whole answer.
 
-    An error of the model is raised from here, after the pieces that came before it.
+    An error of the model is raised from here, after the pieces that came before it. Whoever leaves early (`break`,
+    `close`) stops the model too.
     """
     started = time.perf_counter()
     conversation = _conversation(question, _listed(images), _listed(videos))
@@ -204,10 +209,11 @@ class MediaSession:
     def chat_stream(self, question: Any, **generate_options: Any) -> Iterator[AnswerPiece]:
         """`chat`, piece by piece; an answer that is not read to its end is not part of the conversation."""
         run, inputs, options = self._question(question, self._turns, self._chat, generate_options)
-        for piece in run.stream(self.model, inputs, options):
-            if piece.answer is not None:
-                self._remember(question, piece.answer, run.sequences, options)
-            yield piece
+        with closing(run.stream(self.model, inputs, options)) as pieces:
+            for piece in pieces:
+                if piece.answer is not None:
+                    self._remember(question, piece.answer, run.sequences, options)
+                yield piece
 
     def _remember(self, question: Any, answer: Answer, sequences: Tensor, options: dict[str, Any]) -> None:
         """The conversation goes on behind this answer. sequences: (rows, S), prompts with their answers."""
@@ -218,7 +224,7 @@ class MediaSession:
         self._turns = [*self._turns, *turns]
 
     def _num_beams(self, options: dict[str, Any]) -> int:
-        return options.get("num_beams") or getattr(self.model.generation_config, "num_beams", 1) or 1
+        return _setting(self.model, options, "num_beams") or 1
 
     @staticmethod
     def _runs(inputs: Any) -> list[tuple[Any, list[float]]]:
@@ -246,6 +252,8 @@ class MediaSession:
         self, question: Any, turns: list[dict[str, Any]], known: tuple[Tensor, Any], options: dict[str, Any]
     ) -> tuple["_Run", dict[str, Tensor], dict[str, Any]]:
         """A run, its inputs and options; the cache holds what the prompt has in common with `known`."""
+        if _setting(self.model, options, "use_cache") is False:
+            raise ValueError("A session reads pictures from its cache, but `use_cache` is False. Use `ask` for that.")
         started = time.perf_counter()
         conversation = _conversation(turns[0]["content"] if turns else str(question), self._images, self._videos)
         conversation += [*turns[1:], {"role": "user", "content": str(question)}] if turns else []
@@ -270,16 +278,36 @@ class MediaSession:
 # --- one call of generate --------------------------------------------------------------------------------------------
 
 
-class _FirstToken(StoppingCriteria):
-    """Never stops anything, but knows when the first new token was there."""
+class _Watch(StoppingCriteria):
+    """Knows when the first new token was there, and stops once nobody wants more."""
 
-    def __init__(self) -> None:
-        self.time: float | None = None
+    def __init__(self, unwanted: Event) -> None:
+        self.first_token: float | None = None
+        self._unwanted = unwanted
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        if self.time is None:
-            self.time = time.perf_counter()
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        if self.first_token is None:
+            self.first_token = time.perf_counter()
+        return torch.full((len(input_ids),), self._unwanted.is_set(), device=input_ids.device)
+
+
+def _setting(model: Any, options: dict[str, Any], name: str) -> Any:
+    """What `generate` goes by: an option, a `generation_config` among them, or that of the model."""
+    settings = [options.get("generation_config"), model.generation_config]
+    values = [options.get(name), *(getattr(config, name, None) for config in settings)]
+    return next((value for value in values if value is not None), None)
+
+
+def _most_new_tokens(model: Any, options: dict[str, Any], prompt_length: int) -> int | None:
+    """Of an answer, as `generate` goes by it; None where nobody says."""
+    most = _setting(model, options, "max_new_tokens")
+    if most is not None:
+        return int(most)
+    unsaid = (None, GenerationConfig().max_length)  # 20 up to 4.57, which nobody asks for
+    configs = [config for config in (options.get("generation_config"), model.generation_config) if config is not None]
+    lengths = [length for config in configs if (length := getattr(config, "max_length", None)) not in unsaid]
+    length = next(iter(lengths), None) if options.get("max_length") is None else options["max_length"]
+    return None if length is None else int(length) - prompt_length
 
 
 @dataclass
@@ -292,25 +320,34 @@ class _Run:
     preparing: float
     num_cached_tokens: int = 0
     sequences: Any = None  # once generated
+    unwanted: Event = field(default_factory=Event)  # set by whoever leaves before the end
     _times: list[float] = field(default_factory=list)
     _end_ids: set[int] = field(default_factory=set)
 
     def generate(self, model: Any, inputs: Any, options: dict[str, Any]) -> tuple[Tensor, int, int]:
         """Prompts with their answers, (rows, S), the length of the prompts and the most tokens of an answer."""
-        if options.get("num_return_sequences", 1) != 1:
-            raise ValueError("`ask` gives one answer per question. For several, call `generate` yourself.")
-        options = {"max_new_tokens": MAX_NEW_TOKENS, **options}
-        first = _FirstToken()
-        criteria = StoppingCriteriaList([*(options.pop("stopping_criteria", None) or []), first])
-        ends = options.get("eos_token_id", model.generation_config.eos_token_id)
+        number = _setting(model, options, "num_return_sequences") or 1
+        if number != 1:
+            raise ValueError(
+                f"`ask` gives one answer per question, but `num_return_sequences` is {number}. For several, call "
+                "`generate` yourself."
+            )
+        prompt_length = inputs["input_ids"].shape[1]
+        options = dict(options)
+        most = _most_new_tokens(model, options, prompt_length)
+        if most is None:
+            most = options["max_new_tokens"] = MAX_NEW_TOKENS
+        watch = _Watch(self.unwanted)
+        criteria = StoppingCriteriaList([*(options.pop("stopping_criteria", None) or []), watch])
+        ends = _setting(model, options, "eos_token_id")
         self._end_ids = {self.processor.tokenizer.eos_token_id, *(ends if isinstance(ends, (list, tuple)) else [ends])}
         self._times.append(time.perf_counter())
         with torch.inference_mode():
             sequences = model.generate(**inputs, **options, stopping_criteria=criteria)
         self.sequences = sequences = getattr(sequences, "sequences", sequences)
         end = time.perf_counter()
-        self._times += [end if first.time is None else first.time, end]
-        return sequences, inputs["input_ids"].shape[1], options["max_new_tokens"]
+        self._times += [end if watch.first_token is None else watch.first_token, end]
+        return sequences, prompt_length, most
 
     def answer(self, row: int, attention_mask: Tensor, output: tuple[Tensor, int, int]) -> Answer:
         """The answer of one row."""
@@ -346,15 +383,22 @@ class _Run:
                 results.append(error)
                 streamer.end()
 
-        thread = Thread(target=generate, daemon=True)
+        thread = Thread(target=generate, name="molmo2-answer", daemon=True)
         thread.start()
         reader, num_points = GroundingStream(self.media[0]), 0
-        for text in streamer:
-            if text:
-                points = reader.feed(text)
-                num_points += len(points)
-                yield AnswerPiece(text, tuple(points))
-        thread.join()
+        begun, blanks = False, ""  # which an answer neither begins nor ends with: they wait for what follows them
+        try:
+            for piece in streamer:
+                waiting = blanks + piece if begun else piece.lstrip()
+                text = waiting.rstrip()
+                blanks = waiting[len(text) :]
+                if text:
+                    begun, points = True, reader.feed(text)
+                    num_points += len(points)
+                    yield AnswerPiece(text, tuple(points))
+        finally:
+            self.unwanted.set()
+            thread.join()
         (result,) = results
         if isinstance(result, BaseException):
             raise result

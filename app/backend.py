@@ -7,7 +7,6 @@
 Whatever goes wrong with what a user gives is a `UserError`, whose text is for them to read.
 """
 
-import mimetypes
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +18,9 @@ import torch
 from PIL import Image
 
 FILES = {"json": "points.json", "csv": "points.csv", "coco": "points_coco.json", "mot": "tracks_mot.txt"}
+# Told by name, as tables of media types differ between systems; GIFs count as pictures.
+CLIPS = {".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts"}
+CLIPS |= {".webm", ".wmv"}
 SHEET_COLUMNS = 3
 SHEET_CELL = 180  # pixels; frames are kept no wider than this
 
@@ -196,8 +198,8 @@ class Conversation:
 
 
 def is_clip(path: Path) -> bool:
-    """Told from the suffix; GIFs count as pictures."""
-    return (mimetypes.guess_type(path.name)[0] or "").startswith("video/")
+    """Whether the file is shown as a clip, told from its suffix."""
+    return path.suffix.lower() in CLIPS
 
 
 def readable(grounding: Any) -> str:

@@ -230,5 +230,6 @@ def test_answers_as_people_read_them(answer, expected):
 
 def test_clips_are_told_from_pictures():
     assert is_clip(CLIP)
+    assert is_clip(REPOSITORY / "phone.M4V")
     assert not is_clip(REPOSITORY / "animation.gif")
     assert not is_clip(REPOSITORY / "no_suffix")

@@ -1,12 +1,16 @@
 """`ask`: one call from a question to an answer, and sessions that read their pictures once."""
 
+import copy
+import threading
+
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from checkpoints import build_model, picture
 from model_inputs import clip, processor
 from molmo2_remote.ask_molmo2 import AnswerPiece, MediaSession, ask, ask_stream
-from scripted_model import ScriptedModel
+from scripted_model import DictatedModel, ScriptedModel
 
 CUPS = 'Counting the <points coords="1 1 250 500 2 750 500">cups</points> shows a total of 2.'
 BOATS = '<points coords="1 1 100 200\t2 2 300 400">boats</points>'
@@ -69,6 +73,10 @@ def test_one_batch_for_several_questions(scripted):
     assert answers[2].timings.num_prompt_tokens < answers[0].timings.num_prompt_tokens
 
 
+def test_an_empty_batch(scripted):
+    assert ask(scripted, processor(), []) == []
+
+
 @torch.no_grad()
 def test_same_answer_as_by_hand(model):
     answer = ask(model, processor(), "What is it?", images=[picture()], max_new_tokens=8, do_sample=False)
@@ -105,6 +113,50 @@ def test_a_truncated_answer_keeps_what_is_complete(scripted):
     assert answer.truncated
     assert answer.grounding.truncated
     assert [point.id for point in answer.grounding] == [1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({"max_new_tokens": 3}, 3),
+        ({"max_length": 4}, 4),
+        ({"max_new_tokens": None, "max_length": 4}, 4),
+        ({"generation_config": GenerationConfig(max_new_tokens=5)}, 5),
+        ({}, 6),
+    ],
+    ids=["option", "length", "length alone", "configuration", "model"],
+)
+def test_whoever_limits_the_length(model, monkeypatch, options, found):
+    """Counted from the prompt; what the model's own configuration says holds where nobody else says anything."""
+    monkeypatch.setattr(model, "generation_config", copy.deepcopy(model.generation_config))
+    monkeypatch.setattr(model.generation_config, "max_new_tokens", None if "max_length" in options else 6)
+    dictated = DictatedModel(model, processor(), lambda prompt: "word " * 30)
+    prompt = ask(dictated, processor(), "Hello", max_new_tokens=1).timings.num_prompt_tokens
+    options = {name: prompt + value if name == "max_length" else value for name, value in options.items()}
+    answer = ask(dictated, processor(), "Hello", **options)
+    assert (answer.timings.num_new_tokens, answer.truncated) == (found, True)
+
+
+@torch.no_grad()
+def test_leaving_a_stream_stops_the_model(model):
+    steps = []
+    dictated = DictatedModel(model, processor(), lambda prompt: "word " * 400, steps.append)
+    session = MediaSession(dictated, processor(), images=[picture()])
+    for pieces in (ask_stream(dictated, processor(), "Tell a story."), session.chat_stream("Tell a story.")):
+        next(pieces)
+        pieces.close()
+        assert 0 < len(steps) < 400
+        assert not [thread for thread in threading.enumerate() if thread.name == "molmo2-answer"]
+        steps.clear()
+
+
+def test_pieces_are_the_answer_without_blanks_around_it(model):
+    dictated = DictatedModel(model, processor(), lambda prompt: f" \n {BOATS}  and \n more \n ")
+    *pieces, last = ask_stream(dictated, processor(), "Hello", images=[picture(10, 10), picture(10, 10)])
+    assert last.answer.text == f"{BOATS}  and \n more" == "".join(piece.text for piece in pieces)
+    points = [point for piece in (*pieces, last) for point in piece.points]
+    assert [point.span for point in points] == [point.span for point in last.answer.grounding]
 
 
 def test_an_error_of_the_model_reaches_the_reader_of_the_stream(scripted):
@@ -187,9 +239,14 @@ def test_a_conversation_in_pieces_is_the_same(model, encodings):
 
 
 @torch.no_grad()
-def test_beams_in_a_session(model):
+@pytest.mark.parametrize("configured", [False, True])
+def test_beams_in_a_session(model, configured):
     session = MediaSession(model, processor(), images=[picture()])
-    answer = session.ask("What is it?", max_new_tokens=5, do_sample=False, num_beams=2)
+    options = {"max_new_tokens": 5, "do_sample": False, "num_beams": 2}
+    if configured:
+        ends = model.generation_config.eos_token_id
+        options = {"generation_config": GenerationConfig(**options, eos_token_id=ends)}
+    answer = session.ask("What is it?", **options)
     expected = by_hand(model, "What is it?", [picture()], max_new_tokens=5, num_beams=2)
     assert answer.text == decoded(expected)
 
@@ -207,3 +264,20 @@ def test_a_batch_needs_pictures_for_each_question(scripted):
         ask(scripted, processor(), ["a", "b"], images=[None, None, None])
     with pytest.raises(ValueError, match="one answer per question"):
         ask(scripted, processor(), "Hello", num_return_sequences=2)
+
+
+@pytest.mark.parametrize("whose", ["options", "model"])
+def test_one_answer_per_question_by_any_configuration(model, monkeypatch, whose):
+    several = GenerationConfig(num_return_sequences=2, do_sample=True)
+    if whose == "model":
+        monkeypatch.setattr(model, "generation_config", several)
+    options = {"generation_config": several} if whose == "options" else {}
+    with pytest.raises(ValueError, match="one answer per question, but `num_return_sequences` is 2"):
+        ask(model, processor(), ["a", "b"], **options)
+
+
+@torch.no_grad()
+def test_a_session_needs_its_cache(model):
+    session = MediaSession(model, processor(), images=[picture()])
+    with pytest.raises(ValueError, match="reads pictures from its cache"):
+        session.ask("What is it?", use_cache=False)
