@@ -70,6 +70,8 @@ class _RopeSettings:
 
     def __init__(self, config: Any):
         self.rope_parameters = dict(config.rope_parameters)
+        if self.rope_parameters["rope_type"] == "yarn":  # as 4.57 has it; later ones want it said
+            self.rope_parameters.setdefault("original_max_position_embeddings", config.max_position_embeddings)
         self.rope_scaling = config.rope_scaling
         self.rope_theta = config.rope_theta
         self.head_dim = config.head_dim

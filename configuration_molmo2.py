@@ -57,6 +57,15 @@ class Molmo2BaseConfig(PretrainedConfig):
             if alias in kwargs:
                 setattr(self, name, kwargs.pop(alias))
 
+    def _settable(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Without keys that are computed from others: no key that is not known may keep a file from loading."""
+        computed = {name for name in kwargs if isinstance(getattr(type(self), name, None), property)}
+        return {
+            name: value
+            for name, value in kwargs.items()
+            if name not in computed or getattr(type(self), name).fset is not None
+        }
+
     def _refuse(self, found: str, expected: str) -> None:
         raise ValueError(f"{type(self).__name__}: {found}; {expected}.")
 
@@ -163,7 +172,7 @@ class Molmo2VitConfig(Molmo2BaseConfig):
         self._require_heads()
         self._require_activation()
         self._require_patch_grid()
-        super().__init__(**kwargs)
+        super().__init__(**self._settable(kwargs))
 
     def _require_patch_grid(self) -> None:
         size, patch = self.image_default_input_size, self.image_patch_size
@@ -246,7 +255,7 @@ class Molmo2AdapterConfig(Molmo2BaseConfig):
         self._require_positive("intermediate_size", "text_hidden_size")
         self._require_heads()
         self._require_activation()
-        super().__init__(**kwargs)
+        super().__init__(**self._settable(kwargs))
 
 
 class Molmo2TextConfig(Molmo2BaseConfig):
@@ -327,7 +336,7 @@ class Molmo2TextConfig(Molmo2BaseConfig):
         self._take_aliases(kwargs)
         self._require_valid()
         kwargs.pop("tie_word_embeddings", None)  # said once, at the top level
-        super().__init__(tie_word_embeddings=False, **kwargs)
+        super().__init__(tie_word_embeddings=False, **self._settable(kwargs))
 
     @staticmethod
     def _merge_rope(
@@ -492,11 +501,7 @@ class Molmo2Config(Molmo2BaseConfig):
         self._require_consistent(tie_word_embeddings)
         if kwargs.get("attn_implementation") is None:  # older releases pass None for "not chosen"
             kwargs["attn_implementation"] = self._attn_implementation_of_parts(given)
-        readable_only = [name for name in kwargs if isinstance(getattr(type(self), name, None), property)]
-        for name in readable_only:
-            if getattr(type(self), name).fset is None:
-                kwargs.pop(name)
-        super().__init__(tie_word_embeddings=False, **kwargs)
+        super().__init__(tie_word_embeddings=False, **self._settable(kwargs))
         self.tie_word_embeddings = False
 
     @staticmethod

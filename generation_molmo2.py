@@ -78,16 +78,16 @@ class Molmo2GenerationMixin(GenerationMixin):
             token_type_ids = mm_token_type_ids
         is_prefill = past_key_values is None or bool(cached_length(past_key_values) == 0)
         if is_prefill:
-            if token_type_ids is None:
-                embeds = inputs_embeds if input_ids.shape[1] == 0 or inputs_embeds is not None else None
-                token_type_ids = self.model.is_visual(None if embeds is not None else input_ids, embeds)
-            kwargs["token_type_ids"] = token_type_ids
+            read = {"input_ids": input_ids if inputs_embeds is None else None, "inputs_embeds": inputs_embeds}
+            kwargs["token_type_ids"] = self.model.marked_as_visual(token_type_ids, **read)
         elif inputs_embeds is None:
             kwargs = _behind_kept_cache(kwargs, input_ids, past_key_values)
         model_inputs = super().prepare_inputs_for_generation(
             input_ids, *args, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
         )
         if is_prefill:
+            read = {name: model_inputs.get(name) for name in ("input_ids", "inputs_embeds")}
+            model_inputs["token_type_ids"] = self.model.marked_as_visual(kwargs["token_type_ids"], **read)
             model_inputs.update({name: value for name, value in pictures.items() if value is not None})
         return model_inputs
 

@@ -34,6 +34,15 @@ def predicted_labels(labels: Tensor, packed: PackedRows | None = None) -> Tensor
     return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
+def share_of_labels(learnt: Tensor, labels: Tensor) -> Tensor:
+    """Part of the labels that are learnt: of (B, S) `labels` those that (B, S) `learnt` has too, first tokens aside.
+
+    A trainer counts labels before the model sees them, ids without logits among them.
+    """
+    counted, kept = ((entries[:, 1:] != IGNORED).sum() for entries in (labels, learnt))
+    return torch.where(kept > 0, kept / counted.clamp(min=1), 1.0)  # nothing learnt is no loss, whatever divides it
+
+
 def weighted_loss(
     logits: Tensor, targets: Tensor, weights: Tensor, num_items_in_batch: Tensor | float | None = None
 ) -> Tensor:

@@ -26,7 +26,7 @@ from .finetuning_molmo2 import Molmo2FineTuningMixin, nothing_from, trains_in_co
 from .generation_molmo2 import Molmo2GenerationMixin
 from .growing_cache_molmo2 import let_grow  # noqa: F401
 from .linear_molmo2 import Linear
-from .loss_molmo2 import IGNORED, predicted_labels, weighted_loss
+from .loss_molmo2 import IGNORED, predicted_labels, share_of_labels, weighted_loss
 from .masking_molmo2 import require_empty_cache, starts_sequence
 from .media_layout_molmo2 import MediaTables  # noqa: F401
 from .packing_molmo2 import packed_rows, require_packed_layout
@@ -124,8 +124,8 @@ class Molmo2Model(Molmo2PreTrainedModel, Molmo2PictureMixin):
             pixel_values_videos .. video_grids: See `get_video_features`.
             image_features, video_features: (T, D), what these two return, instead of pixels and pooling indices:
                 pictures that were encoded before. The grids are still needed where both kinds come together.
-            token_type_ids: (B, S), nonzero on visual tokens; found by id when missing. `mm_token_type_ids` is the
-                name other processors use for it.
+            token_type_ids: (B, S), nonzero on visual tokens; found by id when missing or of another width, and no
+                token counts whose id says otherwise. `mm_token_type_ids` is the name other processors use for it.
             example_ids: (B, S), one value for all tokens of a packed example; examples do not see each other, and
                 positions restart. Their pictures follow one another, row by row.
             branch_ids: (B, S), 0 for the prefix that all branches of an example share, 1, 2, ... for branches, which
@@ -142,11 +142,10 @@ class Molmo2Model(Molmo2PreTrainedModel, Molmo2PictureMixin):
             )
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids.clamp(min=0))
-        is_visual = token_type_ids if token_type_ids is not None else mm_token_type_ids
-        if not starts_sequence(inputs_embeds.shape[1], past_key_values):
-            is_visual = None
-        elif is_visual is None:
-            is_visual = self.is_visual(input_ids, inputs_embeds)
+        is_visual = None
+        if starts_sequence(inputs_embeds.shape[1], past_key_values):
+            marks = token_type_ids if token_type_ids is not None else mm_token_type_ids
+            is_visual = self.marked_as_visual(marks, input_ids, inputs_embeds)
         pictures = {
             "pixel_values": pixel_values,
             "image_token_pooling": image_token_pooling,
@@ -167,7 +166,6 @@ class Molmo2Model(Molmo2PreTrainedModel, Molmo2PictureMixin):
         elif trains_in_company(self.vision_backbone):
             inputs_embeds = inputs_embeds + nothing_from(self.vision_backbone).to(inputs_embeds)
         if is_visual is not None:
-            is_visual = is_visual.bool()
             is_visual = is_visual if bool(is_visual.any()) else None
         packed = packed_rows(attention_mask, example_ids, branch_ids, inputs_embeds.shape[:2])
         if packed is not None:
@@ -285,8 +283,8 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
 
         Args:
             labels: (B, S) ids to predict, shifted inside; -100 is ignored, and so are ids past `vocab_size` (visual
-                tokens), for which there are no logits. First tokens of packed examples are not predicted; first
-                tokens of branches must be -100.
+                tokens), for which there are no logits; where `num_items_in_batch` counted them, it shrinks by their
+                share. First tokens of packed examples are not predicted; first tokens of branches must be -100.
             loss_weights: (B, S) weights of the labels at the same places; the loss is `sum(weight * cross entropy)`
                 over their sum, or over `num_items_in_batch` where that is given (the sum over an accumulated step).
             logits_to_keep: Last so many positions only (0: all), or a tensor of positions.
@@ -330,7 +328,10 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
                     "`logits_to_keep` at 0 when passing labels."
                 )
             vocab_size = self.config.text_config.vocab_size
-            labels = labels.masked_fill(labels >= vocab_size, IGNORED)
+            learnt = labels.masked_fill(labels >= vocab_size, IGNORED)
+            if kwargs.get("num_items_in_batch") is not None and loss_weights is None:
+                kwargs["num_items_in_batch"] = kwargs["num_items_in_batch"] * share_of_labels(learnt, labels)
+            labels = learnt
             packed = packed_rows(attention_mask, example_ids, branch_ids, labels.shape)
             if packed is not None or loss_weights is not None:
                 kwargs["shift_labels"] = predicted_labels(labels, packed)

@@ -69,6 +69,17 @@ class Molmo2PictureMixin:
         ids = self._special_ids(input_ids, inputs_embeds)
         return torch.isin(ids, torch.tensor(self.visual_ids, device=ids.device))
 
+    def marked_as_visual(self, marks: Tensor | None, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """(B, S) bool: visual tokens, as far as `marks`, (B, S) of the same tokens, have them.
+
+        `generate` lengthens, shortens or shifts what it carries along (guessed tokens get the type of the last one),
+        so marks of another width say nothing, and ids are believed before them; embeddings may not be those of ids.
+        """
+        fits = marks is not None and marks.shape == (inputs_embeds if input_ids is None else input_ids).shape[:2]
+        if not fits:
+            return self.is_visual(input_ids, inputs_embeds)
+        return marks.bool() if input_ids is None else marks.bool() & self.is_visual(input_ids)
+
     def token_groups(
         self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None, example_ids: Tensor | None = None
     ) -> list[list[TokenGroup]]:

@@ -616,7 +616,7 @@ class Molmo2Processor(GroundingTools, TrainingTools, ProcessorMixin):
         parts = []
         for name, part_class in (("image_processor", Molmo2ImageProcessor), ("video_processor", Molmo2VideoProcessor)):
             if isinstance(processor_dict.get(name), dict):
-                parts.append(part_class.from_dict(dict(processor_dict[name])))
+                parts.append(part_class.from_dict(dict(processor_dict[name]), **kwargs))
             else:
                 parts.append(part_class.from_pretrained(pretrained_model_name_or_path, **kwargs))
         return [*parts, tokenizer]

@@ -181,8 +181,11 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.wte = value
 
-    def _require_room(self, prompt_length: int) -> None:
+    def _require_room(self, prompt_length: int, attention_mask=None) -> None:
+        """Positions are counted over real tokens: a padded prompt may be longer than the limit."""
         limit = self.config.max_position_embeddings
+        if prompt_length > limit and isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+            prompt_length = int((attention_mask != 0).sum(-1).max())
         if prompt_length > limit:
             raise ValueError(
                 f"The prompt has {prompt_length} tokens, {prompt_length - limit} more than the model's "
@@ -212,7 +215,7 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
         if packed_rows is not None:
             self._require_room(int(position_ids.max()) + 1)
         elif isinstance(past_length, int) and past_length == 0:
-            self._require_room(query_length)
+            self._require_room(query_length, attention_mask)
         if cache_position is None:
             cache_position = torch.arange(query_length, device=inputs_embeds.device) + past_length
         implementation = attention_implementation(self.config, wants_weights, not tables.is_empty())

@@ -423,6 +423,14 @@ def test_unknown_keys_are_kept_and_break_nothing(tmp_path):
     assert stated_values(read_json(tmp_path / "saved" / "config.json")) == stated_values(content)
 
 
+def test_keys_that_are_computed_from_others_break_nothing():
+    content = published_config("qwen3")
+    content["vit_config"]["image_num_patch"] = [3, 3]
+    for part in (content, *(content[name] for name in PARTS)):
+        part["use_return_dict"] = True
+    assert model_settings(Molmo2Config.from_dict(content)) == model_settings(tiny_config("qwen3"))
+
+
 @pytest.mark.parametrize("part", [None, *PARTS])
 def test_the_attention_that_a_file_names_for_a_part_is_kept(part):
     content = published_config("qwen3")

@@ -4,6 +4,7 @@ import copy
 import itertools
 import threading
 
+import numpy as np
 import pytest
 import torch
 from transformers import DynamicCache, TextIteratorStreamer
@@ -121,6 +122,37 @@ def test_caches_and_shortcuts_change_nothing(model, name, shortcut):
     }[shortcut]
     # Some releases let an assisted answer run a token over the limit.
     assert torch.equal(answer(model, inputs, **options)[:, :NEW_TOKENS], greedy)
+
+
+@pytest.mark.parametrize("shortcut", ["none", "prompt lookup", "assisted"])
+def test_guesses_behind_a_picture_are_no_visual_tokens(qwen3, shortcut):
+    """Where a prompt ends with a picture, `generate` gives what it guesses or has written the type of that picture."""
+    options = {
+        "none": {"use_cache": False},
+        "prompt lookup": {"prompt_lookup_num_tokens": 5},
+        "assisted": {"assistant_model": qwen3},
+    }[shortcut]
+    for seed in range(4):
+        noise = np.random.default_rng(seed).integers(0, 256, (4, 60, 70, 3), dtype=np.uint8)
+        video = {"text": "<|video|>", "videos": [noise], "video_metadata": [{"fps": 2.0}]}
+        for prompt in (video, {"text": "a<|image|>", "images": [noise[0]]}):
+            inputs = dict(processor()(**prompt, return_tensors="pt"))
+            greedy = answer(qwen3, inputs, max_new_tokens=16)
+            assert torch.equal(answer(qwen3, inputs, max_new_tokens=16, **options)[:, :16], greedy), seed
+
+
+@torch.no_grad()
+def test_token_types_that_do_not_fit_say_nothing(qwen3):
+    inputs = batch("image")
+    expected, types = qwen3(**inputs).logits, inputs["token_type_ids"]
+    for wrong in (types[:, :5], types[:, :0], torch.ones_like(types)):
+        assert torch.equal(qwen3(**{**inputs, "token_type_ids": wrong}).logits, expected)
+    causal = qwen3(**{**inputs, "token_type_ids": torch.zeros_like(types)}).logits
+    assert not torch.allclose(causal, expected, atol=1e-4)
+    embeds = qwen3.get_input_embeddings()(inputs.pop("input_ids"))
+    for given in (types, types[:, :0], None):
+        found = qwen3(**{**inputs, "token_type_ids": given}, inputs_embeds=embeds).logits
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -209,6 +209,19 @@ def test_loss_by_hand(model):
     torch.testing.assert_close(outputs.loss, -picked.mean())
 
 
+def test_labels_without_logits_count_for_no_trainer(qwen3):
+    """A trainer counts the labels it sees; those of visual tokens are not learnt and must not thin out the others."""
+    inputs = batch("image")
+    labels = inputs["input_ids"]
+    with torch.no_grad():
+        expected = qwen3(**inputs, labels=labels).loss
+        for counted in ((labels[:, 1:] != -100).sum(), int((labels[:, 1:] != -100).sum())):
+            found = qwen3(**inputs, labels=labels, num_items_in_batch=counted).loss
+            torch.testing.assert_close(found, expected)
+        visual = labels.masked_fill(labels < qwen3.config.text_config.vocab_size, -100)
+        assert qwen3(**inputs, labels=visual, num_items_in_batch=torch.tensor(7)).loss == 0
+
+
 def test_labels_need_all_logits(qwen3):
     inputs = batch("text")
     with pytest.raises(ValueError, match="leave `logits_to_keep` at 0 when passing labels"):
@@ -425,3 +438,15 @@ def test_a_prompt_that_is_too_long_says_what_to_lower():
     message = rf"The prompt has {length} tokens, {length - 30} more than .* = 30. Lower `num_frames` .* or `max_crops`"
     with pytest.raises(ValueError, match=message):
         model(**inputs)
+
+
+@torch.no_grad()
+def test_padding_takes_no_room():
+    model = build_model("qwen3")
+    inputs = batch("image")
+    expected = model(**inputs).logits
+    length = inputs["input_ids"].shape[1]
+    model.model.transformer.config.max_position_embeddings = length
+    padded = batch("image", padding="max_length", max_length=length + 20)
+    found = model(**padded).logits[padded["attention_mask"].bool()]
+    torch.testing.assert_close(found, expected[0], atol=1e-5, rtol=0)

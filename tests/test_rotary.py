@@ -60,6 +60,15 @@ def test_yarn_as_in_the_release_the_models_were_published_with():
     assert rotary.scaling_factor == YARN_FACTOR
 
 
+def test_yarn_without_an_original_length_takes_that_of_the_model():
+    said, unsaid = yarn_config(None), yarn_config(None)
+    said.max_position_embeddings = unsaid.max_position_embeddings = 128
+    unsaid.rope_scaling = {"rope_type": "yarn", "factor": 8.0, "attention_factor": YARN_FACTOR}
+    for config in (said, unsaid):
+        rotary = Molmo2RotaryEmbedding(config)
+        assert rotary.scaled_inv_freq.tolist() == pytest.approx(YARN_FREQUENCIES, rel=1e-6)
+
+
 def test_listed_layers_are_scaled_and_the_rest_plain():
     config = yarn_config([0, 2])
     scaled = Molmo2RotaryEmbedding(yarn_config(None))(POSITIONS, torch.float32)[0]

@@ -324,6 +324,8 @@ def test_nested_processor_file_can_be_read(checkpoint, tmp_path):
     processor = load_processor(folder)
 
     assert_equal_inputs(processor, load_processor(checkpoint("olmo3")))
+    chosen = AutoProcessor.from_pretrained(folder, trust_remote_code=True, max_crops=2, num_frames=7)
+    assert (chosen.image_processor.max_crops, chosen.video_processor.num_frames) == (2, 7)
     processor.save_pretrained(tmp_path / "saved")
     assert read_json(tmp_path / "saved" / "preprocessor_config.json")["max_crops"] == 4
     assert "image_processor" not in read_json(tmp_path / "saved" / "processor_config.json")
