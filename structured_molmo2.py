@@ -6,9 +6,9 @@ says so. Of a list that was cut off, the entry that was being written is left ou
 
 import importlib
 import json
-import math
 import re
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ NAME_NAMES = ("name", "label", "object")
 MAX_CHARACTERS = 200_000  # no answer is longer; what comes after is not read
 MARK = re.compile(r'[{}\[\],]|\\.|"|```', re.DOTALL)
 MAX_DEPTH = 64  # brackets in brackets; deeper ones are damage
+TOO_DEEP = f"brackets are nested more than {MAX_DEPTH} deep"
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def parse_seconds(value: Any) -> float | None:
     if isinstance(value, bool) or value is None:
         return None
     if isinstance(value, (int, float)):
-        return float(value) if math.isfinite(value) and value >= 0 else None
+        return float(value) if 0 <= value <= sys.float_info.max else None  # whole numbers may be beyond any float
     if not isinstance(value, str):
         return None
     text = value.strip()
@@ -205,12 +206,12 @@ def _bracketed(text: str, start: int) -> _Document:
 
 def _read(document: _Document) -> _Content:
     try:
-        return _Content(json.loads(document.text, strict=False), False, False)
+        return _checked(_Content(json.loads(document.text, strict=False), False, False))
     except (ValueError, RecursionError):
         pass
     text = document.text if document.open_entry is None else document.open_entry
     if _depth(text) > MAX_DEPTH:
-        return _Content(None, document.truncated, True, (f"brackets are nested more than {MAX_DEPTH} deep",))
+        return _Content(None, document.truncated, True, (TOO_DEEP,))
     try:
         repair = importlib.import_module("json_repair")
     except ImportError:
@@ -220,7 +221,20 @@ def _read(document: _Document) -> _Content:
         value = repair.loads(text)
     except Exception as error:  # whatever a repair stumbles over is damage, not a fault of the caller
         return _Content(None, document.truncated, True, (f"the JSON could not be repaired ({type(error).__name__})",))
-    return _Content(value, document.truncated, True)
+    return _checked(_Content(value, document.truncated, True))
+
+
+def _checked(content: _Content) -> _Content:
+    """The content, or none if it is nested so deep that it could not be walked through."""
+    level = [content.value]
+    for _ in range(MAX_DEPTH):
+        level = [part for value in level for part in _parts(value)]
+    is_deep = any(isinstance(value, (Mapping, list)) for value in level)
+    return _Content(None, content.truncated, content.repaired, (TOO_DEEP,)) if is_deep else content
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
 
 
 def _depth(text: str) -> int:

@@ -55,6 +55,8 @@ READ_EVENTS = (
         (None, None),
         (float("nan"), None),
         ([1], None),
+        pytest.param(10**400, None, id="beyond any float"),
+        (float("inf"), None),
     ],
 )
 def test_times(text, seconds):
@@ -184,6 +186,24 @@ FRAGMENTS = st.sampled_from(
 @given(st.one_of(st.text(max_size=200), st.lists(FRAGMENTS, max_size=60).map("".join)))
 def test_no_text_makes_it_raise(answer):
     assert parse_structured(answer).raw == answer
+
+
+def test_a_number_beyond_any_float_is_no_time():
+    result = parse_structured('{"events": [{"start": 1' + "0" * 400 + ', "end": 2}]}')
+    assert result.events == (Event(None, 2.0, ""),)
+    assert result.problems == ("event 1 lacks a start that is a time",)
+
+
+@pytest.mark.parametrize("depth", [60, 70, 500, 990, 5000])
+@pytest.mark.parametrize(
+    "answer",
+    ['{{"summary": {lists}}}', '{{"events": [{lists}]}}', '{{"scene": {objects}}}', '{{"a": "]]" 7 "b": {lists}}}'],
+)
+def test_deep_nesting_is_named(answer, depth):
+    said = answer.format(lists="[" * depth + "]" * depth, objects='{"a": ' * depth + "1" + "}" * depth)
+    result = parse_structured(said)
+    assert result.raw == said
+    assert any(problem.endswith("nested more than 64 deep") for problem in result.problems) == (depth > 64)
 
 
 @pytest.mark.parametrize("answer", ["Sure [1]: {}", "As in [1], [2, 3]:\n{}", "Times in [s]. {} See [4]."])
