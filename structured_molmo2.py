@@ -1,7 +1,8 @@
 """Structured answers: one JSON object, fenced or bare, with events in `mm:ss`, read without ever failing.
 
 What a model writes is repaired where it is damaged or cut off (json-repair, `pip install json-repair`); the result
-says so. Of a list that was cut off, the entry that was being written is left out: it may lack anything.
+says so. Times without quotes (`"start": 0:05`) are read without it. Of a list that was cut off, the entry that was
+being written is left out, with all that it holds: it may lack anything.
 """
 
 import importlib
@@ -24,6 +25,12 @@ DESCRIPTION_NAMES = ("description", "event", "label", "caption", "name", "text",
 NAME_NAMES = ("name", "label", "object")
 MAX_CHARACTERS = 200_000  # no answer is longer; what comes after is not read
 MARK = re.compile(r'[{}\[\],]|\\.|"|```', re.DOTALL)
+# A value without quotes that begins like a clock. Strings, in either kind of quotes, are passed over as a whole.
+BARE_CLOCK = re.compile(
+    r"""\\.|"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)|[{\[,:]\s*'[^'\\]*(?:\\.[^'\\]*)*(?:'|\\?\Z)"""
+    r"""|(?P<before>[\[,:]\s*)(?P<clock>-?\d+:(?:\d[^,\[\]{}"\\\n]*|\Z))""",
+    re.DOTALL,
+)
 MAX_DEPTH = 64  # brackets in brackets; deeper ones are damage
 TOO_DEEP = f"brackets are nested more than {MAX_DEPTH} deep"
 
@@ -139,7 +146,7 @@ class _Document:
     Attributes:
         text: From its first bracket to its last, or to the end of the answer.
         truncated: Brackets are open at the end.
-        open_entry: The text up to where the innermost list entry that is open at the end begins; None if none is.
+        open_entry: The text up to where the outermost list entry that is open at the end begins; None if none is.
     """
 
     text: str
@@ -201,15 +208,16 @@ def _bracketed(text: str, start: int) -> _Document:
             entries[-1] = place
         elif mark == "```":
             return _Document(text[start:place], True, None)
-    return _Document(text[start:], True, text[start : entries[-1]] if entries else None)
+    return _Document(text[start:], True, text[start : entries[0]] if entries else None)
 
 
 def _read(document: _Document) -> _Content:
-    try:
-        return _checked(_Content(json.loads(document.text, strict=False), False, False))
-    except (ValueError, RecursionError):
-        pass
-    text = document.text if document.open_entry is None else document.open_entry
+    for text in (document.text, _with_quoted_clocks(document.text)):
+        try:
+            return _checked(_Content(json.loads(text, strict=False), False, text != document.text))
+        except (ValueError, RecursionError):
+            pass
+    text = _with_quoted_clocks(document.text if document.open_entry is None else document.open_entry)
     if _depth(text) > MAX_DEPTH:
         return _Content(None, document.truncated, True, (TOO_DEEP,))
     try:
@@ -222,6 +230,11 @@ def _read(document: _Document) -> _Content:
     except Exception as error:  # whatever a repair stumbles over is damage, not a fault of the caller
         return _Content(None, document.truncated, True, (f"the JSON could not be repaired ({type(error).__name__})",))
     return _checked(_Content(value, document.truncated, True))
+
+
+def _with_quoted_clocks(text: str) -> str:
+    """JSON whose bare `0:05` are strings; a reader would take them for the number 0."""
+    return BARE_CLOCK.sub(lambda found: f'{found["before"]}"{found["clock"]}"' if found["clock"] else found[0], text)
 
 
 def _checked(content: _Content) -> _Content:
