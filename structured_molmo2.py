@@ -23,6 +23,8 @@ END_NAMES = ("end", "end_time", "stop", "to")
 RANGE_NAMES = ("timestamp", "timestamps", "time", "interval", "range")
 DESCRIPTION_NAMES = ("description", "event", "label", "caption", "name", "text", "action")
 NAME_NAMES = ("name", "label", "object")
+DETAIL_NAMES = ("description", "details", "attributes")
+WRITING_NAMES = ("text", "content", "value")
 MAX_CHARACTERS = 200_000  # no answer is longer; what comes after is not read
 MARK = re.compile(r'[{}\[\],]|\\.|"|```', re.DOTALL)
 # A value without quotes that begins like a clock. Strings, in either kind of quotes, are passed over as a whole.
@@ -85,7 +87,8 @@ class StructuredAnswer:
 def parse_structured(answer: str) -> StructuredAnswer:
     """Read an answer to `prompts.localize_events` or `prompts.describe_structured`.
 
-    Keys are found whatever their case; a list at the top counts as events, as does a single event. Never raises.
+    Keys are found whatever their case; a list at the top counts as events, as does a single event. An object around
+    the one that is asked for is passed through. Never raises.
     """
     document = _find_json(answer[:MAX_CHARACTERS])
     if document is None:
@@ -93,6 +96,8 @@ def parse_structured(answer: str) -> StructuredAnswer:
     content = _read(document)
     problems = list(content.problems)
     values: Any = content.value
+    if isinstance(values, Mapping):
+        values = _unwrapped(values, problems)
     if isinstance(values, Mapping) and not _sections_in(values) and _is_event(values):
         values = [values]
     if isinstance(values, list):
@@ -105,12 +110,13 @@ def parse_structured(answer: str) -> StructuredAnswer:
             problems=(*problems, "no JSON object was found"),
         )
     sections = _sections_in(values)
+    problems += _unread(values)
     return StructuredAnswer(
         raw=answer,
         summary=_text(sections.get("summary")),
         events=tuple(_events(sections.get("events"), problems)),
-        objects=tuple(_objects(sections.get("objects"))),
-        text=tuple(filter(None, map(_text, _listed(sections.get("text"))))),
+        objects=tuple(_objects(sections.get("objects"), problems)),
+        text=tuple(filter(None, map(_writing, _listed(sections.get("text"))))),
         scene=_scene(sections.get("scene")),
         found=True,
         truncated=content.truncated,
@@ -267,12 +273,41 @@ def _sections_in(values: Mapping[Any, Any]) -> dict[str, Any]:
     }
 
 
+def _unwrapped(values: Mapping[Any, Any], problems: list[str]) -> Mapping[Any, Any]:
+    """The object with sections in it where there are none beside it: that of `{"video": {"summary": ...}}`."""
+    while not _sections_in(values) and not _is_event(values):
+        inner = [(name, value) for name, value in values.items() if isinstance(value, Mapping)]
+        if len(inner) != 1:
+            break
+        problems += _unread(values, inner[0][0])
+        values = inner[0][1]
+    return values
+
+
+def _unread(values: Mapping[Any, Any], wrapper: Any = None) -> list[str]:
+    """A problem for each name that means nothing here but holds something."""
+    known = _sections_in(values)
+    names = [str(name) for name, value in values.items() if name != wrapper and _text(value)]
+    unknown = [name for name in names if name.strip().lower() not in known]
+    return [f"{name[:60]!r} is none of the sections {', '.join(SECTIONS)}" for name in unknown]
+
+
 def _text(value: Any) -> str:
+    """Text as it is, of lists and objects what they hold: "red, blue", "colour: red"."""
     if isinstance(value, str):
         return value.strip()
-    if value is None or isinstance(value, (list, Mapping)):
-        return ", ".join(filter(None, map(_text, _listed(value)))) if isinstance(value, list) else ""
-    return str(value)
+    if isinstance(value, list):
+        return ", ".join(filter(None, map(_text, value)))
+    if isinstance(value, Mapping):
+        parts = ((name, _text(part)) for name, part in value.items())
+        return ", ".join(f"{name}: {part}" for name, part in parts if part)
+    return "" if value is None else str(value)
+
+
+def _writing(entry: Any) -> str:
+    """What is written in the scene: the entry, or the text that it names."""
+    named = _first(entry, WRITING_NAMES) if isinstance(entry, Mapping) else None
+    return _text(entry if named is None else named)
 
 
 def _listed(value: Any) -> list[Any]:
@@ -314,12 +349,16 @@ def _times(entry: Mapping[Any, Any]) -> tuple[float | None, float | None]:
     return start, end
 
 
-def _objects(value: Any) -> Iterator[NamedObject]:
-    for entry in _listed(value):
+def _objects(value: Any, problems: list[str]) -> Iterator[NamedObject]:
+    if isinstance(value, Mapping) and _first(value, NAME_NAMES + DETAIL_NAMES) is None:  # {"door": "red"}
+        value = [{"name": str(name), "description": part} for name, part in value.items()]
+    for number, entry in enumerate(_listed(value), start=1):
         if isinstance(entry, Mapping):
             name = _text(_first(entry, NAME_NAMES))
             if name:
-                yield NamedObject(name, _text(_first(entry, ("description", "details", "attributes"))))
+                yield NamedObject(name, _text(_first(entry, DETAIL_NAMES)))
+            else:
+                problems.append(f"object {number} lacks a name: {_text(entry)[:60]!r}")
         elif _text(entry):
             yield NamedObject(_text(entry))
 

@@ -178,6 +178,38 @@ def test_lists_in_an_entry_that_was_cut_off_do_not_keep_it(answer):
     assert parse_structured(answer).events == (Event(1.0, 2.0, "x"),)
 
 
+@pytest.mark.parametrize(
+    ("answer", "expected", "problems"),
+    [
+        (
+            {"video": {"summary": "A", "events": EVENTS}, "title": "B"},
+            {"summary": "A", "events": READ_EVENTS},
+            ["'title' is none of the sections"],
+        ),
+        ({"answer": {"video": {"text": ["GO"]}}}, {"text": ("GO",)}, []),
+        ({"event": EVENTS[0]}, {"events": READ_EVENTS[:1]}, []),
+        ({"summary": "A", "mood": "dark"}, {"summary": "A"}, ["'mood' is none of the sections"]),
+        ({"timeline": EVENTS}, {}, ["'timeline' is none of the sections"]),
+        ({"summary": {"day": "sunny", "night": ["dark", "cold"]}}, {"summary": "day: sunny, night: dark, cold"}, []),
+        (
+            {"objects": {"dog": "brown", "cat": {"colour": "red"}, "cow": None}},
+            {"objects": (NamedObject("dog", "brown"), NamedObject("cat", "colour: red"), NamedObject("cow"))},
+            [],
+        ),
+        ({"objects": {"name": "dog", "description": "brown"}}, {"objects": (NamedObject("dog", "brown"),)}, []),
+        ({"objects": [{"dog": "brown"}]}, {}, ["object 1 lacks a name: 'dog: brown'"]),
+        ({"text": [{"text": "GO"}, {"content": "STOP"}, "1"]}, {"text": ("GO", "STOP", "1")}, []),
+        ({"text": {"sign": "GO"}}, {"text": ("sign: GO",)}, []),
+    ],
+)
+def test_nothing_is_dropped_without_a_word(answer, expected, problems):
+    said = json.dumps(answer)
+    result = parse_structured(said)
+    assert len(result.problems) == len(problems)
+    assert all(problem.startswith(start) for problem, start in zip(result.problems, problems))
+    assert result == StructuredAnswer(said, found=True, problems=result.problems, **expected)
+
+
 def test_problems_are_named_and_nothing_is_changed():
     entries = [{"start": "00:09", "end": "00:04", "description": "a"}, {"start": "soon", "description": "b"}, "c"]
     result = parse_structured(json.dumps({"events": entries}))
