@@ -8,12 +8,13 @@ Python. The notation is that of the released models: TABs between images and fra
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import index
 from typing import Any
 
 GRID = 1000
 MAX_ID = 10**9 - 1
+SHORTEST_COORDINATE = 100  # coordinates have three digits or more, so no smaller id looks like one
 MAX_SECONDS = 1e8
 NO_POINTS = "There are none."
 NO_TRACKS = "No tracks available."
@@ -39,7 +40,8 @@ def format_points(
         points: Positions (x, y), which are those of a single image; or {key: positions}, where a key is the number of
             an image from 1 (int) or seconds in a video (float); or `Point` objects (also a `Grounding`), which bring
             their own keys and ids. Positions get running ids, image after image and frame after frame, in the order
-            in which they are given.
+            in which they are given. Ids of `Point` objects need not run on: where one would be taken for the number
+            of an image, the key is written once more in front of it.
         label: What is pointed at; None takes that of the `Point` objects, if there are any.
         sizes: Positions are pixels of pictures of these sizes: (width, height), or one of them per image. Without,
             they are shares of width and height, 0..1. `Point` objects know both and need no sizes.
@@ -131,7 +133,24 @@ def _numbered(by_key: Mapping[Any, Iterable[Any]], sizes: Any) -> list[tuple[str
 
 
 def _groups_of(points: Sequence[Any]) -> list[tuple[str, list[Triple]]]:
-    return _merged([(_key(point.key), [_grid_triple(point)]) for point in points])
+    groups = _merged([(_key(point.key), [_grid_triple(point)]) for point in points])
+    return [part for group in groups for part in _unmistakable(*group)]
+
+
+def _unmistakable(key: str, triples: list[Triple]) -> Iterator[tuple[str, list[Triple]]]:
+    r"""A group, begun anew at ids that do not run on and that a reader would take for the number of the next image.
+
+    It would where a TAB may have become a space: in "1 1 100 100 7 002 500 123 300 300" image 7 may follow image 1,
+    with point 2 at 500 123. Written as "1 1 100 100\t1 7 002 500 123 300 300" it is point 7 of image 1.
+    """
+    start = 0
+    for place in range(1, len(triples) - 1):
+        (last, _, _), (number, x, _), (following, _, _) = triples[place - 1 : place + 2]
+        is_like_an_id = x == last + 1 and following >= SHORTEST_COORDINATE
+        if is_like_an_id and number != last + 1 and "." not in key and number > int(key):
+            yield key, triples[start:place]
+            start = place
+    yield key, triples[start:]
 
 
 def _merged(groups: list[tuple[str, list[Triple]]]) -> list[tuple[str, list[Triple]]]:

@@ -619,7 +619,7 @@ class _Scanner:
         self._is_long_word = False
         self._name = None if is_value or is_long else word.lower()
         if is_value and not is_long:
-            self._set(str(name), word, run.start())
+            self._set(str(name), word, self._at(run.start()))
         self._place = run.end()
         return True
 

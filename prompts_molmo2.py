@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .grounding_format_molmo2 import format_points
+from .grounding_format_molmo2 import NO_POINTS, format_points
 from .grounding_molmo2 import parse_grounding
 from .structured_molmo2 import SECTIONS, parse_structured
 
@@ -66,10 +66,18 @@ class Prompts:
             fps: Positions a second; the model gives 2 where nothing is said.
             points: Where the objects are at some time, to name the very ones: points of an earlier answer, or what
                 `grounding_format_molmo2.format_points` takes. They stand in the prompt in the model's own notation.
+        Raises:
+            ValueError: `points` holds none, or `fps` is not positive.
         """
         rate = "" if fps is None else f" at {_rate(fps)} FPS"
         if points is not None:
-            return Prompt(f"Track {format_points(points, _named(what))}{rate or ' at 2 FPS'}", parse_grounding)
+            places = format_points(points, _named(what))
+            if places == NO_POINTS:
+                raise ValueError(
+                    "`points` holds no point, so there is nothing to track. Pass at least one, or leave `points` out "
+                    "to track by name alone."
+                )
+            return Prompt(f"Track {places}{rate or ' at 2 FPS'}", parse_grounding)
         return Prompt(f"Track the {_named(what)}." if not rate else f"Track {_named(what)}{rate}", parse_grounding)
 
     @staticmethod

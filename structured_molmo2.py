@@ -1,14 +1,15 @@
 """Structured answers: one JSON object, fenced or bare, with events in `mm:ss`, read without ever failing.
 
 What a model writes is repaired where it is damaged or cut off (json-repair, `pip install json-repair`); the result
-says so. Of a list that was cut off, the entry that was being written is left out: it may lack anything.
+says so. Times without quotes (`"start": 0:05`) are read without it. Of a list that was cut off, the entry that was
+being written is left out, with all that it holds: it may lack anything.
 """
 
 import importlib
 import json
-import math
 import re
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +23,18 @@ END_NAMES = ("end", "end_time", "stop", "to")
 RANGE_NAMES = ("timestamp", "timestamps", "time", "interval", "range")
 DESCRIPTION_NAMES = ("description", "event", "label", "caption", "name", "text", "action")
 NAME_NAMES = ("name", "label", "object")
+DETAIL_NAMES = ("description", "details", "attributes")
+WRITING_NAMES = ("text", "content", "value")
 MAX_CHARACTERS = 200_000  # no answer is longer; what comes after is not read
 MARK = re.compile(r'[{}\[\],]|\\.|"|```', re.DOTALL)
+# A value without quotes that begins like a clock. Strings, in either kind of quotes, are passed over as a whole.
+BARE_CLOCK = re.compile(
+    r"""\\.|"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)|[{\[,:]\s*'[^'\\]*(?:\\.[^'\\]*)*(?:'|\\?\Z)"""
+    r"""|(?P<before>[\[,:]\s*)(?P<clock>-?\d+:(?:\d[^,\[\]{}"\\\n]*|\Z))""",
+    re.DOTALL,
+)
 MAX_DEPTH = 64  # brackets in brackets; deeper ones are damage
+TOO_DEEP = f"brackets are nested more than {MAX_DEPTH} deep"
 
 
 @dataclass(frozen=True)
@@ -77,7 +87,8 @@ class StructuredAnswer:
 def parse_structured(answer: str) -> StructuredAnswer:
     """Read an answer to `prompts.localize_events` or `prompts.describe_structured`.
 
-    Keys are found whatever their case; a list at the top counts as events, as does a single event. Never raises.
+    Keys are found whatever their case; a list at the top counts as events, as does a single event. An object around
+    the one that is asked for is passed through. Never raises.
     """
     document = _find_json(answer[:MAX_CHARACTERS])
     if document is None:
@@ -85,6 +96,8 @@ def parse_structured(answer: str) -> StructuredAnswer:
     content = _read(document)
     problems = list(content.problems)
     values: Any = content.value
+    if isinstance(values, Mapping):
+        values = _unwrapped(values, problems)
     if isinstance(values, Mapping) and not _sections_in(values) and _is_event(values):
         values = [values]
     if isinstance(values, list):
@@ -97,12 +110,13 @@ def parse_structured(answer: str) -> StructuredAnswer:
             problems=(*problems, "no JSON object was found"),
         )
     sections = _sections_in(values)
+    problems += _unread(values)
     return StructuredAnswer(
         raw=answer,
         summary=_text(sections.get("summary")),
         events=tuple(_events(sections.get("events"), problems)),
-        objects=tuple(_objects(sections.get("objects"))),
-        text=tuple(filter(None, map(_text, _listed(sections.get("text"))))),
+        objects=tuple(_objects(sections.get("objects"), problems)),
+        text=tuple(filter(None, map(_writing, _listed(sections.get("text"))))),
         scene=_scene(sections.get("scene")),
         found=True,
         truncated=content.truncated,
@@ -116,7 +130,7 @@ def parse_seconds(value: Any) -> float | None:
     if isinstance(value, bool) or value is None:
         return None
     if isinstance(value, (int, float)):
-        return float(value) if math.isfinite(value) and value >= 0 else None
+        return float(value) if 0 <= value <= sys.float_info.max else None  # whole numbers may be beyond any float
     if not isinstance(value, str):
         return None
     text = value.strip()
@@ -138,7 +152,7 @@ class _Document:
     Attributes:
         text: From its first bracket to its last, or to the end of the answer.
         truncated: Brackets are open at the end.
-        open_entry: The text up to where the innermost list entry that is open at the end begins; None if none is.
+        open_entry: The text up to where the outermost list entry that is open at the end begins; None if none is.
     """
 
     text: str
@@ -200,17 +214,18 @@ def _bracketed(text: str, start: int) -> _Document:
             entries[-1] = place
         elif mark == "```":
             return _Document(text[start:place], True, None)
-    return _Document(text[start:], True, text[start : entries[-1]] if entries else None)
+    return _Document(text[start:], True, text[start : entries[0]] if entries else None)
 
 
 def _read(document: _Document) -> _Content:
-    try:
-        return _Content(json.loads(document.text, strict=False), False, False)
-    except (ValueError, RecursionError):
-        pass
-    text = document.text if document.open_entry is None else document.open_entry
+    for text in (document.text, _with_quoted_clocks(document.text)):
+        try:
+            return _checked(_Content(json.loads(text, strict=False), False, text != document.text))
+        except (ValueError, RecursionError):
+            pass
+    text = _with_quoted_clocks(document.text if document.open_entry is None else document.open_entry)
     if _depth(text) > MAX_DEPTH:
-        return _Content(None, document.truncated, True, (f"brackets are nested more than {MAX_DEPTH} deep",))
+        return _Content(None, document.truncated, True, (TOO_DEEP,))
     try:
         repair = importlib.import_module("json_repair")
     except ImportError:
@@ -220,7 +235,25 @@ def _read(document: _Document) -> _Content:
         value = repair.loads(text)
     except Exception as error:  # whatever a repair stumbles over is damage, not a fault of the caller
         return _Content(None, document.truncated, True, (f"the JSON could not be repaired ({type(error).__name__})",))
-    return _Content(value, document.truncated, True)
+    return _checked(_Content(value, document.truncated, True))
+
+
+def _with_quoted_clocks(text: str) -> str:
+    """JSON whose bare `0:05` are strings; a reader would take them for the number 0."""
+    return BARE_CLOCK.sub(lambda found: f'{found["before"]}"{found["clock"]}"' if found["clock"] else found[0], text)
+
+
+def _checked(content: _Content) -> _Content:
+    """The content, or none if it is nested so deep that it could not be walked through."""
+    level = [content.value]
+    for _ in range(MAX_DEPTH):
+        level = [part for value in level for part in _parts(value)]
+    is_deep = any(isinstance(value, (Mapping, list)) for value in level)
+    return _Content(None, content.truncated, content.repaired, (TOO_DEEP,)) if is_deep else content
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
 
 
 def _depth(text: str) -> int:
@@ -240,12 +273,41 @@ def _sections_in(values: Mapping[Any, Any]) -> dict[str, Any]:
     }
 
 
+def _unwrapped(values: Mapping[Any, Any], problems: list[str]) -> Mapping[Any, Any]:
+    """The object with sections in it where there are none beside it: that of `{"video": {"summary": ...}}`."""
+    while not _sections_in(values) and not _is_event(values):
+        inner = [(name, value) for name, value in values.items() if isinstance(value, Mapping)]
+        if len(inner) != 1:
+            break
+        problems += _unread(values, inner[0][0])
+        values = inner[0][1]
+    return values
+
+
+def _unread(values: Mapping[Any, Any], wrapper: Any = None) -> list[str]:
+    """A problem for each name that means nothing here but holds something."""
+    known = _sections_in(values)
+    names = [str(name) for name, value in values.items() if name != wrapper and _text(value)]
+    unknown = [name for name in names if name.strip().lower() not in known]
+    return [f"{name[:60]!r} is none of the sections {', '.join(SECTIONS)}" for name in unknown]
+
+
 def _text(value: Any) -> str:
+    """Text as it is, of lists and objects what they hold: "red, blue", "colour: red"."""
     if isinstance(value, str):
         return value.strip()
-    if value is None or isinstance(value, (list, Mapping)):
-        return ", ".join(filter(None, map(_text, _listed(value)))) if isinstance(value, list) else ""
-    return str(value)
+    if isinstance(value, list):
+        return ", ".join(filter(None, map(_text, value)))
+    if isinstance(value, Mapping):
+        parts = ((name, _text(part)) for name, part in value.items())
+        return ", ".join(f"{name}: {part}" for name, part in parts if part)
+    return "" if value is None else str(value)
+
+
+def _writing(entry: Any) -> str:
+    """What is written in the scene: the entry, or the text that it names."""
+    named = _first(entry, WRITING_NAMES) if isinstance(entry, Mapping) else None
+    return _text(entry if named is None else named)
 
 
 def _listed(value: Any) -> list[Any]:
@@ -287,12 +349,16 @@ def _times(entry: Mapping[Any, Any]) -> tuple[float | None, float | None]:
     return start, end
 
 
-def _objects(value: Any) -> Iterator[NamedObject]:
-    for entry in _listed(value):
+def _objects(value: Any, problems: list[str]) -> Iterator[NamedObject]:
+    if isinstance(value, Mapping) and _first(value, NAME_NAMES + DETAIL_NAMES) is None:  # {"door": "red"}
+        value = [{"name": str(name), "description": part} for name, part in value.items()]
+    for number, entry in enumerate(_listed(value), start=1):
         if isinstance(entry, Mapping):
             name = _text(_first(entry, NAME_NAMES))
             if name:
-                yield NamedObject(name, _text(_first(entry, ("description", "details", "attributes"))))
+                yield NamedObject(name, _text(_first(entry, DETAIL_NAMES)))
+            else:
+                problems.append(f"object {number} lacks a name: {_text(entry)[:60]!r}")
         elif _text(entry):
             yield NamedObject(_text(entry))
 

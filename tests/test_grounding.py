@@ -150,6 +150,7 @@ POINTS = {
         '<points x1="10.5" y1="20.1" x2="100" y2="0">mug</points>',
         [(1, 1, 105, 201), (1, 2, 1000, 0)],
     ),
+    "legacy without quotes": ("Here: <point x=10.5 y=20.1>mug</point>", [(1, 1, 105, 201)]),
     "legacy tags": ('<point x="1" y="2">a</point> <point y="4" x="3">b</point>', [(1, 1, 10, 20), (1, 2, 30, 40)]),
     "legacy gap": ('<points x1="1" y1="2" x2="3" x3="5" y3="6">a</points>', [(1, 1, 10, 20), (1, 2, 50, 60)]),
     "legacy outside": ('<points x1="100.1" y1="2" x2="3" y2="4">a</points>', [(1, 1, 30, 40)]),

@@ -110,6 +110,26 @@ def test_objects_are_read_back(objects):
     assert found.none == (not objects)
 
 
+@given(
+    st.integers(1, 3),
+    st.lists(st.tuples(st.integers(0, 9) | st.integers(95, 130), st.integers(0, 10), st.just(500)), min_size=1),
+)
+@settings(max_examples=300)
+def test_points_of_a_selection_are_read_back(key, triples):
+    groups = "\t".join(f"{key} {number} {x:03d} {y}" for number, x, y in triples)
+    selected = parse_grounding(f'<points coords="{groups}">cup</points>')
+    found = parse_grounding(format_points(selected))
+    read = [(point.key, point.id, point.x_norm, point.y_norm) for point in found]
+    assert read == [(key, number, x / 1000, y / 1000) for number, x, y in triples]
+
+
+def test_an_id_like_the_number_of_an_image_begins_a_group():
+    selected = parse_grounding('<points coords="1 1 100 100\t1 7 002 500\t1 123 300 300">cup</points>')
+    text = '<points coords="1 1 100 100\t1 7 002 500 123 300 300">cup</points>'
+    assert format_points(selected) == text
+    assert format_points(selected.points[:2]) == '<points coords="1 1 100 100 7 002 500">cup</points>'
+
+
 TEXTS = st.text(st.sampled_from("ab <>\"'&;=/\\\t\n") | st.characters(), max_size=12)
 TRICKY = st.sampled_from(
     ["<points ", "</points>", "</point >", "<tracks>", "&quot;", " coords=", "coords =", "<", '"', "'"]

@@ -74,6 +74,9 @@ def test_impossible_prompts_are_refused():
         prompts.point(" . ")
     with pytest.raises(ValueError, match=r"no sections \['colour'\]. Use some of"):
         prompts.describe_structured("colour")
+    for nothing in ([], {0.5: []}, parse_grounding("There are none.")):
+        with pytest.raises(ValueError, match=r"holds no point, so there is nothing to track\. Pass at least one"):
+            prompts.track("cup", points=nothing)
     with pytest.raises(ValueError, match="fps is 0"):
         prompts.track("cup", fps=0)
 

@@ -55,6 +55,8 @@ READ_EVENTS = (
         (None, None),
         (float("nan"), None),
         ([1], None),
+        pytest.param(10**400, None, id="beyond any float"),
+        (float("inf"), None),
     ],
 )
 def test_times(text, seconds):
@@ -133,6 +135,81 @@ def test_damaged_answers_are_repaired(answer):
     assert (result.events, result.repaired, result.truncated) == ((Event(1.0, 4.0, "x"),), True, False)
 
 
+@pytest.mark.parametrize(
+    ("answer", "times"),
+    [
+        ('{"events": [{"start": 0:05, "end": 1:02, "description": "a"}]}', [(5.0, 62.0)]),
+        ('[{"start": 01:05,\n "end": 1:01:02}]', [(65.0, 3662.0)]),
+        ('[{"start":0:05.5,"end":0:07}]', [(5.5, 7.0)]),
+        ('[{"time": [0:05, 1:02]}, {"time": 0:05 - 1:02}]', [(5.0, 62.0)] * 2),
+        ('[{"start": 0:05 "end": 1:02}]', [(5.0, 62.0)]),
+        ("[{'start': 0:05, 'end': 1:02, 'description': 'then: 2:00'}]", [(5.0, 62.0)]),
+        ('[{"start": 0:05, "end": 1:02}, {"start": 1:0', [(5.0, 62.0)]),
+        ('{"start": 0:05, "end": 1:0', [(5.0, None)]),
+        ('{"start": 0:05, "end": 1:', [(5.0, None)]),
+        ('[{"start": -0:05, "end": 0:05h}]', [(None, None)]),
+    ],
+)
+def test_times_without_quotes(answer, times):
+    result = parse_structured(answer)
+    assert [(event.start, event.end) for event in result.events] == times
+    assert result.repaired
+
+
+def test_text_that_holds_times_stays_as_it_is():
+    said = 'From "x", 0:05, to: 1:02, [3:00'
+    result = parse_structured(f'{{"summary": {json.dumps(said)}, "events": [{{"start": 0:05, "end": 1:02}}]}}')
+    assert (result.summary, result.events) == (said, (Event(5.0, 62.0, ""),))
+
+
+def test_times_without_quotes_need_no_library(monkeypatch):
+    monkeypatch.setitem(sys.modules, "json_repair", None)
+    assert parse_structured('[{"start": 0:05, "end": 1:02}]').events == (Event(5.0, 62.0, ""),)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        '{"events": [{"start": 1, "end": 2, "description": "x"}, {"timestamp": ["0:05", "0:1',
+        '[{"start": 1, "end": 2, "description": "x", "who": ["a", "b"]}, {"start": 3, "end": 4, "who": ["a", "b',
+    ],
+)
+def test_lists_in_an_entry_that_was_cut_off_do_not_keep_it(answer):
+    assert parse_structured(answer).events == (Event(1.0, 2.0, "x"),)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "problems"),
+    [
+        (
+            {"video": {"summary": "A", "events": EVENTS}, "title": "B"},
+            {"summary": "A", "events": READ_EVENTS},
+            ["'title' is none of the sections"],
+        ),
+        ({"answer": {"video": {"text": ["GO"]}}}, {"text": ("GO",)}, []),
+        ({"event": EVENTS[0]}, {"events": READ_EVENTS[:1]}, []),
+        ({"summary": "A", "mood": "dark"}, {"summary": "A"}, ["'mood' is none of the sections"]),
+        ({"timeline": EVENTS}, {}, ["'timeline' is none of the sections"]),
+        ({"summary": {"day": "sunny", "night": ["dark", "cold"]}}, {"summary": "day: sunny, night: dark, cold"}, []),
+        (
+            {"objects": {"dog": "brown", "cat": {"colour": "red"}, "cow": None}},
+            {"objects": (NamedObject("dog", "brown"), NamedObject("cat", "colour: red"), NamedObject("cow"))},
+            [],
+        ),
+        ({"objects": {"name": "dog", "description": "brown"}}, {"objects": (NamedObject("dog", "brown"),)}, []),
+        ({"objects": [{"dog": "brown"}]}, {}, ["object 1 lacks a name: 'dog: brown'"]),
+        ({"text": [{"text": "GO"}, {"content": "STOP"}, "1"]}, {"text": ("GO", "STOP", "1")}, []),
+        ({"text": {"sign": "GO"}}, {"text": ("sign: GO",)}, []),
+    ],
+)
+def test_nothing_is_dropped_without_a_word(answer, expected, problems):
+    said = json.dumps(answer)
+    result = parse_structured(said)
+    assert len(result.problems) == len(problems)
+    assert all(problem.startswith(start) for problem, start in zip(result.problems, problems))
+    assert result == StructuredAnswer(said, found=True, problems=result.problems, **expected)
+
+
 def test_problems_are_named_and_nothing_is_changed():
     entries = [{"start": "00:09", "end": "00:04", "description": "a"}, {"start": "soon", "description": "b"}, "c"]
     result = parse_structured(json.dumps({"events": entries}))
@@ -186,6 +263,24 @@ def test_no_text_makes_it_raise(answer):
     assert parse_structured(answer).raw == answer
 
 
+def test_a_number_beyond_any_float_is_no_time():
+    result = parse_structured('{"events": [{"start": 1' + "0" * 400 + ', "end": 2}]}')
+    assert result.events == (Event(None, 2.0, ""),)
+    assert result.problems == ("event 1 lacks a start that is a time",)
+
+
+@pytest.mark.parametrize("depth", [60, 70, 500, 990, 5000])
+@pytest.mark.parametrize(
+    "answer",
+    ['{{"summary": {lists}}}', '{{"events": [{lists}]}}', '{{"scene": {objects}}}', '{{"a": "]]" 7 "b": {lists}}}'],
+)
+def test_deep_nesting_is_named(answer, depth):
+    said = answer.format(lists="[" * depth + "]" * depth, objects='{"a": ' * depth + "1" + "}" * depth)
+    result = parse_structured(said)
+    assert result.raw == said
+    assert any(problem.endswith("nested more than 64 deep") for problem in result.problems) == (depth > 64)
+
+
 @pytest.mark.parametrize("answer", ["Sure [1]: {}", "As in [1], [2, 3]:\n{}", "Times in [s]. {} See [4]."])
 def test_brackets_in_the_prose_before(answer):
     whole = parse_structured(json.dumps({"events": EVENTS}))
@@ -207,10 +302,12 @@ def test_damage_never_raises_and_never_invents_times(data):
     assert all(isinstance(event, Event) for event in result.events)
 
 
+HOSTILE = ["[", "{", '{"a":', '"', "```", "\\", '[{"start": 1, "end": 2}, ', "}{", "'", "1,", "[]", "[1] "]
+HOSTILE += ["1:02", ", 1:02", ":1", ",'", ", ", '\\"', "{'\\'"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "unit", ["[", "{", '{"a":', '"', "```", "\\", '[{"start": 1, "end": 2}, ', "}{", "'", "1,", "[]", "[1] "]
-)
+@pytest.mark.parametrize("unit", HOSTILE)
 def test_hostile_text_takes_no_more_than_linear_time(unit):
     def work(length):
         answer = "[" + unit * (length // len(unit))
