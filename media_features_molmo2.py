@@ -67,7 +67,7 @@ def _row(images: list[MediaInfo], videos: list[MediaInfo]) -> MediaInfo:
 
 def ground_answers(answers: Any, media: Any, kind: str | None, tokenizer: Any) -> Grounding | list[Grounding]:
     """Decode answers and read them; see `Molmo2Processor.post_process_grounding`."""
-    answers = answers.tolist() if hasattr(answers, "tolist") else answers
+    answers = _plain(answers)
     if _is_ids(answers) or isinstance(answers, str):
         (text,) = _texts([answers], media, tokenizer)
         (info,) = _media_of_answers(media, 1, kind)
@@ -81,22 +81,31 @@ def ground_answers(answers: Any, media: Any, kind: str | None, tokenizer: Any) -
     return [parse_grounding(text, info) for text, info in zip(_texts(answers, media, tokenizer), infos)]
 
 
+def _plain(value: Any) -> Any:
+    """Lists and numbers for arrays and tensors, also for those in lists; all else as it is."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 def _is_ids(value: Any) -> bool:
-    value = value.tolist() if hasattr(value, "tolist") else value
     return isinstance(value, (list, tuple)) and all(isinstance(item, int) for item in value)
 
 
 def _texts(answers: Sequence[Any], media: Any, tokenizer: Any) -> list[str]:
-    """Answers as text; ids that begin with those of their prompt, as `generate` returns them, lose it."""
-    prompts = media.get("input_ids") if _has_media(media) else None
-    prompts = prompts.tolist() if hasattr(prompts, "tolist") else prompts
+    """Answers as text; ids that begin with those of their prompt, as `generate` returns them, lose it.
+
+    Negative ids are no tokens: labels are padded with -100.
+    """
+    prompts = _plain(media.get("input_ids")) if _has_media(media) else None
     texts = []
     for place, answer in enumerate(answers):
         if not isinstance(answer, str):
-            ids = list(answer.tolist() if hasattr(answer, "tolist") else answer)
+            ids = answer
             if prompts:
-                prompt = list(prompts[place * len(prompts) // len(answers)])
+                prompt = prompts[place * len(prompts) // len(answers)]
                 ids = ids[len(prompt) :] if ids[: len(prompt)] == prompt else ids
+            ids = [token for token in ids if token >= 0]
             answer = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         texts.append(answer)
     return texts
@@ -131,15 +140,16 @@ def _rows(media: Any, num_answers: int) -> list[Any]:
             "These inputs are a plain dictionary, without the sizes of their pictures. Pass the processor's own "
             "output (or its `.media`), sizes, or the metadata of the video."
         )
-    if media is None or is_media_info(media) or not isinstance(media, (list, tuple)):
+    media = _plain(media)
+    if media is None or is_media_info(media) or not isinstance(media, list):
         return [] if media is None else [media]
     is_nested = any(is_media_info(row) or _is_nested(row) for row in media)
     is_one_size = len(media) == 2 and all(isinstance(side, (int, float)) for side in media)
     if is_nested:
-        return list(media)
-    return [media] if num_answers == 1 or is_one_size else list(media)
+        return media
+    return [media] if num_answers == 1 or is_one_size else media
 
 
 def _is_nested(row: Any) -> bool:
     """A row that lists its own pictures."""
-    return isinstance(row, (list, tuple)) and all(isinstance(item, (list, tuple)) for item in row)
+    return isinstance(row, list) and all(isinstance(item, list) for item in row)

@@ -555,7 +555,8 @@ class Molmo2Processor(GroundingTools, TrainingTools, ProcessorMixin):
 
         Args:
             answers: One answer, as a string or token ids (list, array or tensor), or a batch of them. Special tokens
-                are left out; ids that still begin with their prompt lose it, where `media` is the processor's output.
+                are left out, as are negative ids, with which labels are padded; ids that still begin with their
+                prompt lose it, where `media` is the processor's output.
             media: What the answers are about; nothing gives shares of width and height instead of pixels.
                 The inputs that the answers were generated from: nothing else is needed then. Several answers per row
                 (`num_return_sequences`) follow each other.

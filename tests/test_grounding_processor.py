@@ -164,6 +164,9 @@ def test_nothing_is_kept_on_the_processor(processor):
         (None, (None, None)),
         ((200, 100), (100, 50)),
         ([(200, 100)], (100, 50)),
+        (np.array([200, 100]), (100, 50)),
+        ([np.array([200, 100])], (100, 50)),
+        (torch.tensor([[200, 100]]), (100, 50)),
         ([[(200, 100)]], (100, 50)),
         (picture(200, 100), (100, 50)),
         ([picture(200, 100)], (100, 50)),
@@ -188,7 +191,10 @@ def test_media_of_a_batch(processor):
 
     assert read([(200, 100), (20, 10)]) == [(100, 50), (10, 5)]
     assert read([[(200, 100)], [(20, 10), (5, 5)]]) == [(100, 50), (10, 5)]
+    for sizes in (np.array([[200, 100], [20, 10]]), [np.array([200, 100]), torch.tensor([20, 10])]):
+        assert read(sizes) == [(100, 50), (10, 5)]
     assert read((200, 100)) == [(100, 50)] * 2
+    assert read(np.array([200, 100])) == [(100, 50)] * 2
     assert read([{"fps": 1, "width": 200, "height": 100}, {"fps": 1, "width": 20, "height": 10}]) == [
         (100, 50),
         (10, 5),
@@ -233,7 +239,10 @@ def test_ids(processor):
     assert processor.post_process_grounding(ids, (200, 100)) == expected
     assert processor.post_process_grounding(torch.tensor(ids), (200, 100)) == expected
     assert processor.post_process_grounding(np.array(ids), (200, 100)) == expected
-    for batch in ([ids, ids], torch.tensor([ids, ids]), [torch.tensor(ids)] * 2):
+    assert processor.post_process_grounding(list(np.array(ids)), (200, 100)) == expected
+    assert processor.post_process_grounding([-100, *ids, -100], (200, 100)) == expected
+    padded = torch.nn.functional.pad(torch.tensor([ids, ids]), (2, 3), value=-100)
+    for batch in ([ids, ids], torch.tensor([ids, ids]), [torch.tensor(ids)] * 2, [list(np.array(ids))] * 2, padded):
         assert processor.post_process_grounding(batch, (200, 100)) == [expected, expected]
 
 
