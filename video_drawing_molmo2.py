@@ -8,6 +8,10 @@ Where a mark stands between two sampled frames: an object that both frames show 
 to the other, at the pace of the presentation times. What only one of them shows stays where it is, for the half of the
 way that is nearer to that frame. Before the first and behind the last sampled frame nothing is drawn for longer than
 half a step between samples.
+
+Tracks may be written at a lower rate than frames were sampled. What counts for them are the frames of that rhythm: the
+usual step between the times at which the answer places anything. A frame inside a step hides nothing; a step that the
+answer takes without an object does, and so does a gap longer than a step.
 """
 
 import base64
@@ -17,6 +21,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +31,8 @@ from PIL import Image
 from .drawing_molmo2 import DrawingStyle, Mark, draw_marks
 
 LONE_SAMPLE_SECONDS = 0.5  # half a step where there is only one sampled frame
+# A frame belongs to the rhythm of the tracks where it is this share of a step away from all frames with a track.
+DUE_SHARE_OF_STEP = 0.75
 EMBEDDED_BYTES = 20_000_000  # the largest video that a notebook is given inside a cell
 # Codecs by preference, and what encodes them.
 VIDEO_ENCODERS = {"h264": "libx264", "vp9": "libvpx-vp9", "mpeg4": "mpeg4"}
@@ -131,14 +138,15 @@ class MarksOverTime:
         self.style = style.for_answer(grounding)
         moments = () if grounding.media is None else grounding.media.moments
         points = [point for point in grounding.points if point.image_index is None]
-        sampled = {_seconds(moment) for moment in moments} | {_point_seconds(point) for point in points}
-        self._sampled = sorted(sampled)
-        steps = np.diff(self._sampled)
-        self._half_step = float(np.median(steps)) / 2 if len(steps) else LONE_SAMPLE_SECONDS
+        sampled = sorted({_seconds(moment) for moment in moments} | {_point_seconds(point) for point in points})
+        tracked = {_point_seconds(point) for point in points if point.tag == "tracks"}
+        self._sampled, self._rhythm = _Grid.of(sampled), _Grid.of(_due_for_tracks(sampled, tracked))
         self._objects: dict[tuple[Any, ...], dict[float, Any]] = {}
         for number, point in enumerate(points):
             identity = (point.tag, point.label, point.id) if point.tag == "tracks" else (number,)
-            self._objects.setdefault(identity, {}).setdefault(_point_seconds(point), point)
+            places, seconds = self._objects.setdefault(identity, {}), _point_seconds(point)
+            if seconds not in places or _key_distance(point) < _key_distance(places[seconds]):
+                places[seconds] = point
 
     def __call__(self, seconds: float) -> list[Mark]:
         """The marks to draw `seconds` after the first frame of the video."""
@@ -158,35 +166,73 @@ class MarksOverTime:
 
     def _place(self, points: dict[float, Any], seconds: float) -> tuple[float, float] | None:
         """Where an object is at a moment, as shares of width and height; None if it is not to be seen."""
-        after = bisect_right(self._sampled, seconds)
-        before = self._sampled[after - 1] if after else None
-        following = self._sampled[after] if after < len(self._sampled) else None
+        grid = self._grid(points)
+        before, following = grid.around(seconds)
         old = None if before is None else points.get(before)
         new = None if following is None else points.get(following)
         if old is not None and new is not None and before is not None and following is not None:
             share = (seconds - before) / (following - before)
             return old.x_norm + share * (new.x_norm - old.x_norm), old.y_norm + share * (new.y_norm - old.y_norm)
-        middle = self._middle(before, following)
+        middle = grid.middle(before, following)
         if old is not None and seconds < middle:
             return old.x_norm, old.y_norm
         if new is not None and seconds >= middle:
             return new.x_norm, new.y_norm
         return None
 
-    def _middle(self, before: float | None, following: float | None) -> float:
-        """When what only the earlier frame shows gives way to what only the later one shows."""
-        if before is not None and following is not None:
-            return (before + following) / 2
-        return before + self._half_step if before is not None else float(following or 0) - self._half_step
+    def _grid(self, points: dict[float, Any]) -> "_Grid":
+        return self._rhythm if next(iter(points.values())).tag == "tracks" else self._sampled
 
     def _trail(self, points: dict[float, Any], seconds: float) -> tuple[tuple[float, float], ...]:
-        """Earlier places back to the last sampled frame that does not show the object, or to the trail's length."""
+        """Earlier places back to the last frame that hides the object, or to the trail's length."""
         trail: list[tuple[float, float]] = []
-        for time in reversed(self._sampled[: bisect_right(self._sampled, seconds)]):
+        times = self._grid(points).times
+        for time in reversed(times[: bisect_right(times, seconds)]):
             if time not in points or time < seconds - self.style.trail_seconds:
                 break
             trail.insert(0, (points[time].x_norm, points[time].y_norm))
         return tuple(trail)
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """The times, in seconds and ascending, at which an object is either shown by the answer or hidden."""
+
+    times: list[float]
+    half_step: float
+
+    @classmethod
+    def of(cls, times: list[float]) -> "_Grid":
+        return cls(times, float(np.median(np.diff(times))) / 2 if len(times) > 1 else LONE_SAMPLE_SECONDS)
+
+    def around(self, seconds: float) -> tuple[float | None, float | None]:
+        """The last time that has come, and the next; None where there is none."""
+        after = bisect_right(self.times, seconds)
+        return self.times[after - 1] if after else None, self.times[after] if after < len(self.times) else None
+
+    def middle(self, before: float | None, following: float | None) -> float:
+        """When what only the earlier frame shows gives way to what only the later one shows."""
+        if before is not None and following is not None:
+            return (before + following) / 2
+        return before + self.half_step if before is not None else float(following or 0) - self.half_step
+
+
+def _due_for_tracks(sampled: list[float], tracked: set[float]) -> list[float]:
+    """The sampled frames in which tracks of this answer would be written down: 0 . 2 . 4 of 0 1 2 3 4 for 0 2 4.
+
+    The usual step is the median distance of frames with a track, in frames; two such frames alone show no rhythm, and
+    every frame counts. The frame in the middle of a double step counts too, as the one that hides what was there.
+    """
+    places = [place for place, time in enumerate(sampled) if time in tracked]
+    steps = sorted(after - before for before, after in pairwise(places))
+    if len(steps) < 2:
+        return sampled
+    distance = DUE_SHARE_OF_STEP * steps[(len(steps) - 1) // 2]
+    return [
+        time
+        for place, time in enumerate(sampled)
+        if time in tracked or all(abs(place - other) >= distance for other in places)
+    ]
 
 
 def _seconds(moment: Any) -> float:
@@ -196,6 +242,11 @@ def _seconds(moment: Any) -> float:
 
 def _point_seconds(point: Any) -> float:
     return float(point.key) if point.moment is None else _seconds(point.moment)
+
+
+def _key_distance(point: Any) -> float:
+    """Seconds from the time that the answer prints to that of the sampled frame it means."""
+    return 0.0 if point.moment is None else abs(float(point.key) - point.moment.time)
 
 
 # --- reading and writing ---------------------------------------------------------------------------------------------

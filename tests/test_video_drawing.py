@@ -134,6 +134,60 @@ def test_points_do_not_move_between_frames():
     assert marks_at(1.6) == []
 
 
+HALVES = {"fps": 2.0, "frames_indices": list(range(9)), "width": 100, "height": 100}  # sampled at 0.0, 0.5 ... 4.0 s
+
+
+def seen_at(tracks, times):
+    """x of the marks in hundredths at each time; the answer places its objects at {id: {seconds: x}}."""
+    keys = sorted({key for places in tracks.values() for key in places})
+    groups = [
+        " ".join(
+            [f"{key:.1f}", *(f"{number} {tracks[number][key]:03d} 500" for number in tracks if key in tracks[number])]
+        )
+        for key in keys
+    ]
+    coords = "\t".join(groups)
+    marks_at = MarksOverTime(parse_grounding(f'<tracks coords="{coords}">bird</tracks>', HALVES), BIG)
+    return [[round(100 * mark.x) for mark in marks_at(time)] for time in times]
+
+
+@pytest.mark.parametrize(
+    ("tracks", "times", "seen"),
+    {
+        "every other frame": (
+            {1: {0.0: 100, 1.0: 300, 2.0: 500, 3.0: 100, 4.0: 100}},
+            (0.0, 0.25, 0.5, 0.75, 1.5, 2.0, 2.5, 3.9),
+            [[10], [15], [20], [25], [40], [50], [30], [10]],
+        ),
+        "up to an uneven end": ({1: {0.0: 100, 1.5: 400, 3.0: 700, 4.0: 900}}, (0.5, 2.0, 3.5), [[20], [50], [80]]),
+        "a missing step": (
+            {1: {0.0: 100, 1.0: 300, 3.0: 700, 4.0: 900}},
+            (0.5, 1.4, 1.6, 2.4, 2.6),
+            [[20], [30], [], [], [70]],
+        ),
+        "what others have": (
+            {1: {0.0: 100, 2.0: 500, 3.0: 700}, 2: {0.0: 900, 1.0: 900, 2.0: 900, 3.0: 900}},
+            (0.4, 0.6, 1.4, 1.6, 2.5),
+            [[10, 90], [90], [90], [50, 90], [60, 90]],
+        ),
+        "behind the last": ({1: {0.0: 100, 1.0: 200, 2.0: 300}}, (2.4, 2.6), [[30], []]),
+        "missing at the full rate": (
+            {1: {0.0: 100, 0.5: 200, 1.5: 400, 2.0: 500}},
+            (0.7, 0.8, 1.2, 1.3),
+            [[20], [], [], [40]],
+        ),
+        "twice in one frame": (
+            {1: {0.0: 100, 0.3: 900, 0.5: 300, 0.7: 900, 1.0: 400}},
+            (0.0, 0.5, 1.0),
+            [[10], [30], [40]],
+        ),
+    }.values(),
+)
+def test_tracks_move_at_the_rate_they_are_written_at(tracks, times, seen):
+    """A sampled frame that the answer skips is not one that hides the object."""
+    assert seen_at(tracks, times) == seen
+
+
 def test_trails_reach_back_as_far_as_they_may():
     about = {"fps": 1.0, "frames_indices": [0, 1, 2, 3], "width": 100, "height": 100}
     text = '<tracks coords="0.0 1 100 500\t1.0 1 200 500\t2.0 1 300 500\t3.0 1 400 500">bird</tracks>'
