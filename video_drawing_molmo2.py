@@ -252,7 +252,7 @@ def _point_seconds(point: Any) -> float:
 
 def _key_distance(point: Any) -> float:
     """Seconds from the time that the answer prints to that of the sampled frame it means."""
-    return 0.0 if point.moment is None else abs(float(point.key) - point.moment.time)
+    return 0.0 if point.moment is None else round(abs(float(point.key) - point.moment.time), 6)
 
 
 # --- reading and writing ---------------------------------------------------------------------------------------------
