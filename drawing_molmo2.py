@@ -7,7 +7,9 @@ from the picture, so that marks can be seen on 100 pixels and on 8,000; what is 
 is left out where it would be larger than the picture itself. Nothing given is changed.
 """
 
+import re
 import zlib
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -72,7 +74,7 @@ class DrawingStyle:
 
     def color(self, label: str, object_id: int) -> Color:
         """The colour of an object: neighbouring ids differ, and so do equal ids of most labels."""
-        place = zlib.crc32(label.encode()) % len(self.palette) + max(object_id - 1, 0)
+        place = zlib.crc32(label.encode(errors="surrogatepass")) % len(self.palette) + max(object_id - 1, 0)
         base, turn = (
             self.palette[place % len(self.palette)],
             (max(object_id - 1, 0) // len(self.palette)) % len(SHADES),
@@ -143,7 +145,7 @@ def contact_sheet(
     Args:
         frames: the sampled frames in order; pictures as for `draw_points`, all of one shape.
         times: seconds to write below the frames; None takes those that the answer was read against.
-        columns: frames in a row; None makes the sheet about square.
+        columns: frames in a row, at most all of them; None makes the sheet about square.
         cell_width: width of one frame on the sheet, in pixels.
 
     Raises:
@@ -158,7 +160,7 @@ def contact_sheet(
         raise ValueError(f"There are {len(frames)} frames, but {len(times)} times. Pass one time per frame, or none.")
     first = to_rgb(frames[0])
     cell_height = max(1, round(cell_width * first.height / first.width))
-    columns = columns or max(1, round(sqrt(len(frames) * cell_height / cell_width)))
+    columns = min(len(frames), columns or max(1, round(sqrt(len(frames) * cell_height / cell_width))))
     strip = 0 if times is None else max(14, cell_height // 12)
     rows = ceil(len(frames) / columns)
     sheet = Image.new("RGB", (columns * cell_width, rows * (cell_height + strip)), (24, 24, 24))
@@ -197,10 +199,10 @@ def draw_marks(picture: Any, marks: Sequence[Mark], style: DrawingStyle | None =
     for mark, place in zip(marks, places, strict=True):
         _draw_disc(canvas, place, mark.color, radius)
     text_size = max(10, round(shorter * 0.026)) if style.text_size is None else style.text_size
-    taken = [_disc_box(place, radius) for place in places]
+    taken = np.array([_disc_box(place, radius) for place in places]).reshape(-1, 4)
     for mark, place in zip(marks, places, strict=True):
         if mark.caption:
-            _draw_caption(canvas, mark, place, radius, text_size, taken)
+            taken = _draw_caption(canvas, mark, place, radius, text_size, taken)
     return canvas
 
 
@@ -289,6 +291,7 @@ def _draw_trail(canvas: Image.Image, places: Sequence[Place], color: Color, radi
 # --- what is written -------------------------------------------------------------------------------------------------
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which no font can show
 
 
 @lru_cache(maxsize=64)
@@ -300,34 +303,45 @@ def _write(canvas: Image.Image, text: str, place: tuple[float, float], size: int
     ImageDraw.Draw(canvas).text(place, text, fill=color, font=_font(size))
 
 
-def _draw_caption(canvas: Image.Image, mark: Mark, place: Place, radius: float, size: int, taken: list[Box]) -> None:
-    """Writes a caption on a dark plate beside its disc, where it covers least of what is there already."""
+def _draw_caption(
+    canvas: Image.Image, mark: Mark, place: Place, radius: float, size: int, taken: np.ndarray
+) -> np.ndarray:
+    """Writes a caption on a dark plate beside its disc, where it covers least of what is there already.
+
+    Args:
+        taken: (N, 4) boxes of discs and captions.
+
+    Returns:
+        These boxes, and the new one if something was written.
+    """
     font = _font(size)
-    text = _shortened(mark.caption, font, canvas.width)
+    text = _shortened(LONE_SURROGATE.sub("\ufffd", mark.caption), font, canvas.width)
     if not text:
-        return
+        return taken
     left, top, right, bottom = ImageDraw.Draw(canvas).textbbox((0, 0), text, font=font)
     pad = max(2, size // 4)
     width, height = right - left + 2 * pad, bottom - top + 2 * pad
     if width > canvas.width or height > canvas.height:
-        return
-    options = [_inside(corner, width, height, canvas.size) for corner in _corners(place, radius, width, height)]
-    box = min(options, key=lambda option: sum(_overlap(option, other) for other in taken))
-    taken.append(box)
+        return taken
+    options = np.array(
+        [_inside(corner, width, height, canvas.size) for corner in _corners(place, radius, width, height)]
+    )
+    box = options[np.argmin(_overlaps(options, taken).sum(axis=1))]
     plate = Image.new("L", (round(width), round(height)), 0)
     ImageDraw.Draw(plate).rounded_rectangle([0, 0, plate.width - 1, plate.height - 1], radius=pad, fill=215)
     canvas.paste(tuple(part // 5 for part in mark.color), (round(box[0]), round(box[1])), plate)
     _write(canvas, text, (round(box[0]) + pad - left, round(box[1]) + pad - top), size, WHITE)
+    return np.vstack([taken, box])
 
 
 def _shortened(text: str, font: Any, width: int) -> str:
     """The caption with an ellipsis if it is wider than 60 % of the picture; "" if not even one letter fits."""
     limit = 0.6 * width
-    if font.getlength(text) <= limit:
+    if len(text) <= limit and font.getlength(text) <= limit:
         return text
-    while text and font.getlength(text + "\u2026") > limit:
-        text = text[:-1]
-    return f"{text}\u2026" if text else ""
+    longest = min(len(text), int(limit))  # measuring takes time, and no letter is narrower than a pixel
+    fitting = bisect_right(range(1, longest + 1), limit, key=lambda count: font.getlength(text[:count] + "\u2026"))
+    return f"{text[:fitting]}\u2026" if fitting else ""
 
 
 def _corners(place: Place, radius: float, width: float, height: float) -> list[tuple[float, float]]:
@@ -355,8 +369,7 @@ def _inside(corner: tuple[float, float], width: float, height: float, size: tupl
     return left, top, left + width, top + height
 
 
-def _overlap(box: Box, other: Box) -> float:
-    """Common area of two boxes."""
-    width = min(box[2], other[2]) - max(box[0], other[0])
-    height = min(box[3], other[3]) - max(box[1], other[1])
-    return max(0.0, width) * max(0.0, height)
+def _overlaps(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Common areas of boxes (N, 4) and others (M, 4): (N, M)."""
+    first, last = np.maximum(boxes[:, None, :2], others[:, :2]), np.minimum(boxes[:, None, 2:], others[:, 2:])
+    return np.clip(last - first, 0, None).prod(axis=2)

@@ -3,8 +3,8 @@
     save(to_csv(grounding), "boats.csv")
 
 What each keeps: JSON everything. CSV every point with all its numbers, but not the text, tags or count. COCO the
-points in pixels with labels and pictures; ids of objects as `track_id`. MOT the points of one video in pixels, by
-source frame and id, but no labels. Reading back gives a `Grounding` that holds what the format holds.
+points in pixels with labels, kinds of tags and pictures; ids of objects as `track_id`. MOT the points of one video in
+pixels, by source frame and object, but no labels. Reading back gives a `Grounding` that holds what the format holds.
 """
 
 import csv
@@ -14,6 +14,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,7 @@ def to_coco(grounding: Grounding, file_names: Sequence[str] | None = None) -> di
             "image_id": place[_coco_key(point)],
             "category_id": labels.index(point.label) + 1,
             "track_id": point.id,
+            "tag": point.tag,
             "keypoints": [point.x, point.y, VISIBLE],
             "num_keypoints": 1,
             "bbox": [point.x, point.y, 0.0, 0.0],
@@ -234,15 +236,12 @@ def _coco_frames(grounding: Grounding, file_names: Sequence[str] | None) -> dict
         return {}
     width, height = grounding.media.sizes[0]
     stem = Path(file_names[0]).stem if file_names else "frame"
-    is_tracking = any(point.tag == "tracks" for point in points)
     frames: dict[tuple[str, float], dict[str, Any]] = {}
     for point in sorted(points, key=lambda point: float(point.key)):
         key = float(point.key)
         frame: dict[str, Any] = {"file_name": f"{stem}_{key:.1f}s", "seconds": key, "width": width, "height": height}
         if point.moment is not None and point.moment.source_index is not None:
             frame["frame_index"] = point.moment.source_index
-        if is_tracking:
-            frame["tag"] = "tracks"
         frames.setdefault(_coco_key(point), frame)
     return frames
 
@@ -273,9 +272,8 @@ def from_coco(content: str | Mapping[str, Any]) -> Grounding:
         flat = annotation.get("keypoints", [])
         for x, y, visibility in zip(flat[::3], flat[1::3], flat[2::3], strict=True):
             if visibility:
-                object_id = annotation.get("track_id", annotation["id"])
                 points.append(
-                    _coco_point(x, y, image, order.get(image["id"]), object_id, labels[annotation["category_id"]])
+                    _coco_point(x, y, image, order.get(image["id"]), annotation, labels[annotation["category_id"]])
                 )
     frames = [image for image in images.values() if "seconds" in image]
     sizes = tuple((images[image_id]["width"], images[image_id]["height"]) for image_id in still)
@@ -286,13 +284,15 @@ def from_coco(content: str | Mapping[str, Any]) -> Grounding:
     return _grounding(points, media)
 
 
-def _coco_point(x: float, y: float, image: Mapping[str, Any], index: int | None, object_id: int, label: str) -> Point:
+def _coco_point(
+    x: float, y: float, image: Mapping[str, Any], index: int | None, annotation: Mapping[str, Any], label: str
+) -> Point:
     return Point(
-        tag=image.get("tag", "points"),
+        tag=annotation.get("tag", "points"),
         label=label,
         alt=None,
         key=float(image["seconds"]) if index is None else index + 1,
-        id=object_id,
+        id=annotation.get("track_id", annotation["id"]),
         x=x,
         y=y,
         x_norm=x / image["width"],
@@ -309,6 +309,9 @@ def _coco_point(x: float, y: float, image: Mapping[str, Any], index: int | None,
 def to_mot(grounding: Grounding, *, fps: float | None = None, box_size: float = 0.0) -> str:
     """Lines `frame, id, left, top, width, height, confidence, -1, -1, -1`, frames and pixels counted from 1.
 
+    Each object has one number in the file: its id, or a free one where an object before it has that already under
+    another label. Of several points of an object in one frame the one whose printed time is nearest counts.
+
     Args:
         fps: rate of the video, to compute frame numbers where the answer was read without the frames of the source.
         box_size: side in pixels of the box around each point, whose centre is the point; 0 for boxes without extent.
@@ -319,7 +322,8 @@ def to_mot(grounding: Grounding, *, fps: float | None = None, box_size: float = 
     if any(point.image_index is not None for point in grounding.points):
         raise ValueError("MOT files are about one video, but the answer is about images. Write COCO, CSV or JSON.")
     _require_pixels(grounding.points, "MOT")
-    lines = []
+    numbers = _object_numbers(grounding.points)
+    placed: dict[tuple[int, int], tuple[float, Point]] = {}  # by frame and object: how far off the printed time is
     for point in grounding.points:
         known = None if point.moment is None else point.moment.source_index
         if known is None and fps is None:
@@ -328,12 +332,32 @@ def to_mot(grounding: Grounding, *, fps: float | None = None, box_size: float = 
                 "returned for the video, or pass `fps`."
             )
         frame = round(float(point.time or 0) * float(fps or 0)) if known is None else known
+        moment = frame / float(fps or 1) if known is None else float(point.time or 0)
+        place, distance = (frame + 1, numbers[_object(point)]), round(abs(float(point.key) - moment), 6)
+        if place not in placed or distance < placed[place][0]:
+            placed[place] = distance, point
+    lines = []
+    for (frame, number), (_, point) in sorted(placed.items(), key=lambda item: item[0]):
         left, top = (float(place or 0) - box_size / 2 + 1 for place in (point.x, point.y))
-        lines.append((frame + 1, point.id, left, top, box_size, box_size))
-    return "".join(
-        f"{frame},{object_id},{left:g},{top:g},{width:g},{height:g},{MOT_CONFIDENCE},-1,-1,-1\n"
-        for frame, object_id, left, top, width, height in sorted(lines)
-    )
+        lines.append(f"{frame},{number},{left:g},{top:g},{box_size:g},{box_size:g},{MOT_CONFIDENCE},-1,-1,-1\n")
+    return "".join(lines)
+
+
+def _object(point: Point) -> tuple[str, str, int]:
+    """What tells objects apart, as in `Grounding.tracks`."""
+    return point.tag, point.label, point.id
+
+
+def _object_numbers(points: Iterable[Point]) -> dict[tuple[str, str, int], int]:
+    """One number per object: the model's own, or a free one where an earlier object has it."""
+    objects = list(dict.fromkeys(map(_object, points)))
+    free = count(max((number for *_, number in objects), default=0) + 1)
+    numbers: dict[tuple[str, str, int], int] = {}
+    used: set[int] = set()
+    for entry in objects:
+        numbers[entry] = next(free) if entry[-1] in used else entry[-1]
+        used.add(entry[-1])
+    return numbers
 
 
 def from_mot(text: str, size: tuple[float, float], fps: float, label: str = "") -> Grounding:

@@ -1,5 +1,6 @@
 """Marks on pictures and in videos: the right pixels, and no others."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,13 @@ from molmo2_remote.drawing_molmo2 import (
     PALETTE,
     DrawingStyle,
     Mark,
+    _overlaps,
+    _shortened,
     contact_sheet,
     draw_images,
     draw_marks,
     draw_points,
+    marks_of,
     to_rgb,
 )
 from molmo2_remote.grounding_molmo2 import parse_grounding
@@ -115,6 +119,45 @@ def test_captions_larger_than_the_picture_are_left_out():
     assert np.array_equal(draw_points(tiny, one), draw_points(tiny, one, BARE))
 
 
+class CountingFont:
+    """Letters of 5 pixels; notes how many were measured."""
+
+    def __init__(self):
+        self.measured = 0
+
+    def getlength(self, text):
+        self.measured += len(text)
+        return 5.0 * len(text)
+
+
+@pytest.mark.parametrize(("length", "shown"), [(0, ""), (23, "x" * 23), (24, "x" * 24), (25, "x" * 23 + "\u2026")])
+def test_captions_are_cut_to_what_fits(length, shown):
+    assert _shortened("x" * length, CountingFont(), 200) == shown
+
+
+def test_cutting_a_caption_measures_little_of_it():
+    font = CountingFont()
+    assert _shortened("x" * 100_000, font, 200) == "x" * 23 + "\u2026"
+    assert font.measured < 1000
+    assert _shortened("x", font, 5) == ""
+
+
+def test_half_a_character_is_drawn_as_a_replacement():
+    ground = Image.new("RGB", (300, 200), GREY)
+    one = answer((1, 500, 500), label="cu\ud83d p")
+    drawn = draw_points(ground, one)
+    (mark,) = marks_of(one.points, DrawingStyle(show_ids=False))
+    assert np.array_equal(drawn, draw_marks(ground, [replace(mark, caption="cu\ufffd p")]))
+
+
+def test_captions_of_many_points_go_where_least_is_covered():
+    """The box with the least common area, the first of several."""
+    boxes = np.array([(0, 0, 10, 10), (20, 0, 30, 10), (40, 0, 50, 10)])
+    taken = np.array([(5, 5, 25, 20), (0, 0, 2, 2)])
+    assert _overlaps(boxes, taken).tolist() == [[25, 4], [25, 0], [0, 0]]
+    assert _overlaps(boxes, taken[:0]).sum(axis=1).tolist() == [0, 0, 0]
+
+
 def test_trails_lead_to_the_disc_and_fade():
     ground = Image.new("RGB", (300, 300), (0, 0, 0))
     trail = ((0.1, 0.5), (0.3, 0.5), (0.5, 0.5))
@@ -149,6 +192,12 @@ def test_contact_sheet():
         contact_sheet(frames, grounding, times=[0, 1])
     with pytest.raises(ValueError, match="no frames to draw"):
         contact_sheet([], grounding)
+
+
+@pytest.mark.parametrize(("columns", "width"), [(None, 3), (2, 2), (5, 3)])
+def test_no_more_columns_than_frames(columns, width):
+    frames = [Image.new("RGB", (16, 200)) for _ in range(3)]
+    assert contact_sheet(frames, parse_grounding(""), columns=columns, cell_width=16).width == 16 * width
 
 
 def test_impossible_styles_are_refused():

@@ -408,6 +408,16 @@ def test_tracks_return_to_text(ours):
     assert format_tracks(ours.labels.track_positions(frames, {1: 0.0, 16: 0.5}), "ball") == answer
 
 
+def test_an_object_is_once_in_a_frame(ours):
+    """Of two times that mean the same frame the nearer one counts."""
+    answer = '<tracks coords="0.0 1 100 100\t0.2 1 200 200\t0.4 1 300 300\t0.5 1 400 400">ball</tracks>'
+    frames = ours.labels.frame_keypoints(
+        parse_grounding(answer, {"timestamps": [0.0, 0.5], "frames_indices": [0, 15], "width": 20, "height": 10})
+    )
+    found = {number: [tuple(*keypoint.points) for keypoint in frames[number].keypoints] for number in frames}
+    assert found == {1: [(0.1, 0.1)], 16: [(0.4, 0.4)]}
+
+
 def test_frames_have_to_be_known(ours):
     with pytest.raises(ValueError, match="unknown which frame"):
         ours.labels.frame_keypoints(parse_grounding('<points coords="1.0 1 500 500">cup</points>'))

@@ -42,6 +42,10 @@ ANSWERS = {
     ),
     "video points": ('<points coords="0.0 1 250 400 2 100 125\t1.0 3 500 500">boats</points>', VIDEO),
     "tracks": ('<tracks coords="0.0 1 200 100 2 500 200\t0.5 1 210 110\t1.0 1 220 120 2 480 205">x</tracks>', VIDEO),
+    "points and tracks": (
+        '<points coords="0.5 1 250 400">boats</points> <tracks coords="0.5 1 200 100\t1.0 1 220 120">x</tracks>',
+        VIDEO,
+    ),
     "none": ("There are none.", [(64, 48)]),
     "cut off": ('<points coords="1 1 250 400 2 300', [(64, 48)]),
     "no size": ('<points coords="1 1 250 400">cup</points>', None),
@@ -154,6 +158,47 @@ def test_mot_counts_source_frames_from_one(box_size):
         assert (found.id, found.moment.source_index) == (point.id, point.moment.source_index)
         assert (found.x, found.y) == pytest.approx((point.x, point.y), abs=0.01)
     assert [track.id for track in read.tracks] == [1, 2]
+
+
+SECONDS = {"fps": 30, "frames_indices": [0, 30, 60], "width": 100, "height": 100}
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    {
+        "two times in one frame": (
+            '<tracks coords="0.0 1 100 100\t0.5 1 200 200\t1.0 1 300 300">dog</tracks>',
+            [(1, 1, 11), (31, 1, 31)],
+        ),
+        "the nearer time comes first": (
+            '<tracks coords="1.0 1 300 300\t1.3 1 200 200\t1.8 1 500 500">dog</tracks>',
+            [(31, 1, 31), (61, 1, 51)],
+        ),
+        "equally near": ('<tracks coords="0.9 1 100 100\t1.1 1 200 200">dog</tracks>', [(31, 1, 11)]),
+        "two objects with one id": (
+            '<tracks coords="0.0 1 100 100\t1.0 1 110 100">dog</tracks> '
+            '<tracks coords="0.0 1 500 500 2 700 700\t1.0 1 510 500">cat</tracks>',
+            [(1, 1, 11), (1, 2, 71), (1, 3, 51), (31, 1, 12), (31, 3, 52)],
+        ),
+        "ids of others stay": (
+            '<tracks coords="0.0 4 100 100">dog</tracks> <tracks coords="0.0 2 300 300 4 500 500">cat</tracks>',
+            [(1, 2, 31), (1, 4, 11), (1, 5, 51)],
+        ),
+    }.values(),
+)
+def test_mot_has_each_object_once_in_a_frame(text, rows):
+    lines = to_mot(parse_grounding(text, SECONDS)).splitlines()
+    assert [tuple(int(number) for number in line.split(",")[:3]) for line in lines] == rows
+
+
+def test_mot_at_a_low_rate_has_each_object_once_in_a_frame():
+    unplaced = parse_grounding(
+        '<tracks coords="0.4 1 100 100\t0.9 1 200 200\t1.0 1 300 300">dog</tracks>', MediaInfo("video", ((100, 100),))
+    )
+    assert [line.split(",")[:3] for line in to_mot(unplaced, fps=1).splitlines()] == [
+        ["1", "1", "11"],
+        ["2", "1", "31"],
+    ]
 
 
 def test_mot_needs_frames():

@@ -25,19 +25,37 @@ def frame_keypoints(grounding: Any) -> dict[int, fo.Keypoints]:
     """The points of a video by frame number, for `sample.add_labels` or `sample.frames`.
 
     Keypoints of one tracked object share an `fo.Instance`. Of an object that the answer places twice at one time the
-    first counts, as in `Track`.
+    first counts, as in `Track`; of two times in one frame the one that is nearer to it.
 
     Raises:
         ValueError: The answer was read without the sampled frames of its video.
     """
     frames: dict[int, list[fo.Keypoint]] = {}
     tracked = [
-        (point, instance) for track in grounding.tracks for instance in [fo.Instance()] for point in track.points
+        (point, instance)
+        for track in grounding.tracks
+        for instance in [fo.Instance()]
+        for point in _one_a_frame(track)
     ]
     single = [(point, None) for point in grounding.points if point.tag != "tracks" and point.image_index is None]
     for point, instance in single + tracked:
         frames.setdefault(frame_number(point.moment), []).append(_keypoint(point, instance))
     return {number: fo.Keypoints(keypoints=frames[number]) for number in sorted(frames)}
+
+
+def _one_a_frame(track: Any) -> list[Any]:
+    """The points of a track in the order of its frames."""
+    nearest: dict[int, Any] = {}
+    for point in track.points:
+        number = frame_number(point.moment)
+        if number not in nearest or _key_distance(point) < _key_distance(nearest[number]):
+            nearest[number] = point
+    return list(nearest.values())
+
+
+def _key_distance(point: Any) -> float:
+    """Seconds from the time that the answer prints to that of the sampled frame it means."""
+    return round(abs(float(point.key) - point.moment.time), 6)
 
 
 def temporal_detections(events: Any, media: Any) -> fo.TemporalDetections:
