@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 
 from checkpoints import REPOSITORY, module_cache, picture, write_checkpoint
@@ -209,6 +210,22 @@ def test_rates_of_parts_for_other_optimizers(model, processor, tmp_path, optimiz
     trainer.train()
     rates_of = {group["name"]: group["initial_lr"] for group in trainer.optimizer.param_groups}
     assert rates_of["connector"] == 2e-3
+
+
+# --- data sets -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("num_shards", [None, 1, 4])
+def test_every_example_of_a_stream_arrives_once(processor, num_shards, workers):
+    """A data set in memory is divided among workers by the packer, a stream by itself."""
+    rows = [{"input_ids": [number] * 5, "labels": [number] * 5} for number in range(24)]
+    source = pytest.importorskip("datasets").Dataset.from_list(rows)
+    if num_shards is not None:
+        source = source.to_iterable_dataset(num_shards=num_shards)
+    dataset = processor.packed_dataset(source, processor.packer(max_tokens=20, max_crops=1))
+    packs = DataLoader(dataset, batch_size=None, num_workers=workers)
+    assert sorted(example["input_ids"][0] for pack in packs for example in pack.examples) == list(range(24))
 
 
 # --- TRL and PEFT ----------------------------------------------------------------------------------------------------
