@@ -316,6 +316,18 @@ def test_sft_trainer_with_adapters_weights_and_rates(trl, dataset, model, proces
     torch.testing.assert_close(answers(again, processor), answers(trainer.model, processor))
 
 
+@pytest.mark.parametrize("parts", [("text",), ("vision",), ()])
+def test_adapters_are_trained_with_gradient_checkpointing(model, processor, tmp_path, parts):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=model.lora_targets(*parts), init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config)
+    before = {name: value.detach().clone() for name, value in adapted.named_parameters() if value.requires_grad}
+    settings = TrainingArguments(**arguments(tmp_path, gradient_checkpointing=True, max_steps=1))
+    Trainer(adapted, settings, processor.data_collator(), ROWS[:2]).train()
+    after = dict(adapted.named_parameters())
+    assert not [name for name, value in before.items() if torch.equal(value, after[name])]
+
+
 # --- the page --------------------------------------------------------------------------------------------------------
 
 
