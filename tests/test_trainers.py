@@ -212,6 +212,28 @@ def test_rates_of_parts_for_other_optimizers(model, processor, tmp_path, optimiz
     assert rates_of["connector"] == 2e-3
 
 
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [2, 0, 2]])
+def test_predictions_are_logits(model, processor, tmp_path, order):
+    """Whichever batches have pictures."""
+    seen = []
+
+    def count(evaluation) -> dict[str, int]:
+        seen.append(evaluation.predictions)
+        return {"rows": len(evaluation.label_ids)}
+
+    settings = TrainingArguments(**arguments(tmp_path, per_device_eval_batch_size=1))
+    rows = [ROWS[number] for number in order]
+    trainer = Trainer(model, settings, processor.data_collator(), eval_dataset=rows, compute_metrics=count)
+    predicted = trainer.predict(rows).predictions
+    assert trainer.evaluate()["eval_rows"] == len(rows)
+    assert np.array_equal(seen[-1], predicted)
+    for row, logits in zip(rows, predicted, strict=True):
+        with torch.no_grad():
+            expected = model.eval()(**processor.data_collator()([row])).logits[0].numpy()
+        np.testing.assert_allclose(logits[: len(expected)], expected, atol=1e-5)
+        assert (logits[len(expected) :] == -100).all()
+
+
 # --- data sets -------------------------------------------------------------------------------------------------------
 
 
