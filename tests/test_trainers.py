@@ -149,40 +149,65 @@ def test_trainer_on_packed_rows_in_bfloat16(model, processor, tmp_path):
     require_falling(trainer)
 
 
-def weights_after_a_step(folder: Path, processor, trainer, **settings: Any) -> dict[str, torch.Tensor]:
-    """All weights after one step of SGD on three weighted examples."""
-    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
-    rows = [
-        processor.build_training_example(row["messages"], weighting=processor.token_weighting()) for row in ROWS[:3]
+def examples_with_weights(processor, weighted: tuple[bool, ...]) -> list[dict[str, torch.Tensor]]:
+    weightings = [processor.token_weighting() if own else None for own in weighted]
+    return [
+        processor.build_training_example(row["messages"], weighting=own)
+        for row, own in zip(ROWS, weightings, strict=False)
     ]
+
+
+def weights_after_a_step(folder: Path, processor, trainer, weighted: tuple[bool, ...], **settings: Any):
+    """All weights of the model after one step of SGD on examples with weights or without."""
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
     options = {"optim": "sgd", "max_steps": 1, "learning_rate": 0.1, "max_grad_norm": 0.0, **settings}
     own = TrainingArguments(**arguments(folder.parent / "run", lr_scheduler_type="constant", **options))
-    trainer(model, own, processor.data_collator(), rows).train()
+    trainer(model, own, processor.data_collator(), examples_with_weights(processor, weighted)).train()
     return dict(model.named_parameters())
 
 
-def test_accumulated_batches_are_one_weighted_batch(folder, processor):
-    """Divided by the sum of the weights of the whole step, however it is cut into batches."""
+@pytest.mark.parametrize("weighted", [(True, True, True), (False, True, True), (True, False, False)])
+def test_accumulated_batches_are_one_weighted_batch(folder, processor, weighted):
+    """Divided by the sum of the weights of the whole step, however it is cut; without weights a label counts 1."""
     trainer = processor.trainer_class(Trainer)
-    whole = weights_after_a_step(folder, processor, trainer, per_device_train_batch_size=3)
+    whole = weights_after_a_step(folder, processor, trainer, weighted, per_device_train_batch_size=3)
     parts = weights_after_a_step(
-        folder, processor, trainer, per_device_train_batch_size=1, gradient_accumulation_steps=3
+        folder, processor, trainer, weighted, per_device_train_batch_size=1, gradient_accumulation_steps=3
     )
     for name, value in whole.items():
         torch.testing.assert_close(parts[name], value, atol=1e-6, rtol=1e-5)
 
 
-def test_batches_with_and_without_weights(processor, model, tmp_path):
-    rows = [
-        processor.build_training_example(ROWS[0]["messages"], weighting=own)
-        for own in (None, processor.token_weighting())
-    ]
+@pytest.mark.parametrize("weighted", [True, False])
+def test_every_process_takes_part_in_the_sum_of_weights(model, processor, tmp_path, monkeypatch, weighted):
+    """Also one whose batches have no weights: 10 tokens of 0.5 each are learnt in another process."""
+    batch = processor.data_collator()(examples_with_weights(processor, (weighted,)))
+    trainer = processor.trainer_class(Trainer)(model, TrainingArguments(**arguments(tmp_path)))
+    monkeypatch.setattr(trainer.accelerator, "gather", lambda own: torch.cat([own, torch.tensor([5.0, 10.0])]))
+    labels = int((batch["labels"] != -100).sum())
+    own = batch["loss_weights"].sum() if weighted else labels
+    monkeypatch.setattr(Trainer, "get_batch_samples", lambda *_: ([batch], torch.tensor(labels + 10)))
+    _, number = trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
+    assert float(number) == pytest.approx(float(own) + 5)
+
+
+@pytest.mark.parametrize("kind", ["prompt", "messages"])
+def test_answers_that_are_not_learnt_in_some_rows(model, processor, tmp_path, kind):
+    """Nobody asked for weights: an earlier answer of a prompt has weight 0, other rows have none."""
+    talk = [*turn("Hello.", "Hi.", loss_weight=0), *turn("Name a number.", "Seven.")]
+    rows = [{"messages": talk}, ROWS[2]]
+    if kind == "prompt":
+        rows = [{"prompt": [*turn("Hello.", "Hi."), talk[2]], "completion": talk[3:]}, ROWS[2]]
     settings = TrainingArguments(
         **arguments(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=2, max_steps=1)
     )
     trainer = processor.trainer_class(Trainer)(model, settings, processor.data_collator(), rows)
-    with pytest.raises(ValueError, match=r"Of 2 batches of a step 1 have `loss_weights`\. Weigh the answers of all"):
-        trainer.train()
+    trainer.train()
+    with torch.no_grad():
+        expected = AutoModelForImageTextToText.from_pretrained(model.config._name_or_path, trust_remote_code=True)(
+            **processor.data_collator()(rows)
+        ).loss
+    assert losses(trainer)[0] == pytest.approx(float(expected), abs=1e-3)
 
 
 def test_trainer_with_a_rate_for_each_part(model, processor, tmp_path):
