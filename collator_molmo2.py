@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .geometry_molmo2 import NO_PLACE
 from .loss_molmo2 import IGNORED
 from .loss_weighting_molmo2 import TokenWeighting
-from .training_molmo2 import messages_of_row
+from .training_molmo2 import training_example
 
 # What stands at the places of padding; `input_ids` has the tokenizer's own.
 FILLERS: dict[str, float | int | bool] = {
@@ -60,7 +60,11 @@ class Molmo2DataCollator:
         """
         if self.padding_side not in ("left", "right"):
             raise ValueError(f"`padding_side` is {self.padding_side!r}; expected 'left' or 'right'.")
-        rows = [[self._example(example) for example in _members(feature)] for feature in features]
+        settings = {"weighting": self.weighting, "max_length": self.max_length, **self.options}
+        rows = [
+            [training_example(self.processor, example, **settings) for example in _members(feature)]
+            for feature in features
+        ]
         examples = [example for row in rows for example in row]
         names = [name for name in ("loss_weights", "branch_ids") if any(name in example for example in examples)]
         if all("token_type_ids" in example for example in examples):
@@ -69,22 +73,6 @@ class Molmo2DataCollator:
         if all(len(row) == 1 for row in rows):
             columns = [{name: value for name, value in row.items() if name != "example_ids"} for row in columns]
         return {**self._padded(columns), **_joined_pictures(examples, self._picture_names())}
-
-    def _example(self, feature: Any) -> Mapping[str, Any]:
-        if not isinstance(feature, Mapping):
-            raise ValueError(
-                f"A training example is a mapping; found {type(feature).__name__}. Pass what "
-                "`processor.build_training_example` returns, or rows with `messages`."
-            )
-        if feature.get("input_ids") is None:
-            return self.processor.build_training_example(
-                messages_of_row(feature), weighting=self.weighting, max_length=self.max_length, **self.options
-            )
-        if feature.get("labels") is None:
-            raise ValueError(
-                f"An example with {sorted(feature)} has no `labels`. Build it with `processor.build_training_example`."
-            )
-        return {name: value for name, value in feature.items() if value is not None}
 
     def _picture_names(self) -> list[str]:
         return [*self.processor.image_processor.model_input_names, *self.processor.video_processor.model_input_names]

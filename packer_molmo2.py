@@ -64,7 +64,8 @@ def num_tokens(example: Mapping[str, Any]) -> int:
 
 def num_crops(example: Mapping[str, Any]) -> int:
     """Crops of images and frames of videos."""
-    return sum(len(example[name]) for name in ("pixel_values", "pixel_values_videos") if name in example)
+    pixels = [example.get(name) for name in ("pixel_values", "pixel_values_videos")]
+    return sum(len(own) for own in pixels if own is not None)
 
 
 class Packer:

@@ -243,6 +243,30 @@ def with_pictures(messages: list[Mapping[str, Any]], parts: Sequence[Any]) -> li
     return [*messages[:place], {**messages[place], "content": [*parts, *texts]}, *messages[place + 1 :]]
 
 
+def training_example(processor: Any, feature: Any, **options: Any) -> Mapping[str, Any]:
+    """What is learnt from an item of a data set: a built example, or a row that becomes one (see `messages_of_row`).
+
+    Data sets fill columns that an example lacks with null; such columns are left out.
+
+    Args:
+        options: Of `build_training_example`, for rows.
+    Raises:
+        ValueError: If the item is neither, an example has no labels, and whatever building raises.
+    """
+    if not isinstance(feature, Mapping):
+        raise ValueError(
+            f"A training example is a mapping; found {type(feature).__name__}. Pass what "
+            "`processor.build_training_example` returns, or rows with `messages`."
+        )
+    if feature.get("input_ids") is None:
+        return processor.build_training_example(messages_of_row(feature), **options)
+    if feature.get("labels") is None:
+        raise ValueError(
+            f"An example with {sorted(feature)} has no `labels`. Build it with `processor.build_training_example`."
+        )
+    return {name: value for name, value in feature.items() if value is not None}
+
+
 def messages_of_row(row: Mapping[str, Any]) -> Any:
     """The conversation, or the tree of conversations, of a row of a data set.
 

@@ -184,6 +184,20 @@ def test_every_example_arrives_once(kind, workers):
     assert sorted(example["input_ids"][0] for pack in packs for example in pack.examples) == list(range(24))
 
 
+def test_examples_that_were_stored_with_nulls():
+    """What another row has and this one lacks; rows that are not built yet may stand beside them."""
+    row = {"messages": CONVERSATIONS["turns"]}
+    built = [example(CONVERSATIONS[name]) for name in ("text", "image", "video")]
+    columns = sorted({*row, *(name for own in built for name in own)})
+    stored = [{name: own.get(name) for name in columns} for own in [*built, row]]
+    packer = processor().packer(max_tokens=2000, max_crops=40)
+    assert [num_crops(own) for own in stored[:3]] == [num_crops(own) for own in built]
+    found = collate(list(processor().packed_dataset(stored, packer)))
+    expected = collate(list(processor().packed_dataset([*built, row], packer)))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_a_packed_data_set_can_be_read_again():
     built = [example(CONVERSATIONS[name]) for name in ("text", "image")]
     dataset = PackedDataset(built, Packer(500, 10))

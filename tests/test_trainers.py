@@ -275,6 +275,23 @@ def test_every_example_of_a_stream_arrives_once(processor, num_shards, workers):
     assert sorted(example["input_ids"][0] for pack in packs for example in pack.examples) == list(range(24))
 
 
+def test_built_examples_of_a_data_set_are_packed(processor):
+    """Stored as lists, with null for what a row lacks."""
+    built = [processor.build_training_example(row["messages"]) for row in ROWS]
+    columns = {name: None for own in built for name in own}  # a list of rows has those of its first one
+    rows = [{**columns, **{name: value.tolist() for name, value in own.items()}} for own in built]
+    stored = pytest.importorskip("datasets").Dataset.from_list(rows)
+    assert stored[2]["pixel_values"] is None
+    packs = [
+        list(processor.packed_dataset(source, processor.packer(max_tokens=800, max_crops=40)))
+        for source in (stored, built)
+    ]
+    found, expected = (processor.data_collator()(own) for own in packs)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
+
+
 # --- TRL and PEFT ----------------------------------------------------------------------------------------------------
 
 
