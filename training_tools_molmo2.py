@@ -52,8 +52,9 @@ class TrainingTools:
             `loss_weights` float32, of a tree `branch_ids` int64; and the pictures, as the call returns them.
             `data_collator` makes batches of such examples.
         Raises:
-            ValueError: No answer to learn, a template without `{% generation %}`, branches about other pictures,
-                visual tokens past `max_length`, negative weights, and whatever the call raises.
+            ValueError: No answer to learn, messages without role or content, a template without `{% generation %}`,
+                branches about other pictures, visual tokens past `max_length`, weights that are no numbers from 0 on,
+                and whatever the call raises.
         """
         return build_training_example(
             self, messages, weighting=weighting, max_length=max_length, chat_template=chat_template, **options
