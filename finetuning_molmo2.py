@@ -113,10 +113,21 @@ def trainer_class(base: type, rates: LearningRates | None = None) -> type:
     Args:
         base: `transformers.Trainer`, `trl.SFTTrainer`, ...
         rates: A learning rate for each part of the model. None: the arguments' own for all of it.
+    Raises:
+        ValueError: From the trainer, for arguments with `label_smoothing_factor`.
     """
     from transformers import Trainer
 
     class Molmo2Trainer(base):
+        def __init__(self, *args: Any, **kwargs: Any):
+            super().__init__(*args, **kwargs)
+            if self.args.label_smoothing_factor:
+                raise ValueError(
+                    f"`label_smoothing_factor` is {self.args.label_smoothing_factor}; expected 0. The smoothed loss "
+                    "of transformers compares each token with its own label instead of the next one, as it does not "
+                    "know this class."
+                )
+
         def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
             batches, number = super().get_batch_samples(*args, **kwargs)
             if number is None:  # labels were not counted, in no process

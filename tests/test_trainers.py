@@ -210,6 +210,12 @@ def test_answers_that_are_not_learnt_in_some_rows(model, processor, tmp_path, ki
     assert losses(trainer)[0] == pytest.approx(float(expected), abs=1e-3)
 
 
+def test_trainer_class_refuses_smoothed_labels(model, processor, tmp_path):
+    settings = TrainingArguments(**arguments(tmp_path, label_smoothing_factor=0.1))
+    with pytest.raises(ValueError, match=r"`label_smoothing_factor` is 0\.1; expected 0"):
+        processor.trainer_class(Trainer)(model, settings, processor.data_collator(), ROWS)
+
+
 def test_trainer_with_a_rate_for_each_part(model, processor, tmp_path):
     model.freeze("vision")
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
