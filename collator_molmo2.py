@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from .geometry_molmo2 import NO_PLACE
 from .loss_molmo2 import IGNORED
 from .loss_weighting_molmo2 import TokenWeighting
-from .training_molmo2 import messages_of_row
+from .pixels_molmo2 import normalize_on_device
+from .training_molmo2 import training_example
 
 # What stands at the places of padding; `input_ids` has the tokenizer's own.
 FILLERS: dict[str, float | int | bool] = {
@@ -54,13 +55,18 @@ class Molmo2DataCollator:
         Returns:
             (B, S) `input_ids`, `attention_mask`, `labels` int64, `token_type_ids` bool; where a feature has them
             `loss_weights` float32 and `branch_ids` int64; with packed rows `example_ids` int64, -1 on padding. The
-            pictures of all examples, one after the other, row by row.
+            pictures of all examples, one after the other, row by row; uint8 pixels that stand beside normalised ones
+            are normalised as the model does it.
         Raises:
             ValueError: For features that are none of these, and another `padding_side`.
         """
         if self.padding_side not in ("left", "right"):
             raise ValueError(f"`padding_side` is {self.padding_side!r}; expected 'left' or 'right'.")
-        rows = [[self._example(example) for example in _members(feature)] for feature in features]
+        settings = {"weighting": self.weighting, "max_length": self.max_length, **self.options}
+        rows = [
+            [training_example(self.processor, example, **settings) for example in _members(feature)]
+            for feature in features
+        ]
         examples = [example for row in rows for example in row]
         names = [name for name in ("loss_weights", "branch_ids") if any(name in example for example in examples)]
         if all("token_type_ids" in example for example in examples):
@@ -69,22 +75,6 @@ class Molmo2DataCollator:
         if all(len(row) == 1 for row in rows):
             columns = [{name: value for name, value in row.items() if name != "example_ids"} for row in columns]
         return {**self._padded(columns), **_joined_pictures(examples, self._picture_names())}
-
-    def _example(self, feature: Any) -> Mapping[str, Any]:
-        if not isinstance(feature, Mapping):
-            raise ValueError(
-                f"A training example is a mapping; found {type(feature).__name__}. Pass what "
-                "`processor.build_training_example` returns, or rows with `messages`."
-            )
-        if feature.get("input_ids") is None:
-            return self.processor.build_training_example(
-                messages_of_row(feature), weighting=self.weighting, max_length=self.max_length, **self.options
-            )
-        if feature.get("labels") is None:
-            raise ValueError(
-                f"An example with {sorted(feature)} has no `labels`. Build it with `processor.build_training_example`."
-            )
-        return {name: value for name, value in feature.items() if value is not None}
 
     def _picture_names(self) -> list[str]:
         return [*self.processor.image_processor.model_input_names, *self.processor.video_processor.model_input_names]
@@ -128,13 +118,21 @@ def _tokens_of_row(row: Sequence[Mapping[str, Any]], names: list[str]) -> dict[s
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
+def _alike(pixels: Sequence[Tensor]) -> list[Tensor]:
+    """Pixels of one kind: uint8 where all are, otherwise normalised. Data sets return uint8 as lists of numbers."""
+    is_normalized = [values.is_floating_point() for values in pixels]
+    if not any(is_normalized):
+        return [values.to(torch.uint8) for values in pixels]
+    return [values if own else normalize_on_device(values) for values, own in zip(pixels, is_normalized)]
+
+
 def _joined_pictures(examples: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Tensor]:
     """The pictures of all examples; narrow pooling tables are filled up with -2."""
     joined = {}
     for name in names:
         values = [torch.as_tensor(example[name]) for example in examples if name in example]
-        if name in PIXELS:  # data sets return uint8 as lists of numbers
-            values = [value if value.is_floating_point() else value.to(torch.uint8) for value in values]
+        if name in PIXELS:
+            values = _alike(values)
         if name in POOLING_TABLES and values:
             window = max(value.shape[1] for value in values)
             values = [nn.functional.pad(value, (0, window - value.shape[1]), value=NO_PLACE) for value in values]

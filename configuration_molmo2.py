@@ -440,6 +440,8 @@ class Molmo2Config(Molmo2BaseConfig):
         "adapter_config": Molmo2AdapterConfig,
         "text_config": Molmo2TextConfig,
     }
+    # A trainer's predictions are all other outputs, of all batches alike: one without pictures has no vectors of them.
+    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]
     attribute_map = {
         "image_token_id": "image_patch_id",
         "video_token_id": "image_patch_id",

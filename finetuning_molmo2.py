@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .loss_molmo2 import IGNORED
+
 # Parts of the model and what their parameters' names have in common; everything else is text.
 VISION_MODULES = {"vision": ("image_vit",), "connector": ("image_pooling_2d", "image_projector")}
 PARTS = ("vision", "connector", "text")
@@ -106,29 +108,34 @@ def trainer_class(base: type, rates: LearningRates | None = None) -> type:
     """A `Trainer`, or a trainer made from it such as TRL's, that knows about Molmo2's training.
 
     Where batches have `loss_weights`, a step divides by the sum of the weights of all its batches, on all devices: a
-    `Trainer` counts labels.
+    `Trainer` counts labels. A label of a batch without weights counts 1.
 
     Args:
         base: `transformers.Trainer`, `trl.SFTTrainer`, ...
         rates: A learning rate for each part of the model. None: the arguments' own for all of it.
+    Raises:
+        ValueError: From the trainer, for arguments with `label_smoothing_factor`.
     """
     from transformers import Trainer
 
     class Molmo2Trainer(base):
+        def __init__(self, *args: Any, **kwargs: Any):
+            super().__init__(*args, **kwargs)
+            if self.args.label_smoothing_factor:
+                raise ValueError(
+                    f"`label_smoothing_factor` is {self.args.label_smoothing_factor}; expected 0. The smoothed loss "
+                    "of transformers compares each token with its own label instead of the next one, as it does not "
+                    "know this class."
+                )
+
         def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
             batches, number = super().get_batch_samples(*args, **kwargs)
-            weights = [batch["loss_weights"] for batch in batches if "loss_weights" in batch]
-            if not weights:
+            if number is None:  # labels were not counted, in no process
                 return batches, number
-            if len(weights) < len(batches):
-                raise ValueError(
-                    f"Of {len(batches)} batches of a step {len(weights)} have `loss_weights`. Weigh the answers of "
-                    "all examples or of none."
-                )
-            total = sum(weight.sum() for weight in weights).to(self.args.device)
-            if self.args.average_tokens_across_devices:
-                total = self.accelerator.gather(total).sum()
-            return batches, total
+            sums = sum(_weights_and_labels(batch) for batch in batches).to(self.args.device)
+            if self.args.average_tokens_across_devices:  # in every process, whether or not its batches have weights
+                sums = self.accelerator.gather(sums).view(-1, 2).sum(0)
+            return batches, number * (sums[0] / sums[1].clamp(min=1))
 
         def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
             if "loss_weights" in inputs:  # TRL's own loss knows no weights, that of the model does
@@ -147,6 +154,12 @@ def trainer_class(base: type, rates: LearningRates | None = None) -> type:
 
     Molmo2Trainer.__name__ = f"Molmo2{base.__name__}"
     return Molmo2Trainer
+
+
+def _weights_and_labels(batch: dict[str, Any]) -> Tensor:
+    """(2,) the sum of a batch's weights, 1 for each label where it has none, and the number of its labels."""
+    learnt = batch["labels"] != IGNORED
+    return torch.stack([batch.get("loss_weights", learnt).float().sum(), learnt.float().sum()])
 
 
 def _base_model(model: Any) -> Any:

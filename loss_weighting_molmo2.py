@@ -1,5 +1,6 @@
 """How much the tokens of an answer count in the loss."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -63,8 +64,10 @@ def message_weights(
         answer_lengths: Tokens of each message of the assistant.
         weighting: For answers whose message has no `loss_weight` of its own. None gives them 1.
     Raises:
-        ValueError: For a negative `loss_weight`.
+        ValueError: For a `loss_weight` that is no number from 0 on, and a class in the place of a weighting.
     """
+    if isinstance(weighting, type):
+        raise ValueError(f"`weighting` is the class {weighting.__name__}; pass an instance, {weighting.__name__}().")
     answers = [(number, message) for number, message in enumerate(messages) if is_answer(message)]
     if weighting is None and all(message.get("loss_weight") is None for _, message in answers):
         return None
@@ -74,13 +77,29 @@ def message_weights(
         if own is None:
             style = style_of(message) or (style_of(messages[number - 1]) if number else None)
             own = 1.0 if weighting is None else weighting.weight(text_of(message), style, length)
-        if own < 0:
+        if isinstance(own, str) or not 0 <= own < math.inf:
             raise ValueError(
-                f"Message {number} has `loss_weight` {own}: use 0 for an answer that is not to be learnt."
+                f"Message {number} has `loss_weight` {own!r}: use 0 for an answer that is not to be learnt, otherwise "
+                "a finite number above it."
             )
         weights.append(float(own))
     return weights
 
 
+def role_of(message: Mapping[str, Any]) -> str:
+    """ "user", "assistant", ...
+
+    Raises:
+        ValueError: For a message without a role.
+    """
+    if message.get("role") is None:
+        raise ValueError(
+            f"A message with the keys {sorted(message)} has no `role`; expected {{'role': 'user' or 'assistant', "
+            "'content': text or a list of parts}. Of LLaVA's `from` and `value` make such messages: human is the "
+            "user, gpt the assistant."
+        )
+    return str(message["role"]).lower()
+
+
 def is_answer(message: Mapping[str, Any]) -> bool:
-    return str(message["role"]).lower() == "assistant"
+    return role_of(message) == "assistant"

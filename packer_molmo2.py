@@ -64,7 +64,8 @@ def num_tokens(example: Mapping[str, Any]) -> int:
 
 def num_crops(example: Mapping[str, Any]) -> int:
     """Crops of images and frames of videos."""
-    return sum(len(example[name]) for name in ("pixel_values", "pixel_values_videos") if name in example)
+    pixels = [example.get(name) for name in ("pixel_values", "pixel_values_videos")]
+    return sum(len(own) for own in pixels if own is not None)
 
 
 class Packer:
@@ -182,8 +183,10 @@ def _knapsack(across: np.ndarray, down: np.ndarray, worth: np.ndarray, room: tup
 class PackedDataset(IterableDataset):
     """Packs of the examples of a source, for a `DataLoader` or a `Trainer`.
 
-    With several workers each packs its own share of the source. A `Trainer` cuts the batches of streams into rows,
-    which pictures do not follow, unless its arguments say `accelerator_config={"dispatch_batches": False}`.
+    With several workers each packs its own share of the source. PyTorch's `IterableDataset`s, of which streams of
+    Hugging Face data sets are some, divide themselves among workers, by PyTorch's rule; of anything else a worker
+    takes every n-th item. A `Trainer` cuts the batches of streams into rows, which pictures do not follow, unless its
+    arguments say `accelerator_config={"dispatch_batches": False}`.
 
     Args:
         source: Anything that can be iterated again and again: a list, a `Dataset`, a stream of data sets.
@@ -199,7 +202,7 @@ class PackedDataset(IterableDataset):
         return self.packer.pack(self._examples())
 
     def _examples(self) -> Iterator[Any]:
-        worker = get_worker_info()
+        worker = None if isinstance(self.source, IterableDataset) else get_worker_info()
         number, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
         for place, item in enumerate(self.source):
             if place % step == number:

@@ -1,10 +1,21 @@
 """What all Molmo2 models tell transformers about themselves, and how fresh weights are drawn."""
 
+from typing import Any
+
 from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
 from .configuration_molmo2 import Molmo2Config
 from .rotary_molmo2 import Molmo2RotaryEmbedding
+
+
+def checkpointing_settings(given: dict[str, Any] | None) -> dict[str, Any]:
+    """Settings of `torch.utils.checkpoint`: not reentrant, unless they say so.
+
+    The reentrant kind, a default before transformers 5, passes no gradient to a layer whose input has none: adapters
+    in a vision transformer that is otherwise frozen, which reads pixels, would not be trained.
+    """
+    return {"use_reentrant": False, **({} if given is None else given)}
 
 
 class Molmo2PreTrainedModel(PreTrainedModel):
@@ -22,6 +33,25 @@ class Molmo2PreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    # Releases that have the first name call it for the second one too.
+    if hasattr(PreTrainedModel, "activation_checkpointing_enable"):
+
+        def activation_checkpointing_enable(
+            self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+        ) -> None:
+            """As transformers has it, with `checkpointing_settings`."""
+            settings = checkpointing_settings(activation_checkpointing_kwargs)
+            super().activation_checkpointing_enable(activation_checkpointing_kwargs=settings, **options)
+
+    else:
+
+        def gradient_checkpointing_enable(
+            self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+        ) -> None:
+            """As transformers has it, with `checkpointing_settings`."""
+            settings = checkpointing_settings(gradient_checkpointing_kwargs)
+            super().gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings, **options)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Fill what a checkpoint left unfilled; never touch a tensor that was loaded.

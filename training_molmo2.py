@@ -21,7 +21,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from .conversation_molmo2 import ConversationMedia, find_media, is_batch, messages_of, picture_kind
 from .loss_molmo2 import IGNORED
-from .loss_weighting_molmo2 import TokenWeighting, is_answer, message_weights
+from .loss_weighting_molmo2 import TokenWeighting, is_answer, message_weights, role_of
 from .prompt_expansion_molmo2 import truncate
 from .video_loading_molmo2 import is_one_video
 
@@ -75,6 +75,8 @@ def build_training_example(
     conversations = [
         _without_null_styles(messages_of(own)) for own in (messages if is_batch(messages) else [messages])
     ]
+    for own in conversations:
+        _require_texts(own)
     media = find_media(conversations[0])
     conversations = [conversations[0], *(_about(own, conversations[0], media) for own in conversations[1:])]
     for own in conversations:
@@ -93,6 +95,28 @@ def build_training_example(
     ]
     tensors = {name: torch.as_tensor(value) for name, value in pictures.items()}
     return {**_row_tensors(rows, visual), **tensors}
+
+
+def _require_texts(messages: list[Mapping[str, Any]]) -> None:
+    """Refuse what the template would write as an empty turn. An answer that is "" on purpose is one.
+
+    Raises:
+        ValueError: For a message without role or content, and an answer none of whose parts has a text.
+    """
+    for number, message in enumerate(messages):
+        role = role_of(message)
+        if "content" not in message:
+            raise ValueError(
+                f"Message {number}, from the {role}, has the keys {sorted(message)} and no `content`; "
+                "expected text or a list of parts."
+            )
+        if is_answer(message) and isinstance(message["content"], (list, tuple)):
+            texts = [part.get("text") if isinstance(part, Mapping) else part for part in message["content"]]
+            if all(text is None for text in texts):
+                raise ValueError(
+                    f"Message {number}, an answer, has no text in its {len(texts)} part(s); expected one such as "
+                    "{'type': 'text', 'text': 'A boat.'}."
+                )
 
 
 def _without_null_styles(messages: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -235,12 +259,36 @@ def _about(messages: list[Mapping[str, Any]], first: list[Mapping[str, Any]], me
 
 def with_pictures(messages: list[Mapping[str, Any]], parts: Sequence[Any]) -> list[Mapping[str, Any]]:
     """The conversation with picture parts in its first message from the user."""
-    place = next((number for number, message in enumerate(messages) if str(message["role"]).lower() == "user"), None)
+    place = next((number for number, message in enumerate(messages) if role_of(message) == "user"), None)
     if place is None or not parts:
         return messages
     content = messages[place].get("content")
     texts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content or [])
     return [*messages[:place], {**messages[place], "content": [*parts, *texts]}, *messages[place + 1 :]]
+
+
+def training_example(processor: Any, feature: Any, **options: Any) -> Mapping[str, Any]:
+    """What is learnt from an item of a data set: a built example, or a row that becomes one (see `messages_of_row`).
+
+    Data sets fill columns that an example lacks with null; such columns are left out.
+
+    Args:
+        options: Of `build_training_example`, for rows.
+    Raises:
+        ValueError: If the item is neither, an example has no labels, and whatever building raises.
+    """
+    if not isinstance(feature, Mapping):
+        raise ValueError(
+            f"A training example is a mapping; found {type(feature).__name__}. Pass what "
+            "`processor.build_training_example` returns, or rows with `messages`."
+        )
+    if feature.get("input_ids") is None:
+        return processor.build_training_example(messages_of_row(feature), **options)
+    if feature.get("labels") is None:
+        raise ValueError(
+            f"An example with {sorted(feature)} has no `labels`. Build it with `processor.build_training_example`."
+        )
+    return {name: value for name, value in feature.items() if value is not None}
 
 
 def messages_of_row(row: Mapping[str, Any]) -> Any:
@@ -262,9 +310,10 @@ def messages_of_row(row: Mapping[str, Any]) -> Any:
         )
         messages = [*({**message, "loss_weight": 0} if is_answer(message) else message for message in given), *answer]
     else:
+        removed = " A `Trainer` removes the columns of rows unless its arguments say `remove_unused_columns=False`."
         raise ValueError(
             f"A row with the columns {sorted(row)} holds no conversation: expected `messages`, `prompt` and "
-            "`completion`, or the result of `processor.build_training_example`."
+            f"`completion`, or the result of `processor.build_training_example`.{'' if row else removed}"
         )
     conversations = list(messages) if is_batch(messages) else [messages]
     first = messages_of(conversations[0])

@@ -1,6 +1,7 @@
 """What a processor offers for training - examples, batches, packing - without any import by hand."""
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -9,7 +10,7 @@ from .collator_molmo2 import Molmo2DataCollator
 from .finetuning_molmo2 import LearningRates, trainer_class
 from .loss_weighting_molmo2 import TokenWeighting
 from .packer_molmo2 import PackedDataset, Packer
-from .training_molmo2 import build_training_example, messages_of_row
+from .training_molmo2 import build_training_example, training_example
 
 
 class TrainingTools:
@@ -51,8 +52,9 @@ class TrainingTools:
             `loss_weights` float32, of a tree `branch_ids` int64; and the pictures, as the call returns them.
             `data_collator` makes batches of such examples.
         Raises:
-            ValueError: No answer to learn, a template without `{% generation %}`, branches about other pictures,
-                visual tokens past `max_length`, negative weights, and whatever the call raises.
+            ValueError: No answer to learn, messages without role or content, a template without `{% generation %}`,
+                branches about other pictures, visual tokens past `max_length`, weights that are no numbers from 0 on,
+                and whatever the call raises.
         """
         return build_training_example(
             self, messages, weighting=weighting, max_length=max_length, chat_template=chat_template, **options
@@ -66,11 +68,7 @@ class TrainingTools:
         """Rows of a data set as packs; see `packer_molmo2.PackedDataset`.
 
         Args:
-            source: Rows with `messages` (see `training_molmo2.messages_of_row`), or built examples.
+            source: Rows with `messages`, or built examples; see `training_molmo2.training_example`.
             options: Of `build_training_example`.
         """
-
-        def build(row: Any) -> Any:
-            return row if "input_ids" in row else self.build_training_example(messages_of_row(row), **options)
-
-        return PackedDataset(source, packer, build)
+        return PackedDataset(source, packer, partial(training_example, self, **options))

@@ -99,6 +99,20 @@ def test_examples_that_were_stored_as_lists(options):
         torch.testing.assert_close(found[name], value)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize(("name", "pixels"), [("image", "pixel_values"), ("video", "pixel_values_videos")])
+def test_pixels_of_both_kinds(name, pixels, packed, stored):
+    """Those that are not normalised yet are, also where a data set made lists of them."""
+    normalized, raw = example(CONVERSATIONS[name]), example(CONVERSATIONS[name], pixel_dtype="uint8")
+    if stored:
+        raw = {field: value.tolist() for field, value in raw.items()}
+    for mixed in ([normalized, raw], [raw, normalized]):
+        found = collate([mixed] if packed else mixed)[pixels]
+        torch.testing.assert_close(found, torch.cat([normalized[pixels]] * 2), atol=1e-6, rtol=0)
+    assert collate([raw, raw])[pixels].dtype == torch.uint8
+
+
 def test_rows_of_a_data_set_are_built():
     weighting = TokenWeighting()
     settings = {"weighting": weighting, "options": {"max_crops": 1}}

@@ -9,6 +9,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from checkpoints import FAMILIES, build_model, picture
 from model_inputs import MIXED, batch, clip, processor, real_tokens
+from molmo2_remote.pretrained_molmo2 import checkpointing_settings
 
 ATOL = 2e-5
 
@@ -256,6 +257,23 @@ def test_gradient_checkpointing_in_both_towers():
     plain(**inputs, labels=labels).loss.backward()
     handle.remove()
     assert forwards == 2 * len(calls)  # computed again in the backward pass
+
+
+@pytest.mark.parametrize("part", ["vision_backbone.image_vit.transformer.resblocks", "transformer.blocks"])
+@pytest.mark.parametrize("settings", [None, {}, {"preserve_rng_state": False}])
+def test_gradient_checkpointing_trains_a_layer_of_a_frozen_model(part, settings):
+    """As with adapters: nothing that the layer reads has a gradient."""
+    model = build_model("qwen3").train().requires_grad_(False)
+    model.gradient_checkpointing_enable(settings)
+    trained = next(model.model.get_submodule(part)[1].parameters()).requires_grad_(True)
+    inputs = batch("image")
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert trained.grad.abs().sum() > 0
+
+
+def test_gradient_checkpointing_is_reentrant_where_that_is_asked_for():
+    assert checkpointing_settings({"use_reentrant": True}) == {"use_reentrant": True}
+    assert checkpointing_settings(None) == {"use_reentrant": False}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from model_inputs import processor
 from molmo2_remote.packer_molmo2 import Pack, PackedDataset, Packer, fill, num_crops, num_tokens
@@ -153,6 +153,49 @@ def test_rows_of_a_data_set(workers):
     assert all(batch["input_ids"].shape[1] <= 260 for batch in batches)
     assert sum(len(batch.get("image_grids", [])) for batch in batches) == 4
     assert sum(len(batch.get("video_grids", [])) for batch in batches) == 1
+
+
+class Countable:
+    """Not a list, and no data set either."""
+
+    def __init__(self, rows: list[dict]):
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[dict]:
+        yield from self.rows
+
+
+class DividedStream(Countable, IterableDataset):
+    """A stream that divides itself among workers, the first of which gets most."""
+
+    def __iter__(self) -> Iterator[dict]:
+        worker = get_worker_info()
+        number = 0 if worker is None else worker.id
+        yield from self.rows if worker is None else (self.rows[:-2], self.rows[-2:])[number]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", [list, Countable, DividedStream])
+def test_every_example_arrives_once(kind, workers):
+    """However the source is divided among workers; `test_trainers.py` has those of Hugging Face."""
+    source = kind([{"input_ids": [number] * 5, "labels": [number] * 5} for number in range(24)])
+    dataset = processor().packed_dataset(source, processor().packer(max_tokens=20, max_crops=1))
+    packs = DataLoader(dataset, batch_size=None, num_workers=workers)
+    assert sorted(example["input_ids"][0] for pack in packs for example in pack.examples) == list(range(24))
+
+
+def test_examples_that_were_stored_with_nulls():
+    """What another row has and this one lacks; rows that are not built yet may stand beside them."""
+    row = {"messages": CONVERSATIONS["turns"]}
+    built = [example(CONVERSATIONS[name]) for name in ("text", "image", "video")]
+    columns = sorted({*row, *(name for own in built for name in own)})
+    stored = [{name: own.get(name) for name in columns} for own in [*built, row]]
+    packer = processor().packer(max_tokens=2000, max_crops=40)
+    assert [num_crops(own) for own in stored[:3]] == [num_crops(own) for own in built]
+    found = collate(list(processor().packed_dataset(stored, packer)))
+    expected = collate(list(processor().packed_dataset([*built, row], packer)))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_a_packed_data_set_can_be_read_again():

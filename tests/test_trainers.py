@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 
 from checkpoints import REPOSITORY, module_cache, picture, write_checkpoint
@@ -148,40 +149,71 @@ def test_trainer_on_packed_rows_in_bfloat16(model, processor, tmp_path):
     require_falling(trainer)
 
 
-def weights_after_a_step(folder: Path, processor, trainer, **settings: Any) -> dict[str, torch.Tensor]:
-    """All weights after one step of SGD on three weighted examples."""
-    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
-    rows = [
-        processor.build_training_example(row["messages"], weighting=processor.token_weighting()) for row in ROWS[:3]
+def examples_with_weights(processor, weighted: tuple[bool, ...]) -> list[dict[str, torch.Tensor]]:
+    weightings = [processor.token_weighting() if own else None for own in weighted]
+    return [
+        processor.build_training_example(row["messages"], weighting=own)
+        for row, own in zip(ROWS, weightings, strict=False)
     ]
+
+
+def weights_after_a_step(folder: Path, processor, trainer, weighted: tuple[bool, ...], **settings: Any):
+    """All weights of the model after one step of SGD on examples with weights or without."""
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
     options = {"optim": "sgd", "max_steps": 1, "learning_rate": 0.1, "max_grad_norm": 0.0, **settings}
     own = TrainingArguments(**arguments(folder.parent / "run", lr_scheduler_type="constant", **options))
-    trainer(model, own, processor.data_collator(), rows).train()
+    trainer(model, own, processor.data_collator(), examples_with_weights(processor, weighted)).train()
     return dict(model.named_parameters())
 
 
-def test_accumulated_batches_are_one_weighted_batch(folder, processor):
-    """Divided by the sum of the weights of the whole step, however it is cut into batches."""
+@pytest.mark.parametrize("weighted", [(True, True, True), (False, True, True), (True, False, False)])
+def test_accumulated_batches_are_one_weighted_batch(folder, processor, weighted):
+    """Divided by the sum of the weights of the whole step, however it is cut; without weights a label counts 1."""
     trainer = processor.trainer_class(Trainer)
-    whole = weights_after_a_step(folder, processor, trainer, per_device_train_batch_size=3)
+    whole = weights_after_a_step(folder, processor, trainer, weighted, per_device_train_batch_size=3)
     parts = weights_after_a_step(
-        folder, processor, trainer, per_device_train_batch_size=1, gradient_accumulation_steps=3
+        folder, processor, trainer, weighted, per_device_train_batch_size=1, gradient_accumulation_steps=3
     )
     for name, value in whole.items():
         torch.testing.assert_close(parts[name], value, atol=1e-6, rtol=1e-5)
 
 
-def test_batches_with_and_without_weights(processor, model, tmp_path):
-    rows = [
-        processor.build_training_example(ROWS[0]["messages"], weighting=own)
-        for own in (None, processor.token_weighting())
-    ]
+@pytest.mark.parametrize("weighted", [True, False])
+def test_every_process_takes_part_in_the_sum_of_weights(model, processor, tmp_path, monkeypatch, weighted):
+    """Also one whose batches have no weights: 10 tokens of 0.5 each are learnt in another process."""
+    batch = processor.data_collator()(examples_with_weights(processor, (weighted,)))
+    trainer = processor.trainer_class(Trainer)(model, TrainingArguments(**arguments(tmp_path)))
+    monkeypatch.setattr(trainer.accelerator, "gather", lambda own: torch.cat([own, torch.tensor([5.0, 10.0])]))
+    labels = int((batch["labels"] != -100).sum())
+    own = batch["loss_weights"].sum() if weighted else labels
+    monkeypatch.setattr(Trainer, "get_batch_samples", lambda *_: ([batch], torch.tensor(labels + 10)))
+    _, number = trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
+    assert float(number) == pytest.approx(float(own) + 5)
+
+
+@pytest.mark.parametrize("kind", ["prompt", "messages"])
+def test_answers_that_are_not_learnt_in_some_rows(model, processor, tmp_path, kind):
+    """Nobody asked for weights: an earlier answer of a prompt has weight 0, other rows have none."""
+    talk = [*turn("Hello.", "Hi.", loss_weight=0), *turn("Name a number.", "Seven.")]
+    rows = [{"messages": talk}, ROWS[2]]
+    if kind == "prompt":
+        rows = [{"prompt": [*turn("Hello.", "Hi."), talk[2]], "completion": talk[3:]}, ROWS[2]]
     settings = TrainingArguments(
         **arguments(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=2, max_steps=1)
     )
     trainer = processor.trainer_class(Trainer)(model, settings, processor.data_collator(), rows)
-    with pytest.raises(ValueError, match=r"Of 2 batches of a step 1 have `loss_weights`\. Weigh the answers of all"):
-        trainer.train()
+    trainer.train()
+    with torch.no_grad():
+        expected = AutoModelForImageTextToText.from_pretrained(model.config._name_or_path, trust_remote_code=True)(
+            **processor.data_collator()(rows)
+        ).loss
+    assert losses(trainer)[0] == pytest.approx(float(expected), abs=1e-3)
+
+
+def test_trainer_class_refuses_smoothed_labels(model, processor, tmp_path):
+    settings = TrainingArguments(**arguments(tmp_path, label_smoothing_factor=0.1))
+    with pytest.raises(ValueError, match=r"`label_smoothing_factor` is 0\.1; expected 0"):
+        processor.trainer_class(Trainer)(model, settings, processor.data_collator(), ROWS)
 
 
 def test_trainer_with_a_rate_for_each_part(model, processor, tmp_path):
@@ -209,6 +241,61 @@ def test_rates_of_parts_for_other_optimizers(model, processor, tmp_path, optimiz
     trainer.train()
     rates_of = {group["name"]: group["initial_lr"] for group in trainer.optimizer.param_groups}
     assert rates_of["connector"] == 2e-3
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [2, 0, 2]])
+def test_predictions_are_logits(model, processor, tmp_path, order):
+    """Whichever batches have pictures."""
+    seen = []
+
+    def count(evaluation) -> dict[str, int]:
+        seen.append(evaluation.predictions)
+        return {"rows": len(evaluation.label_ids)}
+
+    settings = TrainingArguments(**arguments(tmp_path, per_device_eval_batch_size=1))
+    rows = [ROWS[number] for number in order]
+    trainer = Trainer(model, settings, processor.data_collator(), eval_dataset=rows, compute_metrics=count)
+    predicted = trainer.predict(rows).predictions
+    assert trainer.evaluate()["eval_rows"] == len(rows)
+    assert np.array_equal(seen[-1], predicted)
+    for row, logits in zip(rows, predicted, strict=True):
+        with torch.no_grad():
+            expected = model.eval()(**processor.data_collator()([row])).logits[0].numpy()
+        np.testing.assert_allclose(logits[: len(expected)], expected, atol=1e-5)
+        assert (logits[len(expected) :] == -100).all()
+
+
+# --- data sets -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("num_shards", [None, 1, 4])
+def test_every_example_of_a_stream_arrives_once(processor, num_shards, workers):
+    """A data set in memory is divided among workers by the packer, a stream by itself."""
+    rows = [{"input_ids": [number] * 5, "labels": [number] * 5} for number in range(24)]
+    source = pytest.importorskip("datasets").Dataset.from_list(rows)
+    if num_shards is not None:
+        source = source.to_iterable_dataset(num_shards=num_shards)
+    dataset = processor.packed_dataset(source, processor.packer(max_tokens=20, max_crops=1))
+    packs = DataLoader(dataset, batch_size=None, num_workers=workers)
+    assert sorted(example["input_ids"][0] for pack in packs for example in pack.examples) == list(range(24))
+
+
+def test_built_examples_of_a_data_set_are_packed(processor):
+    """Stored as lists, with null for what a row lacks."""
+    built = [processor.build_training_example(row["messages"]) for row in ROWS]
+    columns = {name: None for own in built for name in own}  # a list of rows has those of its first one
+    rows = [{**columns, **{name: value.tolist() for name, value in own.items()}} for own in built]
+    stored = pytest.importorskip("datasets").Dataset.from_list(rows)
+    assert stored[2]["pixel_values"] is None
+    packs = [
+        list(processor.packed_dataset(source, processor.packer(max_tokens=800, max_crops=40)))
+        for source in (stored, built)
+    ]
+    found, expected = (processor.data_collator()(own) for own in packs)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
 
 
 # --- TRL and PEFT ----------------------------------------------------------------------------------------------------
@@ -297,6 +384,18 @@ def test_sft_trainer_with_adapters_weights_and_rates(trl, dataset, model, proces
     fresh = AutoModelForImageTextToText.from_pretrained(model.config._name_or_path, trust_remote_code=True)
     again = peft.PeftModel.from_pretrained(fresh, checkpoint)
     torch.testing.assert_close(answers(again, processor), answers(trainer.model, processor))
+
+
+@pytest.mark.parametrize("parts", [("text",), ("vision",), ()])
+def test_adapters_are_trained_with_gradient_checkpointing(model, processor, tmp_path, parts):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=model.lora_targets(*parts), init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config)
+    before = {name: value.detach().clone() for name, value in adapted.named_parameters() if value.requires_grad}
+    settings = TrainingArguments(**arguments(tmp_path, gradient_checkpointing=True, max_steps=1))
+    Trainer(adapted, settings, processor.data_collator(), ROWS[:2]).train()
+    after = dict(adapted.named_parameters())
+    assert not [name for name, value in before.items() if torch.equal(value, after[name])]
 
 
 # --- the page --------------------------------------------------------------------------------------------------------

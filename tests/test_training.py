@@ -27,6 +27,8 @@ from training_cases import (
     with_attention,
 )
 
+LLAVA = [{"from": "human", "value": "What is this?"}, {"from": "gpt", "value": "A boat."}]
+
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def model(request):
@@ -125,6 +127,23 @@ def test_the_end_is_cut_off():
         (CONVERSATIONS["image"], {"max_length": 9}, r"would cut \d+ visual token\(s\)"),
         (turn("a", "b", loss_weight=0), {}, "nothing to learn"),
         (turn("a", "b", loss_weight=-1), {}, "Message 1 has `loss_weight` -1: use 0"),
+        (turn("a", "b", loss_weight="0.5"), {}, "Message 1 has `loss_weight` '0.5': use 0"),
+        (turn("a", "b", loss_weight=float("nan")), {}, "Message 1 has `loss_weight` nan: use 0"),
+        (turn("a", "b", loss_weight=float("inf")), {}, "`loss_weight` inf: .* otherwise a finite number"),
+        (turn("a", "b"), {"weighting": TokenWeighting}, r"the class TokenWeighting; pass an instance, TokenWeighting"),
+        (
+            [{"role": "user", "value": "a"}, {"role": "assistant", "value": "b"}],
+            {},
+            r"Message 0, from the user, has the keys \['role', 'value'\] and no `content`; expected text",
+        ),
+        (
+            [*turn("a", "b")[:1], {"role": "assistant", "value": "b"}],
+            {},
+            "Message 1, from the assistant, .* no `content`",
+        ),
+        (turn("a", [{"type": "text", "text": None}]), {}, r"Message 1, an answer, has no text in its 1 part\(s\)"),
+        (turn("a", []), {}, r"Message 1, an answer, has no text in its 0 part\(s\)"),
+        ([TREES["text"][0], turn("a", [])], {}, "Message 1, an answer, has no text"),
         (
             CONVERSATIONS["text"],
             {"chat_template": "{{ messages[0]['content'] }}"},
@@ -402,6 +421,30 @@ def test_of_prompt_and_completion_the_second_is_learnt():
     assert learnt(row) == "So.<|im_end|>"
 
 
-def test_a_row_without_a_conversation():
-    with pytest.raises(ValueError, match=r"A row with the columns \['text'\] holds no conversation: expected"):
-        messages_of_row({"text": "Hello"})
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "Hello"}, r"A row with the columns \['text'\] holds no conversation: expected"),
+        ({}, r"A row with the columns \[\] holds no conversation: .* `remove_unused_columns=False`"),
+        (
+            {"messages": LLAVA},
+            r"A message with the keys \['from', 'value'\] has no `role`; expected ",
+        ),
+        ({"messages": LLAVA, "image": IMAGE["image"]}, r"\['from', 'value'\] has no `role`"),
+        ({"prompt": LLAVA[:1], "completion": LLAVA[1:]}, r"\['from', 'value'\] has no `role`"),
+        ({"messages": [LLAVA, LLAVA]}, r"\['from', 'value'\] has no `role`"),
+    ],
+)
+def test_rows_without_a_conversation(row, message):
+    with pytest.raises(ValueError, match=message):
+        collate([row])
+
+
+def test_an_empty_answer_is_learnt_where_it_is_meant():
+    for empty in ("", [{"type": "text", "text": ""}]):
+        assert learnt(example(turn("What is there?", empty))) == "<|im_end|>"
+
+
+def test_null_beside_text_is_left_out():
+    parts = [{"type": "text", "text": "A boat."}, {"type": "text", "text": None}]
+    assert learnt(example(turn("What is this?", parts))) == "A boat.<|im_end|>"
