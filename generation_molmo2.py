@@ -53,6 +53,16 @@ def _behind_kept_cache(options: dict[str, Any], input_ids: Tensor, past_key_valu
     return {**options, "next_sequence_length": num_new} if num_new > 0 else options
 
 
+def _without_guesses(marks: Tensor, found: Tensor) -> Tensor:
+    """Marks, (B, S), without those at the end that are on no visual token, as `found` by id.
+
+    `generate` gives tokens that it writes or guesses the type of the last one, and that may be the end of a picture.
+    """
+    is_settled = ~marks | found
+    reaches_on = is_settled.flip(-1).cumsum(-1).flip(-1) > 0  # here or further on something is settled
+    return marks & reaches_on
+
+
 class Molmo2GenerationMixin(GenerationMixin):
     """The hooks of `generate`; the model class supplies `self.model` and `self.config`."""
 
@@ -78,16 +88,18 @@ class Molmo2GenerationMixin(GenerationMixin):
             token_type_ids = mm_token_type_ids
         is_prefill = past_key_values is None or bool(cached_length(past_key_values) == 0)
         if is_prefill:
-            read = {"input_ids": input_ids if inputs_embeds is None else None, "inputs_embeds": inputs_embeds}
-            kwargs["token_type_ids"] = self.model.marked_as_visual(token_type_ids, **read)
+            ids = input_ids if inputs_embeds is None else None
+            is_visual = self.model.marked_as_visual(token_type_ids, ids, inputs_embeds)
+            kwargs["token_type_ids"] = (
+                is_visual if ids is None else _without_guesses(is_visual, self.model.is_visual(ids))
+            )
         elif inputs_embeds is None:
             kwargs = _behind_kept_cache(kwargs, input_ids, past_key_values)
         model_inputs = super().prepare_inputs_for_generation(
             input_ids, *args, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
         )
         if is_prefill:
-            read = {name: model_inputs.get(name) for name in ("input_ids", "inputs_embeds")}
-            model_inputs["token_type_ids"] = self.model.marked_as_visual(kwargs["token_type_ids"], **read)
+            model_inputs["token_type_ids"] = kwargs["token_type_ids"]  # some releases shift or cut what they are given
             model_inputs.update({name: value for name, value in pictures.items() if value is not None})
         return model_inputs
 

@@ -124,8 +124,8 @@ class Molmo2Model(Molmo2PreTrainedModel, Molmo2PictureMixin):
             pixel_values_videos .. video_grids: See `get_video_features`.
             image_features, video_features: (T, D), what these two return, instead of pixels and pooling indices:
                 pictures that were encoded before. The grids are still needed where both kinds come together.
-            token_type_ids: (B, S), nonzero on visual tokens; found by id when missing or of another width, and no
-                token counts whose id says otherwise. `mm_token_type_ids` is the name other processors use for it.
+            token_type_ids: (B, S), nonzero on visual tokens; found by id when missing or of another width.
+                `mm_token_type_ids` is the name other processors use for it.
             example_ids: (B, S), one value for all tokens of a packed example; examples do not see each other, and
                 positions restart. Their pictures follow one another, row by row.
             branch_ids: (B, S), 0 for the prefix that all branches of an example share, 1, 2, ... for branches, which

@@ -70,15 +70,9 @@ class Molmo2PictureMixin:
         return torch.isin(ids, torch.tensor(self.visual_ids, device=ids.device))
 
     def marked_as_visual(self, marks: Tensor | None, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        """(B, S) bool: visual tokens, as far as `marks`, (B, S) of the same tokens, have them.
-
-        `generate` lengthens, shortens or shifts what it carries along (guessed tokens get the type of the last one),
-        so marks of another width say nothing, and ids are believed before them; embeddings may not be those of ids.
-        """
+        """(B, S) bool: what `marks` say, or, where they are none or of another width, what is found in the tokens."""
         fits = marks is not None and marks.shape == (inputs_embeds if input_ids is None else input_ids).shape[:2]
-        if not fits:
-            return self.is_visual(input_ids, inputs_embeds)
-        return marks.bool() if input_ids is None else marks.bool() & self.is_visual(input_ids)
+        return marks.bool() if fits else self.is_visual(input_ids, inputs_embeds)
 
     def token_groups(
         self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None, example_ids: Tensor | None = None
