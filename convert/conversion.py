@@ -15,7 +15,7 @@ from .errors import OutputError, UnsupportedError
 from .model_card import model_card
 from .shards import GIGABYTE, INDEX_FILE, SAFETENSORS_DTYPES, Shard, index_content, plan_shards
 from .source import NativeSource, open_source
-from .staging import Staging, require_free
+from .staging import Staging, require_apart, require_free
 from .tokenizer import TokenizerFiles, build_tokenizer
 from .writer import WeightWriter
 
@@ -66,12 +66,17 @@ class ConversionOptions:
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """Everything that is known before a weight is read."""
+    """Everything that is known before a weight is read.
+
+    Attributes:
+        inputs: Files and folders that are read; the output may not take their place.
+    """
 
     source: NativeSource
     shards: list[Shard]
     tokenizer: TokenizerFiles
     options: ConversionOptions
+    inputs: frozenset[Path]
 
     @property
     def output_bytes(self) -> int:
@@ -86,9 +91,8 @@ class ConversionPlan:
     def fingerprint(self) -> str:
         """Changes whenever the shards would."""
         tensors = self.source.tensors.values()
-        files = {piece.path for tensor in tensors for piece in tensor.pieces}
-        names = {path: str(path.resolve()) for path in files}
-        stats = sorted((names[path], path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+        names = {path: str(path.resolve()) for path in self.source.files}
+        stats = sorted((names[path], path.stat().st_size, path.stat().st_mtime_ns) for path in names)
         pieces = sorted((t.name, t.dtype, [(names[p.path], p.start) for p in t.pieces]) for t in tensors)
         digest = hashlib.sha256(json.dumps([stats, pieces]).encode())
         for shard in self.shards:
@@ -133,7 +137,8 @@ def plan_conversion(checkpoint: str | Path, options: ConversionOptions | None = 
         raise UnsupportedError("config.yaml names no llm.tokenizer.identifier; pass --tokenizer.")
     tokenizer = build_tokenizer(identifier, filled_size=config.tokenizer_size, embedding_rows=config.embedding_rows)
     shards = plan_shards(source.renames, options.dtype, options.max_shard_bytes)
-    return ConversionPlan(source, shards, tokenizer, options)
+    inputs = {Path(checkpoint), Path(identifier), source.location.folder, *source.files, *remote_code_files()}
+    return ConversionPlan(source, shards, tokenizer, options, frozenset(inputs))
 
 
 def remote_code_files() -> list[Path]:
@@ -206,7 +211,7 @@ def convert_checkpoint(
         checkpoint: A checkpoint directory, or a save folder with `step<N>` children.
         output: The folder to make; it appears complete or not at all.
         options: See `ConversionOptions`.
-        overwrite: Replace an output that holds something.
+        overwrite: Replace an output that holds something, but nothing that the conversion reads.
         resume: Continue where an interrupted conversion with the same source and options stopped.
         advance: Called with the number of bytes after each write.
     Returns:
@@ -214,6 +219,7 @@ def convert_checkpoint(
     Raises:
         ConversionError: One of its kinds; see `errors`. The output is as it was.
     """
+    require_apart([Path(output)], [Path(checkpoint)])
     require_free(Path(output), overwrite)
     plan = plan_conversion(checkpoint, options)
     write_plan(plan, output, overwrite=overwrite, resume=resume, advance=advance)
@@ -229,7 +235,7 @@ def write_plan(
     advance: Callable[[int], object] | None = None,
 ) -> None:
     """Carry out a plan; see `convert_checkpoint`."""
-    staging = Staging(Path(output), plan.fingerprint(), overwrite=overwrite, resume=resume)
+    staging = Staging(Path(output), plan.fingerprint(), inputs=plan.inputs, overwrite=overwrite, resume=resume)
     contents, copies = text_files(plan), remote_code_files()
     small_bytes = sum(len(text.encode()) for text in contents.values()) + sum(path.stat().st_size for path in copies)
     staging.require_space(plan.output_bytes + small_bytes)

@@ -65,7 +65,7 @@ def write_native(
         tokenizer: Identifier of the base tokenizer to write into `config.yaml`.
         dtype: Of the native tensors; None keeps the folder's.
         ignored_fields: Unknown native settings to accept, as dotted paths; they are written again.
-        overwrite: Replace an output that holds something.
+        overwrite: Replace an output that holds something, but nothing that is read.
         advance: Called with the number of bytes after each write.
     Returns:
         The `model` section that was written.
@@ -81,7 +81,9 @@ def write_native(
     config = parse_config(section, ignored_fields=ignored_fields)
     _require_same_settings(folder, config)
     native = _native_tensors(tensors, config)
-    staging = Staging(Path(output), fingerprint="", overwrite=overwrite)
+    inputs = {folder, *(piece.path for tensor in tensors.values() for piece in tensor.pieces)}
+    inputs |= set() if native_config_path is None else {Path(native_config_path)}
+    staging = Staging(Path(output), fingerprint="", inputs=inputs, overwrite=overwrite)
     staging.require_space(sum(stored_bytes(tensor, dtype) for tensor in native.values()))
     with staging.guard():
         staging.open()

@@ -460,6 +460,83 @@ def test_refused_overwrite_keeps_the_old_folder(tmp_path, tokenizer):
     assert contents(output) == {"precious.txt": b"keep me"}
 
 
+# How OUTPUT may lead to what is read, all in one folder: its path in there, and further options.
+OVER_ITS_SOURCE = {
+    "the checkpoint": ("runs/step20",),
+    "its save folder": ("runs",),
+    "under another name": ("alias",),
+    "the weights alone": ("runs/step20/model_and_optim",),
+    "weights behind a link": ("elsewhere",),
+    "the tokenizer": ("base", "--tokenizer", "base/tokenizer"),
+    "dry run": ("base", "--tokenizer", "base/tokenizer", "--dry-run"),
+}
+
+
+def all_files(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("case", OVER_ITS_SOURCE)
+def test_overwrite_spares_what_is_read(tmp_path, checkpoint, tokenizer, monkeypatch, capsys, case):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(checkpoint, "runs/step20")
+    shutil.copytree(tokenizer, "base/tokenizer")
+    Path("alias").symlink_to("runs", target_is_directory=True)
+    Path("elsewhere").mkdir()
+    if case == "weights behind a link":
+        shutil.move("runs/step20/model_and_optim", "elsewhere/weights")
+        Path("runs/step20/model_and_optim").symlink_to(tmp_path / "elsewhere" / "weights", target_is_directory=True)
+    before = all_files(tmp_path)
+    output, *options = OVER_ITS_SOURCE[case]
+    arguments = ["runs/step20", output, "--tokenizer", tokenizer, "--overwrite", "--quiet", *options]
+    assert main(arguments) == 5
+    assert re.search(r"Replacing .* would delete .*, which this conversion reads\. Choose", capsys.readouterr().err)
+    assert all_files(tmp_path) == before
+
+
+def test_overwrite_spares_what_is_read_from_python(tmp_path, checkpoint, tokenizer):
+    run = Path(shutil.copytree(checkpoint, tmp_path / "runs" / "step20")).parent
+    before = all_files(tmp_path)
+    options = ConversionOptions(tokenizer=tokenizer)
+    for output in (run, run / "step20"):
+        with pytest.raises(OutputError, match="would delete"):
+            convert_checkpoint(run, output, options, overwrite=True)
+    with pytest.raises(OutputError, match="would delete"):
+        write_plan(plan_conversion(run, options), run, overwrite=True)
+    assert all_files(tmp_path) == before
+
+
+@pytest.mark.parametrize("left", [".out.partial", ".out.replaced"])
+def test_what_an_earlier_attempt_left_is_not_cleared_if_it_is_read(tmp_path, checkpoint, tokenizer, left):
+    source = Path(shutil.copytree(checkpoint, tmp_path / left / "step20"))
+    before = all_files(tmp_path)
+    with pytest.raises(OutputError, match="would delete"):
+        convert_checkpoint(source, tmp_path / "out", ConversionOptions(tokenizer=tokenizer))
+    assert all_files(tmp_path) == before
+
+
+def test_an_output_inside_the_checkpoint(tmp_path, checkpoint, tokenizer):
+    source = Path(shutil.copytree(checkpoint, tmp_path / "step20"))
+    before = all_files(source)
+    for _ in range(2):
+        convert_checkpoint(source, source / "hf", ConversionOptions(tokenizer=tokenizer), overwrite=True)
+        assert (source / "hf" / "config.json").is_file()
+        assert before.items() <= all_files(source).items()
+
+
+def test_overwrite_on_the_way_back_spares_what_is_read(tmp_path, converted, checkpoint, capsys):
+    folder = Path(shutil.copytree(converted, tmp_path / "runs" / "hf"))
+    settings = tmp_path / "settings"
+    settings.mkdir()
+    shutil.copy(checkpoint / "config.yaml", settings)
+    before = all_files(tmp_path)
+    options = ["--to-native", "--overwrite", "--quiet", "--native-config", str(settings / "config.yaml")]
+    for output in (folder, folder.parent, settings):
+        assert main([str(folder), str(output), *options]) == 5
+        assert "would delete" in capsys.readouterr().err
+        assert all_files(tmp_path) == before
+
+
 def test_dry_run_writes_nothing(tmp_path, checkpoint, tokenizer, capsys):
     assert main([str(checkpoint), str(tmp_path / "out"), "--tokenizer", tokenizer, "--dry-run"]) == 0
     output = capsys.readouterr().out
