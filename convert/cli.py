@@ -32,8 +32,8 @@ examples:
 
 exit codes:
   0 done   2 wrong arguments   3 checkpoint absent, damaged or dangerous   4 Molmo2 cannot express it
-  5 output cannot be written   6 output differs from its source   7 the Hub cannot be reached, or refuses
-  130 interrupted
+  5 output cannot be written   6 output differs from its source, or does not load
+  7 the Hub cannot be reached, or refuses   130 interrupted
 """
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}

@@ -414,6 +414,41 @@ def test_probe_finds_exchanged_tensors(tmp_path, converted, checkpoint, tokenize
         probe_folder(source, folder)
 
 
+def test_probe_trusts_the_code_that_was_just_written(converted, checkpoint, tokenizer, monkeypatch):
+    """Releases that are not told so ask a question on the terminal."""
+    trusted = []
+    for loader in (AutoTokenizer, AutoModelForImageTextToText):
+        load = loader.from_pretrained
+
+        def recorded(*args, load=load, **options):
+            trusted.append(options.get("trust_remote_code"))
+            return load(*args, **options)
+
+        monkeypatch.setattr(loader, "from_pretrained", recorded)
+    probe_folder(plan_conversion(checkpoint, ConversionOptions(tokenizer=tokenizer)).source, converted)
+    assert trusted == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("broken", "expected"),
+    [
+        ({"tokenizer_config.json": "{", "tokenizer.json": "{"}, r"out does not load with transformers: \w+: "),
+        (
+            {"configuration_molmo2.py": "raise KeyError('here')"},
+            r"out does not load with transformers: KeyError: 'here'",
+        ),
+    ],
+    ids=["tokenizer", "code"],
+)
+def test_probe_of_a_folder_that_does_not_load(tmp_path, converted, checkpoint, tokenizer, capsys, broken, expected):
+    folder = tmp_path / "out"
+    shutil.copytree(converted, folder)
+    for name, text in broken.items():
+        (folder / name).write_text(text)
+    assert main([str(checkpoint), str(folder), "--tokenizer", tokenizer, "--probe", "--quiet"]) == 6
+    assert re.search(expected, capsys.readouterr().err)
+
+
 def test_a_model_too_short_for_the_probe(tmp_path, checkpoint, tokenizer, capsys):
     options = ["--tokenizer", tokenizer, "--max-model-len", "40", "--probe", "--quiet"]
     assert main([str(checkpoint), str(tmp_path / "out"), *options]) == 6
