@@ -36,8 +36,9 @@ FREE_KEYS = {
         "attn_implementation",
         "use_cache",
     ),
-    *("attention_dropout", "residual_dropout", "embedding_dropout", "image_feature_dropout", "initializer_range"),
+    *("attention_dropout", "residual_dropout", "embedding_dropout", "initializer_range"),
 }
+CONNECTOR = ("vit_layers", "pooling_attention_mask", "image_feature_dropout")  # named alike on both sides
 
 
 def write_native(
@@ -155,7 +156,7 @@ def native_section(folder: Path, base: dict[str, Any], tokenizer: str | None) ->
     text, vit, adapter = (config[name] for name in PARTS)
     image, video = read_json(folder / "preprocessor_config.json"), read_json(folder / "video_preprocessor_config.json")
     processor = read_json(folder / "processor_config.json")
-    connector = {name: adapter[name] for name in ("vit_layers", "pooling_attention_mask") if name in adapter}
+    connector = {name: adapter[name] for name in CONNECTOR if name in adapter}
     section = copy.deepcopy(base)
     try:
         _subsection(section, "llm").update(_llm_values(text))

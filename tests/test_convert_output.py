@@ -873,7 +873,9 @@ def test_a_tied_model_that_was_tuned_comes_back_untied(tmp_path, tokenizer):
     assert main([str(tmp_path / "back"), str(tmp_path / "again"), "--tokenizer", tokenizer, "--quiet", "--probe"]) == 0
 
 
-def test_without_native_settings_the_defaults_are_used(tmp_path, checkpoint, tensors, tokenizer):
+@pytest.mark.parametrize("changes", [{}, {"vision_backbone.image_feature_dropout": 0.1}], ids=["plain", "dropout"])
+def test_without_native_settings_the_defaults_are_used(tmp_path, tensors, tokenizer, changes):
+    checkpoint = write_unsharded(tmp_path / "native", native_section(changes), tensors)
     convert_checkpoint(checkpoint, tmp_path / "hf", ConversionOptions(tokenizer=tokenizer))
     (tmp_path / "hf" / "native_config.yaml").unlink()
     arguments = [str(tmp_path / "hf"), str(tmp_path / "back"), "--to-native", "--tokenizer", tokenizer, "--quiet"]
