@@ -22,7 +22,7 @@ from .writer import WeightWriter
 NATIVE_CONFIG_FILE = "native_config.yaml"
 # Fields of the native configuration that name places on the machine it was trained on.
 PRIVATE_FIELDS = ("init_path", "init_incremental", "tokenizer_dir")
-BASE_MEMORY = 450_000_000  # Python, numpy and the vocabulary of a tokenizer: most of what the process ever holds
+BASE_MEMORY = 500_000_000  # Python, torch and the vocabulary of a tokenizer: most of what the process ever holds
 PIECE_MEMORY = 2_000  # what is remembered of one piece
 
 
@@ -88,6 +88,15 @@ class ConversionPlan:
         """Expected, in bytes. It does not depend on the size of the tensors: they stream through fixed buffers."""
         return BASE_MEMORY + PIECE_MEMORY * self.source.num_pieces
 
+    def model_config(self) -> dict[str, Any]:
+        """`config.json`."""
+        return config_files.model_config(
+            self.source.config,
+            dtype=self.options.dtype,
+            attention=self.options.attn_implementation,
+            token_ids=self.tokenizer.extra_ids,
+        )
+
     def fingerprint(self) -> str:
         """Changes whenever the shards would."""
         tensors = self.source.tensors.values()
@@ -127,7 +136,8 @@ def plan_conversion(checkpoint: str | Path, options: ConversionOptions | None = 
 
     Raises:
         CheckpointError: If the checkpoint is absent, incomplete, damaged or dangerous.
-        UnsupportedError: If Molmo2 cannot express it.
+        UnsupportedError: If Molmo2 cannot express it, or its configuration class refuses the settings.
+        OutputError: If the modules that travel with the weights are absent.
     """
     options = ConversionOptions() if options is None else options
     source = options.open_source(checkpoint)
@@ -137,8 +147,11 @@ def plan_conversion(checkpoint: str | Path, options: ConversionOptions | None = 
         raise UnsupportedError("config.yaml names no llm.tokenizer.identifier; pass --tokenizer.")
     tokenizer = build_tokenizer(identifier, filled_size=config.tokenizer_size, embedding_rows=config.embedding_rows)
     shards = plan_shards(source.renames, options.dtype, options.max_shard_bytes)
-    inputs = {Path(checkpoint), Path(identifier), source.location.folder, *source.files, *remote_code_files()}
-    return ConversionPlan(source, shards, tokenizer, options, frozenset(inputs))
+    code = remote_code_files()
+    inputs = {Path(checkpoint), Path(identifier), source.location.folder, *source.files, *code}
+    plan = ConversionPlan(source, shards, tokenizer, options, frozenset(inputs))
+    config_files.require_accepted(plan.model_config(), code[0].with_name("configuration_molmo2.py"))
+    return plan
 
 
 def remote_code_files() -> list[Path]:
@@ -174,9 +187,7 @@ def text_files(plan: ConversionPlan) -> dict[str, str]:
     source, tokenizer, options = plan.source, plan.tokenizer, plan.options
     config = source.config
     contents = {
-        "config.json": config_files.model_config(
-            config, dtype=options.dtype, attention=options.attn_implementation, token_ids=tokenizer.extra_ids
-        ),
+        "config.json": plan.model_config(),
         "generation_config.json": config_files.generation_config(tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id),
         "processor_config.json": config_files.processor_config(config),
         "preprocessor_config.json": config_files.preprocessor_config(config),
