@@ -13,7 +13,7 @@ from .errors import ConversionError, OutputError
 from .folder import read_folder
 from .shards import GIGABYTE, INDEX_FILE, SAFETENSORS_DTYPES, SINGLE_FILE
 from .source import NativeSource
-from .staging import require_free
+from .staging import require_apart, require_free
 
 DESCRIPTION = """\
 Convert a native training checkpoint of Molmo2 into a folder that transformers, vLLM and the Hub understand.
@@ -32,8 +32,8 @@ examples:
 
 exit codes:
   0 done   2 wrong arguments   3 checkpoint absent, damaged or dangerous   4 Molmo2 cannot express it
-  5 output cannot be written   6 output differs from its source   7 the Hub cannot be reached, or refuses
-  130 interrupted
+  5 output cannot be written   6 output differs from its source, or does not load
+  7 the Hub cannot be reached, or refuses   130 interrupted
 """
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
@@ -92,7 +92,11 @@ def build_parser() -> argparse.ArgumentParser:
     run = parser.add_argument_group("what to do")
     run.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
     run.add_argument("--resume", action="store_true", help="keep the finished files of an interrupted conversion")
-    run.add_argument("--overwrite", action="store_true", help="replace OUTPUT, once the new one is complete")
+    run.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace OUTPUT, once the new one is complete; never a folder that holds what is read",
+    )
     run.add_argument("--verify", action="store_true", help="compare OUTPUT on disk with CHECKPOINT, tensor by tensor")
     run.add_argument("--probe", action="store_true", help="load OUTPUT with transformers and compare logits")
     run.add_argument("--quiet", action="store_true", help="print errors only")
@@ -185,8 +189,10 @@ class _Command:
 
     def convert(self) -> NativeSource:
         arguments = self.arguments
+        require_apart([arguments.output], [arguments.checkpoint])
         require_free(arguments.output, arguments.overwrite)
         plan = plan_conversion(arguments.checkpoint, self.options)
+        require_apart([arguments.output], plan.inputs)
         self.say(plan.describe())
         self.warn(plan.source)
         if not arguments.dry_run:

@@ -1,8 +1,14 @@
 """From native settings to the JSON files of the converted folder, key by key as the published ones."""
 
+import json
+import re
 from collections.abc import Mapping
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+from .errors import UnsupportedError
 from .native_config import NATIVE_NORM_EPS, ROPE_FIELDS, NativeConfig
 
 FORMAT_VERSION = "4.57.1"  # the oldest transformers that reads these files
@@ -19,6 +25,19 @@ MODEL_MAP = {
 }
 # SigLIP: bilinear resizing, pixels scaled to -1..1.
 PIXEL_SCALING = {"do_convert_rgb": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2}
+# Where the target's configuration classes have their settings from, and what has another name there.
+NATIVE_PLACES: dict[str, tuple[str, dict[str, str]]] = {
+    "Molmo2TextConfig": ("llm", {}),
+    "Molmo2VitConfig": (
+        "vision_backbone.vit",
+        {
+            "num_attention_heads": "image_num_heads",
+            "num_key_value_heads": "image_num_key_value_heads",
+            "hidden_act": "image_mlp_activations",
+        },
+    ),
+    "Molmo2AdapterConfig": ("vision_backbone", {}),
+}
 ATTENTION_CHOICES = ("sdpa", "eager", "flash_attention_2", "flex_attention")
 
 
@@ -141,6 +160,34 @@ def model_config(config: NativeConfig, *, dtype: str, attention: str, token_ids:
         "use_cache": True,
         "use_frame_special_tokens": False,  # as published; prompts follow processor_config.json
     }
+
+
+def require_accepted(content: Mapping[str, Any], code: Path) -> None:
+    """Have the configuration class that travels with the weights read a `config.json`.
+
+    Args:
+        content: Of `config.json`.
+        code: The module of that class, `configuration_molmo2.py`.
+    Raises:
+        UnsupportedError: If it refuses, in the native words where they are known.
+    """
+    module = ModuleType("convert.remote_configuration")  # reached by its path: it is no part of this package
+    SourceFileLoader(module.__name__, str(code)).exec_module(module)
+    try:
+        module.Molmo2Config.from_dict(json.loads(json.dumps(content)))
+    except ValueError as error:
+        raise UnsupportedError(
+            f"This checkpoint cannot be converted to Molmo2:\n  - {_natively(str(error))}"
+        ) from None
+
+
+def _natively(message: str) -> str:
+    """A refusal of the target's configuration, "Class: `name` ...", with the native section and names."""
+    class_name, _, reason = message.partition(": ")
+    if class_name not in NATIVE_PLACES:
+        return message
+    section, names = NATIVE_PLACES[class_name]
+    return f"{section}: " + re.sub(r"`(\w+)`", lambda match: f"`{names.get(match[1], match[1])}`", reason)
 
 
 def generation_config(bos_token_id: int, eos_token_id: int, pad_token_id: int) -> dict[str, Any]:

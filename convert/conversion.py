@@ -15,14 +15,14 @@ from .errors import OutputError, UnsupportedError
 from .model_card import model_card
 from .shards import GIGABYTE, INDEX_FILE, SAFETENSORS_DTYPES, Shard, index_content, plan_shards
 from .source import NativeSource, open_source
-from .staging import Staging, require_free
+from .staging import Staging, require_apart, require_free
 from .tokenizer import TokenizerFiles, build_tokenizer
 from .writer import WeightWriter
 
 NATIVE_CONFIG_FILE = "native_config.yaml"
 # Fields of the native configuration that name places on the machine it was trained on.
 PRIVATE_FIELDS = ("init_path", "init_incremental", "tokenizer_dir")
-BASE_MEMORY = 450_000_000  # Python, numpy and the vocabulary of a tokenizer: most of what the process ever holds
+BASE_MEMORY = 500_000_000  # Python, torch and the vocabulary of a tokenizer: most of what the process ever holds
 PIECE_MEMORY = 2_000  # what is remembered of one piece
 
 
@@ -66,12 +66,17 @@ class ConversionOptions:
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """Everything that is known before a weight is read."""
+    """Everything that is known before a weight is read.
+
+    Attributes:
+        inputs: Files and folders that are read; the output may not take their place.
+    """
 
     source: NativeSource
     shards: list[Shard]
     tokenizer: TokenizerFiles
     options: ConversionOptions
+    inputs: frozenset[Path]
 
     @property
     def output_bytes(self) -> int:
@@ -83,12 +88,20 @@ class ConversionPlan:
         """Expected, in bytes. It does not depend on the size of the tensors: they stream through fixed buffers."""
         return BASE_MEMORY + PIECE_MEMORY * self.source.num_pieces
 
+    def model_config(self) -> dict[str, Any]:
+        """`config.json`."""
+        return config_files.model_config(
+            self.source.config,
+            dtype=self.options.dtype,
+            attention=self.options.attn_implementation,
+            token_ids=self.tokenizer.extra_ids,
+        )
+
     def fingerprint(self) -> str:
         """Changes whenever the shards would."""
         tensors = self.source.tensors.values()
-        files = {piece.path for tensor in tensors for piece in tensor.pieces}
-        names = {path: str(path.resolve()) for path in files}
-        stats = sorted((names[path], path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+        names = {path: str(path.resolve()) for path in self.source.files}
+        stats = sorted((names[path], path.stat().st_size, path.stat().st_mtime_ns) for path in names)
         pieces = sorted((t.name, t.dtype, [(names[p.path], p.start) for p in t.pieces]) for t in tensors)
         digest = hashlib.sha256(json.dumps([stats, pieces]).encode())
         for shard in self.shards:
@@ -123,7 +136,8 @@ def plan_conversion(checkpoint: str | Path, options: ConversionOptions | None = 
 
     Raises:
         CheckpointError: If the checkpoint is absent, incomplete, damaged or dangerous.
-        UnsupportedError: If Molmo2 cannot express it.
+        UnsupportedError: If Molmo2 cannot express it, or its configuration class refuses the settings.
+        OutputError: If the modules that travel with the weights are absent.
     """
     options = ConversionOptions() if options is None else options
     source = options.open_source(checkpoint)
@@ -133,7 +147,11 @@ def plan_conversion(checkpoint: str | Path, options: ConversionOptions | None = 
         raise UnsupportedError("config.yaml names no llm.tokenizer.identifier; pass --tokenizer.")
     tokenizer = build_tokenizer(identifier, filled_size=config.tokenizer_size, embedding_rows=config.embedding_rows)
     shards = plan_shards(source.renames, options.dtype, options.max_shard_bytes)
-    return ConversionPlan(source, shards, tokenizer, options)
+    code = remote_code_files()
+    inputs = {Path(checkpoint), Path(identifier), source.location.folder, *source.files, *code}
+    plan = ConversionPlan(source, shards, tokenizer, options, frozenset(inputs))
+    config_files.require_accepted(plan.model_config(), code[0].with_name("configuration_molmo2.py"))
+    return plan
 
 
 def remote_code_files() -> list[Path]:
@@ -169,9 +187,7 @@ def text_files(plan: ConversionPlan) -> dict[str, str]:
     source, tokenizer, options = plan.source, plan.tokenizer, plan.options
     config = source.config
     contents = {
-        "config.json": config_files.model_config(
-            config, dtype=options.dtype, attention=options.attn_implementation, token_ids=tokenizer.extra_ids
-        ),
+        "config.json": plan.model_config(),
         "generation_config.json": config_files.generation_config(tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id),
         "processor_config.json": config_files.processor_config(config),
         "preprocessor_config.json": config_files.preprocessor_config(config),
@@ -206,7 +222,7 @@ def convert_checkpoint(
         checkpoint: A checkpoint directory, or a save folder with `step<N>` children.
         output: The folder to make; it appears complete or not at all.
         options: See `ConversionOptions`.
-        overwrite: Replace an output that holds something.
+        overwrite: Replace an output that holds something, but nothing that the conversion reads.
         resume: Continue where an interrupted conversion with the same source and options stopped.
         advance: Called with the number of bytes after each write.
     Returns:
@@ -214,6 +230,7 @@ def convert_checkpoint(
     Raises:
         ConversionError: One of its kinds; see `errors`. The output is as it was.
     """
+    require_apart([Path(output)], [Path(checkpoint)])
     require_free(Path(output), overwrite)
     plan = plan_conversion(checkpoint, options)
     write_plan(plan, output, overwrite=overwrite, resume=resume, advance=advance)
@@ -229,7 +246,7 @@ def write_plan(
     advance: Callable[[int], object] | None = None,
 ) -> None:
     """Carry out a plan; see `convert_checkpoint`."""
-    staging = Staging(Path(output), plan.fingerprint(), overwrite=overwrite, resume=resume)
+    staging = Staging(Path(output), plan.fingerprint(), inputs=plan.inputs, overwrite=overwrite, resume=resume)
     contents, copies = text_files(plan), remote_code_files()
     small_bytes = sum(len(text.encode()) for text in contents.values()) + sum(path.stat().st_size for path in copies)
     staging.require_space(plan.output_bytes + small_bytes)

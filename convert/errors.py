@@ -26,7 +26,7 @@ class OutputError(ConversionError):
 
 
 class VerificationError(ConversionError):
-    """What is on disk does not equal the source."""
+    """What is on disk does not equal the source, or does not load."""
 
     exit_code = 6
 

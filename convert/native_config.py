@@ -5,7 +5,8 @@ it), must have one of the values that the target can express, or says nothing ab
 be converted is reported by name, all of it together.
 """
 
-from collections.abc import Collection
+import math
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,20 @@ TWO_WAY_ATTENTION = "image_tokens"
 
 
 @dataclass(frozen=True)
+class Range:
+    """Which numbers make sense, in words and as a rule."""
+
+    words: str
+    holds: Callable[[float], bool]
+
+
+ANY = Range("any number", lambda number: True)
+POSITIVE = Range("more than 0", lambda number: number > 0)
+NOT_NEGATIVE = Range("0 or more", lambda number: number >= 0)
+PROBABILITY = Range("0 to 1", lambda number: 0 <= number <= 1)
+
+
+@dataclass(frozen=True)
 class Field:
     """One field of `config.yaml`.
 
@@ -46,6 +61,7 @@ class Field:
         default: Taken where the file lacks the field; REQUIRED if there is none.
         only: The values that the target can express; empty means any.
         because: What happens with other values.
+        within: Of a number, or of each one in a list.
         nullable: Whether null is a value of its own (it is if `default` is None).
     """
 
@@ -53,6 +69,7 @@ class Field:
     default: Any = REQUIRED
     only: tuple = ()
     because: str = ""
+    within: Range = ANY
 
     @property
     def nullable(self) -> bool:
@@ -90,9 +107,10 @@ LLM = {
     "activation_type": _only(str, "swiglu", default="swiglu", because="the target's feed-forward is gated with SiLU"),
     "block_type": _only(str, "sequential", default="sequential", because="the target has sequential blocks only"),
     "rope": _only(bool, True, because="the target has rotary position embeddings only"),
-    "rope_theta": Field(float, 10000.0),
+    "rope_theta": Field(float, 10000.0, within=POSITIVE),
     "rope_type": _only(str, *ROPE_TYPES, default="default", because="the target does not know this rotary scaling"),
     **{f"rope_{name}": Field(kind, None) for name, kind in ROPE_FIELDS},
+    "rope_factor": Field(float, None, within=POSITIVE),
     "full_attention_layers": Field([int], None),
     "sliding_attention_rope_scaling": Field(bool, False),
     "attention_layer_norm": Field(bool, False),
@@ -102,7 +120,7 @@ LLM = {
     "attention_layer_norm_with_affine": _only(bool, True, default=True, because="the target's norms have weights"),
     "layer_norm_type": _only(str, "rms", because="the target's text model has RMS norms"),
     "layer_norm_with_affine": _only(bool, True, default=True, because="the target's norms have weights"),
-    "layer_norm_eps": Field(float, None),
+    "layer_norm_eps": Field(float, None, within=NOT_NEGATIVE),
     "bias_for_layer_norm": _only(bool, None, False, default=None, because="the target's norms have no bias"),
     "include_bias": _only(bool, False, because="the target's text model has no biases but `qkv_bias`"),
     "norm_after": Field(bool, False),
@@ -118,7 +136,7 @@ LLM = {
     "additional_vocab_size": Field(int),
     "weight_tying": Field(bool),
     "fix_pad_tokenizer": Field(bool, False),
-    "initializer_range": Field(float, 0.02),
+    "initializer_range": Field(float, 0.02, within=NOT_NEGATIVE),
 }
 LLM_IGNORED = {
     *("rope_full_precision", "attention_type", "float32_attention", "use_position_ids"),  # how it is computed
@@ -145,8 +163,8 @@ VIT = {
     "image_mlp_dim": Field(int),
     "image_mlp_activations": Field(str),
     "image_num_pos": Field(int),
-    "image_norm_eps": Field(float),
-    "initializer_range": Field(float, 0.02),
+    "image_norm_eps": Field(float, within=NOT_NEGATIVE),
+    "initializer_range": Field(float, 0.02, within=NOT_NEGATIVE),
     "float32_attention": Field(bool, True),
     "resize_mode": _only(str, "siglip", because="the target resizes pictures the SigLIP way"),
     "normalize": _only(str, "siglip", because="the target scales pixels to -1..1"),
@@ -165,7 +183,7 @@ BACKBONE = {
     "skip_unused_layers": Field(bool, True),
     "use_deepstack": _only(bool, False, default=False, because=_NO_PLACE),
     "share_connector": _only(bool, False, default=False, because=_NO_PLACE),
-    "image_feature_dropout": Field(float, 0.0),
+    "image_feature_dropout": Field(float, 0.0, within=PROBABILITY),
     "image_pooling_h": _only(int, 2, None, default=None, because="older checkpoints pool 2 x 2 patches"),
     "image_pooling_w": _only(int, 2, None, default=None, because="older checkpoints pool 2 x 2 patches"),
 }
@@ -180,7 +198,7 @@ IMAGE = {
     "crop_mode": _only(str, "overlap-and-resize-c2", because="the target cuts pictures this way only"),
     "max_crops": Field(int),
     "max_multi_image_crops": Field(int, None),
-    "overlap_margins": Field([int], (4, 4)),
+    "overlap_margins": Field([int], (4, 4), within=NOT_NEGATIVE),
     "pooling_h": Field(int, 2),
     "pooling_w": Field(int, 2),
     "multi_image_pooling_h": Field(int, None),
@@ -194,7 +212,7 @@ IMAGE_IGNORED = {"high_res_max_crops", "p_high_res", "max_images"}
 VIDEO = {
     "max_frames": Field(int),
     "frame_sample_mode": _only(str, "uniform_last_frame", "fps", because="the target knows these two ways"),
-    "max_fps": Field([float]),
+    "max_fps": Field([float], within=POSITIVE),
     "pooling_h": Field(int),
     "pooling_w": Field(int),
     "time_mode": _only(str, "per-frame-compact", because="the target writes the time before each frame"),
@@ -302,6 +320,11 @@ def parse_config(
     positions = _first_not_none(max_positions, llm["max_position_embeddings"], llm["max_sequence_length"])
     if positions is None:
         problems.append("llm.max_position_embeddings and llm.max_sequence_length say nothing; pass --max-model-len")
+    elif positions < 1:
+        problems.append(
+            f"llm.max_position_embeddings, or else llm.max_sequence_length, is {positions}; "
+            "expected a positive number, or pass --max-model-len"
+        )
     if _is_complete(llm, LLM):
         _check_text(llm, problems)
     if _is_complete(vit, VIT) and _is_complete(backbone, BACKBONE):
@@ -400,12 +423,15 @@ def _read_field(section: dict[str, Any], name: str, prefix: str, field: Field, p
         return None
     try:
         value = _typed(value, field.kind)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         problems.append(f"{prefix}{name} is {value!r}; expected {_kind_name(field.kind)}")
         return None
     if field.only and value not in field.only:
         allowed = " or ".join("null" if choice is None else repr(choice) for choice in field.only)
         problems.append(f"{prefix}{name} is {value!r}; only {allowed} can be converted: {field.because}")
+    numbers = value if isinstance(value, list) else [value]
+    if not all(field.within.holds(number) for number in numbers):
+        problems.append(f"{prefix}{name} is {value!r}; expected {field.within.words}")
     return value
 
 
@@ -415,7 +441,10 @@ def _typed(value: Any, kind: Any) -> Any:
             raise TypeError
         return [_typed(item, kind[0]) for item in value]
     if kind is float and not isinstance(value, bool):
-        return value if isinstance(value, (int, float)) else float(value)  # YAML reads 1e-6 as a string
+        number = value if isinstance(value, (int, float)) else float(value)  # YAML reads 1e-6 as a string
+        if not math.isfinite(number):
+            raise ValueError
+        return number
     if type(value) is not kind:
         raise TypeError
     return value

@@ -1,6 +1,8 @@
 """Loads a converted folder with transformers and compares its logits with those of the native tensors."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,14 @@ def probe_folder(source: NativeSource, folder: Path) -> float:
     Returns:
         The largest difference between logits.
     Raises:
-        VerificationError: If it is larger than `TOLERANCE`, if the model has other tensors than the source, or if
-            the prompt is longer than the model's longest sequence.
+        VerificationError: If it is larger than `TOLERANCE`, if the model does not load or run, if it has other
+            tensors than the source, or if the prompt is longer than the model's longest sequence.
     """
     import torch
     from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with _must_work(f"{folder} does not load with transformers"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     inputs = probe_inputs(tokenizer, source.config)
     length, longest = inputs["input_ids"].shape[1], source.config.max_positions
     if length > longest:
@@ -36,11 +39,13 @@ def probe_folder(source: NativeSource, folder: Path) -> float:
             f"{folder} is complete but was not probed: the probe's prompt has {length} tokens, and the longest "
             f"sequence is set to {longest}. Leave --probe out, or raise --max-model-len."
         )
-    model = AutoModelForImageTextToText.from_pretrained(
-        folder, trust_remote_code=True, dtype="auto", attn_implementation="sdpa"
-    ).eval()
+    with _must_work(f"{folder} does not load with transformers"):
+        model = AutoModelForImageTextToText.from_pretrained(
+            folder, trust_remote_code=True, dtype="auto", attn_implementation="sdpa"
+        ).eval()
     with torch.inference_mode():
-        converted = model(**inputs).logits.float()
+        with _must_work(f"The model in {folder} does not run"):
+            converted = model(**inputs).logits.float()
         _refill(model, source)
         native = model(**inputs).logits.float()
     difference = float((converted - native).abs().max())
@@ -50,6 +55,15 @@ def probe_folder(source: NativeSource, folder: Path) -> float:
             f"expected at most {TOLERANCE}."
         )
     return difference
+
+
+@contextmanager
+def _must_work(failure: str) -> Iterator[None]:
+    """Around calls into the folder's own code, which may fail in any way."""
+    try:
+        yield
+    except Exception as error:
+        raise VerificationError(f"{failure}: {type(error).__name__}: {error}") from error
 
 
 def probe_inputs(tokenizer: Any, config: NativeConfig) -> dict[str, Any]:

@@ -37,6 +37,11 @@ class NativeSource:
         return sum(self.tensors[rename.native].num_bytes for rename in self.renames)
 
     @property
+    def files(self) -> set[Path]:
+        """Those that hold the weights."""
+        return {piece.path for tensor in self.tensors.values() for piece in tensor.pieces}
+
+    @property
     def num_pieces(self) -> int:
         return sum(len(tensor.pieces) for tensor in self.tensors.values())
 

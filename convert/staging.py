@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -63,13 +63,22 @@ class Staging:
 
     Args:
         output: Where it will be; may exist if empty, or with `overwrite`, which replaces it at the end.
+        inputs: Files and folders that are read to make it.
         fingerprint: Of everything that the shards depend on; finished shards of another one are discarded.
         resume: Keep the finished shards of an earlier attempt, after checking them.
     Raises:
         OutputError: If there is something at `output` that may not be replaced.
     """
 
-    def __init__(self, output: Path, fingerprint: str, *, overwrite: bool = False, resume: bool = False):
+    def __init__(
+        self,
+        output: Path,
+        fingerprint: str,
+        *,
+        inputs: Iterable[Path] = (),
+        overwrite: bool = False,
+        resume: bool = False,
+    ):
         self.output = output.resolve()
         self.folder = self.output.parent / f".{self.output.name}.partial"
         self._retired = self.output.parent / f".{self.output.name}.replaced"
@@ -77,6 +86,7 @@ class Staging:
         self._lock: int | None = None  # a descriptor of the folder
         self._is_ours = False
         self.finished: dict[str, list[Segment]] = {}
+        require_apart((self.output, self.folder, self._retired), inputs)
         self._restore_retired()
         require_free(self.output, overwrite)
         if resume:
@@ -220,6 +230,26 @@ class Staging:
         if not self._is_ours:
             return
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def require_apart(places: Iterable[Path], inputs: Iterable[Path]) -> None:
+    """Refuse to replace what is read, whichever names and links lead there.
+
+    Args:
+        places: Folders that may be emptied or removed.
+        inputs: Files and folders that are read; those that do not exist do not count.
+    Raises:
+        OutputError: If one of the places is an input, or holds one.
+    """
+    replaced = [place for place in places if place.is_dir()]
+    resolved = {path.resolve() for path in inputs if path.exists()} if replaced else set()
+    for folder in resolved.union(*(path.parents for path in resolved)):
+        for place in replaced:
+            if folder.samefile(place):
+                held = min(path for path in resolved if folder in (path, *path.parents))
+                raise OutputError(
+                    f"Replacing {place} would delete {held}, which this conversion reads. Choose another OUTPUT."
+                )
 
 
 def require_free(output: Path, overwrite: bool) -> None:

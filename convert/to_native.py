@@ -36,8 +36,9 @@ FREE_KEYS = {
         "attn_implementation",
         "use_cache",
     ),
-    *("attention_dropout", "residual_dropout", "embedding_dropout", "image_feature_dropout", "initializer_range"),
+    *("attention_dropout", "residual_dropout", "embedding_dropout", "initializer_range"),
 }
+CONNECTOR = ("vit_layers", "pooling_attention_mask", "image_feature_dropout")  # named alike on both sides
 
 
 def write_native(
@@ -65,7 +66,7 @@ def write_native(
         tokenizer: Identifier of the base tokenizer to write into `config.yaml`.
         dtype: Of the native tensors; None keeps the folder's.
         ignored_fields: Unknown native settings to accept, as dotted paths; they are written again.
-        overwrite: Replace an output that holds something.
+        overwrite: Replace an output that holds something, but nothing that is read.
         advance: Called with the number of bytes after each write.
     Returns:
         The `model` section that was written.
@@ -81,7 +82,9 @@ def write_native(
     config = parse_config(section, ignored_fields=ignored_fields)
     _require_same_settings(folder, config)
     native = _native_tensors(tensors, config)
-    staging = Staging(Path(output), fingerprint="", overwrite=overwrite)
+    inputs = {folder, *(piece.path for tensor in tensors.values() for piece in tensor.pieces)}
+    inputs |= set() if native_config_path is None else {Path(native_config_path)}
+    staging = Staging(Path(output), fingerprint="", inputs=inputs, overwrite=overwrite)
     staging.require_space(sum(stored_bytes(tensor, dtype) for tensor in native.values()))
     with staging.guard():
         staging.open()
@@ -153,7 +156,7 @@ def native_section(folder: Path, base: dict[str, Any], tokenizer: str | None) ->
     text, vit, adapter = (config[name] for name in PARTS)
     image, video = read_json(folder / "preprocessor_config.json"), read_json(folder / "video_preprocessor_config.json")
     processor = read_json(folder / "processor_config.json")
-    connector = {name: adapter[name] for name in ("vit_layers", "pooling_attention_mask") if name in adapter}
+    connector = {name: adapter[name] for name in CONNECTOR if name in adapter}
     section = copy.deepcopy(base)
     try:
         _subsection(section, "llm").update(_llm_values(text))

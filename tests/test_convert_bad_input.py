@@ -496,6 +496,39 @@ def test_tokenizer_with_too_many_tokens(tmp_path, refused):
     assert "has 259 tokens; expected a base tokenizer of at most 200" in message
 
 
+# Settings that only the target's own configuration refuses, and words of the refusal.
+REFUSED_BY_THE_TARGET = {
+    "heads": (
+        {"vision_backbone.vit.image_num_key_value_heads": 2},
+        "vision_backbone.vit: 3 attention heads over 2 key/value heads; `image_num_heads` must be a multiple of "
+        "`image_num_key_value_heads`",
+    ),
+    "positions": (
+        {"vision_backbone.vit.image_num_pos": 50},
+        "vision_backbone.vit: `image_num_pos` is 50; expected a square number or the 49 patches",
+    ),
+    "activation": (
+        {"vision_backbone.vit.image_mlp_activations": "foo"},
+        "vision_backbone.vit: `image_mlp_activations` is 'foo'; expected an activation known to transformers",
+    ),
+    "odd head": ({"llm.head_dim": 9}, "llm: `head_dim` is 9; rotary embeddings rotate pairs"),
+    "linear": ({"llm.rope_type": "linear"}, "llm: the rotary scaling of type 'linear' lacks ['factor']"),
+    "yarn": ({"llm.rope_type": "yarn"}, "llm: the rotary scaling of type 'yarn' lacks ['factor']"),
+    "llama3": (
+        {"llm.rope_type": "llama3", "llm.rope_factor": 8.0, "llm.rope_high_freq_factor": 4.0},
+        "llm: the rotary scaling of type 'llama3' lacks ['low_freq_factor', 'original_max_position_embeddings']",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_BY_THE_TARGET)
+def test_settings_that_the_targets_configuration_refuses(tmp_path, refused, case):
+    changes, expected = REFUSED_BY_THE_TARGET[case]
+    section = native_section(changes)
+    message = refused(write_unsharded(tmp_path / "native", section, native_tensors(section)), UNSUPPORTED)
+    assert "This checkpoint cannot be converted to Molmo2:\n  - " + expected in message
+
+
 def test_tokenizer_that_cannot_be_found(tmp_path, refused):
     folder = sharded(tmp_path / "native")
     message = refused(folder, CHECKPOINT_ERROR, "--tokenizer", str(tmp_path / "nowhere"))

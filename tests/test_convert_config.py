@@ -1,6 +1,7 @@
 """Which settings of a native checkpoint become what, and which are refused."""
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -118,6 +119,20 @@ CONTRADICTIONS = [
     ({"vision_backbone.vit_layers": []}, "vit_layers is []; expected layers"),
     ({"vision_backbone.vit.image_default_input_size": [98, 99]}, "expected (height, width) in multiples of 14"),
     ({"llm.max_sequence_length": None}, "say nothing; pass --max-model-len"),
+    ({"llm.max_sequence_length": 0}, "llm.max_sequence_length, is 0; expected a positive number, or pass --max-model"),
+    ({"llm.rope_theta": math.nan}, "llm.rope_theta is nan; expected a number"),
+    ({"llm.rope_theta": "-.inf"}, "llm.rope_theta is '-.inf'; expected a number"),
+    ({"llm.rope_theta": -math.inf}, "llm.rope_theta is -inf; expected a number"),
+    ({"llm.rope_theta": 10**400}, "expected a number"),
+    ({"llm.rope_theta": 0}, "llm.rope_theta is 0; expected more than 0"),
+    ({"llm.rope_factor": -2.0}, "llm.rope_factor is -2.0; expected more than 0"),
+    ({"llm.layer_norm_eps": -1.0}, "llm.layer_norm_eps is -1.0; expected 0 or more"),
+    ({"llm.initializer_range": -0.1}, "llm.initializer_range is -0.1; expected 0 or more"),
+    ({"vision_backbone.vit.image_norm_eps": -1e-6}, "vit.image_norm_eps is -1e-06; expected 0 or more"),
+    ({"vision_backbone.image_feature_dropout": 1.5}, "image_feature_dropout is 1.5; expected 0 to 1"),
+    ({"mm_preprocessor.video.max_fps": [0]}, "max_fps is [0]; expected more than 0"),
+    ({"mm_preprocessor.video.max_fps": [math.nan]}, "max_fps is [nan]; expected a list (a number each)"),
+    ({"mm_preprocessor.image.overlap_margins": [-1, 1]}, "overlap_margins is [-1, 1]; expected 0 or more"),
 ]
 
 
@@ -223,6 +238,21 @@ def test_longest_sequence():
     both = {"llm.max_position_embeddings": 2048}
     assert converted(both)["text_config"]["max_position_embeddings"] == 2048
     assert converted(both, max_positions=4096)["text_config"]["max_position_embeddings"] == 4096
+
+
+def test_a_useless_longest_sequence_may_be_replaced():
+    text = converted({"llm.max_sequence_length": 0}, max_positions=512)["text_config"]
+    assert text["max_position_embeddings"] == 512
+
+
+def test_numbers_at_the_edge_of_their_range():
+    changes = {
+        "llm.layer_norm_eps": 0,
+        "llm.rope_theta": 1e-3,
+        "vision_backbone.image_feature_dropout": 1,
+        "mm_preprocessor.image.overlap_margins": [0, 4],
+    }
+    assert converted(changes)["adapter_config"]["image_feature_dropout"] == 1
 
 
 def test_scaled_rotary_layers():

@@ -414,6 +414,41 @@ def test_probe_finds_exchanged_tensors(tmp_path, converted, checkpoint, tokenize
         probe_folder(source, folder)
 
 
+def test_probe_trusts_the_code_that_was_just_written(converted, checkpoint, tokenizer, monkeypatch):
+    """Releases that are not told so ask a question on the terminal."""
+    trusted = []
+    for loader in (AutoTokenizer, AutoModelForImageTextToText):
+        load = loader.from_pretrained
+
+        def recorded(*args, load=load, **options):
+            trusted.append(options.get("trust_remote_code"))
+            return load(*args, **options)
+
+        monkeypatch.setattr(loader, "from_pretrained", recorded)
+    probe_folder(plan_conversion(checkpoint, ConversionOptions(tokenizer=tokenizer)).source, converted)
+    assert trusted == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("broken", "expected"),
+    [
+        ({"tokenizer_config.json": "{", "tokenizer.json": "{"}, r"out does not load with transformers: \w+: "),
+        (
+            {"configuration_molmo2.py": "raise KeyError('here')"},
+            r"out does not load with transformers: KeyError: 'here'",
+        ),
+    ],
+    ids=["tokenizer", "code"],
+)
+def test_probe_of_a_folder_that_does_not_load(tmp_path, converted, checkpoint, tokenizer, capsys, broken, expected):
+    folder = tmp_path / "out"
+    shutil.copytree(converted, folder)
+    for name, text in broken.items():
+        (folder / name).write_text(text)
+    assert main([str(checkpoint), str(folder), "--tokenizer", tokenizer, "--probe", "--quiet"]) == 6
+    assert re.search(expected, capsys.readouterr().err)
+
+
 def test_a_model_too_short_for_the_probe(tmp_path, checkpoint, tokenizer, capsys):
     options = ["--tokenizer", tokenizer, "--max-model-len", "40", "--probe", "--quiet"]
     assert main([str(checkpoint), str(tmp_path / "out"), *options]) == 6
@@ -458,6 +493,83 @@ def test_refused_overwrite_keeps_the_old_folder(tmp_path, tokenizer):
     (broken / "model_and_optim" / "__0_0.distcp").unlink()
     assert main([str(broken), str(output), "--tokenizer", tokenizer, "--quiet", "--overwrite"]) == 3
     assert contents(output) == {"precious.txt": b"keep me"}
+
+
+# How OUTPUT may lead to what is read, all in one folder: its path in there, and further options.
+OVER_ITS_SOURCE = {
+    "the checkpoint": ("runs/step20",),
+    "its save folder": ("runs",),
+    "under another name": ("alias",),
+    "the weights alone": ("runs/step20/model_and_optim",),
+    "weights behind a link": ("elsewhere",),
+    "the tokenizer": ("base", "--tokenizer", "base/tokenizer"),
+    "dry run": ("base", "--tokenizer", "base/tokenizer", "--dry-run"),
+}
+
+
+def all_files(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("case", OVER_ITS_SOURCE)
+def test_overwrite_spares_what_is_read(tmp_path, checkpoint, tokenizer, monkeypatch, capsys, case):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(checkpoint, "runs/step20")
+    shutil.copytree(tokenizer, "base/tokenizer")
+    Path("alias").symlink_to("runs", target_is_directory=True)
+    Path("elsewhere").mkdir()
+    if case == "weights behind a link":
+        shutil.move("runs/step20/model_and_optim", "elsewhere/weights")
+        Path("runs/step20/model_and_optim").symlink_to(tmp_path / "elsewhere" / "weights", target_is_directory=True)
+    before = all_files(tmp_path)
+    output, *options = OVER_ITS_SOURCE[case]
+    arguments = ["runs/step20", output, "--tokenizer", tokenizer, "--overwrite", "--quiet", *options]
+    assert main(arguments) == 5
+    assert re.search(r"Replacing .* would delete .*, which this conversion reads\. Choose", capsys.readouterr().err)
+    assert all_files(tmp_path) == before
+
+
+def test_overwrite_spares_what_is_read_from_python(tmp_path, checkpoint, tokenizer):
+    run = Path(shutil.copytree(checkpoint, tmp_path / "runs" / "step20")).parent
+    before = all_files(tmp_path)
+    options = ConversionOptions(tokenizer=tokenizer)
+    for output in (run, run / "step20"):
+        with pytest.raises(OutputError, match="would delete"):
+            convert_checkpoint(run, output, options, overwrite=True)
+    with pytest.raises(OutputError, match="would delete"):
+        write_plan(plan_conversion(run, options), run, overwrite=True)
+    assert all_files(tmp_path) == before
+
+
+@pytest.mark.parametrize("left", [".out.partial", ".out.replaced"])
+def test_what_an_earlier_attempt_left_is_not_cleared_if_it_is_read(tmp_path, checkpoint, tokenizer, left):
+    source = Path(shutil.copytree(checkpoint, tmp_path / left / "step20"))
+    before = all_files(tmp_path)
+    with pytest.raises(OutputError, match="would delete"):
+        convert_checkpoint(source, tmp_path / "out", ConversionOptions(tokenizer=tokenizer))
+    assert all_files(tmp_path) == before
+
+
+def test_an_output_inside_the_checkpoint(tmp_path, checkpoint, tokenizer):
+    source = Path(shutil.copytree(checkpoint, tmp_path / "step20"))
+    before = all_files(source)
+    for _ in range(2):
+        convert_checkpoint(source, source / "hf", ConversionOptions(tokenizer=tokenizer), overwrite=True)
+        assert (source / "hf" / "config.json").is_file()
+        assert before.items() <= all_files(source).items()
+
+
+def test_overwrite_on_the_way_back_spares_what_is_read(tmp_path, converted, checkpoint, capsys):
+    folder = Path(shutil.copytree(converted, tmp_path / "runs" / "hf"))
+    settings = tmp_path / "settings"
+    settings.mkdir()
+    shutil.copy(checkpoint / "config.yaml", settings)
+    before = all_files(tmp_path)
+    options = ["--to-native", "--overwrite", "--quiet", "--native-config", str(settings / "config.yaml")]
+    for output in (folder, folder.parent, settings):
+        assert main([str(folder), str(output), *options]) == 5
+        assert "would delete" in capsys.readouterr().err
+        assert all_files(tmp_path) == before
 
 
 def test_dry_run_writes_nothing(tmp_path, checkpoint, tokenizer, capsys):
@@ -761,7 +873,9 @@ def test_a_tied_model_that_was_tuned_comes_back_untied(tmp_path, tokenizer):
     assert main([str(tmp_path / "back"), str(tmp_path / "again"), "--tokenizer", tokenizer, "--quiet", "--probe"]) == 0
 
 
-def test_without_native_settings_the_defaults_are_used(tmp_path, checkpoint, tensors, tokenizer):
+@pytest.mark.parametrize("changes", [{}, {"vision_backbone.image_feature_dropout": 0.1}], ids=["plain", "dropout"])
+def test_without_native_settings_the_defaults_are_used(tmp_path, tensors, tokenizer, changes):
+    checkpoint = write_unsharded(tmp_path / "native", native_section(changes), tensors)
     convert_checkpoint(checkpoint, tmp_path / "hf", ConversionOptions(tokenizer=tokenizer))
     (tmp_path / "hf" / "native_config.yaml").unlink()
     arguments = [str(tmp_path / "hf"), str(tmp_path / "back"), "--to-native", "--tokenizer", tokenizer, "--quiet"]
