@@ -139,6 +139,8 @@ def trainer_class(base: type, rates: LearningRates | None = None) -> type:
 
         def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
             if "loss_weights" in inputs:  # TRL's own loss knows no weights, that of the model does
+                if not model.training:  # the trainer counted the labels of the batch, the model adds up its weights
+                    kwargs["num_items_in_batch"] = None
                 return Trainer.compute_loss(self, model, inputs, *args, **kwargs)
             return super().compute_loss(model, inputs, *args, **kwargs)
 

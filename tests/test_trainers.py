@@ -210,6 +210,16 @@ def test_answers_that_are_not_learnt_in_some_rows(model, processor, tmp_path, ki
     assert losses(trainer)[0] == pytest.approx(float(expected), abs=1e-3)
 
 
+def test_the_evaluation_loss_is_the_weighted_one(model, processor, tmp_path):
+    examples = examples_with_weights(processor, (True, True, True))
+    settings = TrainingArguments(**arguments(tmp_path, per_device_eval_batch_size=3))
+    collate = processor.data_collator()
+    trainer = processor.trainer_class(Trainer)(model, settings, collate, eval_dataset=examples)
+    with torch.no_grad():
+        expected = model.eval()(**collate(examples)).loss
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(float(expected), abs=1e-4)
+
+
 def test_trainer_class_refuses_smoothed_labels(model, processor, tmp_path):
     settings = TrainingArguments(**arguments(tmp_path, label_smoothing_factor=0.1))
     with pytest.raises(ValueError, match=r"`label_smoothing_factor` is 0\.1; expected 0"):
