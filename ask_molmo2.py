@@ -386,15 +386,16 @@ class _Run:
         thread = Thread(target=generate, name="molmo2-answer", daemon=True)
         thread.start()
         reader, num_points = GroundingStream(self.media[0]), 0
-        begun, blanks = False, ""  # which an answer neither begins nor ends with: they wait for what follows them
+        begun, waiting = False, ""  # an answer neither begins nor ends with blanks: they wait for what follows them
         try:
             for piece in streamer:
-                waiting = blanks + piece if begun else piece.lstrip()
-                text = waiting.rstrip()
-                blanks = waiting[len(text) :]
-                if text:
-                    begun, points = True, reader.feed(text)
-                    num_points += len(points)
+                new = piece if begun else piece.lstrip()
+                begun = begun or bool(new)
+                points = reader.feed(new)  # with its blanks: they end numbers
+                num_points += len(points)
+                text = (waiting + new).rstrip()
+                waiting = (waiting + new)[len(text) :]
+                if text or points:
                     yield AnswerPiece(text, tuple(points))
         finally:
             self.unwanted.set()

@@ -103,6 +103,7 @@ def test_points_arrive_while_the_answer_is_written(scripted):
     arrived = [number for number, piece in enumerate(pieces) for _ in piece.points]
     assert len(arrived) == 2
     assert arrived[0] < arrived[1] < len(pieces) - 1
+    assert "".join(piece.text for piece in pieces[: arrived[0] + 1]).endswith("250 500")  # and no later
     assert [piece.answer for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
     assert pieces[-1].answer.grounding.count == 2
 
