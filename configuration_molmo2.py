@@ -59,12 +59,9 @@ class Molmo2BaseConfig(PretrainedConfig):
 
     def _settable(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Without keys that are computed from others: no key that is not known may keep a file from loading."""
-        computed = {name for name in kwargs if isinstance(getattr(type(self), name, None), property)}
-        return {
-            name: value
-            for name, value in kwargs.items()
-            if name not in computed or getattr(type(self), name).fset is not None
-        }
+        own = {name: getattr(type(self), name, None) for name in kwargs}
+        computed = {name for name, found in own.items() if isinstance(found, property) and found.fset is None}
+        return {name: value for name, value in kwargs.items() if name not in computed}
 
     def _refuse(self, found: str, expected: str) -> None:
         raise ValueError(f"{type(self).__name__}: {found}; {expected}.")

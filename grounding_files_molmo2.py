@@ -332,8 +332,9 @@ def to_mot(grounding: Grounding, *, fps: float | None = None, box_size: float = 
                 "returned for the video, or pass `fps`."
             )
         frame = round(float(point.time or 0) * float(fps or 0)) if known is None else known
-        moment = frame / float(fps or 1) if known is None else float(point.time or 0)
-        place, distance = (frame + 1, numbers[_object(point)]), round(abs(float(point.key) - moment), 6)
+        place, distance = (frame + 1, numbers[_object(point)]), point.frame_distance
+        if known is None:
+            distance = round(abs(float(point.key) - frame / float(fps or 1)), 6)
         if place not in placed or distance < placed[place][0]:
             placed[place] = distance, point
     lines = []

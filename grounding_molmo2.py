@@ -90,6 +90,14 @@ class Point:
             return None
         return float(self.key) if self.moment is None else self.moment.time
 
+    @property
+    def frame_distance(self) -> float:
+        """Seconds from the time as written to the sampled frame that is meant: of two in one frame the nearer counts.
+
+        0 where the sampled times are unknown, and for images.
+        """
+        return 0.0 if self.moment is None else round(abs(float(self.key) - self.moment.time), 6)
+
 
 @dataclass(frozen=True, slots=True)
 class Track:

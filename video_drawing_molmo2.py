@@ -151,7 +151,7 @@ class MarksOverTime:
         for number, point in enumerate(points):
             identity = (point.tag, point.label, point.id) if point.tag == "tracks" else (number,)
             places, seconds = self._objects.setdefault(identity, {}), _point_seconds(point)
-            if seconds not in places or _key_distance(point) < _key_distance(places[seconds]):
+            if seconds not in places or point.frame_distance < places[seconds].frame_distance:
                 places[seconds] = point
 
     def __call__(self, seconds: float) -> list[Mark]:
@@ -248,11 +248,6 @@ def _seconds(moment: Any) -> float:
 
 def _point_seconds(point: Any) -> float:
     return float(point.key) if point.moment is None else _seconds(point.moment)
-
-
-def _key_distance(point: Any) -> float:
-    """Seconds from the time that the answer prints to that of the sampled frame it means."""
-    return 0.0 if point.moment is None else round(abs(float(point.key) - point.moment.time), 6)
 
 
 # --- reading and writing ---------------------------------------------------------------------------------------------

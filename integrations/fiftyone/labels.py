@@ -48,14 +48,9 @@ def _one_a_frame(track: Any) -> list[Any]:
     nearest: dict[int, Any] = {}
     for point in track.points:
         number = frame_number(point.moment)
-        if number not in nearest or _key_distance(point) < _key_distance(nearest[number]):
+        if number not in nearest or point.frame_distance < nearest[number].frame_distance:
             nearest[number] = point
     return list(nearest.values())
-
-
-def _key_distance(point: Any) -> float:
-    """Seconds from the time that the answer prints to that of the sampled frame it means."""
-    return round(abs(float(point.key) - point.moment.time), 6)
 
 
 def temporal_detections(events: Any, media: Any) -> fo.TemporalDetections:
