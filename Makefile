@@ -15,8 +15,6 @@ READY := $(VENV)/.ready
 MEASURING := .venv-benchmarks
 RESULTS ?= benchmarks/results/cpu.json
 
-# Modules that do not subclass transformers' own classes: these are type-checked.
-TYPED := $(addsuffix _molmo2.py,geometry bilinear pixels image_loading frame_sampling special_tokens prompt_expansion conversation media_layout rotary masking blockwise_attention linear cpu_attention packing loss loss_weighting collator packer grounding grounding_format grounding_files drawing video_drawing prompts structured planning memory read_ahead prompt_lookup)
 
 # The app and the notebooks: what they need besides, in an environment that sees the other one.
 APP_VENV := .venv-app
@@ -118,7 +116,7 @@ matrix: $(READY)
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	scripts/typecheck $(BIN)/python $(TYPED)
+	$(BIN)/python scripts/bundle.py --check
 
 style: $(READY)
 	$(BIN)/ruff check --fix .

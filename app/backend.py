@@ -17,6 +17,11 @@ from typing import Any
 import torch
 from PIL import Image
 
+from molmo2.grounding.files import export_grounding
+from molmo2.tools.ask import MediaSession
+from molmo2.tools.draw import contact_sheet, draw
+from molmo2.tools.draw_video import annotate_video
+
 FILES = {"json": "points.json", "csv": "points.csv", "coco": "points_coco.json", "mot": "tracks_mot.txt"}
 # Told by name, as tables of media types differ between systems; GIFs count as pictures.
 CLIPS = {".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts"}
@@ -171,15 +176,14 @@ class Conversation:
             backend = self._backend
             pictures = {"images": list(self.images)} if self.clip is None else {"videos": str(self.clip)}
             options = {} if self.clip is None else {"num_frames": backend.num_frames}
-            self._session = backend.processor.session(backend.model, **pictures, processor_kwargs=options)
+            self._session = MediaSession(backend.model, backend.processor, **pictures, processor_kwargs=options)
         return self._session
 
     def _drawn(self, grounding: Any) -> tuple[Image.Image, ...]:
-        processor = self._backend.processor
         if self.clip is None:
-            return tuple(processor.draw(list(self.images), grounding))
+            return tuple(draw(list(self.images), grounding))
         columns = min(SHEET_COLUMNS, len(self.frames))
-        return (processor.draw_frames(self.frames, grounding, columns=columns, cell_width=SHEET_CELL),)
+        return (contact_sheet(self.frames, grounding, columns=columns, cell_width=SHEET_CELL),)
 
     def _written(self, grounding: Any) -> tuple[Path | None, dict[str, Path]]:
         """The clip with its marks, and the files of an answer with points."""
@@ -188,13 +192,11 @@ class Conversation:
         self._num_answers += 1
         folder = Path(self._folder.name) / f"answer_{self._num_answers}"
         folder.mkdir()
-        processor, clip = self._backend.processor, None
+        clip = None
         if self.clip is not None:
-            clip = processor.annotate_video(self.clip, grounding, folder / "clip_with_points.mp4").path
+            clip = annotate_video(self.clip, grounding, folder / "clip_with_points.mp4").path
         formats = [name for name in FILES if name != "mot" or self.clip is not None]
-        return clip, {
-            name: processor.export_grounding(grounding, folder / FILES[name], format=name) for name in formats
-        }
+        return clip, {name: export_grounding(grounding, folder / FILES[name], format=name) for name in formats}
 
 
 def is_clip(path: Path) -> bool:

@@ -20,7 +20,7 @@ from benchmarks.harness import REPOSITORY, Side
 
 sys.path.append(str(REPOSITORY / "tests"))
 
-from random_miniature import CHAT_TOKENS, MOLMO2_TOKENS, write_json
+from support.random_miniature import CHAT_TOKENS, MOLMO2_TOKENS, write_json
 
 PUBLISHED = REPOSITORY / "tests" / "data" / "published" / "Molmo2-4B"
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")

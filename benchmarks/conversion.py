@@ -33,7 +33,7 @@ POOL_ITEMS = 1 << 24
 # The kernel's own mark: what `getrusage` tells includes the process from which this one was started.
 CHILD = """
 import re, sys
-from convert.cli import main
+from molmo2.convert.cli import main
 code = main(sys.argv[1:])
 print(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read()).group(1))
 sys.exit(code)

@@ -10,9 +10,7 @@ example does not fit. `pool`: the packer, with so many examples waiting.
 
 import argparse
 import importlib
-import sys
 import time
-import types
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,11 +23,8 @@ BUDGETS = ((16384, 128), (8192, 64), (32768, 400))
 
 
 def packer_module() -> Any:
-    """The shipped module, which wants to be part of a package."""
-    package = types.ModuleType("molmo2_remote")
-    package.__path__ = [str(REPOSITORY)]
-    sys.modules.setdefault("molmo2_remote", package)
-    return importlib.import_module("molmo2_remote.packer_molmo2")
+    """The module that is measured."""
+    return importlib.import_module("molmo2.training.packer")
 
 
 def sizes(rng: np.random.Generator) -> tuple[int, int]:

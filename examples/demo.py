@@ -13,10 +13,14 @@ import numpy as np
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from molmo2.convert.cli import main as convert
+from molmo2.tools.ask import ask
+from molmo2.tools.draw import draw
+from molmo2.tools.draw_video import annotate_video
+
 EXAMPLES = Path(__file__).resolve().parent
 sys.path[:0] = [str(EXAMPLES), str(EXAMPLES.parent)]
 
-from convert.cli import main as convert  # noqa: E402
 from miniature.native import CHECKPOINT  # noqa: E402
 from miniature.questions import ask_pictures  # noqa: E402
 from miniature.world import make_picture  # noqa: E402
@@ -35,7 +39,7 @@ class Demo:
 
     def ask(self, question: str, **media: Any) -> Any:
         """Ask and print; returns the answer."""
-        answer = self.processor.ask(self.model, question, **media)
+        answer = ask(self.model, self.processor, question, **media)
         print(f"  {question}\n    {answer.text}")
         for point in answer.grounding.points[:8]:
             when = "" if point.time is None else f" at {point.time:.1f} s"
@@ -55,14 +59,14 @@ class Demo:
     def bundled_picture(self) -> None:
         print(f"\n{PICTURE.name}")
         answer = self.ask("Point to the red circles.", images=PICTURE)
-        self.save(self.processor.draw(PICTURE, answer.grounding), "points.png")
+        self.save(draw(PICTURE, answer.grounding), "points.png")
         for question in ("How many red circles are there?", "What colour is the ring?", "Point to the green squares."):
             self.ask(question, images=PICTURE)
 
     def clip(self) -> None:
         print(f"\n{CLIP.name}")
         answer = self.ask("Track the red ring.", videos=CLIP)
-        drawn = self.processor.annotate_video(CLIP, answer.grounding, self.output / "track.mp4")
+        drawn = annotate_video(CLIP, answer.grounding, self.output / "track.mp4")
         print(f"    wrote {drawn.path}")
 
     def drawn_pictures(self, seeds: Sequence[int]) -> None:

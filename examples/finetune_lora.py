@@ -26,6 +26,9 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from molmo2.training.collator import Molmo2DataCollator
+from molmo2.training.finetuning import lora_targets
+
 EXAMPLES = Path(__file__).resolve().parent
 sys.path.insert(0, str(EXAMPLES))
 
@@ -167,7 +170,7 @@ def right_share(processor: Any, asked: list[Example], texts: list[str]) -> float
 
 def tune(model: Any, processor: Any, plan: Plan, folder: Path) -> Any:
     """The model with trained adapters."""
-    config = LoraConfig(r=plan.rank, lora_alpha=2 * plan.rank, target_modules=model.lora_targets())
+    config = LoraConfig(r=plan.rank, lora_alpha=2 * plan.rank, target_modules=lora_targets())
     adapted = get_peft_model(model, config)
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -187,7 +190,7 @@ def tune(model: Any, processor: Any, plan: Plan, folder: Path) -> Any:
     trainer = Trainer(
         adapted,
         arguments,
-        processor.data_collator(),
+        Molmo2DataCollator(processor),
         Lessons(plan),
         processing_class=processor,
         callbacks=[Clock(plan)],

@@ -1,21 +1,10 @@
-"""Makes the flat repository root importable as the package `molmo2_remote`, the way the Hub loader sees it."""
+"""Settings of all tests."""
 
 import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-SHARED = REPOSITORY.parent / "shared"
-
-
-def _register_root_package() -> None:
-    """The root modules import each other relatively, so they need a package; an empty one over the root will do."""
-    spec = importlib.util.spec_from_loader("molmo2_remote", loader=None, is_package=True)
-    package = importlib.util.module_from_spec(spec)
-    package.__path__ = [str(REPOSITORY)]
-    sys.modules["molmo2_remote"] = package
+from support.paths import SHARED
 
 
 def _load_hypothesis_profile() -> None:
@@ -29,12 +18,11 @@ def _load_hypothesis_profile() -> None:
     settings.load_profile("steady")
 
 
-_register_root_package()
 _load_hypothesis_profile()
 
 
 @pytest.fixture(scope="session")
-def shared() -> Path:
+def shared():
     """The folder of reference data beside the checkout; tests that ask for it skip where it is absent."""
     if not SHARED.is_dir():
         pytest.skip("the reference data beside the checkout is not there")

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from convert.names import expected_renames
-from convert.native_config import parse_config
-from convert.to_native import default_section
+from molmo2.convert.names import expected_renames
+from molmo2.convert.native_config import parse_config
+from molmo2.convert.to_native import default_section
 
 CROP, PATCH, PATCHES = 98, 14, 49
 TEXT = {

@@ -12,8 +12,8 @@ import yaml
 from torch.distributed.checkpoint import FileSystemWriter, save
 from torch.distributed.checkpoint.metadata import StorageMeta
 
-from convert.conversion import ConversionOptions, convert_checkpoint
-from convert.to_native import write_native
+from molmo2.convert.conversion import ConversionOptions, convert_checkpoint
+from molmo2.convert.to_native import write_native
 
 from . import layout, tokenizer
 

@@ -1,0 +1,72 @@
+"""Molmo2 for transformers: models that understand images and videos, and point.
+
+    from molmo2 import load, ask
+
+    model, processor = load("allenai/Molmo2-4B", dtype="auto", device_map="auto")
+    answer = ask(model, processor, "Point to the boats.", images="boats.jpg")
+
+Names are imported when they are first used, so that `molmo2.convert` works without torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from molmo2.version import __version__
+
+if TYPE_CHECKING:
+    from molmo2.grounding import prompts
+    from molmo2.grounding.parse import Grounding, parse_grounding
+    from molmo2.registration import load, register
+    from molmo2.tools.ask import Answer, MediaSession, ask, ask_stream
+    from molmo2.tools.draw import DrawingStyle, contact_sheet, draw
+    from molmo2.tools.draw_video import annotate_video
+    from molmo2.tools.plan import plan
+
+_HOMES = {
+    "Answer": "molmo2.tools.ask",
+    "DrawingStyle": "molmo2.tools.draw",
+    "Grounding": "molmo2.grounding.parse",
+    "MediaSession": "molmo2.tools.ask",
+    "annotate_video": "molmo2.tools.draw_video",
+    "ask": "molmo2.tools.ask",
+    "ask_stream": "molmo2.tools.ask",
+    "contact_sheet": "molmo2.tools.draw",
+    "draw": "molmo2.tools.draw",
+    "load": "molmo2.registration",
+    "parse_grounding": "molmo2.grounding.parse",
+    "plan": "molmo2.tools.plan",
+    "register": "molmo2.registration",
+}
+
+__all__ = [
+    "Answer",
+    "DrawingStyle",
+    "Grounding",
+    "MediaSession",
+    "__version__",
+    "annotate_video",
+    "ask",
+    "ask_stream",
+    "contact_sheet",
+    "draw",
+    "load",
+    "parse_grounding",
+    "plan",
+    "prompts",
+    "register",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "prompts":
+        value = importlib.import_module("molmo2.grounding.prompts")
+    elif name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+    else:
+        raise AttributeError(f"module 'molmo2' has no attribute '{name}'")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,22 @@
+"""Converts native training checkpoints of Molmo2 to folders that transformers loads, and back.
+
+    from convert import ConversionOptions, convert_checkpoint
+    convert_checkpoint("runs/molmo2", "molmo2-hf", ConversionOptions(dtype="bfloat16"))
+
+The command line, `python -m convert --help`, does the same.
+"""
+
+from molmo2.convert.conversion import ConversionOptions, ConversionPlan, convert_checkpoint, plan_conversion
+from molmo2.convert.errors import CheckpointError, ConversionError, OutputError, UnsupportedError, VerificationError
+
+__all__ = [
+    "CheckpointError",
+    "ConversionError",
+    "ConversionOptions",
+    "ConversionPlan",
+    "OutputError",
+    "UnsupportedError",
+    "VerificationError",
+    "convert_checkpoint",
+    "plan_conversion",
+]

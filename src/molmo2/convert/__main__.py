@@ -1,0 +1,8 @@
+"""`python -m convert`."""
+
+import sys
+
+from molmo2.convert.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

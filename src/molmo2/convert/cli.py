@@ -1,0 +1,278 @@
+"""The command line: parses arguments, calls the rest of the package, prints results."""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from molmo2.convert.config_files import ATTENTION_CHOICES
+from molmo2.convert.conversion import ConversionOptions, plan_conversion, write_plan
+from molmo2.convert.errors import ConversionError, OutputError
+from molmo2.convert.folder import read_folder
+from molmo2.convert.shards import GIGABYTE, INDEX_FILE, SAFETENSORS_DTYPES, SINGLE_FILE
+from molmo2.convert.source import NativeSource
+from molmo2.convert.staging import require_apart, require_free
+
+DESCRIPTION = """\
+Convert a native training checkpoint of Molmo2 into a folder that transformers, vLLM and the Hub understand.
+
+CHECKPOINT is a checkpoint directory (config.yaml beside model.pt or model_and_optim/), or a save folder with step<N>
+directories, of which the highest is taken. OUTPUT is the folder to make; it appears complete or not at all. Nothing of
+the trainer is needed, no code hidden in the checkpoint is executed, and memory stays small whatever the model's size.
+"""
+EXAMPLES = """\
+examples:
+  python -m convert runs/molmo2 molmo2-hf --dtype bfloat16 --verify --probe
+  python -m convert runs/molmo2/step5000 molmo2-hf --dry-run
+  python -m convert runs/molmo2 molmo2-hf --verify            (OUTPUT exists: check it, convert nothing)
+  python -m convert runs/molmo2 molmo2-hf --resume            (continue after an interruption)
+  python -m convert molmo2-hf back-to-training --to-native    (CHECKPOINT is a converted folder)
+
+exit codes:
+  0 done   2 wrong arguments   3 checkpoint absent, damaged or dangerous   4 Molmo2 cannot express it
+  5 output cannot be written   6 output differs from its source, or does not load
+  7 the Hub cannot be reached, or refuses   130 interrupted
+"""
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
+POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+INTERRUPTED = 130
+INSTALLED_NAME = "molmo2-convert"
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "5GB" (decimal), "500MB", "2GiB" or "1000"."""
+    match = SIZE.fullmatch(text.strip())
+    if match is None or float(match.group(1)) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 5GB, 500MB or a number of bytes")
+    base = 1024 if match.group(3) else 1000
+    return int(float(match.group(1)) * base ** POWERS[match.group(2).upper()])
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive integer")
+    return int(text)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All options with their explanations."""
+    parser = argparse.ArgumentParser(
+        prog=INSTALLED_NAME if Path(sys.argv[0]).stem == INSTALLED_NAME else "python -m convert",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    parser.add_argument("output", type=Path, metavar="OUTPUT")
+    model = parser.add_argument_group("the converted model")
+    model.add_argument(
+        "--dtype",
+        choices=list(SAFETENSORS_DTYPES),
+        help="of all tensors; float32 keeps every byte of a float32 checkpoint, bfloat16 halves the size (default: "
+        "float32; with --to-native: as it is)",
+    )
+    model.add_argument(
+        "--max-model-len", type=_positive, metavar="TOKENS", help="longest sequence, in place of the checkpoint's"
+    )
+    model.add_argument(
+        "--attn-implementation",
+        choices=ATTENTION_CHOICES,
+        default="sdpa",
+        help="attention in config.json (default: sdpa)",
+    )
+    model.add_argument(
+        "--max-shard-size", type=parse_size, default=5 * GIGABYTE, metavar="SIZE", help="of one file (default: 5GB)"
+    )
+    model.add_argument("--tokenizer", metavar="PATH", help="base tokenizer: a local folder, or another identifier")
+    model.add_argument(
+        "--ignore-field", action="append", default=[], metavar="NAME", help="accept this unknown field of config.yaml"
+    )
+    run = parser.add_argument_group("what to do")
+    run.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
+    run.add_argument("--resume", action="store_true", help="keep the finished files of an interrupted conversion")
+    run.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace OUTPUT, once the new one is complete; never a folder that holds what is read",
+    )
+    run.add_argument("--verify", action="store_true", help="compare OUTPUT on disk with CHECKPOINT, tensor by tensor")
+    run.add_argument("--probe", action="store_true", help="load OUTPUT with transformers and compare logits")
+    run.add_argument("--quiet", action="store_true", help="print errors only")
+    hub = parser.add_argument_group("publishing")
+    hub.add_argument("--push-to-hub", metavar="REPO", help="upload OUTPUT afterwards (or as it is, if it exists)")
+    hub.add_argument("--private", action="store_true", help="make REPO private if it is created")
+    hub.add_argument("--revision", metavar="BRANCH", help="of REPO (default: main)")
+    native = parser.add_argument_group("the way back")
+    native.add_argument(
+        "--to-native",
+        action="store_true",
+        help="write a native checkpoint OUTPUT from the converted folder CHECKPOINT",
+    )
+    native.add_argument(
+        "--native-config",
+        type=Path,
+        metavar="YAML",
+        help="config.yaml to take training settings from, with --to-native",
+    )
+    return parser
+
+
+@contextmanager
+def _progress(title: str, num_bytes: int, is_quiet: bool) -> Iterator[Callable[[int], object]]:
+    """A bar with bytes per second, on terminals only."""
+    from tqdm import tqdm
+
+    hidden = True if is_quiet else None
+    with tqdm(total=num_bytes, desc=title, unit="B", unit_scale=True, disable=hidden, mininterval=0.5) as bar:
+        yield bar.update
+
+
+# What says how to convert, or what to do with the result, and has no meaning on the way back.
+ONE_WAY = (
+    *("max_model_len", "attn_implementation", "max_shard_size", "dry_run", "resume", "verify", "probe"),
+    *("push_to_hub", "private", "revision"),
+)
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The arguments; the program ends with code 2 where they are wrong or do not fit together."""
+    parser = build_parser()
+    parsed = parser.parse_args(arguments)
+    if parsed.to_native:
+        given = [name for name in ONE_WAY if getattr(parsed, name) != parser.get_default(name)]
+        if given:
+            options = ", ".join("--" + name.replace("_", "-") for name in given)
+            parser.error(f"{options}: not available with --to-native")
+    elif parsed.native_config is not None:
+        parser.error("--native-config: only available with --to-native")
+    return parsed
+
+
+class _Command:
+    """One run of the command line."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        self.arguments = arguments
+        self.options = ConversionOptions(
+            dtype="float32" if arguments.dtype is None else arguments.dtype,
+            max_model_len=arguments.max_model_len,
+            attn_implementation=arguments.attn_implementation,
+            max_shard_bytes=arguments.max_shard_size,
+            tokenizer=arguments.tokenizer,
+            ignored_fields=tuple(arguments.ignore_field),
+        )
+
+    def say(self, text: str) -> None:
+        if not self.arguments.quiet:
+            print(text, flush=True)
+
+    def warn(self, source: NativeSource) -> None:
+        for warning in source.config.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+
+    def run(self) -> None:
+        arguments = self.arguments
+        if arguments.to_native:
+            self.to_native()
+            return
+        wants_checks = arguments.verify or arguments.probe or arguments.push_to_hub is not None
+        if wants_checks and not arguments.overwrite and _is_converted(arguments.output) and not arguments.dry_run:
+            self.say(f"{arguments.output} exists and is left as it is.")
+            source = self.options.open_source(arguments.checkpoint)
+        else:
+            source = self.convert()
+        if not arguments.dry_run:
+            self.check(source)
+            self.push()
+
+    def convert(self) -> NativeSource:
+        arguments = self.arguments
+        require_apart([arguments.output], [arguments.checkpoint])
+        require_free(arguments.output, arguments.overwrite)
+        plan = plan_conversion(arguments.checkpoint, self.options)
+        require_apart([arguments.output], plan.inputs)
+        self.say(plan.describe())
+        self.warn(plan.source)
+        if not arguments.dry_run:
+            with _progress("converting", plan.output_bytes, arguments.quiet) as advance:
+                write_plan(
+                    plan, arguments.output, overwrite=arguments.overwrite, resume=arguments.resume, advance=advance
+                )
+            self.say(f"Wrote {arguments.output}.")
+        return plan.source
+
+    def check(self, source: NativeSource) -> None:
+        if self.arguments.verify:
+            from molmo2.convert.verify import verify_folder
+
+            total = sum(tensor.num_bytes for tensor in read_folder(self.arguments.output).values())
+            with _progress("verifying", total, self.arguments.quiet) as advance:
+                result = verify_folder(source, self.arguments.output, advance)
+            self.say(
+                f"Verified: {result.num_tensors} tensors, {result.num_bytes:,} bytes of {result.dtype} equal the "
+                "checkpoint (names, shapes, SHA-256)."
+            )
+        if self.arguments.probe:
+            from molmo2.convert.probe import TOLERANCE, probe_folder
+
+            difference = probe_folder(source, self.arguments.output)
+            self.say(
+                f"Probed: logits differ by {difference:.1e} from those of the native tensors (allowed {TOLERANCE})."
+            )
+
+    def push(self) -> None:
+        arguments = self.arguments
+        if arguments.push_to_hub is not None:
+            from molmo2.convert.hub import push_folder
+
+            address = push_folder(
+                arguments.output,
+                arguments.push_to_hub,
+                private=arguments.private,
+                revision=arguments.revision,
+                say=self.say,
+                warn=lambda text: print(f"warning: {text}", file=sys.stderr),
+            )
+            self.say(f"Uploaded: {address}")
+
+    def to_native(self) -> None:
+        from molmo2.convert.to_native import write_native
+
+        arguments = self.arguments
+        total = sum(tensor.num_bytes for tensor in read_folder(arguments.checkpoint).values())
+        with _progress("converting", total, arguments.quiet) as advance:
+            write_native(
+                arguments.checkpoint,
+                arguments.output,
+                native_config_path=arguments.native_config,
+                tokenizer=arguments.tokenizer,
+                dtype=arguments.dtype,
+                ignored_fields=arguments.ignore_field,
+                overwrite=arguments.overwrite,
+                advance=advance,
+            )
+        self.say(f"Wrote the native checkpoint {arguments.output}.")
+
+
+def _is_converted(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and any((folder / name).is_file() for name in (INDEX_FILE, SINGLE_FILE))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    parsed = parse_arguments(arguments)
+    try:
+        _Command(parsed).run()
+    except ConversionError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return OutputError.exit_code
+    except KeyboardInterrupt:
+        advice = "start again" if parsed.to_native else "continue with --resume"
+        print(f"Interrupted. {parsed.output} is as it was; {advice}.", file=sys.stderr)
+        return INTERRUPTED
+    return 0

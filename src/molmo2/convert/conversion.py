@@ -1,0 +1,261 @@
+"""The whole conversion, step by step: plan everything, then write, then put into place."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from molmo2.convert import config_files
+from molmo2.convert.errors import OutputError, UnsupportedError
+from molmo2.convert.model_card import model_card
+from molmo2.convert.shards import GIGABYTE, INDEX_FILE, SAFETENSORS_DTYPES, Shard, index_content, plan_shards
+from molmo2.convert.source import NativeSource, open_source
+from molmo2.convert.staging import Staging, require_apart, require_free
+from molmo2.convert.tokenizer import TokenizerFiles, build_tokenizer
+from molmo2.convert.writer import WeightWriter
+
+NATIVE_CONFIG_FILE = "native_config.yaml"
+# Fields of the native configuration that name places on the machine it was trained on.
+PRIVATE_FIELDS = ("init_path", "init_incremental", "tokenizer_dir")
+BASE_MEMORY = 500_000_000  # Python, torch and the vocabulary of a tokenizer: most of what the process ever holds
+PIECE_MEMORY = 2_000  # what is remembered of one piece
+
+
+@dataclass(frozen=True)
+class ConversionOptions:
+    """What the user chooses.
+
+    Attributes:
+        dtype: Of the output: "float32" keeps the bytes of a float32 checkpoint, "bfloat16" rounds to nearest even.
+        max_model_len: Longest sequence in tokens; None keeps the checkpoint's.
+        attn_implementation: Attention that `config.json` asks for.
+        max_shard_bytes: Largest safetensors file, unless one tensor is larger.
+        tokenizer: Local folder or identifier in place of the one that `config.yaml` names.
+        ignored_fields: Unknown fields of `config.yaml` to accept, as dotted paths.
+    Raises:
+        ValueError: For a value out of range, with the choices.
+    """
+
+    dtype: str = "float32"
+    max_model_len: int | None = None
+    attn_implementation: str = "sdpa"
+    max_shard_bytes: int = 5 * GIGABYTE
+    tokenizer: str | None = None
+    ignored_fields: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if self.dtype not in SAFETENSORS_DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}; expected one of {', '.join(SAFETENSORS_DTYPES)}.")
+        if self.attn_implementation not in config_files.ATTENTION_CHOICES:
+            choices = ", ".join(config_files.ATTENTION_CHOICES)
+            raise ValueError(f"attn_implementation is {self.attn_implementation!r}; expected one of {choices}.")
+        for name in ("max_model_len", "max_shard_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; expected a positive number.")
+
+    def open_source(self, checkpoint: str | Path) -> NativeSource:
+        """The checkpoint, as these options read it; see `source.open_source`."""
+        return open_source(checkpoint, max_positions=self.max_model_len, ignored_fields=self.ignored_fields)
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """Everything that is known before a weight is read.
+
+    Attributes:
+        inputs: Files and folders that are read; the output may not take their place.
+    """
+
+    source: NativeSource
+    shards: list[Shard]
+    tokenizer: TokenizerFiles
+    options: ConversionOptions
+    inputs: frozenset[Path]
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of weights that are written."""
+        return sum(shard.num_bytes for shard in self.shards)
+
+    @property
+    def peak_memory(self) -> int:
+        """Expected, in bytes. It does not depend on the size of the tensors: they stream through fixed buffers."""
+        return BASE_MEMORY + PIECE_MEMORY * self.source.num_pieces
+
+    def model_config(self) -> dict[str, Any]:
+        """`config.json`."""
+        return config_files.model_config(
+            self.source.config,
+            dtype=self.options.dtype,
+            attention=self.options.attn_implementation,
+            token_ids=self.tokenizer.extra_ids,
+        )
+
+    def fingerprint(self) -> str:
+        """Changes whenever the shards would."""
+        tensors = self.source.tensors.values()
+        names = {path: str(path.resolve()) for path in self.source.files}
+        stats = sorted((names[path], path.stat().st_size, path.stat().st_mtime_ns) for path in names)
+        pieces = sorted((t.name, t.dtype, [(names[p.path], p.start) for p in t.pieces]) for t in tensors)
+        digest = hashlib.sha256(json.dumps([stats, pieces]).encode())
+        for shard in self.shards:
+            digest.update(shard.file_name.encode() + shard.header)
+        return digest.hexdigest()
+
+    def describe(self) -> str:
+        """The plan for people."""
+        source, config = self.source, self.source.config
+        llm, vit = config.llm, config.vit
+        form = f"sharded, {source.num_pieces} pieces" if source.location.is_sharded else "one file"
+        tied = "; output copied from the tied embedding" if llm["weight_tying"] else ""
+        lines = {
+            "checkpoint": f"{source.location.folder} ({form}, {' and '.join(sorted(source.dtypes))})",
+            "step": "unknown" if source.location.step is None else str(source.location.step),
+            "text model": f"{llm['n_layers']} layers of width {llm['d_model']}, {llm['n_heads']} heads over "
+            f"{config.num_kv_heads} key/value heads",
+            "vocabulary": f"{config.embedding_rows:,} + {llm['additional_vocab_size']} tokens{tied}",
+            "vision": f"{config.num_vit_layers} of {vit['image_num_layers']} layers of width {vit['image_emb_dim']}",
+            "longest sequence": f"{config.max_positions:,} tokens",
+            "parameters": f"{source.num_parameters:,} in {len(source.renames)} tensors",
+            "read": f"{source.num_bytes:,} bytes",
+            "write": f"{self.output_bytes:,} bytes as {self.options.dtype} in {len(self.shards)} file(s)",
+            "peak memory": f"about {self.peak_memory / 1e9:.1f} GB, whatever the size of the model",
+        }
+        width = max(len(name) for name in lines)
+        return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
+
+
+def plan_conversion(checkpoint: str | Path, options: ConversionOptions | None = None) -> ConversionPlan:
+    """Find, check and plan; nothing is written.
+
+    Raises:
+        CheckpointError: If the checkpoint is absent, incomplete, damaged or dangerous.
+        UnsupportedError: If Molmo2 cannot express it, or its configuration class refuses the settings.
+        OutputError: If the modules that travel with the weights are absent.
+    """
+    options = ConversionOptions() if options is None else options
+    source = options.open_source(checkpoint)
+    config = source.config
+    identifier = config.tokenizer if options.tokenizer is None else options.tokenizer
+    if identifier is None:
+        raise UnsupportedError("config.yaml names no llm.tokenizer.identifier; pass --tokenizer.")
+    tokenizer = build_tokenizer(identifier, filled_size=config.tokenizer_size, embedding_rows=config.embedding_rows)
+    shards = plan_shards(source.renames, options.dtype, options.max_shard_bytes)
+    code = remote_code_files()
+    inputs = {Path(checkpoint), Path(identifier), source.location.folder, *source.files, *code}
+    plan = ConversionPlan(source, shards, tokenizer, options, frozenset(inputs))
+    config_files.require_accepted(plan.model_config(), code[0].with_name("configuration_molmo2.py"))
+    return plan
+
+
+def remote_code_files() -> list[Path]:
+    """The modules that travel with the weights, the chat template and the licence.
+
+    In a checkout they lie beside this package; an installed package brings them along.
+
+    Raises:
+        OutputError: If they are not there.
+    """
+    installed = Path(__file__).parent / "remote_code"
+    root = installed if installed.is_dir() else Path(__file__).resolve().parents[3]
+    needed = [root / "modeling_molmo2.py", root / "chat_template.jinja"]
+    missing = [path.name for path in needed if not path.is_file()]
+    if missing:
+        raise OutputError(f"{root} lacks {missing}, which must travel with the weights. Reinstall the converter.")
+    licence = root / "LICENSE"
+    return [*sorted(root.glob("*_molmo2.py")), needed[1], *([licence] if licence.is_file() else [])]
+
+
+def _json(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def _without_private(section: Any) -> Any:
+    if isinstance(section, dict):
+        return {name: None if name in PRIVATE_FIELDS else _without_private(value) for name, value in section.items()}
+    return section
+
+
+def text_files(plan: ConversionPlan) -> dict[str, str]:
+    """All files but weights and copied modules, by name."""
+    source, tokenizer, options = plan.source, plan.tokenizer, plan.options
+    config = source.config
+    contents = {
+        "config.json": plan.model_config(),
+        "generation_config.json": config_files.generation_config(tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id),
+        "processor_config.json": config_files.processor_config(config),
+        "preprocessor_config.json": config_files.preprocessor_config(config),
+        "video_preprocessor_config.json": config_files.video_preprocessor_config(config),
+    }
+    if len(plan.shards) > 1:
+        contents[INDEX_FILE] = index_content(plan.shards, options.dtype)
+    card = model_card(
+        config,
+        source=source.name,
+        num_parameters=source.num_parameters,
+        source_dtypes=source.dtypes,
+        dtype=options.dtype,
+    )
+    native = yaml.safe_dump({"model": _without_private(source.raw_config)}, sort_keys=False)
+    files = {name: _json(content) for name, content in contents.items()}
+    return {**files, **tokenizer.files, "README.md": card, NATIVE_CONFIG_FILE: native}
+
+
+def convert_checkpoint(
+    checkpoint: str | Path,
+    output: str | Path,
+    options: ConversionOptions | None = None,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    advance: Callable[[int], object] | None = None,
+) -> ConversionPlan:
+    """Convert a native checkpoint into a folder that transformers loads.
+
+    Args:
+        checkpoint: A checkpoint directory, or a save folder with `step<N>` children.
+        output: The folder to make; it appears complete or not at all.
+        options: See `ConversionOptions`.
+        overwrite: Replace an output that holds something, but nothing that the conversion reads.
+        resume: Continue where an interrupted conversion with the same source and options stopped.
+        advance: Called with the number of bytes after each write.
+    Returns:
+        The plan that was carried out.
+    Raises:
+        ConversionError: One of its kinds; see `errors`. The output is as it was.
+    """
+    require_apart([Path(output)], [Path(checkpoint)])
+    require_free(Path(output), overwrite)
+    plan = plan_conversion(checkpoint, options)
+    write_plan(plan, output, overwrite=overwrite, resume=resume, advance=advance)
+    return plan
+
+
+def write_plan(
+    plan: ConversionPlan,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    advance: Callable[[int], object] | None = None,
+) -> None:
+    """Carry out a plan; see `convert_checkpoint`."""
+    staging = Staging(Path(output), plan.fingerprint(), inputs=plan.inputs, overwrite=overwrite, resume=resume)
+    contents, copies = text_files(plan), remote_code_files()
+    small_bytes = sum(len(text.encode()) for text in contents.values()) + sum(path.stat().st_size for path in copies)
+    staging.require_space(plan.output_bytes + small_bytes)
+    with staging.guard():
+        staging.open()
+        for name, text in contents.items():
+            (staging.folder / name).write_text(text, encoding="utf-8", newline="\n")
+        for path in copies:
+            shutil.copyfile(path, staging.folder / path.name)
+        advance = (lambda _: None) if advance is None else advance
+        WeightWriter(staging, plan.source.tensors, plan.options.dtype, advance).write(plan.shards)
+        staging.commit()

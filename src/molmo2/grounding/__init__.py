@@ -1,0 +1,1 @@
+"""Points, tracks and counts: out of answers, into files and prompts. Needs nothing but Python."""

@@ -1,0 +1,987 @@
+r"""Points, tracks and counts in Molmo2's answers, read from text.
+
+    "<points coords=\"1 1 512 340\">red kite</points>"  ->  one `Point`, in pixels if the picture's size is known
+
+Usable alone: this file needs nothing but Python. `parse_grounding` reads a whole answer, `GroundingStream` one that is
+still being written; both run the same scanner, which looks at every character once. No text makes them raise, and a
+number becomes part of a point only inside `coords` (or, in the older notation, inside x and y).
+
+What is read, beyond the notation of `format_points`: tags in any case and number (`<point coords=...>`), attributes in
+any order, `&quot;` and single quotes, TABs that became spaces or the two characters backslash-t, answers that were cut
+off, and the older `<point x="10.5" y="20.1">`, `<points x1= y1= x2= y2=>` on a grid of 0..100. The latter name no
+image and no object: they count as points in image 1 and are numbered from 1 over the whole answer; like any other they
+state no count. In an answer about a video alone they are left out, having no time.
+"""
+
+import html
+import re
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+IMAGE, MULTI_IMAGE, VIDEO = "image", "multi_image", "video"
+KINDS = (IMAGE, MULTI_IMAGE, VIDEO)
+GRID = 1000  # coordinates are thousandths of the width and height
+LEGACY_GRID = 100.0
+PADDED_DIGITS = 3  # fewer digits at the end of a cut-off answer may be the beginning of a longer number
+
+Span = tuple[int, int]
+Size = tuple[float, float]
+
+
+# --- results ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """A sampled frame of a video.
+
+    Attributes:
+        time: Seconds at which the frame was sampled; the prompt prints them with one decimal.
+        sampled_index: Place among the sampled frames, from 0.
+        source_index: Index of the frame in the whole video; None if unknown.
+        source_time: When that frame begins, in seconds from the first frame of the whole video; None if unknown.
+        file_time: The same on the file's own clock (its presentation time stamp), which may start late; None if
+            unknown.
+    """
+
+    time: float
+    sampled_index: int
+    source_index: int | None = None
+    source_time: float | None = None
+    file_time: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One point of an answer.
+
+    Attributes:
+        tag: "points" or "tracks".
+        label: What the tag says it marks; "" if it says nothing.
+        alt: The tag's alt text, if it has one.
+        key: Number of the image from 1 (int), or seconds as written (float).
+        id: For points a running number over the answer, for tracks the object's identity.
+        x, y: Pixels from the upper left corner; None if the size is unknown.
+        x_norm, y_norm: The same as a share of width and height, 0..1.
+        image_index: `key` counted from 0; None for a point in a video.
+        moment: The sampled frame nearest to `key`; None for images and where the sampled times are unknown.
+        span: Where the id and the two coordinates stand in the text: text[start:end].
+    """
+
+    tag: str
+    label: str
+    alt: str | None
+    key: int | float
+    id: int
+    x: float | None
+    y: float | None
+    x_norm: float
+    y_norm: float
+    image_index: int | None
+    moment: Moment | None
+    span: Span
+
+    @property
+    def time(self) -> float | None:
+        """Seconds: of the sampled frame that is meant, else as written; None for images."""
+        if self.image_index is not None:
+            return None
+        return float(self.key) if self.moment is None else self.moment.time
+
+    @property
+    def frame_distance(self) -> float:
+        """Seconds from the time as written to the sampled frame that is meant: of two in one frame the nearer counts.
+
+        0 where the sampled times are unknown, and for images.
+        """
+        return 0.0 if self.moment is None else round(abs(float(self.key) - self.moment.time), 6)
+
+
+@dataclass(frozen=True, slots=True)
+class Track:
+    """One object over time: its points by time as written, one for each time (the first, if the answer repeats it)."""
+
+    id: int
+    label: str
+    points: tuple[Point, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tag:
+    """One tag with coordinates, in the order of the text.
+
+    Attributes:
+        kind: "points" or "tracks".
+        span: From its "<" to the end of its closing tag, or of what there is of it.
+        truncated: A quote, the tag or its closing tag is missing.
+    """
+
+    kind: str
+    label: str
+    alt: str | None
+    span: Span
+    truncated: bool
+    points: tuple[Point, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MediaInfo:
+    """The pictures that an answer is about.
+
+    Attributes:
+        kind: "image", "multi_image" or "video".
+        sizes: (width, height) in pixels of each image, or of the video alone. Empty if unknown.
+        moments: The sampled frames of a video.
+        image_sizes: Of a prompt with images beside the video: keys with a decimal point and tracks are about the
+            video, whole numbers about these images.
+        more_videos: Of a prompt with several videos: those after the first, which is the one that times are read
+            against. To read an answer against another one, pass it.
+    """
+
+    kind: str
+    sizes: tuple[Size, ...] = ()
+    moments: tuple[Moment, ...] = ()
+    image_sizes: tuple[Size, ...] = ()
+    more_videos: tuple["MediaInfo", ...] = ()
+
+    def moment_at(self, seconds: float) -> Moment | None:
+        """The sampled frame that a printed time means; None without sampled frames. See `_Clock`."""
+        return _Clock(self.moments).at(seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Grounding:
+    """All that an answer says about places.
+
+    Attributes:
+        text: The answer.
+        kind: "image", "multi_image" or "video"; told from the keys if no pictures were given.
+        points: All points in the order of the text.
+        tracks: The objects of `<tracks>`, by label and identity, in the order in which they appear.
+        tags: The tags that have coordinates.
+        count: The number that the answer states (the first, if several), or 0 for "There are none."; never computed.
+        none: The answer says that there is nothing.
+        truncated: A tag was cut off or lost a quote.
+        media: What the answer was read against.
+    """
+
+    text: str
+    kind: str
+    points: tuple[Point, ...]
+    tracks: tuple[Track, ...]
+    tags: tuple[Tag, ...]
+    count: int | None
+    none: bool
+    truncated: bool
+    media: MediaInfo | None = None
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def __iter__(self) -> Iterator[Point]:
+        return iter(self.points)
+
+    def __bool__(self) -> bool:
+        return True  # an answer without points is still an answer
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as dictionaries, lists, strings and numbers, for `json.dumps`."""
+        return _plain(asdict(self))
+
+    def frames(self, fps: float) -> list[dict[str, Any]]:
+        """Points of a video by time: [{"time", "frame", "points": {id: (x, y)}}], times ascending.
+
+        Args:
+            fps: Frame rate of the video; `frame` is round(time * fps). For variable rates see `Point.moment`.
+
+        If an id occurs twice at one time the first counts. Without a size the coordinates are shares, 0..1.
+        """
+        by_time: dict[float, dict[int, tuple[float, float]]] = {}
+        for point in self.points:
+            if point.image_index is None:
+                at = (point.x_norm, point.y_norm) if point.x is None or point.y is None else (point.x, point.y)
+                by_time.setdefault(float(point.key), {}).setdefault(point.id, at)
+        return [{"time": time, "frame": round(time * fps), "points": by_time[time]} for time in sorted(by_time)]
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks."""
+        rows = "".join(
+            f"<tr><td>{html.escape(point.label)}</td><td>{point.key}</td><td>{point.id}</td>"
+            f"<td>{_shown(point.x, point.x_norm)}</td><td>{_shown(point.y, point.y_norm)}</td></tr>"
+            for point in self.points
+        )
+        head = "".join(
+            f"<th>{name}</th>" for name in ("label", "time" if self.kind == VIDEO else "image", "id", "x", "y")
+        )
+        notes = [f"count: {self.count}"] * (self.count is not None) + ["cut off"] * self.truncated
+        return f"<p>{html.escape(self.text)}</p><table><tr>{head}</tr>{rows}</table><p>{', '.join(notes)}</p>"
+
+
+def _shown(pixels: float | None, share: float) -> str:
+    return f"{share:.3f}" if pixels is None else f"{pixels:.1f}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+# --- what an answer is about -----------------------------------------------------------------------------------------
+
+
+def media_info(media: Any, kind: str | None = None) -> MediaInfo | None:
+    """What answers are read against, from whatever describes it.
+
+    Args:
+        media: a `MediaInfo`; one size (width, height) or a list of them, or of pictures with such a `.size`; the
+            metadata of a video (an object or dictionary with `timestamps` or `fps` and `frames_indices`, and with
+            `width` and `height`) or a list of those; None or an empty list if nothing is known.
+        kind: "image", "multi_image" or "video" for sizes alone, which may be those of an image or a video.
+
+    Raises:
+        TypeError: `media` is none of these.
+        ValueError: `kind` is none of the three.
+    """
+    if kind is not None and kind not in KINDS:
+        raise ValueError(f"`kind` is {kind!r}; expected one of {KINDS}, or None to tell it from the answer.")
+    found = media if media is None or is_media_info(media) else _described(media)
+    if kind is not None:
+        found = MediaInfo(kind) if found is None else replace(found, kind=kind)
+    return found
+
+
+def is_media_info(value: Any) -> bool:
+    """Also true for the class of another copy of this file: loaders of remote code may run it more than once."""
+    return all(hasattr(value, name) for name in ("kind", "sizes", "moments", "image_sizes", "more_videos"))
+
+
+def _described(media: Any) -> MediaInfo | None:
+    if _is_metadata(media):
+        return _video_info(media)
+    if (size := _size_of(media)) is not None:
+        return MediaInfo("", (size,))
+    if isinstance(media, Sequence) and not isinstance(media, (str, bytes)):
+        if not media:
+            return None
+        if all(map(_is_metadata, media)):
+            first, *others = map(_video_info, media)
+            return replace(first, more_videos=tuple(others))
+        sizes = tuple(size for size in map(_size_of, media) if size is not None)
+        if len(sizes) == len(media):
+            return MediaInfo(MULTI_IMAGE if len(sizes) > 1 else "", sizes)
+    raise TypeError(
+        f"{repr(media)[:80]} does not describe pictures. Pass the processor's output, sizes [(width, height), ...], "
+        "the metadata of a video, or nothing."
+    )
+
+
+def _is_metadata(value: Any) -> bool:
+    names = ("fps", "frames_indices", "timestamps", "sampled_timestamps")
+    if hasattr(value, "frames_indices"):  # the library's class, also a Mapping
+        return True
+    return isinstance(value, Mapping) and any(name in value for name in names)
+
+
+def _size_of(value: Any) -> Size | None:
+    """(width, height) of a pair of numbers or a PIL image, else None."""
+    size = getattr(value, "size", value)
+    is_pair = isinstance(size, (list, tuple)) and len(size) == 2
+    if not is_pair or not all(hasattr(side, "__float__") and not isinstance(side, str) for side in size):
+        return None
+    return tuple(side if isinstance(side, (int, float)) else float(side) for side in size)  # type: ignore[return-value]
+
+
+def _video_info(metadata: Any) -> MediaInfo:
+    """A video by its metadata: the library's, or that of Molmo2's processor, which knows the source frames too."""
+
+    def get(name: str) -> Any:
+        try:
+            return metadata.get(name) if isinstance(metadata, dict) else getattr(metadata, name, None)
+        except (TypeError, ValueError):  # the library computes some from others that may be missing
+            return None
+
+    width, height, fps, frame_size = (get(name) for name in ("width", "height", "fps", "frame_size"))
+    if not (width and height) and frame_size is not None:
+        height, width = frame_size
+    indices, times = get("source_frame_indices"), get("sampled_timestamps")
+    times = get("timestamps") if times is None else times
+    if indices is None:
+        indices = get("frames_indices")
+    if times is None and indices is not None and fps:
+        times = [float(index) / fps for index in indices]
+    times = [] if times is None else [float(time) for time in times]
+    source = get("source_timestamps")
+    starts = times if source is None else source
+    first = get("source_first_timestamp")
+    known = indices is not None and len(indices) == len(times) == len(starts)
+    moments = tuple(
+        Moment(
+            time,
+            place,
+            int(indices[place]) if known else None,
+            float(starts[place]) if known else None,
+            float(starts[place]) + float(first) if known and first is not None else None,
+        )
+        for place, time in enumerate(times)
+    )
+    return MediaInfo(VIDEO, ((int(width), int(height)),) if width and height else (), moments)
+
+
+class _Clock:
+    """Finds the sampled frame that a printed time means.
+
+    It is the frame whose time, printed with one decimal, is that text; of several the nearest, of equally near ones
+    the first. A time that no frame prints means the nearest frame.
+    """
+
+    def __init__(self, moments: Sequence[Moment]):
+        self._moments = sorted(moments, key=lambda moment: moment.time)
+        self._times = [moment.time for moment in self._moments]
+        self._printed: dict[float, Moment] = {}
+        for moment in self._moments:
+            key = float(f"{moment.time:.1f}")
+            other = self._printed.setdefault(key, moment)
+            if abs(moment.time - key) < abs(other.time - key):
+                self._printed[key] = moment
+
+    def at(self, seconds: float) -> Moment | None:
+        if seconds in self._printed or not self._moments:
+            return self._printed.get(seconds)
+        after = bisect_left(self._times, seconds)
+        around = self._moments[max(0, after - 1) : after + 1]
+        if len(around) == 2 and around[1].time - seconds < seconds - around[0].time:
+            around = around[1:]
+        return self._moments[bisect_left(self._times, around[0].time)]
+
+
+# --- the scanner -----------------------------------------------------------------------------------------------------
+
+_KIND = r"(?:points?|tracks?)"
+_ATTRIBUTE_OR_END = r"\s{0,8}(?:/?>|[a-z][\w-]{0,15}\s{0,8}=)"
+TAG_START = re.compile(rf"<({_KIND})(?=[\s/>]|coords)", re.I)
+TAG_EDGE = re.compile(rf"<{_KIND}(?=[\s/>]|coords)|</{_KIND}\s{{0,8}}>", re.I)
+CLOSING_TAG = re.compile(rf"</{_KIND}\s{{0,8}}>", re.I)
+CUT_EDGE = re.compile(r"</?(?:p|po|poi|poin|points?|t|tr|tra|trac|tracks?)?\s{0,8}\Z", re.I)
+SPACE = re.compile(r"\s+")
+RUN = re.compile(r"[^\s=<>/\"'&\\]+")
+QUOTE = re.compile(r"\\{0,4}(\"|'|&quot;)")
+# Text inside quotes may hold the other spelling of the quote; that ends it only where an attribute or the tag follows.
+VALUE_END = {
+    '"': re.compile(rf"\"|&quot;(?={_ATTRIBUTE_OR_END})", re.I),
+    "'": re.compile("'"),
+    "&quot;": re.compile(rf"&quot;|\"(?={_ATTRIBUTE_OR_END})", re.I),
+}
+UNCLOSED_BEFORE_COORDS = re.compile(r"(?:\A|[\s>])coords\s*=\s*\Z", re.I)
+COORDS_TOKEN = re.compile(
+    rf"(?P<word>(?:[^\s;:,\"'<>&\\/]+|&(?!quot;)|<(?!/?{_KIND}(?:[\s/>]|coords))|/(?!>)"
+    r"|\\(?!\\{0,3}(?:[tnr\"']|&quot;)))+)"
+    r"|(?P<space>[^\S\t\n\r]+)|(?P<separator>[\t\n\r;:,]|\\{1,4}[tnr])|(?P<quote>\\{0,4}(?:[\"']|&quot;))|(?P<edge>[/<>])",
+    re.I,
+)
+DIGIT = re.compile("[0-9]")
+KEY = re.compile(r"[0-9]{1,9}(?:\.[0-9]{0,9})?|\.[0-9]{1,9}")
+WHOLE = re.compile(r"[0-9]{1,9}")
+LEGACY_NAME = re.compile(r"([xy])([0-9]{0,6})", re.I)
+LEGACY_VALUE = re.compile(r"[0-9]{1,3}(?:\.[0-9]{0,15})?|\.[0-9]{1,15}")
+
+MAX_WORD = 64  # characters; longer words and numbers mean nothing
+MAX_EDGE = 24  # characters that decide whether "<" starts a tag or ends one
+MAX_VALUE_END = 48  # characters that decide whether a quote ends a value
+TAG_MARK = "\0"  # stands for a tag in the text around the tags
+
+
+@dataclass(frozen=True, slots=True)
+class _Number:
+    """A word inside coords; `value` is None for a damaged number, which keeps its place."""
+
+    value: int | None
+    text: str
+    span: Span
+
+
+@dataclass(slots=True)
+class _OpenTag:
+    """A tag as far as it has been read."""
+
+    kind: str
+    start: int
+    alt: str | None = None
+    label: str | None = None  # of the attribute
+    content: str = ""  # between the tags
+    end: int = 0
+    has_coords: bool = False
+    truncated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A point as it stands in the text; `key` is None in the older notation."""
+
+    tag: _OpenTag
+    key: str | None
+    id: int
+    x: float
+    y: float
+    grid: float
+    span: Span
+
+
+class _CoordsReader:
+    """Words of one `coords` to points: KEY, then ID X Y as often as it goes.
+
+    A point is handed out once nothing that follows can change it: a last one with a short y waits, since a cut-off
+    answer may have lost its other digits.
+    """
+
+    def __init__(self, tag: _OpenTag):
+        self.tag = tag
+        self.found: list[_Found] = []
+        self._waiting: _Found | None = None
+        self.end_group()
+
+    def end_group(self) -> None:
+        if getattr(self, "_words", None):
+            self._take(at_end=True)
+        self._key: str | None = None
+        self._words: list[_Number] = []
+        self._last_id: int | None = None
+        self._is_broken = False
+
+    def end(self, *, is_closed: bool) -> None:
+        """The coordinates are over; `is_closed` if the text says so."""
+        self.end_group()
+        if is_closed:
+            self._release()
+        self._waiting = None
+
+    def add(self, word: str, span: Span) -> None:
+        self._release()
+        is_long = len(word) > MAX_WORD  # a number no doubt, but none that means anything
+        opens_group = not is_long and "." in word and DIGIT.search(word) is not None  # R6: a time, at any place
+        if opens_group:
+            self.end_group()
+        if self._is_broken:
+            return
+        is_number = WHOLE.fullmatch(word) is not None
+        if self._key is None:
+            self._key = word
+            self._is_broken = is_long or KEY.fullmatch(word) is None
+        elif is_number or is_long or DIGIT.search(word) is not None:
+            self._words.append(_Number(int(word) if is_number else None, word, span))
+            self._take()
+        else:
+            self.end_group()
+            self._is_broken = True
+
+    def _release(self) -> None:
+        if self._waiting is not None:
+            self.found.append(self._waiting)
+            self._waiting = None
+
+    def _take(self, *, at_end: bool = False) -> None:
+        """Make points of the words that are there."""
+        while len(self._words) >= 3:
+            if self._may_be_key():
+                if len(self._words) == 3 and not at_end:
+                    return
+                if len(self._words) > 3 and len(self._words[3].text) >= PADDED_DIGITS:
+                    self._key = self._words.pop(0).text
+                    self._last_id = None
+                    continue
+            point_id, x, y = self._words[:3]
+            del self._words[:3]
+            self._add_point(point_id, x, y)
+
+    def _may_be_key(self) -> bool:
+        """Whether the first word may number the next image: its TAB became a space, and ids run on behind it."""
+        first, second, third = self._words[:3]
+        if self._last_id is None or self._key is None or "." in self._key or self.tag.kind != "points":
+            return False
+        if first.value is None or second.value != self._last_id + 1 or len(third.text) < PADDED_DIGITS:
+            return False
+        is_next = len(second.text) < PADDED_DIGITS or first.value != self._last_id + 1
+        return is_next and first.value > int(self._key)
+
+    def _add_point(self, point_id: _Number, x: _Number, y: _Number) -> None:
+        self._last_id = point_id.value
+        if point_id.value is None or x.value is None or y.value is None or max(x.value, y.value) > GRID:
+            return
+        span = (point_id.span[0], y.span[1])
+        self._waiting = _Found(self.tag, self._key, point_id.value, x.value, y.value, GRID, span)
+        if len(y.text) >= PADDED_DIGITS:
+            self._release()
+
+
+class _Scanner:
+    """Reads an answer piece by piece, each character once.
+
+    `_state` is the method that reads what comes next. It returns False where it needs more text; the text from
+    `_place` on is kept for then, a bounded number of characters.
+    """
+
+    def __init__(self) -> None:
+        self.found: list[_Found] = []
+        self.tags: list[_OpenTag] = []
+        self.prose: list[str] = []  # text around the tags
+        self.is_cut = False  # the text ends inside a tag
+        self._text, self._base, self._place = "", 0, 0
+        self._is_last = False
+        self._state = self._read_prose
+        self._num_legacy = 0
+
+    def feed(self, piece: str, *, is_last: bool = False) -> None:
+        self._base += self._place
+        self._text, self._place, self._is_last = self._text[self._place :] + piece, 0, is_last
+        while self._state():
+            pass
+        if is_last and self._state != self._read_prose:
+            self._end_at_cut()
+
+    def _at(self, place: int) -> int:
+        """Place in the whole text."""
+        return self._base + place
+
+    def _undecided(self, start: int, length: int) -> int:
+        """Where the text begins that more text may change: the last "<" within `length` characters, or the end."""
+        place = -1 if self._is_last else self._text.rfind("<", max(start, len(self._text) - length))
+        return len(self._text) if place < 0 else place
+
+    def _read_prose(self) -> bool:
+        start = TAG_START.search(self._text, self._place)
+        if start is None:
+            end = self._undecided(self._place, MAX_EDGE)
+            self.prose.append(self._text[self._place : end])
+            self._place = end
+            if self._is_last:
+                self.is_cut = self._cut_edge() is not None
+            return False
+        self.prose += [self._text[self._place : start.start()], TAG_MARK]
+        kind = "tracks" if start[1][0] in "tT" else "points"
+        self._tag = _OpenTag(kind, self._at(start.start()))
+        self._coords = _CoordsReader(self._tag)
+        self._legacy: dict[str, dict[str, tuple[float, Span]]] = {}
+        self._place = start.end()
+        self._go_inside()
+        return True
+
+    def _cut_edge(self) -> re.Match[str] | None:
+        """The beginning of a tag at the very end of the text."""
+        return CUT_EDGE.search(self._text, max(0, len(self._text) - MAX_EDGE))
+
+    # Inside a tag, between its attributes.
+
+    def _go_inside(self) -> None:
+        self._name: str | None = None  # of the attribute whose value comes next
+        self._has_equals = False
+        self._has_slash = False
+        self._is_long_word = False
+        self._state = self._read_inside
+
+    def _read_inside(self) -> bool:
+        text = self._text
+        while self._place < len(text):
+            character = text[self._place]
+            rest = len(text) - self._place
+            if character in "<&\\" and rest < MAX_EDGE and not self._is_last:
+                return False
+            run = RUN.match(text, self._place)
+            if run is not None:
+                if not self._read_run(run):
+                    return self._state != self._read_inside
+                continue
+            self._is_long_word = False
+            quote = QUOTE.match(text, self._place)
+            if character == ">":
+                return self._end_opening()
+            if quote is not None and self._has_equals:
+                return self._open_value(quote)
+            if character == "<" and TAG_EDGE.match(text, self._place) is not None:
+                return self._end_unclosed()
+            space = SPACE.match(text, self._place)
+            if space is not None:
+                self._place = space.end()
+                continue
+            self._has_equals = character == "=" and self._name is not None
+            self._has_slash = character == "/"
+            if not self._has_equals:
+                self._name = None
+            self._place += 1 if quote is None else quote.end() - quote.start()
+        return False
+
+    def _read_run(self, run: re.Match[str]) -> bool:
+        """A word inside the tag: the name of an attribute, or a value without quotes. False to leave the loop."""
+        name, word = self._name, run[0]
+        if self._has_equals and name == "coords" and not self._tag.has_coords and DIGIT.match(word):
+            self._open_coords(has_quote=False)
+            return False
+        if run.end() == len(self._text) and not self._is_last:
+            if len(word) > MAX_WORD:
+                self._is_long_word = True
+                self._place = run.end()
+            return False
+        is_value, self._has_equals, self._has_slash = self._has_equals, False, False
+        is_long = self._is_long_word or len(word) > MAX_WORD
+        self._is_long_word = False
+        self._name = None if is_value or is_long else word.lower()
+        if is_value and not is_long:
+            self._set(str(name), word, self._at(run.start()))
+        self._place = run.end()
+        return True
+
+    def _open_value(self, quote: re.Match[str]) -> bool:
+        self._place = quote.end()
+        if self._name == "coords" and not self._tag.has_coords:
+            self._open_coords(has_quote=True)
+            return True
+        self._value_end = VALUE_END[quote[1].lower()]
+        self._value_start = self._at(self._place)
+        self._is_escaped = quote[0].startswith("\\")
+        self._parts: list[str] = []
+        self._state = self._read_value
+        return True
+
+    def _read_value(self) -> bool:
+        end = self._value_end.search(self._text, self._place)
+        if end is None:
+            kept = 0 if self._is_last else MAX_VALUE_END
+            decided = max(self._place, len(self._text) - kept)
+            self._parts.append(self._text[self._place : decided])
+            self._place = decided
+            return False
+        value = "".join(self._parts) + self._text[self._place : end.start()]
+        self._place = end.end()
+        unclosed = UNCLOSED_BEFORE_COORDS.search(value, max(0, len(value) - MAX_WORD))
+        if unclosed is not None and not self._tag.has_coords:  # its own quote is missing, this one opens the next
+            self._set(str(self._name), value[: unclosed.start()], self._value_start)
+            self._tag.truncated = True
+            self._open_coords(has_quote=True)
+            return True
+        self._set(str(self._name), value.removesuffix("\\") if self._is_escaped else value, self._value_start)
+        self._go_inside()
+        return True
+
+    def _set(self, name: str, value: str, start: int) -> None:
+        """Keep an attribute; the first of a name counts."""
+        if name == "alt" and self._tag.alt is None:
+            self._tag.alt = value
+        elif name == "label" and self._tag.label is None:
+            self._tag.label = value
+        else:
+            axis = LEGACY_NAME.fullmatch(name)
+            number = value.strip()
+            if axis is not None and LEGACY_VALUE.fullmatch(number):
+                place = start + value.index(number)
+                pair = self._legacy.setdefault(axis[2], {})
+                pair.setdefault(axis[1].lower(), (float(number), (place, place + len(number))))
+
+    # Inside coords.
+
+    def _open_coords(self, *, has_quote: bool) -> None:
+        self._tag.has_coords = True
+        self._has_quote = has_quote
+        self._is_long_word = False
+        self._state = self._read_coords
+
+    def _read_coords(self) -> bool:
+        text = self._text
+        while self._place < len(text):
+            token = COORDS_TOKEN.match(text, self._place)
+            if token is None:  # cannot be: the alternatives cover every character
+                self._place += 1
+                continue
+            if token.lastgroup == "word":
+                if token.end() == len(text) and not self._is_last:
+                    if len(token[0]) > MAX_WORD:
+                        self._is_long_word = True
+                        self._place = len(text) - MAX_EDGE
+                    return False
+                word = token[0] if not self._is_long_word else "-" * (MAX_WORD + 1)
+                self._coords.add(word, (self._at(token.start()), self._at(token.end())))
+                self._is_long_word = False
+            elif token.lastgroup == "separator":
+                self._coords.end_group()
+            elif token.lastgroup == "quote" or (token.lastgroup == "edge"):
+                self._end_coords(token)
+                return True
+            self._flush()
+            self._place = token.end()
+        return False
+
+    def _end_coords(self, token: re.Match[str]) -> None:
+        self._coords.end_group()
+        self._flush()
+        if token.lastgroup == "quote":
+            self._place = token.end()
+        elif self._has_quote:
+            self._tag.truncated = True
+        self._go_inside()
+
+    def _flush(self) -> None:
+        if self._coords.found:
+            self.found += self._coords.found
+            self._coords.found.clear()
+
+    # The end of a tag.
+
+    def _end_opening(self) -> bool:
+        """At the ">" of the opening tag."""
+        self._place += 1
+        is_listed = self._end_points(is_closed=not self._tag.truncated)
+        if not is_listed:
+            self._state = self._read_prose
+        elif self._has_slash:
+            self._end_tag(self._place)
+        else:
+            self._parts = []
+            self._state = self._read_content
+        return True
+
+    def _end_points(self, *, is_closed: bool) -> bool:
+        """Hand out the last points of the tag; whether it is a tag with coordinates at all."""
+        self._coords.end(is_closed=is_closed)
+        self._flush()
+        if self._tag.has_coords:
+            return True
+        pairs = [(pair["x"], pair["y"]) for pair in self._legacy.values() if len(pair) == 2]
+        for (x, x_span), (y, y_span) in pairs:
+            if max(x, y) <= LEGACY_GRID and self._tag.kind == "points":
+                self._num_legacy += 1
+                span = (min(x_span[0], y_span[0]), max(x_span[1], y_span[1]))
+                self.found.append(_Found(self._tag, None, self._num_legacy, x, y, LEGACY_GRID, span))
+        return bool(pairs)
+
+    def _read_content(self) -> bool:
+        edge = TAG_EDGE.search(self._text, self._place)
+        if edge is None:
+            end = self._undecided(self._place, MAX_EDGE)
+            self._parts.append(self._text[self._place : end])
+            self._place = end
+            return False
+        self._parts.append(self._text[self._place : edge.start()])
+        is_closing = edge[0][1] == "/"
+        self._place = edge.end() if is_closing else edge.start()
+        self._tag.truncated |= not is_closing
+        self._tag.content = "".join(self._parts)
+        self._end_tag(self._place)
+        return True
+
+    def _end_unclosed(self) -> bool:
+        """At a tag that begins, or ends, where the ">" of this one should be."""
+        closing = CLOSING_TAG.match(self._text, self._place)
+        self._tag.truncated = True
+        if closing is not None:
+            self._place = closing.end()
+        if self._end_points(is_closed=False):
+            self._end_tag(self._place)
+        self._state = self._read_prose
+        return True
+
+    def _end_at_cut(self) -> None:
+        """The text is over inside a tag."""
+        self.is_cut = True
+        is_in_content = self._state == self._read_content
+        if is_in_content:
+            content = "".join(self._parts)
+            edge = CUT_EDGE.search(content, max(0, len(content) - MAX_EDGE))
+            self._tag.content = content if edge is None else content[: edge.start()]
+        self._tag.truncated = True
+        if is_in_content or self._end_points(is_closed=False):
+            self._end_tag(self._at(len(self._text)) - self._base)
+
+    def _end_tag(self, place: int) -> None:
+        self._tag.end = self._at(place)
+        self.tags.append(self._tag)
+        self._state = self._read_prose
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+NONE = re.compile(r"\b(?:there\s+are\s+none|no\s+tracks\s+available)\s*(?:\.|\Z)", re.I)
+BARE_COUNT = re.compile(r"([0-9]{1,18})\.?")
+COUNT_BEFORE = re.compile(rf"\bthere\s+(?:are|is)\s+([0-9]{{1,18}})\s*{TAG_MARK}", re.I)
+COUNT_AFTER = re.compile(r"\bshows\s+a\s+total\s+of\s+([0-9]{1,18})(?![0-9]|\.[0-9])", re.I)
+COUNTING = "counting the"
+
+
+def parse_grounding(text: str, media: Any = None, *, kind: str | None = None) -> Grounding:
+    """Read the points, tracks and counts of one answer.
+
+    Args:
+        text: The answer. Any text will do.
+        media: What it is about, see `media_info`. Without, points have no pixels and video points no frame.
+        kind: "image", "multi_image" or "video", where `media` leaves it open (a single size, or nothing). None tells
+            it from the answer: keys with a decimal point and tracks are about a video.
+
+    Raises:
+        TypeError: `media` describes no pictures.
+        ValueError: `kind` is not one of the three.
+    """
+    stream = GroundingStream(media, kind=kind)
+    stream.feed(text)
+    return stream.close()
+
+
+class GroundingStream:
+    """Reads an answer while it is written.
+
+        stream = GroundingStream(media)
+        for piece in streamer:
+            for point in stream.feed(piece): ...
+        grounding = stream.close()
+
+    However the text is split, `feed` hands out the same points, each once, in order, and `close` returns what
+    `parse_grounding` returns for the whole text. A point is handed out when nothing that may follow can take it back
+    or move it. Its `label` and `alt` are those written before the coordinates, as a label between tags comes later
+    than its points; those of `close` are complete.
+
+    Args:
+        media, kind: As for `parse_grounding`.
+    """
+
+    def __init__(self, media: Any = None, *, kind: str | None = None):
+        self._reader = _Reader(media_info(media, kind))
+        self._scanner = _Scanner()
+        self._pieces: list[str] = []
+        self._num_found = 0
+        self._result: Grounding | None = None
+
+    def feed(self, piece: str) -> list[Point]:
+        """The points that this piece of text completed.
+
+        Raises:
+            ValueError: The stream is closed.
+        """
+        if self._result is not None:
+            raise ValueError("This stream is closed. Make a new GroundingStream for another answer.")
+        self._pieces.append(piece)
+        self._scanner.feed(piece)
+        new = self._scanner.found[self._num_found :]
+        self._num_found = len(self._scanner.found)
+        points = [self._reader.point(found, found.tag.label or "") for found in new]
+        return [point for point in points if point is not None]
+
+    def close(self) -> Grounding:
+        """The whole answer; the text that came is all there is. May be called again."""
+        if self._result is None:
+            self._scanner.feed("", is_last=True)
+            self._result = self._reader.grounding("".join(self._pieces), self._scanner)
+        return self._result
+
+
+class _Reader:
+    """Places what the scanner found in pictures."""
+
+    def __init__(self, media: MediaInfo | None):
+        self._media = media
+        self._kind = "" if media is None else media.kind
+        self._sizes = () if media is None else media.sizes
+        self._clock = _Clock(() if media is None else media.moments)
+
+    def point(self, found: _Found, label: str) -> Point | None:
+        """The point, or None if its key means no picture."""
+        if self._is_video(found):
+            if found.key is None:
+                return None
+            key: int | float = float(found.key)
+            size, index, moment = next(iter(self._sizes), None), None, self._clock.at(key)
+        else:
+            number = 1.0 if found.key is None else float(found.key)
+            sizes = self._media.image_sizes if self._media is not None and self._kind == VIDEO else self._sizes
+            if number != int(number) or number < 1 or (sizes and number > len(sizes)):
+                return None
+            key, index, moment = int(number), int(number) - 1, None
+            size = sizes[index] if sizes else None
+        x, y = found.x / found.grid, found.y / found.grid
+        width, height = (None, None) if size is None else size
+        return Point(
+            tag=found.tag.kind,
+            label=label,
+            alt=found.tag.alt,
+            key=key,
+            id=found.id,
+            x=None if width is None else x * width,
+            y=None if height is None else y * height,
+            x_norm=x,
+            y_norm=y,
+            image_index=index,
+            moment=moment,
+            span=found.span,
+        )
+
+    def _is_video(self, found: _Found) -> bool:
+        looks_like_video = found.tag.kind == "tracks" or (found.key is not None and "." in found.key)
+        if self._kind == VIDEO:
+            return looks_like_video or self._media is None or not self._media.image_sizes
+        return looks_like_video if self._kind == "" else False
+
+    def grounding(self, text: str, scanner: _Scanner) -> Grounding:
+        labels = {id(tag): (tag.content.strip() or tag.label or "") for tag in scanner.tags}
+        by_tag: dict[int, list[Point]] = {id(tag): [] for tag in scanner.tags}
+        points = []
+        for found in scanner.found:
+            point = self.point(found, labels[id(found.tag)])
+            if point is not None:
+                points.append(point)
+                by_tag[id(found.tag)].append(point)
+        tags = tuple(
+            Tag(tag.kind, labels[id(tag)], tag.alt, (tag.start, tag.end), tag.truncated, tuple(by_tag[id(tag)]))
+            for tag in scanner.tags
+        )
+        count, is_none = _read_counts("".join(scanner.prose), bool(points))
+        kind = self._kind or _kind_of(points, tags)
+        return Grounding(
+            text=text,
+            kind=kind,
+            points=tuple(points),
+            tracks=_tracks(points),
+            tags=tags,
+            count=count,
+            none=is_none,
+            truncated=scanner.is_cut or any(tag.truncated for tag in tags),
+            media=None if self._media is None else replace(self._media, kind=kind),
+        )
+
+
+def _kind_of(points: Sequence[Point], tags: Sequence[Tag]) -> str:
+    if any(tag.kind == "tracks" for tag in tags) or any(point.image_index is None for point in points):
+        return VIDEO
+    return MULTI_IMAGE if any(point.image_index for point in points) else IMAGE
+
+
+def _tracks(points: Sequence[Point]) -> tuple[Track, ...]:
+    objects: dict[tuple[str, int], dict[float, Point]] = {}
+    for point in points:
+        if point.tag == "tracks":
+            objects.setdefault((point.label, point.id), {}).setdefault(float(point.key), point)
+    return tuple(
+        Track(number, label, tuple(by_time[time] for time in sorted(by_time)))
+        for (label, number), by_time in objects.items()
+    )
+
+
+def _read_counts(prose: str, has_points: bool) -> tuple[int | None, bool]:
+    """The number that is said and whether it is said that there is nothing; `prose` has a mark for each tag."""
+    prose = CLOSING_TAG.sub("", prose)
+    bare = BARE_COUNT.fullmatch(prose.strip())
+    said = [] if bare is None else [(0, bare[1])]
+    said += [(match.start(), match[1]) for match in COUNT_BEFORE.finditer(prose)]
+    said += _counts_after(prose)
+    count = int(min(said)[1]) if said else None
+    is_none = not has_points and not count and NONE.search(prose) is not None
+    return (0 if is_none else count), is_none
+
+
+def _counts_after(prose: str) -> list[tuple[int, str]]:
+    """Places and numbers of "shows a total of N" that belong to a tag or follow "Counting the" in their sentence."""
+    said, done = [], 0
+    for match in COUNT_AFTER.finditer(prose):
+        before = prose[done : match.start()]
+        place = before.lower().rfind(COUNTING)
+        is_about_tag = before.rstrip().endswith(TAG_MARK)
+        if is_about_tag or (place >= 0 and ". " not in before[place:]):
+            said.append((match.start(), match[1]))
+        done = match.end()
+    return said

@@ -1,0 +1,1 @@
+"""Images: loading, the plan of crops, pixels."""

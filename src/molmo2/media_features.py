@@ -1,0 +1,155 @@
+"""Inputs that remember which pictures they were made of, and the way back: one `MediaInfo` for each answer.
+
+The sizes of pictures and the times of frames are needed to read an answer, but not to write it. They travel beside the
+tensors, as an attribute: `model.generate(**inputs)` does not see them, and the processor keeps nothing between calls.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from transformers.image_processing_utils import BatchFeature
+
+from molmo2.grounding.parse import IMAGE, MULTI_IMAGE, Grounding, MediaInfo, is_media_info, media_info, parse_grounding
+
+
+class MediaFeatures(BatchFeature):
+    """A `BatchFeature` with the attribute `media`, which `.to()`, copies and pickles keep.
+
+    Attributes:
+        media: Of the processor's output one `MediaInfo` per row, of the image processor's one per picture.
+    """
+
+    def __init__(self, data: dict[str, Any] | None = None, tensor_type: Any = None, media: Sequence[MediaInfo] = ()):
+        super().__init__(data, tensor_type)
+        self.media = list(media)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"data": self.data, "media": self.media}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.data = state["data"]
+        self.media = state["media"]
+
+
+def image_media(size: tuple[int, int]) -> MediaInfo:
+    """One image of (height, width) pixels."""
+    return MediaInfo(IMAGE, ((size[1], size[0]),))
+
+
+def media_of_rows(
+    num_images: Sequence[int], num_videos: Sequence[int], images: Sequence[MediaInfo], metadata: Sequence[Any]
+) -> list[MediaInfo]:
+    """The pictures of each prompt, in order.
+
+    Args:
+        num_images, num_videos: How many each prompt has.
+        images: One entry per image of all prompts.
+        metadata: Of each video of all prompts.
+    """
+    pictures, videos = iter(images), (media_info(entry) for entry in metadata)
+    return [_row(_take(pictures, count), _take(videos, more)) for count, more in zip(num_images, num_videos)]
+
+
+def _take(items: Iterator[Any], count: int) -> list[Any]:
+    return [next(items) for _ in range(count)]
+
+
+def _row(images: list[MediaInfo], videos: list[MediaInfo]) -> MediaInfo:
+    sizes = tuple(size for image in images for size in image.sizes)
+    if videos:
+        return replace(videos[0], image_sizes=sizes, more_videos=tuple(videos[1:]))
+    return MediaInfo(MULTI_IMAGE if len(sizes) > 1 else IMAGE, sizes)
+
+
+# --- from answers back to places -------------------------------------------------------------------------------------
+
+
+def ground_answers(answers: Any, media: Any, kind: str | None, tokenizer: Any) -> Grounding | list[Grounding]:
+    """Decode answers and read them; see `Molmo2Processor.post_process_grounding`."""
+    answers = _as_lists(answers)
+    if _is_ids(answers) or isinstance(answers, str):
+        (text,) = _texts([answers], media, tokenizer)
+        (info,) = _media_of_answers(media, 1, kind)
+        return parse_grounding(text, info)
+    if not isinstance(answers, Sequence) or not all(isinstance(answer, str) or _is_ids(answer) for answer in answers):
+        raise TypeError(
+            f"Answers of type {type(answers).__name__} cannot be read. Pass a string or a list of them, or the token "
+            "ids of one answer or of several, as lists or a tensor."
+        )
+    infos = _media_of_answers(media, len(answers), kind)
+    return [parse_grounding(text, info) for text, info in zip(_texts(answers, media, tokenizer), infos)]
+
+
+def _as_lists(value: Any) -> Any:
+    """Lists and numbers for arrays and tensors, also for those in lists; all else as it is."""
+    if isinstance(value, (list, tuple)):
+        return [_as_lists(item) for item in value]
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(item, int) for item in value)
+
+
+def _texts(answers: Sequence[Any], media: Any, tokenizer: Any) -> list[str]:
+    """Answers as text; ids that begin with those of their prompt, as `generate` returns them, lose it.
+
+    Negative ids are no tokens: labels are padded with -100.
+    """
+    prompts = _as_lists(media.get("input_ids")) if _has_media(media) else None
+    texts = []
+    for place, answer in enumerate(answers):
+        if not isinstance(answer, str):
+            ids = answer
+            if prompts:
+                prompt = prompts[place * len(prompts) // len(answers)]
+                ids = ids[len(prompt) :] if ids[: len(prompt)] == prompt else ids
+            ids = [token for token in ids if token >= 0]
+            answer = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        texts.append(answer)
+    return texts
+
+
+def _media_of_answers(media: Any, num_answers: int, kind: str | None) -> list[MediaInfo | None]:
+    """What each answer is about; with several answers per row those of a row follow each other."""
+    rows = _rows(media, num_answers)
+    if not rows:
+        return [media_info(None, kind)] * num_answers
+    if num_answers % len(rows):
+        raise ValueError(
+            f"There are {num_answers} answer(s) for {len(rows)} row(s) of pictures; expected the same number, or a "
+            "multiple of it (num_return_sequences). Pass the inputs that the answers were generated from."
+        )
+    per_row = num_answers // len(rows)
+    return [media_info(row, kind) for row in rows for _ in range(per_row)]
+
+
+def _has_media(value: Any) -> bool:
+    return isinstance(value, BatchFeature) and hasattr(value, "media")
+
+
+def _rows(media: Any, num_answers: int) -> list[Any]:
+    """`media` as one description per row of the batch."""
+    if _has_media(media):
+        return media.media
+    if isinstance(media, (dict, BatchFeature)) and "input_ids" in media:
+        if "video_metadata" in media:
+            return list(media["video_metadata"])
+        raise ValueError(
+            "These inputs are a plain dictionary, without the sizes of their pictures. Pass the processor's own "
+            "output (or its `.media`), sizes, or the metadata of the video."
+        )
+    media = _as_lists(media)
+    if media is None or is_media_info(media) or not isinstance(media, list):
+        return [] if media is None else [media]
+    is_nested = any(is_media_info(row) or _is_nested(row) for row in media)
+    is_one_size = len(media) == 2 and all(isinstance(side, (int, float)) for side in media)
+    if is_nested:
+        return media
+    return [media] if num_answers == 1 or is_one_size else media
+
+
+def _is_nested(row: Any) -> bool:
+    """A row that lists its own pictures."""
+    return isinstance(row, list) and all(isinstance(item, list) for item in row)

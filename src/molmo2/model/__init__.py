@@ -1,0 +1,1 @@
+"""The network: vision transformer, pooling, projector and text decoder."""

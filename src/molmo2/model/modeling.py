@@ -1,0 +1,340 @@
+"""Molmo2: a text model that reads pictures. The path of one picture:
+
+pixels -> `vision_backbone` (vision transformer, pooling, projector) -> one vector per patch token -> added to the
+embeddings of the prompt's patch tokens -> `transformer`, under a mask in which visual tokens see each other ->
+`lm_head`.
+
+Parameter names are those of the published checkpoints.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from molmo2.configuration import Molmo2Config
+from molmo2.model.attention.mask import require_empty_cache, starts_sequence
+from molmo2.model.generation import Molmo2GenerationMixin
+from molmo2.model.linear import Linear
+from molmo2.model.loss import IGNORED, predicted_labels, share_of_labels, weighted_loss
+from molmo2.model.packing import packed_rows, require_packed_layout
+from molmo2.model.pretrained import Molmo2PreTrainedModel
+from molmo2.model.text import Molmo2Embedding, Molmo2TextModel
+from molmo2.model.vision import Molmo2VisionBackbone, is_distributed_training, zero_vision_loss
+from molmo2.model.vision_inputs import Molmo2PictureMixin
+
+
+@dataclass
+class Molmo2ModelOutputWithPast(ModelOutput):
+    """Output of `Molmo2Model`.
+
+    Attributes:
+        last_hidden_state: (B, S, D).
+        image_hidden_states: (T, D) vectors added to the patch tokens, in the order of the prompts; None without
+            pictures.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    image_hidden_states: torch.FloatTensor | None = None
+
+
+@dataclass
+class Molmo2CausalLMOutputWithPast(ModelOutput):
+    """Output of `Molmo2ForConditionalGeneration`; see `Molmo2ModelOutputWithPast`.
+
+    Attributes:
+        loss: Scalar, when labels were given.
+        logits: (B, kept positions, vocab_size).
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    image_hidden_states: torch.FloatTensor | None = None
+
+
+class Molmo2Model(Molmo2PreTrainedModel, Molmo2PictureMixin):
+    """Vision backbone and text model, without the output matrix."""
+
+    def __init__(self, config: Molmo2Config):
+        super().__init__(config)
+        self.transformer = Molmo2TextModel(config.text_config)
+        self.vision_backbone = Molmo2VisionBackbone(config.vit_config, config.adapter_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> Molmo2Embedding:
+        return self.transformer.wte
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.transformer.wte = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        image_token_pooling: torch.LongTensor | None = None,
+        image_grids: torch.LongTensor | None = None,
+        image_num_crops: torch.LongTensor | None = None,
+        pixel_values_videos: torch.FloatTensor | None = None,
+        video_token_pooling: torch.LongTensor | None = None,
+        video_grids: torch.LongTensor | None = None,
+        image_features: torch.FloatTensor | None = None,
+        video_features: torch.FloatTensor | None = None,
+        token_type_ids: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        example_ids: torch.LongTensor | None = None,
+        branch_ids: torch.LongTensor | None = None,
+        picture_repeats: int | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> Molmo2ModelOutputWithPast:
+        """Read prompts with their pictures.
+
+        Args:
+            input_ids: (B, S); or `inputs_embeds` (B, S, D), in which patch tokens are found by their embedding.
+            attention_mask: (B, keys), 0 on padding, on either side.
+            pixel_values .. image_num_crops: See `get_image_features`.
+            pixel_values_videos .. video_grids: See `get_video_features`.
+            image_features, video_features: (T, D), what these two return, instead of pixels and pooling indices:
+                pictures that were encoded before. The grids are still needed where both kinds come together.
+            token_type_ids: (B, S), nonzero on visual tokens; found by id when missing or of another width.
+                `mm_token_type_ids` is the name other processors use for it.
+            example_ids: (B, S), one value for all tokens of a packed example; examples do not see each other, and
+                positions restart. Their pictures follow one another, row by row.
+            branch_ids: (B, S), 0 for the prefix that all branches of an example share, 1, 2, ... for branches, which
+                see this prefix and themselves and go on at its end. See `molmo2.model.packing`.
+            picture_repeats: So many rows after one another share their pictures, which are passed, and encoded, once
+                (beams, several answers).
+        Raises:
+            ValueError: Neither or both of ids and embeddings, pictures that do not fit the prompts or each other, a
+                prompt longer than `max_position_embeddings`, or ids of examples and branches that fit no layout.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError(
+                f"Pass either `input_ids` or `inputs_embeds`: found {'neither' if input_ids is None else 'both'}."
+            )
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids.clamp(min=0))
+        is_visual = None
+        if starts_sequence(inputs_embeds.shape[1], past_key_values):
+            marks = token_type_ids if token_type_ids is not None else mm_token_type_ids
+            is_visual = self.marked_as_visual(marks, input_ids, inputs_embeds)
+        pictures = {
+            "pixel_values": pixel_values,
+            "image_token_pooling": image_token_pooling,
+            "image_grids": image_grids,
+            "image_num_crops": image_num_crops,
+            "pixel_values_videos": pixel_values_videos,
+            "video_token_pooling": video_token_pooling,
+            "video_grids": video_grids,
+            "image_features": image_features,
+            "video_features": video_features,
+        }
+        repeats = 1 if picture_repeats is None else picture_repeats
+        first_ids = None if input_ids is None else input_ids[::repeats]
+        first_examples = None if example_ids is None else example_ids[::repeats]
+        vectors = self._picture_vectors(first_ids, inputs_embeds[::repeats], pictures, first_examples)
+        if vectors is not None:
+            inputs_embeds = self._add_pictures(input_ids, inputs_embeds, vectors, repeats)
+        elif is_distributed_training(self.vision_backbone):
+            inputs_embeds = inputs_embeds + zero_vision_loss(self.vision_backbone).to(inputs_embeds)
+        if is_visual is not None:
+            is_visual = is_visual if bool(is_visual.any()) else None
+        packed = packed_rows(attention_mask, example_ids, branch_ids, inputs_embeds.shape[:2])
+        if packed is not None:
+            require_empty_cache(past_key_values)
+            require_packed_layout(attention_mask, example_ids, branch_ids, is_visual)
+        outputs = self.transformer(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=self._setting("output_attentions", output_attentions),
+            output_hidden_states=self._setting("output_hidden_states", output_hidden_states),
+            is_visual=is_visual,
+            packed_rows=packed,
+            cache_position=kwargs.get("cache_position"),
+        )
+        return Molmo2ModelOutputWithPast(**outputs, image_hidden_states=vectors)
+
+    def _setting(self, name: str, value: bool | None) -> bool:
+        return getattr(self.config, name) if value is None else value
+
+
+class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixin):
+    """Molmo2 with its output matrix: logits, loss and `generate`."""
+
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: Molmo2Config):
+        super().__init__(config)
+        self.model = Molmo2Model(config)
+        self.lm_head = Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> Molmo2Embedding:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.lm_head = new_embeddings
+
+    def get_decoder(self) -> Molmo2TextModel:
+        return self.model.transformer
+
+    @property
+    def vision_backbone(self) -> Molmo2VisionBackbone:
+        return self.model.vision_backbone
+
+    def get_image_features(self, *args, **kwargs) -> Tensor:
+        """See `Molmo2Model.get_image_features`."""
+        return self.model.get_image_features(*args, **kwargs)
+
+    def get_video_features(self, *args, **kwargs) -> Tensor:
+        """See `Molmo2Model.get_video_features`."""
+        return self.model.get_video_features(*args, **kwargs)
+
+    def encode_frames(self, *args, **kwargs) -> Tensor:
+        """See `Molmo2Model.encode_frames`."""
+        return self.model.encode_frames(*args, **kwargs)
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> Molmo2Embedding:
+        """Check that `new_num_tokens` ids have an embedding; the tables themselves keep their size.
+
+        The published tables hold more rows than the tokenizer has entries, so tokens can be added up to that.
+
+        Raises:
+            ValueError: If more rows are asked for. Ids past `vocab_size` sit in a table of their own and have no
+                logits, so growing it would make tokens that can be read and never be written.
+        """
+        embeddings = self.get_input_embeddings()
+        if new_num_tokens is not None and new_num_tokens > embeddings.num_embeddings:
+            raise ValueError(
+                f"The embedding of Molmo2 has {embeddings.num_embeddings} rows ({self.config.vocab_size} predicted "
+                f"ids and {embeddings.new_embedding.shape[0]} that are only read); {new_num_tokens} were asked for. "
+                "Rename one of the tokenizer's unused `|<EXTRA_TOKENS_i>|` entries instead of adding a token."
+            )
+        return embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        image_token_pooling: torch.LongTensor | None = None,
+        image_grids: torch.LongTensor | None = None,
+        image_num_crops: torch.LongTensor | None = None,
+        pixel_values_videos: torch.FloatTensor | None = None,
+        video_token_pooling: torch.LongTensor | None = None,
+        video_grids: torch.LongTensor | None = None,
+        image_features: torch.FloatTensor | None = None,
+        video_features: torch.FloatTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        token_type_ids: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        loss_weights: Tensor | None = None,
+        example_ids: torch.LongTensor | None = None,
+        branch_ids: torch.LongTensor | None = None,
+        picture_repeats: int | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
+    ) -> Molmo2CausalLMOutputWithPast:
+        """Logits, and the loss when labels are given. The other arguments are those of `Molmo2Model.forward`.
+
+        Args:
+            labels: (B, S) ids to predict, shifted inside; -100 is ignored, and so are ids past `vocab_size` (visual
+                tokens), for which there are no logits; where `num_items_in_batch` counted them, it shrinks by their
+                share. First tokens of packed examples are not predicted; first tokens of branches must be -100.
+            loss_weights: (B, S) weights of the labels at the same places; the loss is `sum(weight * cross entropy)`
+                over their sum, or over `num_items_in_batch` where that is given (the sum over an accumulated step).
+            logits_to_keep: Last so many positions only (0: all), or a tensor of positions.
+        Raises:
+            ValueError: Labels together with `logits_to_keep`, a label at the start of a branch, negative weights, and
+                whatever `Molmo2Model.forward` raises.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
+            image_token_pooling=image_token_pooling,
+            image_grids=image_grids,
+            image_num_crops=image_num_crops,
+            pixel_values_videos=pixel_values_videos,
+            video_token_pooling=video_token_pooling,
+            video_grids=video_grids,
+            image_features=image_features,
+            video_features=video_features,
+            token_type_ids=token_type_ids,
+            mm_token_type_ids=mm_token_type_ids,
+            example_ids=example_ids,
+            branch_ids=branch_ids,
+            picture_repeats=picture_repeats,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            cache_position=kwargs.pop("cache_position", None),
+            return_dict=True,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            if logits.shape[1] != labels.shape[1]:
+                raise ValueError(
+                    f"There are logits for {logits.shape[1]} positions and labels for {labels.shape[1]}: leave "
+                    "`logits_to_keep` at 0 when passing labels."
+                )
+            vocab_size = self.config.text_config.vocab_size
+            learnt = labels.masked_fill(labels >= vocab_size, IGNORED)
+            if kwargs.get("num_items_in_batch") is not None and loss_weights is None:
+                kwargs["num_items_in_batch"] = kwargs["num_items_in_batch"] * share_of_labels(learnt, labels)
+            labels = learnt
+            packed = packed_rows(attention_mask, example_ids, branch_ids, labels.shape)
+            if packed is not None or loss_weights is not None:
+                kwargs["shift_labels"] = predicted_labels(labels, packed)
+            if loss_weights is None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+            else:
+                loss = weighted_loss(logits, kwargs["shift_labels"], loss_weights, kwargs.get("num_items_in_batch"))
+        return Molmo2CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+
+__all__ = ["Molmo2ForConditionalGeneration", "Molmo2Model", "Molmo2PreTrainedModel", "Molmo2TextModel"]

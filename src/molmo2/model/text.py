@@ -1,0 +1,307 @@
+"""The text model: a decoder with fused projections and an embedding table in two pieces."""
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from molmo2.configuration import Molmo2TextConfig
+from molmo2.model.attention.dispatch import Molmo2AttentionBase
+from molmo2.model.attention.mask import (
+    attention_implementation,
+    cached_length,
+    make_attention_mask,
+    make_position_ids,
+    separated_by_positions,
+    token_tables,
+)
+from molmo2.model.cache import let_grow
+from molmo2.model.compat import update_cache
+from molmo2.model.linear import Linear
+from molmo2.model.packing import PackedRows
+from molmo2.model.pretrained import Molmo2PreTrainedModel
+from molmo2.model.rotary import Molmo2RotaryEmbedding, rotate
+
+
+class Molmo2RMSNorm(nn.Module):
+    """Root-mean-square norm in float32, cast back before the weight (Zhang & Sennrich 2019)."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, states: Tensor) -> Tensor:
+        wide = states.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(states.dtype)
+
+
+class Molmo2Embedding(nn.Module):
+    """One lookup table in two pieces: the base vocabulary, then the ids that were added for Molmo2."""
+
+    def __init__(self, vocab_size: int, additional_vocab_size: int, hidden_size: int):
+        super().__init__()
+        self.embedding = nn.Parameter(torch.empty(vocab_size, hidden_size))
+        self.new_embedding = nn.Parameter(torch.empty(additional_vocab_size, hidden_size))
+
+    @property
+    def num_embeddings(self) -> int:
+        """Rows of both pieces."""
+        return self.embedding.shape[0] + self.new_embedding.shape[0]
+
+    @property
+    def embedding_dim(self) -> int:
+        return self.embedding.shape[1]
+
+    @property
+    def weight(self) -> Tensor:
+        """Both pieces as one (rows, D) tensor: a copy, for tools that inspect it; `forward` never makes it."""
+        return torch.cat((self.embedding, self.new_embedding))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """(B, S) ids to (B, S, D); only the rows asked for are touched."""
+        base_size = self.embedding.shape[0]
+        if not self.new_embedding.shape[0]:
+            return nn.functional.embedding(input_ids, self.embedding)
+        is_new = input_ids >= base_size
+        base = nn.functional.embedding(input_ids.masked_fill(is_new, 0), self.embedding)
+        new = nn.functional.embedding((input_ids - base_size).clamp(min=0), self.new_embedding)
+        return torch.where(is_new[..., None], new, base)
+
+
+class Molmo2Attention(Molmo2AttentionBase):
+    """Causal self-attention; `att_proj` holds the rows of q, k and v, in this order."""
+
+    is_causal = True
+
+    def __init__(self, config: Molmo2TextConfig, layer_idx: int):
+        super().__init__(config)
+        self.layer_idx = layer_idx
+        self.widths = (
+            self.num_heads * self.head_dim,
+            self.num_key_value_heads * self.head_dim,
+            self.num_key_value_heads * self.head_dim,
+        )
+        self.att_proj = Linear(config.hidden_size, sum(self.widths), bias=config.qkv_bias)
+        self.attn_out = Linear(self.widths[0], config.hidden_size, bias=False)
+        self.norms_heads = config.qk_norm_type == "qwen3"
+        self.q_norm = self.k_norm = None
+        if config.use_qk_norm:
+            query_size, key_size = (self.head_dim, self.head_dim) if self.norms_heads else self.widths[:2]
+            self.q_norm = Molmo2RMSNorm(query_size, config.layer_norm_eps)
+            self.k_norm = Molmo2RMSNorm(key_size, config.layer_norm_eps)
+
+    def _norm(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        return (query, key) if self.q_norm is None else (self.q_norm(query), self.k_norm(key))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        attention_mask,
+        past_key_values: Cache | None,
+        cache_position: Tensor,
+        implementation: str,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, S, D) to (B, S, D) and the attention weights where they were computed."""
+        query, key, value = self.att_proj(hidden_states).split(self.widths, dim=-1)
+        if not self.norms_heads:
+            query, key = self._norm(query, key)
+        query, key, value = (states.unflatten(-1, (-1, self.head_dim)) for states in (query, key, value))
+        if self.norms_heads:
+            query, key = self._norm(query, key)
+        query, key, value = (states.transpose(1, 2) for states in (query, key, value))  # (B, heads, S, head_dim)
+        query, key = rotate(query, *rotary), rotate(key, *rotary)
+        if past_key_values is not None:
+            key, value = update_cache(past_key_values, key, value, self.layer_idx, cache_position)
+        attended, weights = self.attend(query, key, value, attention_mask, implementation, **kwargs)
+        return self.attn_out(attended), weights
+
+
+class Molmo2MLP(nn.Module):
+    """Gated feed-forward; the first half of `ff_proj` is the value, the second the gate."""
+
+    def __init__(self, config: Molmo2TextConfig):
+        super().__init__()
+        self.ff_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.ff_out = Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        value, gate = self.ff_proj(hidden_states).chunk(2, dim=-1)
+        return self.ff_out(self.act(gate) * value)
+
+
+class Molmo2DecoderLayer(GradientCheckpointingLayer):
+    """Attention and feed-forward with residuals, normed before (`norm_after` False) or after each of them."""
+
+    def __init__(self, config: Molmo2TextConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = Molmo2Attention(config, layer_idx)
+        self.mlp = Molmo2MLP(config)
+        self.attn_norm = Molmo2RMSNorm(config.hidden_size, config.layer_norm_eps)
+        self.ff_norm = Molmo2RMSNorm(config.hidden_size, config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.residual_dropout)
+        self.norm_after = config.norm_after
+
+    def forward(self, hidden_states: Tensor, **kwargs) -> tuple[Tensor, Tensor | None]:
+        """(B, S, D) to (B, S, D) and the attention weights; the arguments are those of `Molmo2Attention`."""
+        if self.norm_after:
+            attended, weights = self.self_attn(hidden_states, **kwargs)
+            hidden_states = hidden_states + self.dropout(self.attn_norm(attended))
+            return hidden_states + self.dropout(self.ff_norm(self.mlp(hidden_states))), weights
+        attended, weights = self.self_attn(self.attn_norm(hidden_states), **kwargs)
+        hidden_states = hidden_states + self.dropout(attended)
+        return hidden_states + self.dropout(self.mlp(self.ff_norm(hidden_states))), weights
+
+
+class Molmo2TextModel(Molmo2PreTrainedModel):
+    """The decoder without its output matrix."""
+
+    config_class = Molmo2TextConfig
+    config: Molmo2TextConfig
+
+    def __init__(self, config: Molmo2TextConfig):
+        super().__init__(config)
+        self.wte = Molmo2Embedding(config.vocab_size, config.additional_vocab_size, config.hidden_size)
+        self.emb_drop = nn.Dropout(config.embedding_dropout)
+        self.blocks = nn.ModuleList([Molmo2DecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.ln_f = Molmo2RMSNorm(config.hidden_size, config.layer_norm_eps)
+        self.rotary_emb = Molmo2RotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> Molmo2Embedding:
+        return self.wte
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.wte = value
+
+    def _require_room(self, prompt_length: int, attention_mask=None) -> None:
+        """Positions are counted over real tokens: a padded prompt may be longer than the limit."""
+        limit = self.config.max_position_embeddings
+        if prompt_length > limit and isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+            prompt_length = int((attention_mask != 0).sum(-1).max())
+        if prompt_length > limit:
+            raise ValueError(
+                f"The prompt has {prompt_length} tokens, {prompt_length - limit} more than the model's "
+                f"`max_position_embeddings` = {limit}. Lower `num_frames` (each frame costs its pooled tokens plus a "
+                "timestamp) or `max_crops` (images) by that much, or shorten the text."
+            )
+
+    def _layer_arguments(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+        is_visual: Tensor | None,
+        packed_rows: PackedRows | None,
+        wants_weights: bool,
+        cache_position: Tensor | None,
+    ) -> tuple[dict, list[tuple[Tensor, Tensor]]]:
+        """What every layer is called with, and the rotary tables of each."""
+        query_length = inputs_embeds.shape[1]
+        past_length = cached_length(past_key_values)
+        tables = token_tables(is_visual, packed_rows)
+        if position_ids is not None and attention_mask is None and past_key_values is None:
+            tables = separated_by_positions(tables, position_ids, len(inputs_embeds))
+        if packed_rows is not None and position_ids is None:
+            position_ids = packed_rows.positions()
+        if packed_rows is not None:
+            self._require_room(int(position_ids.max()) + 1)
+        elif isinstance(past_length, int) and past_length == 0:
+            self._require_room(query_length, attention_mask)
+        if cache_position is None:
+            cache_position = torch.arange(query_length, device=inputs_embeds.device) + past_length
+        implementation = attention_implementation(self.config, wants_weights, not tables.is_empty())
+        mask = make_attention_mask(
+            self.config,
+            inputs_embeds,
+            attention_mask,
+            past_key_values,
+            tables,
+            implementation,
+            cache_position,
+        )
+        if position_ids is None:
+            position_ids = make_position_ids(attention_mask, cache_position, query_length)
+        rotary = self.rotary_emb(position_ids.to(inputs_embeds.device), inputs_embeds.dtype)
+        arguments = {
+            "attention_mask": mask,
+            "past_key_values": past_key_values,
+            "cache_position": cache_position,
+            "implementation": implementation,
+        }
+        return arguments, rotary
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        is_visual: Tensor | None = None,
+        packed_rows: PackedRows | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Run the decoder.
+
+        Args:
+            input_ids: (B, S) int64; -1 counts as 0 (padding in native data). Either these or `inputs_embeds`.
+            attention_mask: (B, keys) with 0 on padding, or a mask prepared by `molmo2.model.attention.mask`.
+            position_ids: (B, S); by default counted over real tokens.
+            inputs_embeds: (B, S, D).
+            is_visual: (B, S) bool in a prefill with pictures: these tokens see each other in both directions.
+            packed_rows: Examples and branches that do not see each other. Without these, without a mask and with
+                `use_cache=False`, examples are told by `position_ids` that restart.
+        Raises:
+            ValueError: Neither or both of ids and embeddings, or more tokens than `max_position_embeddings`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError(
+                "Pass either `input_ids` or `inputs_embeds` to the text model: "
+                f"found {'neither' if input_ids is None else 'both'}."
+            )
+        if inputs_embeds is None:
+            inputs_embeds = self.wte(input_ids.clamp(min=0))
+        if use_cache is None:
+            use_cache = self.config.use_cache and packed_rows is None
+        if self.gradient_checkpointing and self.training:
+            use_cache = False
+        if use_cache and past_key_values is None:
+            past_key_values = let_grow(DynamicCache(config=self.config))
+
+        arguments, rotary = self._layer_arguments(
+            inputs_embeds,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            is_visual,
+            packed_rows,
+            bool(output_attentions),
+            kwargs.get("cache_position"),
+        )
+        hidden_states = self.emb_drop(inputs_embeds)
+        all_states, all_weights = [hidden_states], []
+        for layer, tables in zip(self.blocks, rotary):
+            hidden_states, weights = layer(hidden_states, rotary=tables, **arguments)
+            all_weights.append(weights)
+            if output_hidden_states:
+                all_states.append(hidden_states)
+        hidden_states = self.ln_f(hidden_states)
+        all_states[-1] = hidden_states
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=tuple(all_states) if output_hidden_states else None,
+            attentions=tuple(all_weights) if output_attentions else None,
+        )

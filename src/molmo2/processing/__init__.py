@@ -1,0 +1,1 @@
+"""The processor: chat, prompts and their visual tokens."""

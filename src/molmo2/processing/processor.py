@@ -1,0 +1,719 @@
+"""Molmo2's processor: text, images and videos in, model inputs out.
+
+The path of a prompt: pictures are cut and counted by their processors, placeholders are replaced by as many tokens,
+each row gets one BOS, is truncated and padded. `apply_chat_template` finds the pictures in messages and goes the same
+way.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.configuration_utils import PretrainedConfig
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, TextKwargs, Unpack
+from transformers.utils import logging
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from molmo2.grounding.parse import Grounding, MediaInfo
+from molmo2.image.geometry import stack_pooling
+from molmo2.image.pixels import as_output
+from molmo2.image.processing import Molmo2ImageProcessor, Molmo2ImagesKwargs
+from molmo2.media_features import MediaFeatures, ground_answers, media_of_rows
+from molmo2.processing.chat import ConversationMedia, find_media, is_batch, messages_of
+from molmo2.processing.prompt_tokens import (
+    ExpandedPrompt,
+    PictureNotation,
+    expand,
+    image_tokens,
+    insert_bos,
+    pad,
+    padded_length,
+    require_placeholders,
+    truncate,
+    video_string,
+)
+from molmo2.processing.special_tokens import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, VISUAL_TOKENS
+from molmo2.video.loading import PICTURE_SUFFIXES, list_videos
+from molmo2.video.processing import Molmo2VideoProcessor, Molmo2VideosKwargs, clips_per_video
+
+logger = logging.get_logger(__name__)
+
+AUTO_MAP = {
+    "AutoImageProcessor": "image_processing_molmo2.Molmo2ImageProcessor",
+    "AutoVideoProcessor": "video_processing_molmo2.Molmo2VideoProcessor",
+    "AutoProcessor": "processing_molmo2.Molmo2Processor",
+}
+NOTATION_OPTIONS = tuple(PictureNotation.__dataclass_fields__)
+
+
+class Molmo2TextKwargs(TextKwargs, total=False):
+    """Options of the text side.
+
+    Attributes:
+        return_mm_token_type_ids: False leaves `token_type_ids` out.
+        assistant_spans: For each prompt the (start, end) characters that the assistant wrote; adds `assistant_masks`.
+    """
+
+    return_tensors: str | None
+    return_mm_token_type_ids: bool | None
+    assistant_spans: list[list[tuple[int, int]]] | None
+
+
+class Molmo2ProcessorKwargs(ProcessingKwargs, total=False):
+    """Options of one call of the processor."""
+
+    text_kwargs: Molmo2TextKwargs
+    images_kwargs: Molmo2ImagesKwargs
+    videos_kwargs: Molmo2VideosKwargs
+    _defaults = {
+        "text_kwargs": {"padding": False, "return_mm_token_type_ids": True},
+        "images_kwargs": {},
+        "videos_kwargs": {"return_metadata": False},
+    }
+
+
+BLANK = re.compile(r"\s")
+IMAGE_SUFFIXES = (*PICTURE_SUFFIXES, ".avif", ".gif", ".heic")  # a GIF among videos is a clip, not a frame
+# Options of tokenizers that have no place in rows with pictures.
+UNUSED_TEXT_OPTIONS = {"text_pair", "text_target", "text_pair_target", "stride", "is_split_into_words"} | {
+    f"return_{name}" for name in ("overflowing_tokens", "special_tokens_mask", "offsets_mapping", "length")
+}
+# As a keyword argument this reaches images only, as in the original; frames keep their filter unless `videos_kwargs`
+# names one.
+FLAT_FOR_IMAGES_ALONE = frozenset({"resample"})
+SECTIONS = {"text_kwargs": Molmo2TextKwargs, "images_kwargs": Molmo2ImagesKwargs, "videos_kwargs": Molmo2VideosKwargs}
+
+
+class Molmo2Processor(ProcessorMixin):
+    """Prepares text, images and videos for Molmo2.
+
+    Args:
+        image_processor, video_processor, tokenizer: The three parts, each a public attribute.
+        chat_template: Jinja source; see `chat_template.jinja`.
+        image_use_col_tokens .. use_low_res_token_for_global_crops: How the checkpoint writes pictures; see
+            `molmo2.processing.prompt_tokens.PictureNotation`.
+
+    Unless the tokenizer's files state a padding side, rows are padded on the left, as generation needs.
+
+    Raises:
+        ValueError: If the tokenizer lacks tokens of Molmo2, naming them.
+    """
+
+    attributes = ["image_processor", "video_processor", "tokenizer"]
+    optional_attributes: list[str] = []
+    image_processor_class = "AutoImageProcessor"
+    video_processor_class = "AutoVideoProcessor"
+    tokenizer_class = "AutoTokenizer"
+    valid_processor_kwargs = Molmo2ProcessorKwargs
+    audio_tokenizer = None
+
+    def __init__(
+        self,
+        image_processor=None,
+        video_processor=None,
+        tokenizer=None,
+        chat_template: str | None = None,
+        image_use_col_tokens: bool = True,
+        use_single_crop_col_tokens: bool | None = None,
+        use_single_crop_start_token: bool = True,
+        video_use_col_tokens: bool = False,
+        use_frame_special_tokens: bool = True,
+        use_low_res_token_for_global_crops: bool = False,
+        **kwargs,
+    ):
+        super().__init__(image_processor, video_processor, tokenizer)
+        self.chat_template = tokenizer.chat_template if chat_template is None else chat_template
+        if tokenizer.chat_template is None:
+            tokenizer.chat_template = self.chat_template
+        self.image_use_col_tokens = image_use_col_tokens
+        self.use_single_crop_col_tokens = use_single_crop_col_tokens
+        self.use_single_crop_start_token = use_single_crop_start_token
+        self.video_use_col_tokens = video_use_col_tokens
+        self.use_frame_special_tokens = use_frame_special_tokens
+        self.use_low_res_token_for_global_crops = use_low_res_token_for_global_crops
+        self.image_token, self.video_token = IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
+        vocabulary = tokenizer.get_vocab()
+        missing = [
+            token for token in (IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, *VISUAL_TOKENS) if token not in vocabulary
+        ]
+        if missing:
+            raise ValueError(
+                f"The tokenizer lacks {missing}. Use that of a Molmo2 checkpoint, whose vocabulary ends with them."
+            )
+        self.image_token_id, self.video_token_id = vocabulary[IMAGE_PLACEHOLDER], vocabulary[VIDEO_PLACEHOLDER]
+        self.image_token_ids = [vocabulary[token] for token in VISUAL_TOKENS]
+        if "padding_side" not in tokenizer.init_kwargs:
+            tokenizer.padding_side = "left"
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        return list(cls.attributes)
+
+    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> type:
+        """Accept any object in its place: without torchvision the library compares with a stand-in class."""
+        if argument is None:
+            raise ValueError(f"Molmo2Processor needs a `{argument_name}`; found None.")
+        return type(argument)
+
+    @property
+    def notation(self) -> PictureNotation:
+        """How this checkpoint writes pictures."""
+        return PictureNotation(**{name: getattr(self, name) for name in NOTATION_OPTIONS})
+
+    @property
+    def bos_token_id(self) -> int:
+        """The id that opens every row: the tokenizer's BOS, else its EOS."""
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        return eos if bos is None else bos
+
+    @property
+    def model_input_names(self) -> list[str]:
+        names = ["input_ids", "attention_mask", "token_type_ids"]
+        return [*names, *self.image_processor.model_input_names, *self.video_processor.model_input_names]
+
+    def get_image_tokens(self, image_grid: Sequence[int]) -> list[str]:
+        """Tokens of one image; see `molmo2.processing.prompt_tokens.image_tokens`."""
+        return image_tokens(image_grid, self.notation)
+
+    def get_video_string(self, video_grid: Sequence[int], timestamps: Sequence[float]) -> str:
+        """Text of one video; see `molmo2.processing.prompt_tokens.video_string`."""
+        return video_string(video_grid, timestamps, self.notation)
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | list[str] | None = None,
+        videos: Any = None,
+        audio: Any = None,
+        **kwargs: Unpack[Molmo2ProcessorKwargs],
+    ) -> BatchFeature:
+        """Prepare prompts with their pictures.
+
+        Args:
+            images: One image, a flat list for all prompts in order, or one list per prompt. A path, a URL, bytes, a
+                PIL image or an array; see `Molmo2ImageProcessor`.
+            text: One prompt or a list, with one `<|image|>` or `<|video|>` where each picture belongs. Without text,
+                the inputs of the pictures alone are returned.
+            videos: Likewise; a file, URL, bytes, or frames with `video_metadata`; see `Molmo2VideoProcessor`.
+            kwargs: Options of the tokenizer (padding, truncation, max_length, padding_side, ...), of the image
+                processor (max_crops, ...) and of the video processor (num_frames, max_fps, clip, ...), and
+                `return_tensors`.
+                `per_video_options`: for each video a dictionary of video options that hold for it alone.
+        Returns:
+            `input_ids`, `attention_mask` (B, S) int64; `token_type_ids` (B, S) bool, True on tokens that stand for a
+            picture (left out under `return_mm_token_type_ids=False`); the outputs of the two processors; with
+            `return_metadata=True` the list `video_metadata`. The attribute `media` says which pictures each row is
+            about (sizes, sampled frames), for `post_process_grounding`.
+        Raises:
+            ValueError: Placeholders and pictures do not match; truncation would cut visual tokens; rows of different
+                lengths would become a tensor without padding; neither text nor pictures; audio.
+        """
+        if audio is not None:
+            raise ValueError(
+                "Molmo2 does not hear: `audio` must be None. Speech can be passed as text (role `subtitle`)."
+            )
+        if _is_text(images) and not _is_text(text) and not _are_references(images):
+            images, text = text, images  # called with the text first
+        if images is None and text is None and videos is None:
+            raise ValueError("Nothing to process: pass `text`, and `images` or `videos` with it.")
+        own_options = kwargs.pop("per_video_options", None)
+        options = self.sort_options(kwargs)
+        return_tensors = options["text_kwargs"].get("return_tensors")
+        prompts = None if text is None else _as_prompts(text)
+
+        pictures: dict[str, Any] = {}
+        sizes: list[MediaInfo] = []
+        metadata = None
+        if images is not None:
+            outputs = self.image_processor.preprocess(images, **{**options["images_kwargs"], "return_tensors": None})
+            _require_slots(prompts, images, len(outputs["image_grids"]), IMAGE_PLACEHOLDER, "image")
+            sizes = outputs.media
+            pictures.update(outputs if len(outputs["image_grids"]) else {})
+        if videos is not None:
+            outputs = self._process_videos(videos, options["videos_kwargs"], own_options)
+            metadata = outputs.pop("video_metadata")
+            _require_slots(prompts, videos, len(metadata), VIDEO_PLACEHOLDER, "video")
+            pictures.update(outputs if metadata else {})
+        data = dict(pictures)
+        if prompts is not None:
+            expanded = self._expand(prompts, pictures.get("image_grids"), pictures.get("video_grids"), metadata)
+            data = {**self._tokenize(expanded, options["text_kwargs"], return_tensors), **pictures}
+        features = MediaFeatures(data, return_tensors, _media_of_rows(prompts, sizes, metadata))
+        if metadata is not None and options["videos_kwargs"].get("return_metadata"):
+            features["video_metadata"] = metadata
+        return features
+
+    @staticmethod
+    def sort_options(kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """Sort options by modality: nested ones stay where they are, flat ones go wherever they are known.
+
+        The library's merge differs between releases, and recent ones refuse options they do not know.
+
+        Raises:
+            ValueError: For an option that is given flat and nested, naming both places.
+        """
+        sections = {name: dict(values) for name, values in Molmo2ProcessorKwargs._defaults.items()}
+        common = dict(kwargs.get("common_kwargs") or {})
+        flat = {name: value for name, value in kwargs.items() if name not in sections and name != "common_kwargs"}
+        unknown = set(flat)
+        for name, known in SECTIONS.items():
+            nested = dict(kwargs.get(name) or {})
+            elsewhere = FLAT_FOR_IMAGES_ALONE if name == "videos_kwargs" else frozenset()
+            own = {
+                option: flat[option] for option in flat if option in known.__annotations__ and option not in elsewhere
+            }
+            twice = sorted(set(own) & set(nested))
+            if twice:
+                raise ValueError(f"{twice} given twice: in `{name}` and as a keyword argument. Keep one of them.")
+            unknown -= set(own)
+            sections[name].update({**common, **own, **nested})
+        for option in sorted(UNUSED_TEXT_OPTIONS & {name for name, value in sections["text_kwargs"].items() if value}):
+            logger.warning_once(f"Molmo2Processor has no use for the option {option!r}; it changes nothing.")
+        for option in sorted(unknown):
+            logger.warning_once(f"Molmo2Processor ignores the unknown option {option!r}.")
+        return sections
+
+    def _process_videos(
+        self, videos: Any, options: dict[str, Any], own_options: list[dict[str, Any]] | None
+    ) -> dict[str, Any]:
+        """Outputs of the video processor as arrays, with metadata; videos with options of their own go one by one."""
+        options = {**options, "return_tensors": None, "return_metadata": True}
+        if not own_options:
+            return dict(self.video_processor.preprocess(videos, **options))
+        items = list_videos(videos, options.pop("video_metadata", None))
+        if len(items) != len(own_options):
+            raise ValueError(
+                f"There are {len(items)} video(s), but {len(own_options)} entries in `per_video_options`. Pass one "
+                "dictionary per video, an empty one where nothing differs."
+            )
+        clips = clips_per_video(options.pop("clip", None), len(items))
+        outputs = [
+            self.video_processor.preprocess(
+                [item.video], video_metadata=[item.metadata], **{**options, "clip": clip, **own}
+            )
+            for item, clip, own in zip(items, clips, own_options)
+        ]
+        merged = {name: [output[name] for output in outputs] for name in outputs[0]}
+        metadata = [entry for entries in merged.pop("video_metadata") for entry in entries]
+        joined = {"video_grids": np.concatenate(merged.pop("video_grids")), "video_metadata": metadata}
+        if "video_features" in merged:
+            return {**joined, "video_features": torch.cat(merged["video_features"])}
+        pixels = as_output(torch.cat([torch.as_tensor(array) for array in merged["pixel_values_videos"]]))
+        pooling = stack_pooling(merged["video_token_pooling"])
+        return {**joined, "pixel_values_videos": pixels, "video_token_pooling": pooling}
+
+    def _expand(
+        self, prompts: list[str], image_grids: Any, video_grids: Any, metadata: list[Any] | None
+    ) -> list[ExpandedPrompt]:
+        notation = self.notation
+        images = ["".join(image_tokens(grid, notation)) for grid in ([] if image_grids is None else image_grids)]
+        videos = []
+        runs = [] if video_grids is None else np.asarray(video_grids).tolist()
+        for timing in [] if metadata is None else metadata:
+            own = [runs.pop(0)]
+            while sum(frames for frames, *_ in own) < len(timing.timestamps):  # a slow-fast clip has several runs
+                own.append(runs.pop(0))
+            videos.append(video_string(own, timing.timestamps, notation))
+        expanded = []
+        for placeholder, texts, noun in ((IMAGE_PLACEHOLDER, images, "image"), (VIDEO_PLACEHOLDER, videos, "video")):
+            require_placeholders([prompt.count(placeholder) for prompt in prompts], len(texts), placeholder, noun)
+        for prompt in prompts:
+            own_images = [images.pop(0) for _ in range(prompt.count(IMAGE_PLACEHOLDER))]
+            own_videos = [videos.pop(0) for _ in range(prompt.count(VIDEO_PLACEHOLDER))]
+            expanded.append(expand(prompt, {IMAGE_PLACEHOLDER: own_images, VIDEO_PLACEHOLDER: own_videos}))
+        return expanded
+
+    def _tokenize(
+        self, prompts: list[ExpandedPrompt], options: dict[str, Any], return_tensors: str | None
+    ) -> dict[str, Any]:
+        spans = options.get("assistant_spans")
+        encoded = self.tokenizer(
+            [prompt.text for prompt in prompts],
+            add_special_tokens=options.get("add_special_tokens", True),
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            return_offsets_mapping=spans is not None,
+        )
+        rows = [insert_bos(list(ids), self.bos_token_id) for ids in encoded["input_ids"]]
+        masks = None
+        if spans is not None:
+            masks = [
+                _assistant_mask(prompt, own, offsets, len(row))
+                for prompt, own, offsets, row in zip(prompts, spans, encoded["offset_mapping"], rows)
+            ]
+        max_length, side = options.get("max_length"), self.tokenizer.truncation_side
+        truncation = getattr(options.get("truncation"), "value", options.get("truncation"))
+        truncates = truncation not in (None, False, "do_not_truncate")
+        if truncates and max_length is None:
+            max_length = self.tokenizer.model_max_length
+        if truncates:
+            visual = frozenset(self.image_token_ids)
+            masks = masks and [truncate(mask, max_length, side, frozenset()) for mask in masks]
+            rows = [truncate(row, max_length, side, visual) for row in rows]
+
+        lengths = [len(row) for row in rows]
+        target = padded_length(lengths, options.get("padding"), max_length, options.get("pad_to_multiple_of"))
+        if not target and return_tensors is not None and len(set(lengths)) > 1:
+            raise ValueError(
+                f"The prompts have {lengths} tokens, which make no tensor. Pass `padding=True`, or leave "
+                "`return_tensors` out to get lists."
+            )
+        padding_side = options.get("padding_side")
+        padding_side = self.tokenizer.padding_side if padding_side is None else padding_side
+
+        def padded(values: list[list[int]], filler: int) -> list[list[int]]:
+            return [pad(row, target, filler, padding_side) for row in values] if target else values
+
+        outputs = {
+            "input_ids": padded(rows, self.tokenizer.pad_token_id),
+            "attention_mask": padded([[1] * length for length in lengths], 0),
+        }
+        if options.get("return_mm_token_type_ids"):
+            visual = frozenset(self.image_token_ids)
+            outputs["token_type_ids"] = [[token in visual for token in row] for row in outputs["input_ids"]]
+        if masks is not None:
+            outputs["assistant_masks"] = padded(masks, 0)
+        return outputs
+
+    def apply_chat_template(
+        self,
+        conversation: Any,
+        chat_template: str | None = None,
+        tools: list[Any] | None = None,
+        documents: list[dict[str, str]] | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        return_assistant_tokens_mask: bool = False,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        return_tensors: str | None = None,
+        processor_kwargs: dict[str, Any] | None = None,
+        **kwargs,
+    ) -> Any:
+        """Write messages as a prompt and, with `tokenize=True`, prepare it with the pictures it names.
+
+        Args:
+            conversation: Messages `{"role", "content"}`, or a list of conversations. Content is text or a list of
+                parts: `{"type": "text", "text"}`, `{"type": "image", "image": ...}` (also `url`, `path`, `base64`,
+                `image_url`), `{"type": "video", "video": ...}` (also `url`, `path`, `video_url`), which may carry
+                `clip`, `num_frames`, `max_fps`, `frame_sample_mode`, `sampling_fps`, `timestamps`, `video_metadata`.
+            return_assistant_tokens_mask: With `tokenize` and `return_dict`, add `assistant_masks` (B, S): 1 on what
+                the assistant wrote, the closing token included.
+            processor_kwargs, kwargs: Options of `__call__`; the template sees the rest of `kwargs`.
+        Returns:
+            The prompt, a list of prompts for a batch; with `tokenize` the ids, with `return_dict` too a BatchFeature.
+        Raises:
+            ValueError: A picture part without a source, a missing template, and whatever `__call__` raises.
+            jinja2.TemplateError: Roles out of order, an empty conversation.
+        """
+        if return_assistant_tokens_mask and not (tokenize and return_dict):
+            raise ValueError("`return_assistant_tokens_mask` needs `tokenize=True` and `return_dict=True`.")
+        batched = is_batch(conversation)
+        conversations = list(conversation) if batched else [conversation]
+        template = self._template(chat_template)
+        prompts, spans = render_jinja_template(
+            [messages_of(messages) for messages in conversations],
+            tools=tools,
+            documents=documents,
+            chat_template=template,
+            return_assistant_tokens_mask=return_assistant_tokens_mask,
+            continue_final_message=continue_final_message,
+            add_generation_prompt=add_generation_prompt,
+            **{**self.tokenizer.special_tokens_map, **kwargs},
+        )
+        if not tokenize:
+            return prompts if batched else prompts[0]
+        options = {**kwargs, **(processor_kwargs or {})}
+        if return_tensors not in (None, "auto"):
+            options["return_tensors"] = return_tensors
+        if return_assistant_tokens_mask:
+            options["assistant_spans"] = spans
+        features = self._process_media(prompts, [find_media(messages) for messages in conversations], options)
+        return features if return_dict else features["input_ids"]
+
+    def _template(self, chat_template: str | None) -> str:
+        template = self.chat_template if chat_template is None else chat_template
+        if isinstance(template, dict):
+            template = template.get("default")
+        if template is None:
+            raise ValueError(
+                "The processor has no chat template. Put `chat_template.jinja` beside its files, or pass one."
+            )
+        return template
+
+    def _process_media(
+        self, prompts: list[str] | None, media: list[ConversationMedia], options: dict[str, Any]
+    ) -> BatchFeature:
+        images = [image for own in media for image in own.images]
+        videos = [video for own in media for video in own.videos]
+        if any(metadata is not None for own in media for metadata in own.video_metadata):
+            options.setdefault("video_metadata", [metadata for own in media for metadata in own.video_metadata])
+        if any(part for own in media for part in own.video_options):
+            options["per_video_options"] = [part for own in media for part in own.video_options]
+        return self(images=images if images else None, text=prompts, videos=videos if videos else None, **options)
+
+    def encode_prompts(
+        self, prompts: list[str], image_grids: Any, videos: list[tuple[Any, list[float]]], **options: Any
+    ) -> dict[str, Any]:
+        """Write and tokenize prompts whose pictures are planned or processed already.
+
+        Args:
+            prompts: With one placeholder for each picture.
+            image_grids: A row of `image_grids` for each image.
+            videos: Rows of `video_grids` and times in seconds for each video.
+            options: Of the tokenizer, and `return_tensors`.
+        Returns:
+            `input_ids`, `attention_mask` and `token_type_ids`, as the call would give them.
+        """
+        timings = [SimpleNamespace(timestamps=times) for _, times in videos]
+        expanded = self._expand(prompts, image_grids, [grid for grids, _ in videos for grid in grids], timings)
+        options = {**Molmo2ProcessorKwargs._defaults["text_kwargs"], **options}
+        data = self._tokenize(expanded, options, options.get("return_tensors"))
+        return BatchFeature(data, tensor_type=options.get("return_tensors"))
+
+    def post_process_grounding(
+        self, answers: Any, media: Any = None, *, kind: str | None = None
+    ) -> Grounding | list[Grounding]:
+        """Read points, tracks and counts from answers.
+
+        Args:
+            answers: One answer, as a string or token ids (list, array or tensor), or a batch of them. Special tokens
+                are left out, as are negative ids, with which labels are padded; ids that still begin with their
+                prompt lose it, where `media` is the processor's output.
+            media: What the answers are about; nothing gives shares of width and height instead of pixels.
+                The inputs that the answers were generated from: nothing else is needed then. Several answers per row
+                (`num_return_sequences`) follow each other.
+                Or sizes: (width, height), a list of them for the images of one answer, one of them (or one list) per
+                answer for a batch.
+                Or the metadata of the video (`SampledVideoMetadata`, `VideoMetadata`, a dictionary), one per answer
+                for a batch.
+            kind: "image", "multi_image" or "video", for sizes alone.
+        Returns:
+            A `molmo2.grounding.parse.Grounding`, of a batch a list of them. Whatever the answers say, reading does not fail.
+            Where a prompt has images beside a video, keys with a decimal point and tracks are about the video, whole
+            numbers about the images. With several videos times are read against the first; for another one pass
+            `inputs.media[row].more_videos[...]`.
+        Raises:
+            TypeError, ValueError: `answers` are no answers, `media` describes no pictures or not these.
+        """
+        return ground_answers(answers, media, kind, self.tokenizer)
+
+    def _get_num_multimodal_tokens(
+        self,
+        image_sizes: list[tuple[int, int]] | None = None,
+        video_sizes: list[tuple[int, int, int]] | None = None,
+        **kwargs,
+    ) -> MultiModalData:
+        """Tokens that pictures of these sizes take, without reading them.
+
+        Args:
+            image_sizes: (height, width) of each image, in pixels.
+            video_sizes: (frames, height, width) of each video after sampling; timestamps are text.
+        Returns:
+            `num_image_tokens`, `num_image_patches` (crops) and `num_video_tokens`, one number for each.
+        """
+        options = self.sort_options(kwargs)
+        counts: dict[str, list[int]] = {}
+        if image_sizes is not None:
+            given = {name: value for name, value in options["images_kwargs"].items() if name != "return_tensors"}
+            plans = [self.image_processor.plan(height, width, **given) for height, width in image_sizes]
+            counts["num_image_tokens"] = [len(image_tokens(plan.grid, self.notation)) for plan in plans]
+            counts["num_image_patches"] = [plan.num_crops for plan in plans]
+        if video_sizes is not None:
+            columns = self.notation.video_use_col_tokens
+            plans = [self.video_processor.plan(frames) for frames, *_ in video_sizes]
+            counts["num_video_tokens"] = [
+                sum(frames * (rows * (cols + columns) + 2) for frames, rows, cols in plan.grids) for plan in plans
+            ]
+        return MultiModalData(**counts)
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs) -> list[Any]:
+        """Load the three parts directly: the library's lookup of video processors needs torchvision."""
+        kwargs = {
+            name: value for name, value in kwargs.items() if name not in ("use_fast", "_from_auto", "code_revision")
+        }
+        tokenizer = _load_tokenizer(pretrained_model_name_or_path, kwargs)
+        kwargs.pop("trust_remote_code", None)
+        if processor_dict is None:
+            processor_dict, _ = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        parts = []
+        for name, part_class in (("image_processor", Molmo2ImageProcessor), ("video_processor", Molmo2VideoProcessor)):
+            if isinstance(processor_dict.get(name), dict):
+                parts.append(part_class.from_dict(dict(processor_dict[name]), **kwargs))
+            else:
+                parts.append(part_class.from_pretrained(pretrained_model_name_or_path, **kwargs))
+        return [*parts, tokenizer]
+
+    @classmethod
+    def from_args_and_dict(cls, args, processor_dict: dict[str, Any], **kwargs):
+        """Build the processor; parts that recent releases nest in its file are in `args` already."""
+        nested = {name for name in processor_dict if name in cls.attributes or name == "feature_extractor"}
+        return super().from_args_and_dict(
+            args, {name: value for name, value in processor_dict.items() if name not in nested}, **kwargs
+        )
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> list[str]:
+        """Save files that every supported release, and tools that read them by name, can load.
+
+        The parts get their own files also where the release would nest them, the tokenizer keeps the class name that
+        all releases know, and the chat template stands in the tokenizer's file too.
+        """
+        folder = Path(save_directory)
+        tokenizer_class = self.tokenizer.init_kwargs.get("tokenizer_class")
+        super().save_pretrained(
+            folder, **{name: value for name, value in kwargs.items() if name == "legacy_serialization"}
+        )
+        auto_map = {} if self._auto_class is None else AUTO_MAP
+        for part, own in ((self.image_processor, "AutoImageProcessor"), (self.video_processor, "AutoVideoProcessor")):
+            (saved,) = part.save_pretrained(folder)
+            chosen = {name: AUTO_MAP[name] for name in (own, "AutoProcessor")} if auto_map else None
+            _rewrite(Path(saved), {"processor_class": type(self).__name__, "auto_map": chosen})
+        nested = dict.fromkeys([*self.attributes, "feature_extractor"])
+        chosen = {"AutoProcessor": AUTO_MAP["AutoProcessor"]} if auto_map else None
+        settings = {name: getattr(self, name) for name in NOTATION_OPTIONS}
+        processor_file = folder / "processor_config.json"
+        _rewrite(
+            processor_file, {**nested, "processor_class": type(self).__name__, "auto_map": chosen}, keep_null=settings
+        )
+        tokenizer_file = folder / "tokenizer_config.json"
+        _rewrite(
+            tokenizer_file,
+            {
+                **_portable_tokenizer_keys(tokenizer_file),
+                "tokenizer_class": _portable_tokenizer_class(tokenizer_class, self.tokenizer),
+                "chat_template": self.chat_template,
+                "auto_map": chosen,
+            },
+        )
+        if push_to_hub:
+            repo_id = kwargs.pop("repo_id", folder.name)
+            self.push_to_hub(repo_id, **kwargs)
+        return [str(processor_file)]
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) or (
+        isinstance(value, (list, tuple)) and bool(value) and all(isinstance(item, str) for item in value)
+    )
+
+
+def _are_references(texts: str | list[str]) -> bool:
+    """Whether every string is a URL, the path of a file or the name of a picture, so that it is no prompt."""
+    return all(_is_reference(text) for text in ([texts] if isinstance(texts, str) else texts))
+
+
+def _is_reference(text: str) -> bool:
+    if text.startswith(("http://", "https://", "file://", "data:")):
+        return True
+    try:
+        return Path(text).is_file() or (not BLANK.search(text) and Path(text).suffix.lower() in IMAGE_SUFFIXES)
+    except (OSError, ValueError):  # too long for a path, or with characters that none has
+        return False
+
+
+def _as_prompts(text: Any) -> list[str]:
+    prompts = list(text) if isinstance(text, (list, tuple)) else [text]
+    wrong = [type(prompt).__name__ for prompt in prompts if not isinstance(prompt, str)]
+    if wrong or not prompts:
+        raise ValueError(f"`text` holds {wrong[0] if wrong else 'nothing'}; expected a string or a list of strings.")
+    return prompts
+
+
+def _require_slots(prompts: list[str] | None, given: Any, number: int, placeholder: str, noun: str) -> None:
+    """Check pictures against placeholders, prompt by prompt where the caller grouped the pictures."""
+    if prompts is None:
+        return
+    per_prompt = _lengths_of_rows(given, len(prompts), number)
+    counts = [prompt.count(placeholder) for prompt in prompts]
+    require_placeholders(counts, number if per_prompt is None else per_prompt, placeholder, noun)
+
+
+def _lengths_of_rows(given: Any, num_prompts: int, num_pictures: int) -> list[int] | None:
+    """Pictures per prompt where the caller grouped them: a list of as many lists as there are prompts."""
+    if not isinstance(given, (list, tuple)) or len(given) != num_prompts:
+        return None
+    if not all(isinstance(row, (list, tuple)) for row in given):
+        return None
+    lengths = [len(row) for row in given]
+    return lengths if sum(lengths) == num_pictures else None
+
+
+def _media_of_rows(prompts: list[str] | None, images: list[MediaInfo], metadata: list[Any] | None) -> list[MediaInfo]:
+    """The pictures of each prompt; without prompts, of one row with all of them."""
+    videos = [] if metadata is None else metadata
+    if prompts is None:
+        return media_of_rows([len(images)], [len(videos)], images, videos)
+    num_images, num_videos = (
+        [prompt.count(placeholder) for prompt in prompts] for placeholder in (IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER)
+    )
+    return media_of_rows(num_images, num_videos, images, videos)
+
+
+def _assistant_mask(
+    prompt: ExpandedPrompt, spans: list[tuple[int, int]], offsets: list[tuple[int, int]], length: int
+) -> list[int]:
+    """1 on tokens inside the spans, which are characters of the prompt before expansion; BOS, if inserted, gets 0."""
+    moved = [(prompt.position(start), prompt.position(end)) for start, end in spans]
+    mask = [
+        int(any(start <= first and last <= end for start, end in moved) and last > first) for first, last in offsets
+    ]
+    return [0] * (length - len(mask)) + mask
+
+
+def _load_tokenizer(name_or_path: Any, options: dict[str, Any]) -> Any:
+    """The tokenizer, also of a repository that has vocab.json and merges.txt but no tokenizer.json.
+
+    For the model type `molmo2` recent releases read tokenizer.json only. Under another configuration they go by the
+    class that tokenizer_config.json states, which builds the tokenizer from the other two files.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path, **options)
+    except ValueError:
+        return AutoTokenizer.from_pretrained(name_or_path, config=PretrainedConfig(), **options)
+
+
+def _portable_tokenizer_class(stated: str | None, tokenizer: Any) -> str:
+    """A class name under which all releases read the same ids.
+
+    Recent releases build named classes anew, with their own splitting of words (GPT-2's for Olmo's tokenizer), and
+    write the name of a base class that older ones lack; this one takes tokenizer.json as it is everywhere.
+    """
+    name = type(tokenizer).__name__ if stated is None else stated
+    return name if name.removesuffix("Fast") == "Qwen2Tokenizer" else "PreTrainedTokenizerFast"
+
+
+def _portable_tokenizer_keys(path: Path) -> dict[str, Any]:
+    """Changes to a tokenizer's file that let all releases read it.
+
+    Recent ones list special tokens under a key that older ones read as a dictionary, and note how the tokenizer was
+    found on this machine.
+    """
+    changes: dict[str, Any] = {"is_local": None, "local_files_only": None}
+    special_tokens = json.loads(path.read_text(encoding="utf-8")).get("extra_special_tokens")
+    if isinstance(special_tokens, list):
+        changes.update(extra_special_tokens=None, additional_special_tokens=special_tokens)
+    return changes
+
+
+def _rewrite(path: Path, changes: dict[str, Any], keep_null: dict[str, Any] | None = None) -> None:
+    """Change keys of a JSON file; None removes a key, except for those in `keep_null`.
+
+    What the file says about other keys stays, null included: a tokenizer without an unknown token says so in that way.
+    """
+    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    content.update(changes)
+    content = {name: value for name, value in content.items() if value is not None or name not in changes}
+    content.update(keep_null or {})
+    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+__all__ = ["Molmo2Processor"]

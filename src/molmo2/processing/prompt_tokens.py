@@ -1,0 +1,217 @@
+"""From prompts with placeholders to rows of token ids: pure functions of strings and integers.
+
+"<|image|>Hi"  -- expand -->  "<low_res_im_start><im_patch>...<im_end><im_start>...<im_end>Hi"
+[ids], [ids]   -- insert_bos, truncate, pad -->  equal rows and their attention mask
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from molmo2.processing.special_tokens import (
+    FRAME_END,
+    FRAME_START,
+    IMAGE_COLUMN,
+    IMAGE_END,
+    IMAGE_LOW_RES_PATCH,
+    IMAGE_PATCH,
+    IMAGE_START,
+    LOW_RES_IMAGE_START,
+)
+
+
+@dataclass(frozen=True)
+class PictureNotation:
+    """How a checkpoint writes pictures; each published `processor_config.json` says its own.
+
+    Attributes:
+        image_use_col_tokens: A column token after each row of the high-resolution crops.
+        use_single_crop_col_tokens: The same for the low-resolution view; None means as the high-resolution crops.
+        use_single_crop_start_token: The low-resolution view opens with its own start token.
+        video_use_col_tokens: A column token after each row of a frame.
+        use_frame_special_tokens: Frames open and close with their own tokens.
+        use_low_res_token_for_global_crops: The low-resolution view has its own patch token.
+    """
+
+    image_use_col_tokens: bool = True
+    use_single_crop_col_tokens: bool | None = None
+    use_single_crop_start_token: bool = True
+    video_use_col_tokens: bool = False
+    use_frame_special_tokens: bool = True
+    use_low_res_token_for_global_crops: bool = False
+
+
+def _grid_tokens(rows: int, cols: int, patch: str, has_columns: bool) -> list[str]:
+    return ([patch] * cols + [IMAGE_COLUMN] * has_columns) * rows
+
+
+def image_tokens(grid: Sequence[int], notation: PictureNotation) -> list[str]:
+    """Tokens of one image: the low-resolution view, then the high-resolution crops.
+
+    Args:
+        grid: Rows, cols of the view and rows, cols of the crops, in pooled tokens (a row of `image_grids`).
+    """
+    low_rows, low_cols, high_rows, high_cols = (int(side) for side in grid)
+    low_columns = notation.use_single_crop_col_tokens
+    if low_columns is None:
+        low_columns = notation.image_use_col_tokens
+    low_start = LOW_RES_IMAGE_START if notation.use_single_crop_start_token else IMAGE_START
+    low_patch = IMAGE_LOW_RES_PATCH if notation.use_low_res_token_for_global_crops else IMAGE_PATCH
+    return [
+        low_start,
+        *_grid_tokens(low_rows, low_cols, low_patch, low_columns),
+        IMAGE_END,
+        IMAGE_START,
+        *_grid_tokens(high_rows, high_cols, IMAGE_PATCH, notation.image_use_col_tokens),
+        IMAGE_END,
+    ]
+
+
+def video_string(grid: Sequence[Any], timestamps: Sequence[float], notation: PictureNotation) -> str:
+    """Text of one video: for each frame its time in seconds with one decimal, then its tokens.
+
+    Args:
+        grid: Frames, rows, cols in pooled tokens (a row of `video_grids`), or several such rows, one for each run of
+            frames that are pooled alike.
+        timestamps: Seconds, one for each frame.
+    Raises:
+        ValueError: If there are not as many times as frames.
+    """
+    start, end = (FRAME_START, FRAME_END) if notation.use_frame_special_tokens else (IMAGE_START, IMAGE_END)
+    frames: list[str] = []
+    for num_frames, rows, cols in np.atleast_2d(grid).tolist():
+        tokens = _grid_tokens(rows, cols, IMAGE_PATCH, notation.video_use_col_tokens)
+        frames += [start + "".join(tokens) + end] * num_frames
+    if len(timestamps) != len(frames):
+        raise ValueError(
+            f"The video has {len(frames)} frame(s) and {len(timestamps)} timestamp(s); expected one for each frame."
+        )
+    return " ".join(f"{seconds:.1f} {frame}" for seconds, frame in zip(timestamps, frames))
+
+
+@dataclass(frozen=True)
+class ExpandedPrompt:
+    """A prompt with its pictures written out.
+
+    Attributes:
+        text: The expanded prompt.
+        moves: (end in the original, shift) for each replaced placeholder, ascending.
+    """
+
+    text: str
+    moves: tuple[tuple[int, int], ...] = ()
+
+    def position(self, original: int) -> int:
+        """Where a character of the original prompt, outside of placeholders, stands in the expanded one."""
+        return original + sum(shift for end, shift in self.moves if end <= original)
+
+
+def expand(prompt: str, replacements: dict[str, Sequence[str]]) -> ExpandedPrompt:
+    """Replace placeholders one by one, in their order.
+
+    Args:
+        replacements: For each placeholder the texts of its occurrences; as many as there are.
+    """
+    waiting = {placeholder: list(texts) for placeholder, texts in replacements.items()}
+    pieces: list[str] = []
+    moves: list[tuple[int, int]] = []
+    done = 0
+    while True:
+        found = [(place, mark) for mark in waiting if (place := prompt.find(mark, done)) >= 0]
+        if not found:
+            pieces.append(prompt[done:])
+            return ExpandedPrompt("".join(pieces), tuple(moves))
+        place, mark = min(found)
+        text = waiting[mark].pop(0)
+        pieces += [prompt[done:place], text]
+        done = place + len(mark)
+        moves.append((done, len(text) - len(mark)))
+
+
+def require_placeholders(counts: Sequence[int], passed: Sequence[int] | int, placeholder: str, noun: str) -> None:
+    """Check that the prompts place exactly the pictures that were passed.
+
+    Args:
+        counts: Placeholders in each prompt.
+        passed: Pictures for each prompt, or of all prompts together.
+    Raises:
+        ValueError: Naming both numbers, and the prompt where it is known.
+    """
+    advice = f"Put one `{placeholder}` where each {noun} belongs, or let `apply_chat_template` write the prompt"
+    if isinstance(passed, int):
+        if sum(counts) != passed:
+            raise ValueError(
+                f"{sum(counts)} `{placeholder}` in the text, but {passed} {noun}(s) were passed. {advice}."
+            )
+        return
+    if len(counts) != len(passed):
+        raise ValueError(
+            f"There are {len(counts)} prompt(s), but {noun}s for {len(passed)}. Pass one list of {noun}s per prompt, "
+            "or one flat list for all."
+        )
+    for index, (count, number) in enumerate(zip(counts, passed)):
+        if count != number:
+            raise ValueError(
+                f"Prompt {index} has {count} `{placeholder}`, but {number} {noun}(s) were passed for it. {advice}."
+            )
+
+
+def insert_bos(ids: list[int], bos_id: int) -> list[int]:
+    """The row with exactly one leading BOS: training always has one, and the chat template writes none."""
+    return ids if ids[:1] == [bos_id] else [bos_id, *ids]
+
+
+def truncate(ids: list[int], max_length: int, side: str, visual_ids: frozenset[int]) -> list[int]:
+    """The row cut to `max_length`; BOS stays when the left side is cut.
+
+    Raises:
+        ValueError: If the cut would take visual tokens: the pictures would no longer fit the prompt.
+    """
+    excess = len(ids) - max_length
+    if excess <= 0:
+        return ids
+    cut = ids[1 : excess + 1] if side == "left" else ids[-excess:]
+    num_visual = sum(token in visual_ids for token in cut)
+    if num_visual:
+        raise ValueError(
+            f"Truncating a prompt of {len(ids)} tokens to `max_length` = {max_length} would cut {num_visual} visual "
+            f"token(s). Raise `max_length` by {excess} or more, lower `max_crops` (images) or `num_frames` (videos)."
+        )
+    return ids[:1] + ids[excess + 1 :] if side == "left" else ids[:-excess]
+
+
+def padded_length(lengths: Sequence[int], padding: bool | str, max_length: int | None, multiple: int | None) -> int:
+    """Length that rows are padded to; 0 means no padding.
+
+    Args:
+        padding: True or "longest", "max_length", False or "do_not_pad" (or an enum with these values).
+        multiple: Round up to a multiple of this.
+    Raises:
+        ValueError: For another strategy, or "max_length" without a length.
+    """
+    strategy = getattr(padding, "value", padding)
+    if strategy in (False, None, "do_not_pad"):
+        return 0
+    if strategy in (True, "longest"):
+        length = max(lengths, default=0)
+    elif strategy == "max_length":
+        if max_length is None:
+            raise ValueError('`padding="max_length"` needs `max_length`, the number of tokens to pad to.')
+        length = max(max_length, *lengths)
+    else:
+        raise ValueError(f"`padding` is {padding!r}; expected True, 'longest', 'max_length' or False.")
+    return length if not multiple else -(-length // multiple) * multiple
+
+
+def pad(row: list[int], length: int, filler: int, side: str) -> list[int]:
+    """The row filled up to `length` on `side` ("left" or "right").
+
+    Raises:
+        ValueError: For another side.
+    """
+    if side not in ("left", "right"):
+        raise ValueError(f"`padding_side` is {side!r}; expected 'left' or 'right'.")
+    filling = [filler] * (length - len(row))
+    return filling + row if side == "left" else row + filling

@@ -1,0 +1,1 @@
+"""Functions of a model and a processor: ask, draw, plan."""

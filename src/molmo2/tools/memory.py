@@ -1,0 +1,101 @@
+"""How many bytes a request takes besides the weights: a formula of the shapes, checked against counted allocations."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from molmo2.model.attention.blockwise import BlockwiseMask
+from molmo2.model.attention.cpu import FEWEST_QUERIES, SCORES_AT_ONCE
+from molmo2.model.cache import with_room
+
+PIXEL_BYTES = SCORE_BYTES = 4  # pixel values and scores are float32
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes by purpose.
+
+    Attributes:
+        pixels: patches of all crops, as the processor hands them over.
+        vision: features of a chunk of crops and of what waits for the next, and the working memory of one chunk, of
+            crops or of pooled tokens.
+        prefill: hidden states and the widest layer over the whole prompt, masks and scores of a few queries.
+        cache: keys and values of the prompt and of the new tokens, and the room they grow in.
+    """
+
+    pixels: int
+    vision: int
+    prefill: int
+    cache: int
+
+    @property
+    def total(self) -> int:
+        """Peak: the vision tower is done before the text model starts."""
+        return self.pixels + max(self.vision, self.prefill + self.cache)
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{part.name} {getattr(self, part.name) / 1e6:.0f} MB" for part in fields(self))
+        return f"about {self.total / 1e6:.0f} MB besides the weights ({parts})"
+
+
+@dataclass(frozen=True)
+class RequestShape:
+    """What of a request decides on its memory.
+
+    Attributes:
+        num_crops: crops of all images and frames of all videos.
+        pooled_tokens: visual tokens that carry a vector.
+        window: patches that become one token, at most.
+        rows: rows of the batch, beams and repeated answers counted.
+        row_tokens: length of a row after padding.
+        new_tokens: tokens to generate.
+    """
+
+    num_crops: int
+    pooled_tokens: int
+    window: int
+    rows: int
+    row_tokens: int
+    new_tokens: int = 0
+
+
+def estimate_memory(model: Any, shape: RequestShape) -> MemoryEstimate:
+    """The bytes that `model.generate` takes for a request of this shape.
+
+    Args:
+        model: Molmo2ForConditionalGeneration (or its `model`); its configuration, dtype and chunk sizes count.
+    """
+    config, backbone = model.config, model.vision_backbone
+    vit, adapter, text = config.vit_config, config.adapter_config, config.text_config
+    element = next(model.parameters()).element_size()
+    height, width = vit.image_default_input_size
+    patches = (height // vit.image_patch_size) * (width // vit.image_patch_size)
+    chunk = shape.num_crops if backbone.crops_per_chunk is None else min(shape.num_crops, backbone.crops_per_chunk)
+
+    # Features are held for the chunk and for crops before it that share a token with it: rarely another chunk's worth.
+    features = min(shape.num_crops, 2 * chunk) * patches * len(adapter.vit_layers) * vit.hidden_size
+    widest_vit = max(vit.intermediate_size * 2, vit.num_attention_heads * vit.head_dim * 4)
+    encoding = chunk * patches * (vit.hidden_size * (2 + len(adapter.vit_layers)) + widest_vit)
+    tokens = shape.pooled_tokens
+    tokens = tokens if backbone.tokens_per_chunk is None else min(tokens, backbone.tokens_per_chunk)
+    pooled = 2 * len(adapter.vit_layers) * vit.hidden_size + 3 * adapter.num_attention_heads * adapter.head_dim
+    pooling = tokens * shape.window * pooled
+    vectors = shape.pooled_tokens * text.hidden_size
+
+    heads = text.num_attention_heads + 2 * text.num_key_value_heads
+    widest_text = max(text.intermediate_size * 4, heads * text.head_dim * 2)
+    tokens = shape.rows * shape.row_tokens
+    keys_and_values = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
+    queries = min(shape.row_tokens, BlockwiseMask.queries_per_block)
+    attention = 3 * shape.rows * queries * shape.row_tokens  # a mask, its opposite, and what they are made of
+    if element == SCORE_BYTES and next(model.parameters()).device.type == "cpu":
+        groups = text.num_attention_heads // text.num_key_value_heads
+        scores_at_once = max(SCORES_AT_ONCE, FEWEST_QUERIES * groups * shape.row_tokens)
+        attention += 2 * SCORE_BYTES * min(groups * queries * shape.row_tokens, scores_at_once)
+        encoding += 2 * min(patches**2, SCORES_AT_ONCE)
+    kept = with_room(shape.row_tokens + shape.new_tokens) if shape.new_tokens else shape.row_tokens
+    return MemoryEstimate(
+        pixels=shape.num_crops * patches * 3 * vit.image_patch_size**2 * PIXEL_BYTES,
+        vision=(2 * features + max(encoding, pooling) + 2 * vectors) * element if shape.num_crops else 0,
+        prefill=(tokens * (4 * text.hidden_size + widest_text) + vectors) * element + attention,
+        cache=shape.rows * kept * keys_and_values * element,
+    )

@@ -1,0 +1,282 @@
+"""What a request will take before anything is decoded - frames, crops, tokens, memory - and options that make it fit.
+
+The counts are those of the call itself, because they come from the same plans (`molmo2.image.geometry`), the same sampling
+(`molmo2.video.sampling`) and the same prompt (`molmo2.processing.prompt_tokens`); only the pixels are left out.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from molmo2.image.geometry import VideoPlan
+from molmo2.image.loading import measure_images
+from molmo2.processing.chat import find_media, is_batch
+from molmo2.processing.special_tokens import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
+from molmo2.tools.memory import MemoryEstimate, RequestShape, estimate_memory
+from molmo2.video.processing import clips_per_video
+
+
+@dataclass(frozen=True)
+class RequestPlan:
+    """What a call of the processor with these options gives.
+
+    Attributes:
+        row_tokens: length of each row of `input_ids`, before padding.
+        visual_tokens: of each row, the tokens that stand for pictures, start, end and column tokens included.
+        image_crops: crops of each image, the low-resolution view counted.
+        timestamps: for each video the times of its frames in seconds.
+        options: `num_frames` and `max_crops` as planned; pass them on: `processor(..., **plan.options)`.
+        reduced: True if a limit made `options` smaller than what was asked for.
+        memory: bytes by purpose; None unless a model was given.
+    """
+
+    row_tokens: tuple[int, ...]
+    visual_tokens: tuple[int, ...]
+    image_crops: tuple[int, ...]
+    timestamps: tuple[tuple[float, ...], ...]
+    options: Mapping[str, int]
+    reduced: bool = False
+    memory: MemoryEstimate | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the longest row."""
+        return max(self.row_tokens, default=0)
+
+    @property
+    def num_frames(self) -> tuple[int, ...]:
+        """Sampled frames of each video."""
+        return tuple(len(times) for times in self.timestamps)
+
+    @property
+    def num_crops(self) -> int:
+        """Inputs of the vision tower: crops of images and frames of videos."""
+        return sum(self.image_crops) + sum(self.num_frames)
+
+    def __str__(self) -> str:
+        lines = [f"{self.num_tokens} tokens in the longest row, {sum(self.visual_tokens)} for pictures in all"]
+        if self.image_crops:
+            chosen = f" (max_crops={self.options['max_crops']})"
+            lines.append(f"{len(self.image_crops)} image(s) in {sum(self.image_crops)} crops{chosen}")
+        for times in self.timestamps:
+            step = f", every {(times[-1] - times[0]) / (len(times) - 1):.2f} s" if len(times) > 1 else ""
+            lines.append(f"video of {len(times)} frames from {times[0]:.1f} to {times[-1]:.1f} s{step}")
+        if self.memory is not None:
+            lines.append(str(self.memory))
+        if self.reduced:
+            chosen = ", ".join(f"{name}={value}" for name, value in self.options.items())
+            lines.append(f"reduced to fit: {chosen}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request may take; None for no limit.
+
+    Attributes:
+        max_tokens: of the longest row.
+        max_bytes: of everything but the weights.
+    """
+
+    max_tokens: int | None = None
+    max_bytes: int | None = None
+
+    def excess(self, plan: RequestPlan) -> str | None:
+        """What is too much, in words; None if the plan fits."""
+        if self.max_tokens is not None and plan.num_tokens > self.max_tokens:
+            return f"{plan.num_tokens} tokens, but max_tokens is {self.max_tokens}"
+        if self.max_bytes is not None and plan.memory is not None and plan.memory.total > self.max_bytes:
+            return f"about {plan.memory.total / 1e9:.2f} GB, but max_memory is {self.max_bytes / 1e9:.2f} GB"
+        return None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The options asked for, and which of them may be lowered.
+
+    Attributes:
+        num_frames, max_crops: upper bounds; the search never goes above them.
+    """
+
+    num_frames: int
+    max_crops: int
+    adjustable: frozenset[str] = field(default_factory=lambda: frozenset({"num_frames", "max_crops"}))
+
+    def scaled(self, share: float) -> dict[str, int]:
+        """Both options at a share between 0 and 1 of what was asked for, at least 1 each."""
+        values = {"num_frames": self.num_frames, "max_crops": self.max_crops}
+        return {
+            name: max(1, int(value * share)) if name in self.adjustable else value for name, value in values.items()
+        }
+
+
+def fit(plan_of: Callable[[dict[str, int]], RequestPlan], wanted: Wanted, limits: Limits) -> RequestPlan:
+    """The plan with the most frames and crops within the limits.
+
+    Frames and crops are lowered by the same share; what is left over goes to frames first, then to crops.
+
+    Args:
+        plan_of: the plan for given `num_frames` and `max_crops`; must not shrink when they grow.
+
+    Raises:
+        ValueError: not even one frame and one crop fit; the message says by how much.
+    """
+    full = plan_of(wanted.scaled(1.0))
+    if limits.excess(full) is None:
+        return full
+    least = plan_of(wanted.scaled(0.0))
+    excess = limits.excess(least)
+    if excess is not None:
+        raise ValueError(
+            f"The request takes at least {excess}. Raise the limit, shorten the text or pass fewer pictures: with "
+            f"{dict(least.options)} nothing more can be saved."
+        )
+    steps = max(wanted.num_frames, wanted.max_crops)
+    share = _largest(0, steps, lambda step: limits.excess(plan_of(wanted.scaled(step / steps))) is None)
+    chosen = wanted.scaled(share / steps)
+
+    def fits_with(name: str) -> Callable[[int], bool]:
+        return lambda value: limits.excess(plan_of({**chosen, name: value})) is None
+
+    for name in ("num_frames", "max_crops"):
+        if name in wanted.adjustable:
+            chosen[name] = _largest(chosen[name], getattr(wanted, name), fits_with(name))
+    return replace(plan_of(chosen), reduced=True)
+
+
+def _largest(low: int, high: int, fits: Callable[[int], bool]) -> int:
+    """The largest number from `low` (which fits) to `high` that fits, by bisection."""
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+@dataclass(frozen=True)
+class RequestSketch:
+    """A call of the processor without pixels: prompts, sizes of images, times of videos for any options.
+
+    Attributes:
+        prompts: with their placeholders.
+        image_sizes: (height, width) of each image.
+        outlines: of each video, see `Molmo2VideoProcessor.outline`.
+        own_options: of each video, those that hold for it alone.
+    """
+
+    processor: Any
+    prompts: list[str]
+    image_sizes: list[tuple[int, int]]
+    outlines: list[Callable[..., tuple[VideoPlan, list[float]]]]
+    own_options: list[dict[str, Any]]
+    options: dict[str, dict[str, Any]]
+
+    @classmethod
+    def of(
+        cls, processor: Any, text: Any, images: Any, videos: Any, options: dict[str, dict[str, Any]]
+    ) -> "RequestSketch":
+        """Look at the headers of what a call would get; arguments as for `Molmo2Processor.plan`."""
+        own_options: list[dict[str, Any]] = []
+        metadata = options["videos_kwargs"].pop("video_metadata", None)
+        if _is_conversation(text):
+            if images is not None or videos is not None:
+                raise ValueError("Messages name their pictures: pass them without `images` and `videos`.")
+            conversations = list(text) if is_batch(text) else [text]
+            media = [find_media(messages) for messages in conversations]
+            images = [image for own in media for image in own.images]
+            videos = [video for own in media for video in own.videos]
+            metadata = [entry for own in media for entry in own.video_metadata]
+            own_options = [entry for own in media for entry in own.video_options]
+            text = [processor.apply_chat_template(messages, add_generation_prompt=True) for messages in conversations]
+        image_sizes = [] if images is None else measure_images(images)
+        outlines = [] if videos is None else processor.video_processor.outline(videos, metadata)
+        if text is None:
+            text = IMAGE_PLACEHOLDER * len(image_sizes) + VIDEO_PLACEHOLDER * len(outlines)
+        clips = options["videos_kwargs"].pop("clip", None)
+        own_options = [
+            {"clip": clip, **own}
+            for clip, own in zip(clips_per_video(clips, len(outlines)), own_options or [{}] * len(outlines))
+        ]
+        prompts = [text] if isinstance(text, str) else list(text)
+        return cls(processor, prompts, image_sizes, outlines, own_options, options)
+
+    def plan(self, chosen: Mapping[str, int], model: Any = None, new_tokens: int = 0) -> RequestPlan:
+        """The plan for these `num_frames` and `max_crops`; options that a video carries itself win, as in the call."""
+        images_options = {**self.options["images_kwargs"], "max_crops": chosen["max_crops"]}
+        images = [self.processor.image_processor.plan(*size, **images_options) for size in self.image_sizes]
+        videos = [
+            outline(**{**self.options["videos_kwargs"], "num_frames": chosen["num_frames"], **own})
+            for outline, own in zip(self.outlines, self.own_options)
+        ]
+        encoded = self.processor.encode_prompts(
+            self.prompts,
+            [plan.grid for plan in images],
+            [(plan.grids, times) for plan, times in videos],
+            add_special_tokens=self.options["text_kwargs"].get("add_special_tokens", True),
+        )
+        plan = RequestPlan(
+            row_tokens=tuple(len(ids) for ids in encoded["input_ids"]),
+            visual_tokens=tuple(sum(marks) for marks in encoded["token_type_ids"]),
+            image_crops=tuple(plan.num_crops for plan in images),
+            timestamps=tuple(tuple(times) for _, times in videos),
+            options=dict(chosen),
+        )
+        if model is None:
+            return plan
+        parts = [*images, *(run for video, _ in videos for run in video.runs)]
+        shape = RequestShape(
+            num_crops=plan.num_crops,
+            pooled_tokens=sum(part.num_pooled_tokens for part in parts),
+            window=max([part.settings.pool_height * part.settings.pool_width for part in parts], default=0),
+            rows=len(self.prompts),
+            row_tokens=plan.num_tokens,
+            new_tokens=new_tokens,
+        )
+        return replace(plan, memory=estimate_memory(model, shape))
+
+
+def plan(
+    processor: Any,
+    text: Any = None,
+    images: Any = None,
+    videos: Any = None,
+    *,
+    max_tokens: int | None = None,
+    max_memory: int | None = None,
+    model: Any = None,
+    max_new_tokens: int = 0,
+    **options: Any,
+) -> RequestPlan:
+    """Say what a call of the processor will take, before anything is decoded, and find options that make it fit.
+
+    Args:
+        text: A prompt, a list of prompts, or messages as for `apply_chat_template` (then without `images` and
+            `videos`, which the messages name). None counts images and videos alone.
+        images, videos: As for the call. Of files, only what their headers say is read.
+        max_tokens: Maximum number of tokens of a row; `num_frames` and `max_crops` are lowered until they fit.
+        max_memory: Maximum number of bytes besides the weights; needs `model`.
+        model: The model that will be asked; adds an estimate of memory.
+        max_new_tokens: Of `generate`; counts in the estimate of the cache.
+        options: Of the call.
+    Raises:
+        ValueError: Not even one frame and one crop fit; `max_memory` without a model; and as the call.
+    """
+    if max_memory is not None and model is None:
+        raise ValueError("`max_memory` needs `model`, whose shapes decide how much a request takes.")
+    sorted_options = processor.sort_options(options)
+    sketch = RequestSketch.of(processor, text, images, videos, sorted_options)
+    asked = {
+        "num_frames": sorted_options["videos_kwargs"].pop("num_frames", None) or processor.video_processor.num_frames,
+        "max_crops": sorted_options["images_kwargs"].pop("max_crops", None) or processor.image_processor.max_crops,
+    }
+
+    def plan_of(chosen: dict[str, int]) -> RequestPlan:
+        return sketch.plan(chosen, model, max_new_tokens)
+
+    return fit(plan_of, Wanted(**asked), Limits(max_tokens, max_memory))
+
+
+def _is_conversation(text: Any) -> bool:
+    """Whether this is messages, or a batch of them, rather than prompts."""
+    if isinstance(text, str) or text is None or not len(text):
+        return hasattr(text, "messages")
+    return isinstance(text[0], Mapping) or is_batch(text)

@@ -1,0 +1,1 @@
+"""Training examples, batches, packing and fine-tuning."""

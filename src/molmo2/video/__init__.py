@@ -1,0 +1,1 @@
+"""Videos: loading, sampling, decoding, pixels."""

@@ -1,0 +1,1 @@
+"""Decoders of video files behind one interface."""

@@ -1,0 +1,577 @@
+"""The three decoders behind one interface: decord (or decord2), torchcodec and PyAV.
+
+They disagree in many small ways: which of several streams they read, whether they turn a phone video upright, how
+precise their time stamps are, whether seeking lands on the frame that was asked for. The readers here iron that out:
+
+- a frame is found by its time stamp, or by counting from the start, never by a seek that was not checked;
+- pictures are upright and converted to RGB by the same ffmpeg filter.
+
+What a decoder cannot read that way it refuses with a `VideoDecodeError`.
+"""
+
+import importlib
+import io
+import itertools
+import os
+import re
+from abc import ABC, abstractmethod
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from molmo2.video.decoding.timeline import (
+    CONSTANT_RATE_TOLERANCE_SECONDS,
+    VideoDecodeError,
+    VideoTimeline,
+    is_rate,
+    make_timeline,
+    undo_rounding,
+)
+
+VideoSource = str | Path | bytes | IO[bytes]
+
+PACKAGES = {"decord": "decord2", "torchcodec": "torchcodec", "pyav": "av"}  # what to `pip install`
+BACKENDS = tuple(PACKAGES)  # in the order they are tried
+# decord has to decode every frame and converts it to RGB, wanted or not: where that is much (20 seconds of 1080p), a
+# clip is left to a backend that converts the wanted frames alone.
+LARGE_CLIP_PIXELS = 1_000_000_000
+# decord would repeat the last frame where others are missing; a share of the frames, 0 means "any number".
+NO_FAULT = 1e-9
+# PyAV: jumping to a key frame pays off if it skips more packets than this.
+WORTHWHILE_JUMP_PACKETS = 16
+# PyAV: frames in the making. More than cores, so that decoding goes on while one of them resizes a frame.
+THREADS_PER_CORE, MOST_THREADS = 3, 16
+# Formats of Pillow that can be a moving picture; "MPEG" is a video that Pillow merely recognises.
+ANIMATED_FORMATS = ("GIF", "PNG", "WEBP", "AVIF")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the bytes are: in a file (`path`) or in memory (`data`). `name` is for messages."""
+
+    name: str
+    path: str = ""
+    data: bytes | None = None
+
+    @classmethod
+    def of(cls, source: VideoSource) -> "Source":
+        if isinstance(source, (str, Path)):
+            result = cls._of_path(Path(source))
+        elif isinstance(source, (bytes, bytearray, memoryview)):
+            result = cls(name=f"a video of {len(source)} bytes", data=bytes(source))
+        elif hasattr(source, "read"):
+            if hasattr(source, "seek"):
+                source.seek(0)
+            result = cls(name=repr(getattr(source, "name", "a file object")), data=source.read())
+        else:
+            raise TypeError(f"A video is a path, bytes or a file object, not {type(source).__name__}.")
+        result._refuse_what_is_no_video()
+        return result
+
+    @classmethod
+    def _of_path(cls, path: Path) -> "Source":
+        if path.is_dir():
+            raise IsADirectoryError(f"{str(path)!r} is a directory. Pass a video file, or a list of its frames.")
+        if not path.exists():
+            raise FileNotFoundError(f"There is no video file {str(path)!r}. Check the path.")
+        absolute = str(path.absolute())  # or "a:b.mp4" would look like a protocol to ffmpeg
+        return cls(name=repr(str(path)), path=absolute)
+
+    def _refuse_what_is_no_video(self) -> None:
+        size = len(self.data) if self.data is not None else Path(self.path).stat().st_size
+        if size == 0:
+            raise VideoDecodeError(f"{self.name} is empty (0 bytes). Check that it was written completely.")
+        try:
+            with Image.open(self.for_reading()) as picture:
+                kind, num_pictures = picture.format, getattr(picture, "n_frames", 1)
+        except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            return
+        if kind != "MPEG" and not (kind in ANIMATED_FORMATS and num_pictures > 1):
+            raise VideoDecodeError(f"{self.name} is a picture ({kind}), not a video. Pass it as an image.")
+
+    def for_reading(self) -> str | io.BytesIO:
+        return self.path if self.data is None else io.BytesIO(self.data)
+
+
+class VideoReader(ABC):
+    """An open video. Use it as a context manager; `backend` is the name of the decoder at work."""
+
+    backend: str
+    timeline: VideoTimeline
+
+    def __init__(self, source: "Source") -> None:
+        self._source = source
+
+    def frames(self, indices: Sequence[int] | np.ndarray) -> Iterator[np.ndarray]:
+        """Decodes the frames with these indices, in the order asked for; an index may be repeated.
+
+        One picture is held at a time if the indices ascend, else each wanted one once; never the whole clip. Read the
+        iterator to its end: some faults of a file only show there.
+
+        Args:
+            indices: 0 <= index < timeline.num_frames.
+
+        Yields:
+            (H, W, 3) uint8 RGB.
+
+        Raises:
+            IndexError: there is no such frame.
+            VideoDecodeError: a frame cannot be decoded.
+        """
+        indices = np.asarray(indices, dtype=np.int64)
+        outside = indices[(indices < 0) | (indices >= self.timeline.num_frames)]
+        if outside.size:
+            raise IndexError(
+                f"Frame {outside[0]} of {self._source.name} was asked for, but the video has frames 0 to "
+                f"{self.timeline.num_frames - 1}."
+            )
+        ascending = np.unique(indices)
+        decoded = zip(ascending.tolist(), self._decode(ascending.tolist()), strict=True)
+        if np.all(np.diff(indices) >= 0):
+            counts = np.unique(indices, return_counts=True)[1]
+            for (_, picture), count in zip(decoded, counts.tolist(), strict=True):
+                yield from [picture] * count
+        else:
+            pictures = dict(decoded)
+            for index in indices.tolist():
+                yield pictures[index]
+
+    @abstractmethod
+    def close(self) -> None:
+        """Frees the decoder and the file."""
+
+    def __enter__(self) -> "VideoReader":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    @abstractmethod
+    def _decode(self, indices: list[int]) -> Iterator[np.ndarray]:
+        """Yields the frames with these indices (ascending, no repetition)."""
+
+    def _error(self, problem: str) -> VideoDecodeError:
+        return VideoDecodeError(f"{self.backend} cannot read {self._source.name}: {problem}", reason=problem)
+
+    def _frame_error(self, index: int, problem: object) -> VideoDecodeError:
+        return self._error(
+            f"frame {index} of {self.timeline.num_frames} ({self.timeline.start_seconds[index]:.3f} s) cannot be "
+            f"decoded: {brief(problem)}"
+        )
+
+
+# --- decord ----------------------------------------------------------------------------------------------------------
+
+
+class _DecordReader(VideoReader):
+    """Reads in order from the first frame to the last, and never seeks.
+
+    decord's seek takes the number of a key frame in the file for its number on the screen, and so returns other frames
+    where frames shown before a key frame are stored after it (the default of x265), and in some containers already
+    its first frame is a later one. Read in order to the end, it delivers exactly the announced number of frames, or
+    the difference is noticed.
+    """
+
+    backend = "decord"
+    _reader: Any = None
+
+    def __init__(self, source: Source, only_choice: bool) -> None:
+        super().__init__(source)
+        self._decord = _import_backend("decord", "decord")
+        self._open()
+        num_frames = len(self._reader)
+        starts, end = self._frame_times(num_frames)
+        fps = float(self._reader.get_avg_fps())
+        height, width = self._first_frame_size()
+        if num_frames * height * width > LARGE_CLIP_PIXELS and not only_choice and _others_usable("decord"):
+            raise VideoDecodeError(f"it would have to convert all of its {num_frames} frames")
+        self.timeline = make_timeline(starts, end, fps, (height, width))
+
+    def close(self) -> None:
+        self._reader = None
+
+    def _open(self) -> None:
+        try:
+            self._reader = self._decord.VideoReader(
+                self._source.for_reading(), ctx=self._decord.cpu(0), fault_tol=NO_FAULT
+            )
+        except Exception as error:
+            raise self._error(brief(error)) from error
+
+    def _frame_times(self, num_frames: int) -> tuple[np.ndarray, float]:
+        """When each frame starts and the last one ends, in seconds; (N,) float64 and a number."""
+        spans = np.asarray(self._reader.get_frame_timestamp(list(range(num_frames))), dtype=np.float64)  # (N, 2)
+        if not np.all(np.isfinite(spans)):
+            raise VideoDecodeError("its frames have no time stamps")
+        spans = spans[spans[:, 0] >= 0]  # an edit list cuts off what comes before; decord lists it, but skips it
+        if not len(spans):
+            raise VideoDecodeError("it shows no frames")
+        times = undo_rounding(np.append(spans[:, 0], spans[-1, 1]))
+        return times[:-1], float(times[-1])
+
+    def _first_frame_size(self) -> tuple[int, int]:
+        shape = tuple(self._next_picture().shape)
+        self._reader = None  # `_decode` starts from the beginning
+        if len(shape) != 3 or shape[2] != 3:  # very narrow videos
+            raise VideoDecodeError(f"its frames have the shape {shape}, expected (height, width, 3)")
+        return shape[:2]
+
+    def _next_picture(self) -> np.ndarray:
+        picture = self._reader.next()
+        return picture.asnumpy() if hasattr(picture, "asnumpy") else np.asarray(picture)  # not native: `set_bridge`
+
+    def _decode(self, indices: list[int]) -> Iterator[np.ndarray]:
+        self._open()
+        wanted = set(indices)
+        for index in range(self.timeline.num_frames):  # to the end: a frame missing anywhere shifts those after it
+            try:
+                picture = self._next_picture() if index in wanted else self._reader.next()
+            except StopIteration:
+                raise self._frame_error(index, "the file ends here, some frames were not decoded") from None
+            except Exception as error:
+                raise self._frame_error(index, error) from error
+            if index in wanted:
+                yield picture
+        try:
+            self._reader.next()
+        except Exception:  # StopIteration, as it should be, or damage behind the last frame
+            return
+        raise self._error(f"it returns more frames than the {self.timeline.num_frames} it lists")
+
+
+# --- torchcodec ------------------------------------------------------------------------------------------------------
+
+
+class _TorchcodecReader(VideoReader):
+    """Seeks exactly, but tells the time of a frame only when it decodes it.
+
+    The timeline is predicted from the frame rate where number of frames and duration agree with it, and each decoded
+    frame is checked against it; otherwise all frames are decoded once to learn their times.
+    """
+
+    backend = "torchcodec"
+
+    def __init__(self, source: Source, only_choice: bool) -> None:
+        super().__init__(source)
+        decoders = _import_backend("torchcodec.decoders", "torchcodec")
+        self._decoder = decoders.VideoDecoder(
+            source.path if source.data is None else source.data,
+            dimension_order="NHWC",
+            num_ffmpeg_threads=0,
+            device="cpu",
+            seek_mode="exact",
+        )
+        metadata = self._decoder.metadata
+        self._first_timestamp = float(metadata.begin_stream_seconds)
+        end = float(metadata.end_stream_seconds) - self._first_timestamp
+        self.timeline = self._predicted_timeline(end) or self._measured_timeline()
+
+    def close(self) -> None:
+        self._decoder = None
+
+    def _predicted_timeline(self, end_seconds: float) -> VideoTimeline | None:
+        """The timeline of a constant rate, exact or in whole milliseconds (Matroska, WebM); None if neither fits."""
+        num_frames, fps = len(self._decoder), self._decoder.metadata.average_fps_from_header
+        if not is_rate(fps) or abs(num_frames / fps - end_seconds) > 1.5e-3:
+            return None
+        rate = Fraction(fps).limit_denominator(1001)
+        exact = np.arange(num_frames) * rate.denominator / rate.numerator
+        seen = self._times_of(range(min(num_frames, 8)))[0]
+        for starts in (exact, np.round(exact, 3)):
+            if np.all(np.abs(starts[: len(seen)] - seen) <= CONSTANT_RATE_TOLERANCE_SECONDS):
+                end = float(undo_rounding(np.array([end_seconds]))[0])
+                return make_timeline(starts, end, fps, self._size(), self._first_timestamp)
+        return None
+
+    def _measured_timeline(self) -> VideoTimeline:
+        starts, ends = self._times_of(range(len(self._decoder)))
+        times = undo_rounding(np.append(starts, ends[-1]))
+        fps = self._decoder.metadata.average_fps_from_header
+        return make_timeline(times[:-1], times[-1], fps, self._size(), self._first_timestamp)
+
+    def _times_of(self, indices: range) -> tuple[np.ndarray, np.ndarray]:
+        """Starts and ends of these frames, in seconds since the first one. They are decoded for it, one at a time."""
+        spans = []
+        for index in indices:
+            frame = self._decoder.get_frame_at(index)
+            spans.append((frame.pts_seconds, frame.pts_seconds + frame.duration_seconds))
+        starts, ends = np.array(spans, dtype=np.float64).T - self._first_timestamp
+        return starts, ends
+
+    def _size(self) -> tuple[int, int]:
+        return tuple(self._decoder.get_frame_at(0).data.shape[:2])  # upright; the metadata's may be as stored
+
+    def _decode(self, indices: list[int]) -> Iterator[np.ndarray]:
+        for index in indices:
+            try:
+                frame = self._decoder.get_frame_at(index)
+            except Exception as error:
+                raise self._frame_error(index, error) from error
+            start = float(frame.pts_seconds) - self._first_timestamp
+            if abs(start - self.timeline.start_seconds[index]) > CONSTANT_RATE_TOLERANCE_SECONDS:
+                raise self._frame_error(index, f"it is shown at {start:.4f} s, the frame rate is not constant")
+            yield frame.data.numpy()
+
+
+# --- PyAV ------------------------------------------------------------------------------------------------------------
+
+
+class _PyavReader(VideoReader):
+    """Lists the packets first (no decoding), then decodes from key frames and picks frames by their time stamp."""
+
+    backend = "pyav"
+    _container: Any = None
+    _stream: Any = None
+    _converter: tuple[Any, Any] | None = None
+    _begun: Iterator[tuple[int | None, Any]] | None = None  # all frames, the first of which is decoded already
+    _last_stamp: int | None = None  # of the frame that the decoder returned last
+
+    def __init__(self, source: Source, only_choice: bool) -> None:
+        super().__init__(source)
+        self._av = _import_backend("av", "pyav")
+        self._open()
+        self._packets = _PacketTable.of(self._stream, self._demuxed())
+        self._open()
+        frames = self._decoded_from(0)
+        stamp, first = next(frames, (None, None))  # tells rotation and size
+        if first is None:
+            raise VideoDecodeError("not one frame could be decoded")
+        self._begun = itertools.chain([(stamp, first)], frames)
+        size = self._to_picture(first).shape[:2]
+        times, rate = self._packets.times_and_rate()
+        self.timeline = make_timeline(times[:-1], float(times[-1]), rate, size, self._packets.first_timestamp_seconds)
+
+    def close(self) -> None:
+        if self._container is not None:
+            self._container.close()
+        self._container = self._stream = self._converter = self._begun = None
+
+    def _open(self) -> None:
+        self.close()
+        self._container = self._av.open(self._source.for_reading())
+        self._stream = self._container.streams.best("video")
+        if self._stream is None:
+            raise VideoDecodeError("it has no video track")
+        self._stream.thread_type = "AUTO"
+        self._stream.codec_context.thread_count = min(MOST_THREADS, THREADS_PER_CORE * (os.cpu_count() or 1))
+
+    def _decode(self, indices: list[int]) -> Iterator[np.ndarray]:
+        frames: Iterator[tuple[int | None, Any]] | None = None
+        from_start, reached = False, 0
+        for index in indices:
+            stamp, key = self._packets.stamps[index], self._packets.key_before(index)
+            if frames is None or key > reached + WORTHWHILE_JUMP_PACKETS:
+                frames, from_start = self._frames_from(key), key == 0
+            try:
+                frame = _frame_with(stamp, frames)
+                if frame is None and not from_start:  # that key frame is no good start: read from the beginning
+                    frames, from_start = self._decoded_from(0), True
+                    frame = _frame_with(stamp, frames)
+                if frame is None:
+                    raise self._frame_error(index, "the file lists this frame, but the decoder does not return it")
+                picture = self._to_picture(frame)
+            except VideoDecodeError:
+                raise
+            except Exception as error:
+                if self._last_stamp is None:
+                    raise self._frame_error(index, error) from error
+                after_last = bisect_right(self._packets.stamps, self._last_stamp)
+                raise self._frame_error(min(after_last, index), error) from error
+            reached = self._packets.place_of[stamp]
+            yield picture
+
+    def _frames_from(self, place: int) -> Iterator[tuple[int | None, Any]]:
+        """As `_decoded_from`; goes on where opening stopped, if that is the start and nothing was read since."""
+        begun, self._begun = self._begun, None
+        return begun if begun is not None and place == 0 else self._decoded_from(place)
+
+    def _decoded_from(self, place: int) -> Iterator[tuple[int | None, Any]]:
+        """Yields (stamp, frame) in display order, decoding from the packet at this place of the file."""
+        frames = (frame for packet in self._packets_from(place) for frame in packet.decode())
+        self._last_stamp = None
+        for count, frame in enumerate(frames):
+            self._last_stamp = frame.pts if self._packets.has_stamps else count
+            yield self._last_stamp, frame
+
+    def _packets_from(self, place: int) -> Iterator[Any]:
+        """Yields packets in file order, the first being the one at `place`; seeks if that gets there."""
+        if place > 0:
+            self._container.seek(self._packets.file_stamps[place], stream=self._stream)
+            packets = self._demuxed()
+            first = next(packets, None)
+            landed = self._packets.place_of.get(first.pts) if first is not None else None
+            if landed is not None and landed <= place:
+                if landed == place:
+                    yield first
+                for packet in packets:
+                    landed += 1
+                    if landed >= place:
+                        yield packet
+                return
+        self._open()
+        yield from itertools.islice(self._demuxed(), place, None)
+
+    def _demuxed(self) -> Iterator[Any]:
+        """Packets from the current position on; the last one, without time stamp, makes the decoder finish."""
+        for packet in self._container.demux(self._stream):
+            if packet.size or packet.dts is None:  # AVI stores a dropped frame as an empty packet
+                yield packet
+
+    def _to_picture(self, frame: Any) -> np.ndarray:
+        """The frame as upright RGB, converted by the filter that decord and torchcodec use too."""
+        shape = (frame.width, frame.height, frame.format.name)
+        if self._converter is None or self._converter[0] != shape:
+            graph = self._av.filter.Graph()
+            stages = [
+                graph.add_buffer(
+                    width=frame.width, height=frame.height, format=frame.format.name, time_base=self._stream.time_base
+                ),
+                graph.add("format", "pix_fmts=rgb24"),
+                graph.add("buffersink"),
+            ]
+            for stage, following in itertools.pairwise(stages):
+                stage.link_to(following)
+            graph.configure()
+            self._converter = (shape, graph)
+        quarter_turns = round(getattr(frame, "rotation", 0) / 90) % 4
+        graph = self._converter[1]
+        graph.push(frame)
+        return np.ascontiguousarray(np.rot90(_rgb_view(graph.pull()), k=quarter_turns))
+
+
+def _rgb_view(frame: Any) -> np.ndarray:
+    """(H, W, 3) over the memory of an RGB frame, which lives as long as the array does."""
+    (plane,) = frame.planes
+    rows = np.frombuffer(plane, dtype=np.uint8).reshape(frame.height, plane.line_size)
+    return rows[:, : 3 * frame.width].reshape(frame.height, frame.width, 3)
+
+
+@dataclass(frozen=True)
+class _PacketTable:
+    """The packets of a stream. A *place* counts them as they lie in the file, an index as their frames are shown.
+
+    Attributes:
+        file_stamps: time stamp of each place, in ticks (the place itself if the file has no time stamps).
+        stamps: time stamps of the frames that are shown, ascending.
+        place_of: place of each time stamp.
+        key_places: places of key frames, ascending.
+        has_stamps: False for raw streams; their frames are counted and a steady rate is assumed.
+        last_ticks: how long the last frame is shown, in ticks.
+        tick_seconds: length of a tick.
+        rate: declared frames per second; None if unknown.
+    """
+
+    file_stamps: list[int]
+    stamps: list[int]
+    place_of: dict[int, int]
+    key_places: list[int]
+    has_stamps: bool
+    last_ticks: int
+    tick_seconds: Fraction
+    rate: Fraction | None
+
+    @classmethod
+    def of(cls, stream: Any, packets: Iterator[Any]) -> "_PacketTable":
+        """Reads all packets. Those that an edit list cuts off are needed for decoding but not shown."""
+        listed = [
+            (packet.pts, packet.duration, packet.is_keyframe, packet.is_discard) for packet in packets if packet.size
+        ]
+        has_stamps = all(pts is not None for pts, *_ in listed)
+        file_stamps = [pts if has_stamps else place for place, (pts, *_) in enumerate(listed)]
+        shown = {stamp: row for stamp, row in zip(file_stamps, listed, strict=True) if not row[3]}
+        if not shown:
+            raise VideoDecodeError("its video track has no frames")
+        place_of: dict[int, int] = {}
+        for place, stamp in enumerate(file_stamps):
+            place_of.setdefault(stamp, place)
+        stamps = sorted(shown)
+        rate = stream.average_rate
+        return cls(
+            file_stamps=file_stamps,
+            stamps=stamps,
+            place_of=place_of,
+            key_places=[place for place, row in enumerate(listed) if row[2] and has_stamps],
+            has_stamps=has_stamps,
+            last_ticks=shown[stamps[-1]][1] or 0,
+            tick_seconds=stream.time_base,
+            rate=rate if rate else None,
+        )
+
+    def key_before(self, index: int) -> int:
+        """Place to decode from to see this frame: that of a key frame stored and shown no later; 0 if none is."""
+        stamp = self.stamps[index]
+        place = self.place_of[stamp]
+        usable = (key for key in reversed(self.key_places) if key <= place and self.file_stamps[key] <= stamp)
+        return next(usable, 0)
+
+    @property
+    def first_timestamp_seconds(self) -> float | None:
+        return float(self.stamps[0] * self.tick_seconds) if self.has_stamps else None
+
+    def times_and_rate(self) -> tuple[np.ndarray, float | None]:
+        """Seconds at which frames begin and the last one ends, the first at 0 (N + 1 float64); the declared rate."""
+        rate = None if self.rate is None else float(self.rate)
+        if not self.has_stamps:
+            if self.rate is None:
+                raise VideoDecodeError("it has neither time stamps nor a frame rate")
+            return np.arange(len(self.stamps) + 1) * self.rate.denominator / self.rate.numerator, rate
+        last_ticks = self.last_ticks
+        if last_ticks <= 0:  # unknown: as long as the frame before it
+            last_ticks = self.stamps[-1] - self.stamps[-2] if len(self.stamps) > 1 else 0
+        ticks = np.array([*self.stamps, self.stamps[-1] + last_ticks], dtype=np.int64) - self.stamps[0]
+        return ticks * self.tick_seconds.numerator / self.tick_seconds.denominator, rate
+
+
+def _frame_with(stamp: int, frames: Iterator[tuple[int | None, Any]]) -> Any:
+    """The frame with this time stamp, the frames before it dropped; None if the stream passes it by."""
+    for found, frame in frames:
+        if found == stamp:
+            return frame
+        if found is not None and found > stamp:
+            return None
+    return None
+
+
+# --- backends --------------------------------------------------------------------------------------------------------
+
+READERS: dict[str, Callable[..., VideoReader]] = {
+    "decord": _DecordReader,
+    "torchcodec": _TorchcodecReader,
+    "pyav": _PyavReader,
+}
+
+
+_MODULES = {"decord": "decord", "torchcodec": "torchcodec.decoders", "pyav": "av"}
+
+
+def _import_backend(module: str, backend: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # also OSError or RuntimeError: libraries of ffmpeg missing
+        raise VideoDecodeError(
+            f"{backend} cannot be loaded ({brief(error)}). Install it with `pip install {PACKAGES[backend]}`."
+        ) from error
+
+
+def _others_usable(backend: str) -> bool:
+    for name in BACKENDS:
+        if name != backend:
+            try:
+                _import_backend(_MODULES[name], name)
+                return True
+            except VideoDecodeError:
+                continue
+    return False
+
+
+def brief(problem: object) -> str:
+    """The first line of an exception or text, shortened, without the stack traces and C++ places of decoders."""
+    lines = re.sub(r"\[\d\d:\d\d:\d\d\] \S+:\d+: ?", "", str(problem)).strip().splitlines()
+    text = lines[0][:200] if lines else ""
+    return f"{type(problem).__name__}: {text}" if isinstance(problem, BaseException) else text

@@ -1,0 +1,434 @@
+"""Turns whatever a person calls a video into frames with times, or says why it cannot.
+
+Two kinds of input are sampled differently, as in training: an encoded video (path, URL, bytes, open file) in time, a
+video that is decoded already (array, tensor, list of pictures) by frame index. Frames are handed on one at a time, so
+that a long video at full resolution never has to be in memory.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import Request, url2pathname, urlopen
+
+import numpy as np
+from PIL import Image
+from transformers.video_utils import VideoMetadata
+
+from molmo2.image.loading import load_images
+from molmo2.video.decoding.backends import Result, decode_video, open_video
+from molmo2.video.decoding.readers import VideoReader
+from molmo2.video.decoding.timeline import VideoTimeline
+from molmo2.video.sampling import SamplingSettings, require_fps, sample_indices, sample_times
+
+UseFrames = Callable[[Iterator[np.ndarray], int], Result]  # (frames, how many) -> result
+
+DOWNLOAD_TIMEOUT_SECONDS = 60
+USER_AGENT = "Mozilla/5.0 (compatible; molmo2)"  # some servers refuse the default of urllib
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+ACCEPTED = (
+    "a path, a URL (http, https, file, data), the bytes of a video file or an open one, an array or tensor of frames, "
+    "a list of pictures, or a pair (frames, metadata)"
+)
+
+
+class SampledVideoMetadata(VideoMetadata):
+    """The library's `VideoMetadata` of a video that was sampled, and which frames those are.
+
+    As in the original processor, `frames_indices / fps` are the sampled times, so of a file `frames_indices` may be
+    fractions. What is really shown is in the attributes below, one entry per sampled frame.
+
+    Attributes:
+        sampled_timestamps: times in seconds that were asked for; these are printed in the prompt.
+        source_frame_indices: index of the frame shown, in the whole video.
+        source_timestamps: when that frame begins, in seconds from the first frame of the whole video.
+        source_first_timestamp: the file's own time of its first frame, in seconds; None where the decoder or the kind
+            of input does not tell.
+        frame_size: (height, width) of frames that came decoded, in pixels; `height` and `width` are what was said.
+    """
+
+    sampled_timestamps: list[float] | None = None
+    source_frame_indices: list[int] | None = None
+    source_timestamps: list[float] | None = None
+    source_first_timestamp: float | None = None
+    frame_size: tuple[int, int] | None = None
+
+    @property
+    def timestamps(self) -> list[float]:
+        """Times of the sampled frames in seconds, as printed in the prompt."""
+        return super().timestamps if self.sampled_timestamps is None else self.sampled_timestamps
+
+
+@dataclass(frozen=True)
+class VideoItem:
+    """One video of a call: `where` names it in messages, `metadata` is what was said about it, if anything."""
+
+    where: str
+    video: Any
+    metadata: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class ReadingOptions:
+    """How videos are read.
+
+    Attributes:
+        sampling: which frames are taken.
+        do_sample_frames: False takes all frames of a decoded video; files are sampled nonetheless.
+        clip: (start, end) in seconds, the part of the video to look at; end None is the end of the video.
+        backend: video decoder to insist on; None tries all of them.
+        input_data_format: "channels_last" or "channels_first", for arrays that could be either.
+        times_of: replaces the sampling of a file; called with `metadata=`, returns seconds.
+        indices_of: the same, returning frame indices.
+    """
+
+    sampling: SamplingSettings
+    do_sample_frames: bool = True
+    clip: tuple[float, float | None] | None = None
+    backend: str | None = None
+    input_data_format: str | None = None
+    times_of: Callable[..., Any] | None = None
+    indices_of: Callable[..., Any] | None = None
+
+
+def list_videos(videos: Any, video_metadata: Any = None) -> list[VideoItem]:
+    """The videos of a call in order, nested lists flattened, each with its metadata.
+
+    Args:
+        videos: one video or a (nested) list of them. A video is a path, URL (http, https, file, data), bytes or an
+            open binary file; an array or tensor (T, H, W, C) or (T, C, H, W); a list of pictures (PIL, arrays, paths
+            of picture files); or a pair (frames, metadata).
+        video_metadata: a dict or `VideoMetadata` per video, nested as one likes; None if there is none.
+
+    Raises:
+        TypeError: an item is no video.
+        ValueError: the number of metadata differs from the number of videos.
+    """
+    items = list(_flatten(videos, "videos"))
+    metadata = list(_flat_metadata(video_metadata))
+    if not any(entry is not None for entry in metadata):
+        return items
+    if len(metadata) != len(items):
+        raise ValueError(
+            f"There are {len(items)} video(s) but {len(metadata)} entries in video_metadata. Pass one per video, or "
+            "None for a video without."
+        )
+    return [
+        item if entry is None else replace(item, metadata=entry) for item, entry in zip(items, metadata, strict=True)
+    ]
+
+
+def is_encoded(video: Any) -> bool:
+    """True for what stands for a video file, False for frames."""
+    return isinstance(video, (str, os.PathLike, bytes, bytearray, memoryview)) or callable(
+        getattr(video, "read", None)
+    )
+
+
+def is_one_video(value: Any) -> bool:
+    """True for a video, False for a list or batch of them and for anything else."""
+    return is_encoded(value) or _has_metadata(value) or _num_axes(value) == 4 or _is_list_of_frames(value)
+
+
+def read_video(
+    item: VideoItem, options: ReadingOptions, use_frames: UseFrames[Result]
+) -> tuple[Result, SampledVideoMetadata]:
+    """Samples a video and hands its frames to `use_frames(frames, how_many)`.
+
+    Args:
+        item: the video.
+        options: how to sample and decode it.
+        use_frames: consumes an iterator of (H, W, 3) RGB arrays to its end and returns the result. It is called again
+            from the start if a decoder fails on the way.
+
+    Returns:
+        The result of `use_frames`, and the metadata with the sampled times.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: the video cannot be read or an option does not fit it.
+    """
+    if is_encoded(item.video):
+        return _read_file(item, options, use_frames)
+    return _read_frames(item, options, use_frames)
+
+
+def outline_video(item: VideoItem, backend: str | None) -> Callable[[ReadingOptions], list[float]]:
+    """Looks at a video without decoding its frames (but the first, for files: it tells the size).
+
+    Returns:
+        A function from reading options to the times at which the video would be shown, in seconds.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: as `read_video`.
+    """
+    if not is_encoded(item.video):
+        return lambda options: _read_frames(item, options, lambda frames, count: None)[1].timestamps
+    with open_video(_local(item), backend) as reader:
+        timeline = reader.timeline
+    about = VideoMetadata(total_num_frames=timeline.num_frames, fps=timeline.fps, duration=timeline.duration_seconds)
+    return lambda options: _file_times(item, timeline, about, options).tolist()
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def _read_file(
+    item: VideoItem, options: ReadingOptions, use_frames: UseFrames[Result]
+) -> tuple[Result, SampledVideoMetadata]:
+    def use(reader: VideoReader) -> tuple[Result, SampledVideoMetadata]:
+        timeline = reader.timeline
+        metadata = SampledVideoMetadata(
+            total_num_frames=timeline.num_frames,
+            fps=timeline.fps,
+            width=timeline.width,
+            height=timeline.height,
+            duration=timeline.duration_seconds,
+            video_backend=reader.backend,
+        )
+        times = _file_times(item, timeline, metadata, options)
+        indices = timeline.frames_at(times)
+        metadata.frames_indices = (times * timeline.fps).tolist()
+        metadata.sampled_timestamps = times.tolist()
+        metadata.source_frame_indices = indices.tolist()
+        metadata.source_timestamps = timeline.start_seconds[indices].tolist()
+        metadata.source_first_timestamp = timeline.first_timestamp_seconds
+        return use_frames(reader.frames(indices), len(indices)), metadata
+
+    return decode_video(_local(item), use, options.backend)
+
+
+def _file_times(
+    item: VideoItem, timeline: VideoTimeline, metadata: VideoMetadata, options: ReadingOptions
+) -> np.ndarray:
+    """Sampled times in seconds from the first frame, float64."""
+    if options.indices_of is not None:
+        indices = np.asarray(options.indices_of(metadata=metadata), dtype=np.int64).reshape(-1)
+        return timeline.start_seconds[np.clip(indices, 0, timeline.num_frames - 1)]
+    if options.times_of is not None:
+        times = np.asarray(options.times_of(metadata=metadata), dtype=np.float64).reshape(-1)
+        if not times.size or not np.all(np.isfinite(times)) or np.any(times < 0):
+            raise ValueError(
+                f"sample_timestamps_fn returned {times.tolist()} for {item.where}; expected seconds >= 0."
+            )
+        return times
+    start, end = _clip_within(item, options.clip, timeline.duration_seconds)
+    return start + sample_times(end - start, timeline.fps, options.sampling)
+
+
+def _clip_within(
+    item: VideoItem, clip: tuple[float, float | None] | None, duration_seconds: float
+) -> tuple[float, float]:
+    """Start and end of the part to look at, in seconds."""
+    if clip is None:
+        return 0.0, duration_seconds
+    start, end = clip
+    if start > 0 and start >= duration_seconds:
+        raise ValueError(
+            f"The clip of {item.where} starts at {start} s, but the video is {duration_seconds:.3f} s long. "
+            "Pass clip=(start_seconds, end_seconds) inside the video."
+        )
+    return start, duration_seconds if end is None else min(end, duration_seconds)
+
+
+def _local(item: VideoItem) -> Any:
+    """What the decoders read: a path, bytes or a file object; URLs are fetched into memory."""
+    if not isinstance(item.video, str):
+        return Path(item.video) if isinstance(item.video, os.PathLike) else item.video
+    scheme = item.video[:8].lower().partition(":")[0]
+    if scheme == "file":
+        return Path(url2pathname(urlsplit(item.video).path))
+    if scheme in ("http", "https", "data"):
+        return _download(item.video, item.where)
+    return item.video
+
+
+def _download(url: str, where: str) -> bytes:
+    try:
+        with urlopen(Request(url, headers={"User-Agent": USER_AGENT}), timeout=DOWNLOAD_TIMEOUT_SECONDS) as response:
+            return response.read()
+    except (OSError, ValueError) as error:  # URLError and timeouts are OSErrors; ValueError: malformed URL
+        raise ValueError(
+            f"{where}: {url[:200]} could not be downloaded ({type(error).__name__}: {error}). Check the address, or "
+            "download the video and pass its path."
+        ) from error
+
+
+# --- frames ----------------------------------------------------------------------------------------------------------
+
+
+def _read_frames(
+    item: VideoItem, options: ReadingOptions, use_frames: UseFrames[Result]
+) -> tuple[Result, SampledVideoMetadata]:
+    frames, given = item.video, {} if item.metadata is None else item.metadata
+    if not len(frames):
+        raise ValueError(f"{item.where} has no frames. Pass at least one.")
+    times = _frame_times(item, len(frames), options.do_sample_frames)
+    if options.do_sample_frames and not _is_sampled(given, len(frames)):
+        chosen = _chosen_frames(item, times, options)
+    else:
+        chosen = np.arange(len(frames))
+    metadata = SampledVideoMetadata(
+        total_num_frames=_get(given, "total_num_frames", len(frames)),
+        fps=times.fps,
+        width=_get(given, "width"),
+        height=_get(given, "height"),
+        duration=_get(given, "duration"),
+        video_backend=_get(given, "video_backend"),
+    )
+    first = int(chosen[0])
+    metadata.frame_size = _rgb_frame(item, frames[first], first, options).shape[:2]
+    metadata.sampled_timestamps = times.seconds[chosen].tolist()
+    metadata.source_first_timestamp = getattr(given, "source_first_timestamp", None)
+    if times.are_irregular:
+        metadata.frames_indices = (times.seconds[chosen] * times.fps).tolist()
+    else:
+        metadata.frames_indices = times.indices[chosen].tolist()
+    for name in ("source_frame_indices", "source_timestamps"):  # known if the frames come from `fetch_videos`
+        known = getattr(given, name, None)
+        own = times.indices if name == "source_frame_indices" else times.seconds
+        setattr(metadata, name, np.asarray(own if known is None else known)[chosen].tolist())
+    pictures = (_rgb_frame(item, frames[index], index, options) for index in chosen.tolist())
+    return use_frames(pictures, len(chosen)), metadata
+
+
+@dataclass(frozen=True)
+class _FrameTimes:
+    """Of each given frame its index in the source and its time; `are_irregular` if the time is not index / fps."""
+
+    indices: np.ndarray
+    seconds: np.ndarray
+    fps: float
+    are_irregular: bool
+
+
+def _frame_times(item: VideoItem, num_frames: int, are_all: bool) -> _FrameTimes:
+    """Times of the given frames; `are_all` if they may be taken for the whole video."""
+    given = {} if item.metadata is None else item.metadata
+    fps = _get(given, "fps")
+    stamps = getattr(given, "sampled_timestamps", None)
+    if stamps is None and not isinstance(given, VideoMetadata):  # there it is computed from fps
+        stamps = _get(given, "timestamps")
+    indices = _get(given, "frames_indices")
+    if indices is not None and len(indices) != num_frames and not are_all:
+        raise ValueError(
+            f"{item.where} has {num_frames} frames, but its metadata lists {len(indices)} frames_indices. Pass one "
+            "index per frame, or leave them out."
+        )
+    if indices is None or len(indices) != num_frames:  # the indices are those of an earlier sampling
+        indices = range(num_frames)
+    indices = np.asarray(indices)
+    if stamps is None:
+        try:
+            fps = require_fps(fps)
+        except ValueError as error:
+            raise ValueError(f"{item.where}: {error}") from None
+        return _FrameTimes(indices, indices / fps, fps, are_irregular=False)
+    seconds = np.asarray(stamps, dtype=np.float64).reshape(-1)
+    if len(seconds) != num_frames or not np.all(np.isfinite(seconds)) or np.any(np.diff(seconds) < 0):
+        raise ValueError(
+            f"The timestamps of {item.where} have to be {num_frames} ascending seconds, one per frame; found "
+            f"{len(seconds)}: {seconds[:8].tolist()}."
+        )
+    if fps is None:
+        span = seconds[-1] - seconds[0]
+        fps = (num_frames - 1) / span if span > 0 else 1.0
+    return _FrameTimes(np.arange(num_frames), seconds, require_fps(fps), are_irregular=True)
+
+
+def _is_sampled(given: Mapping[str, Any], num_frames: int) -> bool:
+    """True if the metadata says that these frames were picked from a longer video already."""
+    indices, total = _get(given, "frames_indices"), _get(given, "total_num_frames")
+    if indices is None or len(indices) != num_frames:
+        return False
+    if getattr(given, "sampled_timestamps", None) is not None:
+        return True
+    return list(indices) != list(range(num_frames)) if total is None else total != num_frames
+
+
+def _chosen_frames(item: VideoItem, times: _FrameTimes, options: ReadingOptions) -> np.ndarray:
+    """Places, in the given frames, of the ones to show."""
+    num_frames = len(item.video)
+    total = _get({} if item.metadata is None else item.metadata, "total_num_frames", num_frames)
+    if total > num_frames:
+        raise ValueError(
+            f"The metadata of {item.where} says total_num_frames={total}, but {num_frames} frames were passed. Pass "
+            "all frames, or correct the number; for frames that were sampled before, pass do_sample_frames=False and "
+            "their frames_indices."
+        )
+    if options.clip is None:
+        return sample_indices(total, times.fps, options.sampling)
+    seconds = times.seconds[:total]
+    start, end = _clip_within(item, options.clip, float(seconds[-1]) + 1 / times.fps)
+    first, last = np.clip(np.searchsorted(seconds, [start, end], side="right") - 1, 0, total - 1).tolist()
+    return first + sample_indices(last - first + 1, times.fps, options.sampling)
+
+
+def _rgb_frame(item: VideoItem, frame: Any, index: int, options: ReadingOptions) -> np.ndarray:
+    try:
+        (picture,) = load_images(frame, input_data_format=options.input_data_format)
+    except (OSError, TypeError, ValueError) as error:
+        raise type(error)(f"Frame {index} of {item.where}: {error}") from error
+    return picture
+
+
+# --- finding the videos ----------------------------------------------------------------------------------------------
+
+
+def _flatten(videos: Any, where: str) -> Iterator[VideoItem]:
+    if _has_metadata(videos):
+        yield VideoItem(where, videos[0], videos[1])
+    elif is_one_video(videos):
+        is_path_list = isinstance(videos, (list, tuple)) and _are_picture_paths(videos)
+        yield VideoItem(f"{where} ({os.fspath(videos[0])!r}, ...)" if is_path_list else where, videos)
+    elif isinstance(videos, (list, tuple)) or _num_axes(videos) == 5:
+        for index, video in enumerate(videos):
+            yield from _flatten(video, f"{where}[{index}]")
+    else:
+        shape = f" of shape {tuple(videos.shape)}" if _num_axes(videos) else ""
+        raise TypeError(f"{where} is a {type(videos).__name__}{shape}, which is no video. Pass {ACCEPTED}.")
+
+
+def _has_metadata(value: Any) -> bool:
+    """True for a pair (video, metadata)."""
+    return isinstance(value, (list, tuple)) and len(value) == 2 and isinstance(value[1], Mapping)
+
+
+def _num_axes(value: Any) -> int:
+    """Axes of an array or tensor; 0 for anything else."""
+    return len(value.shape) if hasattr(value, "shape") and hasattr(value, "__array__") else 0
+
+
+def _is_list_of_frames(value: Any) -> bool:
+    if not isinstance(value, (list, tuple)) or not value:
+        return False
+    return _are_picture_paths(value) or all(
+        isinstance(frame, Image.Image) or _num_axes(frame) in (2, 3) for frame in value
+    )
+
+
+def _are_picture_paths(values: Any) -> bool:
+    """True for several paths of picture files; a single one is more likely a mix-up of images and videos."""
+    return len(values) > 1 and all(
+        isinstance(value, (str, os.PathLike)) and os.fspath(value).lower().endswith(PICTURE_SUFFIXES)
+        for value in values
+    )
+
+
+def _flat_metadata(metadata: Any) -> Iterator[Mapping[str, Any] | None]:
+    if metadata is None or isinstance(metadata, Mapping):
+        yield metadata
+    elif isinstance(metadata, Sequence) and not isinstance(metadata, str):
+        for entry in metadata:
+            yield from _flat_metadata(entry)
+    else:
+        raise TypeError(
+            f"video_metadata has an entry of type {type(metadata).__name__}. Pass a dict such as "
+            '{"fps": 30.0} or a VideoMetadata per video.'
+        )
+
+
+def _get(metadata: Mapping[str, Any], name: str, default: Any = None) -> Any:
+    value = metadata.get(name)
+    return default if value is None else value

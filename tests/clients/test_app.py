@@ -1,0 +1,225 @@
+"""The app in a real browser: pictures and a clip are uploaded, asked about, seen with their points, and exported."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+pytest.importorskip("gradio")
+pytest.importorskip("playwright")
+
+from app.backend import Backend
+from app.page import Page
+from molmo2.tools.draw import DrawingStyle
+from support.app_browser import browser, expect, find_browser, free_port, look_at, visit
+from support.checkpoints import REPOSITORY, build_model, picture
+from support.model_inputs import processor
+from support.scripted_model import DictatedModel
+
+pytestmark = pytest.mark.slow
+
+DATA = REPOSITORY / "examples" / "data"
+CUPS = 'Counting the <points coords="1 1 250 500 2 750 500">cups</points> shows a total of 2.'
+BOATS = '<points coords="1 1 100 200\t2 2 300 400">boats</points>'
+RING = '<tracks coords="0.0 1 500 500\t1.0 1 600 500">ring</tracks>'
+SCRIPT = {
+    "cups": CUPS,
+    "boats": BOATS,
+    "red ring": RING,
+    "sure": "<b>Yes</b>, 1 < 2.",
+    "cats": "There are none.",
+    "red circles": CUPS,
+    "story": "word " * 300,
+}
+PICTURE, CLIP = "#pictures img", "#clip video"
+ENCODED_TOLERANCE = 40  # grey levels, of H.264
+
+
+class Gate:
+    """Holds the model at a place of its answer until it is opened."""
+
+    def __init__(self):
+        self.place, self.opened = None, threading.Event()
+
+    def __call__(self, text):
+        if self.place is not None and self.place in text:
+            assert self.opened.wait(60), "nobody let the model go on"
+
+
+@pytest.fixture(scope="module")
+def running():
+    executable = find_browser()
+    if executable is None:
+        complaint = "There is no browser. Install chromium, or name one in $CHROMIUM."
+        if os.environ.get("MOLMO2_NEEDS_BROWSER"):
+            pytest.fail(complaint)
+        pytest.skip(complaint)
+    with browser(executable) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def gate():
+    return Gate()
+
+
+@pytest.fixture(scope="module")
+def page(gate):
+    model = DictatedModel(build_model("qwen3").eval(), processor(), SCRIPT, gate)
+    return Page(Backend(model, processor(), num_frames=6, notice="The answers are *dictated*."))
+
+
+@pytest.fixture
+def visitor(running, page, gate):
+    gate.place = None
+    gate.opened.clear()
+    with visit(running, page) as visitor:
+        yield visitor
+        gate.opened.set()
+
+
+@pytest.fixture
+def paths(tmp_path):
+    paths = [tmp_path / "left.png", tmp_path / "right.png"]
+    for seed, path in enumerate(paths):
+        picture(100, 200, seed).save(path)
+    return paths
+
+
+def color(label, object_id):
+    return DrawingStyle().color(label, object_id)
+
+
+def test_a_picture_its_points_as_they_come_and_the_files(visitor, gate, paths, tmp_path):
+    gate.place = "250 500 2"  # the first point is complete
+    original = np.asarray(picture(100, 200))
+    visitor.upload(paths[:1])
+    expect(visitor.page.locator(PICTURE)).to_be_visible()
+    assert (visitor.shown(PICTURE) == original).all()
+    before = visitor.page.locator(PICTURE).get_attribute("src")
+    visitor.ask("Point to the cups.")
+
+    expect(visitor.page.locator(PICTURE)).not_to_have_attribute("src", before)
+    early = visitor.shown(PICTURE)
+    assert tuple(early[50, 50]) == color("", 1)
+    assert (early[50, 150] == original[50, 150]).all()
+    expect(visitor.answers).to_contain_text("Counting the")
+    expect(visitor.page.locator("#export_json")).to_be_disabled()
+
+    gate.opened.set()
+    expect(visitor.answers).to_have_text("Counting the cups (2 points) shows a total of 2.")
+    expect(visitor.page.locator("#note")).to_contain_text("tokens in")
+    late = visitor.shown(PICTURE)
+    assert (tuple(late[50, 50]), tuple(late[50, 150])) == (color("cups", 1), color("cups", 2))
+    exported = visitor.export("coco", tmp_path)
+    content = json.loads(exported.read_text(encoding="utf-8"))
+    assert exported.name == "points_coco.json"
+    assert [annotation["keypoints"][:2] for annotation in content["annotations"]] == [[50, 50], [150, 50]]
+    expect(visitor.page.locator("#export_mot")).to_be_disabled()
+
+
+def test_two_pictures_and_a_follow_up(visitor, paths, tmp_path):
+    visitor.upload(paths)
+    expect(visitor.page.locator(PICTURE)).to_have_count(2)
+    visitor.ask("Point to the boats.")
+    expect(visitor.answers).to_have_text("boats (2 points)")
+    expect(visitor.page.locator("#export_csv")).to_be_enabled()
+    assert tuple(visitor.shown(f"{PICTURE} >> nth=0")[20, 20]) == color("boats", 1)
+    assert tuple(visitor.shown(f"{PICTURE} >> nth=1")[40, 60]) == color("boats", 2)
+    lines = visitor.export("csv", tmp_path).read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 3
+    visitor.ask("Are you sure?")
+    expect(visitor.answers.nth(1)).to_have_text("<b>Yes</b>, 1 < 2.")  # what the model writes is text, not HTML
+    expect(visitor.page.locator("#note")).to_contain_text("were known")
+    expect(visitor.page.locator("#export_csv")).to_be_enabled()  # of the points that are still drawn
+    visitor.ask("Any cats?")
+    expect(visitor.page.locator("#export_csv")).to_be_disabled()
+    assert (visitor.shown(f"{PICTURE} >> nth=0") == np.asarray(picture(100, 200))).all()
+
+
+def test_a_clip_plays_with_its_track(visitor, tmp_path):
+    visitor.upload([DATA / "world_clip.mp4"])
+    expect(visitor.page.locator(CLIP)).to_be_visible()
+    before = visitor.page.locator(CLIP).get_attribute("src")
+    visitor.ask("Track the red ring.")
+    expect(visitor.answers).to_have_text("ring (1 track)")
+    expect(visitor.page.locator(CLIP)).not_to_have_attribute("src", before)
+    visitor.page.wait_for_function("document.querySelector('#clip video').readyState >= 2")
+    clip = visitor.page.locator(CLIP)
+    clip.evaluate("video => { video.pause(); video.currentTime = 0; }")
+    visitor.page.wait_for_function("!document.querySelector('#clip video').seeking")
+    middle = visitor.shown(CLIP)[56, 56].astype(int)
+    assert np.abs(middle - color("ring", 1)).max() < ENCODED_TOLERANCE
+    assert abs(clip.evaluate("video => video.duration") - 2.4) < 0.2
+    assert tuple(visitor.shown(PICTURE)[90, 90]) == color("ring", 1)  # the sampled frames on a sheet
+    lines = visitor.export("mot", tmp_path).read_text().splitlines()
+    assert [line.split(",")[:2] for line in lines] == [["1", "1"], ["11", "1"]]
+
+
+def test_what_goes_wrong_is_said(visitor, paths, tmp_path):
+    status = visitor.page.locator("#status")
+    visitor.ask("Point to the cups.")
+    expect(status).to_contain_text("Add a picture or a clip first.")
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    visitor.upload([broken])
+    expect(status).to_contain_text("“broken.png” cannot be read as a picture.")
+    visitor.upload(paths[:1])
+    expect(status).to_be_hidden()
+    visitor.ask("   ")
+    expect(status).to_contain_text("Write a question first")
+    visitor.ask("Point to the cups.")
+    expect(visitor.answers).to_contain_text("total of 2")
+    expect(status).to_be_hidden()
+
+
+def test_an_example_and_a_new_conversation(visitor):
+    expect(visitor.page.locator("#notice")).to_contain_text("dictated")
+    visitor.page.get_by_role("button", name="Point in a picture").click()
+    expect(visitor.page.locator(PICTURE)).to_be_visible()
+    expect(visitor.page.locator("#question textarea")).to_have_value("Point to the red circles.")
+    visitor.page.locator("#question button").click()
+    expect(visitor.answers).to_contain_text("total of 2")
+    visitor.page.locator("#again").click()
+    expect(visitor.answers).to_have_count(0)
+    expect(visitor.page.locator("#export_json")).to_be_disabled()
+    expect(visitor.page.locator(PICTURE)).to_be_visible()
+
+
+def test_stop(visitor, gate, paths):
+    visitor.upload(paths[:1])
+    expect(visitor.page.locator(PICTURE)).to_be_visible()
+    gate.place = "word word word"
+    visitor.ask("Tell a story.")
+    expect(visitor.answers).to_contain_text("word word")
+    with visitor.page.expect_response(lambda response: "/queue/join" in response.url):
+        visitor.page.locator("#stop").click()
+    visitor.page.wait_for_timeout(500)
+    gate.opened.set()
+    expect(visitor.page.locator("#note")).to_contain_text("; stopped")
+    assert 2 < visitor.answers.inner_text().count("word") < 10
+    visitor.ask("Point to the cups.")
+    expect(visitor.answers.last).to_contain_text("total of 2")
+
+
+def test_the_command_line_starts_it(running, tmp_path):
+    port = free_port()
+    command = [sys.executable, "-m", "app", "--port", str(port), "--max-new-tokens", "6"]
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        address = next(line.split()[-1] for line in process.stdout if "http://" in line)
+        assert address == f"http://127.0.0.1:{port}"
+        with look_at(running, address) as visitor:
+            expect(visitor.page.locator("#notice")).to_contain_text("miniature")
+            visitor.page.get_by_role("button", name="Track in a clip").click()
+            expect(visitor.page.locator(CLIP)).to_be_visible()
+            visitor.page.locator("#question button").click()
+            expect(visitor.page.locator("#note")).to_contain_text("tokens in")
+    finally:
+        process.terminate()
+        process.wait(30)

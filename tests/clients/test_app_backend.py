@@ -1,0 +1,235 @@
+"""What the app does, without its page: conversations, points while they come, files, and what users are told."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+
+from app.__main__ import arguments
+from app.backend import Backend, UserError, is_clip, readable
+from app.models import MINIATURE, load
+from app.samples import SAMPLES
+from molmo2.grounding.files import from_coco, from_csv, from_json
+from molmo2.grounding.parse import parse_grounding
+from molmo2.tools.draw import DrawingStyle
+from support.checkpoints import REPOSITORY, build_model, module_cache, picture
+from support.model_inputs import processor
+from support.scripted_model import DictatedModel
+
+pytestmark = pytest.mark.slow
+
+CUPS = 'Counting the <points coords="1 1 250 500 2 750 500">cups</points> shows a total of 2.'
+BOATS = '<points coords="1 1 100 200\t2 2 300 400">boats</points>'
+RING = '<tracks coords="0.0 1 500 500\t1.0 1 600 500">ring</tracks>'
+SCRIPT = {"cups": CUPS, "boats": BOATS, "ring": RING, "sure": "Yes.", "cats": "There are none."}
+CLIP = REPOSITORY / "examples" / "data" / "world_clip.mp4"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_model("qwen3").eval()
+
+
+@pytest.fixture
+def backend(model):
+    return Backend(DictatedModel(model, processor(), SCRIPT), processor(), num_frames=6)
+
+
+@pytest.fixture
+def paths(tmp_path):
+    """Two pictures."""
+    paths = [tmp_path / "left.png", tmp_path / "right.png"]
+    for seed, path in enumerate(paths):
+        picture(100, 200, seed).save(path)
+    return paths
+
+
+@pytest.fixture
+def encodings(model, monkeypatch):
+    """How often the vision transformer ran."""
+    calls = []
+    original = type(model.vision_backbone).encode_crops
+    monkeypatch.setattr(
+        type(model.vision_backbone), "encode_crops", lambda self, *args: (calls.append(1), original(self, *args))[1]
+    )
+    return calls
+
+
+def color(label, object_id):
+    return DrawingStyle().color(label, object_id)
+
+
+def test_points_are_drawn_while_the_answer_is_written(backend, paths):
+    updates = list(backend.open(paths[:1]).answer("Point to the cups."))
+    drawn = [update for update in updates if update.pictures is not None]
+    assert [update.raw.count("500") for update in drawn] == [
+        1,
+        2,
+        2,
+    ]  # after each point, and with the label at the end
+    assert updates.index(drawn[1]) < len(updates) - 5
+    first, second, last = (np.asarray(update.pictures[0]) for update in drawn)
+    original = np.asarray(picture(100, 200))
+    assert first.shape == original.shape
+    assert tuple(first[50, 50]) == color("", 1)  # the label comes behind the points
+    assert (first[50, 150] == original[50, 150]).all()
+    assert tuple(second[50, 150]) == color("", 2)
+    assert (tuple(last[50, 50]), tuple(last[50, 150])) == (color("cups", 1), color("cups", 2))
+    assert updates[-1].text == "Counting the cups (2 points) shows a total of 2."
+    assert updates[-1].raw == CUPS
+    assert "tokens in" in updates[-1].note
+
+
+def test_several_pictures_each_with_its_own_points(backend, paths):
+    *_, last = backend.open(paths).answer("Point to the boats.")
+    left, right = (np.asarray(drawn) for drawn in last.pictures)
+    assert tuple(left[20, 20]) == color("boats", 1)
+    assert tuple(right[40, 60]) == color("boats", 2)
+    assert set(last.files) == {"json", "csv", "coco"}  # MOT is about clips
+
+
+def test_the_files_hold_the_points(backend, paths):
+    conversation = backend.open(paths)  # the files are there as long as it is
+    *_, last = conversation.answer("Point to the boats.")
+    expected = [(0, 20, 20), (1, 60, 40)]
+    for name, read in (("json", from_json), ("csv", from_csv), ("coco", from_coco)):
+        grounding = read(last.files[name].read_text(encoding="utf-8"))
+        assert [(point.image_index, point.x, point.y) for point in grounding.points] == expected
+
+
+def test_follow_ups_do_not_read_the_pictures_again(backend, paths, encodings):
+    conversation = backend.open(paths)
+    answers = [list(conversation.answer(text))[-1] for text in ("Point to the boats.", "Are you sure?", "The cups?")]
+    assert len(encodings) == 1
+    assert [answer.raw for answer in answers] == [BOATS, "Yes.", CUPS]
+    assert answers[1].files is None  # it is not about places: what was drawn and written before still holds
+    assert answers[1].pictures is None
+    assert answers[0].files["json"] != answers[2].files["json"]
+    assert json.loads(answers[0].files["json"].read_text(encoding="utf-8"))["text"] == BOATS
+
+
+def test_where_nothing_is_there_the_pictures_are_clean_again(backend, paths):
+    conversation = backend.open(paths[:1])
+    list(conversation.answer("Point to the cups."))
+    *_, last = conversation.answer("Point to the cats.")
+    assert (np.asarray(last.pictures[0]) == np.asarray(conversation.images[0])).all()
+    assert (last.files, last.clip) == ({}, None)
+
+
+def test_a_clip_comes_back_with_its_tracks(backend):
+    conversation = backend.open([CLIP])
+    assert len(conversation.frames) == 6
+    *_, last = conversation.answer("Track the ring.")
+    assert last.text == "ring (1 track)"
+    assert set(last.files) == {"json", "csv", "coco", "mot"}
+    assert [line.split(",")[:2] for line in last.files["mot"].read_text().splitlines()] == [["1", "1"], ["11", "1"]]
+    (sheet,) = last.pictures
+    assert tuple(np.asarray(sheet)[90, 90]) == color("ring", 1)  # in the middle of the first frame
+    frames, _ = processor().video_processor.fetch_videos(str(last.clip), num_frames=6)
+    assert np.abs(frames[0][56, 56].astype(int) - color("ring", 1)).max() < 40  # H.264 is not exact
+    *_, last = conversation.answer("Track the cats.")
+    assert (last.files, last.clip) == ({}, CLIP)
+
+
+def test_closing_stops_the_model(model, paths):
+    tokens = []
+    endless = DictatedModel(model, processor(), lambda prompt: "word " * 300, lambda text: tokens.append(text))
+    answer = Backend(endless, processor()).open(paths[:1]).answer("Describe it.")
+    next(answer)
+    answer.close()
+    time.sleep(0.5)
+    stopped_at = len(tokens)
+    assert stopped_at < 300
+    time.sleep(0.5)
+    assert len(tokens) == stopped_at
+
+
+def test_without_a_model_it_starts_with_the_miniature(tmp_path):
+    with module_cache(tmp_path / "modules"):
+        backend = load(None, tmp_path, max_new_tokens=4)
+        assert backend.notice == MINIATURE
+        *_, last = backend.open(SAMPLES[0].paths).answer(SAMPLES[0].question)
+    assert last.note.startswith("4 tokens in")
+
+
+def test_the_samples_can_be_opened(backend):
+    for sample in SAMPLES:
+        assert backend.open(sample.paths).images or backend.open(sample.paths).clip
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["app", "--model", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        arguments()
+    assert "holds no config.json. Pass a folder that transformers loads" in capsys.readouterr().err
+
+
+def test_stopping_keeps_what_there_is(model, paths):
+    def stop_at_three(text):
+        if text.count("word") == 3:
+            conversation.stop()
+
+    endless = DictatedModel(model, processor(), lambda prompt: "word " * 300, stop_at_three)
+    conversation = Backend(endless, processor()).open(paths[:1])
+    *_, last = conversation.answer("Tell a story.")
+    assert last.note.endswith("; stopped")
+    assert 3 <= last.raw.count("word") < 6
+
+
+# --- what users are told ---------------------------------------------------------------------------------------------
+
+
+def test_nothing_to_look_at(backend):
+    for nothing in (None, []):
+        with pytest.raises(UserError, match="Add a picture or a clip first"):
+            backend.open(nothing)
+
+
+def test_too_much(backend, paths):
+    for given in ([CLIP, CLIP], [CLIP, paths[0]]):
+        with pytest.raises(UserError, match="one clip, or any number of pictures"):
+            backend.open(given)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("broken.png", "picture"), ("broken.mp4", "clip"), ("notes.txt", "picture")]
+)
+def test_broken_files(backend, tmp_path, name, kind):
+    (tmp_path / name).write_bytes(b"no " + kind.encode())
+    with pytest.raises(UserError, match=f"“{name}” cannot be read as a {kind}"):
+        backend.open([tmp_path / name])
+
+
+def test_no_question(backend, paths):
+    with pytest.raises(UserError, match="Write a question first"):
+        list(backend.open(paths).answer("  "))
+
+
+def test_more_than_the_model_can_read(backend, paths):
+    with pytest.raises(UserError, match="Lower `num_frames`"):
+        list(backend.open(paths * 20).answer("The cups?"))
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+
+READABLE = {
+    CUPS: "Counting the cups (2 points) shows a total of 2.",
+    RING: "ring (1 track)",
+    "There are none.": "There are none.",
+    'See <points coords="1 1 250 5': "See (0 points)",
+    '<points coords="1 1 250 500">a</points>, <points coords="1 2 100 100">b</points>': "a (1 point), b (1 point)",
+    "2 < 3 & <b>bold</b>": "2 < 3 & <b>bold</b>",
+}
+
+
+@pytest.mark.parametrize(("answer", "expected"), READABLE.items())
+def test_answers_as_people_read_them(answer, expected):
+    assert readable(parse_grounding(answer)) == expected
+
+
+def test_clips_are_told_from_pictures():
+    assert is_clip(CLIP)
+    assert is_clip(REPOSITORY / "phone.M4V")
+    assert not is_clip(REPOSITORY / "animation.gif")
+    assert not is_clip(REPOSITORY / "no_suffix")

@@ -1,0 +1,301 @@
+"""The measuring suite: what it counts, how sides take turns, what it reports; one real row from end to end."""
+
+import cProfile
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+from benchmarks import profile, report, runner  # noqa: E402
+from benchmarks.curves import Curve, exponent, growth, linear_fit  # noqa: E402
+from benchmarks.harness import NotAvailable, Reach, Row, Settings, Side, measure  # noqa: E402
+from benchmarks.memory import PeakMemory, held_bytes  # noqa: E402
+from benchmarks.products import Products, reading  # noqa: E402
+
+SIDE = Side("ours", Settings(quick=True))
+
+
+def toy(sides: tuple[str, ...] = ("bound", "ours", "peer"), reach: tuple[Reach, ...] = ()) -> Row:
+    return Row("toy", "a toy", lambda side: lambda: None, "nothing", reach, sides)
+
+
+# --- one measurement -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the high-water mark is the Linux kernel's")
+def test_memory_that_was_freed_again_counts():
+    memory = PeakMemory("cpu")
+    np.ones(200_000_000, dtype=np.uint8)
+    first = memory.peak_bytes()
+    assert 195e6 < first < 260e6
+    again = PeakMemory("cpu")  # from here on, none of it
+    assert again.peak_bytes() < 50e6
+
+
+def test_bytes_that_are_shared_count_once():
+    tensor = torch.zeros(10, 4)
+    assert held_bytes({"a": tensor, "b": [np.zeros(3)], "c": "text", "d": None}) == 160 + 24
+    assert held_bytes([tensor, tensor[2:], tensor.view(-1)]) == 160
+    assert held_bytes(nn.Linear(4, 10, bias=False)) == 160
+
+
+def test_a_measurement_times_the_work_and_not_its_preparation():
+    calls = []
+
+    def prepare(side):
+        time.sleep(0.3)
+
+        def work():
+            calls.append(side.name)
+            time.sleep(0.01)
+            return torch.zeros(25)
+
+        return work
+
+    found = measure(prepare, SIDE)
+    assert len(calls) == len(found["seconds"]) + 1 > 3
+    assert 0.01 <= min(found["seconds"]) < 0.2
+    assert found["output_bytes"] == 100
+    assert set(calls) == {"ours"}
+
+
+def test_what_takes_long_runs_once(monkeypatch):
+    monkeypatch.setattr("benchmarks.harness.ENOUGH_SECONDS", 0.01)
+    found = measure(lambda side: lambda: time.sleep(0.02), SIDE)
+    assert found["seconds"] == [found["first_seconds"]]
+
+
+def test_a_side_that_cannot_says_why():
+    def prepare(side):
+        raise NotAvailable("no GPU")
+
+    assert measure(prepare, SIDE) == {"unavailable": "no GPU"}
+
+
+# --- turns and ratios ------------------------------------------------------------------------------------------------
+
+
+def run_toy(monkeypatch, row: Row, figures: dict, rounds: int = 3) -> tuple[dict, list[str]]:
+    """Runs a row whose processes return these figures: of each side a list, one entry per round, or an error."""
+    order: list[str] = []
+
+    def run_child(name, side, settings, point=None):
+        order.append(side)
+        entry = figures[side]
+        return entry if isinstance(entry, dict) else entry[order.count(side) - 1]
+
+    monkeypatch.setattr(runner, "run_child", run_child)
+    return runner.run_row(row, ["/x/other"], rounds, SIDE.settings), order
+
+
+def taken(*seconds: float, peak: int | None = 100, output: int = 50) -> dict:
+    return {"seconds": list(seconds), "peak_bytes": peak, "output_bytes": output, "load": 0.0}
+
+
+def test_sides_take_turns_and_rounds_count_alike(monkeypatch):
+    figures = {
+        "bound": [taken(1.0), taken(1.0), taken(1.0)],
+        "ours": [taken(2.0, 2.0, 2.0, 2.0), taken(3.0), taken(9.0, 9.0)],
+        "/x/other": {"error": "Traceback\nValueError: no"},
+    }
+    found, order = run_toy(monkeypatch, toy(reach=(Reach(2.5, "bound"), Reach(1.5, "output", "peak"))), figures)
+    assert order == ["bound", "ours", "/x/other", "bound", "ours", "bound", "ours"]
+    assert found["sides"]["ours"]["seconds"] == 3.0
+    assert found["sides"]["/x/other"]["error"].endswith("no")
+    assert [(reach["found"], reach["met"]) for reach in found["reach"]] == [(3.0, False), (2.0, False)]
+
+
+@pytest.mark.parametrize(
+    ("reach", "found", "met"),
+    [
+        (Reach(0.5, "bound"), 0.5, True),
+        (Reach(0.4, "bound"), 0.5, False),
+        (Reach(1.0, "bound", "peak"), 0.1, True),
+        (Reach(2.0, "output", "peak"), 1.25, True),
+        (Reach(2.0, "over output", "peak"), 2, True),
+        (Reach(1.0, "native"), None, None),
+    ],
+)
+def test_figures_to_reach(monkeypatch, reach, found, met):
+    figures = {
+        "bound": [taken(2.0, peak=100)],
+        "ours": [taken(1.0, peak=10, output=8)],
+        "native": {"unavailable": "-"},
+    }
+    row = toy(("bound", "ours", "native"), (reach,))
+    result, _ = run_toy(monkeypatch, row, figures, rounds=1)
+    assert (result["reach"][0]["found"], result["reach"][0]["met"]) == (found, met)
+
+
+def test_a_process_that_fails_is_reported(monkeypatch, tmp_path):
+    found = runner.run_child("no such row", "ours", Settings(cache=tmp_path))
+    assert "KeyError" in found["error"]
+
+
+# --- bounds and growth -----------------------------------------------------------------------------------------------
+
+
+def test_products_are_those_of_the_forward_pass():
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    inputs = torch.zeros(3, 5, 4)
+
+    def forward():
+        hidden = model(inputs)
+        nn.functional.scaled_dot_product_attention(hidden[:, None], hidden[:, None], hidden[:, None])
+
+    with torch.no_grad():
+        products = Products.of(model, forward)
+        assert [(rows, tuple(weight.shape)) for rows, weight in products.linear] == [(15, (6, 4)), (15, (2, 6))]
+        assert products.attention == ((torch.Size((3, 1, 5, 2)), torch.Size((3, 1, 5, 2))),)
+        products.work()()
+        assert len(Products.of(model, forward, attention=False).attention) == 0
+
+
+def test_weights_that_every_token_needs_are_read(monkeypatch):
+    """Matrices as often as there are tokens; embedding tables, vision and vectors never."""
+    read = []
+    monkeypatch.setattr(torch.Tensor, "sum", lambda weight: read.append(tuple(weight.shape)))
+    monkeypatch.setattr(torch, "mv", lambda weight, zeros: read.append(tuple(weight.shape)))
+    model = nn.ModuleDict({"blocks": nn.Linear(4, 6), "embedding": nn.Embedding(9, 4), "vision": nn.Linear(4, 4)})
+    run = reading(model, 3)
+    read.clear()
+    run()
+    assert read == [(6, 4)] * 3
+
+
+@pytest.mark.parametrize("power", [0.0, 1.0, 2.0])
+def test_exponents(power):
+    points = [1, 10, 100, 1000]
+    assert exponent(points, [3 * n**power for n in points]) == pytest.approx(power)
+
+
+def test_a_start_does_not_hide_linear_growth():
+    points = [1, 100, 200, 400]
+    fit = linear_fit(points, [5 + 2 * n for n in points])
+    assert (fit["start"], fit["slope"], fit["explained"]) == pytest.approx((5, 2, 1))
+    assert linear_fit(points, [n**3 for n in points])["explained"] < 0.95
+
+
+def curve_figures(power: float = 1.0) -> dict:
+    curve = Curve("Toys", "toys", (1, 2, 4), ("seconds",), lambda side, point: lambda: None)
+    return growth(curve, [{"point": n, "seconds": 0.1 * n**power, "peak_bytes": 10**6 * n} for n in curve.points])
+
+
+# --- reports ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def results(monkeypatch) -> dict:
+    figures = {
+        "bound": [taken(0.5)],
+        "ours": [taken(1.0, peak=3 * 10**9)],
+        "native": {"unavailable": "no torchvision"},
+        "/x/other": {"error": "Traceback\nValueError: odd"},
+    }
+    row, _ = run_toy(monkeypatch, toy(("bound", "ours", "native", "peer"), (Reach(1.5, "bound"),)), figures, rounds=1)
+    about = {"processor": "a processor", "gpu": None, "cores": 2, "torch": "2.13"}
+    return {"machine": about, "threads": 2, "rows": [row], "curves": {"toys": curve_figures()}}
+
+
+def test_the_table(results):
+    lines = report.table(results).splitlines()
+    assert lines[0] == "| row | bound | ours | native | other | peak of ours | of native | reach |"
+    assert lines[2] == "| a toy | 500 ms | 1 s | - | - | 3.00 GB | - | 2 of bound (at most 1.5) ✗ |"
+    assert "- toy, native: no torchvision" in lines
+    assert "- toy, other: failed, ValueError: odd" in lines
+    assert "- Bound of toy: nothing." in lines
+    assert any("time ~ n^1.00, linear fit 1.000 (should be at most linear)" in line for line in lines)
+
+
+def test_the_readme_keeps_its_text(results, tmp_path, monkeypatch):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n", encoding="utf-8")
+    monkeypatch.setattr(report, "README", readme)
+    (tmp_path / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    picture = tmp_path / "growth.png"
+    report.main([str(tmp_path / "results.json"), "--readme", "--curves", str(picture)])
+    text = readme.read_text(encoding="utf-8")
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "old" not in text
+    assert report.table(results) in text
+    assert 500 < picture.stat().st_size < 50_000
+
+
+def test_the_readme_has_a_place_for_results():
+    text = report.README.read_text(encoding="utf-8")
+    assert text.count(report.START) == text.count(report.END) == 1
+
+
+# --- from end to end -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_row_from_end_to_end(tmp_path):
+    """Real processes, a made-up checkpoint, this repository as its own peer; native may or may not be available."""
+    output = tmp_path / "results.json"
+    command = [sys.executable, "-m", "benchmarks", "--quick", "--threads", "1", "--cache", str(tmp_path / "cache")]
+    command += ["--rows", "vision", "--peer", str(REPOSITORY), "--output", str(output)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (row,) = json.loads(output.read_text(encoding="utf-8"))["rows"]
+    for side in ("bound", "ours", str(REPOSITORY)):
+        assert row["sides"][side]["seconds"] > 0
+    native = row["sides"]["native"]
+    assert "seconds" in native or native["unavailable"]
+    assert row["sides"]["ours"]["output_bytes"] == 512 * 4  # the logits of one place
+    assert report.table(json.loads(output.read_text(encoding="utf-8")))
+
+
+def test_profiles_name_what_takes_the_time(tmp_path, capsys):
+    output = tmp_path / "profiles.md"
+    assert profile.main(["photo-8", "--quick", "--cache", str(tmp_path), "--output", str(output)]) == 0
+    line = output.read_text(encoding="utf-8").splitlines()[-1]
+    assert re.fullmatch(r"\| photo-8 \| [\d.]+ \w+ \| (\d+% `[^`|]+` \([\d,]+\)(, )?)+ \|", line)
+    assert line in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        (("~", 0, "<built-in method torch._C._nn.linear>"), "`linear`"),
+        (("~", 0, "<method 'gather' of 'torch._C.TensorBase' objects>"), "`gather`"),
+        (("/a/pixels_molmo2.py", 12, "rows"), "`molmo2.image.pixels.rows`"),
+        (
+            ("/a/pixels_molmo2.py", 12, "<dictcomp>"),
+            "`molmo2.image.pixels.<dictcomp>`",
+        ),  # a frame of its own before 3.12
+        (("<string>", 2, "<lambda>"), "`<string>.<lambda>`"),
+    ],
+)
+def test_names_in_profiles(place, name):
+    assert profile.name_of(place) == name
+
+
+def test_profiles_share_the_time_among_functions():
+    def waiting():
+        for _ in range(3):
+            time.sleep(0.05)
+
+    run = cProfile.Profile()
+    run.runcall(waiting)
+    total, (most, *_) = profile.shares(run)
+    assert total >= 0.15
+    assert (most[0], most[2]) == ("`sleep`", 3)
+
+
+def test_rows_that_miss_their_goal_are_profiled(tmp_path, monkeypatch):
+    rows = [{"row": str(met), "reach": [{"met": True}, {"met": met}]} for met in (True, False, None)]
+    (tmp_path / "cpu.json").write_text(json.dumps({"rows": rows}), encoding="utf-8")
+    monkeypatch.setattr(profile, "RESULTS", tmp_path / "cpu.json")
+    assert profile.missed() == ["False"]

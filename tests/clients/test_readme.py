@@ -1,0 +1,92 @@
+"""The Python blocks of the README and of the pages in docs run as they are written, in a folder with their files.
+
+On a page, `print(...)  # text` prints that text; the comment may stand on the next line.
+"""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+for place in (REPOSITORY, REPOSITORY / "examples"):
+    sys.path.insert(0, str(place))
+
+from miniature import bundle, native  # noqa: E402
+from support.random_miniature import write_json, write_miniature  # noqa: E402
+
+
+def python_blocks(page):
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+
+
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+BLOCKS = python_blocks(REPOSITORY / "README.md")
+ELSEWHERE = ("fiftyone", "training")  # test_fiftyone.py, beside a database, and test_trainers.py run these
+PAGES = [
+    page for page in sorted((REPOSITORY / "docs").glob("*.md")) if python_blocks(page) and page.stem not in ELSEWHERE
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("readme")
+    write_miniature(folder / "Molmo2-4B")
+    # Answers of random weights end anywhere or never; the blocks ask for hundreds of tokens.
+    settings = json.loads((folder / "Molmo2-4B" / "generation_config.json").read_text(encoding="utf-8"))
+    write_json(folder / "Molmo2-4B" / "generation_config.json", {**settings, "max_time": 1.0})
+    data = REPOSITORY / "examples" / "data"
+    for name, source in (
+        ("boats.jpg", "nasa_frame.jpg"),
+        ("harbour.jpg", "nasa_frame.jpg"),
+        ("penguins.mp4", "nasa_clip.mp4"),
+    ):
+        shutil.copy(data / source, folder / name)
+    native.to_transformers(native.CHECKPOINT, folder / "demo_output" / "miniature")
+    (folder / "examples" / "data").mkdir(parents=True)
+    shutil.copy(data / "world_picture.png", folder / "examples" / "data")
+    return folder
+
+
+def test_the_blocks_run_as_written(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    names = {}
+    for block in BLOCKS:
+        exec(compile(block, "README.md", "exec"), names)
+    assert len(BLOCKS) == 10
+    assert capsys.readouterr().out.count("\n") >= 7  # seven answers
+    assert names["plan"].num_tokens <= 1000
+    assert len(names["answers"]) == 2
+    assert all(isinstance(answer, str) for answer in names["answers"])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_blocks_of_a_page_run_as_written(page, folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    names = {}
+    for block in python_blocks(page):
+        exec(compile(block, page.name, "exec"), names)
+        printed = capsys.readouterr().out.splitlines()
+        for line in re.findall(r"^print\(.*\)(?:  |\n)# (.*)$", block, re.M):
+            assert line in printed
+
+
+def test_the_demo_answers_truly(monkeypatch, capsys, tmp_path):
+    """What it prints stands in the README; the bundled picture and clip are answered as they were drawn."""
+    import demo
+
+    monkeypatch.setattr(sys, "argv", ["demo.py", str(tmp_path)])
+    demo.main()
+    printed = capsys.readouterr().out
+    quoted = re.search(r"It prints, among others:\n\n```\n(.*?)^```", README, re.M | re.S).group(1)
+    assert quoted.replace("demo_output", str(tmp_path)) in printed
+    assert printed.count("the truth: ") == 6
+    red_circles = [thing for thing in bundle.picture().things if (thing.colour, thing.kind) == ("red", "circle")]
+    found = re.findall(r"red circles \d: x (\d+), y (\d+) of (\d+)x(\d+)", printed)
+    for thing in red_circles:
+        gaps = [(int(x) / int(w) - thing.x) ** 2 + (int(y) / int(h) - thing.y) ** 2 for x, y, w, h in found]
+        assert min(gaps) ** 0.5 < 0.03
+    assert {path.name for path in tmp_path.iterdir()} >= {"miniature", "points.png", "track.mp4"}

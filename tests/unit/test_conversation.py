@@ -1,0 +1,196 @@
+"""Finding the pictures of messages, and what their parts say about them."""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+from transformers.video_utils import VideoMetadata
+
+from molmo2.processing.chat import find_media, is_batch, messages_of
+
+
+def user(*parts):
+    return [{"role": "user", "content": list(parts)}]
+
+
+@pytest.mark.parametrize(
+    ("part", "source"),
+    [
+        ({"type": "image", "image": "a.png"}, "a.png"),
+        ({"type": "image", "url": "http://host/a.png"}, "http://host/a.png"),
+        ({"type": "image", "path": "a.png"}, "a.png"),
+        ({"type": "image", "base64": "aGVsbG8="}, "aGVsbG8="),
+        ({"type": "image", "image": {"url": "a.png"}}, "a.png"),
+        ({"type": "image", "image": None, "path": "a.png"}, "a.png"),
+        ({"type": "image_url", "image_url": "a.png"}, "a.png"),
+        ({"type": "image_url", "image_url": {"url": "a.png", "detail": "low"}}, "a.png"),
+        ({"image": "a.png"}, "a.png"),
+        ({"image_url": {"url": "a.png"}}, "a.png"),
+        ({"type": "text", "text": "look", "image": "a.png"}, "a.png"),
+    ],
+)
+def test_image_sources(part, source):
+    media = find_media(user({"type": "text", "text": "What is this?"}, part))
+    assert (media.images, media.videos) == ([source], [])
+
+
+@pytest.mark.parametrize(
+    ("part", "source"),
+    [
+        ({"type": "video", "video": "a.mp4"}, "a.mp4"),
+        ({"type": "video", "url": "http://host/a.mp4"}, "http://host/a.mp4"),
+        ({"type": "video", "path": "a.mp4"}, "a.mp4"),
+        ({"type": "video", "video": ["0.png", "1.png"]}, ["0.png", "1.png"]),
+        ({"type": "video_url", "video_url": {"url": "a.mp4"}}, "a.mp4"),
+        ({"video": "a.mp4"}, "a.mp4"),
+        ({"video_url": "a.mp4"}, "a.mp4"),
+    ],
+)
+def test_video_sources(part, source):
+    media = find_media(user(part, {"type": "text", "text": "What is this?"}))
+    assert (media.images, media.videos) == ([], [source])
+    assert (media.video_metadata, media.video_options) == ([None], [{}])
+
+
+def test_pictures_of_all_turns_in_order():
+    conversation = [
+        {"role": "subtitle", "content": "said"},
+        {"role": "system", "content": ({"type": "image", "image": "0"},)},
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image", "image": "1"}]},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": [{"type": "video", "video": "2"}, {"type": "image", "image": "3"}, "bare text"]},
+        {"role": "assistant", "content": None},
+        {"role": "user"},
+    ]
+    media = find_media(conversation)
+    assert (media.images, media.videos) == (["0", "1", "3"], ["2"])
+
+
+def test_options_of_a_video_part():
+    part = {
+        "type": "video",
+        "video": "a.mp4",
+        "clip": [1, 2],
+        "num_frames": 4,
+        "max_fps": 3,
+        "frame_sample_mode": "fps",
+        "sampling_fps": 1,
+        "backend": "pyav",
+        "unknown": 1,
+    }
+    media = find_media(user(part, {"type": "video", "video": "b.mp4", "video_backend": "decord"}))
+    first = {name: part[name] for name in ("clip", "num_frames", "max_fps", "frame_sample_mode", "sampling_fps")}
+    assert media.video_options == [{**first, "video_backend": "pyav"}, {"video_backend": "decord"}]
+
+
+def test_keys_that_a_data_set_filled_with_null_are_not_there():
+    filled = {
+        "image": None,
+        "image_url": None,
+        "video": None,
+        "text": None,
+        "clip": None,
+        "max_fps": None,
+        "fps": None,
+    }
+    media = find_media(
+        user({**filled, "type": "text", "text": "x"}, {**filled, "type": "image", "image": "a.png"})
+        + user({**filled, "type": "video", "video": "a.mp4"})
+    )
+    assert media.images == ["a.png"]
+    assert media.videos == ["a.mp4"]
+    assert media.video_metadata == [None]
+    assert media.video_options == [{}]
+
+
+def test_a_rate_beside_a_file_asks_for_that_sampling_and_beside_frames_tells_theirs():
+    frames = [[[0]]]
+    media = find_media(
+        user({"type": "video", "video": "a.mp4", "fps": 1}, {"type": "video", "video": frames, "fps": 2})
+    )
+    assert media.video_options == [{"fps": 1}, {}]
+    assert media.video_metadata == [None, {"fps": 2}]
+
+
+@pytest.mark.parametrize("conversation", ["hello", {"role": "user"}, ["hello"], None])
+def test_what_is_no_conversation(conversation):
+    with pytest.raises(ValueError, match=r"A conversation is a list of messages such as .* found "):
+        find_media(conversation)
+
+
+@pytest.mark.parametrize(
+    ("said", "metadata"),
+    [
+        ({}, None),
+        ({"video_metadata": {"fps": 5.0}}, {"fps": 5.0}),
+        ({"metadata": {"fps": 5.0}}, {"fps": 5.0}),
+        ({"fps": 5.0}, {"fps": 5.0}),
+        ({"timestamps": [0.0, 0.5]}, {"timestamps": [0.0, 0.5]}),
+        ({"timestamps": None, "fps": None}, None),
+        ({"fps": 4.0, "video_metadata": {"fps": 5.0, "duration": 2.0}}, {"fps": 4.0, "duration": 2.0}),
+    ],
+)
+def test_metadata_of_a_video_part(said, metadata):
+    part = {"type": "video", "video": [[[0]]], **said}
+    assert find_media(user(part)).video_metadata == [metadata]
+
+
+def test_metadata_object_of_a_video_part():
+    known = VideoMetadata(total_num_frames=10, fps=5.0)
+    assert find_media(user({"type": "video", "video": "a", "metadata": known})).video_metadata == [known]
+    (merged,) = find_media(user({"type": "video", "video": [[[0]]], "metadata": known, "fps": 2.0})).video_metadata
+    assert (merged["total_num_frames"], merged["fps"]) == (10, 2.0)
+    assert known.fps == 5.0
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (
+            {"type": "image"},
+            "Part 1 of message 2, an image, has no source; expected one of the keys ['image', 'image_url', 'url', "
+            "'path', 'base64']. To pass images separately, render with `tokenize=False` and call the processor with "
+            "`images=`.",
+        ),
+        ({"type": "image", "image": None}, "Part 1 of message 2, an image, has no source;"),
+        ({"type": "video"}, "Part 1 of message 2, a video, has no source; expected one of the keys ['video', "),
+    ],
+)
+def test_pictures_without_a_source(part, message):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        find_media([*turns, *user({"type": "text", "text": "c"}, part)])
+
+
+CONVERSATION = [{"role": "user", "content": "Hi"}]
+
+
+@pytest.mark.parametrize(
+    ("conversation", "batch"),
+    [
+        (CONVERSATION, False),
+        (tuple(CONVERSATION), False),
+        ([], False),
+        ([CONVERSATION], True),
+        ((CONVERSATION, CONVERSATION), True),
+        ([tuple(CONVERSATION)], True),
+        (SimpleNamespace(messages=CONVERSATION), False),
+        ([SimpleNamespace(messages=CONVERSATION)], True),
+    ],
+)
+def test_one_conversation_or_several(conversation, batch):
+    assert is_batch(conversation) == batch
+
+
+def test_objects_that_hold_messages():
+    """Pipelines wrap a conversation in an object."""
+    assert messages_of(SimpleNamespace(messages=CONVERSATION)) == CONVERSATION
+    wrapped = SimpleNamespace(messages=user({"type": "image", "image": "a.png"}))
+    assert find_media(wrapped).images == ["a.png"]
+
+
+def test_messages_are_left_as_they_were():
+    part = {"type": "video", "video": "a.mp4", "fps": 2.0, "video_metadata": {"duration": 1.0}}
+    conversation = user(part)
+    find_media(conversation)
+    assert conversation == user({"type": "video", "video": "a.mp4", "fps": 2.0, "video_metadata": {"duration": 1.0}})

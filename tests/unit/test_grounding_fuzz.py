@@ -1,0 +1,220 @@
+"""Answers made at random, damaged at random, and hostile: nothing raises, nothing is invented, time stays linear."""
+
+import re
+import sys
+import time
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from molmo2.grounding.parse import GroundingStream, parse_grounding
+from support.grounding_answers import answers, card_rows
+
+# What means something to a reader, for damage and for texts made of nothing else.
+TAG_PIECES = ["<points ", "<tracks ", "<point ", "</points>", "</tracks>", "coords=", 'coords="', "alt='", "label="]
+MARKS = [
+    '"',
+    "'",
+    "&quot;",
+    "&",
+    "&quo",
+    "\\t",
+    "\\",
+    '\\"',
+    "\t",
+    "\n",
+    ";",
+    ",",
+    " ",
+    ">",
+    "/>",
+    "<",
+    "/",
+    "=",
+    "\0",
+]
+NUMBERS = ["1 ", "2 ", "0.5 ", "1.0", "500 ", "99 ", "1001", "x1=", "y1=", "x=", '"10.5"', "7", "\u0663", "."]
+WORDS = ["There are ", "There are none.", " shows a total of 3", "Counting the ", "\xe9", "\ud800", "\u2028", "cup"]
+PIECES = st.sampled_from(TAG_PIECES + MARKS + NUMBERS + WORDS)
+
+
+def rows(points):
+    return [(point.key, point.id, round(point.x_norm * 1000), round(point.y_norm * 1000)) for point in points]
+
+
+def bare(points):
+    """What does not depend on text that comes after the coordinates."""
+    return [(p.tag, p.key, p.id, p.x, p.y, p.x_norm, p.y_norm, p.image_index, p.moment, p.span) for p in points]
+
+
+def assert_nothing_is_invented(found):
+    """The numbers of each point stand in its span, in order, inside a tag; the spans follow each other."""
+    last = 0
+    for tag in found.tags:
+        assert last <= tag.span[0] < tag.span[1] <= len(found.text)
+        last = tag.span[1]
+        place = tag.span[0]
+        for point in tag.points:
+            assert place <= point.span[0] < point.span[1] <= tag.span[1]
+            written = found.text[slice(*point.span)]
+            numbers = [float(number) for number in re.findall(r"[0-9]+(?:\.[0-9]*)?|\.[0-9]+", written)]
+            if numbers[0] == point.id and len(numbers) == 3:
+                grid = 1000
+                place = point.span[1]
+            else:  # the older notation, whose tags do not write ids
+                grid, numbers = 100, [point.id, *numbers]
+                assert {"x", "y"} <= set(re.findall("[xy]", found.text[slice(*tag.span)].lower()))
+            assert {point.x_norm, point.y_norm} <= {number / grid for number in numbers}
+            assert 0 <= point.x_norm <= 1
+            assert 0 <= point.y_norm <= 1
+            if grid == 1000:
+                assert numbers == [point.id, point.x_norm * 1000, point.y_norm * 1000]
+                key = found.text[tag.span[0] : point.span[0]]
+                assert float(point.key) in [float(word) for word in re.findall(r"[0-9]*\.[0-9]+|[0-9]+\.?", key)]
+    assert [point for tag in found.tags for point in tag.points] == list(found.points)
+
+
+def read(text, cuts=()):
+    """The whole text at once, and in pieces, which has to come to the same."""
+    found = parse_grounding(text)
+    stream, points, places = GroundingStream(), [], [0, *sorted(cut % (len(text) + 1) for cut in cuts), len(text)]
+    for start, end in pairwise(places):
+        points += stream.feed(text[start:end])
+    assert stream.close() == found
+    assert bare(points) == bare(found)[: len(points)]
+    assert_nothing_is_invented(found)
+    return found
+
+
+@given(answers())
+@settings(max_examples=200)
+def test_undamaged_answers_are_read_as_the_card_reads_them(answer):
+    kind = {"pointing": "image", "multi-image": "multi_image"}.get(answer.mode, "video")
+    found = parse_grounding(answer.text, [(1000, 1000)] * answer.num_images, kind=kind)
+    assert rows(found) == list(answer.rows)
+    assert [(float(key), *rest) for key, *rest in rows(found)] == card_rows(answer.text)
+    assert not found.truncated
+    assert read(answer.text).tags == read(answer.text, cuts=range(0, 400, 7)).tags
+
+
+@given(answers(), st.data())
+@settings(max_examples=200)
+def test_an_answer_cut_anywhere_keeps_its_complete_triples(answer, data):
+    end = data.draw(st.integers(0, len(answer.text)))
+    whole, found = parse_grounding(answer.text), read(answer.text[:end])
+    complete = [row for row, point in zip(rows(whole), whole) if point.span[1] < end]
+    assert rows(found)[: len(complete)] == complete
+    assert len(found) <= len(complete) + 1
+    if len(found) > len(complete):  # the last number may have lost digits, but has three
+        key, number, x, y = rows(whole)[len(complete)]
+        assert rows(found)[-1][:3] == (key, number, x)
+        assert str(y).zfill(3).startswith(f"{rows(found)[-1][3]:03d}")
+    (tag,) = whole.tags
+    if tag.span[0] < end < tag.span[1]:
+        assert found.truncated
+
+
+@st.composite
+def damaged(draw):
+    text = draw(answers()).text
+    for _ in range(draw(st.integers(1, 6))):
+        start = draw(st.integers(0, len(text)))
+        end = min(len(text), start + draw(st.integers(0, 8)))
+        text = text[:start] + draw(st.sampled_from(["", text[start:end][::-1]]) | PIECES) + text[end:]
+    return text
+
+
+@given(damaged(), st.lists(st.integers(0, 10**6), max_size=8))
+@settings(max_examples=200)
+def test_damaged_answers(text, cuts):
+    read(text, cuts)
+
+
+@given(st.lists(PIECES, max_size=60).map("".join), st.lists(st.integers(0, 10**6), max_size=8))
+@settings(max_examples=400)
+def test_texts_of_nothing_but_notation(text, cuts):
+    read(text, cuts)
+
+
+@given(st.text(max_size=200) | st.text(st.characters(categories=["Cs", "Nd", "Zs", "Cc"]), max_size=100))
+@settings(max_examples=200)
+def test_any_unicode(text):
+    assert len(read(text)) == 0 or "coords" in text.lower()
+
+
+@given(answers(modes=["video pointing", "tracking"]))
+@settings(max_examples=100)
+def test_times_survive_tabs_that_became_spaces(answer):
+    for separator in ("\t", ";"):
+        text = answer.text.replace(separator, " ")
+    if "\t" not in text:
+        assert rows(parse_grounding(text.replace(";", " "), kind="video")) == list(answer.rows)
+
+
+# --- hostile texts ---------------------------------------------------------------------------------------------------
+
+STARTS = ["", "7", "Counting the ", '<points coords="1 1 100 100">', "<points ", '<points x1="']
+STARTS += ['<points coords="', "<points coords=", '<points alt="', "<points alt='", "<points alt=&quot;"]
+REPEATED = ['<points coords="', '<points alt="x ', "<points>", '<points coords="1 1 100 100">', "</points>", "<", "<p"]
+REPEATED += ['<points coords="1 1 100 100">a</points>', '<point x="1" y="2">a</point>', ' a="', " a=", " coords="]
+REPEATED += ["5", '"', "'", "&quot;", "&quot; ", "&quot;a", "&", "\\", " ", "\n", "\t", ">", "/", "=", "a"]
+REPEATED += ["1 ", "1 100 200 ", "1.0 ", "there are 3 ", "counting the ", "counting the shows a total of 3 "]
+REPEATED += ["shows a total of 3. ", "there are none "]
+
+
+def num_calls(text, piece):
+    """Calls of functions, Python's and C's, while a text is read in pieces: what the machine does, without a clock."""
+    calls = 0
+
+    def count(frame, event, argument):
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        stream = GroundingStream()
+        for start in range(0, len(text), piece):
+            stream.feed(text[start : start + piece])
+        stream.close()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+@pytest.mark.parametrize("piece", [1, 10**9], ids=["characters", "whole"])
+@pytest.mark.parametrize("start", STARTS)
+def test_steps_grow_as_the_text_does(start, piece):
+    for repeated in REPEATED:
+        short, long = (num_calls(start + repeated * (size // len(repeated)), piece) for size in (1000, 4000))
+        assert long <= 4.2 * short + 100, repeated
+
+
+def work(text):
+    """Seconds of this thread's own work, the lesser of two tries; what else the machine does is not in it."""
+    spent = []
+    for _ in range(2):
+        started = time.thread_time()
+        parse_grounding(text)
+        spent.append(time.thread_time() - started)
+    return min(spent)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("repeated", REPEATED)
+def test_megabytes(repeated):
+    """What a regular expression does is one call, so here its work decides. Quadratic would be 100 times as much."""
+    for start in STARTS[::4]:
+        short, long = (work(start + repeated * (size // len(repeated))) for size in (50_000, 500_000))
+        assert long <= 30 * short + 0.5, start
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "repeated", ['<points coords="', "5", "<", '"', "1 100 200 ", '<points coords="1 1 100 100">']
+)
+@pytest.mark.parametrize("start", STARTS[::6])
+def test_five_megabytes(start, repeated):
+    found = parse_grounding(start + repeated * (5_000_000 // len(repeated)))
+    assert found.truncated == ("points" in start + repeated or repeated == "<")

@@ -1,0 +1,470 @@
+"""The model against itself: what must not change the numbers, what must be refused."""
+
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from molmo2.model.pretrained import checkpointing_settings
+from support.checkpoints import FAMILIES, build_model, picture
+from support.model_inputs import MIXED, batch, clip, processor, real_tokens
+
+ATOL = 2e-5
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request):
+    return build_model(request.param)
+
+
+@pytest.fixture(scope="module")
+def qwen3():
+    return build_model("qwen3")
+
+
+@torch.no_grad()
+def logits_of(model, inputs, **options) -> torch.Tensor:
+    return model(**inputs, **options).logits
+
+
+def with_attention(model, implementation: str):
+    other = copy.deepcopy(model)
+    other.set_attn_implementation(implementation)
+    return other
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_batch_equals_single_rows(model, side):
+    inputs = batch(*MIXED, padding_side=side)
+    together = real_tokens(logits_of(model, inputs), inputs)
+    for name, row in zip(MIXED, together, strict=True):
+        alone = logits_of(model, batch(name))[0]
+        torch.testing.assert_close(row, alone, atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "flex_attention"])
+def test_attention_implementations_agree(model, implementation):
+    inputs = batch(*MIXED)
+    other = with_attention(model, implementation)
+    parts = (other, other.model.transformer, other.vision_backbone, other.vision_backbone.image_vit)
+    assert [part.config._attn_implementation for part in parts] == [implementation] * 4
+    expected, found = logits_of(model, inputs), logits_of(other, inputs)
+    for a, b in zip(real_tokens(expected, inputs), real_tokens(found, inputs), strict=True):
+        torch.testing.assert_close(b, a, atol=5e-5, rtol=0)
+
+
+def test_each_part_calls_the_attention_that_was_chosen(qwen3, monkeypatch):
+    """Flash attention itself is not installed here; what it would be called with is recorded instead."""
+    calls = []
+
+    def recording(module, query, key, value, attention_mask, **kwargs):
+        calls.append((type(module).__name__, query.dtype, attention_mask))
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, None, **kwargs)
+
+    model = copy.deepcopy(qwen3)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", recording)
+    for part in (model, model.model.transformer, model.vision_backbone, model.vision_backbone.image_vit):
+        part.config._attn_implementation_internal = "flash_attention_2"
+    expected = logits_of(qwen3, batch("text"))
+    torch.testing.assert_close(logits_of(model, batch("text")), expected, atol=ATOL, rtol=0)
+    assert {name for name, *_ in calls} == {"Molmo2Attention"}
+    calls.clear()
+    # With pictures the text model needs a mask that flash lacks, as does masked pooling; the vision tower does not.
+    torch.testing.assert_close(logits_of(model, batch("image")), logits_of(qwen3, batch("image")), atol=ATOL, rtol=0)
+    assert {name for name, *_ in calls} == {"Molmo2VisionAttention"}
+    assert {dtype for _, dtype, _ in calls} == {torch.float32}
+
+
+@pytest.mark.parametrize(("crops", "tokens"), [(1, 1), (3, 7), (None, None), (1000, 1000)])
+def test_chunked_vision_equals_unchunked(model, crops, tokens):
+    inputs = batch("two images")
+    names = ("pixel_values", "image_token_pooling", "image_grids", "image_num_crops")
+    with torch.no_grad():
+        expected = model.get_image_features(**{name: inputs[name] for name in names})
+        backbone = copy.deepcopy(model.vision_backbone)
+        other = copy.copy(model.model)
+        other._modules = {**model.model._modules, "vision_backbone": backbone}
+        backbone.crops_per_chunk, backbone.tokens_per_chunk = crops, tokens
+        found = other.get_image_features(**{name: inputs[name] for name in names})
+    torch.testing.assert_close(found, expected, atol=ATOL, rtol=0)
+
+
+def test_a_chunk_of_nothing_is_refused(qwen3):
+    backbone = copy.deepcopy(qwen3.vision_backbone)
+    backbone.crops_per_chunk = 0
+    with pytest.raises(ValueError, match="A chunk of 0 was asked for; expected at least 1"):
+        backbone(batch("image")["pixel_values"], torch.tensor([[0, 1, 7, 8]]))
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_cached_steps_equal_one_pass(model, name):
+    inputs = batch(name)
+    ids, following = inputs.pop("input_ids"), torch.tensor([[40, 41, 42, 43, 44]])
+    everything = torch.cat([ids, following], 1)
+    inputs.pop("attention_mask")
+    types = inputs.pop("token_type_ids")
+    longer_types = torch.cat([types, torch.zeros_like(following, dtype=torch.bool)], 1)
+    expected = logits_of(model, {**inputs, "token_type_ids": longer_types}, input_ids=everything)
+    cache = DynamicCache(config=model.config.text_config)
+    pieces = [logits_of(model, {**inputs, "token_type_ids": types}, input_ids=ids, past_key_values=cache)]
+    for start, end in ((0, 1), (1, 2), (2, 5)):  # one token at a time, then several
+        pieces.append(logits_of(model, {}, input_ids=following[:, start:end], past_key_values=cache))
+    torch.testing.assert_close(torch.cat(pieces, 1), expected, atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_embeddings_instead_of_ids(model, name):
+    inputs = batch(name)
+    expected = logits_of(model, inputs)
+    embeds = model.get_input_embeddings()(inputs.pop("input_ids")).detach()
+    torch.testing.assert_close(logits_of(model, inputs, inputs_embeds=embeds), expected, atol=ATOL, rtol=0)
+    inputs.pop("token_type_ids")  # visual tokens are then found by their embedding
+    torch.testing.assert_close(logits_of(model, inputs, inputs_embeds=embeds), expected, atol=ATOL, rtol=0)
+
+
+def test_token_types_under_either_name_or_none(model):
+    inputs = batch("image", "text")
+    expected = logits_of(model, inputs)
+    types = inputs.pop("token_type_ids")
+    assert torch.equal(logits_of(model, inputs), expected)
+    assert torch.equal(logits_of(model, inputs, mm_token_type_ids=types.long()), expected)
+    causal = logits_of(model, inputs, token_type_ids=torch.zeros_like(types))
+    assert (causal - expected).abs().max() > 0.01  # the mask matters
+
+
+def test_pictures_matter_and_follow_their_order(model):
+    inputs = batch("image and video", "image")
+    expected = logits_of(model, inputs)
+    for name in ("pixel_values", "pixel_values_videos"):
+        changed = {**inputs, name: inputs[name].flip(0)}
+        assert (logits_of(model, changed) - expected).abs().max() > 0.01
+    # The second row's image belongs to it alone.
+    first_crops = int(inputs["image_num_crops"][0])
+    pixels = inputs["pixel_values"].clone()
+    pixels[first_crops:] = 0
+    changed = logits_of(model, {**inputs, "pixel_values": pixels})
+    torch.testing.assert_close(changed[0], expected[0], atol=ATOL, rtol=0)
+    assert (changed[1] - expected[1]).abs().max() > 0.01
+
+
+def test_a_video_before_an_image(model):
+    """The pictures go where the prompt places them, whatever the order of the arguments."""
+    prepared = {"return_tensors": "pt", "video_metadata": [{"total_num_frames": 3, "fps": 2.0}]}
+    inputs = dict(processor()(text="<|video|>and<|image|>?", images=picture(), videos=[clip(3)], **prepared))
+    image = {name: inputs[name] for name in ("pixel_values", "image_token_pooling", "image_grids", "image_num_crops")}
+    video = {name: inputs[name] for name in ("pixel_values_videos", "video_token_pooling", "video_grids")}
+    with torch.no_grad():
+        expected = torch.cat([model.get_video_features(**video), model.get_image_features(**image)])
+        assert torch.equal(model(**inputs).image_hidden_states, expected)
+
+
+def test_hidden_states_and_attentions(model):
+    inputs = batch("image", "text")
+    with torch.no_grad():
+        outputs = model(**inputs, output_hidden_states=True, output_attentions=True)
+        plain = model(**inputs)
+    depth, width = model.config.num_hidden_layers, model.config.hidden_size
+    rows, length = inputs["input_ids"].shape
+    assert [tuple(state.shape) for state in outputs.hidden_states] == [(rows, length, width)] * (depth + 1)
+    heads = model.config.num_attention_heads
+    assert [tuple(weights.shape) for weights in outputs.attentions] == [(rows, heads, length, length)] * depth
+    for row, mask in enumerate(inputs["attention_mask"].bool()):
+        sums = outputs.attentions[0][row][:, mask].sum(-1)
+        torch.testing.assert_close(sums, torch.ones_like(sums), atol=1e-5, rtol=0)
+        assert outputs.attentions[0][row][:, mask][:, :, ~mask].abs().max() == 0 if (~mask).any() else True
+    torch.testing.assert_close(model.lm_head(outputs.hidden_states[-1]), outputs.logits)
+    for a, b in zip(real_tokens(plain.logits, inputs), real_tokens(outputs.logits, inputs), strict=True):
+        torch.testing.assert_close(a, b, atol=5e-5, rtol=0)
+    assert plain.hidden_states is None
+    assert plain.attentions is None
+
+
+def test_tuples_on_request(qwen3):
+    with torch.no_grad():
+        outputs = qwen3(**batch("image"), return_dict=False)
+        named = qwen3(**batch("image"))
+    assert isinstance(outputs, tuple)
+    torch.testing.assert_close(outputs[0], named.logits)
+
+
+def test_logits_to_keep(qwen3):
+    inputs = batch("image")
+    full = logits_of(qwen3, inputs)
+    torch.testing.assert_close(logits_of(qwen3, inputs, logits_to_keep=3), full[:, -3:])
+    chosen = torch.tensor([0, 5, 7])
+    torch.testing.assert_close(logits_of(qwen3, inputs, logits_to_keep=chosen), full[:, chosen])
+
+
+def test_loss_by_hand(model):
+    inputs = batch("image", "text", padding_side="right")
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)  # visual ids stay in: ignored
+    with torch.no_grad():
+        outputs = model(**inputs, labels=labels)
+    targets = labels[:, 1:]
+    counted = (targets != -100) & (targets < model.config.vocab_size)
+    assert int((targets >= model.config.vocab_size).sum()) > 0
+    log_probabilities = outputs.logits[:, :-1].float().log_softmax(-1)
+    picked = log_probabilities[counted].gather(-1, targets[counted][:, None])
+    torch.testing.assert_close(outputs.loss, -picked.mean())
+
+
+def test_labels_without_logits_count_for_no_trainer(qwen3):
+    """A trainer counts the labels it sees; those of visual tokens are not learnt and must not thin out the others."""
+    inputs = batch("image")
+    labels = inputs["input_ids"]
+    with torch.no_grad():
+        expected = qwen3(**inputs, labels=labels).loss
+        for counted in ((labels[:, 1:] != -100).sum(), int((labels[:, 1:] != -100).sum())):
+            found = qwen3(**inputs, labels=labels, num_items_in_batch=counted).loss
+            torch.testing.assert_close(found, expected)
+        visual = labels.masked_fill(labels < qwen3.config.text_config.vocab_size, -100)
+        assert qwen3(**inputs, labels=visual, num_items_in_batch=torch.tensor(7)).loss == 0
+
+
+def test_labels_need_all_logits(qwen3):
+    inputs = batch("text")
+    with pytest.raises(ValueError, match="leave `logits_to_keep` at 0 when passing labels"):
+        qwen3(**inputs, labels=inputs["input_ids"], logits_to_keep=1)
+
+
+def test_gradient_checkpointing_in_both_towers():
+    plain, saving = build_model("olmo3").train(), build_model("olmo3").train()
+    saving.gradient_checkpointing_enable()
+    assert saving.model.transformer.gradient_checkpointing
+    inputs = batch("image", "video")
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    for model in (plain, saving):
+        model(**inputs, labels=labels).loss.backward()
+    checked = 0
+    for (name, expected), (_, found) in zip(plain.named_parameters(), saving.named_parameters(), strict=True):
+        assert (expected.grad is None) == (found.grad is None), name
+        if expected.grad is not None:
+            torch.testing.assert_close(found.grad, expected.grad, atol=1e-5, rtol=1e-4)
+            checked += "vision_backbone.image_vit" in name
+    assert checked > 10
+    calls = []
+    block = saving.model.vision_backbone.image_vit.transformer.resblocks[0]
+    handle = block.attention.register_forward_hook(lambda *_: calls.append(1))
+    saving(**inputs, labels=labels).loss.backward()
+    handle.remove()
+    forwards = len(calls)
+    calls.clear()
+    handle = plain.model.vision_backbone.image_vit.transformer.resblocks[0].attention.register_forward_hook(
+        lambda *_: calls.append(1)
+    )
+    plain(**inputs, labels=labels).loss.backward()
+    handle.remove()
+    assert forwards == 2 * len(calls)  # computed again in the backward pass
+
+
+@pytest.mark.parametrize("part", ["vision_backbone.image_vit.transformer.resblocks", "transformer.blocks"])
+@pytest.mark.parametrize("settings", [None, {}, {"preserve_rng_state": False}])
+def test_gradient_checkpointing_trains_a_layer_of_a_frozen_model(part, settings):
+    """As with adapters: nothing that the layer reads has a gradient."""
+    model = build_model("qwen3").train().requires_grad_(False)
+    model.gradient_checkpointing_enable(settings)
+    trained = next(model.model.get_submodule(part)[1].parameters()).requires_grad_(True)
+    inputs = batch("image")
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert trained.grad.abs().sum() > 0
+
+
+def test_gradient_checkpointing_is_reentrant_where_that_is_asked_for():
+    assert checkpointing_settings({"use_reentrant": True}) == {"use_reentrant": True}
+    assert checkpointing_settings(None) == {"use_reentrant": False}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_half_precision(model, dtype, implementation):
+    inputs = batch(*MIXED)
+    expected = logits_of(model, inputs)
+    half = with_attention(model, implementation).to(dtype)
+    found = logits_of(half, inputs)
+    assert found.dtype == dtype
+    assert not found.isnan().any()  # padding queries see nothing, and still give numbers
+    error = torch.cat(
+        [
+            (a - b).abs().flatten()
+            for a, b in zip(real_tokens(expected, inputs), real_tokens(found.float(), inputs), strict=True)
+        ]
+    )
+    assert error.mean() < (0.1 if dtype == torch.bfloat16 else 0.02) * expected.std()
+
+
+def test_float32_islands_in_bfloat16(qwen3, monkeypatch):
+    """Scores of the vision attention and the pooling are float32 in a bfloat16 model, values too under sdpa."""
+    seen = {}
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def recording(module, query, key, value, attention_mask, **kwargs):
+        seen[type(module).__name__] = (query.dtype, key.dtype, value.dtype)
+        return sdpa(module, query, key, value, attention_mask, **kwargs)
+
+    model = copy.deepcopy(qwen3).to(torch.bfloat16)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", recording)
+    logits_of(model, batch("image"))
+    single, half = (torch.float32,) * 3, (torch.bfloat16,) * 3
+    assert seen == {"Molmo2VisionAttention": single, "Molmo2Pooling": single, "Molmo2Attention": half}
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_gives_no_nan(model, implementation, side):
+    inputs = batch("text", "two images", padding_side=side)
+    assert not logits_of(with_attention(model, implementation), inputs).isnan().any()
+
+
+@torch.no_grad()
+def test_a_mask_as_long_as_a_static_cache(qwen3):
+    ids = torch.arange(12)[None]
+    mask = torch.zeros(1, 20, dtype=torch.int64)
+    mask[:, :12] = 1
+    cache = StaticCache(config=qwen3.config.get_text_config(), max_cache_len=20)
+    found = qwen3(input_ids=ids, attention_mask=mask, past_key_values=cache).logits
+    torch.testing.assert_close(found, qwen3(input_ids=ids).logits, atol=2e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_positions_for_all_rows_may_restart(qwen3):
+    ids, positions = torch.arange(24).reshape(2, 12), torch.arange(6).repeat(2)[None]
+    text = qwen3.model.transformer
+    found = text(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+    expected = text(input_ids=ids, position_ids=positions.expand(2, -1), use_cache=False).last_hidden_state
+    torch.testing.assert_close(found, expected)
+    alone = text(input_ids=ids[:, 6:], use_cache=False).last_hidden_state
+    torch.testing.assert_close(found[:, 6:], alone, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["bool", "of one row", "per head"])
+@pytest.mark.parametrize("implementation", ["sdpa", "flex_attention"])
+@torch.no_grad()
+def test_masks_of_ones_own_are_those_of_eager(qwen3, implementation, kind):
+    ids = torch.arange(24).reshape(2, 12)
+    heads = qwen3.config.get_text_config().num_attention_heads
+    generator = torch.Generator().manual_seed(0)
+    shape = {"bool": (2, 1, 12, 12), "of one row": (1, 1, 12, 12), "per head": (2, heads, 12, 12)}[kind]
+    seen = (torch.rand(shape, generator=generator) < 0.7).tril() | torch.eye(12, dtype=torch.bool)
+    mask = seen if kind == "bool" else torch.zeros(shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    expected = logits_of(with_attention(qwen3, "eager"), inputs)
+    found = logits_of(with_attention(qwen3, implementation), inputs)
+    torch.testing.assert_close(found, expected, atol=5e-5, rtol=0)
+
+
+def test_minus_one_counts_as_id_zero(qwen3):
+    ids = torch.tensor([[5, 6, 7, -1]])
+    assert torch.equal(logits_of(qwen3, {"input_ids": ids}), logits_of(qwen3, {"input_ids": ids.clamp(min=0)}))
+
+
+def test_the_embedding_is_one_table_in_two_pieces(qwen3):
+    table = qwen3.get_input_embeddings()
+    ids = torch.tensor([[0, 5, 1023, 1024, 1030, 1151]])
+    assert torch.equal(table(ids), torch.cat((table.embedding, table.new_embedding))[ids])
+    assert table.num_embeddings == 1024 + 128
+    assert torch.equal(table.weight[ids], table(ids))
+
+
+def test_resizing_within_the_table_and_past_it(qwen3):
+    assert qwen3.resize_token_embeddings(1034) is qwen3.get_input_embeddings()
+    assert qwen3.resize_token_embeddings() is qwen3.get_input_embeddings()
+    message = r"has 1152 rows \(1024 predicted ids and 128 that are only read\); 1153 were asked for"
+    with pytest.raises(ValueError, match=message):
+        qwen3.resize_token_embeddings(1153)
+
+
+def test_the_vision_backbone_alone(qwen3):
+    inputs = batch("image")
+    backbone = qwen3.model.vision_backbone
+    names = ("pixel_values", "image_token_pooling", "image_grids", "image_num_crops")
+    with torch.no_grad():
+        found = backbone(inputs["pixel_values"], inputs["image_token_pooling"])
+        expected = qwen3.get_image_features(**{name: inputs[name] for name in names})
+    torch.testing.assert_close(found, expected, atol=ATOL, rtol=0)
+    empty_rows = torch.full((3, 4), -1)
+    with torch.no_grad():
+        with_empty = backbone(inputs["pixel_values"], torch.cat([empty_rows, inputs["image_token_pooling"]]))
+    torch.testing.assert_close(with_empty, expected, atol=ATOL, rtol=0)  # rows without a patch are dropped
+    with pytest.raises(ValueError, match=r"points at patch 9999, but \d+ crop\(s\) hold \d+ patches"):
+        backbone(inputs["pixel_values"], torch.tensor([[9999, -1, -1, -1]]))
+
+
+def test_only_needed_vision_layers_are_built(qwen3):
+    config = qwen3.config
+    depth = config.vit_config.num_hidden_layers
+    deepest = max(layer % depth for layer in config.adapter_config.vit_layers)
+    assert len(qwen3.model.vision_backbone.image_vit.transformer.resblocks) == deepest + 1 < depth
+
+
+def test_missing_patches_do_not_weigh_in_the_masked_pooling():
+    """The masked mean is over present patches; the plain one over all, zeros included."""
+    masked = build_model("qwen3").model.vision_backbone.image_pooling_2d
+    plain = build_model("qwen3").model.vision_backbone.image_pooling_2d
+    masked.masks_missing, plain.masks_missing = True, False
+    width = masked.wq.in_features
+    features = torch.randn(6, width, generator=torch.Generator().manual_seed(1))
+    window, padded = torch.tensor([[0, 3]]), torch.tensor([[0, 3, -1, -1]])
+    with torch.no_grad():
+        torch.testing.assert_close(masked(features, padded), masked(features, window))
+        assert (plain(features, padded) - plain(features, window)).abs().max() > 1e-3
+        assert torch.equal(plain(features, window), masked(features, window))
+
+
+# What must be refused, and what the message says.
+
+
+def test_ids_or_embeddings(qwen3):
+    with pytest.raises(ValueError, match=r"Pass either `input_ids` or `inputs_embeds`: found neither"):
+        qwen3()
+    with pytest.raises(ValueError, match="found both"):
+        qwen3(input_ids=torch.tensor([[1]]), inputs_embeds=torch.zeros(1, 1, 40))
+
+
+def test_features_without_slots(qwen3):
+    inputs = batch("image")
+    ids = inputs["input_ids"]
+    stray = torch.cat([ids, torch.tensor([[qwen3.config.image_patch_id]])], 1)
+    with pytest.raises(ValueError, match=r"The prompts have \d+ patch token\(s\), but the pictures give \d+ vector"):
+        qwen3(**{**inputs, "input_ids": stray, "attention_mask": torch.ones_like(stray), "token_type_ids": None})
+
+
+def test_incomplete_pictures(qwen3):
+    inputs = batch("image")
+    inputs.pop("image_grids")
+    with pytest.raises(ValueError, match="image_grids missing: pass all of"):
+        qwen3(**inputs)
+
+
+def test_contradicting_tables(qwen3):
+    inputs = batch("two images")
+    with pytest.raises(ValueError, match=r"`image_num_crops` adds up to \d+, but `pixel_values` has \d+ row"):
+        qwen3(**{**inputs, "pixel_values": inputs["pixel_values"][1:]})
+    with pytest.raises(ValueError, match=r"`image_grids` adds up to \d+, but `image_token_pooling` has \d+ row"):
+        qwen3(**{**inputs, "image_token_pooling": inputs["image_token_pooling"][1:]})
+    inputs = batch("video")
+    with pytest.raises(ValueError, match=r"`video_grids` counts 4, but `pixel_values_videos` has 3 row"):
+        qwen3(**{**inputs, "pixel_values_videos": inputs["pixel_values_videos"][1:]})
+
+
+def test_a_prompt_that_is_too_long_says_what_to_lower():
+    model = build_model("qwen3")
+    model.model.transformer.config.max_position_embeddings = 30
+    inputs = batch("image")
+    length = inputs["input_ids"].shape[1]
+    message = rf"The prompt has {length} tokens, {length - 30} more than .* = 30. Lower `num_frames` .* or `max_crops`"
+    with pytest.raises(ValueError, match=message):
+        model(**inputs)
+
+
+@torch.no_grad()
+def test_padding_takes_no_room():
+    model = build_model("qwen3")
+    inputs = batch("image")
+    expected = model(**inputs).logits
+    length = inputs["input_ids"].shape[1]
+    model.model.transformer.config.max_position_embeddings = length
+    padded = batch("image", padding="max_length", max_length=length + 20)
+    found = model(**padded).logits[padded["attention_mask"].bool()]
+    torch.testing.assert_close(found, expected[0], atol=1e-5, rtol=0)

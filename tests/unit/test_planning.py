@@ -1,0 +1,175 @@
+"""`processor.plan`: the counts of a call without its pixels, and options that make a request fit."""
+
+import io
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from molmo2.tools.plan import Limits, RequestPlan, Wanted, fit
+from support.checkpoints import build_model, picture
+from support.model_inputs import MIXED, ROWS, clip, processor
+
+CLIP = Path(__file__).resolve().parent.parent.parent / "examples" / "data" / "nasa_clip.mp4"
+PHOTO = CLIP.with_name("nasa_frame.jpg")
+
+
+def lengths(inputs) -> tuple[list[int], list[int]]:
+    """Tokens and visual tokens of each row of unpadded inputs."""
+    return [len(row) for row in inputs["input_ids"]], [sum(row) for row in inputs["token_type_ids"]]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"max_crops": 3, "num_frames": 2}, {"max_crops": 12, "key_frame_interval": 2}]
+)
+def test_counts_are_those_of_the_call(options):
+    prompts = [ROWS[name][0] for name in MIXED]
+    arguments = {
+        "text": prompts,
+        "images": [image for name in MIXED for image in ROWS[name][1]],
+        "videos": [video for name in MIXED for video in ROWS[name][2]],
+    }
+    arguments["video_metadata"] = [{"fps": 2.0}] * len(arguments["videos"])
+    plan = processor().plan(**arguments, **options)
+    inputs = processor()(**arguments, **options)
+    assert (list(plan.row_tokens), list(plan.visual_tokens)) == lengths(inputs)
+    assert list(plan.image_crops) == inputs["image_num_crops"].tolist()
+    assert sum(plan.num_frames) == len(inputs["pixel_values_videos"])
+    assert plan.num_crops == len(inputs["pixel_values"]) + len(inputs["pixel_values_videos"])
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_frames": 4}, {"clip": (1.0, 3.0)}, {"frame_sample_mode": "fps", "sampling_fps": 1}]
+)
+def test_files_are_counted_from_their_headers(options, monkeypatch):
+    """No picture is resized, and the times are those of the call."""
+    from molmo2.image import pixels
+
+    messages = [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image", "path": str(PHOTO)},
+                {"type": "video", "path": str(CLIP)},
+                {"type": "text", "text": "What happens?"},
+            ],
+        }
+    ]
+    call = {"tokenize": True, "return_dict": True, "add_generation_prompt": True, "return_metadata": True}
+    inputs = processor().apply_chat_template(messages, **call, **options)
+    monkeypatch.setattr(pixels, "write_patches", None)
+    plan = processor().plan(messages, **options)
+    assert (list(plan.row_tokens), list(plan.visual_tokens)) == lengths(inputs)
+    assert list(plan.timestamps[0]) == inputs["video_metadata"][0].timestamps
+
+
+def test_options_of_a_video_part_win():
+    content = [{"type": "video", "path": str(CLIP), "num_frames": 3}, {"type": "text", "text": "?"}]
+    plan = processor().plan([{"role": "user", "content": content}], num_frames=6)
+    assert plan.num_frames == (3,)
+
+
+def test_sizes_are_those_after_turning_upright():
+    turned = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    picture(40, 200).save(turned, "JPEG", exif=exif)
+    upright, flat = processor().plan(images=[turned.getvalue()]), processor().plan(images=[picture(40, 200)])
+    assert upright.row_tokens == processor().plan(images=[np.zeros((200, 40, 3), np.uint8)]).row_tokens
+    assert upright.row_tokens != flat.row_tokens
+
+
+@pytest.mark.parametrize("max_tokens", [60, 100, 200, 400, 10_000])
+def test_a_token_limit_is_kept_and_used(max_tokens):
+    arguments = {"text": "<|image|><|video|>What?", "images": [picture(300, 500)], "videos": [clip(20)]}
+    arguments["video_metadata"] = [{"fps": 2.0}]
+    full = processor().plan(**arguments, num_frames=20, max_crops=12)
+    plan = processor().plan(**arguments, num_frames=20, max_crops=12, max_tokens=max_tokens)
+    inputs = processor()(**arguments, **plan.options)
+    assert len(inputs["input_ids"][0]) == plan.num_tokens <= max_tokens
+    assert plan.reduced is (full.num_tokens > max_tokens)
+    if plan.reduced:
+        assert f"reduced to fit: num_frames={plan.options['num_frames']}" in str(plan)
+        more_frames = processor().plan(
+            **arguments, max_crops=plan.options["max_crops"], num_frames=plan.options["num_frames"] + 1
+        )
+        assert more_frames.num_tokens > max_tokens or more_frames.num_frames == plan.num_frames
+    else:
+        assert plan.options == {"num_frames": 20, "max_crops": 12}
+
+
+def test_what_cannot_fit_is_refused():
+    with pytest.raises(ValueError, match=r"takes at least \d+ tokens, but max_tokens is 10\. Raise the limit"):
+        processor().plan("<|image|>What?", images=[picture()], max_tokens=10)
+    with pytest.raises(ValueError, match="`max_memory` needs `model`"):
+        processor().plan("<|image|>What?", images=[picture()], max_memory=1000)
+    with pytest.raises(ValueError, match="pass them without `images` and `videos`"):
+        processor().plan([{"role": "user", "content": "Hi"}], images=[picture()])
+
+
+def test_frames_shrink_with_crops_and_take_what_is_left():
+    """A made-up price list: a frame costs 10 tokens, a crop 7."""
+
+    def plan_of(chosen):
+        tokens = 10 * chosen["num_frames"] + 7 * chosen["max_crops"]
+        return RequestPlan((tokens,), (tokens,), (), (), chosen)
+
+    chosen = fit(plan_of, Wanted(40, 8), Limits(max_tokens=200)).options
+    assert chosen == {"num_frames": 17, "max_crops": 4}  # 198; one more of either is too much
+    assert fit(plan_of, Wanted(40, 8), Limits(max_tokens=17)).options == {"num_frames": 1, "max_crops": 1}
+
+
+def test_a_memory_limit_is_kept():
+    model = build_model("qwen3")
+    arguments = {"text": "<|video|>What?", "videos": [clip(20)], "video_metadata": [{"fps": 2.0}], "model": model}
+    full = processor().plan(**arguments, num_frames=20, max_new_tokens=50)
+    half = processor().plan(**arguments, num_frames=20, max_new_tokens=50, max_memory=full.memory.total // 2)
+    assert half.memory.total <= full.memory.total // 2
+    assert 1 < half.num_frames[0] < full.num_frames[0]
+    assert "besides the weights" in str(full)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the memory of the tensors that operations read or make, the weights aside, while they are alive."""
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.weights = {tensor.untyped_storage()._cdata for tensor in model.state_dict().values()}
+        self.sizes: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves([args, result]):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                key = storage._cdata
+                if key not in self.sizes and key not in self.weights:
+                    self.sizes[key] = storage.nbytes()
+                    weakref.finalize(storage, self.sizes.pop, key, None)
+        self.peak = max(self.peak, sum(self.sizes.values()))
+        return result
+
+
+@pytest.mark.parametrize(("images", "frames"), [(1, 0), (4, 0), (0, 6), (3, 20)])
+@torch.no_grad()
+def test_estimated_memory_is_what_is_allocated(images, frames):
+    """Enough, and at most two and a half times what really lives at once."""
+    model = build_model("qwen3")
+    arguments = {"text": "<|image|>" * images + "<|video|>" * bool(frames) + "What?"}
+    arguments["images"] = [picture(300, 500)] * images or None
+    if frames:
+        arguments.update(videos=[clip(frames)], video_metadata=[{"fps": 2.0}])
+    options = {"num_frames": 64, "max_crops": 12}
+    plan = processor().plan(**arguments, **options, model=model, max_new_tokens=4)
+    inputs = processor()(**arguments, **options, return_tensors="pt")
+    pixels = sum(inputs[name].nbytes for name in ("pixel_values", "pixel_values_videos") if name in inputs)
+    assert plan.memory.pixels == pixels
+    with LiveBytes(model) as live:
+        model.generate(**inputs, max_new_tokens=4)
+    assert live.peak <= plan.memory.total <= 2.5 * live.peak

@@ -1,0 +1,86 @@
+"""Prompts as data: the training wording, and a reader for each answer."""
+
+import json
+
+import pytest
+
+from molmo2.grounding import prompts
+from molmo2.grounding.parse import MediaInfo, Moment, parse_grounding
+from molmo2.grounding.prompts import SECTION_REQUESTS, Prompt
+from molmo2.grounding.structured import SECTIONS, Event, StructuredAnswer
+
+TAG = '<points coords="0.5 1 500 500">cup</points>'
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        (prompts.point("cup"), "Point to the cup."),
+        (prompts.point("  red\ncup. "), "Point to the red cup."),
+        (prompts.track("cup"), "Track the cup."),
+        (prompts.track("cup", fps=2), "Track cup at 2 FPS"),
+        (prompts.track("cup", fps=0.5), "Track cup at 0.5 FPS"),
+        (prompts.track("cup", points={0.5: [(0.5, 0.5)]}), f"Track {TAG} at 2 FPS"),
+        (prompts.track("cup", 1, points=parse_grounding(TAG)), f"Track {TAG} at 1 FPS"),
+        (prompts.count("cups"), "How many cups are there?"),
+        (prompts.describe(), "Describe this image."),
+        (prompts.describe("video"), "Describe this video."),
+        (prompts.describe("images"), "Describe these images."),
+    ],
+)
+def test_wording(prompt, text):
+    assert (prompt.text, str(prompt)) == (text, text)
+
+
+def test_pointing_and_counting_answers_become_places():
+    grounding = prompts.point("cup").parse('<points coords="1 1 500 250">cup</points>', [(200, 100)])
+    assert [(point.x, point.y) for point in grounding] == [(100, 25)]
+    assert prompts.count("cups").parse("3").count == 3
+    media = MediaInfo("video", ((64, 48),), (Moment(0.0, 0, 0, 0.0), Moment(0.5, 1, 15, 0.5)))
+    tracks = prompts.track("cup").parse('<tracks coords="0.5 7 500 500">cup</tracks>', media).tracks
+    assert [(track.id, track.points[0].moment.source_index) for track in tracks] == [(7, 15)]
+
+
+def test_descriptions_stay_text():
+    assert prompts.describe().parse(" A cup. \n", [(2, 2)]) == "A cup."
+
+
+def test_structured_prompts_say_what_their_parser_reads():
+    """The format that each prompt spells out, filled in, comes back whole."""
+    assert list(SECTION_REQUESTS) == list(SECTIONS)
+    answer = {
+        "summary": "A man leaves.",
+        "events": [{"start": "00:01", "end": "00:04", "description": "He leaves"}],
+        "objects": [{"name": "door", "description": "red"}],
+        "text": ["EXIT"],
+        "scene": {"setting": "hall", "time_of_day": "night", "weather": "dry"},
+    }
+    for name in SECTIONS:
+        text = prompts.describe_structured(name).text
+        assert f'"{name}"' in text
+        assert [other for other in SECTIONS if f'"{other}": ' in text] == [name]
+        for key in answer[name][0] if name in ("events", "objects") else answer[name] if name == "scene" else ():
+            assert f'"{key}"' in text
+    result = prompts.describe_structured().parse(json.dumps(answer))
+    assert isinstance(result, StructuredAnswer)
+    assert (result.summary, result.text, len(result.objects), len(result.scene)) == ("A man leaves.", ("EXIT",), 1, 3)
+    events = prompts.localize_events("a man leaves")
+    assert events.text.startswith("Find every time when a man leaves. Answer with one JSON object")
+    assert events.parse(json.dumps({"events": answer["events"]})).events == (Event(1.0, 4.0, "He leaves"),)
+    assert prompts.localize_events().text.startswith("List the events of this video. ")
+
+
+def test_impossible_prompts_are_refused():
+    with pytest.raises(ValueError, match="empty name"):
+        prompts.point(" . ")
+    with pytest.raises(ValueError, match=r"no sections \['colour'\]. Use some of"):
+        prompts.describe_structured("colour")
+    for nothing in ([], {0.5: []}, parse_grounding("There are none.")):
+        with pytest.raises(ValueError, match=r"holds no point, so there is nothing to track\. Pass at least one"):
+            prompts.track("cup", points=nothing)
+    with pytest.raises(ValueError, match="fps is 0"):
+        prompts.track("cup", fps=0)
+
+
+def test_readers_of_ones_own():
+    assert Prompt("Yes or no?", lambda answer, media: answer == "Yes").parse("Yes") is True

@@ -1,0 +1,498 @@
+"""Decoding: the same frames at the same times from every backend, fallback, and what is refused."""
+
+import importlib
+import io
+import json
+import shutil
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from molmo2.video.decoding import backends as decoding
+from molmo2.video.decoding import readers as readers_module
+from molmo2.video.decoding.backends import decode_video, open_video
+from molmo2.video.decoding.readers import BACKENDS, VideoReader
+from molmo2.video.decoding.timeline import VideoDecodeError, VideoTimeline, make_timeline, undo_rounding
+from support.golden_cases import GOLDEN
+from support.paths import SHARED
+
+CLIPS = Path(__file__).resolve().parent.parent / "data" / "videos"
+EXPECTED = json.loads((CLIPS / "expected.json").read_text(encoding="utf-8"))
+MEDIA = SHARED / "media"
+
+# The measured difference between backends is 0; one grey level is left for other builds of ffmpeg.
+PIXEL_TOLERANCE = 1
+
+
+def loadable(backend):
+    try:
+        importlib.import_module({"decord": "decord", "torchcodec": "torchcodec.decoders", "pyav": "av"}[backend])
+    except Exception:  # torchcodec raises OSError or RuntimeError where ffmpeg is missing
+        return False
+    return True
+
+
+LOADABLE = [backend for backend in BACKENDS if loadable(backend)]
+each_backend = pytest.mark.parametrize(
+    "backend",
+    [pytest.param(b, marks=pytest.mark.skipif(b not in LOADABLE, reason=f"{b} cannot be loaded")) for b in BACKENDS],
+)
+needs_pyav = pytest.mark.skipif("pyav" not in LOADABLE, reason="needs PyAV")
+needs_decord = pytest.mark.skipif("decord" not in LOADABLE, reason="needs decord")
+
+# What a backend cannot read, with the reason it gives; everything else is read by all of them.
+REFUSED = {
+    ("odd_aspect_16x200.mp4", "decord"): r"shape \(200, 16, 12\), expected \(height, width, 3\)",
+    ("corrupted.mp4", "decord"): r"frame \d+ of 50",
+    ("corrupted.mp4", "torchcodec"): r"frame 28 of 50 \(2\.800 s\) cannot be decoded",
+    ("corrupted.mp4", "pyav"): r"frame 28 of 50 \(2\.800 s\) cannot be decoded",
+    ("audio_only.mp4", "decord"): "cannot find video stream",
+    ("audio_only.mp4", "torchcodec"): "no specified stream",
+    ("audio_only.mp4", "pyav"): "no video track",
+    ("nasa_audio_only.mp3", "decord"): "cannot find video stream",
+    ("nasa_audio_only.mp3", "torchcodec"): "no specified stream",
+    ("nasa_audio_only.mp3", "pyav"): "no video track",
+    ("truncated_nasa.mp4", "decord"): "Error reading",
+    ("truncated_nasa.mp4", "torchcodec"): "Could not open input file",
+    ("truncated_nasa.mp4", "pyav"): "Invalid data found",
+}
+
+
+def read_all(source, backend=None):
+    """Timeline and all frames; (N,) list of pictures."""
+    with open_video(source, backend) as reader:
+        return reader.timeline, list(reader.frames(range(reader.timeline.num_frames)))
+
+
+def largest_difference(pictures, others):
+    return max(int(np.abs(a.astype(int) - b.astype(int)).max()) for a, b in zip(pictures, others, strict=True))
+
+
+def assert_same_video(actual, expected):
+    (timeline, pictures), (other_timeline, other_pictures) = actual, expected
+    assert timeline.start_seconds.tolist() == other_timeline.start_seconds.tolist()
+    for name in ("duration_seconds", "fps", "height", "width"):
+        assert getattr(timeline, name) == getattr(other_timeline, name), name
+    assert largest_difference(pictures, other_pictures) <= PIXEL_TOLERANCE
+
+
+# --- clips in the repository -----------------------------------------------------------------------------------------
+
+
+@each_backend
+@pytest.mark.parametrize("name", EXPECTED)
+def test_recorded_clip(name, backend):
+    if (name, backend) in REFUSED:
+        with pytest.raises(VideoDecodeError, match=REFUSED[name, backend]):
+            read_all(CLIPS / name, backend)
+        return
+    timeline, pictures = read_all(CLIPS / name, backend)
+    expected = EXPECTED[name]
+    assert timeline.start_seconds.dtype == np.float64
+    np.testing.assert_allclose(timeline.start_seconds, expected["start_seconds"], rtol=0, atol=1e-12)
+    assert timeline.duration_seconds == pytest.approx(expected["duration_seconds"], abs=1e-12)
+    for picture in pictures:
+        assert picture.dtype == np.uint8
+        assert picture.shape == (expected["height"], expected["width"], 3) == (timeline.height, timeline.width, 3)
+    means = [picture.mean(axis=(0, 1)) for picture in pictures]
+    np.testing.assert_allclose(means, expected["mean_rgb"], rtol=0, atol=0.5)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_some_backend_reads_every_clip(name):
+    timeline, pictures = read_all(CLIPS / name)
+    assert len(pictures) == timeline.num_frames == len(EXPECTED[name]["mean_rgb"])
+
+
+@each_backend
+@pytest.mark.parametrize("name", ["h265_video.mp4", "vfr.mp4", "unordered.mov"])
+def test_any_frames_in_any_order(name, backend):
+    with open_video(CLIPS / name, backend) as reader:
+        count = reader.timeline.num_frames
+        pictures = list(reader.frames(range(count)))
+        for indices in ([count - 1], [0, count - 1], [2, 2, 3, 3, 3], [3, 0, 2, 0], list(range(count))[::-1], []):
+            got = list(reader.frames(indices))
+            assert len(got) == len(indices)
+            for picture, index in zip(got, indices, strict=True):
+                np.testing.assert_array_equal(picture, pictures[index])
+
+
+@each_backend
+def test_sources(backend, tmp_path):
+    file = CLIPS / "start_offset.mp4"
+    expected = read_all(file, backend)
+    assert_same_video(read_all(str(file), backend), expected)
+    assert_same_video(read_all(file.read_bytes(), backend), expected)
+    with file.open("rb") as opened:
+        opened.read(10)  # not at its beginning
+        assert_same_video(read_all(opened, backend), expected)
+    odd_name = tmp_path / "http:a b#%20ü.mp4"
+    shutil.copy(file, odd_name)
+    assert_same_video(read_all(odd_name, backend), expected)
+
+
+@each_backend
+def test_late_start_is_told_where_known(backend):
+    with open_video(CLIPS / "start_offset.mp4", backend) as reader:
+        assert reader.timeline.start_seconds[0] == 0
+        assert reader.timeline.first_timestamp_seconds == (None if backend == "decord" else 1.5)
+
+
+@each_backend
+def test_frame_outside_the_video(backend):
+    with open_video(CLIPS / "unordered.mov", backend) as reader:
+        for index in (4, -1):
+            with pytest.raises(IndexError, match=rf"Frame {index} of '.*unordered.mov' .* has frames 0 to 3"):
+                list(reader.frames([0, index]))
+
+
+# --- timelines -------------------------------------------------------------------------------------------------------
+
+
+def test_the_frame_on_display_is_the_last_one_that_has_begun():
+    timeline = VideoTimeline(np.array([0.0, 0.1, 0.3]), duration_seconds=0.4, fps=7.5, height=2, width=2)
+    indices = timeline.frames_at([0.0, 0.0999999999, 0.1, 0.2, 0.3, 0.4, 9.0])
+    assert indices.dtype == np.int64
+    assert indices.tolist() == [0, 0, 1, 1, 2, 2, 2]
+    assert timeline.num_frames == 3
+
+
+def test_constant_rate_undoes_rounding():
+    exact = np.arange(76) * 1001 / 30000
+    rounded = exact.astype(np.float32).astype(np.float64)
+    assert np.any(rounded != exact)
+    timeline = make_timeline(rounded[:-1], float(rounded[-1]), 29.97002997, (2, 2))
+    assert timeline.start_seconds.tolist() == exact[:-1].tolist()
+    assert timeline.duration_seconds == exact[-1]
+    held = make_timeline(rounded[:-1], 9.0, 29.97002997, (2, 2))  # the last frame stays on
+    assert held.start_seconds.tolist() == exact[:-1].tolist()
+    assert held.duration_seconds == 9.0
+
+
+def test_variable_rate_keeps_its_times_and_averages_its_rate():
+    starts = np.array([0.0, 0.033, 0.067, 0.5])
+    timeline = make_timeline(starts, 0.8, 2000.0, (2, 2))
+    assert timeline.start_seconds.tolist() == starts.tolist()
+    assert timeline.fps == pytest.approx(4 / 0.8)
+
+
+def test_ticks_of_containers_are_restored():
+    for ticks_per_second, ticks in ((1000, [0, 33, 67, 5700]), (16000, [0, 1440, 11040, 101264])):
+        exact = np.array(ticks) / ticks_per_second
+        assert undo_rounding(exact.astype(np.float32).astype(np.float64)).tolist() == exact.tolist()
+    off_ticks = np.array([0.0, 0.1234567])
+    assert undo_rounding(off_ticks).tolist() == off_ticks.tolist()
+
+
+@pytest.mark.parametrize(
+    ("starts", "end"), [([0.0, 0.2, 0.1], 0.3), ([0.0, np.nan], 0.3), ([0.1, 0.2], 0.3), ([0.0, 0.2], 0.1)]
+)
+def test_impossible_times_are_refused(starts, end):
+    with pytest.raises(VideoDecodeError, match="frame times are unusable"):
+        make_timeline(np.array(starts), end, 10.0, (2, 2))
+
+
+# --- files that are hard to read -------------------------------------------------------------------------------------
+
+
+def numbered_pictures(count, height=96, width=128):
+    """Pictures that show their number in binary, as eight black or white squares in the first row."""
+    for number in range(count):
+        picture = np.full((height, width, 3), (number * 7 % 200, 90, 60), np.uint8)
+        for bit in range(8):
+            picture[:16, bit * 16 : (bit + 1) * 16] = 255 * (number >> bit & 1)
+        yield picture
+
+
+def number_on(picture):
+    return sum(int(picture[4:12, bit * 16 + 4 : bit * 16 + 12].mean() > 127) << bit for bit in range(8))
+
+
+def encode(path, codec, *, count=48, fps=10, options=None, container=None, cut_seconds=0):
+    """Writes `count` numbered pictures; `cut_seconds` of them lie before the beginning, behind an edit list."""
+    av = pytest.importorskip("av")
+    with av.open(str(path), "w", options=container or {}) as output:
+        try:
+            stream = output.add_stream(codec, rate=fps, options=options or {})
+        except ValueError:
+            pytest.skip(f"this build of PyAV has no encoder {codec}")
+        stream.width, stream.height, stream.pix_fmt = 128, 96, "yuv420p"
+        packets = []
+        for number, picture in enumerate(numbered_pictures(count)):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, fps)
+            packets += stream.encode(frame)
+        for packet in packets + stream.encode(None):
+            shift = int(cut_seconds / packet.time_base)
+            packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
+            output.mux(packet)
+    return path
+
+
+OPEN_GROUPS = "open-gop=1:bframes=3:scenecut=0"
+HARD_FILES = {
+    "open_groups.mp4": {"codec": "libx264", "options": {"g": "12", "x264-params": OPEN_GROUPS}},
+    "transport_stream.ts": {"codec": "libx264", "options": {"g": "12"}, "fps": 25},
+    "fragmented.mp4": {
+        "codec": "libx264",
+        "options": {"g": "12"},
+        "container": {"movflags": "frag_keyframe+empty_moov"},
+    },
+    "edit_list.mp4": {
+        "codec": "libx264",
+        "options": {"g": "10"},
+        "container": {"avoid_negative_ts": "disabled", "use_editlist": "1"},
+        "cut_seconds": 1.3,
+    },
+    "b_frames.avi": {"codec": "mpeg4", "options": {"bf": "2", "g": "12"}},
+    "program_stream.mpg": {"codec": "mpeg2video", "options": {"bf": "2", "g": "12"}, "fps": 25},
+    "no_time_stamps.h264": {"codec": "libx264", "options": {"g": "12"}},
+    "milliseconds.mkv": {"codec": "mpeg4", "options": {"g": "12"}, "fps": 30},
+}
+
+
+@needs_pyav
+@pytest.mark.parametrize("name", HARD_FILES)
+def test_hard_files_give_every_frame_or_an_error(name, tmp_path):
+    file = encode(tmp_path / name, **HARD_FILES[name])
+    first = 13 if name == "edit_list.mp4" else 0
+    timeline, pictures = read_all(file, "pyav")
+    assert [number_on(picture) for picture in pictures] == list(range(first, 48))
+    sparse = [1, 20, timeline.num_frames - 1]
+    with open_video(file, "pyav") as reader:
+        assert [number_on(picture) for picture in reader.frames(sparse)] == [first + index for index in sparse]
+
+    for backend in set(LOADABLE) - {"pyav"}:
+        try:
+            other = read_all(file, backend)
+        except VideoDecodeError:
+            continue  # refused, which is what the fallback is for; what is not refused has to be right
+        assert_same_video(other, (timeline, pictures))
+
+    def numbers(reader):
+        return [number_on(picture) for picture in reader.frames(range(reader.timeline.num_frames))]
+
+    assert decode_video(file, numbers) == list(range(first, 48))
+
+
+@needs_pyav
+def test_pyav_jumps_over_long_gaps(tmp_path, monkeypatch):
+    file = encode(tmp_path / "long.mp4", "libx264", count=240, options={"g": "12", "x264-params": OPEN_GROUPS})
+    decoded = []
+    to_start = readers_module._PyavReader._packets_from
+
+    def watched(self, place):
+        for packet in to_start(self, place):
+            decoded.append(packet.pts)
+            yield packet
+
+    with open_video(file, "pyav") as reader:
+        monkeypatch.setattr(readers_module._PyavReader, "_packets_from", watched)
+        assert [number_on(picture) for picture in reader.frames([5, 100, 101, 230])] == [5, 100, 101, 230]
+    assert len(decoded) < 140  # of 240; decoders read ahead
+
+
+@needs_pyav
+def test_pyav_starts_again_where_a_key_frame_was_none(tmp_path, monkeypatch):
+    file = encode(tmp_path / "long.mp4", "libx264", count=96, options={"g": "48"})
+    with open_video(file, "pyav") as reader:
+        wrong = reader._packets.place_of[reader._packets.stamps[80]] + 2  # a packet that cannot be decoded by itself
+        monkeypatch.setattr(readers_module._PacketTable, "key_before", lambda self, index: wrong if index > 70 else 0)
+        assert [number_on(picture) for picture in reader.frames([3, 80])] == [3, 80]
+
+
+# --- fallback --------------------------------------------------------------------------------------------------------
+
+
+class FakeReader(VideoReader):
+    """Reads four grey frames; fails where its class says."""
+
+    opening_error = None
+    first_bad_frame = 99
+
+    def __init__(self, source, only_choice):
+        super().__init__(source)
+        if self.opening_error is not None:
+            raise self._error(self.opening_error)
+        self.timeline = VideoTimeline(np.arange(4) / 10, 0.4, 10.0, 2, 2)
+
+    def close(self):
+        pass
+
+    def _decode(self, indices):
+        for index in indices:
+            if index >= self.first_bad_frame:
+                raise self._frame_error(index, "damaged")
+            yield np.full((2, 2, 3), index, np.uint8)
+
+
+@pytest.fixture
+def fake_backends(monkeypatch):
+    def install(**behaviours):
+        readers = {name: type(name, (FakeReader,), {"backend": name, **behaviours.get(name, {})}) for name in BACKENDS}
+        monkeypatch.setattr(decoding, "READERS", readers)
+
+    return install
+
+
+def backend_and_numbers(reader):
+    return reader.backend, [int(picture[0, 0, 0]) for picture in reader.frames([0, 1, 3])]
+
+
+def test_backends_are_tried_in_order(fake_backends):
+    fake_backends()
+    assert BACKENDS == ("decord", "torchcodec", "pyav")
+    assert decode_video(b"video", backend_and_numbers) == ("decord", [0, 1, 3])
+    assert decode_video(b"video", backend_and_numbers, backend="pyav") == ("pyav", [0, 1, 3])
+
+
+def test_failures_at_opening_and_on_the_way_move_on(fake_backends):
+    fake_backends(decord={"opening_error": "no"}, torchcodec={"first_bad_frame": 3})
+    assert decode_video(b"video", backend_and_numbers) == ("pyav", [0, 1, 3])
+    assert open_video(b"video").backend == "torchcodec"
+
+
+def test_all_reasons_are_listed(fake_backends):
+    fake_backends(
+        decord={"opening_error": "no such thing"}, torchcodec={"first_bad_frame": 1}, pyav={"first_bad_frame": 3}
+    )
+    with pytest.raises(VideoDecodeError) as caught:
+        decode_video(b"video", backend_and_numbers)
+    assert str(caught.value).splitlines()[:4] == [
+        "No video backend could read a video of 5 bytes:",
+        "  decord: no such thing",
+        "  torchcodec: frame 1 of 4 (0.100 s) cannot be decoded: damaged",
+        "  pyav: frame 3 of 4 (0.300 s) cannot be decoded: damaged",
+    ]
+    assert "decord2, torchcodec, av" in str(caught.value)
+
+
+def test_a_forced_backend_is_the_only_one(fake_backends):
+    fake_backends(decord={"opening_error": "no"})
+    with pytest.raises(VideoDecodeError, match="decord: no") as caught:
+        decode_video(b"video", backend_and_numbers, backend="decord")
+    assert "pyav:" not in str(caught.value)
+
+
+def test_errors_of_the_caller_pass_through(fake_backends):
+    fake_backends()
+    with pytest.raises(ZeroDivisionError):
+        decode_video(b"video", lambda reader: 1 / 0)
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match=r"Unknown video backend 'opencv'\. Use one of decord, torchcodec, pyav"):
+        open_video(CLIPS / "vfr.mp4", "opencv")
+
+
+@pytest.mark.parametrize("error", [ImportError("gone"), OSError("libavutil.so.60"), RuntimeError("no ffmpeg")])
+def test_a_backend_that_cannot_be_loaded_is_passed_over(error, monkeypatch):
+    def fail(name):
+        raise error
+
+    monkeypatch.setattr(readers_module.importlib, "import_module", fail)
+    with pytest.raises(VideoDecodeError) as caught:
+        open_video(CLIPS / "vfr.mp4")
+    for backend, package in (("decord", "decord2"), ("torchcodec", "torchcodec"), ("pyav", "av")):
+        reason = f"{backend}: {backend} cannot be loaded ({type(error).__name__}: {error}). "
+        assert reason + f"Install it with `pip install {package}`." in str(caught.value)
+
+
+@needs_decord
+def test_decord_leaves_large_clips_to_others(monkeypatch):
+    monkeypatch.setattr(readers_module, "LARGE_CLIP_PIXELS", 3)
+    file = CLIPS / "unordered.mov"
+    if len(LOADABLE) > 1:
+        with open_video(file) as reader:
+            assert reader.backend != "decord"
+    with open_video(file, "decord") as reader:  # unless told to
+        assert reader.backend == "decord"
+    monkeypatch.setattr(readers_module, "_others_usable", lambda backend: False)
+    with open_video(file) as reader:  # or alone
+        assert reader.backend == "decord"
+
+
+@needs_decord
+def test_narrow_video_is_read_by_another_backend():
+    if LOADABLE == ["decord"]:
+        pytest.skip("needs a second backend")
+    with open_video(CLIPS / "odd_aspect_16x200.mp4") as reader:
+        assert reader.backend != "decord"
+        assert next(iter(reader.frames([0]))).shape == (200, 16, 3)
+
+
+# --- what is no video ------------------------------------------------------------------------------------------------
+
+
+def test_missing_file_and_directory(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"There is no video file '.*gone\.mp4'\. Check the path"):
+        open_video(tmp_path / "gone.mp4")
+    with pytest.raises(IsADirectoryError, match=r"is a directory\. Pass a video file, or a list"):
+        open_video(tmp_path)
+
+
+def test_empty_file(tmp_path):
+    (tmp_path / "empty.mp4").touch()
+    for source in (tmp_path / "empty.mp4", b"", io.BytesIO()):
+        with pytest.raises(VideoDecodeError, match=r"is empty \(0 bytes\)"):
+            open_video(source)
+
+
+def test_not_a_source():
+    with pytest.raises(TypeError, match="A video is a path, bytes or a file object, not int"):
+        open_video(3)
+
+
+@pytest.mark.parametrize("name", ["picture.png", "picture.jpg", "picture.gif"])
+def test_pictures_are_refused(name, tmp_path):
+    Image.new("RGB", (20, 10)).save(tmp_path / name)
+    with pytest.raises(VideoDecodeError, match=rf"{name}' is a picture \((PNG|JPEG|GIF)\), not a video"):
+        open_video(tmp_path / name)
+
+
+@each_backend
+def test_animated_gif_is_a_video(backend):
+    timeline, pictures = read_all(GOLDEN / "media" / "anim.gif", backend)
+    assert timeline.num_frames == len(pictures) == 3
+    assert timeline.duration_seconds == pytest.approx(0.3)
+
+
+def test_garbage(tmp_path):
+    (tmp_path / "noise.mp4").write_bytes(bytes(range(256)) * 40)
+    with pytest.raises(VideoDecodeError, match=r"No video backend could read '.*noise.mp4':\n  decord: "):
+        open_video(tmp_path / "noise.mp4")
+
+
+# --- the larger collection beside the checkout -----------------------------------------------------------------------
+
+
+def collection():
+    folders = (MEDIA, GOLDEN / "media")
+    suffixes = (".mp4", ".mkv", ".mov", ".mp3", ".gif")
+    return sorted(
+        file for folder in folders if folder.is_dir() for file in folder.iterdir() if file.suffix in suffixes
+    )
+
+
+@pytest.mark.parametrize("file", collection(), ids=lambda file: file.name)
+def test_collection_is_the_same_on_every_backend(file):
+    expected = None
+    for backend in reversed(LOADABLE):
+        if (file.name, backend) in REFUSED:
+            with pytest.raises(VideoDecodeError, match=REFUSED[file.name, backend]):
+                read_all(file, backend)
+            continue
+        video = read_all(file, backend)
+        expected = video if expected is None else expected
+        assert_same_video(video, expected)
+
+
+@pytest.mark.skipif(not MEDIA.is_dir(), reason="the reference data beside the checkout is not there")
+def test_frames_before_the_damage_can_be_had():
+    frames = decode_video(MEDIA / "corrupted.mp4", lambda reader: list(reader.frames([0, 27])))
+    assert [frame.shape for frame in frames] == [(720, 1280, 3)] * 2
+    with pytest.raises(VideoDecodeError, match=r"(?s)corrupted.mp4.*pyav: frame 28 of 50 "):
+        decode_video(MEDIA / "corrupted.mp4", lambda reader: list(reader.frames([0, 49])))
