@@ -62,6 +62,7 @@ class PackingReport:
 
 
 def num_tokens(example: Mapping[str, Any]) -> int:
+    """Tokens of an example."""
     return len(example["input_ids"])
 
 
