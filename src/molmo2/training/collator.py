@@ -32,8 +32,8 @@ class Molmo2DataCollator:
     """Makes a batch of training examples.
 
     A feature is what `processor.build_training_example` returns, or a row of a data set that becomes one (see
-    `messages_of_row`), or a list of either (a `training.packer.Pack`, say): these are packed into one row and do not
-    see each other.
+    `molmo2.training.examples.messages_of_row`), or a list of either (a `molmo2.training.packer.Pack`, say): these are packed into one
+    row and do not see each other.
 
     Attributes:
         processor: A `Molmo2Processor`.

@@ -1,4 +1,4 @@
-r"""From conversations to training examples: one row of tokens with labels, and the pictures it is about.
+"""From conversations to training examples: one row of tokens with labels, and the pictures it is about.
 
     <bos> <pictures> <|im_start|>user\nWhat is it?<|im_end|>\n<|im_start|>assistant\n A ship. <|im_end|>
     labels                                                                            ^^^^^^^^^^^^^^^^^

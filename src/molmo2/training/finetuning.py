@@ -41,7 +41,7 @@ class LearningRates:
 
 
 def part_of(name: str) -> str:
-    """The part that a parameter belongs to, adapters included: "vision", "connector" or "text"."""
+    """ "vision", "connector" or "text": the part that a parameter belongs to, adapters included."""
     segments = name.split(".")
     return next((part for part, modules in VISION_MODULES.items() if set(modules) & set(segments)), "text")
 

@@ -62,7 +62,6 @@ class PackingReport:
 
 
 def num_tokens(example: Mapping[str, Any]) -> int:
-    """Tokens of an example."""
     return len(example["input_ids"])
 
 

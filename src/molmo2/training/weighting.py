@@ -87,7 +87,7 @@ def message_weights(
 
 
 def role_of(message: Mapping[str, Any]) -> str:
-    """The role of a message: "user", "assistant", ...
+    """ "user", "assistant", ...
 
     Raises:
         ValueError: For a message without a role.
@@ -102,5 +102,4 @@ def role_of(message: Mapping[str, Any]) -> str:
 
 
 def is_answer(message: Mapping[str, Any]) -> bool:
-    """Whether a message is the assistant's."""
     return role_of(message) == "assistant"
