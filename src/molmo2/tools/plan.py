@@ -1,7 +1,7 @@
 """What a request will take before anything is decoded - frames, crops, tokens, memory - and options that make it fit.
 
-The counts are those of the call itself, because they come from the same plans (`image.geometry`), the same sampling
-(`video.sampling`) and the same prompt (`processing.prompt_tokens`); only the pixels are left out.
+The counts are those of the call itself, because they come from the same plans (`molmo2.image.geometry`), the same sampling
+(`molmo2.video.sampling`) and the same prompt (`molmo2.processing.prompt_tokens`); only the pixels are left out.
 """
 
 from collections.abc import Callable, Mapping

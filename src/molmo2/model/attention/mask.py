@@ -1,6 +1,6 @@
 """Which form the mask of a forward pass takes, and where tokens stand.
 
-The rule itself is `attention.blockwise.allowed_pairs`: text is causal, while all visual tokens of a sequence
+The rule itself is `molmo2.model.attention.blockwise.allowed_pairs`: text is causal, while all visual tokens of a sequence
 see each other in both directions, across pictures and frames (training-time mask); packed examples do not see each
 other. It applies where pictures and examples enter, in the prefill; later steps are causal and see everything before.
 

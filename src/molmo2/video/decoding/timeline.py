@@ -121,7 +121,6 @@ def _average_fps(num_frames: int, duration_seconds: float, declared_fps: float |
 
 
 def is_rate(fps: float | None) -> TypeGuard[float]:
-    """Whether a frame rate is a positive, finite number."""
     return fps is not None and bool(np.isfinite(float(fps))) and fps > 0
 
 
