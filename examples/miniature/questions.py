@@ -1,4 +1,4 @@
-"""Questions about pictures and clips of the world, with exact answers in the model's notation.
+r"""Questions about pictures and clips of the world, with exact answers in the model's notation.
 
 Point to the red circles.            <points coords="1 1 204 655 2 731 120">red circles</points>
 How many red circles are there?      Counting the <points ...>red circles</points> shows a total of 2.

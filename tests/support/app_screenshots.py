@@ -1,4 +1,4 @@
-"""Writes docs/images/app_*.png from the running app: python tests/app_screenshots.py (make screenshots)
+"""Writes docs/images/app_*.png from the running app: make screenshots
 
 The answers are those of the trained miniature.
 """

@@ -50,7 +50,7 @@ def assert_same(actual, expected):
 
 # --- recorded cases --------------------------------------------------------------------------------------------------
 
-# Where this code shows other frames or times than the original: see `molmo2.video.decoding.timeline` and the golden README.
+# Where this code shows other frames or times than the original: see `video.decoding.timeline` and the golden README.
 OTHER_FRAMES = {
     # the original's decord path compares float32 frame ends: a sampled time exactly at a frame start shows another one
     "vfile_decord_cfr10_maxfps10": [*range(52), 51],

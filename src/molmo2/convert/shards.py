@@ -30,6 +30,7 @@ class Shard:
 
 
 def tensor_bytes(rename: Rename, dtype: str) -> int:
+    """Bytes of a converted tensor."""
     return math.prod(rename.shape) * SAFETENSORS_DTYPES[dtype][1]
 
 

@@ -3,8 +3,8 @@ r"""Points and tracks written as Molmo2's answers write them, for few-shot promp
     format_points({1: [(0.25, 0.4)], 3: [(0.1, 0.125), (0.5, 0.999)]}, "boats")
     ->  <points coords="1 1 250 400\t3 2 100 125 3 500 999">boats</points>
 
-What is written here is read back by `molmo2.grounding.parse` as it was; what could not be is refused. Needs nothing but
-Python. The notation is that of the released models: TABs between images and frames, three digits.
+What is written here is read back by `molmo2.grounding.parse` as it was; what could not be is refused. Needs nothing
+but Python. The notation is that of the released models: TABs between images and frames, three digits.
 """
 
 import re

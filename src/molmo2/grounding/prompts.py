@@ -88,7 +88,7 @@ def describe(what: str = "image") -> Prompt:
 
 
 def localize_events(what: str | None = None) -> Prompt:
-    """When things happen in a video; read by `molmo2.grounding.structured.parse_structured`, whose `events` are the answer.
+    """When things happen in a video; read by `grounding.structured.parse_structured`, whose `events` are the answer.
 
     Args:
         what: The events to look for; None for all.

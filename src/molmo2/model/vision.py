@@ -59,6 +59,8 @@ class Molmo2VisionAttention(Molmo2AttentionBase):
 
 
 class Molmo2VisionMLP(nn.Module):
+    """Two linear layers with an activation in between."""
+
     def __init__(self, config: Molmo2VitConfig):
         super().__init__()
         self.w1 = Linear(config.hidden_size, config.intermediate_size)

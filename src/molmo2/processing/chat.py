@@ -1,5 +1,6 @@
 """Finds the pictures in chat messages, by the rule of the chat template: a part counts as a picture by its type, or by
-carrying a value under one of the keys `image`, `image_url`, `video`, `video_url`."""
+carrying a value under one of the keys `image`, `image_url`, `video`, `video_url`.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

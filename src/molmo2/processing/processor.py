@@ -495,7 +495,7 @@ class Molmo2Processor(ProcessorMixin):
                 for a batch.
             kind: "image", "multi_image" or "video", for sizes alone.
         Returns:
-            A `molmo2.grounding.parse.Grounding`, of a batch a list of them. Whatever the answers say, reading does not fail.
+            A `molmo2.grounding.Grounding`, of a batch a list of them. Whatever the answers say, reading does not fail.
             Where a prompt has images beside a video, keys with a decimal point and tracks are about the video, whole
             numbers about the images. With several videos times are read against the first; for another one pass
             `inputs.media[row].more_videos[...]`.
