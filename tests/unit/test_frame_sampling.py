@@ -1,4 +1,4 @@
-"""Which moments of a video are shown: the recorded tables, and what holds for any video."""
+"""Frame sampling: the recorded tables, and what holds for any video."""
 
 import math
 
@@ -100,6 +100,55 @@ def test_times(settings, duration_seconds, expected):
 )
 def test_indices_of_fps_mode_for_any_frame_rate(fps, num_frames, expected):
     assert sample_indices(60, fps, SamplingSettings(num_frames, "fps", sampling_fps=2)).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("total", "fps", "num_frames", "expected"),
+    [
+        # 24 fps: candidates 2, 4, 6, 8 with steps 12, 6, 4, 3
+        (1, 24.0, 8, [0]),  # counts 0, 0, 0, 0: every candidate is taken, the step is 3
+        (3, 24.0, 8, [0]),  # 0, 0, 0, 1
+        (4, 24.0, 8, [0]),  # 0, 0, 1, 1: 8 per second gives no more, the step stays 4
+        (5, 24.0, 8, [0, 4]),  # 0, 0, 1, 1
+        (6, 24.0, 8, [0, 3]),  # 0, 1, 1, 2: 6 per second gives no more than 4, but 8 does
+        (8, 24.0, 8, [0, 4]),  # 0, 1, 2, 2
+        (9, 24.0, 8, [0, 3, 6]),  # 0, 1, 2, 3
+        (12, 24.0, 8, [0, 3, 6, 9]),  # 1, 2, 3, 4
+        (12, 24.0, 3, [0, 4, 8]),  # 4 do not fit
+        (14, 24.0, 4, [0, 3, 6, 9]),  # 1, 2, 3, 4: counted in whole steps 4 fit, and the fifth index is dropped
+        (48, 24.0, 2, [0, 12]),  # 4, 8, 12, 16: not even the lowest fits
+        # 6 fps: candidates 2, 6 with steps 3, 1
+        (2, 6.0, 1, [0]),  # 0, 2: from 0 the next is taken even if it does not fit
+        (2, 6.0, 8, [0, 1]),
+        (3, 6.0, 2, [0]),  # 1, 3: 3 do not fit
+    ],
+)
+def test_in_fps_mode_a_higher_rate_has_to_give_more_frames(total, fps, num_frames, expected):
+    assert sample_indices(total, fps, SamplingSettings(num_frames, "fps", sampling_fps=2)).tolist() == expected
+
+
+@given(
+    total=st.integers(1, 400),
+    whole_fps=st.integers(1, 120),
+    num_frames=st.integers(1, 40),
+    sampling_fps=st.sampled_from([1, 2, 3, 4, 8]),
+)
+def test_indices_of_fps_mode_follow_the_rule_word_for_word(total, whole_fps, num_frames, sampling_fps):
+    """The rule as it is written down, with integers alone, where the frame rate is a multiple of the sampling rate."""
+    candidates = [rate for rate in range(sampling_fps, 9, sampling_fps) if whole_fps % rate == 0]
+    if not candidates:
+        return
+    steps = [whole_fps // rate for rate in candidates]
+    chosen = 0
+    for number in range(1, len(steps)):
+        has, would_have = total // steps[chosen], total // steps[number]
+        if has == 0 or (would_have > has and would_have <= num_frames):
+            chosen = number
+    expected = list(range(0, total, steps[chosen]))[:num_frames]
+    assert (
+        sample_indices(total, float(whole_fps), SamplingSettings(num_frames, "fps", None, sampling_fps)).tolist()
+        == expected
+    )
 
 
 def test_uniform_indices_keep_the_last_frame():

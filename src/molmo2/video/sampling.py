@@ -1,15 +1,14 @@
-"""Which moments of a video the model sees.
+"""Frame sampling: the times or frame indices at which the model sees a video.
 
 Two entry points, because training treated two kinds of input differently:
 
-- `sample_times`: a *file* is sampled in time. The result is seconds; the frame shown is the one on display then.
+- `sample_times`: a *file* is sampled in time. The result is in seconds; each stands for the frame on display then.
 - `sample_indices`: an *array of frames* is sampled by frame index, with a nominal frame rate.
 
-Pure numpy: numbers in, arrays out. The rules are those of the training-time preprocessing.
+Pure numpy: numbers in, arrays out. Source of the rules: the training-time preprocessing of Molmo2.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,22 +17,21 @@ UNIFORM_LAST_FRAME = "uniform_last_frame"
 FPS = "fps"
 FRAME_SAMPLE_MODES = (UNIFORM_LAST_FRAME, FPS)
 
-# `fps` mode raises the sampling rate of short videos, but never above this many frames per second.
-HIGHEST_SAMPLING_FPS = 8
+MAX_CANDIDATE_FPS = 8  # up to which the `fps` mode raises the sampling rate of short videos
 # 29.97 is meant as 30, 23.976 as 24: these broadcast rates are a factor of 1000/1001 slower than their name.
 NOMINAL_FPS_TOLERANCE = 0.0015
 
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How frames are chosen; the names are the keys of `video_preprocessor_config.json`.
+    """Options of frame sampling, named as the keys of `video_preprocessor_config.json`.
 
     Attributes:
-        num_frames: the most frames a video may give, at least 1.
+        num_frames: maximum number of frames of a video, at least 1.
         frame_sample_mode: `"uniform_last_frame"` (evenly spread, always ending on the last frame) or `"fps"`
-            (a steady rate from the start).
-        max_fps: the densest `uniform_last_frame` sampling, in frames per second; None for no limit.
-        sampling_fps: the slowest `fps` sampling, in frames per second.
+            (a constant rate from the start).
+        max_fps: maximum rate of `uniform_last_frame`, in frames per second; None for no limit.
+        sampling_fps: minimum rate of `fps`, in frames per second.
 
     Raises:
         ValueError: a value is not usable; the message names it.
@@ -62,11 +60,11 @@ class SamplingSettings:
 
 
 def sample_times(duration_seconds: float, video_fps: float | None, settings: SamplingSettings) -> np.ndarray:
-    """Moments at which a video file is shown, in seconds from its first frame.
+    """Sampled times of a video file, in seconds from its first frame.
 
-    `uniform_last_frame` spreads `num_frames` moments evenly over the video, both ends included. With `max_fps`, a
-    video short enough to be covered at that rate is sampled every 1/max_fps seconds, plus its end. `fps` steps
-    through the video at a rate chosen by `_fastest_rate`.
+    `uniform_last_frame` spreads `num_frames` times evenly over the video, both ends included. With `max_fps`, a
+    video short enough to be covered at that rate is sampled every 1/max_fps seconds, plus its end. `fps` samples the
+    video at the highest rate of `_candidate_rates` at which it fits.
 
     Example: 1.2 seconds at max_fps=2 give 0.0, 0.5, 1.0, 1.2.
 
@@ -76,7 +74,7 @@ def sample_times(duration_seconds: float, video_fps: float | None, settings: Sam
 
     Returns:
         (F,) float64, ascending, 1 <= F <= num_frames. The last one of `uniform_last_frame` is the duration itself
-        (unless `num_frames` is 1), a moment at which the last frame is shown.
+        (unless `num_frames` is 1), when the last frame is on display.
 
     Raises:
         ValueError: the duration is not a finite number >= 0, or the `fps` mode has no usable frame rate.
@@ -84,12 +82,7 @@ def sample_times(duration_seconds: float, video_fps: float | None, settings: Sam
     if not math.isfinite(duration_seconds) or duration_seconds < 0:
         raise ValueError(f"The duration of the video is {duration_seconds!r} seconds; expected a finite number >= 0.")
     if settings.frame_sample_mode == FPS:
-        rate = _fastest_rate(
-            require_fps(video_fps), settings.sampling_fps, lambda rate: settings.num_frames / rate >= duration_seconds
-        )
-        times = np.arange(settings.num_frames, dtype=np.float64) / rate
-        return times[: max(1, int(np.count_nonzero(times < duration_seconds)))]
-
+        return _times_at_rate(duration_seconds, require_fps(video_fps), settings)
     if duration_seconds == 0:
         return np.zeros(1)
     max_fps = settings.max_fps
@@ -101,9 +94,11 @@ def sample_times(duration_seconds: float, video_fps: float | None, settings: Sam
 
 
 def sample_indices(total_num_frames: int, fps: float | None, settings: SamplingSettings) -> np.ndarray:
-    """Indices of the frames shown of a video that is given as an array; their times are index / fps.
+    """Indices of the sampled frames of a video that is given as an array; their times are index / fps.
 
-    Example: 37 frames at 10 fps with max_fps=2 give 0, 5, 10, ... 35 and 36, the last one.
+    Examples: 37 frames at 10 fps with max_fps=2 give 0, 5, 10, ... 35 and 36, the last one. In `fps` mode a rate has
+    to give more frames than the one below it: 8 frames at 24 fps give 0 and 4, as 8 per second would give no more
+    (whole) steps than 6.
 
     Args:
         total_num_frames: frames in the array.
@@ -124,7 +119,7 @@ def sample_indices(total_num_frames: int, fps: float | None, settings: SamplingS
 
 
 def require_fps(fps: float | None) -> float:
-    """The frame rate, or an error that says how to pass one."""
+    """The frame rate as a float, or an error that says how to pass one."""
     if fps is None or not _is_positive(fps):
         raise ValueError(
             f"The video has no usable frame rate (fps is {fps!r}), so the times of its frames are unknown. Pass the "
@@ -148,46 +143,49 @@ def _uniform_indices(total_num_frames: int, fps: float, settings: SamplingSettin
     return indices
 
 
+def _times_at_rate(duration_seconds: float, fps: float, settings: SamplingSettings) -> np.ndarray:
+    """The `fps` mode in time: the highest candidate rate at which the whole video fits into `num_frames`."""
+    rate, *higher_rates = _candidate_rates(fps, settings.sampling_fps)
+    for candidate in higher_rates:
+        if settings.num_frames / candidate >= duration_seconds:
+            rate = candidate
+    times = np.arange(settings.num_frames, dtype=np.float64) / rate
+    return times[: max(1, int(np.count_nonzero(times < duration_seconds)))]
+
+
 def _indices_at_rate(total_num_frames: int, fps: float, settings: SamplingSettings) -> np.ndarray:
-    whole_fps = _whole_fps(fps, settings.sampling_fps)
-    if whole_fps is None:  # no rate divides this video: take the frame on display at each sampled moment
-        frames_per_sample = fps / _slowest_rate(fps, settings.sampling_fps)
-        displayed = np.floor(np.arange(settings.num_frames) * frames_per_sample + 1e-6).astype(np.int64)
-        return displayed[displayed < total_num_frames]
+    """The `fps` mode on frame indices: a higher candidate rate has to give more frames, and they have to fit.
 
-    def step(rate: float) -> int:
-        return max(1, round(whole_fps / rate))
-
-    rate = _fastest_rate(
-        fps, settings.sampling_fps, lambda rate: total_num_frames // step(rate) <= settings.num_frames
-    )
-    return np.arange(0, total_num_frames, step(rate), dtype=np.int64)[: settings.num_frames]
-
-
-def _fastest_rate(fps: float, sampling_fps: float, fits: Callable[[float], bool]) -> float:
-    """Frames per second of the `fps` mode.
-
-    The candidates are the multiples of sampling_fps, at most 8, that divide the video's whole frame rate. The slowest
-    is taken even if the video does not fit into `num_frames` at that rate, the fastest of the others that fit else.
-
-    Training truncated the frame rate to an integer and could not use a video whose truncated rate was not a multiple
-    of sampling_fps. For those `_whole_fps` tries the nominal rate (29.97 counts as 30, 23.976 as 24); where that fails
-    as well (25 or 7.5 with sampling_fps=2, or less than 1 frame per second) only the slowest rate is left, which is
-    sampling_fps itself, or the video's own rate if that is lower.
-
-    Args:
-        fits: tells whether the whole video fits at a rate.
+    The frames that training counted are whole steps, so a video shorter than the step counts as 0 frames; from such a
+    rate the next one is taken whatever it gives.
     """
+    whole_fps = _whole_fps(fps, settings.sampling_fps)
+    rates = _candidate_rates(fps, settings.sampling_fps)
+    if whole_fps is None:  # no rate divides this video: take the frame on display at each sampled time
+        displayed = np.floor(np.arange(settings.num_frames) * (fps / rates[0]) + 1e-6).astype(np.int64)
+        return displayed[displayed < total_num_frames]
+    step, *smaller_steps = (max(1, round(whole_fps / rate)) for rate in rates)
+    for candidate in smaller_steps:
+        count, candidate_count = total_num_frames // step, total_num_frames // candidate
+        if count == 0 or count < candidate_count <= settings.num_frames:
+            step = candidate
+    return np.arange(0, total_num_frames, step, dtype=np.int64)[: settings.num_frames]
+
+
+def _candidate_rates(fps: float, sampling_fps: float) -> list[float]:
+    """Sampling rates of the `fps` mode, ascending: multiples of sampling_fps up to 8 that divide the whole frame rate.
+
+    The first, sampling_fps itself, is the one to use where no higher one fits. Training truncated the frame rate to an
+    integer and could not use a video whose truncated rate was not a multiple of sampling_fps. For those `_whole_fps`
+    tries the nominal rate (29.97 counts as 30, 23.976 as 24); where that fails as well (25 or 7.5 with sampling_fps=2,
+    or less than 1 frame per second) the only candidate is sampling_fps, or the video's own rate if that is lower.
+    """
+    lowest = min(float(sampling_fps), fps)
     whole_fps = _whole_fps(fps, sampling_fps)
-    slowest = _slowest_rate(fps, sampling_fps)
     if whole_fps is None:
-        return slowest
-    multiples = (k * sampling_fps for k in range(2, int(HIGHEST_SAMPLING_FPS / sampling_fps) + 1))
-    return max([slowest, *(rate for rate in multiples if _divides(rate, whole_fps) and fits(rate))])
-
-
-def _slowest_rate(fps: float, sampling_fps: float) -> float:
-    return min(float(sampling_fps), fps)
+        return [lowest]
+    multiples = (k * sampling_fps for k in range(2, int(MAX_CANDIDATE_FPS / sampling_fps) + 1))
+    return [lowest, *(rate for rate in multiples if _divides(rate, whole_fps))]
 
 
 def _whole_fps(fps: float, sampling_fps: float) -> int | None:
