@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from molmo2.image.geometry import CropSettings, plan_video, stack_pooling, video_token_pooling
+from molmo2.image.geometry import CropSettings, plan_video, split_runs, stack_pooling, video_token_pooling
 from molmo2.video.processing import Molmo2VideoProcessor
 from support.checkpoints import build_model
 from support.model_inputs import batch, clip, processor
@@ -54,6 +54,21 @@ def test_every_patch_of_every_frame_is_pooled_once_with_its_own_window():
 def test_tables_are_stacked_at_the_width_of_the_widest():
     assert stack_pooling([np.array([[1, -1]]), np.array([[3]])]).tolist() == [[1, -1], [3, -2]]
     assert stack_pooling([], 4).shape == (0, 4)
+
+
+@pytest.mark.parametrize("as_rows", [list, np.array, torch.tensor])
+def test_runs_are_given_back_to_their_videos(as_rows):
+    plans = [plan_video(5, FINE), plan_video(7, FINE, COARSE, 3), plan_video(1, FINE)]
+    grids = as_rows([grid for plan in plans for grid in plan.grids])
+    grouped = split_runs(grids, [plan.num_frames for plan in plans])
+    assert grouped == [[list(grid) for grid in plan.grids] for plan in plans]
+    assert split_runs([], []) == []
+
+
+@pytest.mark.parametrize("frame_counts", [[3], [5, 2], [2, 4], [7], []])
+def test_runs_of_other_videos_are_refused(frame_counts):
+    with pytest.raises(ValueError, match=r"runs of \[1, 2, 3\] frames, which do not add up to videos of "):
+        split_runs([(1, 2, 2), (2, 1, 1), (3, 2, 2)], frame_counts)
 
 
 def test_prompt_pixels_and_counts_follow_from_the_same_plan():

@@ -9,10 +9,10 @@ Source of the rules: the training-time preprocessing of Molmo2.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import numpy as np
 
@@ -299,6 +299,33 @@ def stack_pooling(tables: Sequence[np.ndarray], window: int = 0) -> np.ndarray:
     none_yet = np.empty((0, window), dtype=np.int64)
     padded = [np.pad(table, ((0, 0), (0, window - table.shape[1])), constant_values=PAD_SLOT) for table in tables]
     return np.concatenate([none_yet, *padded])
+
+
+def split_runs(grids: Iterable[Sequence[int]], frame_counts: Iterable[int]) -> list[list[list[int]]]:
+    """The rows of `video_grids` grouped by video: one row of a plain video, one per run of a slow-fast video.
+
+        >>> split_runs([[8, 9, 9], [1, 9, 9], [3, 3, 3], [1, 9, 9]], frame_counts=[8, 5])
+        [[[8, 9, 9]], [[1, 9, 9], [3, 3, 3], [1, 9, 9]]]
+
+    Args:
+        grids: (runs, 3) frames, then rows and columns of tokens of each; lists, an array or a tensor.
+        frame_counts: sampled frames of each video.
+
+    Raises:
+        ValueError: the frames of the runs do not add up to those of the videos.
+    """
+    rows = [[int(number) for number in row] for row in grids]
+    counts = [int(count) for count in frame_counts]
+    run_ends = np.cumsum([0, *(row[0] for row in rows)]).tolist()
+    video_ends = np.cumsum([0, *counts]).tolist()
+    if run_ends[-1] != video_ends[-1] or not set(video_ends) <= set(run_ends):
+        raise ValueError(
+            f"video_grids has runs of {[row[0] for row in rows]} frames, which do not add up to videos of {counts} "
+            "sampled frames. Pass the grids and the metadata of the same call."
+        )
+    return [
+        [row for row, end in zip(rows, run_ends[1:]) if start < end <= stop] for start, stop in pairwise(video_ends)
+    ]
 
 
 def _run_token_pooling(run: FrameRun) -> np.ndarray:
