@@ -124,3 +124,30 @@ def find_media(conversation: Any) -> ConversationMedia:
                 media.video_metadata.append(_metadata(part, video))
                 media.video_options.append(_options(part, video))
     return media
+
+
+def media_arguments(conversations: Sequence[ConversationMedia], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `Molmo2Processor.__call__`: the media of conversations, and options of the call.
+
+    `video_metadata` among the options counts before what the messages say; of other options the messages count.
+
+    Raises:
+        ValueError: If the options name media too.
+    """
+    twice = sorted({"images", "videos"} & set(options))
+    if twice:
+        raise ValueError(
+            f"{twice} given as a keyword argument, beside messages that name their own. Keep one of them."
+        )
+    arguments = {
+        **options,
+        "images": [image for media in conversations for image in media.images] or None,
+        "videos": [video for media in conversations for video in media.videos] or None,
+    }
+    metadata = [entry for media in conversations for entry in media.video_metadata]
+    per_video_options = [entry for media in conversations for entry in media.video_options]
+    if any(entry is not None for entry in metadata):
+        arguments.setdefault("video_metadata", metadata)
+    if any(per_video_options):
+        arguments["per_video_options"] = per_video_options
+    return arguments

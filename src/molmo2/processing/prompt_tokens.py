@@ -4,12 +4,13 @@
 [ids], [ids]   -- insert_bos, truncate, pad -->  equal rows and their attention mask
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from molmo2.image.geometry import split_runs
 from molmo2.processing.special_tokens import (
     FRAME_END,
     FRAME_START,
@@ -91,6 +92,18 @@ def video_string(grid: Sequence[Any], timestamps: Sequence[float], notation: Pic
     return " ".join(f"{seconds:.1f} {frame}" for seconds, frame in zip(timestamps, frames))
 
 
+def timed_grids(
+    video_grids: Iterable[Sequence[int]], metadata: Sequence[Any]
+) -> list[tuple[list[list[int]], Sequence[float]]]:
+    """For each video its rows of `video_grids` (one for each run of frames) and the times of its frames.
+
+    Args:
+        metadata: Of each video, with `timestamps` in seconds.
+    """
+    times = [entry.timestamps for entry in metadata]
+    return list(zip(split_runs(video_grids, [len(own) for own in times]), times))
+
+
 @dataclass(frozen=True)
 class ExpandedPrompt:
     """A prompt with its pictures written out.
@@ -108,26 +121,23 @@ class ExpandedPrompt:
         return original + sum(shift for end, shift in self.moves if end <= original)
 
 
-def expand(prompt: str, replacements: dict[str, Sequence[str]]) -> ExpandedPrompt:
+def expand(prompt: str, replacements: Mapping[str, Sequence[str]]) -> ExpandedPrompt:
     """Replace placeholders one by one, in their order.
 
     Args:
         replacements: For each placeholder the texts of its occurrences; as many as there are.
     """
-    waiting = {placeholder: list(texts) for placeholder, texts in replacements.items()}
+    waiting = {placeholder: iter(texts) for placeholder, texts in replacements.items()}
     pieces: list[str] = []
     moves: list[tuple[int, int]] = []
     done = 0
-    while True:
-        found = [(place, mark) for mark in waiting if (place := prompt.find(mark, done)) >= 0]
-        if not found:
-            pieces.append(prompt[done:])
-            return ExpandedPrompt("".join(pieces), tuple(moves))
-        place, mark = min(found)
-        text = waiting[mark].pop(0)
-        pieces += [prompt[done:place], text]
-        done = place + len(mark)
+    while found := [(start, mark) for mark in waiting if (start := prompt.find(mark, done)) >= 0]:
+        start, mark = min(found)
+        text = next(waiting[mark])
+        pieces += [prompt[done:start], text]
+        done = start + len(mark)
         moves.append((done, len(text) - len(mark)))
+    return ExpandedPrompt("".join([*pieces, prompt[done:]]), tuple(moves))
 
 
 def require_placeholders(counts: Sequence[int], passed: Sequence[int] | int, placeholder: str, noun: str) -> None:

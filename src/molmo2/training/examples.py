@@ -17,11 +17,10 @@ import numpy as np
 import PIL.Image
 import torch
 from torch import Tensor
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from molmo2.model.loss import IGNORED
-from molmo2.processing.chat import ConversationMedia, find_media, is_batch, messages_of, picture_kind
-from molmo2.processing.prompt_tokens import truncate
+from molmo2.processing.chat import ConversationMedia, find_media, is_batch, media_arguments, messages_of, picture_kind
+from molmo2.processing.prompt_tokens import timed_grids, truncate
 from molmo2.training.weighting import TokenWeighting, is_answer, message_weights, role_of
 from molmo2.video.loading import is_one_video
 
@@ -86,7 +85,7 @@ def build_training_example(
                 "learn. Put the answer into it, as a message with the role `assistant`."
             )
     pictures = _pictures(processor, media, options)
-    encoded = _encode(processor, conversations, pictures, processor._template(chat_template))
+    encoded = _encode(processor, conversations, pictures, chat_template)
     pictures.pop("video_metadata", None)
     visual = frozenset(processor.image_token_ids)
     rows = [
@@ -137,27 +136,21 @@ def _pictures(processor: Any, media: ConversationMedia, options: dict[str, Any])
     if not media.images and not media.videos:
         return {}
     videos = {**(options.get("videos_kwargs") or {}), "return_metadata": True}
-    return dict(processor._process_media(None, [media], {**options, "videos_kwargs": videos, "return_tensors": None}))
+    options = {**options, "videos_kwargs": videos, "return_tensors": None}
+    return dict(processor(**media_arguments([media], options)))
 
 
 def _encode(
-    processor: Any, conversations: list[Any], pictures: Mapping[str, Any], template: str
+    processor: Any, conversations: list[Any], pictures: Mapping[str, Any], template: str | None
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Ids of each conversation, and 1 where the assistant wrote them; all are about the same pictures."""
-    prompts, spans = render_jinja_template(
-        conversations,
-        chat_template=template,
-        return_assistant_tokens_mask=True,
-        **processor.tokenizer.special_tokens_map,
-    )
-    times = len(conversations)
-    expanded = processor._expand(
+    prompts, spans = processor.render_conversations(conversations, template, return_assistant_tokens_mask=True)
+    encoded = processor.encode_prompts(
         prompts,
-        np.tile(pictures["image_grids"], (times, 1)) if "image_grids" in pictures else None,
-        np.tile(pictures["video_grids"], (times, 1)) if "video_grids" in pictures else None,
-        [*pictures["video_metadata"]] * times if "video_metadata" in pictures else None,
+        [*pictures.get("image_grids", [])] * len(conversations),
+        timed_grids(pictures.get("video_grids", []), pictures.get("video_metadata", [])) * len(conversations),
+        assistant_spans=spans,
     )
-    encoded = processor._tokenize(expanded, {"assistant_spans": spans}, None)
     return encoded["input_ids"], encoded["assistant_masks"]
 
 
