@@ -1,7 +1,9 @@
-"""The shipped modules as remote code: what loaders copy, what must be installed, what a stranger's program gets."""
+"""The generated files as remote code: what loaders copy, what must be installed, what a stranger's program gets."""
 
 import ast
+import functools
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,29 +15,44 @@ from packaging.version import Version
 from safetensors.torch import load_file
 from transformers import dynamic_module_utils
 
-from support.checkpoints import AUTO_MAP, PUBLISHED, REPOSITORY, build_model, picture, read_json, write_checkpoint
+from molmo2.convert.conversion import remote_code_files
+from support.checkpoints import (
+    AUTO_MAP,
+    DATA,
+    PUBLISHED,
+    REPOSITORY,
+    build_model,
+    picture,
+    read_json,
+    write_checkpoint,
+)
 from support.fresh_process import run
 
-MODULES = sorted(REPOSITORY.glob("*_molmo2.py"))
-AUTO_MAP_MODULES = ["configuration", "modeling", "image_processing", "video_processing", "processing"]
+FILES = {
+    f"{name}_molmo2": REPOSITORY / f"{name}_molmo2.py"
+    for name in ("configuration", "grounding", "image_processing", "modeling", "processing", "video_processing")
+}
+MAX_LINES = 9_300  # of all files together: whoever trusts remote code has to read it
+AUTO_MAP_MODULES = [name for name in FILES if name != "grounding_molmo2"]
 # What every installation of this project has; all the rest is looked for when it is needed.
 REQUIRED_PACKAGES = {"torch", "transformers", "numpy", "PIL"}
-VIDEO = Path(__file__).resolve().parent.parent / "data" / "golden" / "media" / "one_frame.mp4"
+VIDEO = DATA / "golden" / "media" / "one_frame.mp4"
 
 HAS_TORCHVISION = importlib.util.find_spec("torchvision") is not None
 HAS_NATIVE_MOLMO2 = importlib.util.find_spec("transformers.models.molmo2") is not None
 
 
-# --- the text of the modules -----------------------------------------------------------------------------------------
+# --- the text of the files -------------------------------------------------------------------------------------------
 
 
-def parse(module: Path) -> ast.Module:
-    return ast.parse(module.read_text(encoding="utf-8"))
+@functools.cache
+def parse(name: str) -> ast.Module:
+    return ast.parse(FILES[name].read_text(encoding="utf-8"))
 
 
-def relative_imports(module: Path) -> set[str]:
-    """Names of the modules that a module imports relatively."""
-    nodes = [node for node in ast.walk(parse(module)) if isinstance(node, ast.ImportFrom) and node.level]
+def relative_imports(name: str) -> set[str]:
+    """Names of the files that a file imports relatively."""
+    nodes = [node for node in ast.walk(parse(name)) if isinstance(node, ast.ImportFrom) and node.level]
     return {node.module or "" for node in nodes}
 
 
@@ -53,74 +70,88 @@ def unguarded_packages(node: ast.AST) -> set[str]:
 
 
 def reachable(name: str) -> set[str]:
-    """Names of all modules that a module needs, at any distance."""
+    """Names of all files that a file needs, at any distance."""
     found: set[str] = set()
     pending = {name}
     while pending:
         found |= pending
-        pending = set().union(*(relative_imports(REPOSITORY / f"{name}.py") for name in pending)) - found
+        pending = set().union(*map(relative_imports, pending)) - found
     return found - {name}
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.stem)
-def test_relative_imports_name_a_module_beside(module):
+def test_six_files_lie_in_the_root():
+    """And no other Python file: a checkpoint takes them all."""
+    assert sorted(REPOSITORY.glob("*.py")) == sorted(FILES.values())
+    assert sorted(remote_code_files()) == sorted(
+        [*FILES.values(), REPOSITORY / "chat_template.jinja", REPOSITORY / "LICENSE"]
+    )
+
+
+def test_the_files_are_short_enough_to_be_read():
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in FILES.values()) <= MAX_LINES
+
+
+def test_tools_training_and_converter_stay_at_home():
+    sources = [line for path in FILES.values() for line in path.read_text(encoding="utf-8").splitlines()]
+    sources = [line.split()[2] for line in sources if line.startswith("# --- src/")]
+    assert "src/molmo2/model/modeling.py" in sources
+    assert [source for source in sources if re.match(r"src/molmo2/(tools|training|convert)/", source)] == []
+    assert [name for name in FILES if {"molmo2", "molmo2_fiftyone"} & unguarded_packages(parse(name))] == []
+
+
+def test_relative_imports_name_a_file_beside():
     """`from . import x` and packages in packages are not understood by the loader."""
-    for node in ast.walk(parse(module)):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            assert node.level == 1
-            assert node.module is not None
-            assert (REPOSITORY / f"{node.module}.py").is_file()
+    for name in FILES:
+        for node in ast.walk(parse(name)):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert (node.level, node.module in FILES) == (1, True), (name, node.lineno)
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.stem)
-def test_the_loader_reads_the_imports_that_are_there(module):
+def test_the_loader_reads_the_imports_that_are_there():
     """The loader searches the text, docstrings included; what it finds must be what Python imports."""
-    assert set(dynamic_module_utils.get_relative_imports(module)) == relative_imports(module)
-    assert set(dynamic_module_utils.get_imports(module)) - sys.stdlib_module_names <= REQUIRED_PACKAGES
+    for name, path in FILES.items():
+        assert set(dynamic_module_utils.get_relative_imports(path)) == relative_imports(name), name
+        found = set(dynamic_module_utils.get_imports(path))
+        assert found - sys.stdlib_module_names <= REQUIRED_PACKAGES, name
 
 
-@pytest.mark.parametrize("name", AUTO_MAP_MODULES)
-def test_modules_named_in_auto_map_import_all_they_need_directly(name):
-    """Older loaders copy the direct imports of the module that an Auto class asks for, and nothing further."""
-    module = f"{name}_molmo2"
-    assert reachable(module) == relative_imports(REPOSITORY / f"{module}.py")
+def test_files_named_in_auto_map_import_all_they_need_directly():
+    """Older loaders copy the direct imports of the file that an Auto class asks for, and nothing further."""
+    for name in AUTO_MAP_MODULES:
+        assert reachable(name) == relative_imports(name), name
 
 
-def test_every_module_is_needed():
-    needed = {f"{name}_molmo2" for name in AUTO_MAP_MODULES}
-    needed |= set().union(*(reachable(name) for name in needed))
-    assert {module.stem for module in MODULES} == needed
+def test_every_file_is_needed():
+    assert set(AUTO_MAP_MODULES).union(*map(reachable, AUTO_MAP_MODULES)) == FILES.keys()
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.stem)
-def test_other_packages_are_optional(module):
-    assert unguarded_packages(parse(module)) - sys.stdlib_module_names <= REQUIRED_PACKAGES
+def test_other_packages_are_optional():
+    for name in FILES:
+        assert unguarded_packages(parse(name)) - sys.stdlib_module_names <= REQUIRED_PACKAGES, name
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.stem)
-def test_torchvision_is_never_imported(module):
-    imported = set()
-    for node in ast.walk(parse(module)):
-        if isinstance(node, ast.Import):
-            imported |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            imported.add(str(node.module))
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and " " not in node.value:
-            imported.add(node.value)  # a name that importlib could be given
-    assert [name for name in imported if name.split(".")[0] == "torchvision"] == []
+def test_torchvision_is_never_imported():
+    for name in FILES:
+        imported = set()
+        for node in ast.walk(parse(name)):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(str(node.module))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and " " not in node.value:
+                imported.add(node.value)  # a name that importlib could be given
+        assert [found for found in imported if found.split(".")[0] == "torchvision"] == [], name
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.stem)
-def test_checks_are_not_assertions(module):
+def test_checks_are_not_assertions():
     """They would be gone under `python -O`."""
-    assert [node.lineno for node in ast.walk(parse(module)) if isinstance(node, ast.Assert)] == []
+    for name in FILES:
+        assert [node.lineno for node in ast.walk(parse(name)) if isinstance(node, ast.Assert)] == [], name
 
 
 def test_the_annotation_of_the_processors_options_is_a_type():
     """Serving engines read it; as text it would tell them nothing."""
-    imports = [
-        node for node in ast.walk(parse(REPOSITORY / "processing_molmo2.py")) if isinstance(node, ast.ImportFrom)
-    ]
+    imports = [node for node in ast.walk(parse("processing_molmo2")) if isinstance(node, ast.ImportFrom)]
     assert "__future__" not in {node.module for node in imports}
 
 
@@ -130,9 +161,8 @@ def test_auto_map_of_the_published_files_is_served():
         published.update(read_json(PUBLISHED / "Molmo2-4B" / f"{name}.json")["auto_map"])
     assert {name: AUTO_MAP.get(name, target) for name, target in published.items()} == published
     for target in {*published.values(), *AUTO_MAP.values()}:
-        module, class_name = target.split(".")
-        classes = [node.name for node in parse(REPOSITORY / f"{module}.py").body if isinstance(node, ast.ClassDef)]
-        assert class_name in classes
+        name, class_name = target.split(".")
+        assert class_name in [node.name for node in parse(name).body if isinstance(node, ast.ClassDef)]
 
 
 # --- a stranger's program --------------------------------------------------------------------------------------------
@@ -225,6 +255,7 @@ def test_auto_class(stranger, name):
 def test_auto_class_copies_what_it_needs(stranger, name, module):
     copied = {Path(file).stem for file in stranger["modules"][name]}
     assert copied - {"configuration_molmo2"} == ({module} | reachable(module)) - {"configuration_molmo2"}
+    assert "modeling_molmo2" not in reachable("processing_molmo2")
 
 
 def test_answer_of_a_loaded_checkpoint(stranger):
