@@ -88,9 +88,7 @@ def linear_layers(model) -> set[str]:
     return {name for name, module in model.named_modules() if type(module) is nn.Linear}
 
 
-@pytest.mark.parametrize(
-    "method", ["bitsandbytes int8", "bitsandbytes nf4", "torchao", "quanto", "quantize_dynamic"]
-)
+@pytest.mark.parametrize("method", ["bitsandbytes int8", "bitsandbytes nf4", "torchao", "quanto", "quantize_dynamic"])
 def test_every_linear_layer_is_quantized(folder, processor, asked, expected, method):
     every_layer = linear_layers(load(folder))
     model = load_quantized(folder, method)
