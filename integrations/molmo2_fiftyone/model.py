@@ -229,7 +229,7 @@ class Molmo2FiftyOneModel(fom.SamplesMixin, fom.EmbeddingsMixin, fom.Model):
             hidden = base(**inputs, use_cache=False).last_hidden_state
             return hidden[torch.arange(len(hidden), device=hidden.device), last]
         features = base.get_image_features if self.media_type == "image" else base.get_video_features
-        counts = base.is_patch(inputs["input_ids"], None).sum(1).tolist()
+        counts = base.patch_token_mask(inputs["input_ids"], None).sum(1).tolist()
         return torch.stack([own.float().mean(0) for own in features(**inputs).split(counts)])
 
     def _media_of(self, batch: Sequence[Any]) -> list[Any]:

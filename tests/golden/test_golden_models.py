@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from molmo2.model import linear
 from molmo2.model.attention.blockwise import BlockwiseMask
 from molmo2.model.modeling import Molmo2ForConditionalGeneration
 from molmo2.processing.processor import Molmo2Processor
@@ -25,8 +24,7 @@ HIDDEN_STATE_TOLERANCE = 2e-5  # relative to the largest value
 CLEAR_MARGIN = 5e-3  # greedy steps are comparable while the best token leads by at least this much
 PAD_TOKEN_ID, EOS_TOKEN_ID = 1000, 1002
 BLOCKWISE = "blockwise"  # sdpa, in blocks of a few queries
-ONEDNN = "oneDNN"  # sdpa, with all products by oneDNN as in larger models
-IMPLEMENTATIONS = ("sdpa", BLOCKWISE, ONEDNN, "eager", "flex_attention")
+IMPLEMENTATIONS = ("sdpa", BLOCKWISE, "eager", "flex_attention")
 
 CASES = model_cases()
 pytestmark = pytest.mark.skipif(not CASES, reason="the golden checkpoints lie beside the checkout, and are not there")
@@ -34,7 +32,7 @@ pytestmark = pytest.mark.skipif(not CASES, reason="the golden checkpoints lie be
 
 @functools.lru_cache(maxsize=1)
 def load_model(checkpoint: str, implementation: str) -> Molmo2ForConditionalGeneration:
-    attention = "sdpa" if implementation in (BLOCKWISE, ONEDNN) else implementation
+    attention = "sdpa" if implementation == BLOCKWISE else implementation
     return Molmo2ForConditionalGeneration.from_pretrained(checkpoint, attn_implementation=attention).eval()
 
 
@@ -43,8 +41,6 @@ def paths_on_and_off(request, monkeypatch):
     chosen = request.getfixturevalue("implementation") if "implementation" in request.fixturenames else "sdpa"
     if chosen == BLOCKWISE:
         monkeypatch.setattr(BlockwiseMask, "queries_per_block", 7)
-    if chosen == ONEDNN:
-        monkeypatch.setattr(linear, "FEWEST_MULTIPLICATIONS", 0)
 
 
 @functools.lru_cache(maxsize=1)

@@ -12,8 +12,8 @@ from transformers import AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from molmo2.model.attention.blockwise import BlockwiseMask
-from molmo2.model.media_layout import MediaTables, flat_pooling
 from molmo2.model.modeling import Molmo2ForConditionalGeneration
+from molmo2.model.vision_inputs import MediaGrids, flat_pooling
 from support.checkpoints import fill_weights, read_json, write_checkpoint, write_json
 from support.model_inputs import batch, real_tokens
 
@@ -55,7 +55,7 @@ def as_native(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     theirs["mm_token_type_ids"] = theirs.pop("token_type_ids").long()
     patches = (98 // 14) ** 2
     if "image_grids" in inputs:
-        tokens = MediaTables(image_grids=inputs["image_grids"]).image_tokens()
+        tokens = MediaGrids(image_grids=inputs["image_grids"]).image_tokens()
         theirs["image_token_pooling"] = flat_pooling(
             inputs["image_token_pooling"], tokens, inputs["image_num_crops"], patches
         )

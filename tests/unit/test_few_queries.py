@@ -7,7 +7,7 @@ import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from molmo2.model.attention import dispatch as attention
-from molmo2.model.attention.dispatch import Molmo2AttentionBase, sdpa_of_few
+from molmo2.model.attention.dispatch import Molmo2AttentionBase, sdpa_grouped_decode
 from support.checkpoints import build_model, without_stopping
 from support.model_inputs import batch
 
@@ -39,7 +39,7 @@ def mask_of(kind, queries):
 def test_the_numbers_are_those_of_the_library(queries, kind, dtype):
     query, key, value = states(queries, dtype)
     mask = mask_of(kind, queries)
-    found, _ = sdpa_of_few(MODULE, query, key, value, mask, dropout=0.0, scaling=0.3)
+    found, _ = sdpa_grouped_decode(MODULE, query, key, value, mask, dropout=0.0, scaling=0.3)
     # releases differ in what they do with masks that are longer than the keys
     shown = None if mask is None else mask[..., :KEYS].expand(-1, -1, queries, -1)
     expected, _ = sdpa_attention_forward(MODULE, query, key, value, shown, dropout=0.0, scaling=0.3)
@@ -50,20 +50,20 @@ def chosen(query, key, value, mask, is_causal=True):
     module = Molmo2AttentionBase.__new__(Molmo2AttentionBase)
     torch.nn.Module.__init__(module)
     module.is_causal = is_causal
-    return module._sdpa_for(query, key, value, mask, 0.0)
+    return module._sdpa_function(query, key, mask)
 
 
 def test_it_is_chosen_for_few_queries_of_heads_that_share_keys():
     query, key, value = states(1)
-    assert chosen(query, key, value, None) is sdpa_of_few
-    assert chosen(*states(15), mask_of("each", 15)) is sdpa_of_few
-    assert chosen(*states(16), mask_of("each", 16)) is sdpa_attention_forward  # gradients: no products either
+    assert chosen(query, key, value, None) is sdpa_grouped_decode
+    assert chosen(*states(15), mask_of("each", 15)) is sdpa_grouped_decode
+    assert chosen(*states(16), mask_of("each", 16)) is sdpa_attention_forward
     assert chosen(query[:, :KEY_HEADS], key, value, None) is sdpa_attention_forward
     assert chosen(query, key, value, torch.zeros(3, 1, 1, KEYS)) is sdpa_attention_forward  # added to the scores
     query, key, value = states(5)
     prefill = query, key[:, :, :5], value[:, :, :5]
     assert chosen(*prefill, None) is sdpa_attention_forward
-    assert chosen(*prefill, None, is_causal=False) is sdpa_of_few
+    assert chosen(*prefill, None, is_causal=False) is sdpa_grouped_decode
 
 
 @pytest.mark.parametrize("names", [("image",), ("text", "image")], ids=["alone", "padded"])
@@ -73,13 +73,13 @@ def test_every_step_of_decoding_takes_it(names, monkeypatch):
 
     def noted(module, query, *args, **kwargs):
         calls.append(query.shape[2])
-        return sdpa_of_few(module, query, *args, **kwargs)
+        return sdpa_grouped_decode(module, query, *args, **kwargs)
 
     settings = {"max_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
-    monkeypatch.setattr(attention, "sdpa_of_few", noted)
+    monkeypatch.setattr(attention, "sdpa_grouped_decode", noted)
     found = model.generate(**batch(*names), **settings)
     assert calls == [1] * 4 * model.config.text_config.num_hidden_layers
-    monkeypatch.setattr(attention, "FEWEST_QUERIES", 0)
+    monkeypatch.setattr(attention, "MAX_GROUPED_QUERIES", 0)
     expected = model.generate(**batch(*names), **settings)
     assert torch.equal(found.sequences, expected.sequences)
     torch.testing.assert_close(found.logits, expected.logits, rtol=1e-5, atol=1e-5)

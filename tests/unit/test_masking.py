@@ -4,13 +4,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from molmo2.model.attention.blockwise import TokenTables, allowed_pairs
-from molmo2.model.attention.mask import (
-    attention_implementation,
-    make_attention_mask,
-    make_position_ids,
-    starts_sequence,
-)
+from molmo2.model.attention.dispatch import attention_implementation, make_attention_mask
+from molmo2.model.attention.mask import AttentionSpec, make_position_ids, mask_mod, starts_sequence
 from support.checkpoints import tiny_config
 
 
@@ -26,7 +21,7 @@ def dense_mask(visual: str, attention_mask: list[int] | None = None, implementat
     padding = None if attention_mask is None else torch.tensor([attention_mask])
     embeds = torch.zeros(1, len(visual), 8)
     places = torch.arange(len(visual))
-    tables = TokenTables(is_visual=is_visual)
+    tables = AttentionSpec(is_visual=is_visual)
     return make_attention_mask(config, embeds, padding, None, tables, implementation, places)[0, 0]
 
 
@@ -61,7 +56,7 @@ def test_eager_gets_the_same_mask_as_numbers_to_add():
 
 
 def test_keys_past_the_sequence_are_not_visual():
-    allowed = allowed_pairs(TokenTables(is_visual=torch.tensor([[True, True]])))
+    allowed = mask_mod(AttentionSpec(is_visual=torch.tensor([[True, True]])))
     index = torch.tensor(0)
     assert bool(allowed(index, index, torch.tensor(0), torch.tensor(1)))
     assert not bool(allowed(index, index, torch.tensor(0), torch.tensor(2)))
@@ -72,9 +67,9 @@ def test_keys_past_the_sequence_are_not_visual():
 def test_a_prepared_mask_is_used_as_it_is():
     prepared = torch.ones(1, 1, 3, 3, dtype=torch.bool)
     config = tiny_config("qwen3").text_config
-    arguments = (torch.zeros(1, 3, 8), prepared, None, TokenTables(), "sdpa", torch.arange(3))
+    arguments = (torch.zeros(1, 3, 8), prepared, None, AttentionSpec(), "sdpa", torch.arange(3))
     assert make_attention_mask(config, *arguments) is prepared
-    inside = (torch.zeros(1, 3, 8), {"full_attention": prepared}, None, TokenTables(), "sdpa", torch.arange(3))
+    inside = (torch.zeros(1, 3, 8), {"full_attention": prepared}, None, AttentionSpec(), "sdpa", torch.arange(3))
     assert make_attention_mask(config, *inside) is prepared
 
 

@@ -8,10 +8,10 @@ import torch
 from transformers import DynamicCache
 
 from molmo2.model.attention.blockwise import BlockwiseMask
-from molmo2.model.attention.mask import token_tables
-from molmo2.model.loss import predicted_labels, weighted_loss
-from molmo2.model.media_layout import MediaTables, assign_media, token_groups
+from molmo2.model.attention.mask import attention_spec
+from molmo2.model.loss import shift_labels, weighted_loss
 from molmo2.model.packing import packed_rows, require_packed_layout
+from molmo2.model.vision_inputs import MediaGrids, assign_media, token_groups
 from support.checkpoints import FAMILIES, build_model
 from support.model_inputs import batch
 
@@ -63,20 +63,20 @@ def test_positions(mask, examples, branches, positions):
 def test_each_token_predicts_the_next_one_of_its_example():
     labels = torch.tensor([[1, 2, 3, 4, 5, 6]])
     packed = packed_rows(None, digits("000111"), None, (1, 6))
-    assert predicted_labels(labels, packed).tolist() == [[2, 3, -100, 5, 6, -100]]
-    assert predicted_labels(labels).tolist() == [[2, 3, 4, 5, 6, -100]]
+    assert shift_labels(labels, packed).tolist() == [[2, 3, -100, 5, 6, -100]]
+    assert shift_labels(labels).tolist() == [[2, 3, 4, 5, 6, -100]]
 
 
 def test_the_first_token_of_a_branch_has_no_label():
     packed = packed_rows(None, None, digits("001122", "001122"), (2, 6))
     labels = torch.tensor([[-100, 2, -100, 4, -100, 6], [-100, 2, -100, 4, 5, 6]])
-    assert predicted_labels(labels[:1], packed_rows(None, None, digits("001122"), (1, 6))).tolist() == [
+    assert shift_labels(labels[:1], packed_rows(None, None, digits("001122"), (1, 6))).tolist() == [
         [2, -100, 4, -100, 6, -100]
     ]
     with pytest.raises(
         ValueError, match=r"Row\(s\) \[1\] have a label at the first token of a branch.*Begin the branch"
     ):
-        predicted_labels(labels, packed)
+        shift_labels(labels, packed)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_packed_examples_are_rows_of_their_own_to_the_pictures():
     """A frame of 2 tokens, then one of 3 in the next example, are no image whose two groups are 2 and 3."""
     ids = torch.tensor([[1, 1, 2, 0, 1, 1, 1, 2, 1, 1, 2, 1, 1, 1, 2]])  # 1 patch, 2 end
     examples = digits("000011112222222")
-    tables = MediaTables(
+    tables = MediaGrids(
         torch.tensor([[1, 2, 1, 3]]), torch.tensor([1]), video_grids=torch.tensor([[1, 1, 2], [1, 1, 3]])
     )
     groups = token_groups(ids, [1], 2, 9, 8, examples)
@@ -347,7 +347,7 @@ def test_a_packed_row_may_be_longer_than_the_longest_prompt(qwen3):
 
 
 def test_flash_has_no_mask_for_packed_rows():
-    tables = token_tables(None, packed_rows(None, digits("0011"), None, (1, 4)))
+    tables = attention_spec(None, packed_rows(None, digits("0011"), None, (1, 4)))
     assert not tables.is_empty()  # so that `attention_implementation` takes sdpa
 
 

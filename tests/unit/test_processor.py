@@ -21,7 +21,7 @@ from transformers.tokenization_utils_base import TruncationStrategy
 from transformers.utils import PaddingStrategy
 from transformers.video_utils import VideoMetadata
 
-from molmo2.model.media_layout import MediaTables, assign_media, token_groups
+from molmo2.model.vision_inputs import MediaGrids, assign_media, token_groups
 from molmo2.processing import processor as processing
 from molmo2.processing.processor import Molmo2Processor
 from molmo2.processing.prompt_tokens import PictureNotation
@@ -1065,7 +1065,7 @@ def test_planned_tokens_are_emitted_and_found_again(rows, notation, max_crops, n
     pooled = sum(len(output[key]) for key in ("image_token_pooling", "video_token_pooling") if key in output)
     assert pooled == sum(emitted)
 
-    tables = MediaTables(*(output.get(key) for key in ("image_grids", "image_num_crops", "video_grids")))
+    tables = MediaGrids(*(output.get(key) for key in ("image_grids", "image_num_crops", "video_grids")))
     groups = token_groups(output["input_ids"], patches, *ends, vocabulary["<low_res_im_start>"])
     assert assign_media(groups, tables) == expected_owners
 

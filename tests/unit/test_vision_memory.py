@@ -15,7 +15,7 @@ FEATURE_BYTES = PATCHES * 2 * 32 * 4  # of one crop: two layers of the vision to
 
 def schedule(rows: list[list[int]], chunk_ends: list[int]) -> tuple[list[int], tuple[int, ...], tuple[int, ...]]:
     """With 10 patches per crop."""
-    found = PoolingSchedule.of(torch.tensor(rows).reshape(-1, 2), 10, chunk_ends)
+    found = PoolingSchedule.from_table(torch.tensor(rows).reshape(-1, 2), 10, chunk_ends)
     return found.order.tolist(), found.ready, found.first_crop
 
 

@@ -19,7 +19,7 @@ _CACHE_TAKES_KWARGS_DICT = "cache_kwargs" in inspect.signature(Cache.update).par
 
 
 def _every_pair(batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-    """Lifts the library's causality, which a rule of our own replaces."""
+    """Allows every pair: replaces the causality of transformers, which `mask_mod` brings itself."""
     return (q_idx >= 0) & (kv_idx >= 0)
 
 
@@ -29,7 +29,7 @@ def make_causal_mask(
     attention_mask: Tensor | None,
     past_key_values: Cache | None,
     cache_position: Tensor,
-    rule: Callable | None,
+    mask_mod: Callable | None,
 ) -> Any:
     """`transformers.masking_utils.create_causal_mask` under one signature.
 
@@ -37,8 +37,9 @@ def make_causal_mask(
         config: Text configuration; its attention implementation decides the form of the mask.
         inputs_embeds: (B, S, ...) in the dtype of the model; only shape, dtype and device are used.
         attention_mask: (B, keys) with 0 on padding, or None.
-        cache_position: (S,) places of the queries in the cache.
-        rule: `(batch, head, query, key) -> bool` on index tensors, in the place of causality; padding is hidden too.
+        cache_position: (S,) slots of the queries in the cache.
+        mask_mod: `(batch, head, query, key) -> bool` on index tensors, in the place of causality; padding is masked
+            as well.
     Returns:
         None, a (B, 1, S, keys) tensor, a (B, keys) tensor or a BlockMask, as the implementation wants it.
     """
@@ -50,8 +51,8 @@ def make_causal_mask(
         attention_mask=attention_mask,
         past_key_values=past_key_values,
         position_ids=None,
-        or_mask_function=None if rule is None else _every_pair,
-        and_mask_function=rule,
+        or_mask_function=None if mask_mod is None else _every_pair,
+        and_mask_function=mask_mod,
         **arguments,
     )
 
@@ -66,11 +67,11 @@ def update_cache(
 
 
 class _RopeSettings:
-    """What the library's rope functions read of a config, in every spelling they have used."""
+    """The attributes of a config that the rope functions of transformers read, in every spelling they have used."""
 
     def __init__(self, config: Any):
         self.rope_parameters = dict(config.rope_parameters)
-        if self.rope_parameters["rope_type"] == "yarn":  # as 4.57 has it; later ones want it said
+        if self.rope_parameters["rope_type"] == "yarn":  # the default of 4.57; later releases require it
             self.rope_parameters.setdefault("original_max_position_embeddings", config.max_position_embeddings)
         self.rope_scaling = config.rope_scaling
         self.rope_theta = config.rope_theta
@@ -81,11 +82,11 @@ class _RopeSettings:
         self.partial_rotary_factor = 1.0
 
     def standardize_rope_params(self) -> None:
-        """The parameters are in the standard form already."""
+        """Nothing to do: the parameters are in the standard form already."""
 
 
 def scaled_rope(config: Any) -> tuple[Tensor, float]:
-    """Scaled inverse frequencies (head_dim / 2,), float32, and the factor on cos and sin, as the library has them."""
+    """Scaled inverse frequencies (head_dim / 2,), float32, and the factor on cos and sin, by transformers."""
     with torch.device("cpu"):
         inv_freq, factor = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](
             _RopeSettings(config), torch.device("cpu")

@@ -1,4 +1,4 @@
-"""What `generate` needs to know about pictures: when they enter, and that they follow their own row."""
+"""The hooks of `generate`: media enter with the prefill and follow their row; prompt lookup drafts from the ids."""
 
 from typing import Any
 
@@ -8,26 +8,17 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin, LogitsProcessorList
 from transformers.generation.candidate_generator import CandidateGenerator, PromptLookupCandidateGenerator
 
-from molmo2.model.attention.blockwise import TokenTables
-from molmo2.model.attention.mask import (
-    attention_implementation,
-    cached_length,
-    make_attention_mask,
-    starts_sequence,
-    takes_blocks,
-)
-from molmo2.model.cache import let_grow
-from molmo2.model.prompt_lookup import LatestMatchLookup
-from molmo2.model.vision_inputs import ENCODED_INPUTS
-
-PICTURE_INPUTS = (*ENCODED_INPUTS["image"], *ENCODED_INPUTS["video"], "image_features", "video_features")
+from molmo2.model.attention.dispatch import attention_implementation, is_blockwise, make_attention_mask
+from molmo2.model.attention.mask import AttentionSpec, cached_length, starts_sequence
+from molmo2.model.cache import use_preallocated_layers
+from molmo2.model.vision_inputs import MEDIA_INPUTS, REPEAT_FACTOR
 
 
 class BaseVocabularyProcessors(LogitsProcessorList):
-    """Logits processors that are shown base-vocabulary ids only.
+    """Logits processors that see ids of the base vocabulary only.
 
-    Logits cover the base vocabulary, prompts also hold the ids of visual tokens above it, which penalties and n-gram
-    bans would use as indices. They are shown as the last base id, a padding entry that no answer contains.
+    Logits cover the base vocabulary; prompts also hold the ids of visual tokens above it, which penalties and n-gram
+    bans would use as indices. These are replaced by the last base id, a padding entry that no answer contains.
     """
 
     def __init__(self, processors: LogitsProcessorList, vocab_size: int):
@@ -38,29 +29,88 @@ class BaseVocabularyProcessors(LogitsProcessorList):
         return super().__call__(input_ids.clamp(max=self.vocab_size - 1), scores, **kwargs)
 
 
-def _num_places(options: dict[str, Any]) -> int | None:
-    """Tokens of a prompt, cached ones among them; recent releases leave out masks without padding."""
+def latest_continuation(ids: Tensor, max_ngram: int, max_tokens: int) -> Tensor:
+    """What followed the latest earlier occurrence of the last tokens, taking as many of these as occur again.
+
+    Args:
+        ids: (S,) int64.
+        max_ngram: Maximum number of last tokens to look for.
+    Returns:
+        (drafted,) int64, `max_tokens` at most; empty where not even the last token occurs again.
+    """
+    for length in range(min(max_ngram, len(ids) - 1), 0, -1):
+        matches = (ids[:-1].unfold(0, length, 1) == ids[-length:]).all(-1).nonzero()
+        if len(matches):
+            start = int(matches[-1]) + length
+            return ids[start : start + max(0, max_tokens)]
+    return ids[:0]
+
+
+class LatestMatchLookup(PromptLookupCandidateGenerator):
+    """Prompt lookup that drafts what followed the *latest* occurrence of the last tokens.
+
+    Tracks repeat themselves from frame to frame: the next place of an object is near its latest one, and most of its
+    digits are the same. The search of transformers takes the first match, where the object was at the start.
+
+    Args:
+        lookup: The generator that transformers made of the generation config.
+    """
+
+    def __init__(self, lookup: PromptLookupCandidateGenerator):
+        super().__init__(
+            eos_token_id=lookup.eos_token_id,
+            num_output_tokens=lookup.num_output_tokens,
+            max_matching_ngram_size=lookup.max_matching_ngram_size,
+            max_length=lookup.max_length,
+            logits_processor=lookup.logits_processor,
+            vocab_size=lookup.vocab_size,
+        )
+
+    # Arguments and annotations of the method differ between releases.
+    def get_candidates(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:  # type: ignore
+        """(1, S) ids to (1, S + drafted) ids, drafted <= `num_output_tokens`, and None: there are no draft logits.
+
+        A draft stops before the end of an answer and before visual tokens, which have no logits.
+        """
+        capacity = self.max_length - input_ids.shape[1] - 1  # the model adds a token of its own
+        draft = latest_continuation(
+            input_ids[0], self.max_matching_ngram_size, min(self.num_output_tokens, capacity)
+        ).tolist()
+        ends = () if self.eos_token_id is None else torch.as_tensor(self.eos_token_id).flatten().tolist()
+        vocab_size = float("inf") if self.vocab_size is None else self.vocab_size
+        unusable = (place for place, token in enumerate(draft) if token in ends or token >= vocab_size)
+        draft = draft[: next(unusable, None)]
+        if not draft:
+            return input_ids, None
+        return torch.cat((input_ids, input_ids.new_tensor([draft])), dim=1), None
+
+
+def _prompt_length(options: dict[str, Any]) -> int | None:
+    """Tokens of a prompt, cached ones included; recent releases leave out masks without padding."""
     described = (options.get(name) for name in ("attention_mask", "position_ids"))
     return next((entry.shape[-1] for entry in described if isinstance(entry, Tensor)), None)
 
 
-def _behind_kept_cache(options: dict[str, Any], input_ids: Tensor, past_key_values: Cache | None) -> dict[str, Any]:
-    """Decoding with candidates forgets, from 5.8 on, that a kept cache holds a part of the prompt already."""
-    is_forgotten = options.get("is_first_iteration") and options.get("next_sequence_length", 0) is None
-    if not is_forgotten or _num_places(options) != input_ids.shape[1]:
+def _restore_next_sequence_length(
+    options: dict[str, Any], input_ids: Tensor, past_key_values: Cache | None
+) -> dict[str, Any]:
+    """`options` with the number of tokens after a given cache, which assisted decoding ignores from 5.8 on."""
+    is_missing = options.get("is_first_iteration") and options.get("next_sequence_length", 0) is None
+    if not is_missing or _prompt_length(options) != input_ids.shape[1]:
         return options
     num_new = input_ids.shape[1] - int(cached_length(past_key_values))
     return {**options, "next_sequence_length": num_new} if num_new > 0 else options
 
 
-def _without_guesses(marks: Tensor, found: Tensor) -> Tensor:
-    """Marks, (B, S), without those at the end that are on no visual token, as `found` by id.
+def _drop_extrapolated_types(token_types: Tensor, by_id: Tensor) -> Tensor:
+    """(B, S) bool token types without the run at the end of a row that disagrees with the types found by id.
 
-    `generate` gives tokens that it writes or guesses the type of the last one, and that may be the end of a picture.
+    `generate` copies the type of the last prompt token to tokens that it writes or drafts, and that token may be the
+    end of an image.
     """
-    is_settled = ~marks | found
-    reaches_on = is_settled.flip(-1).cumsum(-1).flip(-1) > 0  # here or further on something is settled
-    return marks & reaches_on
+    agrees = ~token_types | by_id
+    precedes_agreement = agrees.flip(-1).cumsum(-1).flip(-1) > 0
+    return token_types & precedes_agreement
 
 
 class Molmo2GenerationMixin(GenerationMixin):
@@ -76,31 +126,31 @@ class Molmo2GenerationMixin(GenerationMixin):
         mm_token_type_ids: Tensor | None = None,
         **kwargs,
     ) -> dict[str, Any]:
-        """Inputs of one forward pass: pictures and their token types only while nothing is cached."""
+        """Inputs of one forward pass: media and their token types only while nothing is cached."""
         packed = [name for name in ("example_ids", "branch_ids") if kwargs.get(name) is not None]
         if packed:
             raise ValueError(
-                f"`generate` was given {' and '.join(packed)}, but an answer goes on from one prompt a row: pass "
+                f"`generate` was given {' and '.join(packed)}, but an answer continues one prompt per row: pass "
                 "every example, and every branch with its prefix, as a row of its own."
             )
-        pictures = {name: kwargs.pop(name, None) for name in (*PICTURE_INPUTS, "picture_repeats")}
+        media = {name: kwargs.pop(name, None) for name in (*MEDIA_INPUTS, REPEAT_FACTOR)}
         if token_type_ids is None:
             token_type_ids = mm_token_type_ids
         is_prefill = past_key_values is None or bool(cached_length(past_key_values) == 0)
         if is_prefill:
             ids = input_ids if inputs_embeds is None else None
-            is_visual = self.model.marked_as_visual(token_type_ids, ids, inputs_embeds)
+            is_visual = self.model.resolve_visual_mask(token_type_ids, ids, inputs_embeds)
             kwargs["token_type_ids"] = (
-                is_visual if ids is None else _without_guesses(is_visual, self.model.is_visual(ids))
+                is_visual if ids is None else _drop_extrapolated_types(is_visual, self.model.visual_token_mask(ids))
             )
         elif inputs_embeds is None:
-            kwargs = _behind_kept_cache(kwargs, input_ids, past_key_values)
+            kwargs = _restore_next_sequence_length(kwargs, input_ids, past_key_values)
         model_inputs = super().prepare_inputs_for_generation(
             input_ids, *args, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
         )
         if is_prefill:
             model_inputs["token_type_ids"] = kwargs["token_type_ids"]  # some releases shift or cut what they are given
-            model_inputs.update({name: value for name, value in pictures.items() if value is not None})
+            model_inputs.update({name: value for name, value in media.items() if value is not None})
         return model_inputs
 
     @staticmethod
@@ -128,19 +178,19 @@ class Molmo2GenerationMixin(GenerationMixin):
             token_type_ids = None
         if cache_position is None:
             cache_position = torch.arange(embeds.shape[1], device=embeds.device) + cached_length(past_key_values)
-        tables = TokenTables(is_visual=None if token_type_ids is None else token_type_ids.bool())
-        implementation = attention_implementation(text_config, False, not tables.is_empty())
-        if takes_blocks(implementation, embeds.shape[1]):
+        spec = AttentionSpec(is_visual=None if token_type_ids is None else token_type_ids.bool())
+        implementation = attention_implementation(text_config, False, not spec.is_empty())
+        if is_blockwise(implementation, embeds.shape[1]):
             return attention_mask
         return make_attention_mask(
-            text_config, embeds, attention_mask, past_key_values, tables, implementation, cache_position
+            text_config, embeds, attention_mask, past_key_values, spec, implementation, cache_position
         )
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args, **kwargs
     ) -> Any:
         done = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        let_grow(model_kwargs.get("past_key_values"))
+        use_preallocated_layers(model_kwargs.get("past_key_values"))
         return done
 
     def _expand_inputs_for_generation(
@@ -150,31 +200,31 @@ class Molmo2GenerationMixin(GenerationMixin):
         input_ids: Tensor | None = None,
         **model_kwargs,
     ) -> tuple[Tensor | None, dict[str, Any]]:
-        """Repeat every row `expand_size` times (beams, several answers); its pictures are still encoded once."""
-        self._require_cached_pictures(input_ids, model_kwargs)
-        pictures = {name: model_kwargs.pop(name, None) for name in PICTURE_INPUTS}
+        """Repeat every row `expand_size` times (beams, several answers); its media are still encoded once."""
+        self._require_cached_media(input_ids, model_kwargs)
+        media = {name: model_kwargs.pop(name, None) for name in MEDIA_INPUTS}
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
-        pictures = {name: value for name, value in pictures.items() if value is not None}
-        if pictures and expand_size > 1:
-            pictures["picture_repeats"] = expand_size
-        model_kwargs.update(pictures)
+        media = {name: value for name, value in media.items() if value is not None}
+        if media and expand_size > 1:
+            media[REPEAT_FACTOR] = expand_size
+        model_kwargs.update(media)
         return input_ids, model_kwargs
 
-    def _require_cached_pictures(self, input_ids: Tensor | None, model_kwargs: dict[str, Any]) -> None:
-        """A kept cache can be continued with text; pictures after it would be left out silently."""
+    def _require_cached_media(self, input_ids: Tensor | None, model_kwargs: dict[str, Any]) -> None:
+        """Refuses media after the tokens of a given cache, which can be continued with text only."""
         cache = model_kwargs.get("past_key_values")
         past_length = int(cached_length(cache)) if isinstance(cache, Cache) else 0
         if past_length == 0 or input_ids is None:
             return
         # Recent releases also take the new tokens alone.
-        are_all_new = (_num_places(model_kwargs) or 0) > input_ids.shape[1]
-        new_slots = int(self.model.is_patch(input_ids if are_all_new else input_ids[:, past_length:]).sum())
+        are_all_new = (_prompt_length(model_kwargs) or 0) > input_ids.shape[1]
+        new_slots = int(self.model.patch_token_mask(input_ids if are_all_new else input_ids[:, past_length:]).sum())
         if new_slots:
             raise ValueError(
                 f"The prompt has {new_slots} patch token(s) after the {past_length} tokens that the cache holds, but "
-                "pictures can only enter at the start of a sequence. Start without `past_key_values`."
+                "images and videos can only enter at the start of a sequence. Start without `past_key_values`."
             )
 
     def _get_logits_processor(self, *args, **kwargs) -> LogitsProcessorList:

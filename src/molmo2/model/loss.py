@@ -1,4 +1,4 @@
-"""What each token has to predict, and the loss over it."""
+"""Targets of next-token prediction, and the weighted loss over them."""
 
 import torch
 from torch import Tensor, nn
@@ -8,11 +8,11 @@ from molmo2.model.packing import PackedRows
 IGNORED = -100
 
 
-def predicted_labels(labels: Tensor, packed: PackedRows | None = None) -> Tensor:
-    """The label that each token predicts: that of the next one.
+def shift_labels(labels: Tensor, packed: PackedRows | None = None) -> Tensor:
+    """The target of each token: the label of the next one.
 
-    The first token of an example is predicted by nobody, like that of a row. The first token of a branch follows the
-    end of its prefix, one token for all branches and not the one before it in the row, so it may have no label.
+    The first token of an example (or row) is never a target. The first token of a branch follows the end of its
+    prefix, which is not the token before it in the row, so it may have no label.
 
     Args:
         labels: (B, S) int64, -100 where there is nothing to predict.
@@ -34,13 +34,13 @@ def predicted_labels(labels: Tensor, packed: PackedRows | None = None) -> Tensor
     return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
-def share_of_labels(learnt: Tensor, labels: Tensor) -> Tensor:
-    """Part of the labels that are learnt: of (B, S) `labels` those that (B, S) `learnt` has too, first tokens aside.
+def kept_label_fraction(targets: Tensor, labels: Tensor) -> Tensor:
+    """The fraction of (B, S) `labels` that (B, S) `targets` still has, first tokens aside; 0-d.
 
-    A trainer counts labels before the model sees them, ids without logits among them.
+    A trainer counts labels before the model sees them, including ids without logits.
     """
-    counted, kept = ((entries[:, 1:] != IGNORED).sum() for entries in (labels, learnt))
-    return torch.where(kept > 0, kept / counted.clamp(min=1), 1.0)  # nothing learnt is no loss, whatever divides it
+    counted, kept = ((entries[:, 1:] != IGNORED).sum() for entries in (labels, targets))
+    return torch.where(kept > 0, kept / counted.clamp(min=1), 1.0)  # no target, no loss: any divisor will do
 
 
 def weighted_loss(
@@ -50,8 +50,8 @@ def weighted_loss(
 
     Args:
         logits: (B, S, vocab_size).
-        targets: (B, S) int64, what each token predicts; -100 is ignored.
-        weights: (B, S) float, at the places of the labels: a token's target has the weight of the next token.
+        targets: (B, S) int64 from `shift_labels`; -100 is ignored.
+        weights: (B, S) float, aligned with the labels: the target of a token has the weight of the next token.
         num_items_in_batch: Divide by this instead: the sum of weights over all batches of an accumulated step.
     Raises:
         ValueError: For negative weights.
@@ -60,7 +60,7 @@ def weighted_loss(
     targets = targets.to(logits.device)[counted]
     weights = nn.functional.pad(weights[:, 1:], (0, 1)).to(logits.device, torch.float32)[counted]
     if bool((weights < 0).any()):
-        raise ValueError("`loss_weights` has negative entries: use 0 for tokens that are not to be learnt.")
+        raise ValueError("`loss_weights` has negative entries: use 0 for tokens without loss.")
     entropies = nn.functional.cross_entropy(logits[counted].float(), targets, reduction="none")
     total = (weights * entropies).sum()
     if num_items_in_batch is None:

@@ -1,4 +1,4 @@
-"""Molmo2: a text model that reads pictures. The path of one picture:
+"""Molmo2: a text model that reads images and videos. The path of one image:
 
 pixels -> `vision_backbone` (vision transformer, pooling, projector) -> one vector per patch token -> added to the
 embeddings of the prompt's patch tokens -> `transformer`, under a mask in which visual tokens see each other ->
@@ -18,13 +18,12 @@ from transformers.utils.generic import can_return_tuple
 from molmo2.configuration import Molmo2Config
 from molmo2.model.attention.mask import require_empty_cache, starts_sequence
 from molmo2.model.generation import Molmo2GenerationMixin
-from molmo2.model.linear import Linear
-from molmo2.model.loss import IGNORED, predicted_labels, share_of_labels, weighted_loss
+from molmo2.model.loss import IGNORED, kept_label_fraction, shift_labels, weighted_loss
 from molmo2.model.packing import packed_rows, require_packed_layout
 from molmo2.model.pretrained import Molmo2PreTrainedModel
 from molmo2.model.text import Molmo2Embedding, Molmo2TextModel
 from molmo2.model.vision import Molmo2VisionBackbone, is_distributed_training, zero_vision_loss
-from molmo2.model.vision_inputs import Molmo2PictureMixin
+from molmo2.model.vision_inputs import MEDIA_INPUTS, REPEAT_FACTOR, Molmo2VisionInputsMixin
 
 
 @dataclass
@@ -33,8 +32,7 @@ class Molmo2ModelOutputWithPast(ModelOutput):
 
     Attributes:
         last_hidden_state: (B, S, D).
-        image_hidden_states: (T, D) vectors added to the patch tokens, in the order of the prompts; None without
-            pictures.
+        image_hidden_states: (T, D) vectors added to the patch tokens, in the order of the prompts; None without media.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
@@ -61,7 +59,7 @@ class Molmo2CausalLMOutputWithPast(ModelOutput):
     image_hidden_states: torch.FloatTensor | None = None
 
 
-class Molmo2Model(Molmo2PreTrainedModel, Molmo2PictureMixin):
+class Molmo2Model(Molmo2PreTrainedModel, Molmo2VisionInputsMixin):
     """Vision backbone and text model, without the output matrix."""
 
     def __init__(self, config: Molmo2Config):
@@ -84,44 +82,32 @@ class Molmo2Model(Molmo2PreTrainedModel, Molmo2PictureMixin):
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        image_token_pooling: torch.LongTensor | None = None,
-        image_grids: torch.LongTensor | None = None,
-        image_num_crops: torch.LongTensor | None = None,
-        pixel_values_videos: torch.FloatTensor | None = None,
-        video_token_pooling: torch.LongTensor | None = None,
-        video_grids: torch.LongTensor | None = None,
-        image_features: torch.FloatTensor | None = None,
-        video_features: torch.FloatTensor | None = None,
         token_type_ids: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
         example_ids: torch.LongTensor | None = None,
         branch_ids: torch.LongTensor | None = None,
-        picture_repeats: int | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         **kwargs,
     ) -> Molmo2ModelOutputWithPast:
-        """Read prompts with their pictures.
+        """Read prompts with their images and videos.
 
         Args:
             input_ids: (B, S); or `inputs_embeds` (B, S, D), in which patch tokens are found by their embedding.
             attention_mask: (B, keys), 0 on padding, on either side.
-            pixel_values .. image_num_crops: See `get_image_features`.
-            pixel_values_videos .. video_grids: See `get_video_features`.
-            image_features, video_features: (T, D), what these two return, instead of pixels and pooling indices:
-                pictures that were encoded before. The grids are still needed where both kinds come together.
             token_type_ids: (B, S), nonzero on visual tokens; found by id when missing or of another width.
                 `mm_token_type_ids` is the name other processors use for it.
             example_ids: (B, S), one value for all tokens of a packed example; examples do not see each other, and
-                positions restart. Their pictures follow one another, row by row.
+                positions restart. Their images and videos follow one another, row by row.
             branch_ids: (B, S), 0 for the prefix that all branches of an example share, 1, 2, ... for branches, which
-                see this prefix and themselves and go on at its end. See `molmo2.model.packing`.
-            picture_repeats: So many rows after one another share their pictures, which are passed, and encoded, once
-                (beams, several answers).
+                see this prefix and themselves and continue its positions. See `molmo2.model.packing`.
+            kwargs: `MEDIA_INPUTS`. `pixel_values`, `image_token_pooling`, `image_grids`, `image_num_crops`: see
+                `get_image_features`. `pixel_values_videos`, `video_token_pooling`, `video_grids`: see
+                `get_video_features`. `image_features`, `video_features`: (T, D), what these two return, in the place
+                of pixels and pooling indices; the grids are still needed where images and videos come together.
         Raises:
-            ValueError: Neither or both of ids and embeddings, pictures that do not fit the prompts or each other, a
+            ValueError: Neither or both of ids and embeddings, media that do not fit the prompts or each other, a
                 prompt longer than `max_position_embeddings`, or ids of examples and branches that fit no layout.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -132,25 +118,15 @@ class Molmo2Model(Molmo2PreTrainedModel, Molmo2PictureMixin):
             inputs_embeds = self.get_input_embeddings()(input_ids.clamp(min=0))
         is_visual = None
         if starts_sequence(inputs_embeds.shape[1], past_key_values):
-            marks = token_type_ids if token_type_ids is not None else mm_token_type_ids
-            is_visual = self.marked_as_visual(marks, input_ids, inputs_embeds)
-        pictures = {
-            "pixel_values": pixel_values,
-            "image_token_pooling": image_token_pooling,
-            "image_grids": image_grids,
-            "image_num_crops": image_num_crops,
-            "pixel_values_videos": pixel_values_videos,
-            "video_token_pooling": video_token_pooling,
-            "video_grids": video_grids,
-            "image_features": image_features,
-            "video_features": video_features,
-        }
-        repeats = 1 if picture_repeats is None else picture_repeats
+            token_types = token_type_ids if token_type_ids is not None else mm_token_type_ids
+            is_visual = self.resolve_visual_mask(token_types, input_ids, inputs_embeds)
+        media = {name: kwargs.get(name) for name in MEDIA_INPUTS}
+        repeats = kwargs.get(REPEAT_FACTOR, 1)
         first_ids = None if input_ids is None else input_ids[::repeats]
         first_examples = None if example_ids is None else example_ids[::repeats]
-        vectors = self._picture_vectors(first_ids, inputs_embeds[::repeats], pictures, first_examples)
+        vectors = self._media_features(first_ids, inputs_embeds[::repeats], media, first_examples)
         if vectors is not None:
-            inputs_embeds = self._add_pictures(input_ids, inputs_embeds, vectors, repeats)
+            inputs_embeds = self._add_features(input_ids, inputs_embeds, vectors, repeats)
         elif is_distributed_training(self.vision_backbone):
             inputs_embeds = inputs_embeds + zero_vision_loss(self.vision_backbone).to(inputs_embeds)
         if is_visual is not None:
@@ -185,7 +161,7 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
     def __init__(self, config: Molmo2Config):
         super().__init__(config)
         self.model = Molmo2Model(config)
-        self.lm_head = Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
     def get_input_embeddings(self) -> Molmo2Embedding:
@@ -260,7 +236,6 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
         loss_weights: Tensor | None = None,
         example_ids: torch.LongTensor | None = None,
         branch_ids: torch.LongTensor | None = None,
-        picture_repeats: int | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -275,36 +250,39 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
                 share. First tokens of packed examples are not predicted; first tokens of branches must be -100.
             loss_weights: (B, S) weights of the labels at the same places; the loss is `sum(weight * cross entropy)`
                 over their sum, or over `num_items_in_batch` where that is given (the sum over an accumulated step).
-            logits_to_keep: Last so many positions only (0: all), or a tensor of positions.
+            logits_to_keep: Number of last positions (0: all), or a tensor of positions.
         Raises:
             ValueError: Labels together with `logits_to_keep`, a label at the start of a branch, negative weights, and
                 whatever `Molmo2Model.forward` raises.
         """
+        media = {
+            "pixel_values": pixel_values,
+            "image_token_pooling": image_token_pooling,
+            "image_grids": image_grids,
+            "image_num_crops": image_num_crops,
+            "pixel_values_videos": pixel_values_videos,
+            "video_token_pooling": video_token_pooling,
+            "video_grids": video_grids,
+            "image_features": image_features,
+            "video_features": video_features,
+        }
+        passed_on = {name: kwargs.pop(name) for name in ("cache_position", REPEAT_FACTOR) if name in kwargs}
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            pixel_values=pixel_values,
-            image_token_pooling=image_token_pooling,
-            image_grids=image_grids,
-            image_num_crops=image_num_crops,
-            pixel_values_videos=pixel_values_videos,
-            video_token_pooling=video_token_pooling,
-            video_grids=video_grids,
-            image_features=image_features,
-            video_features=video_features,
             token_type_ids=token_type_ids,
             mm_token_type_ids=mm_token_type_ids,
             example_ids=example_ids,
             branch_ids=branch_ids,
-            picture_repeats=picture_repeats,
             use_cache=use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
-            cache_position=kwargs.pop("cache_position", None),
             return_dict=True,
+            **media,
+            **passed_on,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
@@ -316,13 +294,13 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
                     "`logits_to_keep` at 0 when passing labels."
                 )
             vocab_size = self.config.text_config.vocab_size
-            learnt = labels.masked_fill(labels >= vocab_size, IGNORED)
+            targets = labels.masked_fill(labels >= vocab_size, IGNORED)
             if kwargs.get("num_items_in_batch") is not None and loss_weights is None:
-                kwargs["num_items_in_batch"] = kwargs["num_items_in_batch"] * share_of_labels(learnt, labels)
-            labels = learnt
+                kwargs["num_items_in_batch"] = kwargs["num_items_in_batch"] * kept_label_fraction(targets, labels)
+            labels = targets
             packed = packed_rows(attention_mask, example_ids, branch_ids, labels.shape)
             if packed is not None or loss_weights is not None:
-                kwargs["shift_labels"] = predicted_labels(labels, packed)
+                kwargs["shift_labels"] = shift_labels(labels, packed)
             if loss_weights is None:
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
             else:

@@ -1,10 +1,10 @@
-"""Several examples in one row, several branches under one prefix: checks, positions and what each token predicts.
+"""Several examples in one row, several branches under one prefix: reading their ids, checks and positions.
 
     row       a a a a a | b b b b        two packed examples
     branch    0 0 1 1 2 | 0 0 1 1        the first one: a shared prefix of two tokens, then two branches
-    position  0 1 2 3 2 | 0 1 2 3        every branch goes on where its prefix ends
+    position  0 1 2 3 2 | 0 1 2 3        every branch continues where its prefix ends
 
-A branch sees its prefix and itself. So each branch with its prefix gives the same numbers as in a row of its own.
+A branch sees its prefix and itself, so each branch with its prefix gives the same logits as in a row of its own.
 Pure functions of ids.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PackedRows:
-    """Examples and branches of a batch, padding counted to the token before it.
+    """The examples and branches of a batch; padding belongs to those of the token before it.
 
     Attributes:
         examples: (B, S) int64: number of the example within its row, from 0.
@@ -37,7 +37,7 @@ class PackedRows:
         return (self.example_starts() | _changes(self.branches)) & (self.branches != 0)
 
     def positions(self) -> Tensor:
-        """(B, S) int64: places within each example; a branch goes on after the prefix; padding gets 0 or more."""
+        """(B, S) int64: positions within each example; a branch continues after the prefix; padding gets 0 or more."""
         place = torch.arange(self.examples.shape[1], device=self.examples.device)
         counted = self.is_real.long()
         prefix = counted * (self.branches == 0)
@@ -71,7 +71,7 @@ def _fill_padding(ids: Tensor, is_real: Tensor) -> Tensor:
 def packed_rows(
     attention_mask: Tensor | None, example_ids: Tensor | None, branch_ids: Tensor | None, shape: tuple[int, ...]
 ) -> PackedRows | None:
-    """Read the ids of examples and branches; None when there are neither.
+    """The examples and branches that ids describe; None when there are no ids.
 
     Args:
         attention_mask: (B, S), 0 on padding.
@@ -97,14 +97,14 @@ def packed_rows(
     return PackedRows(_changes(examples).long().cumsum(-1) - 1, branches.long(), is_real)
 
 
-def examples_of_positions(position_ids: Tensor) -> Tensor:
-    """(B, S) int64: packed examples told by positions that do not go up by one (the library's convention)."""
-    goes_on = position_ids[:, 1:] == position_ids[:, :-1] + 1
-    return torch.cat((torch.zeros_like(position_ids[:, :1]), (~goes_on).long().cumsum(-1)), dim=1)
+def example_ids_from_positions(position_ids: Tensor) -> Tensor:
+    """(B, S) int64: a new example wherever positions do not go up by one (the convention of transformers)."""
+    continues = position_ids[:, 1:] == position_ids[:, :-1] + 1
+    return torch.cat((torch.zeros_like(position_ids[:, :1]), (~continues).long().cumsum(-1)), dim=1)
 
 
-def _returning(ids: Tensor) -> Tensor:
-    """(B,) bool: an id of the row comes back after another one."""
+def _has_split_groups(ids: Tensor) -> Tensor:
+    """(B,) bool: the row has an id in several runs."""
     ordered = ids.sort(-1).values
     return _changes(ids).sum(-1) > _changes(ordered).sum(-1)
 
@@ -115,13 +115,13 @@ def require_packed_layout(
     branch_ids: Tensor | None,
     is_visual: Tensor | None = None,
 ) -> None:
-    """Refuse ids that do not describe examples of one prefix and its branches.
+    """Refuses ids that do not describe examples of one prefix and its branches.
 
     Args:
         is_visual: (B, S) bool.
     Raises:
         ValueError: An example or a branch in several pieces, a prefix after its branches, negative branch numbers, or
-            pictures in a branch, with the rows concerned and what to do.
+            visual tokens in a branch, with the rows concerned and what to do.
     """
     ids = example_ids if example_ids is not None else branch_ids
     rows = None if ids is None else packed_rows(attention_mask, example_ids, branch_ids, ids.shape)
@@ -131,12 +131,12 @@ def require_packed_layout(
     pairs = rows.examples * (rows.branches.max() + 1) + rows.branches
     late_prefix = _changes(rows.branches) & ~rows.example_starts() & (rows.branches == 0)
     late_prefix[:, 0] = False
-    pictures = torch.zeros_like(rows.is_real)
+    visual_in_branch = torch.zeros_like(rows.is_real)
     if is_visual is not None:
-        pictures = is_visual.to(rows.is_real.device).bool() & (rows.branches != 0) & rows.is_real
+        visual_in_branch = is_visual.to(rows.is_real.device).bool() & (rows.branches != 0) & rows.is_real
     problems = {
-        "`example_ids` has an example in several pieces: put the tokens of each example side by side": _returning(
-            filled
+        "`example_ids` has an example in several pieces: put the tokens of each example side by side": (
+            _has_split_groups(filled)
         ),
         "`branch_ids` has negative numbers: use 0 for the shared prefix and 1, 2, ... for branches": (
             rows.branches < 0
@@ -144,12 +144,14 @@ def require_packed_layout(
         "`branch_ids` has a shared prefix (0) after a branch of the same example: put the prefix first": (
             late_prefix.any(-1)
         ),
-        "`branch_ids` has a branch in several pieces: put the tokens of each branch side by side": _returning(pairs),
-        "there are visual tokens in a branch: put pictures into the shared prefix (`branch_ids` 0), because in a row "
-        "of its own a branch's picture would be seen by the pictures of the prefix": pictures.any(-1),
+        "`branch_ids` has a branch in several pieces: put the tokens of each branch side by side": _has_split_groups(
+            pairs
+        ),
+        "there are visual tokens in a branch: put images and videos into the shared prefix (`branch_ids` 0), because "
+        "in a row of its own a branch's image would be seen by those of the prefix": visual_in_branch.any(-1),
     }
     found = torch.stack(list(problems.values())).tolist()
-    for problem, rows_concerned in zip(problems, found):
-        if any(rows_concerned):
-            concerned = [row for row, is_concerned in enumerate(rows_concerned) if is_concerned]
-            raise ValueError(f"In row(s) {concerned[:8]} {problem}.")
+    for problem, row_flags in zip(problems, found):
+        if any(row_flags):
+            affected = [row for row, is_affected in enumerate(row_flags) if is_affected]
+            raise ValueError(f"In row(s) {affected[:8]} {problem}.")

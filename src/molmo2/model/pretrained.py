@@ -1,4 +1,4 @@
-"""What all Molmo2 models tell transformers about themselves, and how fresh weights are drawn."""
+"""Base class: capability flags for transformers, weight initialisation."""
 
 from typing import Any
 
@@ -10,10 +10,10 @@ from molmo2.model.rotary import Molmo2RotaryEmbedding
 
 
 def checkpointing_settings(given: dict[str, Any] | None) -> dict[str, Any]:
-    """Settings of `torch.utils.checkpoint`: not reentrant, unless they say so.
+    """Settings of `torch.utils.checkpoint`, with `use_reentrant=False` unless given.
 
-    The reentrant kind, a default before transformers 5, passes no gradient to a layer whose input has none: adapters
-    in a vision transformer that is otherwise frozen, which reads pixels, would not be trained.
+    Reentrant checkpointing, the default before transformers 5, passes no gradient to a layer whose input has none:
+    adapters in an otherwise frozen vision transformer, whose input is pixels, would not be trained.
     """
     return {"use_reentrant": False, **({} if given is None else given)}
 
@@ -34,13 +34,13 @@ class Molmo2PreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
-    # Releases that have the first name call it for the second one too.
+    # Releases with `activation_checkpointing_enable` call it from `gradient_checkpointing_enable`.
     if hasattr(PreTrainedModel, "activation_checkpointing_enable"):
 
         def activation_checkpointing_enable(
             self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
         ) -> None:
-            """As transformers has it, with `checkpointing_settings`."""
+            """As in transformers, with `checkpointing_settings`."""
             settings = checkpointing_settings(activation_checkpointing_kwargs)
             super().activation_checkpointing_enable(activation_checkpointing_kwargs=settings, **options)
 
@@ -49,12 +49,12 @@ class Molmo2PreTrainedModel(PreTrainedModel):
         def gradient_checkpointing_enable(
             self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
         ) -> None:
-            """As transformers has it, with `checkpointing_settings`."""
+            """As in transformers, with `checkpointing_settings`."""
             settings = checkpointing_settings(gradient_checkpointing_kwargs)
             super().gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings, **options)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Fill what a checkpoint left unfilled; never touch a tensor that was loaded.
+        """Initialise what a checkpoint did not contain; never touch a tensor that was loaded.
 
         Some releases of transformers call this for modules whose tensors are partly or wholly loaded, with a mark on
         the loaded ones, and with rotary buffers that were allocated but never computed.

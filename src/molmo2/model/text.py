@@ -8,18 +8,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from molmo2.configuration import Molmo2TextConfig
-from molmo2.model.attention.dispatch import Molmo2AttentionBase
+from molmo2.model.attention.dispatch import Molmo2AttentionBase, attention_implementation, make_attention_mask
 from molmo2.model.attention.mask import (
-    attention_implementation,
+    attention_spec,
     cached_length,
-    make_attention_mask,
     make_position_ids,
-    separated_by_positions,
-    token_tables,
+    split_examples_by_position_ids,
 )
-from molmo2.model.cache import let_grow
+from molmo2.model.cache import use_preallocated_layers
 from molmo2.model.compat import update_cache
-from molmo2.model.linear import Linear
 from molmo2.model.packing import PackedRows
 from molmo2.model.pretrained import Molmo2PreTrainedModel
 from molmo2.model.rotary import Molmo2RotaryEmbedding, rotate
@@ -85,8 +82,8 @@ class Molmo2Attention(Molmo2AttentionBase):
             self.num_key_value_heads * self.head_dim,
             self.num_key_value_heads * self.head_dim,
         )
-        self.att_proj = Linear(config.hidden_size, sum(self.widths), bias=config.qkv_bias)
-        self.attn_out = Linear(self.widths[0], config.hidden_size, bias=False)
+        self.att_proj = nn.Linear(config.hidden_size, sum(self.widths), bias=config.qkv_bias)
+        self.attn_out = nn.Linear(self.widths[0], config.hidden_size, bias=False)
         self.norms_heads = config.qk_norm_type == "qwen3"
         self.q_norm = self.k_norm = None
         if config.use_qk_norm:
@@ -127,8 +124,8 @@ class Molmo2MLP(nn.Module):
 
     def __init__(self, config: Molmo2TextConfig):
         super().__init__()
-        self.ff_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.ff_out = Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.ff_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.ff_out = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.act = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -181,8 +178,8 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.wte = value
 
-    def _require_room(self, prompt_length: int, attention_mask=None) -> None:
-        """Positions are counted over real tokens: a padded prompt may be longer than the limit."""
+    def _require_positions(self, prompt_length: int, attention_mask=None) -> None:
+        """Refuses prompts beyond `max_position_embeddings`; padding does not count."""
         limit = self.config.max_position_embeddings
         if prompt_length > limit and isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
             prompt_length = int((attention_mask != 0).sum(-1).max())
@@ -207,24 +204,24 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
         """What every layer is called with, and the rotary tables of each."""
         query_length = inputs_embeds.shape[1]
         past_length = cached_length(past_key_values)
-        tables = token_tables(is_visual, packed_rows)
+        spec = attention_spec(is_visual, packed_rows)
         if position_ids is not None and attention_mask is None and past_key_values is None:
-            tables = separated_by_positions(tables, position_ids, len(inputs_embeds))
+            spec = split_examples_by_position_ids(spec, position_ids, len(inputs_embeds))
         if packed_rows is not None and position_ids is None:
             position_ids = packed_rows.positions()
         if packed_rows is not None:
-            self._require_room(int(position_ids.max()) + 1)
+            self._require_positions(int(position_ids.max()) + 1)
         elif isinstance(past_length, int) and past_length == 0:
-            self._require_room(query_length, attention_mask)
+            self._require_positions(query_length, attention_mask)
         if cache_position is None:
             cache_position = torch.arange(query_length, device=inputs_embeds.device) + past_length
-        implementation = attention_implementation(self.config, wants_weights, not tables.is_empty())
+        implementation = attention_implementation(self.config, wants_weights, not spec.is_empty())
         mask = make_attention_mask(
             self.config,
             inputs_embeds,
             attention_mask,
             past_key_values,
-            tables,
+            spec,
             implementation,
             cache_position,
         )
@@ -260,7 +257,7 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
             attention_mask: (B, keys) with 0 on padding, or a mask prepared by `molmo2.model.attention.mask`.
             position_ids: (B, S); by default counted over real tokens.
             inputs_embeds: (B, S, D).
-            is_visual: (B, S) bool in a prefill with pictures: these tokens see each other in both directions.
+            is_visual: (B, S) bool in a prefill with media: these tokens see each other in both directions.
             packed_rows: Examples and branches that do not see each other. Without these, without a mask and with
                 `use_cache=False`, examples are told by `position_ids` that restart.
         Raises:
@@ -278,7 +275,7 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
         if self.gradient_checkpointing and self.training:
             use_cache = False
         if use_cache and past_key_values is None:
-            past_key_values = let_grow(DynamicCache(config=self.config))
+            past_key_values = use_preallocated_layers(DynamicCache(config=self.config))
 
         arguments, rotary = self._layer_arguments(
             inputs_embeds,

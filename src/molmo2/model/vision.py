@@ -1,6 +1,6 @@
 """From pixel patches to vectors of the text model: vision transformer, attention pooling, projector.
 
-Everything works on flat lists: all crops of all pictures one after the other, all pooled tokens one after the other.
+Everything is flat: the crops of all images and frames one after the other, and so the pooled tokens.
 """
 
 import itertools
@@ -14,12 +14,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from molmo2.configuration import PAD_SLOT, UINT8_MEAN, UINT8_STD, Molmo2AdapterConfig, Molmo2VitConfig
 from molmo2.model.attention.dispatch import Molmo2AttentionBase
-from molmo2.model.linear import Linear
 from molmo2.model.pretrained import Molmo2PreTrainedModel
 
 
 def normalize_on_device(pixels: Tensor) -> Tensor:
-    """uint8 patches as the float32 numbers that the processor would have made of them, on the device they are on."""
+    """uint8 patches normalised to float32 as the processor does it, on their device."""
     return pixels.float().div_(255).sub_(UINT8_MEAN).div_(UINT8_STD)
 
 
@@ -29,10 +28,10 @@ class Molmo2VisionAttention(Molmo2AttentionBase):
     def __init__(self, config: Molmo2VitConfig | Molmo2AdapterConfig, input_size: int):
         super().__init__(config, float32_attention=config.float32_attention)
         key_value_size = self.num_key_value_heads * self.head_dim
-        self.wq = Linear(input_size, self.num_heads * self.head_dim)
-        self.wk = Linear(input_size, key_value_size)
-        self.wv = Linear(input_size, key_value_size)
-        self.wo = Linear(self.num_heads * self.head_dim, config.hidden_size)
+        self.wq = nn.Linear(input_size, self.num_heads * self.head_dim)
+        self.wk = nn.Linear(input_size, key_value_size)
+        self.wv = nn.Linear(input_size, key_value_size)
+        self.wo = nn.Linear(self.num_heads * self.head_dim, config.hidden_size)
         self.dropout = nn.Dropout(config.residual_dropout)
 
     def forward(self, queries: Tensor, keys: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -63,8 +62,8 @@ class Molmo2VisionMLP(nn.Module):
 
     def __init__(self, config: Molmo2VitConfig):
         super().__init__()
-        self.w1 = Linear(config.hidden_size, config.intermediate_size)
-        self.w2 = Linear(config.intermediate_size, config.hidden_size)
+        self.w1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.w2 = nn.Linear(config.intermediate_size, config.hidden_size)
         self.act = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -113,7 +112,7 @@ class Molmo2VisionTransformer(Molmo2PreTrainedModel):
         depth = config.num_hidden_layers
         self.feature_layers = [layer % depth for layer in feature_layers]
         self.positional_embedding = nn.Parameter(torch.empty(config.image_num_pos, config.hidden_size))
-        self.patch_embedding = Linear(config.image_patch_size**2 * 3, config.hidden_size)
+        self.patch_embedding = nn.Linear(config.image_patch_size**2 * 3, config.hidden_size)
         self.transformer = Molmo2VisionBlocks(config, max(self.feature_layers) + 1)
         self.gradient_checkpointing = False
         self.post_init()
@@ -142,7 +141,7 @@ class Molmo2VisionTransformer(Molmo2PreTrainedModel):
         Returns:
             For each of the feature layers, in their order, (C, P, D).
         """
-        # Of this module's own tensors: a submodule's may be elsewhere while weights are offloaded.
+        # Device and dtype of this module's own tensor: a submodule's may be elsewhere while weights are offloaded.
         positions = self.positional_embedding
         pixel_values = pixel_values.to(positions.device)
         if pixel_values.dtype == torch.uint8:
@@ -190,9 +189,9 @@ class Molmo2Projector(nn.Module):
 
     def __init__(self, config: Molmo2AdapterConfig):
         super().__init__()
-        self.w1 = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.w2 = Linear(config.intermediate_size, config.text_hidden_size, bias=False)
-        self.w3 = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.w1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.w2 = nn.Linear(config.intermediate_size, config.text_hidden_size, bias=False)
+        self.w3 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.act = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -201,7 +200,7 @@ class Molmo2Projector(nn.Module):
 
 @dataclass(frozen=True)
 class PoolingSchedule:
-    """Which tokens can be pooled once which crops are encoded, so that features are let go again.
+    """Which tokens can be pooled after which crops, so that features can be freed early.
 
     Attributes:
         order: (T,) tokens in the order in which they are ready.
@@ -217,8 +216,8 @@ class PoolingSchedule:
         return bool((self.order[1:] > self.order[:-1]).all())
 
     @classmethod
-    def of(cls, token_pooling: Tensor, patches_per_crop: int, chunk_ends: list[int]) -> "PoolingSchedule":
-        """Plan for a pooling table.
+    def from_table(cls, token_pooling: Tensor, patches_per_crop: int, chunk_ends: list[int]) -> "PoolingSchedule":
+        """The schedule of a pooling table.
 
         Args:
             token_pooling: (T, K) int64, -1 for none, at least one patch in each row.
@@ -239,9 +238,9 @@ class PoolingSchedule:
 class Molmo2VisionBackbone(Molmo2PreTrainedModel):
     """Vision transformer and connector.
 
-    `crops_per_chunk` and `tokens_per_chunk` bound the working memory, which does not grow with the number of crops: so
-    many crops are encoded, and so many tokens pooled and projected, at a time. None means all at once. The result does
-    not depend on them.
+    `crops_per_chunk` and `tokens_per_chunk`, the numbers of crops encoded and of tokens pooled at a time,
+    bound the working memory, which does not grow with the number of crops. None means all at once. The result does not
+    depend on them.
     """
 
     config_class = Molmo2AdapterConfig
@@ -278,8 +277,8 @@ class Molmo2VisionBackbone(Molmo2PreTrainedModel):
         the crops before it that share a token with it.
 
         Args:
-            pixel_values: (C, P, patch * patch * 3) float, or uint8 as they are in the picture; crops of all pictures,
-                one after the other. They may be on another device; a chunk is moved at a time.
+            pixel_values: (C, P, patch * patch * 3) float, or uint8 not normalised yet; crops of all images, one after
+                the other. They may be on another device; a chunk is moved at a time.
             token_pooling: (T, K) int64; patches of each token as indices into the C * P patches, -1 for none.
         Returns:
             (valid rows of `token_pooling`, text width): rows without any patch are dropped.
@@ -297,7 +296,7 @@ class Molmo2VisionBackbone(Molmo2PreTrainedModel):
             return torch.zeros(0, self.config.text_hidden_size, device=token_pooling.device, dtype=self.dtype)
         chunks = self._chunks(pixel_values, self.crops_per_chunk)
         ends = list(itertools.accumulate(len(chunk) for chunk in chunks))
-        schedule = PoolingSchedule.of(token_pooling, patches, ends)
+        schedule = PoolingSchedule.from_table(token_pooling, patches, ends)
         token_pooling = token_pooling[schedule.order.to(token_pooling.device)]
         held, held_from, done, vectors = None, 0, 0, []
         for number, chunk in enumerate(chunks):
@@ -320,7 +319,7 @@ class Molmo2VisionBackbone(Molmo2PreTrainedModel):
 
 
 def is_distributed_training(module: nn.Module) -> bool:
-    """Whether several processes are training this part together."""
+    """Whether this module is being trained by several processes."""
     if not (module.training and torch.is_grad_enabled() and torch.distributed.is_available()):
         return False
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() < 2:
@@ -329,10 +328,10 @@ def is_distributed_training(module: nn.Module) -> bool:
 
 
 def zero_vision_loss(vision_backbone: Any) -> Tensor:
-    """Zero, computed from all of vision: one black crop times 0.
+    """A dummy forward pass for DDP: zero, computed from all vision parameters with one black crop.
 
-    Processes that train together add up their gradients tensor by tensor, so each must have a gradient for the same
-    tensors, also the one whose batch has no image.
+    Processes average their gradients tensor by tensor, so each must have one for every tensor, also the process whose
+    batch has no image.
     """
     config = vision_backbone.image_vit.config
     device, dtype = vision_backbone.image_vit.device, vision_backbone.image_vit.dtype

@@ -1,42 +1,219 @@
-"""How pictures enter the model: encoded flat, told apart by the prompt, added to the embeddings of their tokens."""
+"""How images and videos enter the model: encoded flat, assigned by the prompt, added to their tokens' embeddings.
+
+Crops and pooled tokens of all images (and of all videos) arrive flat, in the order of the prompts. Which row of the
+batch owns them follows from the prompt: an image closes two groups of patch tokens (low-res view, high-res crops), a
+video one per frame.
+
+    <low_res_im_start> ■■■■ <im_end> <im_start> ■■■■■■ <im_end> text  ->  groups [4, 6]: one image
+    0.0 <im_start> ■■■ <im_end> 0.5 <im_start> ■■■ <im_end> text      ->  groups [3, 3]: a video of two frames
+"""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from molmo2.model.media_layout import (
-    MediaTables,
-    TokenGroup,
-    assign_media,
-    flat_pooling,
-    prompt_order,
-    repeat_rows,
-    token_groups,
-)
-
-# What a picture is encoded from, as the processor returns it; pixels first.
+# What images and videos are encoded from, as the processor returns it; pixels first.
 ENCODED_INPUTS = {
     "image": ("pixel_values", "image_token_pooling", "image_grids", "image_num_crops"),
     "video": ("pixel_values_videos", "video_token_pooling", "video_grids"),
 }
+# All arguments of `forward` that describe images and videos.
+MEDIA_INPUTS = (*ENCODED_INPUTS["image"], *ENCODED_INPUTS["video"], "image_features", "video_features")
+# Set by `generate` alone: the number of consecutive rows that share one set of media (beams, `num_return_sequences`).
+REPEAT_FACTOR = "images_repeat_factor"
 
 
-class Molmo2PictureMixin:
-    """What `Molmo2Model` does with pictures; it supplies `config`, `vision_backbone` and the embeddings."""
+@dataclass(frozen=True)
+class TokenGroup:
+    """Consecutive patch tokens up to an end token.
+
+    Attributes:
+        num_tokens: How many.
+        opens_image: They follow a start token that only low-resolution views have.
+        closes_frame: They end with a token that only video frames have.
+    """
+
+    num_tokens: int
+    opens_image: bool
+    closes_frame: bool = False
+
+
+@dataclass(frozen=True)
+class MediaGrids:
+    """The sizes of all images and videos of a batch, in pooled tokens.
+
+    Attributes:
+        image_grids: (images, 4) rows, cols of the low-res view and of the high-res crops, in pooled tokens.
+        image_num_crops: (images,) crops of each image.
+        video_grids: (videos, 3) frames, rows, cols.
+    """
+
+    image_grids: Tensor | None = None
+    image_num_crops: Tensor | None = None
+    video_grids: Tensor | None = None
+
+    def image_tokens(self) -> Tensor:
+        """(images,) pooled tokens of each image."""
+        if self.image_grids is None:
+            return torch.zeros(0, dtype=torch.int64)
+        return self.image_grids[:, 0] * self.image_grids[:, 1] + self.image_grids[:, 2] * self.image_grids[:, 3]
+
+    def video_tokens(self) -> Tensor:
+        """(videos,) pooled tokens of each video."""
+        if self.video_grids is None:
+            return torch.zeros(0, dtype=torch.int64)
+        return self.video_grids.prod(dim=-1)
+
+    def image_groups(self) -> list[list[int]]:
+        """Tokens in each of the two groups that an image writes."""
+        return [[a * b, c * d] for a, b, c, d in ([] if self.image_grids is None else self.image_grids.tolist())]
+
+    def video_groups(self) -> list[list[int]]:
+        """Tokens in each of the groups that a video writes, one per frame."""
+        return [[r * c] * frames for frames, r, c in ([] if self.video_grids is None else self.video_grids.tolist())]
+
+
+def flat_pooling(token_pooling: Tensor, tokens: Tensor, crops: Tensor, patches_per_crop: int) -> Tensor:
+    """Turn indices into an item's own patches into indices into the patches of all items.
+
+    Args:
+        token_pooling: (T, K) int64, -1 where there is no patch, restarting at 0 for every image or video.
+        tokens, crops: (items,) rows of `token_pooling` and crops of each item.
+    """
+    first_patch = (crops.cumsum(0) - crops) * patches_per_crop
+    shift = first_patch.repeat_interleave(tokens)[:, None]
+    return torch.where(token_pooling >= 0, token_pooling + shift, token_pooling)
+
+
+def _runs(ids: list[int]) -> list[tuple[int, int]]:
+    """(start, end) of each run of equal entries."""
+    starts = [place for place in range(len(ids)) if place == 0 or ids[place] != ids[place - 1]]
+    return list(zip(starts, [*starts[1:], len(ids)]))
+
+
+def token_groups(
+    input_ids: Tensor,
+    patch_ids: list[int],
+    image_end_id: int,
+    frame_end_id: int,
+    low_res_start_id: int,
+    example_ids: Tensor | None = None,
+) -> list[list[TokenGroup]]:
+    """Groups of patch tokens closed by an end token, for each row; end tokens without patches are plain text.
+
+    Args:
+        input_ids: (B, S) int64.
+        example_ids: (B, S) int64; packed examples count as rows of their own.
+    """
+    if example_ids is not None:
+        tokens = (patch_ids, image_end_id, frame_end_id, low_res_start_id)
+        return [
+            groups
+            for row, ids in zip(input_ids, example_ids.tolist())
+            for start, end in _runs(ids)
+            for groups in token_groups(row[None, start:end], *tokens)
+        ]
+    end_ids = [image_end_id, frame_end_id]
+    is_patch = torch.isin(input_ids, torch.tensor(patch_ids, device=input_ids.device))
+    is_end = torch.isin(input_ids, torch.tensor(end_ids, device=input_ids.device))
+    follows_low_res_start = torch.zeros_like(is_patch)
+    follows_low_res_start[:, 1:] = is_patch[:, 1:] & (input_ids[:, :-1] == low_res_start_id)
+    seen, opened = is_patch.cumsum(-1), follows_low_res_start.cumsum(-1)
+    rows = []
+    for row in range(len(input_ids)):
+        closed_at = is_end[row].nonzero()[:, 0]
+        seen_then, opened_then = seen[row, closed_at].tolist(), opened[row, closed_at].tolist()
+        closed_by = input_ids[row, closed_at].tolist()
+        starts = zip([0, *seen_then], [0, *opened_then])
+        groups = [
+            TokenGroup(end - start, opened_end > opened_start, end_id == frame_end_id)
+            for (start, opened_start), end, opened_end, end_id in zip(starts, seen_then, opened_then, closed_by)
+        ]
+        rows.append([group for group in groups if group.num_tokens])
+    return rows
+
+
+def assign_media(rows: list[list[TokenGroup]], grids: MediaGrids) -> list[list[tuple[str, int]]]:
+    """The images and videos of each row in the order of the prompt, as ("image" | "video", index into the flat list).
+
+    Packed examples count as rows. Images, and likewise videos, are taken in flat order. Where a group could be either,
+    a frame's own end token means a video; a low-res opening means an image, and its absence while other groups have
+    one a video; otherwise an image is tried first, because prompts put images first.
+
+    Raises:
+        ValueError: If the groups of a row fit no image or video, or some are left over.
+    """
+    waiting = {"image": grids.image_groups(), "video": grids.video_groups()}
+    taken = {"image": 0, "video": 0}
+    marks_images = any(group.opens_image for groups in rows for group in groups)
+    assigned = []
+    for row, groups in enumerate(rows):
+        sizes, place, media = [group.num_tokens for group in groups], 0, []
+        while place < len(groups):
+            kinds = ["image", "video"]
+            if groups[place].closes_frame:
+                kinds = ["video"]
+            elif marks_images:
+                kinds = ["image"] if groups[place].opens_image else ["video"]
+            for kind in kinds:
+                wanted = waiting[kind][taken[kind]] if taken[kind] < len(waiting[kind]) else None
+                if wanted is not None and sizes[place : place + len(wanted)] == wanted:
+                    media.append((kind, taken[kind]))
+                    taken[kind] += 1
+                    place += len(wanted)
+                    break
+            else:
+                raise ValueError(
+                    f"Row {row} of the prompt has groups of patch tokens {sizes[place:][:8]} where "
+                    f"image {taken['image']} of {len(waiting['image'])} or video {taken['video']} of "
+                    f"{len(waiting['video'])} would have to follow, which write other groups. Pass ids and media "
+                    "that come from one call of the processor."
+                )
+        assigned.append(media)
+    for kind, passed in waiting.items():
+        if taken[kind] != len(passed):
+            raise ValueError(
+                f"The prompts place {taken[kind]} {kind}(s), but {len(passed)} were passed. "
+                "Pass ids and media that come from one call of the processor."
+            )
+    return assigned
+
+
+def prompt_order(assigned: list[list[tuple[str, int]]], grids: MediaGrids) -> Tensor:
+    """The order of the rows of [image features; video features] in the prompts.
+
+    Returns:
+        (T,) int64 indices.
+    """
+    tokens = {
+        "image": [sum(groups) for groups in grids.image_groups()],
+        "video": [sum(groups) for groups in grids.video_groups()],
+    }
+    first = {"image": [0], "video": [sum(tokens["image"])]}
+    for kind, counts in tokens.items():
+        for count in counts:
+            first[kind].append(first[kind][-1] + count)
+    pieces = [torch.arange(first[kind][i], first[kind][i + 1]) for media in assigned for kind, i in media]
+    return torch.cat(pieces) if pieces else torch.zeros(0, dtype=torch.int64)
+
+
+class Molmo2VisionInputsMixin:
+    """The part of `Molmo2Model` that handles images and videos; the model has config, backbone and embeddings."""
 
     config: Any
     vision_backbone: Any
 
     @property
     def patch_ids(self) -> list[int]:
-        """Ids of the tokens that receive a vector of a picture."""
+        """Ids of the tokens that receive a feature vector."""
         return [self.config.image_patch_id, self.config.image_low_res_id]
 
     @property
     def visual_ids(self) -> list[int]:
-        """Ids of all tokens that stand for a picture: patches, column, start and end tokens."""
+        """Ids of all visual tokens: patch, column, start and end tokens."""
         return [
             *self.patch_ids,
             self.config.image_col_id,
@@ -48,7 +225,7 @@ class Molmo2PictureMixin:
         ]
 
     def _special_ids(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        """The ids, or where only embeddings are known, ids that are right for visual tokens and -1 elsewhere."""
+        """(B, S) ids; where only embeddings are known, those of visual tokens, and -1 elsewhere."""
         if input_ids is not None:
             return input_ids
         ids = torch.tensor(self.visual_ids, device=inputs_embeds.device)
@@ -59,25 +236,29 @@ class Molmo2PictureMixin:
             found = torch.where(match, token_id, found)
         return found
 
-    def is_patch(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> Tensor:
-        """(B, S) bool: tokens that receive a vector of a picture, found in ids or in their plain embeddings."""
+    def patch_token_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> Tensor:
+        """(B, S) bool: tokens that receive a feature vector, found by id or by their plain embeddings."""
         ids = self._special_ids(input_ids, inputs_embeds)
         return torch.isin(ids, torch.tensor(self.patch_ids, device=ids.device))
 
-    def is_visual(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> Tensor:
-        """(B, S) bool: tokens that stand for a picture, what the processor marks in `token_type_ids`."""
+    def visual_token_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> Tensor:
+        """(B, S) bool: visual tokens, which the processor marks in `token_type_ids`."""
         ids = self._special_ids(input_ids, inputs_embeds)
         return torch.isin(ids, torch.tensor(self.visual_ids, device=ids.device))
 
-    def marked_as_visual(self, marks: Tensor | None, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        """(B, S) bool: what `marks` say, or, where they are none or of another width, what is found in the tokens."""
-        fits = marks is not None and marks.shape == (inputs_embeds if input_ids is None else input_ids).shape[:2]
-        return marks.bool() if fits else self.is_visual(input_ids, inputs_embeds)
+    def resolve_visual_mask(
+        self, token_type_ids: Tensor | None, input_ids: Tensor | None, inputs_embeds: Tensor | None
+    ) -> Tensor:
+        """(B, S) bool: `token_type_ids`; where they are missing or of another width, found by id."""
+        shape = (inputs_embeds if input_ids is None else input_ids).shape[:2]
+        if token_type_ids is not None and token_type_ids.shape == shape:
+            return token_type_ids.bool()
+        return self.visual_token_mask(input_ids, inputs_embeds)
 
     def token_groups(
         self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None, example_ids: Tensor | None = None
     ) -> list[list[TokenGroup]]:
-        """Groups of patch tokens for each row or packed example, from which the owner of each picture follows."""
+        """Groups of patch tokens of each row or packed example, which tell the images and videos that it owns."""
         if input_ids is not None and input_ids.shape[1] == 0:
             input_ids = None
         config, ids = self.config, self._special_ids(input_ids, inputs_embeds)
@@ -104,7 +285,7 @@ class Molmo2PictureMixin:
         Raises:
             ValueError: If these tensors contradict each other, naming both numbers.
         """
-        tokens = MediaTables(image_grids=image_grids).image_tokens()
+        tokens = MediaGrids(image_grids=image_grids).image_tokens()
         self._require_equal("`image_num_crops` adds up to", image_num_crops.sum(), "`pixel_values` has", pixel_values)
         self._require_equal("`image_grids` adds up to", tokens.sum(), "`image_token_pooling` has", image_token_pooling)
         pooling = flat_pooling(image_token_pooling, tokens, image_num_crops, pixel_values.shape[1])
@@ -124,7 +305,7 @@ class Molmo2PictureMixin:
         Raises:
             ValueError: If these tensors contradict each other, naming both numbers.
         """
-        tokens, frames = MediaTables(video_grids=video_grids).video_tokens(), video_grids[:, 0]
+        tokens, frames = MediaGrids(video_grids=video_grids).video_tokens(), video_grids[:, 0]
         self._require_equal("`video_grids` counts", frames.sum(), "`pixel_values_videos` has", pixel_values_videos)
         self._require_equal("`video_grids` adds up to", tokens.sum(), "`video_token_pooling` has", video_token_pooling)
         pooling = flat_pooling(video_token_pooling, tokens, frames, pixel_values_videos.shape[1])
@@ -132,9 +313,9 @@ class Molmo2PictureMixin:
 
     @torch.inference_mode()
     def encode_frames(self, pixel_values_videos: Tensor, video_token_pooling: Tensor, video_grids: Tensor) -> Tensor:
-        """`get_video_features` of tensors that are elsewhere: the `frame_encoder` of the processor.
+        """`get_video_features` of tensors on another device: the `frame_encoder` of the processor.
 
-        On its way to a GPU the transfer runs beside what the GPU computes (from pinned memory).
+        The transfer to a GPU is asynchronous (from pinned memory).
         """
         device = self.vision_backbone.device
         if device.type == "cuda" and pixel_values_videos.device.type == "cpu":
@@ -149,14 +330,14 @@ class Molmo2PictureMixin:
                 "processor, without dropping or repeating rows."
             )
 
-    def _picture_vectors(
-        self, input_ids: Tensor | None, inputs_embeds: Tensor, pictures: dict, example_ids: Tensor | None
+    def _media_features(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor, media: dict[str, Any], example_ids: Tensor | None
     ) -> Tensor | None:
-        """Vectors of all pictures in the order of the prompts, (T, D); None without pictures."""
+        """(T, D) vectors of all patch tokens in the order of the prompts; None without media."""
         parts = []
         for kind, encode in (("image", self.get_image_features), ("video", self.get_video_features)):
-            vectors = pictures[f"{kind}_features"]
-            given = {name: pictures[name] for name in ENCODED_INPUTS[kind]}
+            vectors = media[f"{kind}_features"]
+            given = {name: media[name] for name in ENCODED_INPUTS[kind]}
             if vectors is None:
                 vectors = self._encoded(given, encode)
             elif given[ENCODED_INPUTS[kind][0]] is not None:
@@ -165,14 +346,14 @@ class Molmo2PictureMixin:
                 parts.append(vectors)
         if len(parts) < 2:
             return parts[0] if parts else None
-        tables = MediaTables(pictures["image_grids"], pictures["image_num_crops"], pictures["video_grids"])
-        if tables.image_grids is None or tables.video_grids is None:
+        grids = MediaGrids(media["image_grids"], media["image_num_crops"], media["video_grids"])
+        if grids.image_grids is None or grids.video_grids is None:
             raise ValueError(
                 "Images and videos together need `image_grids`, `image_num_crops` and `video_grids` besides their "
                 "features, to tell which tokens belong to which. Pass all that the processor returned."
             )
         groups = self.token_groups(input_ids, inputs_embeds, example_ids)
-        order = prompt_order(assign_media(groups, tables), tables)
+        order = prompt_order(assign_media(groups, grids), grids)
         return torch.cat(parts)[order.to(parts[0].device)]
 
     @staticmethod
@@ -184,20 +365,20 @@ class Molmo2PictureMixin:
             raise ValueError(f"{', '.join(missing)} missing: pass all of {list(given)} that the processor returned.")
         return encode(**given)
 
-    def _add_pictures(self, input_ids: Tensor | None, inputs_embeds: Tensor, vectors: Tensor, repeats: int) -> Tensor:
-        is_patch = self.is_patch(input_ids, inputs_embeds)
-        slots_of_rows = is_patch[::repeats].sum(-1).tolist()
-        expected = sum(slots_of_rows)
+    def _add_features(self, input_ids: Tensor | None, inputs_embeds: Tensor, vectors: Tensor, repeats: int) -> Tensor:
+        """(B, S, D) with vectors (T, D) added to the patch tokens; `repeats` consecutive rows share theirs."""
+        is_patch = self.patch_token_mask(input_ids, inputs_embeds)
+        counts = is_patch[::repeats].sum(-1).tolist()
+        expected = sum(counts)
         if expected != len(vectors):
             raise ValueError(
-                f"The prompts have {expected} patch token(s), but the pictures give {len(vectors)} vector(s). Pass "
-                "ids and pictures of one processor call; truncated prompts and stray `<im_patch>` in the text also "
-                "lead here."
+                f"The prompts have {expected} patch token(s), but the images and videos give {len(vectors)} "
+                "vector(s). Pass ids and media of one processor call; truncated prompts and stray `<im_patch>` in the "
+                "text also lead here."
             )
         if repeats > 1:
-            copies = repeat_rows(slots_of_rows, [[row] for row in range(len(slots_of_rows))], repeats)
-            vectors = vectors[copies.to(vectors.device)]
+            vectors = torch.cat([of_row.repeat(repeats, 1) for of_row in vectors.split(counts)])
         vectors = vectors.to(inputs_embeds.device, inputs_embeds.dtype)
-        slots = is_patch.flatten().nonzero()[:, 0]
-        flat = inputs_embeds.flatten(0, 1).index_add(0, slots.to(inputs_embeds.device), vectors)
+        places = is_patch.flatten().nonzero()[:, 0]
+        flat = inputs_embeds.flatten(0, 1).index_add(0, places.to(inputs_embeds.device), vectors)
         return flat.unflatten(0, inputs_embeds.shape[:2])

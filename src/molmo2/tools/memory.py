@@ -4,10 +4,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from molmo2.model.attention.blockwise import BlockwiseMask
-from molmo2.model.attention.cpu import FEWEST_QUERIES, SCORES_AT_ONCE
-from molmo2.model.cache import with_room
+from molmo2.model.cache import capacity_for
 
-PIXEL_BYTES = SCORE_BYTES = 4  # pixel values and scores are float32
+PIXEL_BYTES = 4  # pixel values are float32
 
 
 @dataclass(frozen=True)
@@ -86,13 +85,9 @@ def estimate_memory(model: Any, shape: RequestShape) -> MemoryEstimate:
     tokens = shape.rows * shape.row_tokens
     keys_and_values = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
     queries = min(shape.row_tokens, BlockwiseMask.queries_per_block)
-    attention = 3 * shape.rows * queries * shape.row_tokens  # a mask, its opposite, and what they are made of
-    if element == SCORE_BYTES and next(model.parameters()).device.type == "cpu":
-        groups = text.num_attention_heads // text.num_key_value_heads
-        scores_at_once = max(SCORES_AT_ONCE, FEWEST_QUERIES * groups * shape.row_tokens)
-        attention += 2 * SCORE_BYTES * min(groups * queries * shape.row_tokens, scores_at_once)
-        encoding += 2 * min(patches**2, SCORES_AT_ONCE)
-    kept = with_room(shape.row_tokens + shape.new_tokens) if shape.new_tokens else shape.row_tokens
+    # The mask of a block of queries as bool, what it is made of, and the mask in the dtype of the scores.
+    attention = (3 + element) * shape.rows * queries * shape.row_tokens
+    kept = capacity_for(shape.row_tokens + shape.new_tokens) if shape.new_tokens else shape.row_tokens
     return MemoryEstimate(
         pixels=shape.num_crops * patches * 3 * vit.image_patch_size**2 * PIXEL_BYTES,
         vision=(2 * features + max(encoding, pooling) + 2 * vectors) * element if shape.num_crops else 0,

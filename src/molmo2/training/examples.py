@@ -206,7 +206,7 @@ def shared_length(rows: Sequence[Sequence[int]], most: int) -> int:
     """How many tokens at the beginning branches share: all that are equal, up to `most`.
 
     `most` leaves out the labels and the token before the first one, because the first token of a branch has no label
-    (see `molmo2.model.loss.predicted_labels`). So each branch learns all of its own answers.
+    (see `molmo2.model.loss.shift_labels`). So each branch learns all of its own answers.
     """
     first = np.asarray(rows[0][:most])
     for row in rows[1:]:

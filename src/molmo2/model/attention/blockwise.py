@@ -1,51 +1,18 @@
 """Attention under a mask that never exists as a whole: blocks of queries, each with the keys that it may see.
 
-A mask of S x S entries outgrows every activation of a long prompt (36,864 tokens: 1.4 GB as bool, 5.4 GB as numbers).
-Here it stays a rule on small tables per token. Queries are taken in blocks; what the rule can allow is bounded block
-by block from the tables (`plan_blocks`), and the part of the mask that a block needs is made when it is computed.
+A mask of S x S entries outgrows every activation of a long prompt (36,864 tokens: 1.4 GB as bool, 5.4 GB as float32).
+Here it stays an `AttentionSpec`, a few values per token. Queries are taken in blocks; which keys a block can see is
+bounded from the smallest and largest of these values (`plan_blocks`), and the part of the mask that a block needs is
+made when the block is computed.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from molmo2.model.attention.cpu import attends_by_products, attention_by_products, dense
-
-Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class TokenTables:
-    """What decides who may attend to whom, one entry per token. None: the same for all tokens.
-
-    Attributes:
-        is_real: (B, S) bool, False on padding.
-        is_visual: (B, S) bool: these tokens see each other in both directions.
-        example_ids: (B, S) int64: tokens see their own example only.
-        branch_ids: (B, S) int64: 0 for the prefix that all branches of an example share; other branches are unseen.
-    """
-
-    is_real: Tensor | None = None
-    is_visual: Tensor | None = None
-    example_ids: Tensor | None = None
-    branch_ids: Tensor | None = None
-
-    def present(self) -> dict[str, Tensor]:
-        """The tables that are there, by name."""
-        return {name: table for name, table in vars(self).items() if table is not None}
-
-    def is_empty(self) -> bool:
-        """Whether plain causality is all there is."""
-        return not self.present()
-
-    def to(self, device: torch.device) -> "TokenTables":
-        return replace(self, **{name: table.to(device) for name, table in self.present().items()})
-
-    def with_padding(self, is_real: Tensor) -> "TokenTables":
-        return replace(self, is_real=is_real)
+from molmo2.model.attention.mask import AttentionSpec, mask_mod
 
 
 @dataclass(frozen=True)
@@ -64,47 +31,16 @@ class QueryBlock:
     is_masked: bool
 
 
-def allowed_pairs(tables: TokenTables) -> Rule:
-    """The rule of this model: `(batch, head, query, key) -> bool` on index tensors that broadcast.
-
-        (key <= query or (visual(query) and visual(key)))
-        and example(query) == example(key) and branch(key) in (0, branch(query)) and real(key)
-
-    Indices are columns of the sequence; keys past its end (an allocated cache) come after every query.
-    """
-    present = tables.present()
-    length = next(iter(present.values())).shape[1] if present else 0
-
-    def allowed(batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        pair = kv_idx <= q_idx
-        if not present:
-            return pair
-        query, key = torch.where(q_idx < length, q_idx, 0), torch.where(kv_idx < length, kv_idx, 0)
-        if tables.is_visual is not None:
-            query_visual = tables.is_visual[batch_idx, query] & (q_idx < length)
-            pair = pair | (query_visual & (tables.is_visual[batch_idx, key] & (kv_idx < length)))
-        if tables.example_ids is not None:
-            pair = pair & (tables.example_ids[batch_idx, query] == tables.example_ids[batch_idx, key])
-        if tables.branch_ids is not None:
-            branch = tables.branch_ids[batch_idx, key]
-            pair = pair & ((branch == 0) | (branch == tables.branch_ids[batch_idx, query]))
-        if tables.is_real is not None:
-            pair = pair & tables.is_real[batch_idx, key]
-        return pair
-
-    return allowed
-
-
 @dataclass(frozen=True)
 class _Range:
-    """Smallest and largest entry of a table in each block of columns, both (B, blocks)."""
+    """Smallest and largest entry of each block of columns, both (B, blocks)."""
 
     low: Tensor
     high: Tensor
 
     @classmethod
-    def of(cls, table: Tensor | None, batch: int, length: int, size: int, missing: int) -> "_Range":
-        """Of an absent table, every entry is `missing`."""
+    def from_table(cls, table: Tensor | None, batch: int, length: int, size: int, missing: int) -> "_Range":
+        """Of a (B, S) table; None counts as filled with `missing`."""
         if table is None:
             table = torch.full((batch, length), missing)
         table = table.long().cpu()
@@ -120,8 +56,8 @@ class _Range:
         return (self.low[:, :, None] == self.high[:, None]) & (self.high[:, :, None] == self.low[:, None])
 
 
-def plan_blocks(tables: TokenTables, batch: int, first_query: int, length: int, size: int) -> tuple[QueryBlock, ...]:
-    """Which keys each block of queries needs, from the smallest and largest entries of the tables in each block.
+def plan_blocks(spec: AttentionSpec, batch: int, first_query: int, length: int, size: int) -> tuple[QueryBlock, ...]:
+    """The keys that each block of queries needs, from the smallest and largest entries of the spec in each block.
 
     Bounds may be generous (a mask where none was needed, a key block too many), never too small.
 
@@ -132,10 +68,10 @@ def plan_blocks(tables: TokenTables, batch: int, first_query: int, length: int, 
     """
 
     def span(table: Tensor | None, missing: int) -> _Range:
-        return _Range.of(table, batch, length, size, missing)
+        return _Range.from_table(table, batch, length, size, missing)
 
-    real, visual = span(tables.is_real, 1), span(tables.is_visual, 0)
-    example, branch = span(tables.example_ids, 0), span(tables.branch_ids, 0)
+    real, visual = span(spec.is_real, 1), span(spec.is_visual, 0)
+    example, branch = span(spec.example_ids, 0), span(spec.branch_ids, 0)
     index = torch.arange(real.low.shape[1])
     earlier, same = index[:, None] > index, index[:, None] == index  # (query blocks, key blocks)
     both_visual = (visual.high[:, :, None] & visual.high[:, None]).bool()
@@ -158,25 +94,25 @@ def plan_blocks(tables: TokenTables, batch: int, first_query: int, length: int, 
 class BlockwiseMask:
     """The mask of one forward pass, for `blockwise_attention`; shared by all layers.
 
-    `queries_per_block` bounds the working memory: prompts up to it have a mask in one piece, longer ones are computed
-    in blocks of so many queries. The result does not depend on it.
+    `queries_per_block` bounds the working memory: up to that many queries have a mask in one piece, more are computed
+    in blocks of that size. The result does not depend on it.
 
     Args:
-        tables: Entries for `length` columns.
+        spec: Entries for `length` columns.
         batch: Rows.
         first_query: Column of the first query; the columns before it are in the cache.
         length: Columns of cache and queries together; keys past it are ignored.
-        device: Where the tables are.
+        device: Of the entries.
     """
 
     queries_per_block = 512
 
-    def __init__(self, tables: TokenTables, batch: int, first_query: int, length: int, device: torch.device):
-        self.allowed = allowed_pairs(tables)
+    def __init__(self, spec: AttentionSpec, batch: int, first_query: int, length: int, device: torch.device):
+        self.allowed = mask_mod(spec)
         self.batch = batch
         self.first_query = first_query
         self.device = device
-        self.blocks = plan_blocks(tables, batch, first_query, length, self.queries_per_block)
+        self.blocks = plan_blocks(spec, batch, first_query, length, self.queries_per_block)
 
     def part(self, block: QueryBlock, device: torch.device) -> Tensor | None:
         """(B, 1, queries, keys) bool, True = may attend; None where every pair is allowed."""
@@ -208,13 +144,8 @@ def blockwise_attention(
         # Kernels that take a mask want as many key heads as query heads there.
         key, value = (states.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for states in (key, value))
         shares_heads = False
-    by_products = attends_by_products(query, key, value, dropout)
-    if by_products:  # which wants them so: here once, not for each block
-        key, value = dense(key), dense(value)
 
     def attend(block: QueryBlock, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        if by_products:
-            return attention_by_products(queries, keys, values, mask.part(block, queries.device), scaling)
         return nn.functional.scaled_dot_product_attention(
             queries,
             keys,

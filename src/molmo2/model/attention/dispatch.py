@@ -1,16 +1,27 @@
-"""One attention call for the text model, the vision transformer and the pooling, whatever implementation is chosen."""
+"""One attention call for the text model, the vision transformer and the pooling, and the mask in the form it takes:
 
+sdpa, longer prompts                       `BlockwiseMask`, computed block by block
+sdpa, up to one block, compiled; eager     (B, 1, S, keys) tensor, or None where attention is plainly causal
+flex_attention                             BlockMask
+flash attention                            padding only; passes that need more run under sdpa
+"""
+
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from molmo2.model.attention.blockwise import BlockwiseMask, blockwise_attention
-from molmo2.model.attention.cpu import FEWEST_QUERIES, attends_by_products, attention_by_products
+from molmo2.model.attention.mask import AttentionSpec, cached_length, mask_mod
+from molmo2.model.compat import make_causal_mask
+
+MAX_GROUPED_QUERIES = 15  # per head; more are as fast in the function of transformers
 
 
 def eager_attention(
@@ -55,7 +66,7 @@ def flex_attention_on_cpu(
     """flex_attention without its compiler, which generates C++ that does not build when lengths vary (torch 2.13).
 
     Args and returns: as the attention functions of transformers; a tensor mask, (B or 1, heads or 1, queries, keys),
-    is added to the scores, or tells by True which keys are seen.
+    is added to the scores, or is bool with True = may attend.
     """
     if dropout > 0:
         raise ValueError(
@@ -84,7 +95,7 @@ def flex_attention_on_cpu(
     return output.transpose(1, 2), None
 
 
-def sdpa_by_products(
+def sdpa_grouped_decode(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -94,26 +105,10 @@ def sdpa_by_products(
     scaling: float,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """`attention_by_products`, called as the attention functions of transformers are; it has no dropout."""
-    is_causal = module.is_causal and attention_mask is None
-    output = attention_by_products(query, key, value, attention_mask, scaling, is_causal)
-    return output.transpose(1, 2), None
+    """sdpa of a few new tokens under grouped-query attention, with each key read once.
 
-
-def sdpa_of_few(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float,
-    scaling: float,
-    **kwargs,
-) -> tuple[Tensor, None]:
-    """sdpa of a few new tokens: keys are neither repeated for the heads that share them nor read once for each.
-
-    These heads become further queries of one head. Called as the attention functions of transformers are, which
-    repeat keys and values where there is a mask.
+    Query heads that share a key head become further queries of one head, where transformers repeats keys and values.
+    Args and returns: as the attention functions of transformers.
     """
     groups = query.shape[1] // key.shape[1]
     if attention_mask is not None:
@@ -127,8 +122,79 @@ def sdpa_of_few(
     return output.unflatten(2, (groups, -1)).flatten(1, 2).transpose(1, 2), None
 
 
+def attention_implementation(config: Any, wants_weights: bool, needs_mask: bool) -> str:
+    """The implementation for one forward pass.
+
+    Weights are only computed by eager attention. Flash attention takes no mask but padding, so a pass in which
+    visual tokens see each other or examples are packed runs under sdpa; text-only prefills and all later steps stay
+    with flash.
+    """
+    chosen = config._attn_implementation
+    if chosen is None:
+        chosen = "sdpa"
+    if wants_weights:
+        return "eager"
+    if needs_mask and "flash" in chosen:
+        return "sdpa"
+    return chosen
+
+
+def is_blockwise(implementation: str, query_length: int) -> bool:
+    """Whether attention is computed block by block: under sdpa, where more than one block would be needed.
+
+    Compiled and traced passes keep the tensor mask: the plan of blocks depends on the data.
+    """
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return implementation == "sdpa" and query_length > BlockwiseMask.queries_per_block and not is_traced
+
+
+def make_attention_mask(
+    config: Any,
+    inputs_embeds: Tensor,
+    attention_mask: Any,
+    past_key_values: Cache | None,
+    spec: AttentionSpec,
+    implementation: str,
+    cache_position: Tensor,
+) -> Any:
+    """The mask of one forward pass, in the form that `implementation` takes.
+
+    Args:
+        inputs_embeds: (B, S, ...) queries.
+        attention_mask: None, (B, keys) with 0 on padding, or a mask made before (returned as it is).
+        spec: What the mask depends on besides padding, in a prefill; empty in later passes.
+        cache_position: (S,) slots of the queries in the cache.
+    """
+    if isinstance(attention_mask, dict):
+        attention_mask = attention_mask["full_attention"]
+    if attention_mask is not None and len(attention_mask.shape) != 2:
+        return attention_mask
+    spec = spec.to(inputs_embeds.device)
+    if is_blockwise(implementation, inputs_embeds.shape[1]):
+        return _blockwise_mask(inputs_embeds, attention_mask, past_key_values, spec)
+    if config._attn_implementation != implementation:
+        config = copy.copy(config)
+        config._attn_implementation_internal = implementation
+    function = None if spec.is_empty() else mask_mod(spec)
+    return make_causal_mask(config, inputs_embeds, attention_mask, past_key_values, cache_position, function)
+
+
+def _blockwise_mask(
+    inputs_embeds: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None, spec: AttentionSpec
+) -> BlockwiseMask | None:
+    """The spec with the padding of the keys, in blocks; None where attention is plainly causal."""
+    batch, queries = inputs_embeds.shape[:2]
+    first_query = int(cached_length(past_key_values))
+    length = first_query + queries
+    if attention_mask is not None and not bool(attention_mask.all()):
+        spec = spec.with_padding(attention_mask.to(inputs_embeds.device)[:, :length].bool())
+    if first_query == 0 and spec.is_empty():
+        return None
+    return BlockwiseMask(spec, batch, first_query, length, inputs_embeds.device)
+
+
 class Molmo2AttentionBase(nn.Module):
-    """What the three kinds of attention share: head geometry and the dispatch to an implementation."""
+    """Base of the three attention modules: head geometry and the dispatch to an implementation."""
 
     is_causal = False
 
@@ -154,13 +220,13 @@ class Molmo2AttentionBase(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Scaled dot-product attention.
 
-        With `float32_attention`, query and key are taken to float32; under sdpa and flex, whose three inputs share
+        With `float32_attention`, query and key are cast to float32; under sdpa and flex, whose three inputs share
         one dtype, the value as well. Flash attention has no float32 and keeps the dtype of the model.
 
         Args:
             query: (B, heads, S, head_dim).
             key, value: (B, key/value heads, keys, head_dim).
-            attention_mask: As the implementation takes it; see `molmo2.model.attention.mask`.
+            attention_mask: As the implementation takes it; see `make_attention_mask`.
             implementation: Overrides the configured one.
         Returns:
             (B, S, heads * head_dim) in the dtype of `query`, and the weights where they were computed.
@@ -183,21 +249,18 @@ class Molmo2AttentionBase(nn.Module):
             if implementation == "flex_attention" and query.device.type == "cpu":
                 function = flex_attention_on_cpu
             elif function is sdpa_attention_forward:
-                function = self._sdpa_for(query, key, value, attention_mask, dropout)
+                function = self._sdpa_function(query, key, attention_mask)
             output, weights = function(
                 self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
             )
         return output.flatten(2).to(dtype), weights
 
-    def _sdpa_for(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, dropout: float) -> Callable:
-        """The library's function, or one that is faster for these and gives the same."""
-        is_causal = mask is None and self.is_causal and query.shape[2] > 1
-        if is_causal and query.shape[2] != key.shape[2]:
+    def _sdpa_function(self, query: Tensor, key: Tensor, mask: Any) -> Callable:
+        """`sdpa_grouped_decode` for a few queries of heads that share keys, else the function of transformers."""
+        if query.shape[1] == key.shape[1] or query.shape[2] > MAX_GROUPED_QUERIES:
             return sdpa_attention_forward
-        if mask is not None and not (isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape[1] == 1):
-            return sdpa_attention_forward
-        if attends_by_products(query, key, value, dropout):
-            return sdpa_by_products
-        if query.shape[1] > key.shape[1] and query.shape[2] < FEWEST_QUERIES and not is_causal:
-            return sdpa_of_few
-        return sdpa_attention_forward
+        if mask is None:
+            is_causal = self.is_causal and query.shape[2] > 1
+            return sdpa_attention_forward if is_causal else sdpa_grouped_decode
+        is_shared_by_heads = isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape[1] == 1
+        return sdpa_grouped_decode if is_shared_by_heads else sdpa_attention_forward

@@ -1,26 +1,83 @@
-"""Which form the mask of a forward pass takes, and where tokens stand.
+"""Who may attend to whom, as a function of ids, and where tokens stand.
 
-The rule itself is `molmo2.model.attention.blockwise.allowed_pairs`: text is causal, while all visual tokens of a sequence
-see each other in both directions, across pictures and frames (training-time mask); packed examples do not see each
-other. It applies where pictures and examples enter, in the prefill; later steps are causal and see everything before.
-
-    sdpa, longer prompts                       the rule and small tables, computed block by block
-    sdpa, up to one block, compiled; eager     (B, 1, S, keys) tensor, or None where plain causality is all
-    flex_attention                             BlockMask
-    flash attention                            padding only; passes that need the rule run under sdpa
+Text is causal, while all visual tokens of a sequence see each other in both directions, across images and frames (the
+mask that the published models were trained with); packed examples do not see each other. Visual tokens and examples
+enter in the prefill; later steps are causal and see everything before.
 """
 
-import copy
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from molmo2.model.attention.blockwise import BlockwiseMask, TokenTables, allowed_pairs
-from molmo2.model.compat import make_causal_mask
-from molmo2.model.packing import PackedRows, examples_of_positions
+from molmo2.model.packing import PackedRows, example_ids_from_positions
+
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (batch, head, query, key) indices to bool
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """What decides which keys a query may see, one entry per token. None: the same for all tokens.
+
+    Attributes:
+        is_real: (B, S) bool, False on padding.
+        is_visual: (B, S) bool: these tokens see each other in both directions.
+        example_ids: (B, S) int64: tokens see their own example only.
+        branch_ids: (B, S) int64: 0 for the prefix that all branches of an example share; other branches are unseen.
+    """
+
+    is_real: Tensor | None = None
+    is_visual: Tensor | None = None
+    example_ids: Tensor | None = None
+    branch_ids: Tensor | None = None
+
+    def given(self) -> dict[str, Tensor]:
+        """The tensors that are set, by name."""
+        return {name: entries for name, entries in vars(self).items() if entries is not None}
+
+    def is_empty(self) -> bool:
+        """Whether the mask is plainly causal."""
+        return not self.given()
+
+    def to(self, device: torch.device) -> "AttentionSpec":
+        return replace(self, **{name: entries.to(device) for name, entries in self.given().items()})
+
+    def with_padding(self, is_real: Tensor) -> "AttentionSpec":
+        return replace(self, is_real=is_real)
+
+
+def mask_mod(spec: AttentionSpec) -> MaskMod:
+    """The mask as a function of index tensors that broadcast, as flex_attention takes it; True = may attend.
+
+        (key <= query or (visual(query) and visual(key)))
+        and example(query) == example(key) and branch(key) in (0, branch(query)) and real(key)
+
+    Indices are columns of the sequence; keys past its end (an allocated cache) come after every query.
+    """
+    given = spec.given()
+    length = next(iter(given.values())).shape[1] if given else 0
+
+    def allowed(batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        pair = kv_idx <= q_idx
+        if not given:
+            return pair
+        query, key = torch.where(q_idx < length, q_idx, 0), torch.where(kv_idx < length, kv_idx, 0)
+        if spec.is_visual is not None:
+            query_visual = spec.is_visual[batch_idx, query] & (q_idx < length)
+            pair = pair | (query_visual & (spec.is_visual[batch_idx, key] & (kv_idx < length)))
+        if spec.example_ids is not None:
+            pair = pair & (spec.example_ids[batch_idx, query] == spec.example_ids[batch_idx, key])
+        if spec.branch_ids is not None:
+            branch = spec.branch_ids[batch_idx, key]
+            pair = pair & ((branch == 0) | (branch == spec.branch_ids[batch_idx, query]))
+        if spec.is_real is not None:
+            pair = pair & spec.is_real[batch_idx, key]
+        return pair
+
+    return allowed
 
 
 def cached_length(past_key_values: Cache | None) -> int | Tensor:
@@ -29,12 +86,12 @@ def cached_length(past_key_values: Cache | None) -> int | Tensor:
 
 
 def starts_sequence(query_length: int, past_key_values: Cache | None) -> bool:
-    """Whether these queries are a prefill, where visual tokens see each other. One query alone has no other to see."""
+    """Whether these queries are a prefill, in which visual tokens see each other; one query alone sees no other."""
     return query_length > 1 and bool(cached_length(past_key_values) == 0)
 
 
 def require_empty_cache(past_key_values: Cache | None) -> None:
-    """Packed rows begin with their examples; what a cache holds belongs to none of them."""
+    """Refuses packed rows behind cached tokens, which would belong to none of their examples."""
     past_length = int(cached_length(past_key_values))
     if past_length:
         raise ValueError(
@@ -43,105 +100,38 @@ def require_empty_cache(past_key_values: Cache | None) -> None:
         )
 
 
-def token_tables(is_visual: Tensor | None, packed_rows: PackedRows | None) -> TokenTables:
-    """What the rule needs of a prefill, padding aside."""
+def attention_spec(is_visual: Tensor | None, packed_rows: PackedRows | None) -> AttentionSpec:
+    """The spec of a prefill, padding aside."""
     if packed_rows is None:
-        return TokenTables(is_visual=is_visual)
+        return AttentionSpec(is_visual=is_visual)
     has_branches = bool(packed_rows.branches.any())
-    return TokenTables(
+    return AttentionSpec(
         is_visual=is_visual,
         example_ids=packed_rows.examples,
         branch_ids=packed_rows.branches if has_branches else None,
     )
 
 
-def separated_by_positions(tables: TokenTables, position_ids: Tensor, batch: int) -> TokenTables:
-    """Positions that restart mark packed examples, a convention of the library; (B, S), or (1, S) for all rows."""
-    examples = examples_of_positions(position_ids)
-    is_one_example = not torch.compiler.is_compiling() and not bool(examples.any())
-    if is_one_example or tables.example_ids is not None:
-        return tables
-    return replace(tables, example_ids=examples.expand(batch, -1))
-
-
-def attention_implementation(config: Any, wants_weights: bool, needs_rule: bool) -> str:
-    """The implementation for one forward pass.
-
-    Weights are only computed by eager attention. Flash attention takes no mask but padding, so a pass in which
-    visual tokens see each other or examples are packed runs under sdpa; text-only prefills and all later steps stay
-    with flash.
-    """
-    chosen = config._attn_implementation
-    if chosen is None:
-        chosen = "sdpa"
-    if wants_weights:
-        return "eager"
-    if needs_rule and "flash" in chosen:
-        return "sdpa"
-    return chosen
-
-
-def takes_blocks(implementation: str, query_length: int) -> bool:
-    """Whether attention is computed block by block: under sdpa, where more than one block would be needed.
-
-    Compiled and traced passes keep the tensor mask: the plan of blocks depends on the data.
-    """
-    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return implementation == "sdpa" and query_length > BlockwiseMask.queries_per_block and not is_traced
-
-
-def make_attention_mask(
-    config: Any,
-    inputs_embeds: Tensor,
-    attention_mask: Any,
-    past_key_values: Cache | None,
-    tables: TokenTables,
-    implementation: str,
-    cache_position: Tensor,
-) -> Any:
-    """The mask of one forward pass, in the form that `implementation` takes.
+def split_examples_by_position_ids(spec: AttentionSpec, position_ids: Tensor, batch: int) -> AttentionSpec:
+    """Adds packed examples told by positions that restart, the convention of transformers.
 
     Args:
-        inputs_embeds: (B, S, ...) queries.
-        attention_mask: None, (B, keys) with 0 on padding, or a mask made before (returned as it is).
-        tables: What the rule needs besides padding, of a prefill; empty in later passes.
-        cache_position: (S,) places of the queries.
+        position_ids: (B, S), or (1, S) for all rows.
     """
-    if isinstance(attention_mask, dict):
-        attention_mask = attention_mask["full_attention"]
-    if attention_mask is not None and len(attention_mask.shape) != 2:
-        return attention_mask
-    tables = tables.to(inputs_embeds.device)
-    if takes_blocks(implementation, inputs_embeds.shape[1]):
-        return _blockwise_mask(inputs_embeds, attention_mask, past_key_values, tables)
-    if config._attn_implementation != implementation:
-        config = copy.copy(config)
-        config._attn_implementation_internal = implementation
-    rule = None if tables.is_empty() else allowed_pairs(tables)
-    return make_causal_mask(config, inputs_embeds, attention_mask, past_key_values, cache_position, rule)
-
-
-def _blockwise_mask(
-    inputs_embeds: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None, tables: TokenTables
-) -> BlockwiseMask | None:
-    """The rule with its tables, padding among them; None where plain causal attention is all there is to do."""
-    batch, queries = inputs_embeds.shape[:2]
-    first_query = int(cached_length(past_key_values))
-    length = first_query + queries
-    if attention_mask is not None and not bool(attention_mask.all()):
-        tables = tables.with_padding(attention_mask.to(inputs_embeds.device)[:, :length].bool())
-    if first_query == 0 and tables.is_empty():
-        return None
-    return BlockwiseMask(tables, batch, first_query, length, inputs_embeds.device)
+    examples = example_ids_from_positions(position_ids)
+    is_one_example = not torch.compiler.is_compiling() and not bool(examples.any())
+    if is_one_example or spec.example_ids is not None:
+        return spec
+    return replace(spec, example_ids=examples.expand(batch, -1))
 
 
 def make_position_ids(attention_mask: Any, cache_position: Tensor, query_length: int) -> Tensor:
     """Positions counted over real tokens: left padding does not count.
 
     Args:
-        attention_mask: (B, keys) with 0 on padding, one column for each place, those of queries and maybe of places
-            that are not filled yet; otherwise the cache position is the position.
-        cache_position: (S,) places of the queries.
+        attention_mask: (B, keys) with 0 on padding, one column for each cache slot, those of the queries and maybe
+            slots that are not filled yet; otherwise the cache position is the position.
+        cache_position: (S,) slots of the queries in the cache.
     Returns:
         (B, S) or (1, S) int64; padding gets 0.
     """
@@ -149,6 +139,6 @@ def make_position_ids(attention_mask: Any, cache_position: Tensor, query_length:
         counted = attention_mask.long().cumsum(dim=-1) - 1
         if counted.shape[1] == query_length:
             return counted.clamp(min=0)
-        places = cache_position.to(counted.device).clamp(max=counted.shape[1] - 1)
-        return counted.index_select(1, places).clamp(min=0)
+        slots = cache_position.to(counted.device).clamp(max=counted.shape[1] - 1)
+        return counted.index_select(1, slots).clamp(min=0)
     return cache_position[None]

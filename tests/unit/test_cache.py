@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
-from molmo2.model.cache import LEAST_ROOM, GrowingLayer, let_grow
+from molmo2.model.cache import MIN_SPARE_TOKENS, PreallocatedLayer, use_preallocated_layers
 from support.checkpoints import build_model, without_stopping
 from support.model_inputs import batch
 
@@ -19,7 +19,7 @@ class Pair:
     """A growing cache and the library's, told the same."""
 
     def __init__(self, grown=None, plain=None):
-        self.grown = let_grow(DynamicCache()) if grown is None else grown
+        self.grown = use_preallocated_layers(DynamicCache()) if grown is None else grown
         self.plain = DynamicCache() if plain is None else plain
 
     def __len__(self):
@@ -94,19 +94,19 @@ def test_the_content_is_that_of_the_library(seed):
 
 @torch.no_grad()
 def test_tokens_are_written_behind_the_others():
-    cache = let_grow(DynamicCache())
+    cache = use_preallocated_layers(DynamicCache())
     cache.update(torch.rand(1, HEADS, 100, HEAD_DIM), torch.rand(1, HEADS, 100, HEAD_DIM), 0)
     places = []
-    for _ in range(2 * LEAST_ROOM):
+    for _ in range(2 * MIN_SPARE_TOKENS):
         keys, values = cache.update(*torch.rand(2, 1, HEADS, 1, HEAD_DIM), 0)
         places.append((keys.data_ptr(), values.data_ptr()))
     assert len(set(places)) == 2  # memory was made when the first new token came, and once more
     capacity = keys.untyped_storage().nbytes() // (HEADS * HEAD_DIM * 4)
-    assert capacity <= max(keys.shape[2] * 9 // 8, keys.shape[2] + LEAST_ROOM)
+    assert capacity <= max(keys.shape[2] * 9 // 8, keys.shape[2] + MIN_SPARE_TOKENS)
 
 
 def test_gradients_go_through_it():
-    cache = let_grow(DynamicCache())
+    cache = use_preallocated_layers(DynamicCache())
     states = torch.rand(3, 1, HEADS, 5, HEAD_DIM, requires_grad=True)
     for part in states:
         keys, values = cache.update(part, 2 * part, 0)
@@ -124,7 +124,7 @@ def test_other_kinds_of_tensors_are_joined():
             assert function is not torch.Tensor.as_strided
             return super().__torch_function__(function, types, args, kwargs)
 
-    cache = let_grow(DynamicCache())
+    cache = use_preallocated_layers(DynamicCache())
     for count in (3, 1, 1):
         keys, values = cache.update(*(torch.rand(1, HEADS, count, HEAD_DIM).as_subclass(Spread) for _ in range(2)), 0)
     assert keys.shape == values.shape == (1, HEADS, 5, HEAD_DIM)
@@ -194,13 +194,15 @@ def test_inference_mode_may_be_left():
 
 def test_only_plain_caches_grow():
     config = build_model("qwen3").config.get_text_config()
-    assert {type(layer) for layer in let_grow(DynamicCache(config=config)).layers} == {GrowingLayer}
-    offloading = let_grow(DynamicCache(config=config, offloading=True))
-    assert GrowingLayer not in {type(layer) for layer in offloading.layers}
+    assert {type(layer) for layer in use_preallocated_layers(DynamicCache(config=config)).layers} == {
+        PreallocatedLayer
+    }
+    offloading = use_preallocated_layers(DynamicCache(config=config, offloading=True))
+    assert PreallocatedLayer not in {type(layer) for layer in offloading.layers}
     static = StaticCache(config=config, max_cache_len=8)
     kinds = [type(layer) for layer in static.layers]
-    assert [type(layer) for layer in let_grow(static).layers] == kinds
-    assert let_grow(None) is None
+    assert [type(layer) for layer in use_preallocated_layers(static).layers] == kinds
+    assert use_preallocated_layers(None) is None
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["given", "made by generate"])
@@ -211,8 +213,8 @@ def test_answers_are_those_of_the_library_cache(own, monkeypatch):
     given = {"past_key_values": DynamicCache()} if own else {}
     settings = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     grown = model.generate(**inputs, **settings, **given)
-    assert {type(layer) for layer in grown.past_key_values.layers} == {GrowingLayer}
-    monkeypatch.setattr(GrowingLayer, "update", DynamicLayer.update)
+    assert {type(layer) for layer in grown.past_key_values.layers} == {PreallocatedLayer}
+    monkeypatch.setattr(PreallocatedLayer, "update", DynamicLayer.update)
     plain = model.generate(**inputs, **settings)
     assert torch.equal(grown.sequences, plain.sequences)
     torch.testing.assert_close(grown.logits, plain.logits, rtol=0, atol=0)

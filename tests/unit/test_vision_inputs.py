@@ -3,13 +3,12 @@
 import pytest
 import torch
 
-from molmo2.model.media_layout import (
-    MediaTables,
+from molmo2.model.vision_inputs import (
+    MediaGrids,
     TokenGroup,
     assign_media,
     flat_pooling,
     prompt_order,
-    repeat_rows,
     token_groups,
 )
 
@@ -26,8 +25,8 @@ def sizes(groups: list[list[TokenGroup]]) -> list[list[int]]:
     return [[group.num_tokens for group in row] for row in groups]
 
 
-def tables(images: list[list[int]] | None = None, videos: list[list[int]] | None = None) -> MediaTables:
-    return MediaTables(
+def grids(images: list[list[int]] | None = None, videos: list[list[int]] | None = None) -> MediaGrids:
+    return MediaGrids(
         image_grids=None if images is None else torch.tensor(images),
         image_num_crops=None if images is None else torch.full((len(images),), 2),
         video_grids=None if videos is None else torch.tensor(videos),
@@ -50,45 +49,45 @@ def test_end_tokens_typed_as_text_close_nothing():
 
 def test_images_and_videos_of_a_batch():
     rows = groups_of("oppesppppe..........", "....................", "oppesppppe.sppe.sppe")
-    media = tables(images=[[1, 2, 2, 2], [1, 2, 1, 4]], videos=[[2, 1, 2]])
+    media = grids(images=[[1, 2, 2, 2], [1, 2, 1, 4]], videos=[[2, 1, 2]])
     assert assign_media(rows, media) == [[("image", 0)], [], [("image", 1), ("video", 0)]]
 
 
 def test_a_video_may_stand_before_an_image():
     rows = groups_of("sppe.sppe.oppesppppe")
-    assert assign_media(rows, tables([[1, 2, 2, 2]], [[2, 1, 2]])) == [[("video", 0), ("image", 0)]]
+    assert assign_media(rows, grids([[1, 2, 2, 2]], [[2, 1, 2]])) == [[("video", 0), ("image", 0)]]
 
 
 def test_equal_groups_are_told_apart_by_the_low_res_start():
     # Frames of two tokens, and an image whose view and crops have two tokens too.
     rows = groups_of("sppe.sppe.oppesppe")
-    assert assign_media(rows, tables([[1, 2, 1, 2]], [[2, 1, 2]])) == [[("video", 0), ("image", 0)]]
+    assert assign_media(rows, grids([[1, 2, 1, 2]], [[2, 1, 2]])) == [[("video", 0), ("image", 0)]]
 
 
 def test_without_a_low_res_start_images_come_first():
     rows = groups_of("sppesppe.sppe.sppe")
-    assert assign_media(rows, tables([[1, 2, 1, 2]], [[2, 1, 2]])) == [[("image", 0), ("video", 0)]]
+    assert assign_media(rows, grids([[1, 2, 1, 2]], [[2, 1, 2]])) == [[("image", 0), ("video", 0)]]
 
 
 def test_frames_with_their_own_end_token_are_never_images():
     rows = groups_of("sppf.sppf..", "sppesppe...")
-    assert assign_media(rows, tables([[1, 2, 1, 2]], [[2, 1, 2]])) == [[("video", 0)], [("image", 0)]]
+    assert assign_media(rows, grids([[1, 2, 1, 2]], [[2, 1, 2]])) == [[("video", 0)], [("image", 0)]]
 
 
 def test_several_videos_in_a_row():
     rows = groups_of("sppe.sppe.sppppe")
-    assert assign_media(rows, tables(videos=[[2, 1, 2], [1, 2, 2]])) == [[("video", 0), ("video", 1)]]
+    assert assign_media(rows, grids(videos=[[2, 1, 2], [1, 2, 2]])) == [[("video", 0), ("video", 1)]]
 
 
 def test_pictures_that_do_not_fit_the_prompt():
     message = r"Row 0 of the prompt has groups of patch tokens \[2, 4\] where image 0 of 1 or video 0 of 0"
     with pytest.raises(ValueError, match=message):
-        assign_media(groups_of("oppesppppe"), tables([[1, 2, 2, 3]]))
+        assign_media(groups_of("oppesppppe"), grids([[1, 2, 2, 3]]))
 
 
 def test_pictures_without_a_place():
     with pytest.raises(ValueError, match=r"The prompts place 1 image\(s\), but 2 were passed"):
-        assign_media(groups_of("oppesppppe"), tables([[1, 2, 2, 2], [1, 2, 2, 2]]))
+        assign_media(groups_of("oppesppppe"), grids([[1, 2, 2, 2], [1, 2, 2, 2]]))
 
 
 def test_flat_pooling_shifts_each_item_past_the_crops_before_it():
@@ -98,14 +97,8 @@ def test_flat_pooling_shifts_each_item_past_the_crops_before_it():
 
 
 def test_prompt_order_interleaves_images_and_videos():
-    media = tables([[1, 1, 1, 1], [1, 1, 1, 2]], [[1, 1, 3]])
+    media = grids([[1, 1, 1, 1], [1, 1, 1, 2]], [[1, 1, 3]])
     # Features lie as image 0 (2), image 1 (3), video 0 (3).
     order = prompt_order([[("image", 0), ("video", 0)], [("image", 1)]], media)
     assert order.tolist() == [0, 1, 5, 6, 7, 2, 3, 4]
-    assert prompt_order([[], []], tables()).tolist() == []
-
-
-def test_rows_are_repeated_with_what_they_own():
-    assert repeat_rows([2, 1], [[0], [1]], 2).tolist() == [0, 1, 0, 1, 2, 2]
-    assert repeat_rows([1, 2, 1], [[0, 1], [], [2]], 3).tolist() == [0, 1, 2] * 3 + [3] * 3
-    assert repeat_rows([], [[], []], 2).tolist() == []
+    assert prompt_order([[], []], grids()).tolist() == []
