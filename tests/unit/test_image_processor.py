@@ -743,7 +743,7 @@ def test_an_option_list_is_not_shared_between_processors():
 
 
 BAD_OPTIONS = {
-    "max_crops 0": ({"max_crops": 0}, "max_crops is 0, but must be a whole number of at least 1: the most tiles"),
+    "max_crops 0": ({"max_crops": 0}, "max_crops is 0, but must be a whole number of at least 1: the maximum number of tiles"),
     "max_crops False": ({"max_crops": False}, "max_crops is False, but must be a whole number"),
     "lanczos": ({"resample": 1}, r"resample is 1 \(lanczos\), which is not supported. Use 2 \(bilinear"),
     "box": ({"resample": 4}, r"resample is 4 \(box\), which is not supported"),
