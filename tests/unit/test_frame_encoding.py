@@ -1,6 +1,8 @@
-"""Pixels as uint8, vectors in place of pixels, and frames that are encoded while the next are decoded."""
+"""Reading ahead, pixels as uint8, features in place of pixels, and frames encoded while the next are decoded."""
 
 import threading
+import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from molmo2.image.processing import Molmo2ImageProcessor
 from molmo2.tools.ask import MediaSession
 from molmo2.video import frame_encoding
 from molmo2.video import processing as video_processing
+from molmo2.video.frame_encoding import read_ahead
 from support.checkpoints import build_model, picture
 from support.model_inputs import MIXED, batch, clip, processor
 
@@ -34,7 +37,7 @@ def test_uint8_pixels_give_the_very_same_logits(model, rows):
     assert torch.equal(model(**raw).logits, model(**inputs).logits)
 
 
-def test_uint8_pixels_are_those_of_the_resized_picture():
+def test_uint8_pixels_are_those_of_the_resized_image():
     raw = Molmo2ImageProcessor(size=14, overlap_margins=0, pooling_size=1, max_crops=1).preprocess(
         np.full((14, 14, 3), 200, np.uint8), pixel_dtype="uint8"
     )
@@ -57,7 +60,7 @@ def test_pixels_that_the_model_could_not_normalise(options, message):
 
 
 def test_floats_are_not_cut_off_to_uint8():
-    with pytest.raises(ValueError, match="there is a picture of dtype float32"):
+    with pytest.raises(ValueError, match="there is an image of dtype float32"):
         processor()(images=np.zeros((20, 20, 3), np.float32), pixel_dtype="uint8")
 
 
@@ -208,3 +211,90 @@ def test_pixels_are_made_on_the_device_that_is_asked_for(dtype):
             assert found[name].device.type == device
             assert (found[name].shape, found[name].dtype) == (expected[name].shape, expected[name].dtype)
             assert device == "meta" or torch.equal(found[name], expected[name])
+
+
+# --- reading ahead ---------------------------------------------------------------------------------------------------
+
+
+def counted(made, number=5, error=None):
+    for item in range(number):
+        made.append(item)
+        yield item
+    if error is not None:
+        raise error
+
+
+def wait_for(condition):
+    for _ in range(500):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("It did not come to that within five seconds.")
+
+
+def reading_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("molmo2-read-ahead")]
+
+
+def test_items_come_in_order():
+    assert list(read_ahead(iter(range(100)), 3)) == list(range(100))
+    assert list(read_ahead(iter([None, None]), 1)) == [None, None]
+    assert list(read_ahead(iter([]), 1)) == []
+    assert not reading_threads()
+
+
+def test_up_to_count_items_are_made_ahead():
+    made: list[int] = []
+    items = read_ahead(counted(made, 20), 3)
+    assert next(items) == 0
+    wait_for(lambda: made == [0, 1, 2, 3])  # one in use, three ahead of it
+    time.sleep(0.05)
+    assert len(made) == 4
+    assert list(items) == list(range(1, 20))
+
+
+def test_an_error_comes_after_the_items_before_it():
+    items = read_ahead(counted([], 2, ValueError("broken")), 5)
+    assert [next(items), next(items)] == [0, 1]
+    with pytest.raises(ValueError, match="broken"):
+        next(items)
+    assert not reading_threads()
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_reader_that_leaves_stops_the_thread(count):
+    made: list[int] = []
+    items = read_ahead(counted(made, 10**6), count)
+    next(items)
+    items.close()
+    found = len(made)
+    assert not reading_threads()
+    assert found == len(made) <= count + 1
+
+
+def test_an_error_of_the_reader_stops_the_thread_at_once():
+    """Also while the traceback keeps the frames of the reader alive."""
+    made: list[int] = []
+
+    def read():
+        with closing(read_ahead(counted(made, 50), 3)) as items:
+            for _ in items:
+                raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory") as raised:
+        read()
+    assert raised.tb is not None
+    assert not reading_threads()
+    assert len(made) <= 4
+
+
+@pytest.mark.parametrize("encode", [False, True])
+def test_a_failing_call_leaves_no_thread_behind(encode, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    if not encode:
+        monkeypatch.setattr(video_processing, "frame_pixel_values", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        prepared(**({"frame_encoder": fail} if encode else {}))
+    assert not reading_threads()

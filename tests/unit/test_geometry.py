@@ -1,4 +1,4 @@
-"""How pictures are cut: recorded tables, drawings, and properties that hold for every size."""
+"""How images are cut: recorded tables, drawings, and properties that hold for every size."""
 
 import doctest
 import hashlib
@@ -176,7 +176,7 @@ def test_released_video_frame():
     assert pooling[81, 0] == 729
 
 
-def test_a_frame_is_pooled_like_the_low_res_view_of_a_picture():
+def test_a_frame_is_pooled_like_the_low_res_view_of_a_image():
     frame = video_token_pooling(plan_video(1, RELEASED))
     assert np.array_equal(frame, image_token_pooling(plan_image(300, 300, RELEASED, 8))[:196])
 
@@ -320,14 +320,14 @@ def test_impossible_settings(arguments, message):
 @pytest.mark.parametrize(
     ("height", "width", "max_crops", "message"),
     [
-        (0, 5, 8, "height is 0, but must be a whole number of at least 1. An empty picture cannot be cut."),
-        (5, 0, 8, "width is 0, but must be a whole number of at least 1. An empty picture cannot be cut."),
+        (0, 5, 8, "height is 0, but must be a whole number of at least 1. An empty image cannot be cut."),
+        (5, 0, 8, "width is 0, but must be a whole number of at least 1. An empty image cannot be cut."),
         (5, 5, 0, "max_crops is 0, but must be a whole number of at least 1. 1 gives one tile"),
         (5, 5, True, "max_crops is True, but must be a whole number"),
         (5.5, 5, 8, "height is 5.5, but must be a whole number"),
     ],
 )
-def test_impossible_pictures(height, width, max_crops, message):
+def test_impossible_images(height, width, max_crops, message):
     with pytest.raises(ValueError, match=message):
         plan_image(height, width, RELEASED, max_crops)
 

@@ -1,4 +1,4 @@
-"""The image processor: recorded cases, every way to pass a picture, options, files, and the words of every error."""
+"""The image processor: recorded cases, every way to pass an image, options, files, and the words of every error."""
 
 import ast
 import base64
@@ -14,11 +14,12 @@ import torch
 from PIL import Image
 
 from molmo2.image import loading as image_loading
-from molmo2.image.bilinear import MOST_ELEMENTS, MOST_INLINE, BilinearTables, looked_up
+from molmo2.image.bilinear import MAX_BLOCK_ELEMENTS, MAX_INLINE_ELEMENTS, BilinearTables, resize_rows
 from molmo2.image.geometry import CropSettings
 from molmo2.image.loading import fetch_images, load_images
 from molmo2.image.pixels import frame_pixel_values, normalize, resize, write_patches
 from molmo2.image.processing import Molmo2ImageProcessor
+from support.generated import generated
 from support.golden_cases import (
     HAS_FULL_SET,
     assert_pixels_close,
@@ -29,16 +30,7 @@ from support.golden_cases import (
 )
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
-MODULES = (
-    "bilinear_molmo2",
-    "geometry_molmo2",
-    "grounding_molmo2",
-    "media_features_molmo2",
-    "pixels_molmo2",
-    "image_loading",
-    "image_processing_molmo2",
-    "processor_options_molmo2",
-)
+SOURCES = REPOSITORY / "src" / "molmo2"
 # The arguments of a recorded call that are the image processor's; the rest is for the tokenizer
 OPTIONS = set(Molmo2ImageProcessor.valid_kwargs.__annotations__)
 
@@ -69,7 +61,7 @@ def small_processor(**options):
 
 
 @pytest.fixture
-def picture():
+def rgb():
     """A 20 x 30 RGB array, no axis of which could be taken for channels."""
     return pattern({"kind": "pattern", "height": 20, "width": 30, "seed": 7})
 
@@ -138,7 +130,7 @@ def test_sizes_of_recorded_cases_are_planned_without_pixels():
 
 
 def test_media_images(shared):
-    """Every picture of the media folder, by path and opened, whatever its mode."""
+    """Every image of the media folder, by path and opened, whatever its mode."""
     processor = small_processor()
     files = sorted((shared / "media").glob("*.jpg")) + sorted((shared / "media").glob("*.png"))
     assert len(files) == 8
@@ -171,9 +163,9 @@ def resize_by_hand(image, height, width):
 
 
 @pytest.mark.parametrize("size", [(7, 5), (40, 61), (20, 30), (1, 1), (39, 8)])
-def test_uint8_is_resized_and_rounded(picture, size):
-    exact = resize_by_hand(picture, *size)
-    resized = resize(picture, *size, resample=2)
+def test_uint8_is_resized_and_rounded(rgb, size):
+    exact = resize_by_hand(rgb, *size)
+    resized = resize(rgb, *size, resample=2)
     assert resized.dtype == np.uint8
     is_tie = np.abs(exact % 1 - 0.5) < 1e-4
     np.testing.assert_array_equal(resized[~is_tie], np.round(exact)[~is_tie])
@@ -181,8 +173,8 @@ def test_uint8_is_resized_and_rounded(picture, size):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 1e-12), (np.float32, 1e-5), (np.float16, 1e-3)])
-def test_floats_are_resized_in_their_precision_and_clipped(picture, dtype, tolerance):
-    values = (picture.astype(np.float64) / 200 - 0.1).astype(dtype)
+def test_floats_are_resized_in_their_precision_and_clipped(rgb, dtype, tolerance):
+    values = (rgb.astype(np.float64) / 200 - 0.1).astype(dtype)
     resized = resize(values, 33, 17, resample=2)
     assert resized.dtype == dtype
     exact = resize_by_hand(values.astype(np.float64), 33, 17)
@@ -202,8 +194,8 @@ def test_bicubic_overshoot_is_clamped_and_nearest_invents_nothing():
 
 
 @pytest.mark.parametrize("change", ["read-only", "flipped", "transposed"])
-def test_any_memory_layout_is_resized(picture, change):
-    values = picture.astype(np.float32) / 255
+def test_any_memory_layout_is_resized(rgb, change):
+    values = rgb.astype(np.float32) / 255
     plain = resize(values, 9, 9, resample=2)
     if change == "read-only":
         values.flags.writeable = False
@@ -257,12 +249,12 @@ def test_normalize_needs_a_number_per_channel():
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic", "nearest"])
 @pytest.mark.parametrize("size", [(41, 97), (7, 200), (120, 33), (1, 1), (60, 80)])
 def test_layout_in_memory_changes_no_number(mode, size):
-    picture = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
-    planes = torch.from_numpy(picture).permute(2, 0, 1).float().contiguous()
+    rgb = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    planes = torch.from_numpy(rgb).permute(2, 0, 1).float().contiguous()
     corners = {} if mode == "nearest" else {"align_corners": False}
     with threads(1):
         expected = torch.nn.functional.interpolate(planes[None], size=size, mode=mode, **corners)[0]
-    resized = resize(picture, *size, resample={"nearest": 0, "bilinear": 2, "bicubic": 3}[mode])
+    resized = resize(rgb, *size, resample={"nearest": 0, "bilinear": 2, "bicubic": 3}[mode])
     np.testing.assert_array_equal(resized, expected.round().clamp(0, 255).permute(1, 2, 0))
 
 
@@ -283,40 +275,40 @@ def test_looking_up_neighbours_gives_the_numbers_of_interpolate(seed):
     rng = np.random.default_rng(seed)
     source, size = (tuple(int(side) for side in rng.integers(1, 600, 2)) for _ in range(2))
     size = {0: source, 1: (2 * source[0], source[1]), 2: (1 + source[0] // 2, 1 + source[1] // 3)}.get(seed % 8, size)
-    picture = rng.integers(0, 256, (*source, 3), dtype=np.uint8)
-    planes = torch.from_numpy(picture).permute(2, 0, 1).float()[None]
+    rgb = rng.integers(0, 256, (*source, 3), dtype=np.uint8)
+    planes = torch.from_numpy(rgb).permute(2, 0, 1).float()[None]
     with threads(1):
         expected = torch.nn.functional.interpolate(planes, size=size, mode="bilinear", align_corners=False)
     with threads(1 + seed % 3):
-        found = BilinearTables(source, size).rows(picture, 0, size[0])
+        found = BilinearTables(source, size).rows(rgb, 0, size[0])
     torch.testing.assert_close(found, expected[0].permute(1, 2, 0), atol=0, rtol=0)
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("most_elements", [MOST_INLINE, MOST_ELEMENTS])
-def test_pixels_are_looked_up_in_any_memory(most_elements):
+@pytest.mark.parametrize("max_elements", [MAX_INLINE_ELEMENTS, MAX_BLOCK_ELEMENTS])
+def test_pixels_are_gathered_from_any_memory_layout(max_elements):
     wide = np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8)
     read_only = wide[:, :150].copy()
     read_only.flags.writeable = False
-    for picture in (read_only, wide[:, :150], wide[::-1], wide[:, ::-1], wide[:, ::2], wide.transpose(1, 0, 2)):
+    for rgb in (read_only, wide[:, :150], wide[::-1], wide[:, ::-1], wide[:, ::2], wide.transpose(1, 0, 2)):
         with threads(2):
-            found = [list(looked_up(own, (378, 378), 14, most_elements)) for own in (picture, picture.copy())]
-        assert len(found[0]) == (14 if most_elements == MOST_INLINE else 2)
+            found = [list(resize_rows(own, (378, 378), 14, max_elements)) for own in (rgb, rgb.copy())]
+        assert len(found[0]) == (14 if max_elements == MAX_INLINE_ELEMENTS else 2)
         torch.testing.assert_close(*found, atol=0, rtol=0)
 
 
-def test_looked_up_pieces_are_whole_rows_of_patches():
-    picture = np.random.default_rng(0).integers(0, 256, (600, 900, 3), dtype=np.uint8)
-    pieces = list(looked_up(picture, (378, 378), 14, MOST_INLINE))
+def test_resized_blocks_are_whole_rows_of_patches():
+    rgb = np.random.default_rng(0).integers(0, 256, (600, 900, 3), dtype=np.uint8)
+    pieces = list(resize_rows(rgb, (378, 378), 14, MAX_INLINE_ELEMENTS))
     assert [row for row, _ in pieces] == list(range(0, 378, 28))
-    assert max(pixels.numel() for _, pixels in pieces) <= MOST_INLINE
-    expected = resize(picture, 378, 378, resample=2)
+    assert max(pixels.numel() for _, pixels in pieces) <= MAX_INLINE_ELEMENTS
+    expected = resize(rgb, 378, 378, resample=2)
     np.testing.assert_array_equal(torch.cat([pixels for _, pixels in pieces]), expected)
 
 
-def test_frames_are_one_crop_each(picture):
+def test_frames_are_one_crop_each(rgb):
     settings = CropSettings(28, 42, 14, 3, 3)
-    frames = [picture, picture[::-1], picture[:7]]
+    frames = [rgb, rgb[::-1], rgb[:7]]
     values = frame_pixel_values(frames, settings, resample=2, mean=[0.5] * 3, std=[0.5] * 3)
     assert values.shape == (3, 6, 588)
     for frame, found in zip(frames, values, strict=True):
@@ -326,24 +318,24 @@ def test_frames_are_one_crop_each(picture):
     options = {"resample": 2, "mean": [0.5] * 3, "std": [0.5] * 3}
     np.testing.assert_array_equal(frame_pixel_values(iter(frames), settings, **options), values)
     np.testing.assert_array_equal(frame_pixel_values(iter(frames), settings, **options, num_frames=3), values)
-    with pytest.raises(ValueError, match=r"4 frame\(s\) were announced, but 3 came"):
+    with pytest.raises(ValueError, match=r"num_frames is 4, but the iterable gave 3"):
         frame_pixel_values(iter(frames), settings, **options, num_frames=4)
-    with pytest.raises(ValueError, match=r"2 frame\(s\) were announced, but more came"):
+    with pytest.raises(ValueError, match=r"num_frames is 2, but the iterable gave more"):
         frame_pixel_values(iter(frames), settings, **options, num_frames=2)
 
 
 @pytest.mark.parametrize("bad", [np.zeros((4, 4, 4), np.uint8), np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), int)])
-def test_only_pictures_are_resized(bad):
+def test_only_images_are_resized(bad):
     with pytest.raises(ValueError, match=r"cannot be resized. Pass \(height, width, 3\), as uint8 or one of float16"):
         resize(bad, 2, 2, resample=2)
 
 
-def test_crops_are_cut_from_the_resized_picture(picture):
+def test_crops_are_cut_from_the_resized_image(rgb):
     """One low-resolution view, then two tiles side by side."""
-    output = small_processor()(picture)
+    output = small_processor()(rgb)
     assert output["image_num_crops"].tolist() == [3]
-    canvas = resize(picture, 28, 56, resample=2)
-    crops = np.stack([resize(picture, 28, 28, resample=2), canvas[:, :28], canvas[:, 28:]])
+    canvas = resize(rgb, 28, 56, resample=2)
+    crops = np.stack([resize(rgb, 28, 28, resample=2), canvas[:, :28], canvas[:, 28:]])
     expected = patches_by_hand(normalized_by_hand(crops, [0.5] * 3, [0.5] * 3), 14)
     np.testing.assert_array_equal(output["pixel_values"], expected)
 
@@ -357,15 +349,15 @@ def test_tiles_overlap_by_their_margins():
     assert not np.array_equal(left, right)
 
 
-# --- every way to pass a picture -------------------------------------------------------------------------------------
+# --- every way to pass an image -------------------------------------------------------------------------------------
 
 
 PIL_MODES = ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "I", "F"]
 
 
 @pytest.mark.parametrize("mode", PIL_MODES)
-def test_pil_modes_become_rgb_by_pils_own_rule(picture, mode):
-    image = Image.fromarray(picture)
+def test_pil_modes_become_rgb_by_pils_own_rule(rgb, mode):
+    image = Image.fromarray(rgb)
     if mode in ("PA", "RGBa"):
         image = image.convert("RGBA" if mode == "RGBa" else "P").convert(mode)
     else:
@@ -375,14 +367,14 @@ def test_pil_modes_become_rgb_by_pils_own_rule(picture, mode):
     np.testing.assert_array_equal(loaded, expected)
 
 
-def test_transparency_is_dropped_not_blended(picture):
+def test_transparency_is_dropped_not_blended(rgb):
     alpha = np.arange(600, dtype=np.uint8).reshape(20, 30, 1)
-    rgba = np.concatenate([picture, alpha], axis=2)
+    rgba = np.concatenate([rgb, alpha], axis=2)
     for image in (rgba, Image.fromarray(rgba), torch.from_numpy(rgba).permute(2, 0, 1)):
-        np.testing.assert_array_equal(load_images(image)[0], picture)
+        np.testing.assert_array_equal(load_images(image)[0], rgb)
 
 
-def test_sixteen_bit_pictures_are_clipped_with_a_warning(warnings_logged):
+def test_sixteen_bit_images_are_clipped_with_a_warning(warnings_logged):
     values = np.array([[0, 100, 255, 256, 65535]], np.uint16)
     (loaded,) = load_images(Image.fromarray(values))
     assert loaded[0, :, 0].tolist() == [0, 100, 255, 255, 255]
@@ -391,8 +383,8 @@ def test_sixteen_bit_pictures_are_clipped_with_a_warning(warnings_logged):
     )
 
 
-def test_animations_show_their_first_frame(picture, tmp_path):
-    frames = [Image.fromarray(picture).convert("P"), Image.fromarray(picture[::-1].copy()).convert("P")]
+def test_animations_show_their_first_frame(rgb, tmp_path):
+    frames = [Image.fromarray(rgb).convert("P"), Image.fromarray(rgb[::-1].copy()).convert("P")]
     frames[0].save(tmp_path / "two.gif", save_all=True, append_images=frames[1:])
     first = np.asarray(Image.open(tmp_path / "two.gif").convert("RGB"))
     np.testing.assert_array_equal(load_images(tmp_path / "two.gif")[0], first)
@@ -418,21 +410,21 @@ ARRAY_FORMS = {
 
 
 @pytest.mark.parametrize("form", ARRAY_FORMS)
-def test_array_forms_are_the_same_picture(picture, form):
-    (loaded,) = load_images(ARRAY_FORMS[form](picture))
-    expected = picture if loaded.dtype == np.uint8 else picture / 255
+def test_array_forms_are_the_same_image(rgb, form):
+    (loaded,) = load_images(ARRAY_FORMS[form](rgb))
+    expected = rgb if loaded.dtype == np.uint8 else rgb / 255
     assert loaded.dtype == expected.dtype
     np.testing.assert_array_equal(loaded, expected)
 
 
-def test_bfloat16_becomes_float32(picture):
-    (loaded,) = load_images(torch.from_numpy(picture / 255).bfloat16())
+def test_bfloat16_becomes_float32(rgb):
+    (loaded,) = load_images(torch.from_numpy(rgb / 255).bfloat16())
     assert loaded.dtype == np.float32
-    np.testing.assert_allclose(loaded, picture / 255, rtol=0, atol=2**-8)
+    np.testing.assert_allclose(loaded, rgb / 255, rtol=0, atol=2**-8)
 
 
-def test_grey_and_bool_arrays(picture):
-    grey = picture[:, :, 0]
+def test_grey_and_bool_arrays(rgb):
+    grey = rgb[:, :, 0]
     for form in (grey, grey[:, :, None], grey[None], torch.from_numpy(grey.copy())):
         np.testing.assert_array_equal(load_images(form)[0], np.stack([grey] * 3, axis=2))
     np.testing.assert_array_equal(load_images(grey > 100)[0][:, :, 1], np.where(grey > 100, 255, 0))
@@ -451,8 +443,8 @@ def test_layout_of_three_axes(warnings_logged):
     assert load_images(unclear, input_data_format="channels_last")[0].shape == (3, 7, 3)
 
 
-def test_nested_lists_and_batches_are_flattened_in_order(picture):
-    first, second, third = picture, picture[::-1], picture[:, ::-1]
+def test_nested_lists_and_batches_are_flattened_in_order(rgb):
+    first, second, third = rgb, rgb[::-1], rgb[:, ::-1]
     nested = [[first], [], (second, [Image.fromarray(third.copy())])]
     batch = np.stack([first, second, third])
     for images in (nested, batch, torch.from_numpy(batch), [batch[:2], batch[2]], batch.transpose(0, 3, 1, 2)):
@@ -460,9 +452,9 @@ def test_nested_lists_and_batches_are_flattened_in_order(picture):
 
 
 @pytest.fixture
-def png(picture, tmp_path):
-    path = tmp_path / "a picture.png"
-    Image.fromarray(picture).save(path)
+def png(rgb, tmp_path):
+    path = tmp_path / "an image.png"
+    Image.fromarray(rgb).save(path)
     return path
 
 
@@ -482,22 +474,22 @@ REFERENCES = {
 
 
 @pytest.mark.parametrize("reference", REFERENCES)
-def test_references_are_opened(png, picture, reference):
+def test_references_are_opened(png, rgb, reference):
     item = REFERENCES[reference](png)
-    np.testing.assert_array_equal(load_images([item])[0], picture)
+    np.testing.assert_array_equal(load_images([item])[0], rgb)
     fetched = fetch_images([[item]])
     assert isinstance(fetched[0][0], Image.Image)
-    np.testing.assert_array_equal(np.asarray(fetched[0][0]), picture)
+    np.testing.assert_array_equal(np.asarray(fetched[0][0]), rgb)
 
 
-def test_an_open_file_stays_open(png, picture):
+def test_an_open_file_stays_open(png, rgb):
     with png.open("rb") as file:
         for _ in range(2):
-            np.testing.assert_array_equal(load_images(file)[0], picture)
+            np.testing.assert_array_equal(load_images(file)[0], rgb)
         assert not file.closed
 
 
-def test_urls_are_downloaded(png, picture, monkeypatch):
+def test_urls_are_downloaded(png, rgb, monkeypatch):
     asked = []
 
     def download(url, timeout):
@@ -507,43 +499,43 @@ def test_urls_are_downloaded(png, picture, monkeypatch):
 
     monkeypatch.setattr(image_loading, "load_image", download)
     for url in ("http://example.org/a.png", "HTTPS://example.org/a.png?size=2"):
-        np.testing.assert_array_equal(load_images(url)[0], picture)
+        np.testing.assert_array_equal(load_images(url)[0], rgb)
     assert asked == ["http://example.org/a.png", "HTTPS://example.org/a.png?size=2"]
 
 
-def test_orientation_is_obeyed_in_files_only(picture, tmp_path):
-    stored = Image.fromarray(picture)
+def test_orientation_is_obeyed_in_files_only(rgb, tmp_path):
+    stored = Image.fromarray(rgb)
     exif = stored.getexif()
     exif[0x0112] = 6  # turn by 90 degrees clockwise to see it upright
     path = tmp_path / "turned.png"
     stored.save(path, exif=exif)
-    upright = np.rot90(picture, k=-1)
+    upright = np.rot90(rgb, k=-1)
     content = path.read_bytes()
     for reference in (path, content, base64.b64encode(content).decode(), fetch_images(path)):
         np.testing.assert_array_equal(load_images(reference)[0], upright)
-    np.testing.assert_array_equal(load_images(Image.open(path))[0], picture)
+    np.testing.assert_array_equal(load_images(Image.open(path))[0], rgb)
 
 
-def test_fetching_changes_nothing_but_references(picture, png):
-    image, tensor = Image.fromarray(picture), torch.from_numpy(picture)
-    fetched = Molmo2ImageProcessor().fetch_images([[image, picture], [], (tensor, str(png))])
+def test_fetching_changes_nothing_but_references(rgb, png):
+    image, tensor = Image.fromarray(rgb), torch.from_numpy(rgb)
+    fetched = Molmo2ImageProcessor().fetch_images([[image, rgb], [], (tensor, str(png))])
     assert [len(group) for group in fetched] == [2, 0, 2]
     assert fetched[0][0] is image
-    assert fetched[0][1] is picture
+    assert fetched[0][1] is rgb
     assert fetched[2][0] is tensor
     assert Molmo2ImageProcessor().fetch_images(image) is image
-    np.testing.assert_array_equal(np.asarray(fetched[2][1]), picture)
+    np.testing.assert_array_equal(np.asarray(fetched[2][1]), rgb)
 
 
-def test_an_alpha_channel_survives_fetching(picture, tmp_path):
+def test_an_alpha_channel_survives_fetching(rgb, tmp_path):
     """Conversion is the processor's business: `do_convert_rgb` must still see what the file holds."""
-    Image.fromarray(picture).convert("RGBA").save(tmp_path / "alpha.png")
+    Image.fromarray(rgb).convert("RGBA").save(tmp_path / "alpha.png")
     assert fetch_images(tmp_path / "alpha.png").mode == "RGBA"
     with pytest.raises(ValueError, match="images is a PIL image of mode 'RGBA', but `do_convert_rgb` is False"):
         small_processor(do_convert_rgb=False)(tmp_path / "alpha.png")
 
 
-# --- what is no picture ----------------------------------------------------------------------------------------------
+# --- what is no image ----------------------------------------------------------------------------------------------
 
 
 GREY = np.zeros((5, 6), np.uint8)
@@ -564,7 +556,7 @@ NO_PICTURES = {
         r"images\[0\] is 'file:///no/such', but there is no",
     ),
     "folder": ([REPOSITORY], FileNotFoundError, r"images\[0\] is '.*', but there is no such file. Check the path"),
-    "word": (["picture"], FileNotFoundError, r"images\[0\] is 'picture', but there is no such file"),
+    "word": (["image"], FileNotFoundError, r"images\[0\] is 'image', but there is no such file"),
     "bytes": ([b"no image"], ValueError, r"images\[0\]: 8 bytes cannot be decoded as an image \(UnidentifiedImage"),
     "no bytes": ([b""], ValueError, r"images\[0\]: 0 bytes cannot be decoded as an image"),
     "text in base64": (
@@ -604,7 +596,7 @@ NO_PICTURES = {
 
 
 @pytest.mark.parametrize("name", NO_PICTURES)
-def test_no_picture_is_an_error_that_says_which(name):
+def test_no_image_is_an_error_that_says_which(name):
     images, error, message = NO_PICTURES[name]
     with pytest.raises(error, match=message):
         small_processor()(images)
@@ -654,21 +646,21 @@ def test_float_values_outside_their_range_are_warned_about(warnings_logged):
 
 
 @pytest.mark.parametrize("image", [GREY, np.zeros((5, 6, 4), np.uint8), Image.new("L", (2, 2))])
-def test_without_conversion_only_rgb_is_accepted(image, picture):
+def test_without_conversion_only_rgb_is_accepted(image, rgb):
     processor = small_processor()
     with pytest.raises(
-        ValueError, match=r"but `do_convert_rgb` is False. Set it to True, or convert the picture to RGB"
+        ValueError, match=r"but `do_convert_rgb` is False. Set it to True, or convert the image to RGB"
     ):
         processor(image, do_convert_rgb=False)
-    assert_same_output(processor(picture, do_convert_rgb=False), processor(picture))
+    assert_same_output(processor(rgb, do_convert_rgb=False), processor(rgb))
 
 
 # --- output and options ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("return_tensors", "kind"), [(None, np.ndarray), ("np", np.ndarray), ("pt", torch.Tensor)])
-def test_output_types(picture, return_tensors, kind):
-    output = Molmo2ImageProcessor()(picture, return_tensors=return_tensors)
+def test_output_types(rgb, return_tensors, kind):
+    output = Molmo2ImageProcessor()(rgb, return_tensors=return_tensors)
     assert {key: (type(value), tuple(value.shape)) for key, value in output.items()} == {
         "pixel_values": (kind, (2, 729, 588)),
         "image_token_pooling": (kind, (392, 4)),
@@ -679,7 +671,7 @@ def test_output_types(picture, return_tensors, kind):
 
 
 @pytest.mark.parametrize("images", [[], [[], []]])
-def test_no_pictures_give_empty_arrays(images):
+def test_no_images_give_empty_arrays(images):
     output = Molmo2ImageProcessor()(images)
     assert {key: value.shape for key, value in output.items()} == {
         "pixel_values": (0, 729, 588),
@@ -691,11 +683,11 @@ def test_no_pictures_give_empty_arrays(images):
     assert output["image_token_pooling"].dtype == output["image_grids"].dtype == np.int64
 
 
-def test_several_pictures_are_one_after_the_other(picture):
+def test_several_images_are_one_after_the_other(rgb):
     processor = small_processor()
-    pictures = [picture, picture[:, :9], picture[:3]]
-    alone = [processor(image) for image in pictures]
-    together = processor(pictures)
+    rgb_images = [rgb, rgb[:, :9], rgb[:3]]
+    alone = [processor(image) for image in rgb_images]
+    together = processor(rgb_images)
     for key in together:
         np.testing.assert_array_equal(together[key], np.concatenate([output[key] for output in alone]))
 
@@ -713,16 +705,16 @@ OVERRIDES = {
 
 
 @pytest.mark.parametrize("option", OVERRIDES)
-def test_options_of_a_call_equal_those_of_a_processor(picture, option):
+def test_options_of_a_call_equal_those_of_a_processor(rgb, option):
     override = {option: OVERRIDES[option]}
     base = small_processor()
-    output = base(picture, **override)
-    assert_same_output(output, small_processor(**override)(picture))
-    default = base(picture)
+    output = base(rgb, **override)
+    assert_same_output(output, small_processor(**override)(rgb))
+    default = base(rgb)
     assert any(not np.array_equal(output[key], default[key]) for key in output)
-    assert_same_output(base(picture), default)  # the processor itself has not changed
-    assert_same_output(base(picture, **{option: None}), default)
-    plan = base.plan(*picture.shape[:2], **override)
+    assert_same_output(base(rgb), default)  # the processor itself has not changed
+    assert_same_output(base(rgb, **{option: None}), default)
+    plan = base.plan(*rgb.shape[:2], **override)
     assert [list(plan.grid)] == output["image_grids"].tolist()
     assert [plan.num_crops] == output["image_num_crops"].tolist()
 
@@ -751,7 +743,7 @@ def test_an_option_list_is_not_shared_between_processors():
 
 
 BAD_OPTIONS = {
-    "max_crops 0": ({"max_crops": 0}, "max_crops is 0, but must be a whole number of at least 1: the most tiles"),
+    "max_crops 0": ({"max_crops": 0}, "max_crops is 0, but must be a whole number of at least 1: the maximum number of tiles"),
     "max_crops False": ({"max_crops": False}, "max_crops is False, but must be a whole number"),
     "lanczos": ({"resample": 1}, r"resample is 1 \(lanczos\), which is not supported. Use 2 \(bilinear"),
     "box": ({"resample": 4}, r"resample is 4 \(box\), which is not supported"),
@@ -790,10 +782,10 @@ def test_impossible_options_are_refused(name):
         Molmo2ImageProcessor.from_dict(PUBLISHED, **options)
 
 
-def test_options_of_other_processors_are_passed_over(picture, warnings_logged):
+def test_options_of_other_processors_are_passed_over(rgb, warnings_logged):
     processor = small_processor(do_resize=True, use_fast=False, crop_size=5, num_additional_tokens=3)
     output = processor(
-        picture,
+        rgb,
         device="cpu",
         use_fast=True,
         return_metadata=True,
@@ -801,14 +793,14 @@ def test_options_of_other_processors_are_passed_over(picture, warnings_logged):
         trust_remote_code=True,
     )
     assert warnings_logged() == ""
-    assert_same_output(output, small_processor()(picture))
+    assert_same_output(output, small_processor()(rgb))
 
 
-def test_misspelt_and_pointless_options_are_warned_about(picture, warnings_logged):
+def test_misspelt_and_pointless_options_are_warned_about(rgb, warnings_logged):
     assert small_processor(max_crop=1).max_crops == 2
     assert "ignores the unknown option 'max_crop'. Did you mean 'max_crops'?" in warnings_logged()
     processor = small_processor()
-    assert_same_output(processor(picture, overlap_margin=1, colour=3, do_normalize=False), processor(picture))
+    assert_same_output(processor(rgb, overlap_margin=1, colour=3, do_normalize=False), processor(rgb))
     assert "ignores the unknown option 'overlap_margin'. Did you mean 'overlap_margins'?" in warnings_logged()
     assert "ignores the unknown option 'colour'. It knows do_convert_rgb, image_mean," in warnings_logged()
     assert "do_normalize=False has no effect: Molmo2 always works with do_normalize=True" in warnings_logged()
@@ -868,12 +860,14 @@ def test_options_beside_the_path_win(tmp_path):
 
 
 def test_a_registered_class_takes_its_code_along(tmp_path, monkeypatch):
-    monkeypatch.setattr(Molmo2ImageProcessor, "_auto_class", None)
-    Molmo2ImageProcessor.register_for_auto_class("AutoImageProcessor")
-    Molmo2ImageProcessor().save_pretrained(tmp_path)
+    remote_class = generated("image_processing_molmo2").Molmo2ImageProcessor
+    monkeypatch.setattr(remote_class, "_auto_class", None)
+    remote_class.register_for_auto_class("AutoImageProcessor")
+    remote_class().save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "preprocessor_config.json").read_text(encoding="utf-8"))
     assert saved["auto_map"] == {"AutoImageProcessor": "image_processing_molmo2.Molmo2ImageProcessor"}
-    assert {file.stem for file in tmp_path.glob("*.py")} == set(MODULES)
+    needed = {"image_processing_molmo2", "configuration_molmo2", "grounding_molmo2"}
+    assert {file.stem for file in tmp_path.glob("*.py")} == needed
 
 
 def test_an_owner_names_its_class():
@@ -883,14 +877,16 @@ def test_an_owner_names_its_class():
     assert processor.to_dict()["processor_class"] == "Molmo2Processor"
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_nothing_imports_torchvision(module):
-    tree = ast.parse((REPOSITORY / f"{module}.py").read_text(encoding="utf-8"))
+def test_nothing_imports_torchvision():
     imported = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            imported |= {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            imported.add(f".{node.module}" if node.level else node.module.partition(".")[0])
-    own = {f".{name}" for name in MODULES}
-    assert imported - own - sys.stdlib_module_names <= {"numpy", "torch", "PIL", "transformers"}
+    for path in [
+        *(SOURCES / "image").rglob("*.py"),
+        *(SOURCES / "video").rglob("*.py"),
+        SOURCES / "media_features.py",
+    ]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(node.module.partition(".")[0])
+    assert imported - sys.stdlib_module_names <= {"molmo2", "numpy", "torch", "PIL", "transformers"}

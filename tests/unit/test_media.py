@@ -1,4 +1,4 @@
-"""Every picture and video file there is, through messages: what comes out of it, or what is said about it.
+"""Every image and video file there is, through messages: what comes out of it, or what is said about it.
 
 Small files of the repository always run; those beside the checkout run where they are.
 """
@@ -17,10 +17,10 @@ from support.golden_processor import build_processor, decode
 
 CLIPS = Path(__file__).resolve().parent.parent / "data" / "videos"
 MEDIA = FULL.parent / "media"
-PICTURE_SUFFIXES = (".jpg", ".png", ".tiff")
+IMAGE_SUFFIXES = (".jpg", ".png", ".tiff")
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".mp3", ".gif")
 
-# One frame of 98 pixels is 3 x 3 tokens; pictures are cut into at most 4 crops.
+# One frame of 98 pixels is 3 x 3 tokens; images are cut into at most 4 crops.
 SMALL = {
     "image_processor_init": {"size": {"height": 98, "width": 98}, "overlap_margins": [2, 2], "max_crops": 4},
     "video_processor_init": {"size": {"height": 98, "width": 98}, "num_frames": 4},
@@ -49,7 +49,7 @@ def files(suffixes, *folders):
     return list(found.values())
 
 
-PICTURES = files(PICTURE_SUFFIXES, MEDIA, FULL / "media", EMBEDDED / "media")
+IMAGES = files(IMAGE_SUFFIXES, MEDIA, FULL / "media", EMBEDDED / "media")
 # Two different files are called vfr.mp4.
 VIDEOS = files(VIDEO_SUFFIXES, CLIPS, EMBEDDED / "media", MEDIA, FULL / "media")
 VIDEOS += [MEDIA / "vfr.mp4"] if MEDIA.is_dir() else []
@@ -67,9 +67,9 @@ def ask(kind, file, **options):
     )
 
 
-# --- pictures --------------------------------------------------------------------------------------------------------
+# --- images --------------------------------------------------------------------------------------------------------
 
-# Rows and columns of tokens of the crops, for pictures that do not become 5 x 5.
+# Rows and columns of tokens of the crops, for images that do not become 5 x 5.
 CROP_TOKENS = {
     "nasa_frame_palette.png": [4, 7],
     "nasa_frame_rgba.png": [4, 7],
@@ -78,9 +78,9 @@ CROP_TOKENS = {
 }
 
 
-@pytest.mark.skipif(not PICTURES, reason="the reference data beside the checkout is not there")
-@pytest.mark.parametrize("file", PICTURES, ids=lambda file: file.name)
-def test_every_picture_file(file):
+@pytest.mark.skipif(not IMAGES, reason="the reference data beside the checkout is not there")
+@pytest.mark.parametrize("file", IMAGES, ids=lambda file: file.name)
+def test_every_image_file(file):
     output = ask("image", file)
     assert output["image_grids"].tolist() == [[4, 4, *CROP_TOKENS.get(file.name, [5, 5])]]
     crops = output["image_num_crops"].item()
@@ -214,10 +214,10 @@ def test_a_video_is_no_image():
         ask("image", file)
 
 
-def test_a_picture_is_no_video(tmp_path):
+def test_a_image_is_no_video(tmp_path):
     Image.new("RGB", (20, 10)).save(tmp_path / "still.png")
     with pytest.raises(
-        VideoDecodeError, match=r"still\.png' is a picture \(PNG\), not a video\. Pass it as an image\."
+        VideoDecodeError, match=r"still\.png' is an image \(PNG\), not a video\. Pass it as an image\."
     ):
         ask("video", tmp_path / "still.png")
 

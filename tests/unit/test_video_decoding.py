@@ -62,21 +62,21 @@ REFUSED = {
 
 
 def read_all(source, backend=None):
-    """Timeline and all frames; (N,) list of pictures."""
+    """Timeline and all frames; (N,) list of images."""
     with open_video(source, backend) as reader:
         return reader.timeline, list(reader.frames(range(reader.timeline.num_frames)))
 
 
-def largest_difference(pictures, others):
-    return max(int(np.abs(a.astype(int) - b.astype(int)).max()) for a, b in zip(pictures, others, strict=True))
+def largest_difference(frames, others):
+    return max(int(np.abs(a.astype(int) - b.astype(int)).max()) for a, b in zip(frames, others, strict=True))
 
 
 def assert_same_video(actual, expected):
-    (timeline, pictures), (other_timeline, other_pictures) = actual, expected
+    (timeline, frames), (other_timeline, other_frames) = actual, expected
     assert timeline.start_seconds.tolist() == other_timeline.start_seconds.tolist()
     for name in ("duration_seconds", "fps", "height", "width"):
         assert getattr(timeline, name) == getattr(other_timeline, name), name
-    assert largest_difference(pictures, other_pictures) <= PIXEL_TOLERANCE
+    assert largest_difference(frames, other_frames) <= PIXEL_TOLERANCE
 
 
 # --- clips in the repository -----------------------------------------------------------------------------------------
@@ -89,22 +89,22 @@ def test_recorded_clip(name, backend):
         with pytest.raises(VideoDecodeError, match=REFUSED[name, backend]):
             read_all(CLIPS / name, backend)
         return
-    timeline, pictures = read_all(CLIPS / name, backend)
+    timeline, frames = read_all(CLIPS / name, backend)
     expected = EXPECTED[name]
     assert timeline.start_seconds.dtype == np.float64
     np.testing.assert_allclose(timeline.start_seconds, expected["start_seconds"], rtol=0, atol=1e-12)
     assert timeline.duration_seconds == pytest.approx(expected["duration_seconds"], abs=1e-12)
-    for picture in pictures:
-        assert picture.dtype == np.uint8
-        assert picture.shape == (expected["height"], expected["width"], 3) == (timeline.height, timeline.width, 3)
-    means = [picture.mean(axis=(0, 1)) for picture in pictures]
+    for rgb in frames:
+        assert rgb.dtype == np.uint8
+        assert rgb.shape == (expected["height"], expected["width"], 3) == (timeline.height, timeline.width, 3)
+    means = [rgb.mean(axis=(0, 1)) for rgb in frames]
     np.testing.assert_allclose(means, expected["mean_rgb"], rtol=0, atol=0.5)
 
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_some_backend_reads_every_clip(name):
-    timeline, pictures = read_all(CLIPS / name)
-    assert len(pictures) == timeline.num_frames == len(EXPECTED[name]["mean_rgb"])
+    timeline, frames = read_all(CLIPS / name)
+    assert len(frames) == timeline.num_frames == len(EXPECTED[name]["mean_rgb"])
 
 
 @each_backend
@@ -112,12 +112,12 @@ def test_some_backend_reads_every_clip(name):
 def test_any_frames_in_any_order(name, backend):
     with open_video(CLIPS / name, backend) as reader:
         count = reader.timeline.num_frames
-        pictures = list(reader.frames(range(count)))
+        frames = list(reader.frames(range(count)))
         for indices in ([count - 1], [0, count - 1], [2, 2, 3, 3, 3], [3, 0, 2, 0], list(range(count))[::-1], []):
             got = list(reader.frames(indices))
             assert len(got) == len(indices)
-            for picture, index in zip(got, indices, strict=True):
-                np.testing.assert_array_equal(picture, pictures[index])
+            for rgb, index in zip(got, indices, strict=True):
+                np.testing.assert_array_equal(rgb, frames[index])
 
 
 @each_backend
@@ -198,21 +198,21 @@ def test_impossible_times_are_refused(starts, end):
 # --- files that are hard to read -------------------------------------------------------------------------------------
 
 
-def numbered_pictures(count, height=96, width=128):
-    """Pictures that show their number in binary, as eight black or white squares in the first row."""
+def numbered_frames(count, height=96, width=128):
+    """Images that show their number in binary, as eight black or white squares in the first row."""
     for number in range(count):
-        picture = np.full((height, width, 3), (number * 7 % 200, 90, 60), np.uint8)
+        rgb = np.full((height, width, 3), (number * 7 % 200, 90, 60), np.uint8)
         for bit in range(8):
-            picture[:16, bit * 16 : (bit + 1) * 16] = 255 * (number >> bit & 1)
-        yield picture
+            rgb[:16, bit * 16 : (bit + 1) * 16] = 255 * (number >> bit & 1)
+        yield rgb
 
 
-def number_on(picture):
-    return sum(int(picture[4:12, bit * 16 + 4 : bit * 16 + 12].mean() > 127) << bit for bit in range(8))
+def number_on(rgb):
+    return sum(int(rgb[4:12, bit * 16 + 4 : bit * 16 + 12].mean() > 127) << bit for bit in range(8))
 
 
 def encode(path, codec, *, count=48, fps=10, options=None, container=None, cut_seconds=0):
-    """Writes `count` numbered pictures; `cut_seconds` of them lie before the beginning, behind an edit list."""
+    """Writes `count` numbered images; `cut_seconds` of them lie before the beginning, behind an edit list."""
     av = pytest.importorskip("av")
     with av.open(str(path), "w", options=container or {}) as output:
         try:
@@ -221,8 +221,8 @@ def encode(path, codec, *, count=48, fps=10, options=None, container=None, cut_s
             pytest.skip(f"this build of PyAV has no encoder {codec}")
         stream.width, stream.height, stream.pix_fmt = 128, 96, "yuv420p"
         packets = []
-        for number, picture in enumerate(numbered_pictures(count)):
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+        for number, rgb in enumerate(numbered_frames(count)):
+            frame = av.VideoFrame.from_ndarray(rgb, format="rgb24")
             frame.pts, frame.time_base = number, Fraction(1, fps)
             packets += stream.encode(frame)
         for packet in packets + stream.encode(None):
@@ -259,21 +259,21 @@ HARD_FILES = {
 def test_hard_files_give_every_frame_or_an_error(name, tmp_path):
     file = encode(tmp_path / name, **HARD_FILES[name])
     first = 13 if name == "edit_list.mp4" else 0
-    timeline, pictures = read_all(file, "pyav")
-    assert [number_on(picture) for picture in pictures] == list(range(first, 48))
+    timeline, frames = read_all(file, "pyav")
+    assert [number_on(rgb) for rgb in frames] == list(range(first, 48))
     sparse = [1, 20, timeline.num_frames - 1]
     with open_video(file, "pyav") as reader:
-        assert [number_on(picture) for picture in reader.frames(sparse)] == [first + index for index in sparse]
+        assert [number_on(rgb) for rgb in reader.frames(sparse)] == [first + index for index in sparse]
 
     for backend in set(LOADABLE) - {"pyav"}:
         try:
             other = read_all(file, backend)
         except VideoDecodeError:
             continue  # refused, which is what the fallback is for; what is not refused has to be right
-        assert_same_video(other, (timeline, pictures))
+        assert_same_video(other, (timeline, frames))
 
     def numbers(reader):
-        return [number_on(picture) for picture in reader.frames(range(reader.timeline.num_frames))]
+        return [number_on(rgb) for rgb in reader.frames(range(reader.timeline.num_frames))]
 
     assert decode_video(file, numbers) == list(range(first, 48))
 
@@ -291,7 +291,7 @@ def test_pyav_jumps_over_long_gaps(tmp_path, monkeypatch):
 
     with open_video(file, "pyav") as reader:
         monkeypatch.setattr(readers_module._PyavReader, "_packets_from", watched)
-        assert [number_on(picture) for picture in reader.frames([5, 100, 101, 230])] == [5, 100, 101, 230]
+        assert [number_on(rgb) for rgb in reader.frames([5, 100, 101, 230])] == [5, 100, 101, 230]
     assert len(decoded) < 140  # of 240; decoders read ahead
 
 
@@ -301,7 +301,7 @@ def test_pyav_starts_again_where_a_key_frame_was_none(tmp_path, monkeypatch):
     with open_video(file, "pyav") as reader:
         wrong = reader._packets.place_of[reader._packets.stamps[80]] + 2  # a packet that cannot be decoded by itself
         monkeypatch.setattr(readers_module._PacketTable, "key_before", lambda self, index: wrong if index > 70 else 0)
-        assert [number_on(picture) for picture in reader.frames([3, 80])] == [3, 80]
+        assert [number_on(rgb) for rgb in reader.frames([3, 80])] == [3, 80]
 
 
 # --- fallback --------------------------------------------------------------------------------------------------------
@@ -339,7 +339,7 @@ def fake_backends(monkeypatch):
 
 
 def backend_and_numbers(reader):
-    return reader.backend, [int(picture[0, 0, 0]) for picture in reader.frames([0, 1, 3])]
+    return reader.backend, [int(rgb[0, 0, 0]) for rgb in reader.frames([0, 1, 3])]
 
 
 def test_backends_are_tried_in_order(fake_backends):
@@ -446,17 +446,17 @@ def test_not_a_source():
         open_video(3)
 
 
-@pytest.mark.parametrize("name", ["picture.png", "picture.jpg", "picture.gif"])
-def test_pictures_are_refused(name, tmp_path):
+@pytest.mark.parametrize("name", ["image.png", "image.jpg", "image.gif"])
+def test_images_are_refused(name, tmp_path):
     Image.new("RGB", (20, 10)).save(tmp_path / name)
-    with pytest.raises(VideoDecodeError, match=rf"{name}' is a picture \((PNG|JPEG|GIF)\), not a video"):
+    with pytest.raises(VideoDecodeError, match=rf"{name}' is an image \((PNG|JPEG|GIF)\), not a video"):
         open_video(tmp_path / name)
 
 
 @each_backend
 def test_animated_gif_is_a_video(backend):
-    timeline, pictures = read_all(GOLDEN / "media" / "anim.gif", backend)
-    assert timeline.num_frames == len(pictures) == 3
+    timeline, frames = read_all(GOLDEN / "media" / "anim.gif", backend)
+    assert timeline.num_frames == len(frames) == 3
     assert timeline.duration_seconds == pytest.approx(0.3)
 
 

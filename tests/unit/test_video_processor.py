@@ -50,7 +50,8 @@ def assert_same(actual, expected):
 
 # --- recorded cases --------------------------------------------------------------------------------------------------
 
-# Where this code shows other frames or times than the original: see `video.decoding.timeline` and the golden README.
+# Where this code shows other frames or times than the original: see `molmo2.video.decoding.timeline` and the golden
+# README.
 OTHER_FRAMES = {
     # the original's decord path compares float32 frame ends: a sampled time exactly at a frame start shows another one
     "vfile_decord_cfr10_maxfps10": [*range(52), 51],
@@ -641,7 +642,7 @@ def test_number_of_metadata():
         ([[{"a": 1}]], r"videos\[0\]\[0\] is a dict"),
         (np.zeros((4, 4, 3), np.uint8), r"videos is a ndarray of shape \(4, 4, 3\)"),
     ],
-    ids=["int", "None", "dict", "one picture"],
+    ids=["int", "None", "dict", "one image"],
 )
 def test_what_is_no_video(videos, message):
     with pytest.raises(TypeError, match=message):
@@ -663,7 +664,7 @@ def test_unusable_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"There is no video file '/nonexistent/video\.mp4'"):
         processed("/nonexistent/video.mp4")
     Image.new("RGB", (8, 8)).save(tmp_path / "rgb.png")
-    with pytest.raises(VideoDecodeError, match=r"rgb.png' is a picture \(PNG\), not a video. Pass it as an image"):
+    with pytest.raises(VideoDecodeError, match=r"rgb.png' is an image \(PNG\), not a video. Pass it as an image"):
         processed([[str(tmp_path / "rgb.png")]])
     with pytest.raises(ValueError, match="Unknown video backend 'opencv'"):
         processed(CFR30, video_backend="opencv")

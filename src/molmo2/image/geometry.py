@@ -1,9 +1,9 @@
-"""How pictures and video frames are cut into crops, patches and visual tokens: integers in, integers out.
+"""Plans for cutting images and video frames into crops, patches and visual tokens: integers in, integers out.
 
 One word per thing: a *crop* is one input of the vision tower, a *patch* is one of its positions, a *token* is one
-pooled window of patches and so one place in the text. The *canvas* is the picture resized so that overlapping crops
+pooled window of patches and so one position in the text. The *canvas* is the image resized so that overlapping crops
 tile it. Number of tokens, order of the crops and pooling indices all follow from one `ImagePlan` (or `VideoPlan`), so
-the prompt and the pixels cannot disagree. Nothing here looks at a pixel. Bare lengths are pixels.
+the prompt and the pixels cannot disagree. No pixel is read here. Bare lengths are pixels.
 
 Source of the rules: the training-time preprocessing of Molmo2.
 """
@@ -27,11 +27,11 @@ class CropSettings:
         crop_height, crop_width: size of one crop.
         patch_size: side of one square patch.
         pool_height, pool_width: window of patches, in patches, that becomes one token.
-        margin_before, margin_after: overlap of neighbouring crops, in patches: what a crop gives up to the neighbour
-            above/left of it and below/right of it. A video frame has no neighbours, its margins do not matter.
+        margin_before, margin_after: overlap of neighbouring crops, in patches: what belongs to the neighbour
+            above/left of a crop and below/right of it. A video frame has no neighbours, its margins do not matter.
 
     Raises:
-        ValueError: for sizes no picture could be cut with; the message says which and why.
+        ValueError: no image could be cut with these sizes; the message says which and why.
     """
 
     crop_height: int
@@ -95,14 +95,14 @@ class CropSettings:
 
 @dataclass(frozen=True)
 class ImagePlan:
-    """How one picture is cut; token counts, grids and pooling indices follow from it.
+    """The crops of one image; token counts, grids and pooling indices follow from it.
 
-    Crop 0 is the low-resolution view (the whole picture squeezed into one crop), then come the tiles of the canvas,
-    row by row.
+    Crop 0 is the low-resolution view (the whole image resized to one crop), then come the tiles of the canvas, row
+    by row.
 
     Attributes:
         tile_rows, tile_cols: crops down and across the canvas.
-        canvas_height, canvas_width: size the picture is resized to before the tiles are cut.
+        canvas_height, canvas_width: size the image is resized to before the tiles are cut.
         settings: the crop settings of the plan.
     """
 
@@ -114,7 +114,7 @@ class ImagePlan:
 
     @property
     def num_crops(self) -> int:
-        """Crops fed to the vision tower, the low-resolution view counted."""
+        """Number of crops, the low-resolution view included."""
         return 1 + self.tile_rows * self.tile_cols
 
     @property
@@ -135,7 +135,7 @@ class ImagePlan:
 
     @property
     def num_pooled_tokens(self) -> int:
-        """Visual tokens of the picture, without start, end and column tokens; the rows of `image_token_pooling`."""
+        """Visual tokens of the image, without start, end and column tokens; the rows of `image_token_pooling`."""
         low_rows, low_cols, high_rows, high_cols = self.grid
         return low_rows * low_cols + high_rows * high_cols
 
@@ -145,8 +145,8 @@ class FrameRun:
     """Consecutive frames that are pooled alike.
 
     Attributes:
-        num_frames: how many.
-        settings: how each is cut and pooled.
+        num_frames: length of the run.
+        settings: the crop settings of each frame.
     """
 
     num_frames: int
@@ -167,16 +167,17 @@ class FrameRun:
 
 @dataclass(frozen=True)
 class VideoPlan:
-    """How a video is cut: every frame is one crop, and nothing is tiled.
+    """The crops of a video: every frame is one crop, without tiles.
 
-    A slow-fast video pools its key frames as always and the frames between them more coarsely, so that the same number
-    of tokens covers a longer time. To everything after the plan it is a row of short videos, one for each run.
+    A slow-fast video pools its key frames as other videos do and the frames between them more coarsely, so that the
+    same number of tokens covers a longer time. Everything after the plan sees it as a row of short videos, one for
+    each run.
 
     Attributes:
         num_frames: sampled frames.
         settings: the crop settings of key frames.
-        between: those of the other frames; None if all are pooled alike.
-        key_frame_interval: every so many frames begin with a key frame; the last frame of the video is one as well.
+        between: the crop settings of the other frames; None if all are pooled alike.
+        key_frame_interval: frames from one key frame to the next; the last frame of the video is a key frame as well.
     """
 
     num_frames: int
@@ -207,14 +208,14 @@ class VideoPlan:
 
 
 def plan_image(height: int, width: int, settings: CropSettings, max_crops: int) -> ImagePlan:
-    """Chooses the tiling of one picture.
+    """The plan of one image: chooses its tiling.
 
-    Every tiling of at most `max_crops` tiles has a scale: how much the picture, margins set aside, grows to fill it.
-    The tiling with the smallest scale that does not shrink the picture wins; if all of them shrink it, the one that
+    Every tiling of at most `max_crops` tiles has a scale: how much the image, margins set aside, grows to fill it.
+    The tiling with the smallest scale that does not shrink the image wins; if all of them shrink it, the one that
     shrinks it least. Fewer tiles, then fewer rows, win a tie. A side shorter than the margins has a negative scale,
     which always leaves one tile; a side exactly as long has an infinite one, which leaves the choice to the other.
 
-    A 480 x 640 picture has 368 x 528 pixels inside margins of 112. With windows of 266 pixels, 2 x 2 tiles (532 x 532)
+    A 480 x 640 image has 368 x 528 pixels inside margins of 112. With windows of 266 pixels, 2 x 2 tiles (532 x 532)
     are the first that hold it at full size:
 
         >>> settings = CropSettings(378, 378, 14, 2, 2, margin_before=4, margin_after=4)
@@ -225,15 +226,15 @@ def plan_image(height: int, width: int, settings: CropSettings, max_crops: int) 
         (5, (14, 14, 23, 23), 725)
 
     Args:
-        height, width: the picture, in pixels.
+        height, width: the image, in pixels.
         settings: crop settings.
-        max_crops: most tiles a picture may be cut into; the low-resolution view comes on top.
+        max_crops: maximum number of tiles; the low-resolution view comes on top.
 
     Raises:
-        ValueError: the picture is empty or `max_crops` is below 1.
+        ValueError: the image is empty or `max_crops` is below 1.
     """
-    _require_int("height", height, minimum=1, hint="An empty picture cannot be cut.")
-    _require_int("width", width, minimum=1, hint="An empty picture cannot be cut.")
+    _require_int("height", height, minimum=1, hint="An empty image cannot be cut.")
+    _require_int("width", width, minimum=1, hint="An empty image cannot be cut.")
     _require_int("max_crops", max_crops, minimum=1, hint="1 gives one tile (and the low-resolution view).")
     tilings = _tilings(int(max_crops))
     window = np.array([settings.window_height, settings.window_width], dtype=np.float32)
@@ -253,11 +254,11 @@ def plan_image(height: int, width: int, settings: CropSettings, max_crops: int) 
 
 
 def image_token_pooling(plan: ImagePlan) -> np.ndarray:
-    """For every token of the picture, the patches it pools.
+    """Pooling table of an image: for every token, the patches it pools.
 
     Returns:
-        (num_pooled_tokens, pool_height * pool_width) int64. An entry counts the patches of this picture's own crops,
-        crop after crop, row by row; -1 where the window leaves the picture. The low-resolution view comes first.
+        (num_pooled_tokens, pool_height * pool_width) int64. An entry counts the patches of this image's own crops,
+        crop after crop, row by row; -1 where the window leaves the image. The low-resolution view comes first.
     """
     settings = plan.settings
     low_res = _pooling_windows(_crop_patch_ids(settings), settings)
@@ -268,10 +269,10 @@ def image_token_pooling(plan: ImagePlan) -> np.ndarray:
 def plan_video(
     num_frames: int, settings: CropSettings, between: CropSettings | None = None, key_frame_interval: int = 1
 ) -> VideoPlan:
-    """The plan of a video of `num_frames` sampled frames; see `VideoPlan` for the other arguments.
+    """The plan of a video with `num_frames` sampled frames; see `VideoPlan` for the other arguments.
 
     Raises:
-        ValueError: there is no frame, or the interval is no whole number of at least 1.
+        ValueError: there is no frame, or the interval is not a whole number of at least 1.
     """
     _require_int("num_frames", num_frames, minimum=1, hint="A video needs at least one frame.")
     _require_int("key_frame_interval", key_frame_interval, minimum=1, hint="1 makes every frame a key frame.")
@@ -279,26 +280,29 @@ def plan_video(
 
 
 def video_token_pooling(plan: VideoPlan) -> np.ndarray:
-    """For every token of the video, the patches it pools.
+    """Pooling table of a video: for every token, the patches it pools.
 
     Returns:
         (num_pooled_tokens, largest window) int64. An entry counts the patches of the frames of its run, frame after
-        frame, row by row; -1 where the window leaves the frame, -2 behind the end of a smaller window.
+        frame, row by row; -1 where the window leaves the frame, -2 after the end of a smaller window.
     """
     return stack_pooling([_run_token_pooling(run) for run in plan.runs])
 
 
 def stack_pooling(tables: Sequence[np.ndarray], window: int = 0) -> np.ndarray:
-    """Pooling tables one below the other; rows of smaller windows are filled up with -2.
+    """Pooling tables concatenated along the tokens; rows of smaller windows are padded with -2.
 
     Args:
         tables: (T, K) int64, each with its own K.
-        window: smallest width of the result, (sum of T, K).
+        window: minimum K of the result.
+
+    Returns:
+        (sum of T, K) int64, K as wide as the widest table.
     """
     window = max([window, *(table.shape[1] for table in tables)])
-    none_yet = np.empty((0, window), dtype=np.int64)
+    empty = np.empty((0, window), dtype=np.int64)
     padded = [np.pad(table, ((0, 0), (0, window - table.shape[1])), constant_values=PAD_SLOT) for table in tables]
-    return np.concatenate([none_yet, *padded])
+    return np.concatenate([empty, *padded])
 
 
 def split_runs(grids: Iterable[Sequence[int]], frame_counts: Iterable[int]) -> list[list[list[int]]]:
@@ -329,6 +333,7 @@ def split_runs(grids: Iterable[Sequence[int]], frame_counts: Iterable[int]) -> l
 
 
 def _run_token_pooling(run: FrameRun) -> np.ndarray:
+    """Pooling table of one run, (tokens, window) int64."""
     one_frame = _pooling_windows(_crop_patch_ids(run.settings), run.settings)  # (tokens per frame, window)
     first_patches = np.arange(run.num_frames, dtype=np.int64) * run.settings.patches_per_crop
     frames = np.where(one_frame == PAD_PATCH, PAD_PATCH, one_frame + first_patches[:, None, None])
@@ -340,18 +345,18 @@ def _tilings(max_crops: int) -> np.ndarray:
     """All (rows, cols) with rows * cols <= max_crops, fewest tiles first, then fewest rows. (N, 2) int64."""
     pairs = [(rows, cols) for rows in range(1, max_crops + 1) for cols in range(1, max_crops // rows + 1)]
     tilings = np.array(sorted(pairs, key=lambda pair: (pair[0] * pair[1], pair[0])), dtype=np.int64)
-    tilings.flags.writeable = False  # the cache hands out this very array
+    tilings.flags.writeable = False  # the cache returns this array itself
     return tilings
 
 
 def _crop_patch_ids(settings: CropSettings) -> np.ndarray:
-    """Patch numbers of one crop, row by row. (crop_patch_rows, crop_patch_cols) int64."""
+    """Patch indices of one crop, row by row. (crop_patch_rows, crop_patch_cols) int64."""
     shape = settings.crop_patch_rows, settings.crop_patch_cols
     return np.arange(settings.patches_per_crop, dtype=np.int64).reshape(shape)
 
 
 def _canvas_patch_ids(plan: ImagePlan) -> np.ndarray:
-    """For every patch of the canvas, its number among the patches of all tiles. (canvas rows, canvas cols) int64.
+    """Index of every patch of the canvas among the patches of all tiles. (canvas rows, canvas cols) int64.
 
     Where two tiles overlap, each keeps the patches up to its own margin:
 
@@ -367,7 +372,7 @@ def _canvas_patch_ids(plan: ImagePlan) -> np.ndarray:
 
 
 def _owner_along_axis(num_tiles: int, crop_patches: int, settings: CropSettings) -> tuple[np.ndarray, np.ndarray]:
-    """For every canvas position along one axis: the tile that owns it, and its place in that tile, in patches."""
+    """For every canvas position along one axis: the tile that owns it, and its position in that tile, in patches."""
     window = crop_patches - settings.margin_before - settings.margin_after
     position = np.arange(num_tiles * window + settings.margin_before + settings.margin_after, dtype=np.int64)
     tile = np.clip((position - settings.margin_before) // window, 0, num_tiles - 1)
@@ -375,9 +380,9 @@ def _owner_along_axis(num_tiles: int, crop_patches: int, settings: CropSettings)
 
 
 def _pooling_windows(patch_ids: np.ndarray, settings: CropSettings) -> np.ndarray:
-    """Groups a grid of patch numbers in windows, row by row. (tokens, pool_height * pool_width) int64.
+    """A grid of patch indices grouped in windows, row by row. (tokens, pool_height * pool_width) int64.
 
-    The grid is widened to whole windows with -1, the smaller half of the padding before it:
+    The grid is padded to whole windows with -1, the smaller half of the padding before it:
 
         0 1 2             0  1 |  2 -1
         3 4 5     2 x 2   3  4 |  5 -1     tokens: [0 1 3 4] [2 -1 5 -1] [6 7 -1 -1] [8 -1 -1 -1]

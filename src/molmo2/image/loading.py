@@ -1,8 +1,8 @@
-"""Turns whatever a person calls an image into (height, width, 3) arrays, or says why it cannot.
+"""Loading of images: files, URLs, bytes, PIL images, arrays and tensors become (height, width, 3) arrays.
 
-Nothing is reinterpreted silently: a layout or a value range that could mean two things is refused or warned about, and
-every error names the item of the list that it is about. Source of the PIL rules (PIL's own `convert("RGB")`,
-orientation tags obeyed in files but not in pictures that are already open): the training-time preprocessing of Molmo2.
+An ambiguous layout or value range is refused or warned about, never guessed silently, and every error names the item
+of the list that it is about. Source of the PIL rules (PIL's own `convert("RGB")`,
+orientation tags applied to files but not to images that are already open): the training-time preprocessing of Molmo2.
 """
 
 import base64
@@ -23,91 +23,96 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-ACCEPTED = (
+ACCEPTED_IMAGES = (
     "a PIL image, a numpy array, a torch tensor, a path, a URL (http, https, file, data), base64 text, "
     "the bytes of an image file or an open binary file"
 )
 CHANNEL_COUNTS = (1, 3, 4)  # grey, RGB, RGB with alpha
 LAYOUTS = ("channels_last", "channels_first")
+# Suffixes of frames that are passed as a list of files.
+FRAME_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (*FRAME_SUFFIXES, ".avif", ".gif", ".heic")  # a GIF among videos is a clip, not a frame
 CLIPPING_PIL_MODES = ("I", "F")  # modes (also "I;16" and its kin) with values above 255, which PIL's conversion clips
-FLOAT_SLACK = 0.01  # how far a float picture may leave 0..1 (filters overshoot a little) without a warning
-DOWNLOAD_SECONDS = 60  # patience with a server that does not answer
-MAX_QUOTED_CHARACTERS = 80
+FLOAT_TOLERANCE = 0.01  # how far a float image may exceed 0..1 (filters overshoot a little) without a warning
+DOWNLOAD_TIMEOUT_SECONDS = 60
+MAX_QUOTED_CHARACTERS = 80  # of a path or text in an error
 MIN_BASE64_CHARACTERS = 32  # no image file is smaller; shorter text is a path
 
 
 def load_images(images: Any, *, do_convert_rgb: bool = True, input_data_format: str | None = None) -> list[np.ndarray]:
-    """Every picture in `images`, nested lists and 4-D batches flattened, in order.
+    """The images in `images` as RGB arrays, nested lists and 4-D batches flattened, in order.
 
     Args:
-        images: one picture or a (nested) list of them. A picture is a PIL image of any mode (of an animation, the
+        images: one image or a (nested) list of them. An image is a PIL image of any mode (of an animation, the
             frame that is shown); a numpy array or torch tensor, (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4
             channels, or a batch with one more axis in front; a path or URL; base64 text; the bytes of an image file
             or an open one. Arrays may be uint8, bool (0 and 255), any other integer type with values in 0..255, or
             floating point with values in 0..1. A fourth channel is dropped, as PIL does.
-        do_convert_rgb: False refuses whatever is not RGB yet.
-        input_data_format: "channels_last" or "channels_first"; None takes the last axis for the channels if it has
-            1, 3 or 4 entries, else the first.
+        do_convert_rgb: False refuses images that are not RGB.
+        input_data_format: "channels_last" or "channels_first"; None takes the last axis as channels if it has 1, 3
+            or 4 entries, else the first.
 
     Returns:
         (H, W, 3) arrays, uint8 or floating point.
 
     Raises:
-        FileNotFoundError: no such file.
-        TypeError: an item is no picture at all.
-        ValueError: a picture cannot be decoded, is empty, or its shape, type or values make no picture.
+        FileNotFoundError: there is no such file.
+        TypeError: the type of an item is none of these.
+        ValueError: an image cannot be decoded, is empty, or has the shape, dtype or values of no image.
     """
     layout = _parse_layout(input_data_format)
-    pictures = _flatten(fetch_images(images), "images")
-    return [_rgb_array(picture, where, do_convert_rgb, layout) for where, picture in pictures]
+    items = _flatten(fetch_images(images), "images")
+    return [_rgb_array(item, where, do_convert_rgb, layout) for where, item in items]
 
 
 def fetch_images(
     images: Any, where: str = "images", finish: Callable[[Image.Image], Any] = ImageOps.exif_transpose
 ) -> Any:
-    """Opens paths, URLs, base64 text and raw bytes; everything else, nesting included, stays as it is.
+    """`images` with paths, URLs, base64 text, bytes and open files loaded; other items and the nesting are kept.
 
     Args:
-        finish: what is done with an opened file before it is closed.
+        images: see `load_images`.
+        where: name of `images` in errors.
+        finish: makes the result from an opened file before that is closed.
 
     Returns:
-        `images` with an upright PIL image (orientation tag obeyed) in place of each reference.
+        `images` with an upright PIL image (orientation tag applied) in place of each encoded one.
 
     Raises:
         FileNotFoundError, TypeError, ValueError: as `load_images`.
     """
     if isinstance(images, (list, tuple)):
         return [fetch_images(item, f"{where}[{index}]", finish) for index, item in enumerate(images)]
-    if _is_reference(images):
+    if is_encoded(images):
         return _open(images, where, finish)
-    if isinstance(images, Image.Image) or hasattr(images, "__array__"):  # numpy, torch and their like
+    if isinstance(images, Image.Image) or hasattr(images, "__array__"):  # numpy, torch and similar
         return images
     found = f"{_shortened(repr(images))} of type {type(images).__name__}"
-    raise TypeError(f"{where} is {found}, which is no image. Pass {ACCEPTED}.")
+    raise TypeError(f"{where} is {found}, which is no image. Pass {ACCEPTED_IMAGES}.")
 
 
 def measure_images(images: Any) -> list[tuple[int, int]]:
-    """(height, width) of every picture, in the order of `load_images`; of files only the header is read.
+    """(height, width) of every image, in the order of `load_images`; of files only the header is read.
 
     Raises:
         FileNotFoundError, TypeError, ValueError: as `load_images`, as far as a header tells.
     """
-    pictures = _flatten(fetch_images(images, finish=_upright_outline), "images")
+    items = _flatten(fetch_images(images, finish=_upright_placeholder), "images")
     return [
         (item.height, item.width) if isinstance(item, Image.Image) else _channels_last(item, where, None).shape[:2]
-        for where, item in pictures
+        for where, item in items
     ]
 
 
-def _upright_outline(image: Image.Image) -> np.ndarray:
-    """A stand-in, without memory of its own, of the size that a picture has once it is turned upright."""
+def _upright_placeholder(image: Image.Image) -> np.ndarray:
+    """An array of zeros, without memory of its own, of the size that an image has once it is turned upright."""
     turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # 5 to 8 swap height and width
     height, width = image.size if turned else image.size[::-1]
     return np.broadcast_to(np.uint8(0), (height, width, 3))
 
 
 def _flatten(images: Any, where: str) -> Iterator[tuple[str, Image.Image | np.ndarray]]:
-    """Yields (where it stands, picture) for every picture of what `fetch_images` returned."""
+    """(name for errors, image) of every image of what `fetch_images` returned."""
     if isinstance(images, list):
         for index, item in enumerate(images):
             yield from _flatten(item, f"{where}[{index}]")
@@ -124,24 +129,24 @@ def _flatten(images: Any, where: str) -> Iterator[tuple[str, Image.Image | np.nd
 # --- opening files, URLs and bytes -----------------------------------------------------------------------------------
 
 
-def _is_reference(item: Any) -> bool:
-    """True for what stands for an image file: text, a path, bytes or an open file."""
-    return isinstance(item, (str, os.PathLike, bytes, bytearray, memoryview)) or _is_file(item)
+def is_encoded(item: Any) -> bool:
+    """True for an encoded image or video: a path, URL or other text, the bytes of a file, or an open file."""
+    return isinstance(item, (str, os.PathLike, bytes, bytearray, memoryview)) or _is_open_file(item)
 
 
-def _is_file(item: Any) -> bool:
-    return callable(getattr(item, "read", None)) and callable(getattr(item, "seek", None))
+def _is_open_file(item: Any) -> bool:
+    return callable(getattr(item, "read", None))
 
 
 def _shortened(text: str) -> str:
     if len(text) <= MAX_QUOTED_CHARACTERS:
         return text
-    kept = MAX_QUOTED_CHARACTERS // 2  # of both ends: a path says most at its end
+    kept = MAX_QUOTED_CHARACTERS // 2  # of either end: the end of a path says most
     return f"{text[:kept]}...{text[-kept:]} ({len(text)} characters)"
 
 
 def _open(reference: Any, where: str, finish: Callable[[Image.Image], Any]) -> Any:
-    """The picture behind a reference, in its own mode."""
+    """The image of a path, URL, text, bytes or open file, in its own mode, passed through `finish`."""
 
     def decode(source: str, open_image: Callable[[], Image.Image]) -> Any:
         return _decode(where, source, open_image, finish)
@@ -154,12 +159,12 @@ def _open(reference: Any, where: str, finish: Callable[[Image.Image], Any]) -> A
 
     if isinstance(reference, (bytes, bytearray, memoryview)):
         return decode(f"{len(reference)} bytes", lambda: Image.open(BytesIO(reference)))
-    if _is_file(reference):
+    if _is_open_file(reference):
         return decode(f"the open file {reference!r}", lambda: Image.open(reference))
     text = os.fsdecode(reference)
     scheme = text[:8].lower().partition(":")[0]
     if scheme in ("http", "https"):
-        return decode(f"the answer to {_shortened(text)}", lambda: load_image(text, timeout=DOWNLOAD_SECONDS))
+        return decode(f"the answer to {_shortened(text)}", lambda: load_image(text, timeout=DOWNLOAD_TIMEOUT_SECONDS))
     if scheme == "data":
         return decode_base64(text.partition(",")[2], _shortened(text))
     path = Path(url2pathname(urlsplit(text).path)) if scheme == "file" else Path(text)
@@ -191,7 +196,7 @@ def _base64_bytes(text: str) -> bytes | None:
 def _decode(
     where: str, source: str, open_image: Callable[[], Image.Image], finish: Callable[[Image.Image], Any]
 ) -> Any:
-    """Opens and finishes a picture; whatever a decoder raises becomes one clear error."""
+    """The finished image; any error of a decoder becomes one ValueError."""
     try:
         with open_image() as image:
             return finish(image)
@@ -202,23 +207,24 @@ def _decode(
         ) from error
 
 
-# --- pictures to arrays ----------------------------------------------------------------------------------------------
+# --- images to arrays ------------------------------------------------------------------------------------------------
 
 
 def _rgb_array(item: Image.Image | np.ndarray, where: str, do_convert_rgb: bool, layout: str | None) -> np.ndarray:
+    """(H, W, 3), uint8 or native floating point."""
     if isinstance(item, Image.Image):
         return _pil_to_rgb(item, where, do_convert_rgb)
-    picture = _channels_last(item, where, layout)
-    channels = picture.shape[2]
+    image = _channels_last(item, where, layout)
+    channels = image.shape[2]
     if channels != 3 and not do_convert_rgb:
         raise ValueError(_not_rgb(where, f"an array with {channels} channel(s)"))
-    picture = _checked_values(picture[:, :, :3], where)
-    return np.repeat(picture, 3, axis=2) if channels == 1 else picture
+    image = _checked_values(image[:, :, :3], where)
+    return np.repeat(image, 3, axis=2) if channels == 1 else image
 
 
 def _pil_to_rgb(image: Image.Image, where: str, do_convert_rgb: bool) -> np.ndarray:
     if min(image.size) == 0:
-        raise ValueError(f"{where} is empty: {image.height} x {image.width} pixels. Pass a picture with pixels.")
+        raise ValueError(f"{where} is empty: {image.height} x {image.width} pixels. Pass an image with pixels.")
     if image.mode != "RGB":
         if not do_convert_rgb:
             raise ValueError(_not_rgb(where, f"a PIL image of mode '{image.mode}'"))
@@ -236,13 +242,13 @@ def _pil_to_rgb(image: Image.Image, where: str, do_convert_rgb: bool) -> np.ndar
 
 
 def _not_rgb(where: str, found: str) -> str:
-    return f"{where} is {found}, but `do_convert_rgb` is False. Set it to True, or convert the picture to RGB first."
+    return f"{where} is {found}, but `do_convert_rgb` is False. Set it to True, or convert the image to RGB first."
 
 
 def _as_numpy(item: Any, where: str) -> np.ndarray:
     if isinstance(item, torch.Tensor):
         item = item.detach().cpu()
-        item = item.float() if item.dtype == torch.bfloat16 else item  # numpy knows no bfloat16
+        item = item.float() if item.dtype == torch.bfloat16 else item  # numpy has no bfloat16
     array = np.asarray(item)
     if array.ndim not in (2, 3, 4):
         raise ValueError(
@@ -266,7 +272,7 @@ def _parse_layout(input_data_format: Any) -> str | None:
 def _channels_last(array: np.ndarray, where: str, layout: str | None) -> np.ndarray:
     """(H, W, C) with 1, 3 or 4 channels, a view where possible."""
     if array.size == 0:
-        raise ValueError(f"{where} is empty: its shape is {array.shape}. Pass a picture with pixels.")
+        raise ValueError(f"{where} is empty: its shape is {array.shape}. Pass an image with pixels.")
     if array.ndim == 2:
         return array[:, :, None]
     fits_last, fits_first = array.shape[2] in CHANNEL_COUNTS, array.shape[0] in CHANNEL_COUNTS
@@ -282,39 +288,39 @@ def _channels_last(array: np.ndarray, where: str, layout: str | None) -> np.ndar
         )
     if layout is None:
         layout = "channels_last" if fits_last else "channels_first"
-    picture = array if layout == "channels_last" else np.moveaxis(array, 0, 2)
-    if picture.shape[2] not in CHANNEL_COUNTS:
+    image = array if layout == "channels_last" else np.moveaxis(array, 0, 2)
+    if image.shape[2] not in CHANNEL_COUNTS:
         raise ValueError(
-            f"{where} has shape {array.shape}, which as '{layout}' means {picture.shape[2]} channels, but 1, 3 or 4 "
+            f"{where} has shape {array.shape}, which as '{layout}' means {image.shape[2]} channels, but 1, 3 or 4 "
             "were expected. Check `input_data_format`."
         )
-    return picture
+    return image
 
 
-def _checked_values(picture: np.ndarray, where: str) -> np.ndarray:
-    """The picture as uint8 or as native floats; refuses values that are no grey levels."""
-    kind = picture.dtype.kind
-    if picture.dtype == np.uint8:
-        return picture
+def _checked_values(image: np.ndarray, where: str) -> np.ndarray:
+    """The image as uint8 or native floating point; values that are no grey levels are refused."""
+    kind = image.dtype.kind
+    if image.dtype == np.uint8:
+        return image
     if kind == "b":
-        return picture.astype(np.uint8) * np.uint8(255)
-    if kind not in "iuf" or picture.dtype.itemsize > 8:
-        raise ValueError(f"{where} has dtype {picture.dtype}. Use uint8 (0..255) or floating point (0..1).")
-    low, high = picture.min(), picture.max()
+        return image.astype(np.uint8) * np.uint8(255)
+    if kind not in "iuf" or image.dtype.itemsize > 8:
+        raise ValueError(f"{where} has dtype {image.dtype}. Use uint8 (0..255) or floating point (0..1).")
+    low, high = image.min(), image.max()
     if kind in "iu":
         if low < 0 or high > 255:
             raise ValueError(
-                f"{where} has dtype {picture.dtype} and values from {low} to {high}, but integers must lie in 0..255. "
+                f"{where} has dtype {image.dtype} and values from {low} to {high}, but integers must lie in 0..255. "
                 "Scale them, or divide by their largest possible value to pass floats in 0..1."
             )
-        return picture.astype(np.uint8)
+        return image.astype(np.uint8)
     if not (np.isfinite(low) and np.isfinite(high)):
         raise ValueError(
             f"{where} holds values that are not finite (NaN or infinity). Replace them by numbers in 0..1."
         )
-    if low < -FLOAT_SLACK or high > 1 + FLOAT_SLACK:
+    if low < -FLOAT_TOLERANCE or high > 1 + FLOAT_TOLERANCE:
         logger.warning_once(
-            "A picture in floating point has values outside 0..1, which are clipped. Divide by 255 (or cast to uint8) "
+            "An image in floating point has values outside 0..1, which are clipped. Divide by 255 (or cast to uint8) "
             "if they are grey levels from 0 to 255; undo the normalisation if it is normalised already."
         )
-    return picture.astype(picture.dtype.newbyteorder("="), copy=False)
+    return image.astype(image.dtype.newbyteorder("="), copy=False)

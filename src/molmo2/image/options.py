@@ -1,11 +1,11 @@
 """Options of the image and the video processor in the one form they are stored, saved and compared in.
 
 Callers pass sizes as an int, a pair, a dict or an object of the library, and name options that other processors have.
-Plain JSON comes out; what makes no sense is refused by name, what has no effect is warned about.
+The result is plain JSON; a value that makes no sense is refused by name, an option without effect is warned about.
 """
 
 import difflib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from molmo2.configuration import CHANNELS, UINT8_MEAN, UINT8_STD
 
 logger = logging.get_logger(__name__)
 
-# Steps that are part of what the model was trained on. They cannot be switched: another value is warned about.
+# Steps that are part of what the model was trained on. They are not configurable: another value is warned about.
 FIXED_STEPS = {
     "do_resize": True,
     "do_rescale": True,
@@ -24,11 +24,12 @@ FIXED_STEPS = {
     "do_pad": False,
     "rescale_factor": 1 / 255,
 }
-NEAR_MISS = 0.85  # likeness (0..1) from which an unknown name counts as a misspelt option
+NEAR_MISS = 0.85  # similarity (0..1) from which an unknown name counts as a misspelt option
+PATCH_ROWS_AND_COLS = "(rows, cols) in patches"
 
 
 def plain(value: Any) -> Any:
-    """A numpy number as Python's own, so that it can be written as JSON; anything else as it is."""
+    """A numpy scalar as a Python number, which JSON can hold; anything else unchanged."""
     return value.tolist() if isinstance(value, np.generic) else value
 
 
@@ -45,7 +46,7 @@ def per_channel(name: str, value: Any) -> list[float]:
 
 
 def divisors_per_channel(name: str, value: Any) -> list[float]:
-    """As `per_channel`, for numbers that pixels are divided by."""
+    """Three numbers that pixels are divided by: as `per_channel`, but 0 is refused."""
     numbers = per_channel(name, value)
     if 0 in numbers:
         raise ValueError(f"{name} is {numbers}, but pixels are divided by it. Use numbers other than 0.")
@@ -91,59 +92,122 @@ def size_dict(size: Any) -> dict[str, int]:
     return {"height": plain(fields["height"]), "width": plain(fields["width"])}
 
 
-def warn_about(
-    options: Mapping[str, Any],
-    *,
-    owner: str,
-    known: Collection[str],
-    ignored: Collection[str],
-    only_near_misses: bool = False,
-) -> None:
-    """Warns about options that are misspelt, unknown or ask for another order of steps; none of them stops the call.
+class OptionsMixin:
+    """Options of a processor: defaults, checks, overrides for one call, and the same JSON on every release.
 
-    Args:
-        options: name -> value, as passed.
-        owner: the class that was given the options.
-        known, ignored: names with an effect, and names that are passed over in silence.
-        only_near_misses: accept unknown names (of older files, or meant for another part) unless they look misspelt.
-    """
-    for name, value in options.items():
-        if name in FIXED_STEPS and value is not None and value != FIXED_STEPS[name]:
-            logger.warning_once(
-                f"{name}={value!r} has no effect: Molmo2 always works with {name}={FIXED_STEPS[name]!r}."
-            )
-        if name in known or name in FIXED_STEPS or name in ignored or name.startswith("_"):
-            continue
-        similar = difflib.get_close_matches(name, list(known), n=1, cutoff=NEAR_MISS)
-        if similar:
-            logger.warning_once(f"{owner} ignores the unknown option '{name}'. Did you mean '{similar[0]}'?")
-        elif not only_near_misses:
-            logger.warning_once(f"{owner} ignores the unknown option '{name}'. It knows {', '.join(known)}.")
-
-
-class IdentityMixin:
-    """The keys that say in a processor's JSON what it is, kept and written alike on every release.
+    A processor sets the attributes below, derives from this class first and from the library's base class second, and
+    implements `_canonical_own` and `_options`.
 
     Attributes:
-        type_key: the key under which the name of the class is stored.
+        DEFAULTS: option name -> value where nothing is passed; every option of the processor is in it.
+        NULLABLE: names of options for which None is a value; for the others it stands for "not passed".
+        IGNORED: names that are known and no option, which are accepted without a warning: read elsewhere
+            (`return_tensors`), or meant for other processors, whose snippets pass them.
+        TYPE_KEY: the JSON key under which the name of the class is stored.
     """
 
-    type_key: str
+    DEFAULTS: dict[str, Any]
+    NULLABLE: frozenset[str] = frozenset()
+    IGNORED: frozenset[str]
+    TYPE_KEY: str
     _processor_class: str | None = None
 
-    def _take_identity(self, options: dict[str, Any]) -> dict[str, Any]:
-        """Moves `processor_class` and `auto_map` out of `options`: the arguments of the base class."""
-        self._processor_class = options.pop("processor_class", None)
-        auto_map = options.pop("auto_map", None)
-        return {"processor_class": self._processor_class, **({} if auto_map is None else {"auto_map": auto_map})}
+    def __init__(self, **kwargs: Any):
+        self._processor_class = kwargs.pop("processor_class", None)
+        base_options = {"processor_class": self._processor_class, "auto_map": kwargs.pop("auto_map", None)}
+        if base_options["auto_map"] is None:
+            del base_options["auto_map"]
+        super().__init__(**base_options)
+        self._warn_about(kwargs, only_near_misses=True)
+        for name, value in self._canonical(self.DEFAULTS | self._given(kwargs)).items():
+            setattr(self, name, value)
+        self._options({})  # refuses options that contradict each other
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any], **kwargs: Any) -> Any:
+        """The processor described by its JSON; options in `kwargs` win and are checked, whatever the release."""
+        options = {name: kwargs.pop(name) for name in cls.DEFAULTS if name in kwargs}
+        cls._warn_about(kwargs, only_near_misses=True)
+        return super().from_dict({**config, **options}, **kwargs)  # type: ignore[misc]  # of the second base class
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of the processor's JSON file, the same on every release."""
+        identity = {"auto_map": getattr(self, "auto_map", None), "processor_class": self._processor_class}
+        return {
+            **self._stored_options(),
+            self.TYPE_KEY: type(self).__name__,
+            **{name: value for name, value in identity.items() if value is not None},
+        }
+
+    def _stored_options(self) -> dict[str, Any]:
+        """The options as they are written to JSON."""
+        return self._canonical(self._values())
+
+    def _values(self) -> dict[str, Any]:
+        """The options of the processor as they are now: users may set its attributes."""
+        return {name: getattr(self, name) for name in self.DEFAULTS}
 
     def _set_processor_class(self, processor_class: str) -> None:
         """Called by processors that own this one; recent releases only know it for tokenizers."""
         self._processor_class = processor_class
 
-    def _identity(self) -> dict[str, Any]:
-        keys = {"auto_map": getattr(self, "auto_map", None), "processor_class": self._processor_class}
+    def _options(self, overrides: Mapping[str, Any]) -> Any:
+        """The processor's options with those of one call over them, checked."""
+        raise NotImplementedError
+
+    @classmethod
+    def _given(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The options of this processor among `options`, without those that are None for "not passed"."""
         return {
-            self.type_key: type(self).__name__,
-            **{name: value for name, value in keys.items() if value is not None},
+            name: value
+            for name, value in options.items()
+            if name in cls.DEFAULTS and (value is not None or name in cls.NULLABLE)
         }
+
+    @classmethod
+    def _canonical(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """All options in the one form they are stored and saved in, which is plain JSON.
+
+        Raises:
+            ValueError: a value makes no sense; the message names the option.
+        """
+        return {
+            **{name: plain(values[name]) for name in cls.DEFAULTS},
+            "do_convert_rgb": bool(values["do_convert_rgb"]),
+            "image_mean": per_channel("image_mean", values["image_mean"]),
+            "image_std": divisors_per_channel("image_std", values["image_std"]),
+            "pooling_size": pair("pooling_size", values["pooling_size"], PATCH_ROWS_AND_COLS),
+            "resample": values["resample"] if isinstance(values["resample"], str) else int(values["resample"]),
+            "size": size_dict(values["size"]),
+            **cls._canonical_own(values),
+        }
+
+    @classmethod
+    def _canonical_own(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The canonical form of options that only this processor has, as far as `plain` does not give it."""
+        raise NotImplementedError
+
+    @classmethod
+    def _warn_about(cls, options: Mapping[str, Any], *, only_near_misses: bool = False) -> None:
+        """Warns about options that are misspelt, unknown or ask for another order of steps; none stops the call.
+
+        Args:
+            options: name -> value, as passed.
+            only_near_misses: accept unknown names (of older files, or meant for another part) unless they look
+                misspelt.
+        """
+        for name, value in options.items():
+            if name in FIXED_STEPS and value is not None and value != FIXED_STEPS[name]:
+                logger.warning_once(
+                    f"{name}={value!r} has no effect: Molmo2 always works with {name}={FIXED_STEPS[name]!r}."
+                )
+            if name in cls.DEFAULTS or name in FIXED_STEPS or name in cls.IGNORED or name.startswith("_"):
+                continue
+            similar = difflib.get_close_matches(name, list(cls.DEFAULTS), n=1, cutoff=NEAR_MISS)
+            if similar:
+                logger.warning_once(
+                    f"{cls.__name__} ignores the unknown option '{name}'. Did you mean '{similar[0]}'?"
+                )
+            elif not only_near_misses:
+                known = ", ".join(cls.DEFAULTS)
+                logger.warning_once(f"{cls.__name__} ignores the unknown option '{name}'. It knows {known}.")

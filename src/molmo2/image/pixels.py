@@ -1,8 +1,8 @@
-"""From pictures to the numbers the vision tower reads: resize, cut into patches, normalise.
+"""Pixel values: images are resized, cut into patches and normalised.
 
-A picture here is an (height, width, 3) array, uint8 or float (0..1). Source of the arithmetic: the training-time
-preprocessing of Molmo2, which resized with torch and **without** antialiasing: a smoother filter would show the model
-pictures unlike those it learned from.
+An image here is a (height, width, 3) array, uint8 or float (0..1). Source of the arithmetic: the training-time
+preprocessing of Molmo2, which resized with torch and **without** antialiasing: a smoother filter would give images
+unlike those of training.
 """
 
 from collections.abc import Iterable, Iterator, Sequence, Sized
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from molmo2.configuration import CHANNELS
-from molmo2.image.bilinear import MOST_ELEMENTS, MOST_INLINE, looked_up, torch_view
+from molmo2.image.bilinear import MAX_BLOCK_ELEMENTS, MAX_INLINE_ELEMENTS, resize_rows, torch_view
 
 FLOAT_DTYPES = (np.float16, np.float32, np.float64)
 
@@ -28,7 +28,7 @@ def interpolation_mode(resample: int) -> str:
     """Torch's name of a PIL resampling filter: 0 nearest, 2 bilinear, 3 bicubic.
 
     Raises:
-        ValueError: for the filters that torch lacks without antialiasing, and for anything else.
+        ValueError: torch has no such filter without antialiasing, or `resample` is no number of a filter.
     """
     mode = INTERPOLATION_MODES.get(resample)
     if mode is None:
@@ -42,11 +42,11 @@ def interpolation_mode(resample: int) -> str:
 
 
 def resize(image: np.ndarray, height: int, width: int, resample: int) -> np.ndarray:
-    """Resizes a picture with half-pixel centres and no antialiasing.
+    """A resized image: half-pixel centres, no antialiasing.
 
     Args:
         image: (H, W, 3), uint8 or floating point.
-        height, width: the wanted size.
+        height, width: size of the result.
         resample: PIL's number of the filter, see `interpolation_mode`.
 
     Returns:
@@ -56,20 +56,21 @@ def resize(image: np.ndarray, height: int, width: int, resample: int) -> np.ndar
     Raises:
         ValueError: the filter is not supported, or `image` is no such array.
     """
-    _require_picture(image)
-    if _is_looked_up(image, resample):
-        pixels = torch.cat([rows for _, rows in looked_up(image, (height, width), 1)])
+    _require_image(image)
+    if _can_gather_resize(image, resample):
+        pixels = torch.cat([rows for _, rows in resize_rows(image, (height, width), 1)])
     else:
         pixels = _resized(_planes(image), (height, width), resample, image.dtype)
     return pixels.numpy().astype(image.dtype, order="C")
 
 
 def normalize(pixels: Tensor, mean: Sequence[float], std: Sequence[float], dtype: np.dtype) -> Tensor:
-    """`(pixels - mean) / std` per channel in float32; what was uint8 is divided by 255 before.
+    """`(pixels - mean) / std` per channel in float32; uint8 values are divided by 255 before.
 
     Args:
-        pixels: (H, W, 3), overwritten where it is float32 already.
+        pixels: (H, W, 3), overwritten if it is float32.
         mean, std: one number per channel.
+        dtype: dtype of the image that the pixels come from.
     Returns:
         (H, W, 3) float32.
     """
@@ -77,7 +78,7 @@ def normalize(pixels: Tensor, mean: Sequence[float], std: Sequence[float], dtype
         pixels = pixels.float()
         if dtype == np.uint8:
             pixels.div_(255)
-        rows = pixels.view(len(pixels), -1)  # with the channel as an axis of its own this takes ten times longer
+        rows = pixels.view(len(pixels), -1)  # ten times faster than with a channel axis
         width = rows.shape[1] // CHANNELS
         rows.sub_(_per_value(tuple(mean), width, rows.device)).div_(_per_value(tuple(std), width, rows.device))
         return pixels
@@ -92,7 +93,7 @@ def _per_value(per_channel: tuple[float, ...], width: int, device: torch.device)
 
 
 def write_patches(crops: Tensor, out: Tensor, patch_size: int) -> None:
-    """Cuts crops into square patches, row by row; the numbers of a patch run over row, column, channel.
+    """Cuts crops into square patches, row by row; the values of a patch run over row, column, channel.
 
     Args:
         crops: (..., H, W, 3); H and W are multiples of `patch_size`.
@@ -107,26 +108,26 @@ def write_patches(crops: Tensor, out: Tensor, patch_size: int) -> None:
 def write_image_pixel_values(
     image: np.ndarray, plan: Any, out: Tensor, *, resample: int, mean: Sequence[float], std: Sequence[float]
 ) -> None:
-    """Writes the crops of one picture: the low-resolution view, then the tiles of the canvas row by row.
+    """Writes the pixel values of one image: the low-resolution view, then the tiles of the canvas row by row.
 
-    Rows of the canvas are normalised before they are cut, so that what the tiles share is computed once.
+    Rows of the canvas are normalised before they are cut, so that overlaps of the tiles are computed once.
 
     Args:
         image: (H, W, 3), uint8 or float.
-        plan: the `ImagePlan` of the picture.
+        plan: the `ImagePlan` of the image.
         out: (plan.num_crops, P, patch_size * patch_size * 3), filled in place; float32, or uint8 for pixels that are
-            not normalised. The work is done on its device.
+            not normalised. The image is resized on its device.
         resample: see `resize`.
-        mean, std: one number per channel, see `normalize`.
+        mean, std: see `normalize`.
     """
     settings = plan.settings
     patch = settings.patch_size
-    picture = _Picture(image, out, resample, mean, std)
+    resizer = _Resizer(image, out, resample, mean, std)
     rows, columns = plan.tile_rows, plan.tile_cols
     views = out.unflatten(1, (settings.crop_height // patch, -1))
-    for top, pixels in picture.pieces((settings.crop_height, settings.crop_width), patch):
+    for top, pixels in resizer.row_blocks((settings.crop_height, settings.crop_width), patch):
         write_patches(pixels, views[0, top // patch : (top + len(pixels)) // patch], patch)
-    for start, pixels in picture.pieces((plan.canvas_height, plan.canvas_width), patch):
+    for start, pixels in resizer.row_blocks((plan.canvas_height, plan.canvas_width), patch):
         for row in range(rows):
             top, crop = row * settings.window_height, 1 + row * columns
             first, last = max(start, top), min(start + len(pixels), top + settings.crop_height)
@@ -137,9 +138,9 @@ def write_image_pixel_values(
 
 
 def empty_pixels(shape: tuple[int, ...], dtype: Any, device: Any = None) -> Tensor:
-    """Memory for pixels, not yet filled; `dtype` is numpy's.
+    """An uninitialised tensor for pixels; `dtype` is numpy's.
 
-    numpy asks for huge pages where memory is large, which saves most of the page faults.
+    On the CPU numpy allocates it: it asks for huge pages, which saves most of the page faults.
     """
     if device is None or torch.device(device).type == "cpu":
         return torch.from_numpy(np.empty(shape, dtype=dtype))
@@ -147,7 +148,7 @@ def empty_pixels(shape: tuple[int, ...], dtype: Any, device: Any = None) -> Tens
 
 
 def as_output(pixels: Tensor) -> np.ndarray | Tensor:
-    """Pixels as an array over the same memory, where they are on the CPU."""
+    """Pixels on the CPU as an array over the same memory; others unchanged."""
     return pixels.numpy() if pixels.device.type == "cpu" else pixels
 
 
@@ -162,15 +163,15 @@ def frame_pixel_values(
     dtype: Any = np.float32,
     device: Any = None,
 ) -> Tensor:
-    """The pixel values of video frames, one crop each; one frame is held at a time besides the result.
+    """The pixel values of video frames, one crop each; one frame is in memory at a time besides the result.
 
     Args:
         frames: (H, W, 3) arrays, uint8 or float; any iterable, a generator of decoded frames included.
         settings: the `CropSettings` of the video.
         resample, mean, std: see `resize` and `normalize`.
-        num_frames: how many frames come, if `frames` has no length; saves a second copy of the result.
+        num_frames: length of `frames` if it has none; otherwise the frames would be collected in a list first.
         dtype: float32, or uint8 for pixels that are not normalised.
-        device: where they are resized, and returned; None for the CPU.
+        device: device of the resizing and of the result; None for the CPU.
 
     Returns:
         (F, P, patch_size * patch_size * 3) in `dtype`.
@@ -183,46 +184,47 @@ def frame_pixel_values(
         num_frames = len(frames)
     patch_length = settings.patch_size * settings.patch_size * CHANNELS
     out = empty_pixels((num_frames, settings.patches_per_crop, patch_length), dtype, device)
-    found, planes = 0, None
+    found, buffer = 0, None
     patch, size = settings.patch_size, (settings.crop_height, settings.crop_width)
     views = out.unflatten(1, (size[0] // patch, -1))
     for found, frame in enumerate(frames, start=1):
         if found > num_frames:
             break
-        picture = _Picture(frame, out, resample, mean, std, planes)
-        for top, pixels in picture.pieces(size, patch, MOST_INLINE):
+        resizer = _Resizer(frame, out, resample, mean, std, buffer)
+        for top, pixels in resizer.row_blocks(size, patch, MAX_INLINE_ELEMENTS):
             write_patches(pixels, views[found - 1, top // patch : (top + len(pixels)) // patch], patch)
-        planes = picture.planes
+        buffer = resizer.planes
     if found != num_frames:
         raise ValueError(
-            f"{num_frames} frame(s) were announced, but {'more' if found > num_frames else found} came. Pass the "
-            "number of frames that the iterable really yields."
+            f"num_frames is {num_frames}, but the iterable gave {'more' if found > num_frames else found}. Pass the "
+            "number of frames that it really yields."
         )
     return out
 
 
-def _is_raw(wanted: torch.dtype, found: np.dtype) -> bool:
-    """Whether pixels stay 0..255."""
-    if wanted == torch.uint8 and found != np.uint8:
+def _keeps_uint8(output: torch.dtype, source: np.dtype) -> bool:
+    """True if pixels stay 0..255 for the model to normalise."""
+    if output == torch.uint8 and source != np.uint8:
         raise ValueError(
-            f"pixel_dtype is uint8, but there is a picture of dtype {found}. Pass uint8 pictures, or leave "
+            f"pixel_dtype is uint8, but there is an image of dtype {source}. Pass uint8 images, or leave "
             "pixel_dtype at float32."
         )
-    return wanted == torch.uint8
+    return output == torch.uint8
 
 
-def _is_looked_up(image: np.ndarray, resample: int) -> bool:
+def _can_gather_resize(image: np.ndarray, resample: int) -> bool:
+    """True if `resize_rows` gives the result, with less work."""
     return image.dtype == np.uint8 and interpolation_mode(resample) == "bilinear"
 
 
-class _Picture:
-    """A picture that is resized, once or twice, into the numbers that go where `out` is.
+class _Resizer:
+    """An image to be resized, once or twice, to pixel values on the device of `out`.
 
-    Where the neighbours of wanted pixels can be looked up, that is done, a few rows at a time: the same numbers for
-    less work. Otherwise torch resizes the whole as floating point.
+    uint8 is resized in blocks of rows by gathering where that gives the same values, which is less work; otherwise
+    torch resizes the whole image as floating point.
 
     Attributes:
-        planes: The picture as floating point, where torch resizes; its memory may serve the next one.
+        planes: the image as floating point where torch resizes, else None; may be the `buffer` of the next image.
     """
 
     def __init__(
@@ -232,46 +234,45 @@ class _Picture:
         resample: int,
         mean: Sequence[float],
         std: Sequence[float],
-        former: Tensor | None = None,
+        buffer: Tensor | None = None,
     ):
-        _require_picture(image)
+        _require_image(image)
         self.image, self.resample, self.mean, self.std = image, resample, mean, std
-        self.is_raw = _is_raw(out.dtype, image.dtype)
-        is_looked_up = out.device.type == "cpu" and _is_looked_up(image, resample)
-        self.planes = None if is_looked_up else _planes(image, former, out.device)
+        self.keeps_uint8 = _keeps_uint8(out.dtype, image.dtype)
+        gathers = out.device.type == "cpu" and _can_gather_resize(image, resample)
+        self.planes = None if gathers else _planes(image, buffer, out.device)
 
-    def pieces(
-        self, size: tuple[int, int], multiple: int, most_elements: int = MOST_ELEMENTS
+    def row_blocks(
+        self, size: tuple[int, int], multiple: int, max_elements: int = MAX_BLOCK_ELEMENTS
     ) -> Iterator[tuple[int, Tensor]]:
-        """The number of a first row, and so many rows, a multiple of `multiple`, until the size is complete."""
+        """The image at this (height, width) as (index of the first row, (rows, width, 3)); see `resize_rows`."""
         if self.planes is None:
-            parts = looked_up(self.image, size, multiple, most_elements)
+            blocks = resize_rows(self.image, size, multiple, max_elements)
         else:
-            parts = iter([(0, _resized(self.planes, size, self.resample, self.image.dtype))])
-        for row, pixels in parts:
-            yield row, pixels if self.is_raw else normalize(pixels, self.mean, self.std, self.image.dtype)
+            blocks = iter([(0, _resized(self.planes, size, self.resample, self.image.dtype))])
+        for row, pixels in blocks:
+            yield row, pixels if self.keeps_uint8 else normalize(pixels, self.mean, self.std, self.image.dtype)
 
 
-def _require_picture(image: np.ndarray) -> None:
+def _require_image(image: np.ndarray) -> None:
     if image.ndim != 3 or image.shape[2] != CHANNELS or image.dtype not in (np.uint8, *FLOAT_DTYPES):
         raise ValueError(
-            f"A picture of shape {image.shape} and dtype {image.dtype} cannot be resized. Pass (height, width, 3), as "
+            f"An image of shape {image.shape} and dtype {image.dtype} cannot be resized. Pass (height, width, 3), as "
             f"uint8 or one of {', '.join(dtype.__name__ for dtype in FLOAT_DTYPES)}."
         )
 
 
-def _planes(image: np.ndarray, former: Tensor | None = None, device: Any = None) -> Tensor:
-    """A picture as (1, 3, H, W) floating point: float64 stays, everything else becomes float32, of the same range.
+def _planes(image: np.ndarray, buffer: Tensor | None = None, device: Any = None) -> Tensor:
+    """An image as (1, 3, H, W) floating point: float64 stays, everything else becomes float32, of the same range.
 
-    It lies in memory as (H, W, 3), which torch resizes several times faster, to the same numbers. The memory of
-    `former` planes is used again where it fits.
+    Its memory layout is (H, W, 3), which torch resizes several times faster, to the same values. The memory of
+    `buffer`, planes of an earlier image, is reused if dtype and size are equal.
     """
-    _require_picture(image)
+    _require_image(image)
     source = torch_view(image)
     dtype = np.dtype(np.float64 if image.dtype == np.float64 else np.float32)
-    wanted = getattr(torch, dtype.name), source.shape[:2]
-    if former is not None and (former.dtype, former.shape[2:]) == wanted:
-        planes = former
+    if buffer is not None and (buffer.dtype, buffer.shape[2:]) == (getattr(torch, dtype.name), source.shape[:2]):
+        planes = buffer
     else:
         planes = empty_pixels((1, *source.shape), dtype, device).permute(0, 3, 1, 2)
     planes[0].permute(1, 2, 0).copy_(source)
@@ -279,7 +280,7 @@ def _planes(image: np.ndarray, former: Tensor | None = None, device: Any = None)
 
 
 def _resized(planes: Tensor, size: tuple[int, int], resample: int, dtype: np.dtype) -> Tensor:
-    """`resize` of (1, 3, H, W) planes: (height, width, 3), rounded or clipped to the values that `dtype` has."""
+    """`resize` of (1, 3, H, W) planes: (height, width, 3), rounded or clipped to the value range of `dtype`."""
     mode = interpolation_mode(resample)
     with torch.inference_mode():
         align_corners = None if mode == "nearest" else False

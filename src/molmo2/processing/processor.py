@@ -22,6 +22,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from molmo2.grounding.parse import Grounding, MediaInfo
 from molmo2.image.geometry import stack_pooling
+from molmo2.image.loading import IMAGE_SUFFIXES
 from molmo2.image.pixels import as_output
 from molmo2.image.processing import Molmo2ImageProcessor, Molmo2ImagesKwargs
 from molmo2.media_features import MediaFeatures, ground_answers, media_of_rows
@@ -40,7 +41,7 @@ from molmo2.processing.prompt_tokens import (
     video_string,
 )
 from molmo2.processing.special_tokens import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, VISUAL_TOKENS
-from molmo2.video.loading import PICTURE_SUFFIXES, list_videos
+from molmo2.video.loading import list_videos
 from molmo2.video.processing import Molmo2VideoProcessor, Molmo2VideosKwargs, clips_per_video
 
 logger = logging.get_logger(__name__)
@@ -80,7 +81,6 @@ class Molmo2ProcessorKwargs(ProcessingKwargs, total=False):
 
 
 BLANK = re.compile(r"\s")
-IMAGE_SUFFIXES = (*PICTURE_SUFFIXES, ".avif", ".gif", ".heic")  # a GIF among videos is a clip, not a frame
 # Options of tokenizers that have no place in rows with pictures.
 UNUSED_TEXT_OPTIONS = {"text_pair", "text_target", "text_pair_target", "stride", "is_split_into_words"} | {
     f"return_{name}" for name in ("overflowing_tokens", "special_tokens_mask", "offsets_mapping", "length")

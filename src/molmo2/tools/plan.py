@@ -159,14 +159,14 @@ class RequestSketch:
     Attributes:
         prompts: with their placeholders.
         image_sizes: (height, width) of each image.
-        outlines: of each video, see `Molmo2VideoProcessor.outline`.
+        video_plans: for each video, see `Molmo2VideoProcessor.probe`.
         own_options: of each video, those that hold for it alone.
     """
 
     processor: Any
     prompts: list[str]
     image_sizes: list[tuple[int, int]]
-    outlines: list[Callable[..., tuple[VideoPlan, list[float]]]]
+    video_plans: list[Callable[..., tuple[VideoPlan, list[float]]]]
     own_options: list[dict[str, Any]]
     options: dict[str, dict[str, Any]]
 
@@ -188,24 +188,24 @@ class RequestSketch:
             own_options = [entry for own in media for entry in own.video_options]
             text = [processor.apply_chat_template(messages, add_generation_prompt=True) for messages in conversations]
         image_sizes = [] if images is None else measure_images(images)
-        outlines = [] if videos is None else processor.video_processor.outline(videos, metadata)
+        video_plans = [] if videos is None else processor.video_processor.probe(videos, metadata)
         if text is None:
-            text = IMAGE_PLACEHOLDER * len(image_sizes) + VIDEO_PLACEHOLDER * len(outlines)
+            text = IMAGE_PLACEHOLDER * len(image_sizes) + VIDEO_PLACEHOLDER * len(video_plans)
         clips = options["videos_kwargs"].pop("clip", None)
         own_options = [
             {"clip": clip, **own}
-            for clip, own in zip(clips_per_video(clips, len(outlines)), own_options or [{}] * len(outlines))
+            for clip, own in zip(clips_per_video(clips, len(video_plans)), own_options or [{}] * len(video_plans))
         ]
         prompts = [text] if isinstance(text, str) else list(text)
-        return cls(processor, prompts, image_sizes, outlines, own_options, options)
+        return cls(processor, prompts, image_sizes, video_plans, own_options, options)
 
     def plan(self, chosen: Mapping[str, int], model: Any = None, new_tokens: int = 0) -> RequestPlan:
         """The plan for these `num_frames` and `max_crops`; options that a video carries itself win, as in the call."""
         images_options = {**self.options["images_kwargs"], "max_crops": chosen["max_crops"]}
         images = [self.processor.image_processor.plan(*size, **images_options) for size in self.image_sizes]
         videos = [
-            outline(**{**self.options["videos_kwargs"], "num_frames": chosen["num_frames"], **own})
-            for outline, own in zip(self.outlines, self.own_options)
+            plan(**{**self.options["videos_kwargs"], "num_frames": chosen["num_frames"], **own})
+            for plan, own in zip(self.video_plans, self.own_options)
         ]
         encoded = self.processor.encode_prompts(
             self.prompts,

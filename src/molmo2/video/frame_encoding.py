@@ -1,13 +1,15 @@
-"""Frames encoded as they are decoded: the model sees a few while the decoder works on the next.
+"""Frames decoded ahead of their use, and encoded by the model while the next are decoded.
 
-A clip of 384 frames takes 660 MB as pixels and a twentieth of that as vectors. With a `frame_encoder` the pixels of a
-whole clip never exist: at any time one chunk of frames is being encoded and another is being decoded and cut.
+A clip of 384 frames takes 660 MB as pixel values and a twentieth of that as features. With a `frame_encoder` the pixel
+values of a whole clip are never in memory: one chunk of frames is encoded while another is decoded and cut.
 """
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,8 +19,27 @@ from molmo2.image.geometry import FrameRun, VideoPlan, video_token_pooling
 
 FRAMES_PER_CHUNK = 16  # as many as the vision tower encodes at a time
 
-# (F, P, pixels), (T, K) and (1, 3), as `get_video_features` takes them -> (T, text width)
+Item = TypeVar("Item")
+# (F, P, values), (T, K) and (1, 3), as `get_video_features` takes them -> (T, text width)
 FrameEncoder = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def read_ahead(items: Iterator[Item], count: int) -> Generator[Item, None, None]:
+    """The same items, of which up to `count` are made in another thread while an earlier one is in use.
+
+    An error of `items` is raised here, after the items before it. Closing this iterator early stops the thread and
+    waits for it, so that the source of the items may be closed next: wrap it in `contextlib.closing`.
+    """
+    end: Any = object()
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="molmo2-read-ahead") as executor:
+        pending = deque(executor.submit(next, items, end) for _ in range(count))
+        try:
+            while (item := pending.popleft().result()) is not end:
+                pending.append(executor.submit(next, items, end))
+                yield item
+        finally:
+            for future in pending:
+                future.cancel()
 
 
 def encode_frames(
@@ -27,40 +48,32 @@ def encode_frames(
     cut: Callable[[Iterator[np.ndarray], int], Tensor],
     encoder: FrameEncoder,
 ) -> Tensor:
-    """Vectors of a video's visual tokens, (T, text width), frame after frame.
+    """Features of the visual tokens of a video, (T, text width), frame after frame.
 
     Args:
         frames: the sampled frames, `plan.num_frames` of them; read in another thread, one chunk ahead.
-        plan: how the video is cut.
-        cut: (frames, how many) -> their pixels, (F, P, pixels).
+        plan: the plan of the video.
+        cut: (frames, their number) -> pixel values, (F, P, values).
         encoder: see `FrameEncoder`; `model.encode_frames` moves its arguments to the model.
 
     Raises:
-        Whatever reading, cutting or encoding raises.
+        ValueError: there are more frames than planned. Errors of reading, cutting and encoding are passed on.
     """
     chunks = list(_chunks(plan))
-    vectors = []
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="molmo2-frames") as ahead:
-
-        def read(chunk: FrameRun) -> Any:
-            return ahead.submit(cut, islice(frames, chunk.num_frames), chunk.num_frames)
-
-        coming = read(chunks[0])
-        for number, chunk in enumerate(chunks):
-            pixels = coming.result()
-            if number + 1 < len(chunks):
-                coming = read(chunks[number + 1])
+    pixel_values = (cut(islice(frames, chunk.num_frames), chunk.num_frames) for chunk in chunks)
+    features = []
+    with closing(read_ahead(pixel_values, 1)) as ahead:
+        for chunk, pixels in zip(chunks, ahead):
             one_run = VideoPlan(chunk.num_frames, chunk.settings)
-            vectors.append(
-                encoder(pixels, torch.from_numpy(video_token_pooling(one_run)), torch.tensor(one_run.grids))
-            )
+            pooling, grids = torch.from_numpy(video_token_pooling(one_run)), torch.tensor(one_run.grids)
+            features.append(encoder(pixels, pooling, grids))
     if next(frames, None) is not None:  # also reads to the end, where some faults of a file show
-        raise ValueError(f"{plan.num_frames} frame(s) were announced, but more came.")
-    return torch.cat(vectors)
+        raise ValueError(f"There are more frames than the {plan.num_frames} of the plan.")
+    return torch.cat(features)
 
 
 def _chunks(plan: VideoPlan) -> Iterator[FrameRun]:
-    """The runs of a video in pieces of at most `FRAMES_PER_CHUNK` frames."""
+    """The runs of a video, split so that none has more than `FRAMES_PER_CHUNK` frames."""
     for run in plan.runs:
         for start in range(0, run.num_frames, FRAMES_PER_CHUNK):
             yield FrameRun(min(FRAMES_PER_CHUNK, run.num_frames - start), run.settings)

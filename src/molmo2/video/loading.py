@@ -1,8 +1,8 @@
-"""Turns whatever a person calls a video into frames with times, or says why it cannot.
+"""Loading of videos: files, URLs, bytes, arrays and lists of images become frames with times.
 
 Two kinds of input are sampled differently, as in training: an encoded video (path, URL, bytes, open file) in time, a
-video that is decoded already (array, tensor, list of pictures) by frame index. Frames are handed on one at a time, so
-that a long video at full resolution never has to be in memory.
+decoded one (array, tensor, list of images) by frame index. Frames are passed on one at a time, so that a long video at
+full resolution is never in memory.
 """
 
 import os
@@ -17,36 +17,34 @@ import numpy as np
 from PIL import Image
 from transformers.video_utils import VideoMetadata
 
-from molmo2.image.loading import load_images
+from molmo2.image.loading import DOWNLOAD_TIMEOUT_SECONDS, FRAME_SUFFIXES, is_encoded, load_images
 from molmo2.video.decoding.backends import Result, decode_video, open_video
 from molmo2.video.decoding.readers import VideoReader
 from molmo2.video.decoding.timeline import VideoTimeline
 from molmo2.video.sampling import SamplingSettings, require_fps, sample_indices, sample_times
 
-UseFrames = Callable[[Iterator[np.ndarray], int], Result]  # (frames, how many) -> result
+FrameConsumer = Callable[[Iterator[np.ndarray], int], Result]  # (frames, their number) -> result
 
-DOWNLOAD_TIMEOUT_SECONDS = 60
 USER_AGENT = "Mozilla/5.0 (compatible; molmo2)"  # some servers refuse the default of urllib
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
-ACCEPTED = (
+ACCEPTED_VIDEOS = (
     "a path, a URL (http, https, file, data), the bytes of a video file or an open one, an array or tensor of frames, "
-    "a list of pictures, or a pair (frames, metadata)"
+    "a list of images, or a pair (frames, metadata)"
 )
 
 
 class SampledVideoMetadata(VideoMetadata):
-    """The library's `VideoMetadata` of a video that was sampled, and which frames those are.
+    """The library's `VideoMetadata` of a sampled video, with the times and sources of its frames.
 
     As in the original processor, `frames_indices / fps` are the sampled times, so of a file `frames_indices` may be
-    fractions. What is really shown is in the attributes below, one entry per sampled frame.
+    fractions. The frames really shown are in the attributes below, one entry per sampled frame.
 
     Attributes:
-        sampled_timestamps: times in seconds that were asked for; these are printed in the prompt.
+        sampled_timestamps: sampled times in seconds; these are printed in the prompt.
         source_frame_indices: index of the frame shown, in the whole video.
         source_timestamps: when that frame begins, in seconds from the first frame of the whole video.
         source_first_timestamp: the file's own time of its first frame, in seconds; None where the decoder or the kind
             of input does not tell.
-        frame_size: (height, width) of frames that came decoded, in pixels; `height` and `width` are what was said.
+        frame_size: (height, width) of frames that were passed decoded; `height` and `width` are those of the metadata.
     """
 
     sampled_timestamps: list[float] | None = None
@@ -63,7 +61,7 @@ class SampledVideoMetadata(VideoMetadata):
 
 @dataclass(frozen=True)
 class VideoItem:
-    """One video of a call: `where` names it in messages, `metadata` is what was said about it, if anything."""
+    """One video of a call: `where` names it in errors, `metadata` is what the caller passed with it."""
 
     where: str
     video: Any
@@ -72,16 +70,16 @@ class VideoItem:
 
 @dataclass(frozen=True)
 class ReadingOptions:
-    """How videos are read.
+    """Options of reading videos.
 
     Attributes:
-        sampling: which frames are taken.
+        sampling: the sampling of frames.
         do_sample_frames: False takes all frames of a decoded video; files are sampled nonetheless.
-        clip: (start, end) in seconds, the part of the video to look at; end None is the end of the video.
-        backend: video decoder to insist on; None tries all of them.
+        clip: (start, end) in seconds, the part of the video to sample; end None is the end of the video.
+        backend: the only video decoder to use; None tries all of them.
         input_data_format: "channels_last" or "channels_first", for arrays that could be either.
-        times_of: replaces the sampling of a file; called with `metadata=`, returns seconds.
-        indices_of: the same, returning frame indices.
+        sample_timestamps_fn: replaces the sampling of a file; called with `metadata=`, returns seconds.
+        sample_indices_fn: the same, returning frame indices.
     """
 
     sampling: SamplingSettings
@@ -89,8 +87,8 @@ class ReadingOptions:
     clip: tuple[float, float | None] | None = None
     backend: str | None = None
     input_data_format: str | None = None
-    times_of: Callable[..., Any] | None = None
-    indices_of: Callable[..., Any] | None = None
+    sample_timestamps_fn: Callable[..., Any] | None = None
+    sample_indices_fn: Callable[..., Any] | None = None
 
 
 def list_videos(videos: Any, video_metadata: Any = None) -> list[VideoItem]:
@@ -98,9 +96,9 @@ def list_videos(videos: Any, video_metadata: Any = None) -> list[VideoItem]:
 
     Args:
         videos: one video or a (nested) list of them. A video is a path, URL (http, https, file, data), bytes or an
-            open binary file; an array or tensor (T, H, W, C) or (T, C, H, W); a list of pictures (PIL, arrays, paths
-            of picture files); or a pair (frames, metadata).
-        video_metadata: a dict or `VideoMetadata` per video, nested as one likes; None if there is none.
+            open binary file; an array or tensor (T, H, W, C) or (T, C, H, W); a list of images (PIL, arrays, paths
+            of image files); or a pair (frames, metadata).
+        video_metadata: a dict or `VideoMetadata` per video, nested or flat; None if there is none.
 
     Raises:
         TypeError: an item is no video.
@@ -120,45 +118,38 @@ def list_videos(videos: Any, video_metadata: Any = None) -> list[VideoItem]:
     ]
 
 
-def is_encoded(video: Any) -> bool:
-    """True for what stands for a video file, False for frames."""
-    return isinstance(video, (str, os.PathLike, bytes, bytearray, memoryview)) or callable(
-        getattr(video, "read", None)
-    )
-
-
 def is_one_video(value: Any) -> bool:
     """True for a video, False for a list or batch of them and for anything else."""
     return is_encoded(value) or _has_metadata(value) or _num_axes(value) == 4 or _is_list_of_frames(value)
 
 
 def read_video(
-    item: VideoItem, options: ReadingOptions, use_frames: UseFrames[Result]
+    item: VideoItem, options: ReadingOptions, consume: FrameConsumer[Result]
 ) -> tuple[Result, SampledVideoMetadata]:
-    """Samples a video and hands its frames to `use_frames(frames, how_many)`.
+    """The result of `consume` on the sampled frames of a video, and their metadata.
 
     Args:
         item: the video.
         options: how to sample and decode it.
-        use_frames: consumes an iterator of (H, W, 3) RGB arrays to its end and returns the result. It is called again
-            from the start if a decoder fails on the way.
+        consume: called with an iterator of (H, W, 3) RGB arrays and their number; reads it to its end. If a decoder
+            fails before that, it is called again with the frames of another one.
 
     Returns:
-        The result of `use_frames`, and the metadata with the sampled times.
+        The result of `consume`, and the metadata with the sampled times.
 
     Raises:
         FileNotFoundError, TypeError, ValueError: the video cannot be read or an option does not fit it.
     """
     if is_encoded(item.video):
-        return _read_file(item, options, use_frames)
-    return _read_frames(item, options, use_frames)
+        return _read_file(item, options, consume)
+    return _read_frames(item, options, consume)
 
 
-def outline_video(item: VideoItem, backend: str | None) -> Callable[[ReadingOptions], list[float]]:
-    """Looks at a video without decoding its frames (but the first, for files: it tells the size).
+def probe_video(item: VideoItem, backend: str | None) -> Callable[[ReadingOptions], list[float]]:
+    """The sampled times of a video for any options; of a file only the first frame is decoded, for its size.
 
     Returns:
-        A function from reading options to the times at which the video would be shown, in seconds.
+        A function from reading options to the sampled times in seconds.
 
     Raises:
         FileNotFoundError, TypeError, ValueError: as `read_video`.
@@ -175,9 +166,11 @@ def outline_video(item: VideoItem, backend: str | None) -> Callable[[ReadingOpti
 
 
 def _read_file(
-    item: VideoItem, options: ReadingOptions, use_frames: UseFrames[Result]
+    item: VideoItem, options: ReadingOptions, consume: FrameConsumer[Result]
 ) -> tuple[Result, SampledVideoMetadata]:
-    def use(reader: VideoReader) -> tuple[Result, SampledVideoMetadata]:
+    """`read_video` of an encoded video."""
+
+    def read(reader: VideoReader) -> tuple[Result, SampledVideoMetadata]:
         timeline = reader.timeline
         metadata = SampledVideoMetadata(
             total_num_frames=timeline.num_frames,
@@ -194,20 +187,20 @@ def _read_file(
         metadata.source_frame_indices = indices.tolist()
         metadata.source_timestamps = timeline.start_seconds[indices].tolist()
         metadata.source_first_timestamp = timeline.first_timestamp_seconds
-        return use_frames(reader.frames(indices), len(indices)), metadata
+        return consume(reader.frames(indices), len(indices)), metadata
 
-    return decode_video(_local(item), use, options.backend)
+    return decode_video(_local(item), read, options.backend)
 
 
 def _file_times(
     item: VideoItem, timeline: VideoTimeline, metadata: VideoMetadata, options: ReadingOptions
 ) -> np.ndarray:
     """Sampled times in seconds from the first frame, float64."""
-    if options.indices_of is not None:
-        indices = np.asarray(options.indices_of(metadata=metadata), dtype=np.int64).reshape(-1)
+    if options.sample_indices_fn is not None:
+        indices = np.asarray(options.sample_indices_fn(metadata=metadata), dtype=np.int64).reshape(-1)
         return timeline.start_seconds[np.clip(indices, 0, timeline.num_frames - 1)]
-    if options.times_of is not None:
-        times = np.asarray(options.times_of(metadata=metadata), dtype=np.float64).reshape(-1)
+    if options.sample_timestamps_fn is not None:
+        times = np.asarray(options.sample_timestamps_fn(metadata=metadata), dtype=np.float64).reshape(-1)
         if not times.size or not np.all(np.isfinite(times)) or np.any(times < 0):
             raise ValueError(
                 f"sample_timestamps_fn returned {times.tolist()} for {item.where}; expected seconds >= 0."
@@ -220,7 +213,7 @@ def _file_times(
 def _clip_within(
     item: VideoItem, clip: tuple[float, float | None] | None, duration_seconds: float
 ) -> tuple[float, float]:
-    """Start and end of the part to look at, in seconds."""
+    """Start and end of the part to sample, in seconds."""
     if clip is None:
         return 0.0, duration_seconds
     start, end = clip
@@ -233,7 +226,7 @@ def _clip_within(
 
 
 def _local(item: VideoItem) -> Any:
-    """What the decoders read: a path, bytes or a file object; URLs are fetched into memory."""
+    """The video as decoders take it: a path, bytes or a file object; URLs are downloaded into memory."""
     if not isinstance(item.video, str):
         return Path(item.video) if isinstance(item.video, os.PathLike) else item.video
     scheme = item.video[:8].lower().partition(":")[0]
@@ -259,8 +252,9 @@ def _download(url: str, where: str) -> bytes:
 
 
 def _read_frames(
-    item: VideoItem, options: ReadingOptions, use_frames: UseFrames[Result]
+    item: VideoItem, options: ReadingOptions, consume: FrameConsumer[Result]
 ) -> tuple[Result, SampledVideoMetadata]:
+    """`read_video` of decoded frames."""
     frames, given = item.video, {} if item.metadata is None else item.metadata
     if not len(frames):
         raise ValueError(f"{item.where} has no frames. Pass at least one.")
@@ -286,16 +280,16 @@ def _read_frames(
     else:
         metadata.frames_indices = times.indices[chosen].tolist()
     for name in ("source_frame_indices", "source_timestamps"):  # known if the frames come from `fetch_videos`
-        known = getattr(given, name, None)
-        own = times.indices if name == "source_frame_indices" else times.seconds
-        setattr(metadata, name, np.asarray(own if known is None else known)[chosen].tolist())
-    pictures = (_rgb_frame(item, frames[index], index, options) for index in chosen.tolist())
-    return use_frames(pictures, len(chosen)), metadata
+        of_source = getattr(given, name, None)
+        of_frames = times.indices if name == "source_frame_indices" else times.seconds
+        setattr(metadata, name, np.asarray(of_frames if of_source is None else of_source)[chosen].tolist())
+    rgb_frames = (_rgb_frame(item, frames[index], index, options) for index in chosen.tolist())
+    return consume(rgb_frames, len(chosen)), metadata
 
 
 @dataclass(frozen=True)
 class _FrameTimes:
-    """Of each given frame its index in the source and its time; `are_irregular` if the time is not index / fps."""
+    """Index in the source and time of each frame; `are_irregular` if the times are not index / fps."""
 
     indices: np.ndarray
     seconds: np.ndarray
@@ -304,7 +298,7 @@ class _FrameTimes:
 
 
 def _frame_times(item: VideoItem, num_frames: int, are_all: bool) -> _FrameTimes:
-    """Times of the given frames; `are_all` if they may be taken for the whole video."""
+    """Times of the passed frames; `are_all` if they are the whole video unless the metadata says otherwise."""
     given = {} if item.metadata is None else item.metadata
     fps = _get(given, "fps")
     stamps = getattr(given, "sampled_timestamps", None)
@@ -338,7 +332,7 @@ def _frame_times(item: VideoItem, num_frames: int, are_all: bool) -> _FrameTimes
 
 
 def _is_sampled(given: Mapping[str, Any], num_frames: int) -> bool:
-    """True if the metadata says that these frames were picked from a longer video already."""
+    """True if the frames were sampled from a longer video before, by their metadata."""
     indices, total = _get(given, "frames_indices"), _get(given, "total_num_frames")
     if indices is None or len(indices) != num_frames:
         return False
@@ -348,7 +342,7 @@ def _is_sampled(given: Mapping[str, Any], num_frames: int) -> bool:
 
 
 def _chosen_frames(item: VideoItem, times: _FrameTimes, options: ReadingOptions) -> np.ndarray:
-    """Places, in the given frames, of the ones to show."""
+    """Indices of the sampled frames among the passed ones."""
     num_frames = len(item.video)
     total = _get({} if item.metadata is None else item.metadata, "total_num_frames", num_frames)
     if total > num_frames:
@@ -366,28 +360,30 @@ def _chosen_frames(item: VideoItem, times: _FrameTimes, options: ReadingOptions)
 
 
 def _rgb_frame(item: VideoItem, frame: Any, index: int, options: ReadingOptions) -> np.ndarray:
+    """(H, W, 3); errors name the frame."""
     try:
-        (picture,) = load_images(frame, input_data_format=options.input_data_format)
+        (image,) = load_images(frame, input_data_format=options.input_data_format)
     except (OSError, TypeError, ValueError) as error:
         raise type(error)(f"Frame {index} of {item.where}: {error}") from error
-    return picture
+    return image
 
 
 # --- finding the videos ----------------------------------------------------------------------------------------------
 
 
 def _flatten(videos: Any, where: str) -> Iterator[VideoItem]:
+    """The videos of a nested list in order, not yet with the metadata of the call."""
     if _has_metadata(videos):
         yield VideoItem(where, videos[0], videos[1])
     elif is_one_video(videos):
-        is_path_list = isinstance(videos, (list, tuple)) and _are_picture_paths(videos)
+        is_path_list = isinstance(videos, (list, tuple)) and _are_image_paths(videos)
         yield VideoItem(f"{where} ({os.fspath(videos[0])!r}, ...)" if is_path_list else where, videos)
     elif isinstance(videos, (list, tuple)) or _num_axes(videos) == 5:
         for index, video in enumerate(videos):
             yield from _flatten(video, f"{where}[{index}]")
     else:
         shape = f" of shape {tuple(videos.shape)}" if _num_axes(videos) else ""
-        raise TypeError(f"{where} is a {type(videos).__name__}{shape}, which is no video. Pass {ACCEPTED}.")
+        raise TypeError(f"{where} is a {type(videos).__name__}{shape}, which is no video. Pass {ACCEPTED_VIDEOS}.")
 
 
 def _has_metadata(value: Any) -> bool:
@@ -401,22 +397,23 @@ def _num_axes(value: Any) -> int:
 
 
 def _is_list_of_frames(value: Any) -> bool:
+    """True for a list of images, arrays of images or paths of images."""
     if not isinstance(value, (list, tuple)) or not value:
         return False
-    return _are_picture_paths(value) or all(
+    return _are_image_paths(value) or all(
         isinstance(frame, Image.Image) or _num_axes(frame) in (2, 3) for frame in value
     )
 
 
-def _are_picture_paths(values: Any) -> bool:
-    """True for several paths of picture files; a single one is more likely a mix-up of images and videos."""
+def _are_image_paths(values: Any) -> bool:
+    """True for several paths of image files; a single one is more likely a mix-up of images and videos."""
     return len(values) > 1 and all(
-        isinstance(value, (str, os.PathLike)) and os.fspath(value).lower().endswith(PICTURE_SUFFIXES)
-        for value in values
+        isinstance(value, (str, os.PathLike)) and os.fspath(value).lower().endswith(FRAME_SUFFIXES) for value in values
     )
 
 
 def _flat_metadata(metadata: Any) -> Iterator[Mapping[str, Any] | None]:
+    """The entries of nested metadata in order."""
     if metadata is None or isinstance(metadata, Mapping):
         yield metadata
     elif isinstance(metadata, Sequence) and not isinstance(metadata, str):
@@ -430,5 +427,6 @@ def _flat_metadata(metadata: Any) -> Iterator[Mapping[str, Any] | None]:
 
 
 def _get(metadata: Mapping[str, Any], name: str, default: Any = None) -> Any:
+    """A value of the metadata; missing and None are the default."""
     value = metadata.get(name)
     return default if value is None else value

@@ -1,10 +1,11 @@
-"""Molmo2's video processor: videos in, frames cut in patches and pooling indices out.
+"""The video processor: from videos to frames cut into patches, and pooling indices.
 
 Works without torchvision: classes of transformers are imported from the modules that define them, because its root
-shows placeholders where torchvision is missing, and whatever the base class would do with torchvision is done here.
+shows placeholders where torchvision is missing, and what the base class does with torchvision is done here.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,20 +17,10 @@ from transformers.video_processing_utils import BaseVideoProcessor
 
 from molmo2.configuration import CHANNELS
 from molmo2.image.geometry import CropSettings, VideoPlan, plan_video, stack_pooling, video_token_pooling
-from molmo2.image.options import (
-    FIXED_STEPS,
-    IdentityMixin,
-    divisors_per_channel,
-    pair,
-    per_channel,
-    pixel_dtype,
-    plain,
-    size_dict,
-    warn_about,
-)
+from molmo2.image.options import FIXED_STEPS, PATCH_ROWS_AND_COLS, OptionsMixin, pair, pixel_dtype, plain
 from molmo2.image.pixels import as_output, empty_pixels, frame_pixel_values, interpolation_mode
 from molmo2.video.decoding.timeline import VideoDecodeError
-from molmo2.video.frame_encoding import FrameEncoder, encode_frames
+from molmo2.video.frame_encoding import FrameEncoder, encode_frames, read_ahead
 from molmo2.video.loading import (
     ReadingOptions,
     SampledVideoMetadata,
@@ -37,33 +28,13 @@ from molmo2.video.loading import (
     is_encoded,
     is_one_video,
     list_videos,
-    outline_video,
+    probe_video,
     read_video,
 )
-from molmo2.video.read_ahead import read_ahead
 from molmo2.video.sampling import SamplingSettings, sample_indices
 
 __all__ = ["Molmo2VideoProcessor", "Molmo2VideosKwargs", "SampledVideoMetadata", "VideoDecodeError", "load_video"]
 
-DEFAULTS = {
-    "between_pooling_size": [9, 9],
-    "do_convert_rgb": True,
-    "do_sample_frames": True,
-    "fps": None,
-    "frame_sample_mode": "uniform_last_frame",
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_std": [0.5, 0.5, 0.5],
-    "key_frame_interval": 1,
-    "max_fps": 2.0,
-    "num_frames": 384,
-    "patch_size": 14,
-    "pooling_size": [3, 3],
-    "resample": 2,
-    "return_metadata": False,
-    "sampling_fps": 2,
-    "size": {"height": 378, "width": 378},
-    "video_backend": None,
-}
 # Keys of the published video_preprocessor_config.json that have no effect; written so that other readers find them.
 UNUSED_KEYS = {
     "crop_size": None,
@@ -79,52 +50,34 @@ UNUSED_KEYS = {
     "rescale_factor": 1 / 255,
     "video_metadata": None,
 }
-# What snippets for other models pass along, and what concerns the call rather than the frames.
-IGNORED_OPTIONS = (frozenset(VideosKwargs.__annotations__) | UNUSED_KEYS.keys()) - FIXED_STEPS.keys() | {
-    "auto_map",
-    "backend",
-    "clip",
-    "code_revision",
-    "disable_grouping",
-    "frame_encoder",
-    "image_patch_size",
-    "image_processor_type",
-    "interpolation",
-    "min_frames",
-    "pixel_dtype",
-    "processor_class",
-    "return_tensors",
-    "return_video_kwargs",
-    "trust_remote_code",
-    "use_fast",
-    "video_processor_type",
-}
 FRAMES_AHEAD = 3  # decoded while an earlier one is resized
-NULLABLE_OPTIONS = ("max_fps",)  # None is a value of theirs, not "not given"
 
 
 class Molmo2VideosKwargs(VideosKwargs, total=False):
-    """Options of one call; what is not given keeps the value of the processor.
+    """Options of one call; an option that is not passed keeps the value of the processor.
 
     Attributes:
-        num_frames: the most frames taken of a video.
-        frame_sample_mode: "uniform_last_frame" (evenly spread, the last frame included) or "fps" (a steady rate).
-        max_fps: densest sampling of "uniform_last_frame", in frames per second; None for no limit.
-        sampling_fps: slowest sampling of "fps", in frames per second.
-        fps: shorthand of other processors: max_fps and sampling_fps in one.
-        clip: (start, end) in seconds, the part of each video to look at, or a list of them, one per video; the end may
+        num_frames: maximum number of frames of a video.
+        frame_sample_mode: "uniform_last_frame" (evenly spread, the last frame included) or "fps" (a constant rate).
+        max_fps: maximum rate of "uniform_last_frame", in frames per second; None for no limit.
+        sampling_fps: minimum rate of "fps", in frames per second.
+        fps: max_fps and sampling_fps in one, as other processors call it.
+        clip: (start, end) in seconds, the part of each video to sample, or a list of them, one per video; the end may
             be None. The printed times stay those of the whole video.
         do_sample_frames: False takes all frames of a decoded video; files are sampled nonetheless.
-        video_backend: "decord", "torchcodec" or "pyav" to insist on one decoder. `backend` is taken too.
+        video_backend: "decord", "torchcodec" or "pyav" to use this decoder only. `backend` is an alias.
         patch_size: side of a patch, in pixels.
         pooling_size: (rows, cols) of patches that become one token.
-        key_frame_interval: slow-fast clips: only the first of so many frames, and the last frame of the video, are
-            pooled by `pooling_size`; the frames between by `between_pooling_size`. 1 switches this off.
+        key_frame_interval: frames from one key frame to the next in a slow-fast clip; the last frame of the video is a
+            key frame as well. Key frames are pooled by `pooling_size`, the others by `between_pooling_size`. 1, the
+            default, makes every frame a key frame.
         between_pooling_size: (rows, cols) of patches that become one token of a frame between key frames.
         pixel_dtype: "float32", or "uint8": a quarter of the memory, normalised by the model to the same numbers.
-        device: where frames are resized and normalised; a GPU rounds a few pixels differently. The CPU by default.
-        frame_encoder: `model.encode_frames`, to encode frames while the next are decoded. `video_features` (T, text
-            width) come instead of pixels and pooling indices, and the pixels of a whole video are never in memory.
+        device: device on which frames are resized and normalised, the CPU by default; a GPU rounds a few pixels
+            differently.
+        frame_encoder: `model.encode_frames`, to encode frames while the next are decoded. The output has
+            `video_features` (T, text width) instead of pixel values and pooling indices, and the pixel values of a
+            whole video are never in memory.
         return_metadata: also return a list `video_metadata`.
         return_tensors: "pt" for torch tensors, "np" or None for numpy arrays.
     """
@@ -145,7 +98,7 @@ class Molmo2VideosKwargs(VideosKwargs, total=False):
 
 @dataclass(frozen=True)
 class VideoOptions:
-    """The checked options of one call."""
+    """The checked options of one call, see `Molmo2VideosKwargs`."""
 
     reading: ReadingOptions
     crops: CropSettings
@@ -159,18 +112,18 @@ class VideoOptions:
     device: Any = None
 
     def plan(self, num_frames: int) -> VideoPlan:
-        """How a video of so many sampled frames is cut."""
+        """The plan of a video with this number of sampled frames."""
         return plan_video(num_frames, self.crops, self.between, self.key_frame_interval)
 
 
-class Molmo2VideoProcessor(IdentityMixin, BaseVideoProcessor):
-    """Samples frames of videos and cuts each into one crop of patches.
+class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[misc]  # two spellings of `from_dict`
+    """Video processor that samples frames and cuts each into one crop of patches.
 
     Args:
         size: height and width of a frame for the model; an int for a square one.
-        resample: PIL's number of the filter: 2 bilinear, 3 bicubic, 0 nearest.
+        resample: the filter by PIL's number: 2 bilinear, 3 bicubic, 0 nearest.
         image_mean, image_std: per channel, or one number for all, applied after scaling to 0..1.
-        num_frames, frame_sample_mode, max_fps, sampling_fps: which frames are taken, see `Molmo2VideosKwargs`.
+        num_frames, frame_sample_mode, max_fps, sampling_fps: sampling of frames, see `Molmo2VideosKwargs`.
         patch_size, pooling_size: side of a patch; rows and columns of patches that become one token.
 
     Raises:
@@ -178,34 +131,62 @@ class Molmo2VideoProcessor(IdentityMixin, BaseVideoProcessor):
     """
 
     model_input_names = ["pixel_values_videos", "video_token_pooling", "video_grids"]
-    valid_kwargs = Molmo2VideosKwargs
-    type_key = "video_processor_type"
+    valid_kwargs = Molmo2VideosKwargs  # type: ignore[assignment]  # the library declares options of images here
+    video_backend: str | None  # an option
+    TYPE_KEY = "video_processor_type"
+    DEFAULTS = {
+        "between_pooling_size": [9, 9],
+        "do_convert_rgb": True,
+        "do_sample_frames": True,
+        "fps": None,
+        "frame_sample_mode": "uniform_last_frame",
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "key_frame_interval": 1,
+        "max_fps": 2.0,
+        "num_frames": 384,
+        "patch_size": 14,
+        "pooling_size": [3, 3],
+        "resample": 2,
+        "return_metadata": False,
+        "sampling_fps": 2,
+        "size": {"height": 378, "width": 378},
+        "video_backend": None,
+    }
+    NULLABLE = frozenset({"max_fps"})
+    IGNORED = (frozenset(VideosKwargs.__annotations__) | UNUSED_KEYS.keys()) - FIXED_STEPS.keys() | {
+        "auto_map",
+        "backend",
+        "clip",
+        "code_revision",
+        "disable_grouping",
+        "frame_encoder",
+        "image_patch_size",
+        "image_processor_type",
+        "interpolation",
+        "min_frames",
+        "pixel_dtype",
+        "processor_class",
+        "return_tensors",
+        "return_video_kwargs",
+        "trust_remote_code",
+        "use_fast",
+        "video_processor_type",
+    }
 
     def __init__(self, **kwargs: Unpack[Molmo2VideosKwargs]):
-        super().__init__(**self._take_identity(kwargs))
-        _warn_about(kwargs, only_near_misses=True)
-        for name, value in _canonical(DEFAULTS | _given(kwargs)).items():
-            setattr(self, name, value)
-        self._options({})  # refuses what no video could be sampled or cut with
+        super().__init__(**kwargs)
 
-    @classmethod
-    def from_dict(cls, video_processor_dict: dict[str, Any], **kwargs):
-        """Builds the processor from its JSON; options in `kwargs` win and are checked, whatever the release."""
-        options = {name: kwargs.pop(name) for name in DEFAULTS if name in kwargs}
-        _warn_about(kwargs, only_near_misses=True)
-        return super().from_dict({**video_processor_dict, **options}, **kwargs)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The content of video_preprocessor_config.json, the same on every release."""
-        output = UNUSED_KEYS | _canonical({name: getattr(self, name) for name in DEFAULTS})
+    def _stored_options(self) -> dict[str, Any]:
+        output = UNUSED_KEYS | super()._stored_options()
         if output["video_backend"] is None:  # a matter of the machine, not of the model
             del output["video_backend"]
         if output["key_frame_interval"] == 1:  # other readers know nothing of slow-fast clips
             del output["key_frame_interval"], output["between_pooling_size"]
-        return {**output, **self._identity()}
+        return output
 
     def plan(self, num_frames: int, **overrides: Any) -> VideoPlan:
-        """How a video of this many sampled frames is cut: grid and number of visual tokens, without any pixel.
+        """The plan of a video with this number of sampled frames: grid and visual tokens, without any pixel.
 
         Args:
             num_frames: sampled frames.
@@ -216,7 +197,7 @@ class Molmo2VideoProcessor(IdentityMixin, BaseVideoProcessor):
     def get_num_of_video_patches(
         self, num_frames: int, height: int | None = None, width: int | None = None, videos_kwargs: Any = None
     ) -> int:
-        """How many visual tokens a video of this many sampled frames gives; its size does not matter.
+        """Number of visual tokens of a video with this number of sampled frames; its size does not matter.
 
         The name is the library's. Start, end and column tokens and the printed times come on top.
         """
@@ -231,7 +212,7 @@ class Molmo2VideoProcessor(IdentityMixin, BaseVideoProcessor):
         return_metadata: bool | None = None,
         **kwargs: Unpack[Molmo2VideosKwargs],
     ) -> BatchFeature:
-        """Samples frames, cuts them into patches and says which patches make up which visual token.
+        """The sampled frames of videos as patches, and which patches each visual token pools.
 
         Args:
             videos: one video or a (nested) list of them; see `list_videos` for what counts as one.
@@ -240,15 +221,15 @@ class Molmo2VideoProcessor(IdentityMixin, BaseVideoProcessor):
             do_sample_frames: False takes all frames of a decoded video, whose indices in the source may be given as
                 `frames_indices` in the metadata. Files are sampled in any case, as in training.
             return_metadata: also return a list `video_metadata`, a `SampledVideoMetadata` per video.
-            kwargs: options for this call, see `Molmo2VideosKwargs`. None keeps the processor's value, except for
+            kwargs: options of this call, see `Molmo2VideosKwargs`. None keeps the processor's value, except for
                 `max_fps`, where it lifts the limit.
 
         Returns:
             Frames and tokens of all videos one after the other, numpy arrays or, with `return_tensors="pt"`, tensors:
             pixel_values_videos: (frames, patches, patch_size * patch_size * 3) float32, or uint8 if that is asked for.
-            video_token_pooling: (tokens, pooled patches) int64; patch numbers within the video, -1 for none.
+            video_token_pooling: (tokens, pooled patches) int64; patch indices within the video, -1 for none.
             video_grids: (videos, 3) int64; sampled frames, rows and columns of tokens of each. A slow-fast clip has
-                one row for each run of frames that are pooled alike, and its patch numbers count within the run.
+                one row for each run of frames that are pooled alike, and its patch indices count within the run.
             With a `frame_encoder`, video_features (tokens, text width), always a tensor, instead of the first two.
 
         Raises:
@@ -270,52 +251,52 @@ class Molmo2VideoProcessor(IdentityMixin, BaseVideoProcessor):
                 [video_token_pooling(plan) for plan in plans], options.crops.pool_height * options.crops.pool_width
             )
         elif cut:
-            data["video_features"] = torch.cat([vectors for vectors, _ in cut])
+            data["video_features"] = torch.cat([features for features, _ in cut])
         data["video_grids"] = np.array(grids, dtype=np.int64).reshape(len(grids), 3)
-        features = BatchFeature(data=data, tensor_type=kwargs.get("return_tensors"))
+        features: Any = BatchFeature(data=data, tensor_type=kwargs.get("return_tensors"))
         if kwargs.get("device") is not None and kwargs.get("return_tensors") is not None:
             features = features.to(kwargs["device"])
         if options.return_metadata:
             features["video_metadata"] = [metadata for _, metadata in cut]
         return features
 
-    def outline(self, videos: Any, video_metadata: Any = None) -> list[Callable[..., tuple[VideoPlan, list[float]]]]:
-        """Looks at videos without decoding them, to plan what a request will take.
+    def probe(self, videos: Any, video_metadata: Any = None) -> list[Callable[..., tuple[VideoPlan, list[float]]]]:
+        """Plans of videos without decoding them, to know the size of a request before it is made.
 
         Args:
             videos, video_metadata: as for `preprocess`.
 
         Returns:
-            For each video a function from options of `preprocess` to its plan and the times of its frames in seconds.
+            For each video a function from options of `preprocess` to its plan and its sampled times in seconds.
         """
 
-        def outline_one(item: VideoItem) -> Callable[..., tuple[VideoPlan, list[float]]]:
-            times_of = outline_video(item, self.video_backend)
+        def probe_one(item: VideoItem) -> Callable[..., tuple[VideoPlan, list[float]]]:
+            sampled_times = probe_video(item, self.video_backend)
 
-            def planned(clip: Any = None, **overrides: Any) -> tuple[VideoPlan, list[float]]:
+            def plan(clip: Any = None, **overrides: Any) -> tuple[VideoPlan, list[float]]:
                 options = self._options(overrides)
-                times = times_of(replace(options.reading, clip=_checked_clip(clip)))
+                times = sampled_times(replace(options.reading, clip=_checked_clip(clip)))
                 return options.plan(len(times)), times
 
-            return planned
+            return plan
 
-        return [outline_one(item) for item in list_videos(videos, video_metadata)]
+        return [probe_one(item) for item in list_videos(videos, video_metadata)]
 
-    def fetch_videos(
+    def fetch_videos(  # type: ignore[override]  # of the two functions the library has the second only
         self,
         video_url_or_urls: Any,
         sample_timestamps_fn: Callable[..., Any] | None = None,
         sample_indices_fn: Callable[..., Any] | None = None,
         **kwargs: Any,
     ) -> tuple[Any, Any]:
-        """Decodes and samples files, paths and URLs for a later `preprocess(..., video_metadata=metadata)`.
+        """The sampled frames of files, paths and URLs, for a later `preprocess(..., video_metadata=metadata)`.
 
-        Unlike `preprocess`, which reads files itself, this has to hold the sampled frames at full resolution.
+        `preprocess` reads files itself and needs less memory: these are all frames at full resolution.
 
         Args:
             video_url_or_urls: one video or a (nested) list of them. Videos that are decoded already stay as they are.
-            sample_timestamps_fn: called with `metadata=VideoMetadata(...)`, returns the times to show in seconds;
-                replaces the sampling of this processor.
+            sample_timestamps_fn: replaces the sampling of this processor: called with `metadata=VideoMetadata(...)`,
+                returns the times to show in seconds.
             sample_indices_fn: the same, returning frame indices.
             kwargs: options as for `preprocess`.
 
@@ -332,28 +313,28 @@ class Molmo2VideoProcessor(IdentityMixin, BaseVideoProcessor):
         (item,) = list_videos(video_url_or_urls)
         if not is_encoded(item.video):
             return item.video, item.metadata
-        options = self._options(kwargs, times_of=sample_timestamps_fn, indices_of=sample_indices_fn)
+        options = self._options(kwargs, sample_timestamps_fn, sample_indices_fn)
         return _decode(item, options.reading, kwargs.get("clip"))
 
-    def sample_frames(self, metadata: Mapping[str, Any], **kwargs: Any) -> np.ndarray:
-        """Indices of the frames taken of a decoded video with this metadata (`total_num_frames` and `fps`)."""
+    def sample_frames(  # type: ignore[override]  # options of this processor in place of two named ones
+        self, metadata: Mapping[str, Any], **kwargs: Any
+    ) -> np.ndarray:
+        """Indices of the sampled frames of a decoded video with this metadata (`total_num_frames` and `fps`)."""
         sampling = self._options(kwargs).reading.sampling
         return sample_indices(metadata["total_num_frames"], metadata["fps"], sampling)
 
     def _options(
         self,
         overrides: Mapping[str, Any],
-        times_of: Callable[..., Any] | None = None,
-        indices_of: Callable[..., Any] | None = None,
+        sample_timestamps_fn: Callable[..., Any] | None = None,
+        sample_indices_fn: Callable[..., Any] | None = None,
     ) -> VideoOptions:
-        """The processor's options with those of one call over them, checked."""
-        _warn_about(overrides)
-        values = {name: getattr(self, name) for name in DEFAULTS}
-        given = _given(overrides)
+        self._warn_about(overrides)
+        values, given = self._values(), self._given(overrides)
         fps = given.get("fps", values["fps"])
-        if isinstance(fps, (int, float)):  # lists come from snippets for other models and say nothing new
+        if isinstance(fps, (int, float)):  # lists come from snippets for other models and add nothing
             given = {"max_fps": fps, "sampling_fps": fps} | given
-        values = _canonical(values | given)
+        values = self._canonical(values | given)
         interpolation_mode(values["resample"])
         reading = ReadingOptions(
             sampling=SamplingSettings(
@@ -365,8 +346,8 @@ class Molmo2VideoProcessor(IdentityMixin, BaseVideoProcessor):
             do_sample_frames=values["do_sample_frames"],
             backend=values["video_backend"],
             input_data_format=overrides.get("input_data_format"),
-            times_of=times_of,
-            indices_of=indices_of,
+            sample_timestamps_fn=sample_timestamps_fn,
+            sample_indices_fn=sample_indices_fn,
         )
         size, pooling_size = values["size"], values["pooling_size"]
         return VideoOptions(
@@ -381,6 +362,18 @@ class Molmo2VideoProcessor(IdentityMixin, BaseVideoProcessor):
             return_metadata=values["return_metadata"],
         )
 
+    @classmethod
+    def _given(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        if options.get("backend") is not None:
+            options = {"video_backend": options["backend"], **options}
+        return super()._given(options)
+
+    @classmethod
+    def _canonical_own(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        between = pair("between_pooling_size", values["between_pooling_size"], PATCH_ROWS_AND_COLS)
+        flags = {name: bool(values[name]) for name in ("do_sample_frames", "return_metadata")}
+        return {"between_pooling_size": between, **flags}
+
 
 def load_video(
     video: Any,
@@ -390,13 +383,13 @@ def load_video(
     num_frames: int = 384,
     **settings: Any,
 ) -> tuple[np.ndarray, SampledVideoMetadata]:
-    """Decodes the sampled frames of one video file at full resolution.
+    """The sampled frames of one video file at full resolution, and their metadata.
 
     Args:
         video: a path, URL, the bytes of a video file or an open one.
-        backend: "decord", "torchcodec" or "pyav" to insist on one decoder.
-        sample_timestamps_fn: called with `metadata=VideoMetadata(...)`, returns the times to show in seconds; replaces
-            the sampling.
+        backend: "decord", "torchcodec" or "pyav" to use this decoder only.
+        sample_timestamps_fn: replaces the sampling: called with `metadata=VideoMetadata(...)`, returns the times to
+            show in seconds.
         num_frames, settings: options as for `Molmo2VideoProcessor.preprocess`.
 
     Returns:
@@ -420,11 +413,11 @@ def _decode(item: VideoItem, reading: ReadingOptions, clip: Any) -> tuple[np.nda
 def _cut(
     item: VideoItem, options: VideoOptions, clip: tuple[float, float | None] | None, encoder: FrameEncoder | None
 ) -> tuple[Any, SampledVideoMetadata]:
-    """The sampled frames of a video as patches, (F, P, patch pixels), or as vectors; one is decoded at a time."""
+    """The sampled frames of a video as pixel values, (F, P, values), or as features; one is decoded at a time."""
 
     def to_pixel_values(frames: Iterator[np.ndarray], num_frames: int) -> torch.Tensor:
         return frame_pixel_values(
-            frames if encoder is not None else read_ahead(frames, FRAMES_AHEAD),
+            frames,
             options.crops,
             resample=options.resample,
             mean=options.mean,
@@ -434,14 +427,17 @@ def _cut(
             device=options.device,
         )
 
-    def to_vectors(frames: Iterator[np.ndarray], num_frames: int) -> Any:
-        return encode_frames(frames, options.plan(num_frames), to_pixel_values, encoder)
+    def consume(frames: Iterator[np.ndarray], num_frames: int) -> torch.Tensor:
+        if encoder is not None:
+            return encode_frames(frames, options.plan(num_frames), to_pixel_values, encoder)
+        with closing(read_ahead(frames, FRAMES_AHEAD)) as ahead:
+            return to_pixel_values(ahead, num_frames)
 
-    use = to_pixel_values if encoder is None else to_vectors
-    return read_video(item, replace(options.reading, clip=clip), use)
+    return read_video(item, replace(options.reading, clip=clip), consume)
 
 
 def _pixel_values(cut: list[torch.Tensor], options: VideoOptions) -> Any:
+    """The pixel values of all videos, (frames, patches, values) in one array."""
     if len(cut) == 1:
         return as_output(cut[0])
     shape = 0, options.crops.patches_per_crop, options.crops.patch_size**2 * CHANNELS
@@ -449,7 +445,7 @@ def _pixel_values(cut: list[torch.Tensor], options: VideoOptions) -> Any:
 
 
 def clips_per_video(clip: Any, num_videos: int) -> list[tuple[float, float | None] | None]:
-    """One checked (start, end) per video."""
+    """A checked (start, end) for each video, None for the whole video."""
     if clip is None or _is_clip(clip):
         return [_checked_clip(clip)] * num_videos
     if isinstance(clip, (list, tuple)) and len(clip) == num_videos and all(c is None or _is_clip(c) for c in clip):
@@ -474,42 +470,3 @@ def _checked_clip(clip: Any) -> tuple[float, float | None] | None:
     if not (0 <= start < float("inf")) or (end is not None and not end > start):
         raise ValueError(f"clip is ({start}, {end}) seconds. The start has to be 0 or later, the end after the start.")
     return start, end
-
-
-def _given(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of ours that were given; None stands for "not given" unless it is a value of the option."""
-    if options.get("backend") is not None:
-        options = {"video_backend": options["backend"], **options}
-    return {
-        name: value
-        for name, value in options.items()
-        if name in DEFAULTS and (value is not None or name in NULLABLE_OPTIONS)
-    }
-
-
-def _canonical(values: Mapping[str, Any]) -> dict[str, Any]:
-    """All options in the one form they are stored and saved in; also what makes them plain JSON."""
-    return {
-        **{name: plain(values[name]) for name in DEFAULTS},
-        "do_convert_rgb": bool(values["do_convert_rgb"]),
-        "do_sample_frames": bool(values["do_sample_frames"]),
-        "return_metadata": bool(values["return_metadata"]),
-        "image_mean": per_channel("image_mean", values["image_mean"]),
-        "image_std": divisors_per_channel("image_std", values["image_std"]),
-        "pooling_size": pair("pooling_size", values["pooling_size"], "(rows, cols) in patches"),
-        "between_pooling_size": pair(
-            "between_pooling_size", values["between_pooling_size"], "(rows, cols) in patches"
-        ),
-        "resample": values["resample"] if isinstance(values["resample"], str) else int(values["resample"]),
-        "size": size_dict(values["size"]),
-    }
-
-
-def _warn_about(options: Mapping[str, Any], only_near_misses: bool = False) -> None:
-    warn_about(
-        options,
-        owner=Molmo2VideoProcessor.__name__,
-        known=DEFAULTS,
-        ignored=IGNORED_OPTIONS,
-        only_near_misses=only_near_misses,
-    )

@@ -1,1 +1,1 @@
-"""Decoders of video files behind one interface."""
+"""Decoders of video files behind one interface: decord, torchcodec and PyAV."""

@@ -1,11 +1,11 @@
-"""Reads single frames of a video file, the same ones whichever decoder is installed.
+"""Opening and decoding of video files with the first backend that can; all give the same frames.
 
     with open_video("clip.mp4") as reader:
         indices = reader.timeline.frames_at([0.0, 0.5, 1.0])
-        for picture in reader.frames(indices):  # (H, W, 3) uint8 RGB, one at a time
+        for frame in reader.frames(indices):  # (H, W, 3) uint8 RGB, one at a time
             ...
 
-What a decoder cannot read reliably it refuses (see `molmo2.video.decoding.readers`), and the next one is tried.
+A backend refuses what it cannot read reliably (see `molmo2.video.decoding.readers`), and the next one is tried.
 """
 
 from collections.abc import Callable
@@ -22,48 +22,49 @@ Result = TypeVar("Result")
 
 
 def open_video(source: VideoSource, backend: str | None = None) -> VideoReader:
-    """Opens a video with the first backend that can.
+    """The reader of a video, opened by the first backend that can.
 
     Use `decode_video` where a failure in the middle of the file should move on to the next backend as well.
 
     Args:
         source: a path, the bytes of a file, or a file object opened for reading bytes.
-        backend: "decord", "torchcodec" or "pyav" to insist on one; None tries them in this order.
+        backend: "decord", "torchcodec" or "pyav" to use this one only; None tries them in this order.
 
     Raises:
         FileNotFoundError, IsADirectoryError: there is no such file.
         VideoDecodeError: no backend can open it; the message has the reason of each.
         ValueError: `backend` is not one of the three.
-        TypeError: `source` is something else.
+        TypeError: `source` is none of these.
     """
     return _first_success(source, backend, lambda reader: reader)
 
 
-def decode_video(source: VideoSource, use: Callable[[VideoReader], Result], backend: str | None = None) -> Result:
-    """Returns `use(reader)`, starting over with the next backend where one fails on the way.
+def decode_video(source: VideoSource, read: Callable[[VideoReader], Result], backend: str | None = None) -> Result:
+    """The result of `read(reader)`, from the first backend that does not fail before its end.
 
-    Backends differ in what they can read, and some notice a fault only in the middle of a file. `use` is therefore
-    called anew with each reader and must not keep anything from an earlier attempt.
+    Backends differ in what they can read, and some notice a fault only in the middle of a file. `read` is therefore
+    called again with each reader and must not keep anything from an earlier attempt.
 
     Args:
         source, backend: as for `open_video`.
-        use: reads `timeline` and `frames` and returns the result.
+        read: reads `timeline` and `frames` and returns the result.
 
     Raises:
-        As `open_video`; exceptions of `use` itself pass through.
+        As `open_video`; exceptions of `read` itself are passed on.
     """
 
-    def use_and_close(reader: VideoReader) -> Result:
+    def read_and_close(reader: VideoReader) -> Result:
         with reader:
-            return use(reader)
+            return read(reader)
 
-    return _first_success(source, backend, use_and_close)
+    return _first_success(source, backend, read_and_close)
 
 
 def _first_success(source: VideoSource, backend: str | None, action: Callable[[VideoReader], Result]) -> Result:
+    """The result of `action` with the first backend that raises no VideoDecodeError."""
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"Unknown video backend {backend!r}. Use one of {', '.join(BACKENDS)}, or None to try all.")
-    readable = Source.of(source)
+    readable = Source.from_input(source)
     failures: dict[str, VideoDecodeError] = {}
     for name in BACKENDS if backend is None else (backend,):
         try:

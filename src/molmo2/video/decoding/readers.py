@@ -1,12 +1,12 @@
 """The three decoders behind one interface: decord (or decord2), torchcodec and PyAV.
 
-They disagree in many small ways: which of several streams they read, whether they turn a phone video upright, how
-precise their time stamps are, whether seeking lands on the frame that was asked for. The readers here iron that out:
+They differ in which of several streams they read, whether they turn a phone video upright, how precise their time
+stamps are, and whether a seek lands on the requested frame. The readers here give the same frames:
 
-- a frame is found by its time stamp, or by counting from the start, never by a seek that was not checked;
-- pictures are upright and converted to RGB by the same ffmpeg filter.
+- a frame is found by its time stamp, or by counting from the start, never by an unchecked seek;
+- frames are upright and converted to RGB by the same ffmpeg filter.
 
-What a decoder cannot read that way it refuses with a `VideoDecodeError`.
+A reader refuses what its decoder cannot read that way with a `VideoDecodeError`.
 """
 
 import importlib
@@ -38,31 +38,38 @@ VideoSource = str | Path | bytes | IO[bytes]
 
 PACKAGES = {"decord": "decord2", "torchcodec": "torchcodec", "pyav": "av"}  # what to `pip install`
 BACKENDS = tuple(PACKAGES)  # in the order they are tried
-# decord has to decode every frame and converts it to RGB, wanted or not: where that is much (20 seconds of 1080p), a
-# clip is left to a backend that converts the wanted frames alone.
-LARGE_CLIP_PIXELS = 1_000_000_000
-# decord would repeat the last frame where others are missing; a share of the frames, 0 means "any number".
-NO_FAULT = 1e-9
-# PyAV: jumping to a key frame pays off if it skips more packets than this.
-WORTHWHILE_JUMP_PACKETS = 16
-# PyAV: frames in the making. More than cores, so that decoding goes on while one of them resizes a frame.
-THREADS_PER_CORE, MOST_THREADS = 3, 16
-# Formats of Pillow that can be a moving picture; "MPEG" is a video that Pillow merely recognises.
+# decord decodes and converts every frame to RGB, sampled or not: a clip with more pixels (20 seconds of 1080p) is left
+# to a backend that converts the sampled frames only.
+MAX_DECORD_PIXELS = 1_000_000_000
+# decord would repeat the last frame in place of missing ones; a fraction of the frames, 0 means "any number".
+FAULT_TOLERANCE = 1e-9
+# PyAV: a seek to a key frame pays off if it skips more packets than this.
+MIN_SEEK_PACKETS = 16
+# PyAV: decoder threads. More than cores, so that decoding continues while one core resizes a frame.
+THREADS_PER_CORE, MAX_THREADS = 3, 16
+# Formats of Pillow that can be animated; "MPEG" is a video, which Pillow only recognises.
 ANIMATED_FORMATS = ("GIF", "PNG", "WEBP", "AVIF")
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where the bytes are: in a file (`path`) or in memory (`data`). `name` is for messages."""
+    """A video in a file (`path`) or in memory (`data`). `name` is for errors."""
 
     name: str
     path: str = ""
     data: bytes | None = None
 
     @classmethod
-    def of(cls, source: VideoSource) -> "Source":
+    def from_input(cls, source: VideoSource) -> "Source":
+        """From a path, the bytes of a file or a file object.
+
+        Raises:
+            FileNotFoundError, IsADirectoryError: there is no such file.
+            TypeError: `source` is none of these.
+            VideoDecodeError: the file is empty or an image.
+        """
         if isinstance(source, (str, Path)):
-            result = cls._of_path(Path(source))
+            result = cls._from_path(Path(source))
         elif isinstance(source, (bytes, bytearray, memoryview)):
             result = cls(name=f"a video of {len(source)} bytes", data=bytes(source))
         elif hasattr(source, "read"):
@@ -71,11 +78,11 @@ class Source:
             result = cls(name=repr(getattr(source, "name", "a file object")), data=source.read())
         else:
             raise TypeError(f"A video is a path, bytes or a file object, not {type(source).__name__}.")
-        result._refuse_what_is_no_video()
+        result._require_video()
         return result
 
     @classmethod
-    def _of_path(cls, path: Path) -> "Source":
+    def _from_path(cls, path: Path) -> "Source":
         if path.is_dir():
             raise IsADirectoryError(f"{str(path)!r} is a directory. Pass a video file, or a list of its frames.")
         if not path.exists():
@@ -83,24 +90,25 @@ class Source:
         absolute = str(path.absolute())  # or "a:b.mp4" would look like a protocol to ffmpeg
         return cls(name=repr(str(path)), path=absolute)
 
-    def _refuse_what_is_no_video(self) -> None:
+    def _require_video(self) -> None:
         size = len(self.data) if self.data is not None else Path(self.path).stat().st_size
         if size == 0:
             raise VideoDecodeError(f"{self.name} is empty (0 bytes). Check that it was written completely.")
         try:
-            with Image.open(self.for_reading()) as picture:
-                kind, num_pictures = picture.format, getattr(picture, "n_frames", 1)
+            with Image.open(self.for_reading()) as image:
+                kind, num_images = image.format, getattr(image, "n_frames", 1)
         except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             return
-        if kind != "MPEG" and not (kind in ANIMATED_FORMATS and num_pictures > 1):
-            raise VideoDecodeError(f"{self.name} is a picture ({kind}), not a video. Pass it as an image.")
+        if kind != "MPEG" and not (kind in ANIMATED_FORMATS and num_images > 1):
+            raise VideoDecodeError(f"{self.name} is an image ({kind}), not a video. Pass it as an image.")
 
     def for_reading(self) -> str | io.BytesIO:
+        """The path, or a new file object over the bytes."""
         return self.path if self.data is None else io.BytesIO(self.data)
 
 
 class VideoReader(ABC):
-    """An open video. Use it as a context manager; `backend` is the name of the decoder at work."""
+    """An open video, a context manager; `backend` is the name of its decoder."""
 
     backend: str
     timeline: VideoTimeline
@@ -109,10 +117,10 @@ class VideoReader(ABC):
         self._source = source
 
     def frames(self, indices: Sequence[int] | np.ndarray) -> Iterator[np.ndarray]:
-        """Decodes the frames with these indices, in the order asked for; an index may be repeated.
+        """The decoded frames with these indices, in their order; an index may be repeated.
 
-        One picture is held at a time if the indices ascend, else each wanted one once; never the whole clip. Read the
-        iterator to its end: some faults of a file only show there.
+        One frame is in memory at a time if the indices ascend, else all requested ones. Read the iterator to its end:
+        some faults of a file only show there.
 
         Args:
             indices: 0 <= index < timeline.num_frames.
@@ -128,19 +136,19 @@ class VideoReader(ABC):
         outside = indices[(indices < 0) | (indices >= self.timeline.num_frames)]
         if outside.size:
             raise IndexError(
-                f"Frame {outside[0]} of {self._source.name} was asked for, but the video has frames 0 to "
+                f"Frame {outside[0]} of {self._source.name} was requested, but the video has frames 0 to "
                 f"{self.timeline.num_frames - 1}."
             )
         ascending = np.unique(indices)
         decoded = zip(ascending.tolist(), self._decode(ascending.tolist()), strict=True)
         if np.all(np.diff(indices) >= 0):
             counts = np.unique(indices, return_counts=True)[1]
-            for (_, picture), count in zip(decoded, counts.tolist(), strict=True):
-                yield from [picture] * count
+            for (_, frame), count in zip(decoded, counts.tolist(), strict=True):
+                yield from [frame] * count
         else:
-            pictures = dict(decoded)
+            frames = dict(decoded)
             for index in indices.tolist():
-                yield pictures[index]
+                yield frames[index]
 
     @abstractmethod
     def close(self) -> None:
@@ -154,7 +162,7 @@ class VideoReader(ABC):
 
     @abstractmethod
     def _decode(self, indices: list[int]) -> Iterator[np.ndarray]:
-        """Yields the frames with these indices (ascending, no repetition)."""
+        """The frames with these indices (ascending, no repetition)."""
 
     def _error(self, problem: str) -> VideoDecodeError:
         return VideoDecodeError(f"{self.backend} cannot read {self._source.name}: {problem}", reason=problem)
@@ -170,12 +178,12 @@ class VideoReader(ABC):
 
 
 class _DecordReader(VideoReader):
-    """Reads in order from the first frame to the last, and never seeks.
+    """Decodes all frames in order, without seeks.
 
-    decord's seek takes the number of a key frame in the file for its number on the screen, and so returns other frames
-    where frames shown before a key frame are stored after it (the default of x265), and in some containers already
-    its first frame is a later one. Read in order to the end, it delivers exactly the announced number of frames, or
-    the difference is noticed.
+    decord's seek takes the index of a key frame in the file for its index in display order, and so returns other
+    frames where frames shown before a key frame are stored after it (the default of x265); in some containers even its
+    first frame is a later one. Read in order to the end, it gives exactly the number of frames it lists, or the
+    difference is an error.
     """
 
     backend = "decord"
@@ -189,7 +197,7 @@ class _DecordReader(VideoReader):
         starts, end = self._frame_times(num_frames)
         fps = float(self._reader.get_avg_fps())
         height, width = self._first_frame_size()
-        if num_frames * height * width > LARGE_CLIP_PIXELS and not only_choice and _others_usable("decord"):
+        if num_frames * height * width > MAX_DECORD_PIXELS and not only_choice and _others_usable("decord"):
             raise VideoDecodeError(f"it would have to convert all of its {num_frames} frames")
         self.timeline = make_timeline(starts, end, fps, (height, width))
 
@@ -199,13 +207,13 @@ class _DecordReader(VideoReader):
     def _open(self) -> None:
         try:
             self._reader = self._decord.VideoReader(
-                self._source.for_reading(), ctx=self._decord.cpu(0), fault_tol=NO_FAULT
+                self._source.for_reading(), ctx=self._decord.cpu(0), fault_tol=FAULT_TOLERANCE
             )
         except Exception as error:
             raise self._error(brief(error)) from error
 
     def _frame_times(self, num_frames: int) -> tuple[np.ndarray, float]:
-        """When each frame starts and the last one ends, in seconds; (N,) float64 and a number."""
+        """Starts of the frames, (N,) float64, and the end of the last one, in seconds."""
         spans = np.asarray(self._reader.get_frame_timestamp(list(range(num_frames))), dtype=np.float64)  # (N, 2)
         if not np.all(np.isfinite(spans)):
             raise VideoDecodeError("its frames have no time stamps")
@@ -216,31 +224,31 @@ class _DecordReader(VideoReader):
         return times[:-1], float(times[-1])
 
     def _first_frame_size(self) -> tuple[int, int]:
-        shape = tuple(self._next_picture().shape)
+        shape = tuple(self._next_frame().shape)
         self._reader = None  # `_decode` starts from the beginning
         if len(shape) != 3 or shape[2] != 3:  # very narrow videos
             raise VideoDecodeError(f"its frames have the shape {shape}, expected (height, width, 3)")
         return shape[:2]
 
-    def _next_picture(self) -> np.ndarray:
-        picture = self._reader.next()
-        return picture.asnumpy() if hasattr(picture, "asnumpy") else np.asarray(picture)  # not native: `set_bridge`
+    def _next_frame(self) -> np.ndarray:
+        frame = self._reader.next()
+        return frame.asnumpy() if hasattr(frame, "asnumpy") else np.asarray(frame)  # not native: `set_bridge`
 
     def _decode(self, indices: list[int]) -> Iterator[np.ndarray]:
         self._open()
         wanted = set(indices)
         for index in range(self.timeline.num_frames):  # to the end: a frame missing anywhere shifts those after it
             try:
-                picture = self._next_picture() if index in wanted else self._reader.next()
+                frame = self._next_frame() if index in wanted else self._reader.next()
             except StopIteration:
                 raise self._frame_error(index, "the file ends here, some frames were not decoded") from None
             except Exception as error:
                 raise self._frame_error(index, error) from error
             if index in wanted:
-                yield picture
+                yield frame
         try:
             self._reader.next()
-        except Exception:  # StopIteration, as it should be, or damage behind the last frame
+        except Exception:  # StopIteration as expected, or damage after the last frame
             return
         raise self._error(f"it returns more frames than the {self.timeline.num_frames} it lists")
 
@@ -249,10 +257,10 @@ class _DecordReader(VideoReader):
 
 
 class _TorchcodecReader(VideoReader):
-    """Seeks exactly, but tells the time of a frame only when it decodes it.
+    """Seeks exactly, but knows the time of a frame only after decoding it.
 
-    The timeline is predicted from the frame rate where number of frames and duration agree with it, and each decoded
-    frame is checked against it; otherwise all frames are decoded once to learn their times.
+    The timeline is predicted from the frame rate if number of frames and duration agree with it, and each decoded
+    frame is checked against it; otherwise all frames are decoded once to get their times.
     """
 
     backend = "torchcodec"
@@ -282,21 +290,22 @@ class _TorchcodecReader(VideoReader):
             return None
         rate = Fraction(fps).limit_denominator(1001)
         exact = np.arange(num_frames) * rate.denominator / rate.numerator
-        seen = self._times_of(range(min(num_frames, 8)))[0]
+        measured = self._frame_times(range(min(num_frames, 8)))[0]
         for starts in (exact, np.round(exact, 3)):
-            if np.all(np.abs(starts[: len(seen)] - seen) <= CONSTANT_RATE_TOLERANCE_SECONDS):
+            if np.all(np.abs(starts[: len(measured)] - measured) <= CONSTANT_RATE_TOLERANCE_SECONDS):
                 end = float(undo_rounding(np.array([end_seconds]))[0])
                 return make_timeline(starts, end, fps, self._size(), self._first_timestamp)
         return None
 
     def _measured_timeline(self) -> VideoTimeline:
-        starts, ends = self._times_of(range(len(self._decoder)))
+        """The timeline from the times of all frames."""
+        starts, ends = self._frame_times(range(len(self._decoder)))
         times = undo_rounding(np.append(starts, ends[-1]))
         fps = self._decoder.metadata.average_fps_from_header
         return make_timeline(times[:-1], times[-1], fps, self._size(), self._first_timestamp)
 
-    def _times_of(self, indices: range) -> tuple[np.ndarray, np.ndarray]:
-        """Starts and ends of these frames, in seconds since the first one. They are decoded for it, one at a time."""
+    def _frame_times(self, indices: range) -> tuple[np.ndarray, np.ndarray]:
+        """Starts and ends of these frames, in seconds since the first one; decodes them, one at a time."""
         spans = []
         for index in indices:
             frame = self._decoder.get_frame_at(index)
@@ -323,34 +332,34 @@ class _TorchcodecReader(VideoReader):
 
 
 class _PyavReader(VideoReader):
-    """Lists the packets first (no decoding), then decodes from key frames and picks frames by their time stamp."""
+    """Lists the packets first (no decoding), then decodes from key frames and finds frames by their time stamp."""
 
     backend = "pyav"
     _container: Any = None
     _stream: Any = None
     _converter: tuple[Any, Any] | None = None
-    _begun: Iterator[tuple[int | None, Any]] | None = None  # all frames, the first of which is decoded already
+    _started: Iterator[tuple[int | None, Any]] | None = None  # all frames, the first of which is decoded already
     _last_stamp: int | None = None  # of the frame that the decoder returned last
 
     def __init__(self, source: Source, only_choice: bool) -> None:
         super().__init__(source)
         self._av = _import_backend("av", "pyav")
         self._open()
-        self._packets = _PacketTable.of(self._stream, self._demuxed())
+        self._packets = _PacketTable.from_packets(self._stream, self._demuxed())
         self._open()
         frames = self._decoded_from(0)
         stamp, first = next(frames, (None, None))  # tells rotation and size
         if first is None:
             raise VideoDecodeError("not one frame could be decoded")
-        self._begun = itertools.chain([(stamp, first)], frames)
-        size = self._to_picture(first).shape[:2]
+        self._started = itertools.chain([(stamp, first)], frames)
+        size = self._to_rgb(first).shape[:2]
         times, rate = self._packets.times_and_rate()
         self.timeline = make_timeline(times[:-1], float(times[-1]), rate, size, self._packets.first_timestamp_seconds)
 
     def close(self) -> None:
         if self._container is not None:
             self._container.close()
-        self._container = self._stream = self._converter = self._begun = None
+        self._container = self._stream = self._converter = self._started = None
 
     def _open(self) -> None:
         self.close()
@@ -359,23 +368,25 @@ class _PyavReader(VideoReader):
         if self._stream is None:
             raise VideoDecodeError("it has no video track")
         self._stream.thread_type = "AUTO"
-        self._stream.codec_context.thread_count = min(MOST_THREADS, THREADS_PER_CORE * (os.cpu_count() or 1))
+        self._stream.codec_context.thread_count = min(MAX_THREADS, THREADS_PER_CORE * (os.cpu_count() or 1))
 
     def _decode(self, indices: list[int]) -> Iterator[np.ndarray]:
         frames: Iterator[tuple[int | None, Any]] | None = None
         from_start, reached = False, 0
         for index in indices:
             stamp, key = self._packets.stamps[index], self._packets.key_before(index)
-            if frames is None or key > reached + WORTHWHILE_JUMP_PACKETS:
+            if frames is None or key > reached + MIN_SEEK_PACKETS:
                 frames, from_start = self._frames_from(key), key == 0
             try:
                 frame = _frame_with(stamp, frames)
-                if frame is None and not from_start:  # that key frame is no good start: read from the beginning
+                if (
+                    frame is None and not from_start
+                ):  # decoding cannot start at that key frame: read from the beginning
                     frames, from_start = self._decoded_from(0), True
                     frame = _frame_with(stamp, frames)
                 if frame is None:
                     raise self._frame_error(index, "the file lists this frame, but the decoder does not return it")
-                picture = self._to_picture(frame)
+                rgb = self._to_rgb(frame)
             except VideoDecodeError:
                 raise
             except Exception as error:
@@ -384,15 +395,15 @@ class _PyavReader(VideoReader):
                 after_last = bisect_right(self._packets.stamps, self._last_stamp)
                 raise self._frame_error(min(after_last, index), error) from error
             reached = self._packets.place_of[stamp]
-            yield picture
+            yield rgb
 
     def _frames_from(self, place: int) -> Iterator[tuple[int | None, Any]]:
-        """As `_decoded_from`; goes on where opening stopped, if that is the start and nothing was read since."""
-        begun, self._begun = self._begun, None
-        return begun if begun is not None and place == 0 else self._decoded_from(place)
+        """As `_decoded_from`; continues where opening stopped, if that is the start and nothing was read since."""
+        started, self._started = self._started, None
+        return started if started is not None and place == 0 else self._decoded_from(place)
 
     def _decoded_from(self, place: int) -> Iterator[tuple[int | None, Any]]:
-        """Yields (stamp, frame) in display order, decoding from the packet at this place of the file."""
+        """(stamp, frame) in display order, decoded from the packet at this place of the file on."""
         frames = (frame for packet in self._packets_from(place) for frame in packet.decode())
         self._last_stamp = None
         for count, frame in enumerate(frames):
@@ -400,7 +411,7 @@ class _PyavReader(VideoReader):
             yield self._last_stamp, frame
 
     def _packets_from(self, place: int) -> Iterator[Any]:
-        """Yields packets in file order, the first being the one at `place`; seeks if that gets there."""
+        """Packets in file order from the one at `place` on; seeks if that gets there."""
         if place > 0:
             self._container.seek(self._packets.file_stamps[place], stream=self._stream)
             packets = self._demuxed()
@@ -418,12 +429,12 @@ class _PyavReader(VideoReader):
         yield from itertools.islice(self._demuxed(), place, None)
 
     def _demuxed(self) -> Iterator[Any]:
-        """Packets from the current position on; the last one, without time stamp, makes the decoder finish."""
+        """Packets from the current position on; the last one, without time stamp, flushes the decoder."""
         for packet in self._container.demux(self._stream):
             if packet.size or packet.dts is None:  # AVI stores a dropped frame as an empty packet
                 yield packet
 
-    def _to_picture(self, frame: Any) -> np.ndarray:
+    def _to_rgb(self, frame: Any) -> np.ndarray:
         """The frame as upright RGB, converted by the filter that decord and torchcodec use too."""
         shape = (frame.width, frame.height, frame.format.name)
         if self._converter is None or self._converter[0] != shape:
@@ -446,7 +457,7 @@ class _PyavReader(VideoReader):
 
 
 def _rgb_view(frame: Any) -> np.ndarray:
-    """(H, W, 3) over the memory of an RGB frame, which lives as long as the array does."""
+    """(H, W, 3) over the memory of an RGB frame, which the array keeps alive."""
     (plane,) = frame.planes
     rows = np.frombuffer(plane, dtype=np.uint8).reshape(frame.height, plane.line_size)
     return rows[:, : 3 * frame.width].reshape(frame.height, frame.width, 3)
@@ -454,15 +465,15 @@ def _rgb_view(frame: Any) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _PacketTable:
-    """The packets of a stream. A *place* counts them as they lie in the file, an index as their frames are shown.
+    """The packets of a stream. A *place* counts them in file order, an index in display order.
 
     Attributes:
         file_stamps: time stamp of each place, in ticks (the place itself if the file has no time stamps).
         stamps: time stamps of the frames that are shown, ascending.
         place_of: place of each time stamp.
         key_places: places of key frames, ascending.
-        has_stamps: False for raw streams; their frames are counted and a steady rate is assumed.
-        last_ticks: how long the last frame is shown, in ticks.
+        has_stamps: False for raw streams; their frames are counted and a constant rate is assumed.
+        last_ticks: duration of the last frame, in ticks.
         tick_seconds: length of a tick.
         rate: declared frames per second; None if unknown.
     """
@@ -477,8 +488,8 @@ class _PacketTable:
     rate: Fraction | None
 
     @classmethod
-    def of(cls, stream: Any, packets: Iterator[Any]) -> "_PacketTable":
-        """Reads all packets. Those that an edit list cuts off are needed for decoding but not shown."""
+    def from_packets(cls, stream: Any, packets: Iterator[Any]) -> "_PacketTable":
+        """The table of all packets. Those that an edit list cuts off are needed for decoding but not shown."""
         listed = [
             (packet.pts, packet.duration, packet.is_keyframe, packet.is_discard) for packet in packets if packet.size
         ]
@@ -504,7 +515,7 @@ class _PacketTable:
         )
 
     def key_before(self, index: int) -> int:
-        """Place to decode from to see this frame: that of a key frame stored and shown no later; 0 if none is."""
+        """Place from which this frame can be decoded: that of a key frame stored and shown no later; 0 if none is."""
         stamp = self.stamps[index]
         place = self.place_of[stamp]
         usable = (key for key in reversed(self.key_places) if key <= place and self.file_stamps[key] <= stamp)
@@ -515,7 +526,7 @@ class _PacketTable:
         return float(self.stamps[0] * self.tick_seconds) if self.has_stamps else None
 
     def times_and_rate(self) -> tuple[np.ndarray, float | None]:
-        """Seconds at which frames begin and the last one ends, the first at 0 (N + 1 float64); the declared rate."""
+        """Starts of the frames and the end of the last, (N + 1) float64 seconds from the first; the declared rate."""
         rate = None if self.rate is None else float(self.rate)
         if not self.has_stamps:
             if self.rate is None:
@@ -529,7 +540,7 @@ class _PacketTable:
 
 
 def _frame_with(stamp: int, frames: Iterator[tuple[int | None, Any]]) -> Any:
-    """The frame with this time stamp, the frames before it dropped; None if the stream passes it by."""
+    """The frame with this time stamp; drops the frames before it. None if a later frame comes first."""
     for found, frame in frames:
         if found == stamp:
             return frame
@@ -551,6 +562,11 @@ _MODULES = {"decord": "decord", "torchcodec": "torchcodec.decoders", "pyav": "av
 
 
 def _import_backend(module: str, backend: str) -> Any:
+    """A module of a backend.
+
+    Raises:
+        VideoDecodeError: it cannot be imported.
+    """
     try:
         return importlib.import_module(module)
     except Exception as error:  # also OSError or RuntimeError: libraries of ffmpeg missing
@@ -560,6 +576,7 @@ def _import_backend(module: str, backend: str) -> Any:
 
 
 def _others_usable(backend: str) -> bool:
+    """True if another backend can be imported."""
     for name in BACKENDS:
         if name != backend:
             try:
@@ -571,7 +588,7 @@ def _others_usable(backend: str) -> bool:
 
 
 def brief(problem: object) -> str:
-    """The first line of an exception or text, shortened, without the stack traces and C++ places of decoders."""
+    """The first line of an exception or text, shortened, without the stack traces and C++ source lines of decoders."""
     lines = re.sub(r"\[\d\d:\d\d:\d\d\] \S+:\d+: ?", "", str(problem)).strip().splitlines()
     text = lines[0][:200] if lines else ""
     return f"{type(problem).__name__}: {text}" if isinstance(problem, BaseException) else text

@@ -1,7 +1,7 @@
-"""When each frame of a video is shown: one timeline per file, the same whichever decoder reads it.
+"""Timeline of a video: when each frame is on display, the same for every decoder.
 
 Times come from the frames themselves, never from the header of the file. Decoders report them with different
-precision; constant frame rates are recognised and put back to exact times, so that ties are decided alike everywhere.
+precision; a constant frame rate is recognised and its times are computed exactly, so that all decide ties alike.
 """
 
 from collections.abc import Sequence
@@ -11,9 +11,9 @@ from typing import TypeGuard
 
 import numpy as np
 
-# Frames this close to their place in a constant frame rate are taken to be exactly there.
-# Headers average a variable rate over the frames less one, or over the time of the whole file; some only guess.
+# Headers average a variable rate over the frames less one, or over the duration of the file; some only guess.
 DECLARED_RATE_TOLERANCE = 0.25
+# Frame times this close to a constant frame rate are taken to be exactly at that rate.
 CONSTANT_RATE_TOLERANCE_SECONDS = 1e-4
 # Ticks per second of common containers, to undo the float32 rounding of time stamps (coarsest first).
 COMMON_TICK_RATES = (600, 1000, 10240, 12288, 12800, 15360, 16000, 24000, 30000, 60000, 90000)
@@ -30,14 +30,14 @@ class VideoDecodeError(ValueError):
 
 @dataclass(frozen=True)
 class VideoTimeline:
-    """When each frame of a video is shown.
+    """Start times and size of the frames of a video.
 
     Attributes:
-        start_seconds: (N,) float64, ascending: when each frame appears, counted from the first frame.
+        start_seconds: (N,) float64, ascending: start of each frame, from that of the first.
         duration_seconds: end of the last frame minus start of the first.
         fps: average frames per second.
-        height, width: of the upright picture, in pixels.
-        first_timestamp_seconds: the file's own time of the first frame; None where the backend does not tell.
+        height, width: size of the upright frames, in pixels.
+        first_timestamp_seconds: the file's own time of the first frame; None if the backend does not report it.
     """
 
     start_seconds: np.ndarray
@@ -52,16 +52,16 @@ class VideoTimeline:
         return len(self.start_seconds)
 
     def frames_at(self, times: Sequence[float] | np.ndarray) -> np.ndarray:
-        """Index of the frame on display at each time: the last one that has begun.
+        """Index of the frame on display at each time: the last one that has started.
 
         Args:
-            times: seconds since the first frame; at or past the end the last frame is meant.
+            times: seconds since the first frame; at or after the end the last frame is on display.
 
         Returns:
             int64 indices, one per time.
         """
-        begun = np.searchsorted(self.start_seconds, np.asarray(times, dtype=np.float64), side="right")
-        return np.clip(begun - 1, 0, self.num_frames - 1).astype(np.int64)
+        started = np.searchsorted(self.start_seconds, np.asarray(times, dtype=np.float64), side="right")
+        return np.clip(started - 1, 0, self.num_frames - 1).astype(np.int64)
 
 
 def make_timeline(
@@ -74,7 +74,7 @@ def make_timeline(
     """The timeline of frames that start at `starts` (seconds, counted from the first frame).
 
     Backends round: decord to float32, containers to their tick. A constant rate is recognised and its times computed
-    afresh, so that "exactly at the start of a frame" is decided the same way whatever the backend.
+    exactly, so that "exactly at the start of a frame" means the same for every backend.
 
     Raises:
         VideoDecodeError: the times are not ascending from 0.
@@ -112,7 +112,7 @@ def _likely_rates(starts: np.ndarray, declared_fps: float | None) -> list[Fracti
 
 
 def _average_fps(num_frames: int, duration_seconds: float, declared_fps: float | None) -> float:
-    """The declared rate, as the original has it, unless it is far from what the frames say."""
+    """The declared rate, as in the original, unless it is far from that of the frame times."""
     if is_rate(declared_fps) and abs(declared_fps * duration_seconds / num_frames - 1) <= DECLARED_RATE_TOLERANCE:
         return float(declared_fps)
     if duration_seconds > 0:
@@ -121,11 +121,12 @@ def _average_fps(num_frames: int, duration_seconds: float, declared_fps: float |
 
 
 def is_rate(fps: float | None) -> TypeGuard[float]:
+    """True for a finite positive frame rate."""
     return fps is not None and bool(np.isfinite(float(fps))) and fps > 0
 
 
 def undo_rounding(times: np.ndarray) -> np.ndarray:
-    """Times that were rounded to float32, moved back to the ticks of their container if those can be told."""
+    """Times that were rounded to float32, moved back to the ticks of their container if one fits."""
     tolerance = FLOAT32_RELATIVE_ERROR * max(1.0, float(np.max(np.abs(times))))
     for ticks_per_second in COMMON_TICK_RATES:
         on_ticks = np.round(times * ticks_per_second) / ticks_per_second
