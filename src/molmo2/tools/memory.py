@@ -1,4 +1,4 @@
-"""How many bytes a request takes besides the weights: a formula of the shapes, checked against counted allocations."""
+"""Memory of a request besides the weights: a formula of the shapes, tested against counted allocations."""
 
 from dataclasses import dataclass, fields
 from typing import Any
@@ -15,11 +15,11 @@ class MemoryEstimate:
     """Bytes by purpose.
 
     Attributes:
-        pixels: patches of all crops, as the processor hands them over.
-        vision: features of a chunk of crops and of what waits for the next, and the working memory of one chunk, of
-            crops or of pooled tokens.
-        prefill: hidden states and the widest layer over the whole prompt, masks and scores of a few queries.
-        cache: keys and values of the prompt and of the new tokens, and the room they grow in.
+        pixels: patches of all crops, as the processor returns them.
+        vision: features of a chunk of crops and of those kept for the next chunk, and the working memory of one chunk,
+            of crops or of pooled tokens.
+        prefill: hidden states and the widest layer over the whole prompt, masks and scores of one block of queries.
+        cache: keys and values of the prompt and of the new tokens, and spare capacity to append to.
     """
 
     pixels: int
@@ -39,13 +39,13 @@ class MemoryEstimate:
 
 @dataclass(frozen=True)
 class RequestShape:
-    """What of a request decides on its memory.
+    """The properties of a request that determine its memory.
 
     Attributes:
         num_crops: crops of all images and frames of all videos.
-        pooled_tokens: visual tokens that carry a vector.
-        window: patches that become one token, at most.
-        rows: rows of the batch, beams and repeated answers counted.
+        pooled_tokens: visual tokens that carry a feature vector.
+        window: maximum number of patches per token.
+        rows: rows of the batch, beams and returned sequences counted.
         row_tokens: length of a row after padding.
         new_tokens: tokens to generate.
     """
@@ -59,7 +59,7 @@ class RequestShape:
 
 
 def estimate_memory(model: Any, shape: RequestShape) -> MemoryEstimate:
-    """The bytes that `model.generate` takes for a request of this shape.
+    """The peak memory of `model.generate` for a request of this shape.
 
     Args:
         model: Molmo2ForConditionalGeneration (or its `model`); its configuration, dtype and chunk sizes count.
@@ -71,7 +71,7 @@ def estimate_memory(model: Any, shape: RequestShape) -> MemoryEstimate:
     patches = (height // vit.image_patch_size) * (width // vit.image_patch_size)
     chunk = shape.num_crops if backbone.crops_per_chunk is None else min(shape.num_crops, backbone.crops_per_chunk)
 
-    # Features are held for the chunk and for crops before it that share a token with it: rarely another chunk's worth.
+    # Features are kept for the chunk and for earlier crops that share a token with it: rarely more than another chunk.
     features = min(shape.num_crops, 2 * chunk) * patches * len(adapter.vit_layers) * vit.hidden_size
     widest_vit = max(vit.intermediate_size * 2, vit.num_attention_heads * vit.head_dim * 4)
     encoding = chunk * patches * (vit.hidden_size * (2 + len(adapter.vit_layers)) + widest_vit)
@@ -86,7 +86,7 @@ def estimate_memory(model: Any, shape: RequestShape) -> MemoryEstimate:
     tokens = shape.rows * shape.row_tokens
     keys_and_values = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
     queries = min(shape.row_tokens, BlockwiseMask.queries_per_block)
-    attention = 3 * shape.rows * queries * shape.row_tokens  # a mask, its opposite, and what they are made of
+    attention = 3 * shape.rows * queries * shape.row_tokens  # a mask, its inverse, and their operands
     if element == SCORE_BYTES and next(model.parameters()).device.type == "cpu":
         groups = text.num_attention_heads // text.num_key_value_heads
         scores_at_once = max(SCORES_AT_ONCE, FEWEST_QUERIES * groups * shape.row_tokens)
