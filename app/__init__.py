@@ -1,4 +1,4 @@
-"""A page to try a model on: pictures or a clip in, questions, answers with their points, files out.
+"""A demo page: images or a video, questions, answers with their points, files to download.
 
-`backend` is the work, `page` what is seen of it, `models` and `samples` what it starts with.
+`backend` is the logic, `page` the user interface, `models` and `samples` load the model and the examples.
 """

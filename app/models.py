@@ -1,26 +1,27 @@
-"""The model that the app starts with."""
+"""The model of the app."""
 
 import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from molmo2 import load
 
 from .backend import Backend
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 MINIATURE = (
     "This is a miniature that was trained on drawn shapes: ask about circles, squares, triangles, crosses, rings, "
-    "letters and digits, and their colours. To ask about anything else, start the app with `--model FOLDER`."
+    "letters and digits, and their colours. For anything else, start the app with `--model FOLDER`."
 )
 
 
-def load(folder: Path | None, scratch: Path, **options: int) -> Backend:
+def load_backend(folder: Path | None, scratch: Path, **options: int) -> Backend:
     """A backend with its model.
 
     Args:
-        folder: Of a checkpoint for transformers; None for the miniature.
-        scratch: A folder that the miniature is written to.
+        folder: A checkpoint folder for transformers; None for the miniature.
+        scratch: A folder for the converted miniature.
         options: Of `Backend`.
     """
     notice = ""
@@ -29,7 +30,6 @@ def load(folder: Path | None, scratch: Path, **options: int) -> Backend:
         from miniature.native import CHECKPOINT, to_transformers
 
         folder, notice = to_transformers(CHECKPOINT, scratch / "miniature"), MINIATURE
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype="auto").to(device)
+    model, processor = load(folder)
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     return Backend(model.eval(), processor, notice=notice, **options)

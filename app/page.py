@@ -1,4 +1,4 @@
-"""The page: what is where, and what happens on a click. All work is done in `backend`."""
+"""The user interface: layout and event handlers. The logic is in `backend`."""
 
 import html
 import logging
@@ -11,10 +11,10 @@ from .backend import FILES, Backend, Conversation, Update, UserError
 from .samples import DATA, SAMPLES
 
 WELCOME = """# Molmo2
-Add **pictures** or **a clip**, and ask. Points are drawn while the answer is written; ask again, and the pictures are
-not read a second time."""
-HINT = "Ask about what you added: “Point to the red circles.”, “How many are there?”, “Track the red ring.”"
-FAILED = "Something went wrong here, and it was not your fault. The terminal of the app says more."
+Add **images** or **a video**, and ask. Points are drawn while the answer is generated; follow-up questions reuse the
+encoded images."""
+HINT = "Ask about your files: “Point to the red circles.”, “How many are there?”, “Track the red ring.”"
+FAILED = "An internal error occurred. The terminal of the app has the details."
 EXPORTS = {"json": "↓ JSON", "csv": "↓ CSV", "coco": "↓ COCO", "mot": "↓ MOT"}
 
 log = logging.getLogger(__name__)
@@ -39,16 +39,16 @@ class Page:
             )
             with gr.Row():
                 with gr.Column(scale=1):
-                    self._lay_out_pictures()
+                    self._lay_out_media()
                 with gr.Column(scale=1):
                     self._lay_out_chat()
             self._connect()
 
-    # --- what is where -----------------------------------------------------------------------------------------------
+    # --- layout ------------------------------------------------------------------------------------------------------
 
-    def _lay_out_pictures(self) -> None:
+    def _lay_out_media(self) -> None:
         self.files = gr.File(
-            label="Pictures, or one clip",
+            label="Images, or one video",
             file_count="multiple",
             file_types=["image", "video"],
             height=140,
@@ -58,13 +58,13 @@ class Page:
             [[[str(path) for path in sample.paths], sample.question] for sample in SAMPLES],
             inputs=[self.files, self.question],
             example_labels=[sample.label for sample in SAMPLES],
-            label="Or try one of these",
+            label="Examples",
         )
         self.status = gr.Markdown(visible=False, elem_id="status")
-        self.clip = gr.Video(
-            label="Clip", autoplay=True, loop=True, interactive=False, visible=False, height=320, elem_id="clip"
+        self.video = gr.Video(
+            label="Video", autoplay=True, loop=True, interactive=False, visible=False, height=320, elem_id="video"
         )
-        self.pictures = gr.Gallery(
+        self.images = gr.Gallery(
             show_label=False,
             format="png",
             object_fit="contain",
@@ -72,7 +72,7 @@ class Page:
             height="auto",
             interactive=False,
             visible=False,
-            elem_id="pictures",
+            elem_id="images",
         )
         with gr.Row():
             self.exports = {
@@ -89,11 +89,11 @@ class Page:
             self.stop = gr.Button("Stop", size="sm", elem_id="stop")
             self.again = gr.Button("New conversation", size="sm", elem_id="again")
         self.note = gr.Markdown(elem_id="note")
-        with gr.Accordion("The answer as the model wrote it", open=False):
+        with gr.Accordion("The answer as generated", open=False):
             self.raw = gr.Textbox(show_label=False, lines=3, interactive=False, elem_id="raw")
 
     def _connect(self) -> None:
-        shown = [self.conversation, self.status, self.pictures, self.clip, self.chat, self.note, self.raw]
+        shown = [self.conversation, self.status, self.images, self.video, self.chat, self.note, self.raw]
         outputs = [*shown, *self.exports.values()]
         self.files.change(self.open, self.files, outputs, show_progress="hidden")
         gr.on([self.again.click, self.chat.clear], self.open, self.files, outputs, show_progress="hidden")
@@ -102,12 +102,12 @@ class Page:
         )
         self.stop.click(lambda conversation: conversation and conversation.stop(), self.conversation)
 
-    # --- what happens ------------------------------------------------------------------------------------------------
+    # --- event handlers ----------------------------------------------------------------------------------------------
 
     def open(self, paths: list[str] | None) -> dict[Any, Any]:
-        """Start a conversation about what was added."""
-        fresh = {self.chat: [], self.note: "", self.raw: "", self.clip: gr.Video(visible=False), **self._exports({})}
-        nothing = {**fresh, self.conversation: None, self.pictures: gr.Gallery(visible=False)}
+        """Start a conversation about the uploaded files."""
+        fresh = {self.chat: [], self.note: "", self.raw: "", self.video: gr.Video(visible=False), **self._exports({})}
+        nothing = {**fresh, self.conversation: None, self.images: gr.Gallery(visible=False)}
         if not paths:
             return {**nothing, self.status: gr.Markdown(visible=False)}
         try:
@@ -118,19 +118,19 @@ class Page:
             log.exception("Opening %s failed.", paths)
             return {**nothing, **self._message(FAILED)}
         opened = {**fresh, self.conversation: conversation, self.status: gr.Markdown(visible=False)}
-        if conversation.clip is None:
-            return {**opened, self.pictures: self._gallery(conversation.images)}
-        clip = gr.Video(str(conversation.clip), visible=True)
-        return {**opened, self.pictures: gr.Gallery(visible=False), self.clip: clip}
+        if conversation.video is None:
+            return {**opened, self.images: self._gallery(conversation.images)}
+        video = gr.Video(str(conversation.video), visible=True)
+        return {**opened, self.images: gr.Gallery(visible=False), self.video: video}
 
     def ask(
         self, question: str, conversation: Conversation | None, chat: list[dict[str, Any]]
     ) -> Iterator[dict[Any, Any]]:
-        """Answer a question, as it is written."""
+        """Answer a question, piece by piece."""
         updates = None
         try:
             if conversation is None:
-                raise UserError("Add a picture or a clip first.")
+                raise UserError("Add an image or a video first.")
             updates = conversation.answer(question)
             turns = [*chat, _turn("user", question.strip())]
             for update in updates:
@@ -149,12 +149,12 @@ class Page:
                 updates.close()  # stops the model when the user does
 
     def _changed(self, update: Update) -> dict[Any, Any]:
-        """What an update changes besides the text."""
+        """The components that an update changes besides the text."""
         changed: dict[Any, Any] = {}
-        if update.pictures is not None:
-            changed[self.pictures] = self._gallery(update.pictures)
-        if update.clip is not None:
-            changed[self.clip] = gr.Video(str(update.clip), visible=True)
+        if update.images is not None:
+            changed[self.images] = self._gallery(update.images)
+        if update.video is not None:
+            changed[self.video] = gr.Video(str(update.video), visible=True)
         if update.files is not None:
             changed |= self._exports(update.files)
         if update.note:  # the last one
@@ -173,12 +173,12 @@ class Page:
         }
 
     @staticmethod
-    def _gallery(pictures: Any) -> gr.Gallery:
-        return gr.Gallery(list(pictures), columns=min(2, len(pictures)), visible=True)
+    def _gallery(images: Any) -> gr.Gallery:
+        return gr.Gallery(list(images), columns=min(2, len(images)), visible=True)
 
 
 def _turn(role: str, text: str) -> dict[str, str]:
-    """A message that shows the text as it is; gradio would take tags in it for HTML."""
+    """A message with the text escaped; gradio would interpret its tags as HTML."""
     return {"role": role, "content": html.escape(text, quote=False)}
 
 
@@ -186,7 +186,7 @@ def launch(page: Page, host: str, port: int, *, wait: bool = True) -> str:
     """Serve a page.
 
     Args:
-        wait: Until the process is interrupted; otherwise it is served in the background.
+        wait: Block until the process is interrupted; otherwise serve in the background.
     Returns:
         Its address.
     """

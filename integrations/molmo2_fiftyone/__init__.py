@@ -3,14 +3,15 @@
     molmo2_fiftyone.register()
     model = foz.load_zoo_model("allenai/Molmo2-4B", operation="pointing", prompt="boat")
 
-or without the zoo, from a model and a processor that are already there:
-`Molmo2FiftyOneModel(model, processor, settings)`.
+or without the zoo, from a loaded model and processor: `Molmo2FiftyOneModel(*molmo2.load(folder), settings)`.
 """
 
 import json
 import shutil
 from pathlib import Path
 from typing import Any
+
+from molmo2 import load
 
 from . import labels
 from .model import (
@@ -35,87 +36,72 @@ __all__ = [
 
 
 def register() -> Path:
-    """Put this package into the folder of FiftyOne's zoo, in place of an earlier version of it; no network is needed.
+    """Copy this package into the folder of FiftyOne's zoo, in place of an earlier version; no network is needed.
 
     Returns:
-        Its place there. Checkpoints are downloaded into folders beside the files of the package.
+        Its folder there. Checkpoints are downloaded into folders beside the files of the package.
     """
     import fiftyone as fo
 
-    here = Path(__file__).parent
-    name = json.loads((here / "manifest.json").read_text(encoding="utf-8"))["name"]
-    there = Path(fo.config.model_zoo_dir) / name
-    there.mkdir(parents=True, exist_ok=True)
-    for file in [*here.glob("*.py"), here / "manifest.json"]:
-        shutil.copy(file, there / file.name)
-    return there
+    package = Path(__file__).parent
+    name = json.loads((package / "manifest.json").read_text(encoding="utf-8"))["name"]
+    folder = Path(fo.config.model_zoo_dir) / name
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in [*package.glob("*.py"), package / "manifest.json"]:
+        shutil.copy(file, folder / file.name)
+    return folder
 
 
 def download_model(model_name: str, model_path: str) -> None:
-    """Download a checkpoint and put this project's remote code into its folder, unless it is there already.
+    """Download a checkpoint, unless its folder is complete.
 
-    FiftyOne looks for a file at `model_path`, so it calls this for a folder each time that a model is loaded.
+    FiftyOne looks for a file at `model_path`, which is a folder here, so it calls this each time a model is loaded.
 
     Args:
         model_name: Its repository on the Hub.
         model_path: The folder to write.
-    Raises:
-        ImportError: The package `molmo2-transformers`, which brings the remote code, is not installed.
     """
-    folder = Path(model_path)
-    if _is_complete(folder):
-        return
-    try:
-        from molmo2.convert.conversion import remote_code_files
-    except ImportError as error:
-        raise ImportError(
-            "The remote code comes from the package molmo2-transformers, which is not installed. Install it "
-            f"(`pip install .[fiftyone]` in its repository), or put a checkpoint that has it into {folder}."
-        ) from error
-    from huggingface_hub import snapshot_download
+    if not _is_complete(Path(model_path)):
+        from huggingface_hub import snapshot_download
 
-    snapshot_download(model_name, local_dir=model_path)
-    for file in remote_code_files():
-        shutil.copy(file, folder / file.name)
+        snapshot_download(model_name, local_dir=model_path)
 
 
 def _is_complete(folder: Path) -> bool:
-    """It has a configuration, this project's code and all files of weights."""
+    """Whether it has a configuration and all files of weights."""
     index = folder / "model.safetensors.index.json"
     weights = {"model.safetensors"}
     if index.is_file():
         weights = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    return all((folder / name).is_file() for name in {"config.json", "grounding_molmo2.py", *weights})
+    return all((folder / name).is_file() for name in {"config.json", *weights})
 
 
 def load_model(
     model_name: str, model_path: str, *, load_options: dict[str, Any] | None = None, **settings: Any
 ) -> Molmo2FiftyOneModel:
-    """Load a checkpoint folder with its remote code.
+    """Load a checkpoint folder with the installed package; no code in the folder is executed.
 
     Args:
-        model_path: The folder that `download_model` wrote, or any other with this project's remote code.
-        load_options: Of the model's `from_pretrained`: dtype ("auto" unless given), device_map, ...
+        model_path: The folder that `download_model` wrote, or any other checkpoint folder for transformers.
+        load_options: Options of `molmo2.load`: dtype, device_map, ...
         settings: Fields of `Molmo2Settings`.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
     config = Molmo2Settings(**settings)
-    processor = AutoProcessor.from_pretrained(model_path, trust_remote_code=True)
-    options = {"dtype": "auto", **(load_options or {})}
-    model = AutoModelForImageTextToText.from_pretrained(model_path, trust_remote_code=True, **options)
+    model, processor = load(model_path, **(load_options or {}))
     return Molmo2FiftyOneModel(model.eval(), processor, config)
 
 
 def resolve_input(model_name: str, ctx: Any) -> Any:
-    """The form in which the App asks for the settings."""
+    """The form in which FiftyOne's App asks for the settings."""
     from fiftyone.operators import types
 
     inputs = types.Object()
     inputs.enum("operation", OPERATIONS, default="describe", required=True, label="Operation")
     inputs.enum("media_type", MEDIA_TYPES, default="video", required=True, label="Media type")
-    inputs.str("prompt", required=False, label="Prompt", description="What to look for, or the whole question")
-    inputs.str("prompt_field", required=False, label="Prompt field", description="Field with each sample's prompt")
+    inputs.str("prompt", required=False, label="Prompt", description="Objects to look for, or the whole question")
+    inputs.str(
+        "prompt_field", required=False, label="Prompt field", description="Field with each sample's prompt"
+    )
     inputs.enum("pooling", POOLINGS, default="vision", required=True, label="Pooling of embeddings")
-    inputs.int("max_new_tokens", default=2048, required=True, label="Most tokens of an answer")
+    inputs.int("max_new_tokens", default=2048, required=True, label="Maximum number of new tokens")
     return types.Property(inputs)

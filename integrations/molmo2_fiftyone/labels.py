@@ -1,7 +1,7 @@
 """Molmo2's answers as FiftyOne labels, and keypoints back as the text of an answer.
 
-Usable alone, with any `Grounding` or `StructuredAnswer`. Places are shares of width and height, as FiftyOne stores
-them. Frame numbers count the frames of the file from 1: they come from `Moment.source_index`, so they hold for
+Usable alone, with any `Grounding` or `StructuredAnswer`. Positions are fractions of width and height, as in FiftyOne.
+Frame numbers count the frames of the file from 1: they come from `Moment.source_index`, so they are correct for
 variable frame rates, late starts and clips.
 """
 
@@ -16,7 +16,7 @@ def image_keypoints(grounding: Any, image_index: int = 0) -> fo.Keypoints:
 
     Args:
         grounding: A `Grounding`; points in other images and in videos are left out.
-        image_index: Of the image, from 0.
+        image_index: Index of the image in the prompt, from 0.
     """
     return fo.Keypoints(keypoints=[_keypoint(point) for point in grounding.points if point.image_index == image_index])
 
@@ -24,18 +24,18 @@ def image_keypoints(grounding: Any, image_index: int = 0) -> fo.Keypoints:
 def frame_keypoints(grounding: Any) -> dict[int, fo.Keypoints]:
     """The points of a video by frame number, for `sample.add_labels` or `sample.frames`.
 
-    Keypoints of one tracked object share an `fo.Instance`. Of an object that the answer places twice at one time the
-    first counts, as in `Track`; of two times in one frame the one that is nearer to it.
+    Keypoints of one tracked object share an `fo.Instance`. If the answer places an object twice at one time, the first
+    position counts, as in `Track`; of two times in one frame, the one nearer to the frame.
 
     Raises:
-        ValueError: The answer was read without the sampled frames of its video.
+        ValueError: The answer was parsed without the sampled frames of its video.
     """
     frames: dict[int, list[fo.Keypoint]] = {}
     tracked = [
         (point, instance)
         for track in grounding.tracks
         for instance in [fo.Instance()]
-        for point in _one_a_frame(track)
+        for point in _one_per_frame(track)
     ]
     single = [(point, None) for point in grounding.points if point.tag != "tracks" and point.image_index is None]
     for point, instance in single + tracked:
@@ -43,8 +43,8 @@ def frame_keypoints(grounding: Any) -> dict[int, fo.Keypoints]:
     return {number: fo.Keypoints(keypoints=frames[number]) for number in sorted(frames)}
 
 
-def _one_a_frame(track: Any) -> list[Any]:
-    """The points of a track in the order of its frames."""
+def _one_per_frame(track: Any) -> list[Any]:
+    """The points of a track, one for each of its frames."""
     nearest: dict[int, Any] = {}
     for point in track.points:
         number = frame_number(point.moment)
@@ -54,14 +54,14 @@ def _one_a_frame(track: Any) -> list[Any]:
 
 
 def temporal_detections(events: Any, media: Any) -> fo.TemporalDetections:
-    """Events with a start as frames of the file, both ends counted.
+    """Events as ranges of frames of the file, both ends included.
 
     Args:
-        events: Of a `StructuredAnswer`: `start`, `end` in seconds or None, and `description`. Those without a start
-            are left out; without an end an event is one frame; ends in the wrong order are exchanged.
+        events: Of a `StructuredAnswer`: `start`, `end` in seconds or None, and `description`. Events without a start
+            are left out; without an end an event is one frame; reversed ends are swapped.
         media: The `MediaInfo` of the answer; a time means the sampled frame nearest to it, as for points.
     Raises:
-        ValueError: `media` knows no sampled frames, or not where they stand in the file.
+        ValueError: `media` has no sampled frames, or not their indices in the file.
     """
     detections = []
     for event in events:
@@ -76,7 +76,7 @@ def structured_labels(answer: Any, media: Any) -> dict[str, fo.Label]:
     """The sections of a structured description.
 
     `summary` is a Classification, `objects`, `text` and `scene` are Classifications, `events` are TemporalDetections
-    (videos alone). An answer without readable JSON becomes its `summary` as it is.
+    (videos only). An answer without valid JSON becomes the `summary` unchanged.
     """
     labels: dict[str, fo.Label] = {
         "summary": fo.Classification(label=answer.summary if answer.found else answer.raw.strip()),
@@ -94,7 +94,7 @@ def structured_labels(answer: Any, media: Any) -> dict[str, fo.Label]:
 
 
 def image_positions(keypoints: fo.Keypoints) -> list[tuple[float, float]]:
-    """Positions for `format_points`, which writes them as an answer: corrections become training data."""
+    """Positions for `format_points`, to turn corrected keypoints into training data."""
     return [tuple(place) for keypoint in keypoints.keypoints for place in keypoint.points]
 
 
@@ -105,7 +105,7 @@ def track_positions(
 
     Args:
         frames: {frame number from 1: keypoints}, as `frame_keypoints` gives them.
-        times: {frame number: seconds on the clock of the prompt}, one for each of these frames.
+        times: {frame number: seconds as printed in the prompt}, one for each of these frames.
     Raises:
         ValueError: A keypoint has no index, or not exactly one point.
     """
@@ -130,14 +130,14 @@ def _classifications(names: Any) -> fo.Classifications:
 
 
 def frame_number(moment: Any) -> int:
-    """The frame of the file, counted from 1, that a `Moment` is.
+    """The frame number of a `Moment` in the file, from 1.
 
     Raises:
         ValueError: It is unknown.
     """
     if moment is None or moment.source_index is None:
         raise ValueError(
-            "It is unknown which frame of the file a time means. Read the answer with the processor's output "
+            "It is unknown which frame of the file a time means. Parse the answer with the processor's output "
             "(`processor.post_process_grounding(text, inputs)`), or pass the video's metadata."
         )
     return moment.source_index + 1

@@ -1,9 +1,8 @@
 """Molmo2 as a FiftyOne model: five operations and embeddings, several samples in one call of `generate`."""
 
-import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import fiftyone as fo
@@ -12,29 +11,32 @@ import numpy as np
 import torch
 from PIL import Image
 
+from molmo2.grounding import Prompt, prompts
+
 from . import labels
 from .reader import VideoPart, videos_left_unopened
 
 OPERATIONS = ("describe", "pointing", "tracking", "temporal_localization", "comprehensive")
 VIDEO_OPERATIONS = ("tracking", "temporal_localization")
-NAMING_OPERATIONS = ("pointing", "tracking")  # their prompt names what is looked for
+NAMING_OPERATIONS = ("pointing", "tracking")  # their prompt names the objects
 POOLINGS = ("vision", "last_token")
 MEDIA_TYPES = ("image", "video")
 
 
 @dataclass
 class Molmo2Settings:
-    """What a `Molmo2FiftyOneModel` does; may be changed between calls.
+    """The settings of a `Molmo2FiftyOneModel`; may be changed between calls.
 
     Attributes:
         operation: One of `OPERATIONS`.
         media_type: "image" or "video".
-        prompt: For samples without one of their own. What to look for (pointing, tracking, temporal_localization) or
-            the whole question (describe, comprehensive); None asks the operation's usual question.
-        prompt_field: Field of the samples that holds their prompt; `apply_model(..., prompt_field=...)` goes first.
-        pooling: How `embed` makes one vector: "vision" averages the vectors of all visual tokens as the language model
-            receives them; "last_token" is the last hidden state of the prompt's last token, which has seen everything.
-        max_new_tokens: Of an answer; long tracks need many, and cut-off ones keep what was finished.
+        prompt: For samples without a prompt of their own. The objects or events to look for (pointing, tracking,
+            temporal_localization) or the whole question (describe, comprehensive); None for the default question of
+            the operation.
+        prompt_field: Field of the samples with their prompts; `apply_model(..., prompt_field=...)` takes precedence.
+        pooling: The embedding: "vision" averages the features of all visual tokens as the language model receives
+            them; "last_token" is the last hidden state of the prompt's last token, which attends to the whole prompt.
+        max_new_tokens: Of an answer; long tracks need many, and truncated ones keep their complete points.
         processor_kwargs: Options of the processor, such as {"num_frames": 64}.
     """
 
@@ -59,16 +61,18 @@ class Molmo2FiftyOneModel(fom.SamplesMixin, fom.EmbeddingsMixin, fom.Model):
 
     Args:
         model: A Molmo2 model, on its device.
-        processor: Its processor, with the prompts and parsers of this project's remote code.
-        config: What to do.
+        processor: Its processor, of this project.
+        config: The operation and its options.
+    Raises:
+        ValueError: The processor cannot parse answers: it comes from other code.
     """
 
     def __init__(self, model: Any, processor: Any, config: Molmo2Settings | None = None):
         super().__init__()
         if not hasattr(processor, "post_process_grounding"):
             raise ValueError(
-                f"{type(processor).__name__} can't read answers: the checkpoint has other remote code. Put this "
-                "project's *_molmo2.py files into its folder."
+                f"{type(processor).__name__} cannot parse answers: it is not the class of molmo2-transformers. Load "
+                "model and processor with `molmo2.load(folder)`."
             )
         self.model, self.processor = model, processor
         self.config = Molmo2Settings() if config is None else config
@@ -76,7 +80,7 @@ class Molmo2FiftyOneModel(fom.SamplesMixin, fom.EmbeddingsMixin, fom.Model):
         self._entered: list[AbstractContextManager[None]] = []
 
     def __enter__(self) -> "Molmo2FiftyOneModel":
-        """FiftyOne's `apply_model` and `compute_embeddings` do their work inside."""
+        """The context in which FiftyOne's `apply_model` and `compute_embeddings` run."""
         self._entered.append(videos_left_unopened() if self.media_type == "video" else nullcontext())
         self._entered[-1].__enter__()
         return self
@@ -84,7 +88,7 @@ class Molmo2FiftyOneModel(fom.SamplesMixin, fom.EmbeddingsMixin, fom.Model):
     def __exit__(self, *error: Any) -> None:
         self._entered.pop().__exit__(*error)
 
-    # what FiftyOne asks
+    # the interface of fom.Model
 
     @property
     def media_type(self) -> str:
@@ -96,7 +100,7 @@ class Molmo2FiftyOneModel(fom.SamplesMixin, fom.EmbeddingsMixin, fom.Model):
 
     @property
     def ragged_batches(self) -> bool:
-        return False  # pictures of any sizes go into one batch
+        return False  # images of any size form one batch
 
     @property
     def transforms(self) -> None:
@@ -134,41 +138,41 @@ class Molmo2FiftyOneModel(fom.SamplesMixin, fom.EmbeddingsMixin, fom.Model):
         """
         if not len(args):
             return []
-        prompts = [self._prompt(sample) for sample in ([None] * len(args) if samples is None else samples)]
-        inputs = self._inputs(args, [str(prompt) for prompt in prompts])
+        questions = [self._prompt(sample) for sample in ([None] * len(args) if samples is None else samples)]
+        inputs = self._inputs(args, [str(question) for question in questions])
         media = list(inputs.media)
         length = inputs["input_ids"].shape[1]
         with torch.inference_mode():
             output = self.model.generate(**inputs, max_new_tokens=self.config.max_new_tokens, do_sample=False)
         answers = self.processor.batch_decode(output[:, length:], skip_special_tokens=True)
-        return [self._labels(prompt, answer, about) for prompt, answer, about in zip(prompts, answers, media)]
+        return [self._labels(question, answer, about) for question, answer, about in zip(questions, answers, media)]
 
-    def _prompt(self, sample: Any) -> Any:
-        """A `Prompt` of this project; a text that replaces the usual question keeps the question's parser."""
+    def _prompt(self, sample: Any) -> Prompt:
+        """The prompt of a sample; a text that replaces the default question keeps the question's parser."""
         wanted = self.config.prompt
         field = self.needs_fields.get("prompt_field", self.needs_fields.get("prompt"))
         if field is not None and sample is not None and sample[field] is not None:
             wanted = sample[field]
         if isinstance(wanted, (list, tuple)):
             wanted = ", ".join(map(str, wanted))
-        operation, prompts = self.config.operation, _sibling(self.processor, "prompts_molmo2")
+        operation = self.config.operation
         if operation in NAMING_OPERATIONS:
             if not wanted:
                 raise ValueError(
                     f"{operation!r} needs to know what to look for: set `prompt`, or pass `prompt_field`."
                 )
-            return prompts.prompts.point(wanted) if operation == "pointing" else prompts.prompts.track(wanted)
+            return prompts.point(wanted) if operation == "pointing" else prompts.track(wanted)
         if operation == "temporal_localization":
-            return prompts.prompts.localize_events(wanted or None)
-        usual = prompts.prompts.describe(self.media_type)
+            return prompts.localize_events(wanted or None)
+        default = prompts.describe(self.media_type)
         if operation == "comprehensive" and self.media_type == "video":
-            usual = prompts.prompts.describe_structured()
+            default = prompts.describe_structured()
         elif operation == "comprehensive":
-            about_time = prompts.prompts.describe_structured("summary", "objects", "text", "scene")
-            usual = type(about_time)(about_time.text.replace("this video", "this image"), about_time.reader)
-        return type(usual)(str(wanted), usual.reader) if wanted else usual
+            of_video = prompts.describe_structured("summary", "objects", "text", "scene")
+            default = replace(of_video, text=of_video.text.replace("this video", "this image"))
+        return replace(default, text=str(wanted)) if wanted else default
 
-    def _labels(self, prompt: Any, answer: str, media: Any) -> Any:
+    def _labels(self, prompt: Prompt, answer: str, media: Any) -> Any:
         operation, parsed = self.config.operation, prompt.parse(answer, media)
         if operation == "describe":
             return fo.Classification(label=parsed)
@@ -178,13 +182,13 @@ class Molmo2FiftyOneModel(fom.SamplesMixin, fom.EmbeddingsMixin, fom.Model):
             return labels.structured_labels(parsed, media)
         if media.kind != "video":
             return labels.image_keypoints(parsed)
-        # FiftyOne can't add labels for no frame at all.
+        # FiftyOne refuses a dictionary without any frame.
         return labels.frame_keypoints(parsed) or {labels.frame_number(media.moments[0]): fo.Keypoints()}
 
     def apply_in_batches(self, samples: Any, label_field: Any, batch_size: int = 4) -> None:
         """`samples.apply_model` with `batch_size` videos, clips or images in each call of `generate`.
 
-        FiftyOne batches images itself (`apply_model(..., batch_size=)`), but hands over videos one by one.
+        FiftyOne batches images itself (`apply_model(..., batch_size=)`), but passes videos one by one.
 
         Args:
             samples: A dataset or view.
@@ -203,7 +207,7 @@ class Molmo2FiftyOneModel(fom.SamplesMixin, fom.EmbeddingsMixin, fom.Model):
 
     def embed_all(self, args: Sequence[Any]) -> np.ndarray:
         """Vectors of several samples, (N, D) float32, from one call of the model; `config.pooling` says how."""
-        question = _sibling(self.processor, "prompts_molmo2").prompts.describe(self.media_type)
+        question = prompts.describe(self.media_type)
         inputs = self._inputs(args, [str(question)] * len(args))
         with torch.inference_mode():
             vectors = self._pooled(inputs)
@@ -218,7 +222,7 @@ class Molmo2FiftyOneModel(fom.SamplesMixin, fom.EmbeddingsMixin, fom.Model):
                 sample.save()
 
     def get_embeddings(self) -> np.ndarray:
-        """What the last call of `embed` or `embed_all` gave, (N, D)."""
+        """The vectors of the last call of `embed` or `embed_all`, (N, D)."""
         return self._embeddings
 
     def _pooled(self, inputs: Any) -> torch.Tensor:
@@ -234,11 +238,11 @@ class Molmo2FiftyOneModel(fom.SamplesMixin, fom.EmbeddingsMixin, fom.Model):
 
     def _media_of(self, batch: Sequence[Any]) -> list[Any]:
         images = self.media_type == "image"
-        return [sample.filepath if images else VideoPart.of_sample(sample) for sample in batch]
+        return [sample.filepath if images else VideoPart.from_sample(sample) for sample in batch]
 
     def _inputs(self, args: Sequence[Any], questions: Sequence[str]) -> Any:
         conversations = [
-            [{"role": "user", "content": [self._picture(arg), {"type": "text", "text": question}]}]
+            [{"role": "user", "content": [self._media_part(arg), {"type": "text", "text": question}]}]
             for arg, question in zip(args, questions)
         ]
         inputs = self.processor.apply_chat_template(
@@ -252,13 +256,13 @@ class Molmo2FiftyOneModel(fom.SamplesMixin, fom.EmbeddingsMixin, fom.Model):
         )
         return inputs.to(self.model.device)
 
-    def _picture(self, arg: Any) -> dict[str, Any]:
-        """The part of a message that shows the image or the video."""
+    def _media_part(self, arg: Any) -> dict[str, Any]:
+        """The part of a message for the image or the video."""
         if self.media_type == "image":
             return {"type": "image", "image": Image.fromarray(arg) if isinstance(arg, np.ndarray) else arg}
         if not isinstance(arg, VideoPart):
-            arg = VideoPart.of_reader(arg) if hasattr(arg, "inpath") else VideoPart(str(arg))
-        clip = arg.clip(_sibling(self.processor, "video_decoding_molmo2"))
+            arg = VideoPart.from_reader(arg) if hasattr(arg, "inpath") else VideoPart(str(arg))
+        clip = arg.clip()
         return {"type": "video", "video": arg.path} | ({} if clip is None else {"clip": clip})
 
 
@@ -273,9 +277,3 @@ def _batches(samples: Any, size: int) -> Iterator[list[Any]]:
             batch = []
     if batch:
         yield batch
-
-
-def _sibling(processor: Any, name: str) -> Any:
-    """A module of the remote code that the processor came from."""
-    package = type(processor).__module__.rpartition(".")[0]
-    return importlib.import_module(f"{package}.{name}")

@@ -17,16 +17,20 @@ if TYPE_CHECKING:
     from molmo2.grounding import prompts
     from molmo2.grounding.parse import Grounding, parse_grounding
     from molmo2.registration import load, register
-    from molmo2.tools.ask import Answer, MediaSession, ask, ask_stream
+    from molmo2.tools.ask import Answer, AnswerPiece, MediaSession, Timings, ask, ask_stream
     from molmo2.tools.draw import DrawingStyle, contact_sheet, draw
-    from molmo2.tools.draw_video import annotate_video
-    from molmo2.tools.plan import plan
+    from molmo2.tools.draw_video import AnnotatedVideo, annotate_video
+    from molmo2.tools.plan import RequestPlan, plan
 
 _HOMES = {
+    "AnnotatedVideo": "molmo2.tools.draw_video",
     "Answer": "molmo2.tools.ask",
+    "AnswerPiece": "molmo2.tools.ask",
     "DrawingStyle": "molmo2.tools.draw",
     "Grounding": "molmo2.grounding.parse",
     "MediaSession": "molmo2.tools.ask",
+    "RequestPlan": "molmo2.tools.plan",
+    "Timings": "molmo2.tools.ask",
     "annotate_video": "molmo2.tools.draw_video",
     "ask": "molmo2.tools.ask",
     "ask_stream": "molmo2.tools.ask",
@@ -39,10 +43,14 @@ _HOMES = {
 }
 
 __all__ = [
+    "AnnotatedVideo",
     "Answer",
+    "AnswerPiece",
     "DrawingStyle",
     "Grounding",
     "MediaSession",
+    "RequestPlan",
+    "Timings",
     "__version__",
     "annotate_video",
     "ask",

@@ -35,7 +35,7 @@ SCRIPT = {
     "red circles": CUPS,
     "story": "word " * 300,
 }
-PICTURE, CLIP = "#pictures img", "#clip video"
+IMAGE, VIDEO = "#images img", "#video video"
 ENCODED_TOLERANCE = 40  # grey levels, of H.264
 
 
@@ -98,13 +98,13 @@ def test_a_picture_its_points_as_they_come_and_the_files(visitor, gate, paths, t
     gate.place = "250 500 2"  # the first point is complete
     original = np.asarray(picture(100, 200))
     visitor.upload(paths[:1])
-    expect(visitor.page.locator(PICTURE)).to_be_visible()
-    assert (visitor.shown(PICTURE) == original).all()
-    before = visitor.page.locator(PICTURE).get_attribute("src")
+    expect(visitor.page.locator(IMAGE)).to_be_visible()
+    assert (visitor.shown(IMAGE) == original).all()
+    before = visitor.page.locator(IMAGE).get_attribute("src")
     visitor.ask("Point to the cups.")
 
-    expect(visitor.page.locator(PICTURE)).not_to_have_attribute("src", before)
-    early = visitor.shown(PICTURE)
+    expect(visitor.page.locator(IMAGE)).not_to_have_attribute("src", before)
+    early = visitor.shown(IMAGE)
     assert tuple(early[50, 50]) == color("", 1)
     assert (early[50, 150] == original[50, 150]).all()
     expect(visitor.answers).to_contain_text("Counting the")
@@ -113,7 +113,7 @@ def test_a_picture_its_points_as_they_come_and_the_files(visitor, gate, paths, t
     gate.opened.set()
     expect(visitor.answers).to_have_text("Counting the cups (2 points) shows a total of 2.")
     expect(visitor.page.locator("#note")).to_contain_text("tokens in")
-    late = visitor.shown(PICTURE)
+    late = visitor.shown(IMAGE)
     assert (tuple(late[50, 50]), tuple(late[50, 150])) == (color("cups", 1), color("cups", 2))
     exported = visitor.export("coco", tmp_path)
     content = json.loads(exported.read_text(encoding="utf-8"))
@@ -124,38 +124,38 @@ def test_a_picture_its_points_as_they_come_and_the_files(visitor, gate, paths, t
 
 def test_two_pictures_and_a_follow_up(visitor, paths, tmp_path):
     visitor.upload(paths)
-    expect(visitor.page.locator(PICTURE)).to_have_count(2)
+    expect(visitor.page.locator(IMAGE)).to_have_count(2)
     visitor.ask("Point to the boats.")
     expect(visitor.answers).to_have_text("boats (2 points)")
     expect(visitor.page.locator("#export_csv")).to_be_enabled()
-    assert tuple(visitor.shown(f"{PICTURE} >> nth=0")[20, 20]) == color("boats", 1)
-    assert tuple(visitor.shown(f"{PICTURE} >> nth=1")[40, 60]) == color("boats", 2)
+    assert tuple(visitor.shown(f"{IMAGE} >> nth=0")[20, 20]) == color("boats", 1)
+    assert tuple(visitor.shown(f"{IMAGE} >> nth=1")[40, 60]) == color("boats", 2)
     lines = visitor.export("csv", tmp_path).read_text(encoding="utf-8").splitlines()
     assert len(lines) == 3
     visitor.ask("Are you sure?")
     expect(visitor.answers.nth(1)).to_have_text("<b>Yes</b>, 1 < 2.")  # what the model writes is text, not HTML
-    expect(visitor.page.locator("#note")).to_contain_text("were known")
+    expect(visitor.page.locator("#note")).to_contain_text("cached")
     expect(visitor.page.locator("#export_csv")).to_be_enabled()  # of the points that are still drawn
     visitor.ask("Any cats?")
     expect(visitor.page.locator("#export_csv")).to_be_disabled()
-    assert (visitor.shown(f"{PICTURE} >> nth=0") == np.asarray(picture(100, 200))).all()
+    assert (visitor.shown(f"{IMAGE} >> nth=0") == np.asarray(picture(100, 200))).all()
 
 
 def test_a_clip_plays_with_its_track(visitor, tmp_path):
     visitor.upload([DATA / "world_clip.mp4"])
-    expect(visitor.page.locator(CLIP)).to_be_visible()
-    before = visitor.page.locator(CLIP).get_attribute("src")
+    expect(visitor.page.locator(VIDEO)).to_be_visible()
+    before = visitor.page.locator(VIDEO).get_attribute("src")
     visitor.ask("Track the red ring.")
     expect(visitor.answers).to_have_text("ring (1 track)")
-    expect(visitor.page.locator(CLIP)).not_to_have_attribute("src", before)
-    visitor.page.wait_for_function("document.querySelector('#clip video').readyState >= 2")
-    clip = visitor.page.locator(CLIP)
+    expect(visitor.page.locator(VIDEO)).not_to_have_attribute("src", before)
+    visitor.page.wait_for_function("document.querySelector('#video video').readyState >= 2")
+    clip = visitor.page.locator(VIDEO)
     clip.evaluate("video => { video.pause(); video.currentTime = 0; }")
-    visitor.page.wait_for_function("!document.querySelector('#clip video').seeking")
-    middle = visitor.shown(CLIP)[56, 56].astype(int)
+    visitor.page.wait_for_function("!document.querySelector('#video video').seeking")
+    middle = visitor.shown(VIDEO)[56, 56].astype(int)
     assert np.abs(middle - color("ring", 1)).max() < ENCODED_TOLERANCE
     assert abs(clip.evaluate("video => video.duration") - 2.4) < 0.2
-    assert tuple(visitor.shown(PICTURE)[90, 90]) == color("ring", 1)  # the sampled frames on a sheet
+    assert tuple(visitor.shown(IMAGE)[90, 90]) == color("ring", 1)  # the sampled frames on a sheet
     lines = visitor.export("mot", tmp_path).read_text().splitlines()
     assert [line.split(",")[:2] for line in lines] == [["1", "1"], ["11", "1"]]
 
@@ -163,11 +163,11 @@ def test_a_clip_plays_with_its_track(visitor, tmp_path):
 def test_what_goes_wrong_is_said(visitor, paths, tmp_path):
     status = visitor.page.locator("#status")
     visitor.ask("Point to the cups.")
-    expect(status).to_contain_text("Add a picture or a clip first.")
+    expect(status).to_contain_text("Add an image or a video first.")
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
     visitor.upload([broken])
-    expect(status).to_contain_text("“broken.png” cannot be read as a picture.")
+    expect(status).to_contain_text("“broken.png” cannot be read as an image.")
     visitor.upload(paths[:1])
     expect(status).to_be_hidden()
     visitor.ask("   ")
@@ -179,20 +179,20 @@ def test_what_goes_wrong_is_said(visitor, paths, tmp_path):
 
 def test_an_example_and_a_new_conversation(visitor):
     expect(visitor.page.locator("#notice")).to_contain_text("dictated")
-    visitor.page.get_by_role("button", name="Point in a picture").click()
-    expect(visitor.page.locator(PICTURE)).to_be_visible()
+    visitor.page.get_by_role("button", name="Point in an image").click()
+    expect(visitor.page.locator(IMAGE)).to_be_visible()
     expect(visitor.page.locator("#question textarea")).to_have_value("Point to the red circles.")
     visitor.page.locator("#question button").click()
     expect(visitor.answers).to_contain_text("total of 2")
     visitor.page.locator("#again").click()
     expect(visitor.answers).to_have_count(0)
     expect(visitor.page.locator("#export_json")).to_be_disabled()
-    expect(visitor.page.locator(PICTURE)).to_be_visible()
+    expect(visitor.page.locator(IMAGE)).to_be_visible()
 
 
 def test_stop(visitor, gate, paths):
     visitor.upload(paths[:1])
-    expect(visitor.page.locator(PICTURE)).to_be_visible()
+    expect(visitor.page.locator(IMAGE)).to_be_visible()
     gate.place = "word word word"
     visitor.ask("Tell a story.")
     expect(visitor.answers).to_contain_text("word word")
@@ -216,8 +216,8 @@ def test_the_command_line_starts_it(running, tmp_path):
         assert address == f"http://127.0.0.1:{port}"
         with look_at(running, address) as visitor:
             expect(visitor.page.locator("#notice")).to_contain_text("miniature")
-            visitor.page.get_by_role("button", name="Track in a clip").click()
-            expect(visitor.page.locator(CLIP)).to_be_visible()
+            visitor.page.get_by_role("button", name="Track in a video").click()
+            expect(visitor.page.locator(VIDEO)).to_be_visible()
             visitor.page.locator("#question button").click()
             expect(visitor.page.locator("#note")).to_contain_text("tokens in")
     finally:

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from app.__main__ import arguments
-from app.backend import Backend, UserError, is_clip, readable
-from app.models import MINIATURE, load
+from app.backend import Backend, UserError, is_video, readable
+from app.models import MINIATURE, load_backend
 from app.samples import SAMPLES
 from molmo2.grounding.files import from_coco, from_csv, from_json
 from molmo2.grounding.parse import parse_grounding
@@ -62,14 +62,14 @@ def color(label, object_id):
 
 def test_points_are_drawn_while_the_answer_is_written(backend, paths):
     updates = list(backend.open(paths[:1]).answer("Point to the cups."))
-    drawn = [update for update in updates if update.pictures is not None]
+    drawn = [update for update in updates if update.images is not None]
     assert [update.raw.count("500") for update in drawn] == [
         1,
         2,
         2,
     ]  # after each point, and with the label at the end
     assert updates.index(drawn[1]) < len(updates) - 5
-    first, second, last = (np.asarray(update.pictures[0]) for update in drawn)
+    first, second, last = (np.asarray(update.images[0]) for update in drawn)
     original = np.asarray(picture(100, 200))
     assert first.shape == original.shape
     assert tuple(first[50, 50]) == color("", 1)  # the label comes behind the points
@@ -83,7 +83,7 @@ def test_points_are_drawn_while_the_answer_is_written(backend, paths):
 
 def test_several_pictures_each_with_its_own_points(backend, paths):
     *_, last = backend.open(paths).answer("Point to the boats.")
-    left, right = (np.asarray(drawn) for drawn in last.pictures)
+    left, right = (np.asarray(drawn) for drawn in last.images)
     assert tuple(left[20, 20]) == color("boats", 1)
     assert tuple(right[40, 60]) == color("boats", 2)
     assert set(last.files) == {"json", "csv", "coco"}  # MOT is about clips
@@ -104,7 +104,7 @@ def test_follow_ups_do_not_read_the_pictures_again(backend, paths, encodings):
     assert len(encodings) == 1
     assert [answer.raw for answer in answers] == [BOATS, "Yes.", CUPS]
     assert answers[1].files is None  # it is not about places: what was drawn and written before still holds
-    assert answers[1].pictures is None
+    assert answers[1].images is None
     assert answers[0].files["json"] != answers[2].files["json"]
     assert json.loads(answers[0].files["json"].read_text(encoding="utf-8"))["text"] == BOATS
 
@@ -113,8 +113,8 @@ def test_where_nothing_is_there_the_pictures_are_clean_again(backend, paths):
     conversation = backend.open(paths[:1])
     list(conversation.answer("Point to the cups."))
     *_, last = conversation.answer("Point to the cats.")
-    assert (np.asarray(last.pictures[0]) == np.asarray(conversation.images[0])).all()
-    assert (last.files, last.clip) == ({}, None)
+    assert (np.asarray(last.images[0]) == np.asarray(conversation.images[0])).all()
+    assert (last.files, last.video) == ({}, None)
 
 
 def test_a_clip_comes_back_with_its_tracks(backend):
@@ -124,12 +124,12 @@ def test_a_clip_comes_back_with_its_tracks(backend):
     assert last.text == "ring (1 track)"
     assert set(last.files) == {"json", "csv", "coco", "mot"}
     assert [line.split(",")[:2] for line in last.files["mot"].read_text().splitlines()] == [["1", "1"], ["11", "1"]]
-    (sheet,) = last.pictures
+    (sheet,) = last.images
     assert tuple(np.asarray(sheet)[90, 90]) == color("ring", 1)  # in the middle of the first frame
-    frames, _ = processor().video_processor.fetch_videos(str(last.clip), num_frames=6)
+    frames, _ = processor().video_processor.fetch_videos(str(last.video), num_frames=6)
     assert np.abs(frames[0][56, 56].astype(int) - color("ring", 1)).max() < 40  # H.264 is not exact
     *_, last = conversation.answer("Track the cats.")
-    assert (last.files, last.clip) == ({}, CLIP)
+    assert (last.files, last.video) == ({}, CLIP)
 
 
 def test_closing_stops_the_model(model, paths):
@@ -147,7 +147,7 @@ def test_closing_stops_the_model(model, paths):
 
 def test_without_a_model_it_starts_with_the_miniature(tmp_path):
     with module_cache(tmp_path / "modules"):
-        backend = load(None, tmp_path, max_new_tokens=4)
+        backend = load_backend(None, tmp_path, max_new_tokens=4)
         assert backend.notice == MINIATURE
         *_, last = backend.open(SAMPLES[0].paths).answer(SAMPLES[0].question)
     assert last.note.startswith("4 tokens in")
@@ -162,7 +162,7 @@ def test_a_folder_without_a_model_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["app", "--model", str(tmp_path)])
     with pytest.raises(SystemExit):
         arguments()
-    assert "holds no config.json. Pass a folder that transformers loads" in capsys.readouterr().err
+    assert "has no config.json. Pass a checkpoint folder for transformers" in capsys.readouterr().err
 
 
 def test_stopping_keeps_what_there_is(model, paths):
@@ -182,22 +182,22 @@ def test_stopping_keeps_what_there_is(model, paths):
 
 def test_nothing_to_look_at(backend):
     for nothing in (None, []):
-        with pytest.raises(UserError, match="Add a picture or a clip first"):
+        with pytest.raises(UserError, match="Add an image or a video first"):
             backend.open(nothing)
 
 
 def test_too_much(backend, paths):
     for given in ([CLIP, CLIP], [CLIP, paths[0]]):
-        with pytest.raises(UserError, match="one clip, or any number of pictures"):
+        with pytest.raises(UserError, match="one video, or any number of images"):
             backend.open(given)
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("broken.png", "picture"), ("broken.mp4", "clip"), ("notes.txt", "picture")]
+    ("name", "kind"), [("broken.png", "an image"), ("broken.mp4", "a video"), ("notes.txt", "an image")]
 )
 def test_broken_files(backend, tmp_path, name, kind):
     (tmp_path / name).write_bytes(b"no " + kind.encode())
-    with pytest.raises(UserError, match=f"“{name}” cannot be read as a {kind}"):
+    with pytest.raises(UserError, match=f"“{name}” cannot be read as {kind}"):
         backend.open([tmp_path / name])
 
 
@@ -229,7 +229,7 @@ def test_answers_as_people_read_them(answer, expected):
 
 
 def test_clips_are_told_from_pictures():
-    assert is_clip(CLIP)
-    assert is_clip(REPOSITORY / "phone.M4V")
-    assert not is_clip(REPOSITORY / "animation.gif")
-    assert not is_clip(REPOSITORY / "no_suffix")
+    assert is_video(CLIP)
+    assert is_video(REPOSITORY / "phone.M4V")
+    assert not is_video(REPOSITORY / "animation.gif")
+    assert not is_video(REPOSITORY / "no_suffix")

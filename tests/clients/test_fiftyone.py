@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ if not os.environ.get("FIFTYONE_DATABASE_URI"):
 
 import eta.core.video as etav
 import fiftyone as fo
+import fiftyone.core.models
 import fiftyone.zoo as foz
 
 import molmo2_fiftyone
@@ -254,11 +256,21 @@ def test_neither_ffprobe_nor_ffmpeg_is_needed(dataset, scripted, loaded, monkeyp
     assert dataset[:1].compute_embeddings(loaded, skip_failures=False).shape == (1, 40)
 
 
-def test_the_usual_reader_comes_back(dataset, scripted):
-    usual = etav.FFmpegVideoReader
+def test_only_the_loops_of_this_thread_get_another_reader(dataset, scripted):
+    usual, found = etav.FFmpegVideoReader, []
+
+    def answer(prompt):
+        thread = threading.Thread(target=lambda: found.append(fiftyone.core.models.etav.FFmpegVideoReader))
+        thread.start()
+        thread.join()
+        found.append(etav.FFmpegVideoReader)
+        return "Two people talk."
+
+    dataset[:1].apply_model(scripted(answer), label_field="text", skip_failures=False)
+    assert found == [usual, usual]
     with pytest.raises(ValueError, match="needs to know what to look for"):
         dataset.apply_model(scripted("x", operation="pointing"), label_field="text", skip_failures=False)
-    assert etav.FFmpegVideoReader is usual
+    assert fiftyone.core.models.etav.FFmpegVideoReader is usual
 
 
 @pytest.mark.parametrize(("frames", "support"), [(None, None), ("1-20", None), ("5-12", (5, 12))])
@@ -266,7 +278,7 @@ def test_the_usual_readers_name_their_part(ours, frames, support):
     class Reader(etav.VideoReader):
         total_frame_count = 20
 
-    assert ours.VideoPart.of_reader(Reader("clip.mp4", frames)) == ours.VideoPart("clip.mp4", support)
+    assert ours.VideoPart.from_reader(Reader("clip.mp4", frames)) == ours.VideoPart("clip.mp4", support)
 
 
 # --- prompts, batches, images ----------------------------------------------------------------------------------------
@@ -451,26 +463,29 @@ def test_something_to_look_for_is_needed(dataset, scripted):
         dataset.apply_model(scripted("x", operation="pointing"), label_field="text", skip_failures=False)
 
 
-def test_a_download_brings_the_remote_code_once(tmp_path, ours, monkeypatch):
+def test_a_checkpoint_is_downloaded_once(tmp_path, ours, monkeypatch):
     downloads = []
 
     def snapshot(name, local_dir):
-        """The published files: weights and other code."""
         downloads.append(name)
         write_checkpoint(Path(local_dir), "qwen3")
-        for file in Path(local_dir).glob("*_molmo2.py"):
-            file.unlink()
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     folder = tmp_path / "Molmo2-4B"
     for _ in range(2):
         ours.download_model(NAME, str(folder))
     assert downloads == [NAME]
-    text = (folder / "grounding_molmo2.py").read_text(encoding="utf-8")
-    assert text == (REPOSITORY / "grounding_molmo2.py").read_text(encoding="utf-8")
     next(folder.glob("*.safetensors")).unlink()
     ours.download_model(NAME, str(folder))
     assert downloads == [NAME, NAME]
+
+
+def test_no_code_of_a_checkpoint_is_executed(tmp_path, ours):
+    write_checkpoint(tmp_path, "qwen3")
+    for file in tmp_path.glob("*_molmo2.py"):
+        file.write_text("raise RuntimeError('executed')")
+    model = ours.load_model(NAME, str(tmp_path))
+    assert type(model.processor).__module__ == "molmo2.processing.processor"
 
 
 def test_the_page_runs_as_written(clips, tmp_path, monkeypatch):

@@ -35,9 +35,11 @@ PAGES = [
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
     write_miniature(folder / "Molmo2-4B")
-    # Answers of random weights end anywhere or never; the blocks ask for hundreds of tokens.
+    # Answers of random weights end anywhere or never, and most blocks set no limit.
     settings = json.loads((folder / "Molmo2-4B" / "generation_config.json").read_text(encoding="utf-8"))
-    write_json(folder / "Molmo2-4B" / "generation_config.json", {**settings, "max_time": 1.0})
+    write_json(folder / "Molmo2-4B" / "generation_config.json", {**settings, "max_new_tokens": 16, "max_time": 60.0})
+    (folder / "allenai").mkdir()
+    (folder / "allenai" / "Molmo2-4B").symlink_to(folder / "Molmo2-4B", target_is_directory=True)
     data = REPOSITORY / "examples" / "data"
     for name, source in (
         ("boats.jpg", "nasa_frame.jpg"),
@@ -56,11 +58,11 @@ def test_the_blocks_run_as_written(folder, monkeypatch, capsys):
     names = {}
     for block in BLOCKS:
         exec(compile(block, "README.md", "exec"), names)
-    assert len(BLOCKS) == 10
+    assert len(BLOCKS) == 12
     assert capsys.readouterr().out.count("\n") >= 7  # seven answers
-    assert names["plan"].num_tokens <= 1000
+    assert names["planned"].num_tokens <= 1000
     assert len(names["answers"]) == 2
-    assert all(isinstance(answer, str) for answer in names["answers"])
+    assert all(isinstance(answer.text, str) for answer in names["answers"])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -12,23 +12,23 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from app.models import load
+from app.models import load_backend
 from app.page import Page
 from app.samples import SAMPLES
 from support.app_browser import browser, expect, find_browser, visit
 
 IMAGES = Path(__file__).resolve().parent.parent.parent / "docs" / "images"
 SHOTS = {  # name -> (label of the example, follow-up question)
-    "app_picture": ("Point in a picture", "What colour is the ring?"),
-    "app_pictures": ("Point in several pictures", None),
-    "app_clip": ("Track in a clip", None),
+    "app_picture": ("Point in an image", "What colour is the ring?"),
+    "app_pictures": ("Point in several images", None),
+    "app_clip": ("Track in a video", None),
 }
 PAUSE = 1500  # milliseconds, for the page to come to rest
 
 
 def shoot(visitor, label: str, follow_up: str | None, target: Path) -> None:
     visitor.page.get_by_role("button", name=label, exact=True).click()
-    expect(visitor.page.locator("#pictures img, #clip video").first).to_be_visible()
+    expect(visitor.page.locator("#images img, #video video").first).to_be_visible()
     visitor.page.locator("#question button").click()
     expect(visitor.page.locator("#note")).to_contain_text("tokens in")
     if follow_up is not None:
@@ -47,7 +47,7 @@ def main() -> None:
     IMAGES.mkdir(parents=True, exist_ok=True)
     assert {label for label, _ in SHOTS.values()} <= {sample.label for sample in SAMPLES}
     with tempfile.TemporaryDirectory() as scratch, browser(executable) as running:
-        page = Page(load(None, Path(scratch)))
+        page = Page(load_backend(None, Path(scratch)))
         for name, (label, follow_up) in SHOTS.items():
             with visit(running, page, width=1160, height=930) as visitor:
                 shoot(visitor, label, follow_up, IMAGES / f"{name}.png")

@@ -61,7 +61,7 @@ def test_points_in_pixels_without_passing_anything_by_hand(scripted):
     assert not answer.truncated
     assert answer.timings.num_new_tokens == len(processor().tokenizer.encode(CUPS, add_special_tokens=False)) + 1
     assert answer.timings.num_prompt_tokens > 50
-    assert answer.timings.preparing > 0
+    assert answer.timings.preprocess_seconds > 0
 
 
 def test_one_batch_for_several_questions(scripted):
@@ -256,12 +256,12 @@ def test_beams_in_a_session(model, configured):
 
 
 def test_a_session_needs_pictures(model):
-    with pytest.raises(ValueError, match="keeps pictures, but there are none"):
+    with pytest.raises(ValueError, match="caches images and videos, but there are none"):
         MediaSession(model, processor())
 
 
 def test_a_batch_needs_pictures_for_each_question(scripted):
-    with pytest.raises(ValueError, match="There are 2 questions, but the pictures are 3"):
+    with pytest.raises(ValueError, match="There are 2 questions, but `images` or `videos` has 3 entries"):
         ask(scripted, processor(), ["a", "b"], images=[None, None, None])
     with pytest.raises(ValueError, match="one answer per question"):
         ask(scripted, processor(), "Hello", num_return_sequences=2)
@@ -280,5 +280,5 @@ def test_one_answer_per_question_by_any_configuration(model, monkeypatch, whose)
 @torch.no_grad()
 def test_a_session_needs_its_cache(model):
     session = MediaSession(model, processor(), images=[picture()])
-    with pytest.raises(ValueError, match="reads pictures from its cache"):
+    with pytest.raises(ValueError, match="needs its cache, but `use_cache` is False"):
         session.ask("What is it?", use_cache=False)

@@ -1,4 +1,4 @@
-"""`processor.plan`: the counts of a call without its pixels, and options that make a request fit."""
+"""`plan`: the counts of a call without its pixels, and options that make a request fit."""
 
 import io
 import weakref
@@ -11,7 +11,8 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from molmo2.tools.plan import Limits, RequestPlan, Wanted, fit
+from molmo2 import plan
+from molmo2.tools.plan import Budget, RequestPlan, fit_to_budget
 from support.checkpoints import build_model, picture
 from support.model_inputs import MIXED, ROWS, clip, processor
 
@@ -35,12 +36,12 @@ def test_counts_are_those_of_the_call(options):
         "videos": [video for name in MIXED for video in ROWS[name][2]],
     }
     arguments["video_metadata"] = [{"fps": 2.0}] * len(arguments["videos"])
-    plan = processor().plan(**arguments, **options)
+    planned = plan(processor(), **arguments, **options)
     inputs = processor()(**arguments, **options)
-    assert (list(plan.row_tokens), list(plan.visual_tokens)) == lengths(inputs)
-    assert list(plan.image_crops) == inputs["image_num_crops"].tolist()
-    assert sum(plan.num_frames) == len(inputs["pixel_values_videos"])
-    assert plan.num_crops == len(inputs["pixel_values"]) + len(inputs["pixel_values_videos"])
+    assert (list(planned.row_tokens), list(planned.visual_tokens)) == lengths(inputs)
+    assert list(planned.image_crops) == inputs["image_num_crops"].tolist()
+    assert sum(planned.num_frames) == len(inputs["pixel_values_videos"])
+    assert planned.num_crops == len(inputs["pixel_values"]) + len(inputs["pixel_values_videos"])
 
 
 @pytest.mark.parametrize(
@@ -63,15 +64,15 @@ def test_files_are_counted_from_their_headers(options, monkeypatch):
     call = {"tokenize": True, "return_dict": True, "add_generation_prompt": True, "return_metadata": True}
     inputs = processor().apply_chat_template(messages, **call, **options)
     monkeypatch.setattr(pixels, "write_patches", None)
-    plan = processor().plan(messages, **options)
-    assert (list(plan.row_tokens), list(plan.visual_tokens)) == lengths(inputs)
-    assert list(plan.timestamps[0]) == inputs["video_metadata"][0].timestamps
+    planned = plan(processor(), messages, **options)
+    assert (list(planned.row_tokens), list(planned.visual_tokens)) == lengths(inputs)
+    assert list(planned.timestamps[0]) == inputs["video_metadata"][0].timestamps
 
 
 def test_options_of_a_video_part_win():
     content = [{"type": "video", "path": str(CLIP), "num_frames": 3}, {"type": "text", "text": "?"}]
-    plan = processor().plan([{"role": "user", "content": content}], num_frames=6)
-    assert plan.num_frames == (3,)
+    planned = plan(processor(), [{"role": "user", "content": content}], num_frames=6)
+    assert planned.num_frames == (3,)
 
 
 def test_sizes_are_those_after_turning_upright():
@@ -79,8 +80,8 @@ def test_sizes_are_those_after_turning_upright():
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn
     picture(40, 200).save(turned, "JPEG", exif=exif)
-    upright, flat = processor().plan(images=[turned.getvalue()]), processor().plan(images=[picture(40, 200)])
-    assert upright.row_tokens == processor().plan(images=[np.zeros((200, 40, 3), np.uint8)]).row_tokens
+    upright, flat = plan(processor(), images=[turned.getvalue()]), plan(processor(), images=[picture(40, 200)])
+    assert upright.row_tokens == plan(processor(), images=[np.zeros((200, 40, 3), np.uint8)]).row_tokens
     assert upright.row_tokens != flat.row_tokens
 
 
@@ -88,47 +89,50 @@ def test_sizes_are_those_after_turning_upright():
 def test_a_token_limit_is_kept_and_used(max_tokens):
     arguments = {"text": "<|image|><|video|>What?", "images": [picture(300, 500)], "videos": [clip(20)]}
     arguments["video_metadata"] = [{"fps": 2.0}]
-    full = processor().plan(**arguments, num_frames=20, max_crops=12)
-    plan = processor().plan(**arguments, num_frames=20, max_crops=12, max_tokens=max_tokens)
-    inputs = processor()(**arguments, **plan.options)
-    assert len(inputs["input_ids"][0]) == plan.num_tokens <= max_tokens
-    assert plan.reduced is (full.num_tokens > max_tokens)
-    if plan.reduced:
-        assert f"reduced to fit: num_frames={plan.options['num_frames']}" in str(plan)
-        more_frames = processor().plan(
-            **arguments, max_crops=plan.options["max_crops"], num_frames=plan.options["num_frames"] + 1
+    full = plan(processor(), **arguments, num_frames=20, max_crops=12)
+    planned = plan(processor(), **arguments, num_frames=20, max_crops=12, max_tokens=max_tokens)
+    inputs = processor()(**arguments, **planned.options)
+    assert len(inputs["input_ids"][0]) == planned.num_tokens <= max_tokens
+    assert planned.reduced is (full.num_tokens > max_tokens)
+    if planned.reduced:
+        assert f"reduced to fit: num_frames={planned.options['num_frames']}" in str(planned)
+        more_frames = plan(
+            processor(),
+            **arguments,
+            max_crops=planned.options["max_crops"],
+            num_frames=planned.options["num_frames"] + 1,
         )
-        assert more_frames.num_tokens > max_tokens or more_frames.num_frames == plan.num_frames
+        assert more_frames.num_tokens > max_tokens or more_frames.num_frames == planned.num_frames
     else:
-        assert plan.options == {"num_frames": 20, "max_crops": 12}
+        assert planned.options == {"num_frames": 20, "max_crops": 12}
 
 
 def test_what_cannot_fit_is_refused():
     with pytest.raises(ValueError, match=r"takes at least \d+ tokens, but max_tokens is 10\. Raise the limit"):
-        processor().plan("<|image|>What?", images=[picture()], max_tokens=10)
+        plan(processor(), "<|image|>What?", images=[picture()], max_tokens=10)
     with pytest.raises(ValueError, match="`max_memory` needs `model`"):
-        processor().plan("<|image|>What?", images=[picture()], max_memory=1000)
+        plan(processor(), "<|image|>What?", images=[picture()], max_memory=1000)
     with pytest.raises(ValueError, match="pass them without `images` and `videos`"):
-        processor().plan([{"role": "user", "content": "Hi"}], images=[picture()])
+        plan(processor(), [{"role": "user", "content": "Hi"}], images=[picture()])
 
 
 def test_frames_shrink_with_crops_and_take_what_is_left():
     """A made-up price list: a frame costs 10 tokens, a crop 7."""
 
-    def plan_of(chosen):
+    def plan_for(chosen):
         tokens = 10 * chosen["num_frames"] + 7 * chosen["max_crops"]
         return RequestPlan((tokens,), (tokens,), (), (), chosen)
 
-    chosen = fit(plan_of, Wanted(40, 8), Limits(max_tokens=200)).options
+    chosen = fit_to_budget(plan_for, 40, 8, Budget(max_tokens=200)).options
     assert chosen == {"num_frames": 17, "max_crops": 4}  # 198; one more of either is too much
-    assert fit(plan_of, Wanted(40, 8), Limits(max_tokens=17)).options == {"num_frames": 1, "max_crops": 1}
+    assert fit_to_budget(plan_for, 40, 8, Budget(max_tokens=17)).options == {"num_frames": 1, "max_crops": 1}
 
 
 def test_a_memory_limit_is_kept():
     model = build_model("qwen3")
     arguments = {"text": "<|video|>What?", "videos": [clip(20)], "video_metadata": [{"fps": 2.0}], "model": model}
-    full = processor().plan(**arguments, num_frames=20, max_new_tokens=50)
-    half = processor().plan(**arguments, num_frames=20, max_new_tokens=50, max_memory=full.memory.total // 2)
+    full = plan(processor(), **arguments, num_frames=20, max_new_tokens=50)
+    half = plan(processor(), **arguments, num_frames=20, max_new_tokens=50, max_memory=full.memory.total // 2)
     assert half.memory.total <= full.memory.total // 2
     assert 1 < half.num_frames[0] < full.num_frames[0]
     assert "besides the weights" in str(full)
@@ -166,10 +170,10 @@ def test_estimated_memory_is_what_is_allocated(images, frames):
     if frames:
         arguments.update(videos=[clip(frames)], video_metadata=[{"fps": 2.0}])
     options = {"num_frames": 64, "max_crops": 12}
-    plan = processor().plan(**arguments, **options, model=model, max_new_tokens=4)
+    planned = plan(processor(), **arguments, **options, model=model, max_new_tokens=4)
     inputs = processor()(**arguments, **options, return_tensors="pt")
     pixels = sum(inputs[name].nbytes for name in ("pixel_values", "pixel_values_videos") if name in inputs)
-    assert plan.memory.pixels == pixels
+    assert planned.memory.pixels == pixels
     with LiveBytes(model) as live:
         model.generate(**inputs, max_new_tokens=4)
-    assert live.peak <= plan.memory.total <= 2.5 * live.peak
+    assert live.peak <= planned.memory.total <= 2.5 * live.peak

@@ -396,7 +396,7 @@ def test_times_that_do_not_rise_are_refused(tmp_path):
                 packet.pts = packet.dts = 0 if packet.pts < 80 else packet.pts
                 packet.stream = stream
                 writing.mux(packet)
-    with pytest.raises(ValueError, match=r"no ascending times: frame 1 is shown at 0\.000 s"):
+    with pytest.raises(ValueError, match=r"do not increase: frame 1 is at 0\.000 s"):
         annotate_video(repeated, grounding, tmp_path / "out.mp4")
     assert not (tmp_path / "out.mp4").exists()
 

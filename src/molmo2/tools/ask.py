@@ -1,19 +1,20 @@
-"""One call from a question to an answer with its points: sugar over the processor and `generate`.
+"""One call from a question to an answer with its points.
 
-    answer = ask(model, processor, "Point to the boats", images=["boats.jpg"])
+    answer = ask(model, processor, "Point to the boats.", images=["boats.jpg"])
     answer.text, answer.grounding.points, answer.timings
 
     session = MediaSession(model, processor, videos=["clip.mp4"])   # decoded and encoded once
     session.ask("What happens?"), session.ask(prompts.track("dog"))
 
-Everything here goes through public methods of the model and the processor; plain transformers calls give the same.
+A convenience wrapper over public methods: `apply_chat_template`, `generate` and `post_process_grounding` give the same
+results.
 """
 
 import copy
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from threading import Event, Thread
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from molmo2.grounding.parse import Grounding, GroundingStream, MediaInfo, Point
+from molmo2.image.geometry import split_runs
 
 MAX_NEW_TOKENS = 512
 STREAM_TIMEOUT_SECONDS = 600.0
@@ -29,38 +31,44 @@ STREAM_TIMEOUT_SECONDS = 600.0
 
 @dataclass(frozen=True)
 class Timings:
-    """Where the time went, in seconds; of a batch the same for all its rows.
+    """The time of each step, and the tokens of a row; the rows of a batch share the times.
 
     Attributes:
-        preparing: Decoding and cutting pictures, writing and tokenizing the prompt.
-        first_token: From there to the first new token: pictures encoded, prompt read.
-        decoding: The other tokens.
-        num_prompt_tokens, num_cached_tokens: Tokens of the row's prompt, and those among them that were read before.
+        preprocess_seconds: Decoding and cropping images and frames, rendering and tokenizing the prompt.
+        time_to_first_token: Seconds from there to the first new token: vision tower and prefill.
+        decode_seconds: The other tokens.
+        num_prompt_tokens, num_cached_tokens: Tokens of the row's prompt, and those among them that were in the cache.
         num_new_tokens: Tokens of the answer.
     """
 
-    preparing: float
-    first_token: float
-    decoding: float
+    preprocess_seconds: float
+    time_to_first_token: float
+    decode_seconds: float
     num_prompt_tokens: int
     num_cached_tokens: int
     num_new_tokens: int
 
     @property
+    def total_seconds(self) -> float:
+        """All three steps together."""
+        return self.preprocess_seconds + self.time_to_first_token + self.decode_seconds
+
+    @property
     def tokens_per_second(self) -> float:
-        """New tokens a second after the first one; 0 if there is only one."""
-        return (self.num_new_tokens - 1) / self.decoding if self.num_new_tokens > 1 and self.decoding > 0 else 0.0
+        """Decoding speed after the first token; 0 if there is only one."""
+        is_measured = self.num_new_tokens > 1 and self.decode_seconds > 0
+        return (self.num_new_tokens - 1) / self.decode_seconds if is_measured else 0.0
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said.
+    """A generated answer and its parsed content.
 
     Attributes:
         text: The answer without special tokens.
-        grounding: Points, tracks and counts in it, in pixels and source frames of the question's pictures.
-        parsed: What the `Prompt` made of it; equal to `grounding` for a question in plain text.
-        truncated: It ended because there were no more tokens to be had: `max_new_tokens`, `max_length`.
+        grounding: Points, tracks and counts in it, in pixels and source frames of the question's images and videos.
+        parsed: The result of the `Prompt`'s reader; equal to `grounding` for a question in plain text.
+        truncated: The answer was cut off by `max_new_tokens` or `max_length`.
     """
 
     text: str
@@ -75,12 +83,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class AnswerPiece:
-    """A part of an answer that is being written.
+    """A part of an answer that is being generated.
 
     Attributes:
         text: New text; all pieces together are the answer.
-        points: Points that are complete with it.
-        answer: The whole answer, in the last piece alone.
+        points: Points that this piece completes.
+        answer: The whole answer, in the last piece only.
     """
 
     text: str
@@ -98,19 +106,19 @@ def ask(
     processor_kwargs: dict[str, Any] | None = None,
     **generate_options: Any,
 ) -> Answer | list[Answer]:
-    """Ask about pictures.
+    """Ask about images and videos.
 
     Args:
         question: Text or a `Prompt`; or a list of them, which are answered in one batch.
-        images, videos: A picture or a list of them, in any form that the processor takes; for a batch one such entry
-            (or None) for each question.
+        images, videos: An image or a video, or a list of them, in any form that the processor accepts; for a batch one
+            such entry (or None) for each question.
         processor_kwargs: Options of the processor: num_frames, max_crops, clip, ...
-        generate_options: Options of `generate`. `max_new_tokens` is 512 unless a length is given, by an option, a
-            `generation_config` among them, or that of the model.
+        generate_options: Options of `generate`. `max_new_tokens` is 512 unless a length is given as an option, in a
+            `generation_config` among the options, or in that of the model.
     Returns:
-        An `Answer`, of a batch a list of them.
+        An `Answer`; for a batch a list of them.
     Raises:
-        ValueError: A batch with another number of pictures; more than one answer per question asked for.
+        ValueError: A batch with another number of images or videos; more than one answer per question requested.
     """
     batched = isinstance(question, (list, tuple))
     questions = list(question) if batched else [question]
@@ -122,11 +130,11 @@ def ask(
             questions, _per_question(images, questions, batched), _per_question(videos, questions, batched)
         )
     ]
-    started = time.perf_counter()
-    inputs = _prepared(model, processor, conversations, processor_kwargs).to(model.device)
-    run = _Run(processor, questions, list(inputs.media), time.perf_counter() - started)
-    output = run.generate(model, inputs, generate_options)
-    answers = [run.answer(row, inputs["attention_mask"][row], output) for row in range(len(questions))]
+    request = _Request.from_conversations(
+        model, processor, questions, conversations, processor_kwargs, generate_options
+    )
+    generation = request.generate(model)
+    answers = [request.answer(row, generation) for row in range(len(questions))]
     return answers if batched else answers[0]
 
 
@@ -140,29 +148,30 @@ def ask_stream(
     processor_kwargs: dict[str, Any] | None = None,
     **generate_options: Any,
 ) -> Iterator[AnswerPiece]:
-    """`ask` for one question, piece by piece; the last piece has the whole answer.
+    """`ask` for one question, piece by piece; the last piece holds the whole answer.
 
-    An error of the model is raised from here, after the pieces that came before it. Whoever leaves early (`break`,
+    An error of the model is raised here, after the pieces that came before it. Closing the iterator early (`break`,
     `close`) stops the model too.
     """
-    started = time.perf_counter()
-    conversation = _conversation(question, _listed(images), _listed(videos))
-    inputs = _prepared(model, processor, [conversation], processor_kwargs).to(model.device)
-    run = _Run(processor, [question], list(inputs.media), time.perf_counter() - started)
-    yield from run.stream(model, inputs, generate_options)
+    conversation = _conversation(question, _as_list(images), _as_list(videos))
+    request = _Request.from_conversations(
+        model, processor, [question], [conversation], processor_kwargs, generate_options
+    )
+    with closing(request.stream(model)) as pieces:
+        yield from (piece for piece, _ in pieces)
 
 
 class MediaSession:
-    """Several questions about the same pictures, which are decoded and encoded once.
+    """Several questions about the same images and videos, which are decoded and encoded once.
 
-    The pictures and what stands before them are read once and kept as a cache of keys and values. `ask` starts from
-    it each time, so that questions know nothing of each other; `chat` continues the conversation.
+    The prompt up to its last visual token is run once and kept as a key-value cache. `ask` forks that cache each time,
+    so that questions are independent of each other; `chat` continues the conversation.
 
     Args:
-        images, videos: A picture or a list of them.
+        images, videos: An image or a video, or a list of them.
         processor_kwargs: Options of the processor.
     Raises:
-        ValueError: There are no pictures.
+        ValueError: There are neither images nor videos.
     """
 
     def __init__(
@@ -175,250 +184,293 @@ class MediaSession:
         processor_kwargs: dict[str, Any] | None = None,
     ):
         self.model, self.processor = model, processor
-        self._images, self._videos = _listed(images), _listed(videos)
+        self._images, self._videos = _as_list(images), _as_list(videos)
         if not self._images and not self._videos:
-            raise ValueError("A session keeps pictures, but there are none. Pass `images` or `videos`, or use `ask`.")
+            raise ValueError(
+                "A session caches images and videos, but there are none. Pass `images` or `videos`, or use `ask`."
+            )
         options = {**({} if processor_kwargs is None else processor_kwargs), "return_metadata": True}
-        inputs = _prepared(model, processor, [_conversation("", self._images, self._videos)], options)
+        inputs = _prepare_inputs(model, processor, [_conversation("", self._images, self._videos)], options)
         self.media: MediaInfo = inputs.media[0]
-        self._grids = (inputs.get("image_grids", []), self._runs(inputs))
-        inputs.pop("video_metadata", None)
-        self._prefix, self._cache = self._read_pictures(inputs)
+        timestamps = [metadata.timestamps for metadata in inputs.pop("video_metadata", [])]
+        runs = split_runs(inputs.get("video_grids", []), [len(times) for times in timestamps])
+        self._grids = (inputs.get("image_grids", []), list(zip(runs, timestamps)))
+        self._prefix, self._cache = self._prefill_media(inputs)
         self._turns: list[dict[str, Any]] = []
         self._chat: tuple[Tensor, Any] = (self._prefix, self._cache)
 
     def ask(self, question: Any, **generate_options: Any) -> Answer:
-        """Ask about the pictures, as if it were the first question. Arguments as for `ask`."""
-        run, inputs, options = self._question(question, [], (self._prefix, self._cache), generate_options)
-        output = run.generate(self.model, inputs, options)
-        return run.answer(0, inputs["attention_mask"][0], output)
+        """Ask about the images and videos, as if it were the first question. Arguments as for `ask`."""
+        request = self._request(question, [], (self._prefix, self._cache), generate_options)
+        return request.answer(0, request.generate(self.model))
 
     def stream(self, question: Any, **generate_options: Any) -> Iterator[AnswerPiece]:
         """`ask`, piece by piece."""
-        run, inputs, options = self._question(question, [], (self._prefix, self._cache), generate_options)
-        yield from run.stream(self.model, inputs, options)
+        request = self._request(question, [], (self._prefix, self._cache), generate_options)
+        with closing(request.stream(self.model)) as pieces:
+            yield from (piece for piece, _ in pieces)
 
     def chat(self, question: Any, **generate_options: Any) -> Answer:
-        """Continue the conversation that earlier calls of `chat` began; what was read is not read again."""
-        run, inputs, options = self._question(question, self._turns, self._chat, generate_options)
-        output = run.generate(self.model, inputs, options)
-        answer = run.answer(0, inputs["attention_mask"][0], output)
-        self._remember(question, answer, output[0], options)
+        """Continue the conversation of earlier calls of `chat`; their tokens come from the cache."""
+        request = self._request(question, self._turns, self._chat, generate_options)
+        generation = request.generate(self.model)
+        answer = request.answer(0, generation)
+        self._append_turn(request, answer, generation)
         return answer
 
     def chat_stream(self, question: Any, **generate_options: Any) -> Iterator[AnswerPiece]:
         """`chat`, piece by piece; an answer that is not read to its end is not part of the conversation."""
-        run, inputs, options = self._question(question, self._turns, self._chat, generate_options)
-        with closing(run.stream(self.model, inputs, options)) as pieces:
-            for piece in pieces:
-                if piece.answer is not None:
-                    self._remember(question, piece.answer, run.sequences, options)
+        request = self._request(question, self._turns, self._chat, generate_options)
+        with closing(request.stream(self.model)) as pieces:
+            for piece, generation in pieces:
+                if piece.answer is not None and generation is not None:
+                    self._append_turn(request, piece.answer, generation)
                 yield piece
 
-    def _remember(self, question: Any, answer: Answer, sequences: Tensor, options: dict[str, Any]) -> None:
-        """The conversation goes on behind this answer. sequences: (rows, S), prompts with their answers."""
-        if self._num_beams(options) == 1:  # otherwise it is unknown which row of the cache became the answer
-            cache = options["past_key_values"]
-            self._chat = (sequences[:, : cache.get_seq_length()].cpu(), cache)
-        turns = [{"role": "user", "content": str(question)}, {"role": "assistant", "content": answer.text}]
-        self._turns = [*self._turns, *turns]
+    def _append_turn(self, request: "_Request", answer: Answer, generation: "Generation") -> None:
+        """Make the question and its answer part of the conversation."""
+        if self._num_beams(request.options) == 1:  # otherwise it is unknown which row of the cache became the answer
+            cache = request.options["past_key_values"]
+            self._chat = (generation.sequences[:, : cache.get_seq_length()].cpu(), cache)
+        question = {"role": "user", "content": str(request.questions[0])}
+        self._turns = [*self._turns, question, {"role": "assistant", "content": answer.text}]
 
     def _num_beams(self, options: dict[str, Any]) -> int:
         return _setting(self.model, options, "num_beams") or 1
 
-    @staticmethod
-    def _runs(inputs: Any) -> list[tuple[Any, list[float]]]:
-        """Rows of `video_grids` and times of each video."""
-        rows, videos = list(inputs.get("video_grids", [])), []
-        for metadata in inputs.get("video_metadata", []):
-            own = [rows.pop(0).tolist()]
-            while sum(frames for frames, *_ in own) < len(metadata.timestamps):
-                own.append(rows.pop(0).tolist())
-            videos.append((own, metadata.timestamps))
-        return videos
-
     @torch.inference_mode()
-    def _read_pictures(self, inputs: Any) -> tuple[Tensor, Any]:
-        """Ids up to the last visual token, (1, P), and the cache of what was read there."""
+    def _prefill_media(self, inputs: Any) -> tuple[Tensor, Any]:
+        """Ids up to the last visual token, (1, P), and their key-value cache."""
         length = int(inputs["token_type_ids"][0].nonzero().max()) + 1
-        cut = {name: inputs[name][:, :length] for name in ("input_ids", "attention_mask", "token_type_ids")}
+        prefix = {name: inputs[name][:, :length] for name in ("input_ids", "attention_mask", "token_type_ids")}
         cache = DynamicCache(config=self.model.config.get_text_config())
-        pictures = {name: value for name, value in inputs.items() if name not in cut}
-        arguments = {name: value.to(self.model.device) for name, value in {**pictures, **cut}.items()}
+        media = {name: value for name, value in inputs.items() if name not in prefix}
+        arguments = {name: value.to(self.model.device) for name, value in {**media, **prefix}.items()}
         self.model(**arguments, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return cut["input_ids"], cache
+        return prefix["input_ids"], cache
 
-    def _question(
-        self, question: Any, turns: list[dict[str, Any]], known: tuple[Tensor, Any], options: dict[str, Any]
-    ) -> tuple["_Run", dict[str, Tensor], dict[str, Any]]:
-        """A run, its inputs and options; the cache holds what the prompt has in common with `known`."""
+    def _request(
+        self, question: Any, turns: list[dict[str, Any]], prefix: tuple[Tensor, Any], options: dict[str, Any]
+    ) -> "_Request":
+        """A request whose cache holds what its prompt has in common with `prefix`: ids (1, P) and their cache."""
         if _setting(self.model, options, "use_cache") is False:
-            raise ValueError("A session reads pictures from its cache, but `use_cache` is False. Use `ask` for that.")
+            raise ValueError("A session needs its cache, but `use_cache` is False. Use `ask` instead.")
         started = time.perf_counter()
         conversation = _conversation(turns[0]["content"] if turns else str(question), self._images, self._videos)
         conversation += [*turns[1:], {"role": "user", "content": str(question)}] if turns else []
         prompt = self.processor.apply_chat_template(conversation, add_generation_prompt=True)
         inputs = self.processor.encode_prompts([prompt], *self._grids, return_tensors="pt")
-        ids, cache = known
+        ids, cache = prefix
         new = inputs["input_ids"]
-        shorter = min(ids.shape[1], new.shape[1] - 1)  # at least one token has to be read, to answer it
+        shorter = min(ids.shape[1], new.shape[1] - 1)  # `generate` needs at least one token that is not cached
         differs = (ids[0, :shorter] != new[0, :shorter]).nonzero()
-        length = int(differs[0]) if len(differs) else shorter
-        kept = _twin(cache)
-        excess = kept.get_seq_length() - length
+        num_cached = int(differs[0]) if len(differs) else shorter
+        fork = _fork_cache(cache)
+        excess = fork.get_seq_length() - num_cached
         if excess > 0:
-            kept.crop(-excess)  # recent releases take negative numbers only
+            fork.crop(-excess)  # recent releases take negative numbers only
         if self._num_beams(options) > 1:  # `generate` repeats the prompt, but not a cache that it is given
-            kept.batch_repeat_interleave(self._num_beams(options))
-        run = _Run(self.processor, [question], [self.media], time.perf_counter() - started, length)
-        arguments = {name: new_value.to(self.model.device) for name, new_value in inputs.items()}
-        return run, arguments, {**options, "past_key_values": kept}
+            fork.batch_repeat_interleave(self._num_beams(options))
+        return _Request(
+            self.processor,
+            [question],
+            [self.media],
+            {name: value.to(self.model.device) for name, value in inputs.items()},
+            {**options, "past_key_values": fork},
+            time.perf_counter() - started,
+            num_cached,
+        )
 
 
 # --- one call of generate --------------------------------------------------------------------------------------------
 
 
-class _Watch(StoppingCriteria):
-    """Knows when the first new token was there, and stops once nobody wants more."""
+@dataclass(frozen=True)
+class Generation:
+    """The result of one call of `generate`.
 
-    def __init__(self, unwanted: Event) -> None:
-        self.first_token: float | None = None
-        self._unwanted = unwanted
+    Attributes:
+        sequences: (rows, S), prompts with their answers.
+        prompt_length: Tokens of the padded prompts.
+        max_new_tokens: The limit that `generate` applied.
+        end_ids: Tokens that end an answer.
+        time_to_first_token, decode_seconds: See `Timings`.
+    """
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        if self.first_token is None:
-            self.first_token = time.perf_counter()
-        return torch.full((len(input_ids),), self._unwanted.is_set(), device=input_ids.device)
-
-
-def _setting(model: Any, options: dict[str, Any], name: str) -> Any:
-    """What `generate` goes by: an option, a `generation_config` among them, or that of the model."""
-    settings = [options.get("generation_config"), model.generation_config]
-    values = [options.get(name), *(getattr(config, name, None) for config in settings)]
-    return next((value for value in values if value is not None), None)
-
-
-def _most_new_tokens(model: Any, options: dict[str, Any], prompt_length: int) -> int | None:
-    """Of an answer, as `generate` goes by it; None where nobody says."""
-    most = _setting(model, options, "max_new_tokens")
-    if most is not None:
-        return int(most)
-    unsaid = (None, GenerationConfig().max_length)  # 20 up to 4.57, which nobody asks for
-    configs = [config for config in (options.get("generation_config"), model.generation_config) if config is not None]
-    lengths = [length for config in configs if (length := getattr(config, "max_length", None)) not in unsaid]
-    length = next(iter(lengths), None) if options.get("max_length") is None else options["max_length"]
-    return None if length is None else int(length) - prompt_length
+    sequences: Tensor
+    prompt_length: int
+    max_new_tokens: int
+    end_ids: frozenset[int]
+    time_to_first_token: float
+    decode_seconds: float
 
 
-@dataclass
-class _Run:
-    """One call of `generate` and what its rows are about."""
+@dataclass(frozen=True)
+class _Request:
+    """Prepared inputs and options of one call of `generate`; one question and its media per row."""
 
     processor: Any
     questions: Sequence[Any]
     media: Sequence[MediaInfo]
-    preparing: float
+    inputs: Any
+    options: dict[str, Any]
+    preprocess_seconds: float
     num_cached_tokens: int = 0
-    sequences: Any = None  # once generated
-    unwanted: Event = field(default_factory=Event)  # set by whoever leaves before the end
-    _times: list[float] = field(default_factory=list)
-    _end_ids: set[int] = field(default_factory=set)
 
-    def generate(self, model: Any, inputs: Any, options: dict[str, Any]) -> tuple[Tensor, int, int]:
-        """Prompts with their answers, (rows, S), the length of the prompts and the most tokens of an answer."""
-        number = _setting(model, options, "num_return_sequences") or 1
-        if number != 1:
+    @classmethod
+    def from_conversations(
+        cls,
+        model: Any,
+        processor: Any,
+        questions: Sequence[Any],
+        conversations: list[Any],
+        processor_kwargs: dict[str, Any] | None,
+        options: dict[str, Any],
+    ) -> "_Request":
+        started = time.perf_counter()
+        inputs = _prepare_inputs(model, processor, conversations, processor_kwargs).to(model.device)
+        return cls(processor, questions, list(inputs.media), inputs, options, time.perf_counter() - started)
+
+    def generate(self, model: Any, streamer: Any = None, stop_event: Event | None = None) -> Generation:
+        """Run `generate`.
+
+        Args:
+            stop_event: Once set, it ends all answers.
+        Raises:
+            ValueError: The options ask for several answers per question.
+        """
+        num_answers = _setting(model, self.options, "num_return_sequences") or 1
+        if num_answers != 1:
             raise ValueError(
-                f"`ask` gives one answer per question, but `num_return_sequences` is {number}. For several, call "
-                "`generate` yourself."
+                f"`ask` gives one answer per question, but `num_return_sequences` is {num_answers}. For several, call "
+                "`generate` directly."
             )
-        prompt_length = inputs["input_ids"].shape[1]
-        options = dict(options)
-        most = _most_new_tokens(model, options, prompt_length)
-        if most is None:
-            most = options["max_new_tokens"] = MAX_NEW_TOKENS
-        watch = _Watch(self.unwanted)
-        criteria = StoppingCriteriaList([*(options.pop("stopping_criteria", None) or []), watch])
-        ends = _setting(model, options, "eos_token_id")
-        self._end_ids = {self.processor.tokenizer.eos_token_id, *(ends if isinstance(ends, (list, tuple)) else [ends])}
-        self._times.append(time.perf_counter())
+        prompt_length = self.inputs["input_ids"].shape[1]
+        options = dict(self.options)
+        max_new_tokens = _max_new_tokens(model, options, prompt_length)
+        if max_new_tokens is None:
+            max_new_tokens = options["max_new_tokens"] = MAX_NEW_TOKENS
+        timer = _FirstTokenTimer(Event() if stop_event is None else stop_event)
+        criteria = StoppingCriteriaList([*(options.pop("stopping_criteria", None) or []), timer])
+        if streamer is not None:
+            options["streamer"] = streamer
+        end_ids = _setting(model, options, "eos_token_id")
+        end_ids = end_ids if isinstance(end_ids, (list, tuple)) else [end_ids]
+        started = time.perf_counter()
         with torch.inference_mode():
-            sequences = model.generate(**inputs, **options, stopping_criteria=criteria)
-        self.sequences = sequences = getattr(sequences, "sequences", sequences)
-        end = time.perf_counter()
-        self._times += [end if watch.first_token is None else watch.first_token, end]
-        return sequences, prompt_length, most
+            output = model.generate(**self.inputs, **options, stopping_criteria=criteria)
+        ended = time.perf_counter()
+        first_token = ended if timer.first_token is None else timer.first_token
+        return Generation(
+            sequences=getattr(output, "sequences", output),
+            prompt_length=prompt_length,
+            max_new_tokens=max_new_tokens,
+            end_ids=frozenset({self.processor.tokenizer.eos_token_id, *end_ids}),
+            time_to_first_token=first_token - started,
+            decode_seconds=ended - first_token,
+        )
 
-    def answer(self, row: int, attention_mask: Tensor, output: tuple[Tensor, int, int]) -> Answer:
+    def answer(self, row: int, generation: Generation) -> Answer:
         """The answer of one row."""
-        sequences, prompt_length, most = output
-        ids = sequences[row, prompt_length:].tolist()
-        ended = next((place for place, token in enumerate(ids) if token in self._end_ids), None)
+        ids = generation.sequences[row, generation.prompt_length :].tolist()
+        end = next((position for position, token in enumerate(ids) if token in generation.end_ids), None)
         text = self.processor.decode(ids, skip_special_tokens=True).strip()
-        started, first, end = self._times
         timings = Timings(
-            preparing=self.preparing,
-            first_token=first - started,
-            decoding=end - first,
-            num_prompt_tokens=int(attention_mask.sum()),
+            preprocess_seconds=self.preprocess_seconds,
+            time_to_first_token=generation.time_to_first_token,
+            decode_seconds=generation.decode_seconds,
+            num_prompt_tokens=int(self.inputs["attention_mask"][row].sum()),
             num_cached_tokens=self.num_cached_tokens,
-            num_new_tokens=len(ids) if ended is None else ended + 1,
+            num_new_tokens=len(ids) if end is None else end + 1,
         )
         grounding = self.processor.post_process_grounding(text, self.media[row])
         parse = getattr(self.questions[row], "parse", None)
         parsed = grounding if parse is None else parse(text, self.media[row])
-        return Answer(text, grounding, parsed, ended is None and len(ids) >= most, timings)
+        return Answer(text, grounding, parsed, end is None and len(ids) >= generation.max_new_tokens, timings)
 
-    def stream(self, model: Any, inputs: Any, options: dict[str, Any]) -> Iterator[AnswerPiece]:
-        """The answer of the only row, piece by piece."""
+    def stream(self, model: Any) -> Generator[tuple[AnswerPiece, Generation | None], None, None]:
+        """The answer of the only row, piece by piece; the last piece comes with the generation."""
         streamer = TextIteratorStreamer(
             self.processor.tokenizer, skip_prompt=True, timeout=STREAM_TIMEOUT_SECONDS, skip_special_tokens=True
         )
-        results: list[Any] = []
+        stop_event = Event()
+        results: list[Generation | BaseException] = []
 
         def generate() -> None:
             try:
-                results.append(self.generate(model, inputs, {**options, "streamer": streamer}))
-            except BaseException as error:  # handed to the thread that reads the stream
+                results.append(self.generate(model, streamer, stop_event))
+            except BaseException as error:  # raised again in the thread that reads the stream
                 results.append(error)
                 streamer.end()
 
         thread = Thread(target=generate, name="molmo2-answer", daemon=True)
         thread.start()
         reader, num_points = GroundingStream(self.media[0]), 0
-        begun, waiting = False, ""  # an answer neither begins nor ends with blanks: they wait for what follows them
+        started, held_back = False, ""  # blanks around an answer are dropped: they wait for what follows them
         try:
             for piece in streamer:
-                new = piece if begun else piece.lstrip()
-                begun = begun or bool(new)
+                new = piece if started else piece.lstrip()
+                started = started or bool(new)
                 points = reader.feed(new)  # with its blanks: they end numbers
                 num_points += len(points)
-                text = (waiting + new).rstrip()
-                waiting = (waiting + new)[len(text) :]
+                text = (held_back + new).rstrip()
+                held_back = (held_back + new)[len(text) :]
                 if text or points:
-                    yield AnswerPiece(text, tuple(points))
+                    yield AnswerPiece(text, tuple(points)), None
         finally:
-            self.unwanted.set()
+            stop_event.set()
             thread.join()
         (result,) = results
         if isinstance(result, BaseException):
             raise result
-        answer = self.answer(0, inputs["attention_mask"][0], result)
-        yield AnswerPiece("", answer.grounding.points[num_points:], answer)
+        answer = self.answer(0, result)
+        yield AnswerPiece("", answer.grounding.points[num_points:], answer), result
 
 
-def _twin(cache: DynamicCache) -> DynamicCache:
-    """A cache that goes its own way from here. No layer writes over what another holds: until then they share it."""
-    twin = copy.copy(cache)
-    twin.layers = [copy.copy(layer) for layer in cache.layers]
-    return twin
+class _FirstTokenTimer(StoppingCriteria):
+    """Records when the first new token arrives, and ends all rows once `stop_event` is set."""
+
+    def __init__(self, stop_event: Event) -> None:
+        self.first_token: float | None = None
+        self._stop_event = stop_event
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        if self.first_token is None:
+            self.first_token = time.perf_counter()
+        return torch.full((len(input_ids),), self._stop_event.is_set(), device=input_ids.device)
+
+
+def _setting(model: Any, options: dict[str, Any], name: str) -> Any:
+    """The value `generate` will use: an option, else that of a `generation_config` option, else that of the model."""
+    configs = [options.get("generation_config"), model.generation_config]
+    values = [options.get(name), *(getattr(config, name, None) for config in configs)]
+    return next((value for value in values if value is not None), None)
+
+
+def _max_new_tokens(model: Any, options: dict[str, Any], prompt_length: int) -> int | None:
+    """The limit `generate` will apply, or None if unset."""
+    max_new_tokens = _setting(model, options, "max_new_tokens")
+    if max_new_tokens is not None:
+        return int(max_new_tokens)
+    unset = (None, GenerationConfig().max_length)  # up to 4.57 the default is 20
+    configs = [config for config in (options.get("generation_config"), model.generation_config) if config is not None]
+    lengths = [length for config in configs if (length := getattr(config, "max_length", None)) not in unset]
+    length = next(iter(lengths), None) if options.get("max_length") is None else options["max_length"]
+    return None if length is None else int(length) - prompt_length
+
+
+def _fork_cache(cache: DynamicCache) -> DynamicCache:
+    """A copy that grows independently; it shares tensors with the original, which layers replace but never write."""
+    fork = copy.copy(cache)
+    fork.layers = [copy.copy(layer) for layer in cache.layers]
+    return fork
 
 
 # --- questions -------------------------------------------------------------------------------------------------------
 
 
-def _prepared(model: Any, processor: Any, conversations: list[Any], options: dict[str, Any] | None) -> Any:
-    """Inputs; the frames of videos are encoded as they are decoded, where the model can."""
+def _prepare_inputs(model: Any, processor: Any, conversations: list[Any], options: dict[str, Any] | None) -> Any:
+    """Inputs of the conversations; video frames are encoded while they are decoded, where the model supports it."""
     options = {} if options is None else dict(options)
     if hasattr(model, "encode_frames") and not {"frame_encoder", "videos_kwargs"} & options.keys():
         options["frame_encoder"] = model.encode_frames
@@ -434,28 +486,28 @@ def _prepared(model: Any, processor: Any, conversations: list[Any], options: dic
 
 
 def _conversation(question: Any, images: Sequence[Any], videos: Sequence[Any]) -> list[dict[str, Any]]:
-    """One user turn: pictures first, as in training."""
+    """One user turn: images and videos first, as in training."""
     parts: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
     parts += [{"type": "video", "video": video} for video in videos]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": str(question)}]}]
 
 
-def _listed(pictures: Any) -> list[Any]:
-    """Pictures of one question as a list; an array or a (frames, metadata) pair is one picture."""
-    if pictures is None:
+def _as_list(media: Any) -> list[Any]:
+    """The images or videos of one question as a list; an array or a (frames, metadata) pair is one item."""
+    if media is None:
         return []
-    return list(pictures) if isinstance(pictures, list) else [pictures]
+    return list(media) if isinstance(media, list) else [media]
 
 
-def _per_question(pictures: Any, questions: Sequence[Any], batched: bool) -> list[list[Any]]:
+def _per_question(media: Any, questions: Sequence[Any], batched: bool) -> list[list[Any]]:
     if not batched:
-        return [_listed(pictures)]
-    if pictures is None:
+        return [_as_list(media)]
+    if media is None:
         return [[] for _ in questions]
-    if not isinstance(pictures, (list, tuple)) or len(pictures) != len(questions):
-        found = len(pictures) if isinstance(pictures, (list, tuple)) else type(pictures).__name__
+    if not isinstance(media, (list, tuple)) or len(media) != len(questions):
+        found = f"{len(media)} entries" if isinstance(media, (list, tuple)) else f"one {type(media).__name__}"
         raise ValueError(
-            f"There are {len(questions)} questions, but the pictures are {found}. Pass one entry per question: a "
-            "picture, a list of pictures, or None."
+            f"There are {len(questions)} questions, but `images` or `videos` has {found}. Pass one entry per "
+            "question: an image or a video, a list of them, or None."
         )
-    return [_listed(own) for own in pictures]
+    return [_as_list(own) for own in media]

@@ -1,18 +1,17 @@
-"""Points and tracks drawn into the original video, at its full rate, with PyAV (`pip install av`).
+"""Points and tracks drawn on the original video, at its full frame rate, with PyAV (`pip install av`).
 
-A video is annotated frame by frame: each is decoded, turned upright, drawn on and encoded again with its own time
-stamp, so that variable frame rates and late starts stay what they are. Sound is copied, or encoded anew where the
-new file cannot hold it as it is. The shape of pixels and the meaning of colours are those of the source; a full range
-of brightness becomes the limited one of videos.
+A video is annotated frame by frame: each is decoded, rotated upright, drawn on and encoded with its own time stamp, so
+that variable frame rates and late starts are preserved. Audio is copied, or encoded again where the new container
+does not support its codec. Pixel aspect ratio and colour space are those of the source; full-range video becomes
+limited range.
 
-Where a mark stands between two sampled frames: an object that both frames show moves on a straight line from one place
-to the other, at the pace of the presentation times. What only one of them shows stays where it is, for the half of the
-way that is nearer to that frame. Before the first and behind the last sampled frame nothing is drawn for longer than
-half a step between samples.
+Between two sampled frames an object that is visible in both moves on a straight line, linear in presentation time. An
+object that is visible in only one of them stays at its position for the half of the interval next to that frame.
+Before the first and after the last sampled frame nothing is drawn for longer than half a sampling interval.
 
-Tracks may be written at a lower rate than frames were sampled. What counts for them are the frames of that rhythm: the
-usual step between the times at which the answer places anything. A frame inside a step hides nothing; a step that the
-answer takes without an object does, and so does a gap longer than a step.
+Tracks may be sparser than the sampled frames. They have an interval of their own: the median distance between the
+times at which the answer places any object. A sampled frame within that interval hides nothing; an object that is
+missing where the interval expects a position is hidden, and so is one in a gap longer than the interval.
 """
 
 import base64
@@ -30,16 +29,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from molmo2.tools.draw import DrawingStyle, Mark, draw_marks
+from molmo2.tools.draw import DrawingStyle, Mark, Position, captions_of, draw_marks
 
-LONE_SAMPLE_SECONDS = 0.5  # half a step where there is only one sampled frame
-# A frame belongs to the rhythm of the tracks where it is this share of a step away from all frames with a track.
-DUE_SHARE_OF_STEP = 0.75
-EMBEDDED_BYTES = 20_000_000  # the largest video that a notebook is given inside a cell
-# Codecs by preference, and what encodes them.
+SINGLE_FRAME_HALF_INTERVAL = 0.5  # seconds; where there is only one sampled frame
+# Tracks are expected in a frame that is at least this fraction of the track interval away from all frames with tracks.
+EXPECTED_GAP_RATIO = 0.75
+MAX_EMBEDDED_BYTES = 20_000_000  # of a video inside a notebook cell
+# Codecs by preference, and their encoders.
 VIDEO_ENCODERS = {"h264": "libx264", "vp9": "libvpx-vp9", "mpeg4": "mpeg4"}
 AUDIO_ENCODERS = {"aac": "aac", "opus": "libopus", "mp3": "libmp3lame"}
-# Numbers of ffmpeg for matrices and ranges of colours (AVCOL_SPC_*, AVCOL_RANGE_*).
+# ffmpeg's numbers for colour spaces and ranges (AVCOL_SPC_*, AVCOL_RANGE_*).
 RGB, UNSPECIFIED = 0, 2
 LIMITED = 1
 
@@ -49,9 +48,9 @@ class AnnotatedVideo:
     """A written video.
 
     Attributes:
-        path: where it is.
+        path: the file.
         num_frames: frames written.
-        num_marked_frames: those among them that carry a mark.
+        num_marked_frames: those with at least one mark.
         audio: "none", "copied" or "encoded".
     """
 
@@ -61,8 +60,8 @@ class AnnotatedVideo:
     audio: str
 
     def _repr_html_(self) -> str:
-        """Plays the video in a notebook; a large one is linked instead."""
-        if self.path.stat().st_size > EMBEDDED_BYTES:
+        """A player for notebooks; a link where the video is too large to embed."""
+        if self.path.stat().st_size > MAX_EMBEDDED_BYTES:
             return f'<a href="{self.path}">{self.path}</a>'
         content = base64.b64encode(self.path.read_bytes()).decode()
         return f'<video controls loop width="640" src="data:video/mp4;base64,{content}"></video>'
@@ -71,19 +70,19 @@ class AnnotatedVideo:
 def annotate_video(
     source: str | Path, grounding: Any, target: str | Path, style: DrawingStyle | None = None
 ) -> AnnotatedVideo:
-    """Writes a copy of a video with the points and tracks of an answer.
+    """Write a copy of a video with the points and tracks of an answer.
 
     Args:
         source: the video that the answer is about.
-        grounding: the answer, read with what the processor returned for this video (`inputs.media`).
+        grounding: the answer, parsed with the processor's output for this video (`inputs.media`).
         target: the file to write; its suffix chooses the container. It appears when it is complete.
-        style: how marks look.
+        style: the look of marks.
 
     Raises:
         ImportError: PyAV is not installed.
         FileNotFoundError: there is no such video.
-        ValueError: the answer is about images, the file has no video track, its frames have no ascending times, or no
-            encoder is there.
+        ValueError: the answer is about images, the file has no video stream, its time stamps do not increase, or no
+            encoder is available.
     """
     av = _pyav()
     source, target = Path(source), Path(target)
@@ -92,27 +91,27 @@ def annotate_video(
     if target.exists() and target.samefile(source):
         raise ValueError(f"'{target}' is the source itself. Write to another file.")
     marks_at = MarksOverTime(grounding, DrawingStyle() if style is None else style)
-    with _replaced_when_done(target) as partial, ExitStack() as stack:
-        reading = stack.enter_context(av.open(str(source)))
-        if not reading.streams.video:
-            raise ValueError(f"'{source}' has no video track. Pass the video that the answer is about.")
-        writing = stack.enter_context(av.open(str(partial), "w"))
-        job = _Transcoding(reading, writing, marks_at)
-        job.run()
-    return AnnotatedVideo(target, job.num_frames, job.num_marked_frames, job.audio)
+    with _atomic_path(target) as partial, ExitStack() as stack:
+        reader = stack.enter_context(av.open(str(source)))
+        if not reader.streams.video:
+            raise ValueError(f"'{source}' has no video stream. Pass the video that the answer is about.")
+        writer = stack.enter_context(av.open(str(partial), "w"))
+        transcoding = _Transcoding(reader, writer, marks_at)
+        transcoding.run()
+    return AnnotatedVideo(target, transcoding.num_frames, transcoding.num_marked_frames, transcoding.audio)
 
 
 def _pyav() -> Any:
-    """PyAV, imported when it is needed: most users of these files never draw into a video."""
+    """PyAV, imported when it is needed: most users never annotate a video."""
     try:
         return importlib.import_module("av")
     except ImportError as error:
-        raise ImportError("Drawing into videos needs PyAV, which is not installed: pip install av") from error
+        raise ImportError("Annotating videos needs PyAV, which is not installed: pip install av") from error
 
 
 @contextmanager
-def _replaced_when_done(target: Path) -> Iterator[Path]:
-    """A path beside `target` that becomes `target` at the end, and disappears if something fails on the way."""
+def _atomic_path(target: Path) -> Iterator[Path]:
+    """A temporary path beside `target`, renamed to `target` on success and removed on errors."""
     partial = target.with_name(f".{target.stem}.partial{target.suffix}")
     try:
         yield partial
@@ -121,15 +120,15 @@ def _replaced_when_done(target: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-# --- where the marks are ---------------------------------------------------------------------------------------------
+# --- positions over time ---------------------------------------------------------------------------------------------
 
 
 class MarksOverTime:
-    """The marks of an answer about a video, for any moment.
+    """The marks of an answer about a video, as a function of time.
 
     Args:
-        grounding: a `Grounding` of kind "video". Its points in images beside the video are left out.
-        style: gives colours, captions and the length of trails.
+        grounding: a `Grounding` of kind "video". Points in images of the same prompt are left out.
+        style: colours, captions and the length of trails.
 
     Raises:
         ValueError: the answer is about images.
@@ -139,110 +138,121 @@ class MarksOverTime:
         if grounding.kind != "video" and grounding.points:
             raise ValueError(
                 f"The answer is about {grounding.kind.replace('_', ' ')}s, not a video. Draw it with `draw_points`; "
-                "if it is about a video, read it with what the processor returned for it."
+                "if it is about a video, parse it with the processor's output for that video."
             )
         self.style = style.for_answer(grounding)
         moments = () if grounding.media is None else grounding.media.moments
         points = [point for point in grounding.points if point.image_index is None]
         sampled = sorted({_seconds(moment) for moment in moments} | {_point_seconds(point) for point in points})
         tracked = {_point_seconds(point) for point in points if point.tag == "tracks"}
-        self._sampled, self._rhythm = _Grid.of(sampled), _Grid.of(_due_for_tracks(sampled, tracked))
+        self._frame_times = SampleTimes.from_times(sampled)
+        self._track_times = SampleTimes.from_times(expected_track_times(sampled, tracked))
         self._objects: dict[tuple[Any, ...], dict[float, Any]] = {}
         for number, point in enumerate(points):
             identity = (point.tag, point.label, point.id) if point.tag == "tracks" else (number,)
-            places, seconds = self._objects.setdefault(identity, {}), _point_seconds(point)
-            if seconds not in places or point.frame_distance < places[seconds].frame_distance:
-                places[seconds] = point
+            points_at, seconds = self._objects.setdefault(identity, {}), _point_seconds(point)
+            if seconds not in points_at or point.frame_distance < points_at[seconds].frame_distance:
+                points_at[seconds] = point
 
     def __call__(self, seconds: float) -> list[Mark]:
         """The marks to draw `seconds` after the first frame of the video."""
-        marks, labelled = [], set()
-        for points in self._objects.values():
-            place = self._place(points, seconds)
-            if place is None:
-                continue
-            point = next(iter(points.values()))
-            words = [str(point.id)] if self.style.show_ids else []
-            if self.style.show_labels and point.label and point.label not in labelled:
-                labelled.add(point.label)
-                words.append(" ".join(point.label.split()))
-            color = self.style.color(point.label, point.id)
-            marks.append(Mark(*place, color, " ".join(words), self._trail(points, seconds)))
-        return marks
+        visible = [
+            (next(iter(points_at.values())), position, self._trail(points_at, seconds))
+            for points_at in self._objects.values()
+            if (position := self._position(points_at, seconds)) is not None
+        ]
+        captions = captions_of([point for point, *_ in visible], self.style)
+        return [
+            Mark(*position, self.style.color(point.label, point.id), caption, trail)
+            for (point, position, trail), caption in zip(visible, captions, strict=True)
+        ]
 
-    def _place(self, points: dict[float, Any], seconds: float) -> tuple[float, float] | None:
-        """Where an object is at a moment, as shares of width and height; None if it is not to be seen."""
-        grid = self._grid(points)
-        before, following = grid.around(seconds)
-        old = None if before is None else points.get(before)
-        new = None if following is None else points.get(following)
-        if old is not None and new is not None and before is not None and following is not None:
-            share = (seconds - before) / (following - before)
-            return old.x_norm + share * (new.x_norm - old.x_norm), old.y_norm + share * (new.y_norm - old.y_norm)
-        middle = grid.middle(before, following)
-        if old is not None and seconds < middle:
+    def _position(self, points_at: dict[float, Any], seconds: float) -> Position | None:
+        """The position of an object as fractions of width and height; None where it is hidden."""
+        times = self._times_of(points_at)
+        before, after = times.around(seconds)
+        old = None if before is None else points_at.get(before)
+        new = None if after is None else points_at.get(after)
+        if old is not None and new is not None and before is not None and after is not None:
+            weight = (seconds - before) / (after - before)
+            return old.x_norm + weight * (new.x_norm - old.x_norm), old.y_norm + weight * (new.y_norm - old.y_norm)
+        midpoint = times.midpoint(before, after)
+        if old is not None and seconds < midpoint:
             return old.x_norm, old.y_norm
-        if new is not None and seconds >= middle:
+        if new is not None and seconds >= midpoint:
             return new.x_norm, new.y_norm
         return None
 
-    def _grid(self, points: dict[float, Any]) -> "_Grid":
-        return self._rhythm if next(iter(points.values())).tag == "tracks" else self._sampled
+    def _times_of(self, points_at: dict[float, Any]) -> "SampleTimes":
+        is_track = next(iter(points_at.values())).tag == "tracks"
+        return self._track_times if is_track else self._frame_times
 
-    def _trail(self, points: dict[float, Any], seconds: float) -> tuple[tuple[float, float], ...]:
-        """Earlier places back to the last frame that hides the object, or to the trail's length."""
-        trail: list[tuple[float, float]] = []
-        times = self._grid(points).times
+    def _trail(self, points_at: dict[float, Any], seconds: float) -> tuple[Position, ...]:
+        """Earlier positions, back to the last frame that hides the object or to the trail's length."""
+        trail: list[Position] = []
+        times = self._times_of(points_at).times
         for time in reversed(times[: bisect_right(times, seconds)]):
-            if time not in points or time < seconds - self.style.trail_seconds:
+            if time not in points_at or time < seconds - self.style.trail_seconds:
                 break
-            trail.insert(0, (points[time].x_norm, points[time].y_norm))
+            trail.insert(0, (points_at[time].x_norm, points_at[time].y_norm))
         return tuple(trail)
 
 
 @dataclass(frozen=True)
-class _Grid:
-    """The times, in seconds and ascending, at which an object is either shown by the answer or hidden."""
+class SampleTimes:
+    """The times at which the answer either shows or hides an object.
+
+    Attributes:
+        times: in seconds, ascending.
+        half_interval: half of the median distance between them.
+    """
 
     times: list[float]
-    half_step: float
+    half_interval: float
 
     @classmethod
-    def of(cls, times: list[float]) -> "_Grid":
-        return cls(times, float(np.median(np.diff(times))) / 2 if len(times) > 1 else LONE_SAMPLE_SECONDS)
+    def from_times(cls, times: list[float]) -> "SampleTimes":
+        half_interval = float(np.median(np.diff(times))) / 2 if len(times) > 1 else SINGLE_FRAME_HALF_INTERVAL
+        return cls(times, half_interval)
 
     def around(self, seconds: float) -> tuple[float | None, float | None]:
-        """The last time that has come, and the next; None where there is none."""
-        after = bisect_right(self.times, seconds)
-        return self.times[after - 1] if after else None, self.times[after] if after < len(self.times) else None
+        """The last time up to `seconds`, and the first after it; None where there is none."""
+        position = bisect_right(self.times, seconds)
+        before = self.times[position - 1] if position else None
+        return before, self.times[position] if position < len(self.times) else None
 
-    def middle(self, before: float | None, following: float | None) -> float:
-        """When what only the earlier frame shows gives way to what only the later one shows."""
-        if before is not None and following is not None:
-            return (before + following) / 2
-        return before + self.half_step if before is not None else float(following or 0) - self.half_step
+    def midpoint(self, before: float | None, after: float | None) -> float:
+        """When a position of the earlier frame alone disappears, and one of the later frame alone appears."""
+        if before is not None and after is not None:
+            return (before + after) / 2
+        return before + self.half_interval if before is not None else float(after or 0) - self.half_interval
 
 
-def _due_for_tracks(sampled: list[float], tracked: set[float]) -> list[float]:
-    """The sampled frames in which tracks of this answer would be written down: 0 . 2 . 4 of 0 1 2 3 4 for 0 2 4.
+def expected_track_times(sampled: list[float], tracked: set[float]) -> list[float]:
+    """The sampled times at which the tracks of this answer would have a position: 0 . 2 . 4 of 0 1 2 3 4 for 0 2 4.
 
-    The usual step is the median distance of frames with a track, in frames; two such frames alone show no rhythm, and
-    every frame counts. The frame in the middle of a double step counts too, as the one that hides what was there.
+    The track interval is the median distance of frames with a track, in frames; with fewer than three such frames it
+    is unknown, and every sampled time counts. A frame in the middle of a double interval counts too: there the tracks
+    are interrupted.
+
+    Args:
+        sampled: times of all sampled frames, ascending.
+        tracked: those at which the answer places a track.
     """
-    places = [place for place, time in enumerate(sampled) if time in tracked]
-    steps = sorted(after - before for before, after in pairwise(places))
-    if len(steps) < 2:
+    frames = [frame for frame, time in enumerate(sampled) if time in tracked]
+    intervals = sorted(after - before for before, after in pairwise(frames))
+    if len(intervals) < 2:
         return sampled
-    distance = DUE_SHARE_OF_STEP * steps[(len(steps) - 1) // 2]
+    min_distance = EXPECTED_GAP_RATIO * intervals[(len(intervals) - 1) // 2]
     return [
         time
-        for place, time in enumerate(sampled)
-        if time in tracked or all(abs(place - other) >= distance for other in places)
+        for frame, time in enumerate(sampled)
+        if time in tracked or all(abs(frame - other) >= min_distance for other in frames)
     ]
 
 
 def _seconds(moment: Any) -> float:
-    """When the frame of a moment is on display, in seconds since the first frame of the video."""
+    """When the frame of a moment is displayed, in seconds since the first frame of the video."""
     return moment.time if moment.source_time is None else moment.source_time
 
 
@@ -254,70 +264,70 @@ def _point_seconds(point: Any) -> float:
 
 
 class _Transcoding:
-    """One pass over a file: frames drawn on and encoded, packets of sound passed on."""
+    """One pass over a file: frames are drawn on and encoded, audio packets are copied or encoded."""
 
-    def __init__(self, reading: Any, writing: Any, marks_at: "MarksOverTime"):
+    def __init__(self, source: Any, target: Any, marks_at: "MarksOverTime"):
         self._av = _pyav()
-        self._reading, self._writing, self._marks_at = reading, writing, marks_at
-        self._video = reading.streams.best("video")
+        self._source, self._target, self._marks_at = source, target, marks_at
+        self._video = source.streams.best("video")
         self._video.thread_type = "AUTO"
         self._rate = self._video.average_rate or 25
-        self._sound = reading.streams.best("audio")
+        self._audio = source.streams.best("audio")
         self.audio = "none"
-        self._out_sound: Any = None
+        self._out_audio: Any = None
         self._out_video: Any = None
-        # AVI tells where a frame lies in the file, not when it is shown: the n-th to be shown gets the n-th stamp.
-        self._stamps: deque[int] | None = deque() if reading.format.name == "avi" else None
+        # AVI stores decoding times only: the n-th displayed frame gets the n-th of them.
+        self._stamps: deque[int] | None = deque() if source.format.name == "avi" else None
         self._first_pts = self._last_pts = self._next_pts = 0
-        self._ticks_shown: dict[int, int] = {}  # by the time stamp of a frame
+        self._durations: dict[int, int] = {}  # in ticks, by the time stamp of a frame
         self.num_frames = self.num_marked_frames = 0
 
     def run(self) -> None:
-        waiting: list[Any] = []  # sound before the first frame: streams have to be declared before anything is written
-        streams = [stream for stream in (self._video, self._sound) if stream is not None]
-        for packet in self._reading.demux(streams):
+        pending: list[Any] = []  # audio before the first frame: streams have to be added before anything is written
+        streams = [stream for stream in (self._video, self._audio) if stream is not None]
+        for packet in self._source.demux(streams):
             if packet.stream is self._video:
                 if self._stamps is not None and packet.size and packet.dts is not None:
                     self._stamps.append(packet.dts)
                 for frame in packet.decode():
                     self._write_frame(frame)
-                    while waiting:
-                        self._write_sound(waiting.pop(0))
+                    while pending:
+                        self._write_audio(pending.pop(0))
             elif self._out_video is None:
-                waiting.append(packet)
+                pending.append(packet)
             else:
-                self._write_sound(packet)
+                self._write_audio(packet)
         if self._out_video is None:
-            raise ValueError(f"Not one frame of '{self._reading.name}' could be decoded. Check that it is complete.")
+            raise ValueError(f"No frame of '{self._source.name}' could be decoded. Check that the file is complete.")
         self._write_encoded(None)
         if self.audio == "encoded":
-            self._writing.mux(self._out_sound.encode(None))
+            self._target.mux(self._out_audio.encode(None))
 
     def _write_frame(self, frame: Any) -> None:
         quarter_turns = round(getattr(frame, "rotation", 0) / 90) % 4
-        picture = Image.fromarray(np.rot90(frame.to_ndarray(format="rgb24"), k=quarter_turns))
+        image = Image.fromarray(np.rot90(frame.to_ndarray(format="rgb24"), k=quarter_turns))
         if self._out_video is None:
-            self._declare(picture.size, quarter_turns)
+            self._add_streams(image.size, quarter_turns)
         pts = self._presentation_time(frame)
         marks = self._marks_at(float((pts - self._first_pts) * self._video.time_base))
-        drawn = _even(draw_marks(picture, marks, self._marks_at.style) if marks else picture)
+        drawn = _pad_to_even(draw_marks(image, marks, self._marks_at.style) if marks else image)
         encoded = self._av.VideoFrame.from_ndarray(drawn, format="rgb24").reformat(
             format=self._out_video.pix_fmt, dst_colorspace=self._out_video.codec_context.colorspace
         )
         encoded.pts, encoded.time_base = pts, self._video.time_base
-        self._ticks_shown[pts] = getattr(frame, "duration", None) or 0  # not in old releases of PyAV
+        self._durations[pts] = getattr(frame, "duration", None) or 0  # missing in old releases of PyAV
         self._write_encoded(encoded)
         self.num_frames += 1
         self.num_marked_frames += bool(marks)
 
     def _write_encoded(self, frame: Any) -> None:
-        """Encodes a frame, or the rest for None. Encoders forget how long a frame is shown; the last one needs it."""
+        """Encode a frame; None flushes the encoder, which forgets durations: the last frame needs its own."""
         for packet in self._out_video.encode(frame):
-            packet.duration = self._ticks_shown.pop(packet.pts, 0) or packet.duration
-            self._writing.mux(packet)
+            packet.duration = self._durations.pop(packet.pts, 0) or packet.duration
+            self._target.mux(packet)
 
     def _presentation_time(self, frame: Any) -> int:
-        """When a frame is shown, in ticks. Raw streams do not tell: their frames follow each other at one rate."""
+        """The presentation time stamp of a frame; raw streams have none and get a constant frame rate."""
         pts = frame.pts
         if self._stamps is not None:
             pts = self._stamps.popleft() if self._stamps else None
@@ -327,21 +337,21 @@ class _Transcoding:
             self._first_pts = pts
         elif pts <= self._last_pts:
             raise ValueError(
-                f"The frames of '{self._reading.name}' have no ascending times: frame {self.num_frames} is shown at "
+                f"The time stamps of '{self._source.name}' do not increase: frame {self.num_frames} is at "
                 f"{float(pts * self._video.time_base):.3f} s, the one before it at "
-                f"{float(self._last_pts * self._video.time_base):.3f} s. Write the video anew first, for example with "
-                "`ffmpeg -i VIDEO -fps_mode cfr NEW.mp4`."
+                f"{float(self._last_pts * self._video.time_base):.3f} s. Encode the video again first, for example "
+                "with `ffmpeg -i VIDEO -fps_mode cfr NEW.mp4`."
             )
         self._last_pts = pts
         self._next_pts = pts + max(1, round(1 / (self._rate * self._video.time_base)))
         return pts
 
-    def _declare(self, size: tuple[int, int], quarter_turns: int) -> None:
-        """Adds the streams; only the first frame tells the upright size and, in some files, the colours."""
+    def _add_streams(self, size: tuple[int, int], quarter_turns: int) -> None:
+        """Add the output streams; upright size and, in some files, colours are only known from the first frame."""
         encoder = self._encoder(VIDEO_ENCODERS)
-        self._out_video = self._writing.add_stream(encoder, rate=self._rate)
+        self._out_video = self._target.add_stream(encoder, rate=self._rate)
         self._out_video.width, self._out_video.height = (side + side % 2 for side in size)
-        self._out_video.pix_fmt = "yuv420p"  # the one format that every player shows
+        self._out_video.pix_fmt = "yuv420p"  # the only format that every player supports
         writer, reader = self._out_video.codec_context, self._video.codec_context
         writer.time_base = self._video.time_base
         aspect = self._video.sample_aspect_ratio
@@ -349,43 +359,43 @@ class _Transcoding:
             writer.sample_aspect_ratio = 1 / aspect if quarter_turns % 2 else aspect
         writer.color_primaries, writer.color_trc = reader.color_primaries, reader.color_trc
         writer.colorspace = UNSPECIFIED if reader.colorspace == RGB else reader.colorspace
-        writer.color_range = min(reader.color_range, LIMITED)  # what pixels are converted to, also from a full range
+        writer.color_range = min(reader.color_range, LIMITED)  # pixels are converted to it, from full range too
         if encoder == "libx264":
-            # Without B-frames the last packet is the frame shown last: some files end with that packet.
+            # Without B-frames the last packet is the frame displayed last: some containers end at that packet.
             self._out_video.options = {"crf": "18", "preset": "veryfast", "bf": "0"}
-        if self._sound is None:
+        if self._audio is None:
             return
-        if self._sound.codec_context.name in self._writing.supported_codecs:
-            self._out_sound = self._writing.add_stream_from_template(self._sound)
+        if self._audio.codec_context.name in self._target.supported_codecs:
+            self._out_audio = self._target.add_stream_from_template(self._audio)
             self.audio = "copied"
         else:
             encoder = self._encoder(AUDIO_ENCODERS)
-            rate = self._sound.codec_context.sample_rate
-            known = self._av.Codec(encoder, "w").audio_rates or [rate]  # PyAV resamples to the rate of the stream
-            self._out_sound = self._writing.add_stream(encoder, rate=min(known, key=lambda other: abs(other - rate)))
+            rate = self._audio.codec_context.sample_rate
+            rates = self._av.Codec(encoder, "w").audio_rates or [rate]  # PyAV resamples to the rate of the stream
+            self._out_audio = self._target.add_stream(encoder, rate=min(rates, key=lambda other: abs(other - rate)))
             self.audio = "encoded"
 
     def _encoder(self, encoders: dict[str, str]) -> str:
-        """The first encoder that this PyAV has and whose codec the new file can hold."""
+        """The first encoder that PyAV offers and whose codec the container supports."""
         for codec, encoder in encoders.items():
-            if encoder in self._av.codecs_available and codec in self._writing.supported_codecs:
+            if encoder in self._av.codecs_available and codec in self._target.supported_codecs:
                 return encoder
         raise ValueError(
-            f"A {self._writing.format.name} file cannot be written: it holds none of {list(encoders)}, or this PyAV "
-            f"lacks {list(encoders.values())}. Choose another suffix, such as .mp4."
+            f"A {self._target.format.name} file cannot be written: it supports none of {list(encoders)}, or PyAV "
+            f"lacks the encoders {list(encoders.values())}. Choose another suffix, such as .mp4."
         )
 
-    def _write_sound(self, packet: Any) -> None:
+    def _write_audio(self, packet: Any) -> None:
         if self.audio == "encoded":
             for frame in packet.decode():
-                self._writing.mux(self._out_sound.encode(frame))
+                self._target.mux(self._out_audio.encode(frame))
         elif packet.dts is not None:
-            packet.stream = self._out_sound
-            self._writing.mux(packet)
+            packet.stream = self._out_audio
+            self._target.mux(packet)
 
 
-def _even(picture: Image.Image) -> np.ndarray:
-    """(H, W, 3) uint8 with even sides, as yuv420p needs them: an odd border is repeated."""
-    pixels = np.asarray(picture)
+def _pad_to_even(image: Image.Image) -> np.ndarray:
+    """(H, W, 3) uint8 with even sides, as yuv420p needs them: the border is repeated at odd sides."""
+    pixels = np.asarray(image)
     height, width = pixels.shape[:2]
     return np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")

@@ -1,4 +1,4 @@
-"""How many bytes a request takes besides the weights: a formula of the shapes, checked against counted allocations."""
+"""Memory of a request besides the weights: a formula of the shapes, tested against counted allocations."""
 
 from dataclasses import dataclass, fields
 from typing import Any
@@ -14,11 +14,11 @@ class MemoryEstimate:
     """Bytes by purpose.
 
     Attributes:
-        pixels: patches of all crops, as the processor hands them over.
-        vision: features of a chunk of crops and of what waits for the next, and the working memory of one chunk, of
-            crops or of pooled tokens.
-        prefill: hidden states and the widest layer over the whole prompt, masks and scores of a few queries.
-        cache: keys and values of the prompt and of the new tokens, and the room they grow in.
+        pixels: patches of all crops, as the processor returns them.
+        vision: features of a chunk of crops and of those kept for the next chunk, and the working memory of one chunk,
+            of crops or of pooled tokens.
+        prefill: hidden states and the widest layer over the whole prompt, masks and scores of one block of queries.
+        cache: keys and values of the prompt and of the new tokens, and spare capacity to append to.
     """
 
     pixels: int
@@ -38,13 +38,13 @@ class MemoryEstimate:
 
 @dataclass(frozen=True)
 class RequestShape:
-    """What of a request decides on its memory.
+    """The properties of a request that determine its memory.
 
     Attributes:
         num_crops: crops of all images and frames of all videos.
-        pooled_tokens: visual tokens that carry a vector.
-        window: patches that become one token, at most.
-        rows: rows of the batch, beams and repeated answers counted.
+        pooled_tokens: visual tokens that carry a feature vector.
+        window: maximum number of patches per token.
+        rows: rows of the batch, beams and returned sequences counted.
         row_tokens: length of a row after padding.
         new_tokens: tokens to generate.
     """
@@ -58,7 +58,7 @@ class RequestShape:
 
 
 def estimate_memory(model: Any, shape: RequestShape) -> MemoryEstimate:
-    """The bytes that `model.generate` takes for a request of this shape.
+    """The peak memory of `model.generate` for a request of this shape.
 
     Args:
         model: Molmo2ForConditionalGeneration (or its `model`); its configuration, dtype and chunk sizes count.
@@ -70,7 +70,7 @@ def estimate_memory(model: Any, shape: RequestShape) -> MemoryEstimate:
     patches = (height // vit.image_patch_size) * (width // vit.image_patch_size)
     chunk = shape.num_crops if backbone.crops_per_chunk is None else min(shape.num_crops, backbone.crops_per_chunk)
 
-    # Features are held for the chunk and for crops before it that share a token with it: rarely another chunk's worth.
+    # Features are kept for the chunk and for earlier crops that share a token with it: rarely more than another chunk.
     features = min(shape.num_crops, 2 * chunk) * patches * len(adapter.vit_layers) * vit.hidden_size
     widest_vit = max(vit.intermediate_size * 2, vit.num_attention_heads * vit.head_dim * 4)
     encoding = chunk * patches * (vit.hidden_size * (2 + len(adapter.vit_layers)) + widest_vit)

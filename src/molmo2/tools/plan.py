@@ -1,11 +1,12 @@
-"""What a request will take before anything is decoded - frames, crops, tokens, memory - and options that make it fit.
+"""What a request needs before anything is decoded - frames, crops, tokens, memory - and options that make it fit.
 
-The counts are those of the call itself, because they come from the same plans (`molmo2.image.geometry`), the same sampling
-(`molmo2.video.sampling`) and the same prompt (`molmo2.processing.prompt_tokens`); only the pixels are left out.
+The counts are those of the call itself, because they come from the same crop plans (`molmo2.image.geometry`), the same
+frame sampling (`molmo2.video.sampling`) and the same prompt (`molmo2.processing.prompt_tokens`); only the pixels are
+left out.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from molmo2.image.geometry import VideoPlan
@@ -18,15 +19,15 @@ from molmo2.video.processing import clips_per_video
 
 @dataclass(frozen=True)
 class RequestPlan:
-    """What a call of the processor with these options gives.
+    """The size of a processor call with given options.
 
     Attributes:
         row_tokens: length of each row of `input_ids`, before padding.
-        visual_tokens: of each row, the tokens that stand for pictures, start, end and column tokens included.
+        visual_tokens: of each row, the tokens that stand for images and frames, start, end and column tokens included.
         image_crops: crops of each image, the low-resolution view counted.
         timestamps: for each video the times of its frames in seconds.
         options: `num_frames` and `max_crops` as planned; pass them on: `processor(..., **plan.options)`.
-        reduced: True if a limit made `options` smaller than what was asked for.
+        reduced: True if a limit made `options` smaller than requested.
         memory: bytes by purpose; None unless a model was given.
     """
 
@@ -54,7 +55,7 @@ class RequestPlan:
         return sum(self.image_crops) + sum(self.num_frames)
 
     def __str__(self) -> str:
-        lines = [f"{self.num_tokens} tokens in the longest row, {sum(self.visual_tokens)} for pictures in all"]
+        lines = [f"{self.num_tokens} tokens in the longest row, {sum(self.visual_tokens)} visual tokens in all rows"]
         if self.image_crops:
             chosen = f" (max_crops={self.options['max_crops']})"
             lines.append(f"{len(self.image_crops)} image(s) in {sum(self.image_crops)} crops{chosen}")
@@ -70,8 +71,8 @@ class RequestPlan:
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What a request may take; None for no limit.
+class Budget:
+    """The limits of a request; None for no limit.
 
     Attributes:
         max_tokens: of the longest row.
@@ -82,7 +83,7 @@ class Limits:
     max_bytes: int | None = None
 
     def excess(self, plan: RequestPlan) -> str | None:
-        """What is too much, in words; None if the plan fits."""
+        """The limit that a plan exceeds, in words; None if the plan fits."""
         if self.max_tokens is not None and plan.num_tokens > self.max_tokens:
             return f"{plan.num_tokens} tokens, but max_tokens is {self.max_tokens}"
         if self.max_bytes is not None and plan.memory is not None and plan.memory.total > self.max_bytes:
@@ -90,58 +91,46 @@ class Limits:
         return None
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """The options asked for, and which of them may be lowered.
+def fit_to_budget(
+    plan_for: Callable[[dict[str, int]], RequestPlan], num_frames: int, max_crops: int, budget: Budget
+) -> RequestPlan:
+    """The plan with the most frames and crops within the budget.
 
-    Attributes:
-        num_frames, max_crops: upper bounds; the search never goes above them.
-    """
-
-    num_frames: int
-    max_crops: int
-    adjustable: frozenset[str] = field(default_factory=lambda: frozenset({"num_frames", "max_crops"}))
-
-    def scaled(self, share: float) -> dict[str, int]:
-        """Both options at a share between 0 and 1 of what was asked for, at least 1 each."""
-        values = {"num_frames": self.num_frames, "max_crops": self.max_crops}
-        return {
-            name: max(1, int(value * share)) if name in self.adjustable else value for name, value in values.items()
-        }
-
-
-def fit(plan_of: Callable[[dict[str, int]], RequestPlan], wanted: Wanted, limits: Limits) -> RequestPlan:
-    """The plan with the most frames and crops within the limits.
-
-    Frames and crops are lowered by the same share; what is left over goes to frames first, then to crops.
+    Frames and crops are lowered by the same factor; what remains of the budget goes to frames first, then to crops.
 
     Args:
-        plan_of: the plan for given `num_frames` and `max_crops`; must not shrink when they grow.
+        plan_for: the plan for given `num_frames` and `max_crops`; must not shrink when they grow.
+        num_frames, max_crops: the requested options, which are upper bounds.
 
     Raises:
         ValueError: not even one frame and one crop fit; the message says by how much.
     """
-    full = plan_of(wanted.scaled(1.0))
-    if limits.excess(full) is None:
+    requested = {"num_frames": num_frames, "max_crops": max_crops}
+    full = plan_for(requested)
+    if budget.excess(full) is None:
         return full
-    least = plan_of(wanted.scaled(0.0))
-    excess = limits.excess(least)
+    smallest = plan_for(dict.fromkeys(requested, 1))
+    excess = budget.excess(smallest)
     if excess is not None:
         raise ValueError(
-            f"The request takes at least {excess}. Raise the limit, shorten the text or pass fewer pictures: with "
-            f"{dict(least.options)} nothing more can be saved."
+            f"The request takes at least {excess}. Raise the limit, shorten the text or pass fewer images and videos: "
+            f"with {dict(smallest.options)} nothing more can be saved."
         )
-    steps = max(wanted.num_frames, wanted.max_crops)
-    share = _largest(0, steps, lambda step: limits.excess(plan_of(wanted.scaled(step / steps))) is None)
-    chosen = wanted.scaled(share / steps)
 
-    def fits_with(name: str) -> Callable[[int], bool]:
-        return lambda value: limits.excess(plan_of({**chosen, name: value})) is None
+    def fits(options: dict[str, int]) -> bool:
+        return budget.excess(plan_for(options)) is None
 
-    for name in ("num_frames", "max_crops"):
-        if name in wanted.adjustable:
-            chosen[name] = _largest(chosen[name], getattr(wanted, name), fits_with(name))
-    return replace(plan_of(chosen), reduced=True)
+    steps = max(num_frames, max_crops)
+
+    def scaled(step: int) -> dict[str, int]:
+        return {name: max(1, value * step // steps) for name, value in requested.items()}
+
+    chosen = scaled(_largest(0, steps, lambda step: fits(scaled(step))))
+    chosen["num_frames"] = _largest(
+        chosen["num_frames"], num_frames, lambda value: fits({**chosen, "num_frames": value})
+    )
+    chosen["max_crops"] = _largest(chosen["max_crops"], max_crops, lambda value: fits({**chosen, "max_crops": value}))
+    return replace(plan_for(chosen), reduced=True)
 
 
 def _largest(low: int, high: int, fits: Callable[[int], bool]) -> int:
@@ -153,14 +142,16 @@ def _largest(low: int, high: int, fits: Callable[[int], bool]) -> int:
 
 
 @dataclass(frozen=True)
-class RequestSketch:
-    """A call of the processor without pixels: prompts, sizes of images, times of videos for any options.
+class RequestPlanner:
+    """A processor call without its pixels, for any `num_frames` and `max_crops`.
 
     Attributes:
         prompts: with their placeholders.
         image_sizes: (height, width) of each image.
-        video_plans: for each video, see `Molmo2VideoProcessor.probe`.
+        video_plans: for each video a function of the video options that gives its plan and frame times; see
+            `Molmo2VideoProcessor.probe`.
         own_options: of each video, those that hold for it alone.
+        options: of the call, sorted by modality.
     """
 
     processor: Any
@@ -171,15 +162,15 @@ class RequestSketch:
     options: dict[str, dict[str, Any]]
 
     @classmethod
-    def of(
+    def from_call(
         cls, processor: Any, text: Any, images: Any, videos: Any, options: dict[str, dict[str, Any]]
-    ) -> "RequestSketch":
-        """Look at the headers of what a call would get; arguments as for `Molmo2Processor.plan`."""
+    ) -> "RequestPlanner":
+        """Read the headers of the images and videos of a call; arguments as for `plan`."""
         own_options: list[dict[str, Any]] = []
         metadata = options["videos_kwargs"].pop("video_metadata", None)
         if _is_conversation(text):
             if images is not None or videos is not None:
-                raise ValueError("Messages name their pictures: pass them without `images` and `videos`.")
+                raise ValueError("Messages name their images and videos: pass them without `images` and `videos`.")
             conversations = list(text) if is_batch(text) else [text]
             media = [find_media(messages) for messages in conversations]
             images = [image for own in media for image in own.images]
@@ -200,12 +191,12 @@ class RequestSketch:
         return cls(processor, prompts, image_sizes, video_plans, own_options, options)
 
     def plan(self, chosen: Mapping[str, int], model: Any = None, new_tokens: int = 0) -> RequestPlan:
-        """The plan for these `num_frames` and `max_crops`; options that a video carries itself win, as in the call."""
-        images_options = {**self.options["images_kwargs"], "max_crops": chosen["max_crops"]}
-        images = [self.processor.image_processor.plan(*size, **images_options) for size in self.image_sizes]
+        """The plan for these `num_frames` and `max_crops`; a video's own options win, as in the call."""
+        image_options = {**self.options["images_kwargs"], "max_crops": chosen["max_crops"]}
+        images = [self.processor.image_processor.plan(*size, **image_options) for size in self.image_sizes]
         videos = [
-            plan(**{**self.options["videos_kwargs"], "num_frames": chosen["num_frames"], **own})
-            for plan, own in zip(self.video_plans, self.own_options)
+            video_plan(**{**self.options["videos_kwargs"], "num_frames": chosen["num_frames"], **own})
+            for video_plan, own in zip(self.video_plans, self.own_options)
         ]
         encoded = self.processor.encode_prompts(
             self.prompts,
@@ -215,7 +206,7 @@ class RequestSketch:
         )
         plan = RequestPlan(
             row_tokens=tuple(len(ids) for ids in encoded["input_ids"]),
-            visual_tokens=tuple(sum(marks) for marks in encoded["token_type_ids"]),
+            visual_tokens=tuple(sum(mask) for mask in encoded["token_type_ids"]),
             image_crops=tuple(plan.num_crops for plan in images),
             timestamps=tuple(tuple(times) for _, times in videos),
             options=dict(chosen),
@@ -246,15 +237,15 @@ def plan(
     max_new_tokens: int = 0,
     **options: Any,
 ) -> RequestPlan:
-    """Say what a call of the processor will take, before anything is decoded, and find options that make it fit.
+    """Plan a processor call before anything is decoded, and find options that make it fit.
 
     Args:
         text: A prompt, a list of prompts, or messages as for `apply_chat_template` (then without `images` and
             `videos`, which the messages name). None counts images and videos alone.
-        images, videos: As for the call. Of files, only what their headers say is read.
+        images, videos: As for the call. Of files, only the headers are read.
         max_tokens: Maximum number of tokens of a row; `num_frames` and `max_crops` are lowered until they fit.
         max_memory: Maximum number of bytes besides the weights; needs `model`.
-        model: The model that will be asked; adds an estimate of memory.
+        model: The model that will generate; adds an estimate of memory.
         max_new_tokens: Of `generate`; counts in the estimate of the cache.
         options: Of the call.
     Raises:
@@ -263,16 +254,14 @@ def plan(
     if max_memory is not None and model is None:
         raise ValueError("`max_memory` needs `model`, whose shapes decide how much a request takes.")
     sorted_options = processor.sort_options(options)
-    sketch = RequestSketch.of(processor, text, images, videos, sorted_options)
-    asked = {
-        "num_frames": sorted_options["videos_kwargs"].pop("num_frames", None) or processor.video_processor.num_frames,
-        "max_crops": sorted_options["images_kwargs"].pop("max_crops", None) or processor.image_processor.max_crops,
-    }
+    planner = RequestPlanner.from_call(processor, text, images, videos, sorted_options)
+    num_frames = sorted_options["videos_kwargs"].pop("num_frames", None) or processor.video_processor.num_frames
+    max_crops = sorted_options["images_kwargs"].pop("max_crops", None) or processor.image_processor.max_crops
 
-    def plan_of(chosen: dict[str, int]) -> RequestPlan:
-        return sketch.plan(chosen, model, max_new_tokens)
+    def plan_for(chosen: dict[str, int]) -> RequestPlan:
+        return planner.plan(chosen, model, max_new_tokens)
 
-    return fit(plan_of, Wanted(**asked), Limits(max_tokens, max_memory))
+    return fit_to_budget(plan_for, num_frames, max_crops, Budget(max_tokens, max_memory))
 
 
 def _is_conversation(text: Any) -> bool:
