@@ -1,4 +1,10 @@
-"""Measurements: `python -m benchmarks` (see README.md beside this file)."""
+"""Benchmarks of speed and memory: `python -m benchmarks` (see README.md beside this file)."""
+
+import sys
+from pathlib import Path
+
+# Made-up checkpoints come from the support package of the tests.
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 
 from benchmarks.torchvision_peer import make_importable
 

@@ -17,9 +17,6 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from benchmarks.harness import REPOSITORY, Side
-
-sys.path.append(str(REPOSITORY / "tests"))
-
 from support.random_miniature import CHAT_TOKENS, MOLMO2_TOKENS, write_json
 
 PUBLISHED = REPOSITORY / "tests" / "data" / "published" / "Molmo2-4B"

@@ -18,7 +18,7 @@ def main() -> None:
     from benchmarks.catalogue import find
 
     prepare, device = find(request["row"], request["point"])
-    # What is compiled may not like tensors of inference mode.
+    # Compiled code may reject inference tensors.
     with torch.no_grad() if device == "cuda" else torch.inference_mode():
         found = measure(prepare, Side(request["side"], settings), device)
     print(json.dumps(found))

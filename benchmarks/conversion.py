@@ -1,6 +1,6 @@
-"""Converts made-up checkpoints of growing size, up to the real shapes of Molmo2-4B, and prints memory and speed.
+"""Conversion: memory and speed on made-up checkpoints of growing size, up to the shapes of Molmo2-4B.
 
-Usage: python benchmarks/conversion.py [--sizes 0.4 1.6 6 18] [--folder SCRATCH]
+Usage: python -m benchmarks.conversion [--sizes 0.4 1.6 6 18] [--folder SCRATCH]
 
 Each checkpoint is sharded over 8 ranks, float32, filled from a seed, and converted to bfloat16 by the command line in
 a process of its own. Before and after it, half of the same files are copied by `cp` and `sync`. Both are measured in
@@ -22,10 +22,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
-
-from native_checkpoints import ShardedWriter, ShardLayout, native_section, native_shapes, write_config  # noqa: E402
+from benchmarks.harness import REPOSITORY
+from support.native_checkpoints import ShardedWriter, ShardLayout, native_section, native_shapes, write_config
 
 RANKS, FILES_PER_RANK = 8, 2
 FILLER_TOKENS = 267  # as between the base tokenizer and the vocabulary of the published 4B
@@ -38,7 +36,7 @@ code = main(sys.argv[1:])
 print(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read()).group(1))
 sys.exit(code)
 """
-NEEDED_TIMES = 2.1
+SCRATCH_FACTOR = 2.1
 
 
 @dataclass(frozen=True)
@@ -202,8 +200,10 @@ def main() -> None:
     for name in arguments.sizes:
         with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="conversion") as folder:
             free = shutil.disk_usage(folder).free
-            if free < name * NEEDED_TIMES * 1e9:
-                print(f"| {name:g} | needs {name * NEEDED_TIMES:.0f} GB of scratch space, {free / 1e9:.0f} are free |")
+            if free < name * SCRATCH_FACTOR * 1e9:
+                print(
+                    f"| {name:g} | needs {name * SCRATCH_FACTOR:.0f} GB of scratch space, {free / 1e9:.0f} are free |"
+                )
                 continue
             result = measure(SIZES[name], Path(folder))
         print(

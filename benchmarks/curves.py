@@ -8,19 +8,19 @@ from typing import Any
 import torch
 
 from benchmarks.harness import Side, Work
+from benchmarks.media import clip, photo
 from benchmarks.models import clip_and_text
-from benchmarks.pictures import clip, photo
 from benchmarks.sides import chat_inputs, image_processor, load_model, video_processor
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A measurement that is repeated with a growing number.
+    """A measurement repeated with a growing size.
 
     Attributes:
-        unit: What the number counts.
-        linear: Which of "seconds" and "peak_bytes" grow no faster than the number.
-        prepare: As of a row, with the number as `point`.
+        unit: What the size counts.
+        linear: Which of "seconds" and "peak_bytes" should grow at most linearly.
+        prepare: As of a row, with the size as `point`.
     """
 
     title: str
@@ -45,9 +45,9 @@ def _encoding(side: Side, point: int) -> Work:
 
 def _crops(side: Side, point: int) -> Work:
     processor, (rows, columns) = image_processor(side), TILES[point]
-    picture = photo(112 + rows * 266, 112 + columns * 266)  # 378 pixels a tile, of which neighbours share 112
-    processor(picture, max_crops=1)
-    return lambda: dict(processor(picture, max_crops=point - 1, return_tensors="pt"))
+    image = photo(112 + rows * 266, 112 + columns * 266)  # 378 pixels a tile, of which neighbours share 112
+    processor(image, max_crops=1)
+    return lambda: dict(processor(image, max_crops=point - 1, return_tensors="pt"))
 
 
 def _tokens(side: Side, point: int) -> Work:

@@ -2,10 +2,10 @@
 
 import torch
 
-from benchmarks.harness import NotAvailable, Reach, Side, Work, row
+from benchmarks.bounds import weight_reads
+from benchmarks.harness import Goal, NotAvailable, Side, Work, row
+from benchmarks.media import photo
 from benchmarks.models import clip_and_text, image_inputs
-from benchmarks.pictures import photo
-from benchmarks.products import reading
 from benchmarks.sides import load_model, processor
 
 SIDES = ("ours", "native", "peer")
@@ -42,7 +42,7 @@ def gpu_prefill(side: Side) -> Work:
     "gpu-decode",
     "GPU: decode, static cache and compile",
     bound="the weights of decoder layers and output matrix read once per token",
-    reach=(Reach(1.5, "bound"),),
+    goals=(Goal(1.5, "bound"),),
     sides=("bound", *SIDES),
     device="cuda",
 )
@@ -50,7 +50,7 @@ def gpu_decode(side: Side) -> Work:
     """`generate` compiles the step by itself for caches of fixed size; the calls in which it does are not timed."""
     model, tokens = _model(side), side.pick(128, 16)
     if side.is_bound:
-        return reading(model, tokens)
+        return weight_reads(model, tokens)
     ids = torch.tensor([[65] * 8], device="cuda")
 
     def work() -> None:
@@ -71,11 +71,11 @@ def gpu_decode(side: Side) -> Work:
     "gpu-end-to-end", "GPU: from a photo of 24 crops to 64 tokens", bound="none", sides=("ours", "peer"), device="cuda"
 )
 def gpu_end_to_end(side: Side) -> Work:
-    model, making, picture = _model(side), processor(side, SHAPE), photo(1080, 1920)
-    content = [{"type": "image", "image": picture}, {"type": "text", "text": "Describe it."}]
+    model, our, image = _model(side), processor(side, SHAPE), photo(1080, 1920)
+    content = [{"type": "image", "image": image}, {"type": "text", "text": "Describe it."}]
 
     def work() -> None:
-        inputs = making.apply_chat_template(
+        inputs = our.apply_chat_template(
             [{"role": "user", "content": content}],
             add_generation_prompt=True,
             tokenize=True,

@@ -1,10 +1,10 @@
-"""What a measurement is, and how one is taken: one row, one side, one process.
+"""Measurements: a registry of rows, and how one side of a row is timed in one process.
 
-    @row("photo-8", "1080p photo, 8 crops", bound="the output written once", reach=(Reach(0.15, "native"),))
+    @row("photo-8", "1080p photo, 8 crops", bound="the output written once", goals=(Goal(0.15, "native"),))
     def photo(side: Side) -> Work: ...
 
-`photo` prepares everything and returns what is measured, a function without arguments. Sides are called by name:
-"ours", "native" (the class of transformers), "bound" (what nothing can beat) or the folder of other remote code.
+`photo` prepares everything and returns the work to measure, a function without arguments. A side is "ours", "native"
+(the class of transformers), "bound" (a lower bound of the work) or the folder of other remote code, a peer.
 """
 
 import functools
@@ -20,23 +20,23 @@ from benchmarks.memory import PeakMemory, held_bytes
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DEFAULT_CACHE = REPOSITORY / ".benchmarks"
-ENOUGH_SECONDS, MOST_RUNS = 2.0, 40
+ENOUGH_SECONDS, MAX_RUNS = 2.0, 40
 
 Work = Callable[[], Any]
 T = TypeVar("T")
 
 
 class NotAvailable(Exception):
-    """A side cannot do a row here; the message says why."""
+    """A side cannot run a row on this machine; the message says why."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all processes of a run share.
+    """Settings of a run, the same in all its processes.
 
     Attributes:
-        quick: Small sizes, for trying the suite itself; the figures mean nothing.
-        cache: Folder of made-up checkpoints and clips, kept between runs.
+        quick: Small sizes, to try the suite itself; the figures mean nothing.
+        cache: Folder for made-up checkpoints and clips, kept between runs.
     """
 
     quick: bool = False
@@ -46,7 +46,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Side:
-    """Whose code does the work, and the settings of the run."""
+    """One of the implementations that are compared, with the settings of the run."""
 
     name: str
     settings: Settings
@@ -56,37 +56,38 @@ class Side:
         return self.name == "bound"
 
     def pick(self, full: Any, quick: Any) -> Any:
-        """The first one in a real run, the other in a quick one."""
+        """`full` in a real run, `quick` in a quick one."""
         return quick if self.settings.quick else full
 
 
 @dataclass(frozen=True)
-class Reach:
-    """A figure to reach.
+class Goal:
+    """A target figure.
 
     Attributes:
-        at_most: The largest ratio, or difference in bytes, that counts as reached.
-        of: The side that ours is divided by; "output" for the bytes of the result; "over output" for a difference.
+        limit: The largest ratio, or difference in bytes, that meets the goal.
+        of: The side that ours is divided by; "output" for the bytes of the result; "over output" for the difference
+            to them.
         what: "seconds" or "peak".
     """
 
-    at_most: float
+    limit: float
     of: str
     what: str = "seconds"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; `bound` says in words what the side of that name does."""
+    """One line of the table; `bound` describes the work of the side "bound"."""
 
     name: str
     title: str
     prepare: Callable[[Side], Work]
     bound: str
-    reach: tuple[Reach, ...]
+    goals: tuple[Goal, ...]
     sides: tuple[str, ...]
     device: str = "cpu"
-    most_rounds: int | None = None
+    max_rounds: int | None = None
 
 
 ROWS: dict[str, Row] = {}
@@ -97,28 +98,30 @@ def row(
     title: str,
     *,
     bound: str,
-    reach: tuple[Reach, ...] = (),
+    goals: tuple[Goal, ...] = (),
     sides: tuple[str, ...] = ("bound", "ours", "native", "peer"),
     device: str = "cpu",
-    most_rounds: int | None = None,
+    max_rounds: int | None = None,
 ) -> Callable[[Callable[[Side], Work]], Callable[[Side], Work]]:
-    """Registers a row; "peer" among `sides` stands for every folder of other remote code.
+    """Register a row.
 
-    A row that takes minutes says how many rounds are enough in `most_rounds`.
+    Args:
+        sides: "peer" stands for every folder of other remote code.
+        max_rounds: Fewer rounds, for a row that takes minutes.
     """
 
     def register(prepare: Callable[[Side], Work]) -> Callable[[Side], Work]:
-        ROWS[name] = Row(name, title, prepare, bound, reach, sides, device, most_rounds)
+        ROWS[name] = Row(name, title, prepare, bound, goals, sides, device, max_rounds)
         return prepare
 
     return register
 
 
 def measure(prepare: Callable[[Side], Work], side: Side, device: str = "cpu") -> dict[str, Any]:
-    """Prepares and runs the work in this process.
+    """Prepare and run the work in this process.
 
-    The first run tells the memory, further ones the time, until enough of it has been spent; where a single run takes
-    longer than that, the first one counts.
+    Memory is taken from the first run, time from the following ones, for `ENOUGH_SECONDS` in total; if the first run
+    takes longer than that, it is the only one.
 
     Returns:
         seconds: one number per run that counts; first_seconds; peak_bytes over what was resident before (None where
@@ -135,18 +138,18 @@ def measure(prepare: Callable[[Side], Work], side: Side, device: str = "cpu") ->
     found = {"first_seconds": first, "peak_bytes": memory.peak_bytes(), "output_bytes": held_bytes(result)}
     del result
     seconds: list[float] = []
-    while first < ENOUGH_SECONDS and sum(seconds) < ENOUGH_SECONDS and len(seconds) < MOST_RUNS:
+    while first < ENOUGH_SECONDS and sum(seconds) < ENOUGH_SECONDS and len(seconds) < MAX_RUNS:
         seconds.append(_timed(work, device)[0])
     return {**found, "seconds": seconds or [first], "load": load}
 
 
 def fastest(ways: Iterable[T], use: Callable[[T], Any], unable: tuple[type[Exception], ...], device: str = "cpu") -> T:
-    """The way that takes `use` the least time; each is tried once.
+    """The alternative with which `use` takes the least time; each is tried once.
 
     Args:
-        unable: What a way raises that cannot do it here.
+        unable: Exceptions that mean an alternative does not work on this machine.
     Raises:
-        NotAvailable: None can.
+        NotAvailable: No alternative works.
     """
     taken = []
     for way in ways:

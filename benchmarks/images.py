@@ -5,12 +5,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.harness import Reach, Side, Work, row
-from benchmarks.pictures import photo
+from benchmarks.harness import Goal, Side, Work, row
+from benchmarks.media import photo
 from benchmarks.sides import image_processor
 
 BOUND = "crops written once from a canvas that is resized and normalised already"
-SMALL_PEAK = Reach(1.5, "output", "peak")
+SMALL_PEAK = Goal(1.5, "output", "peak")
 
 
 def _preprocessing(side: Side, photos: list[Any], max_crops: int) -> Work:
@@ -22,7 +22,7 @@ def _preprocessing(side: Side, photos: list[Any], max_crops: int) -> Work:
 
 
 def _writing(processor: Any, photos: list[Any], max_crops: int) -> Work:
-    plans = [processor.plan(picture.height, picture.width, max_crops=max_crops) for picture in photos]
+    plans = [processor.plan(image.height, image.width, max_crops=max_crops) for image in photos]
     settings = plans[0].settings
     patch, rows, cols = settings.patch_size, settings.crop_height, settings.crop_width
     canvases = [torch.rand(plan.canvas_height, plan.canvas_width, 3) for plan in plans]
@@ -44,16 +44,16 @@ def _writing(processor: Any, photos: list[Any], max_crops: int) -> Work:
     return work
 
 
-@row("photo-8", "one 1080p photo, 8 crops", bound=BOUND, reach=(Reach(0.15, "native"), SMALL_PEAK))
+@row("photo-8", "one 1080p photo, 8 crops", bound=BOUND, goals=(Goal(0.15, "native"), SMALL_PEAK))
 def photo_8(side: Side) -> Work:
     return _preprocessing(side, [photo(1080, 1920)], 8)
 
 
-@row("photo-24", "one 1080p photo, 24 crops", bound=BOUND, reach=(Reach(0.5, "native"), SMALL_PEAK))
+@row("photo-24", "one 1080p photo, 24 crops", bound=BOUND, goals=(Goal(0.5, "native"), SMALL_PEAK))
 def photo_24(side: Side) -> Work:
     return _preprocessing(side, [photo(1080, 1920)], 24)
 
 
-@row("photos-32", "32 photos of 640x480", bound=BOUND, reach=(Reach(0.5, "native"), SMALL_PEAK))
+@row("photos-32", "32 photos of 640x480", bound=BOUND, goals=(Goal(0.5, "native"), SMALL_PEAK))
 def photos_32(side: Side) -> Work:
     return _preprocessing(side, [photo(480, 640, seed) for seed in range(side.pick(32, 4))], 8)

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
+from benchmarks.bounds import Products, causal_attention, weight_reads
 from benchmarks.checkpoints import checkpoint
-from benchmarks.harness import Reach, Side, Work, row
-from benchmarks.pictures import photo
-from benchmarks.products import Products, causal_attention, reading
+from benchmarks.harness import Goal, Side, Work, row
+from benchmarks.media import photo
 from benchmarks.sides import chat_inputs, load_model
 
 FRAME_TOKENS, TIME_TOKENS = 83, 7  # of a frame: 9x9 tokens with start and end; then the text of its time
@@ -33,7 +33,7 @@ def clip_and_text(side: Side, length: int) -> dict[str, torch.Tensor]:
     "vision",
     "vision encoder and connector, 9 crops (3 layers of full width)",
     bound="the same matrix products and attention products alone",
-    reach=(Reach(1.2, "bound"),),
+    goals=(Goal(1.2, "bound"),),
 )
 def vision(side: Side) -> Work:
     """Through the whole model, whose text part is negligibly small: the one call that all sides have."""
@@ -42,7 +42,7 @@ def vision(side: Side) -> Work:
     def work() -> torch.Tensor:
         return model(**inputs, logits_to_keep=1).logits
 
-    return Products.of(model, work).work() if side.is_bound else work
+    return Products.from_forward(model, work).work() if side.is_bound else work
 
 
 def _prefill(side: Side, length: int) -> Work:
@@ -57,7 +57,7 @@ def _prefill(side: Side, length: int) -> Work:
         return work
     short_length = 128
     short = clip_and_text(side, short_length)
-    traced = Products.of(model, lambda: model(**short, use_cache=True, logits_to_keep=1), attention=False)
+    traced = Products.from_forward(model, lambda: model(**short, use_cache=True, logits_to_keep=1), attention=False)
     scaled = tuple((rows if rows == 1 else rows * length // short_length, weight) for rows, weight in traced.linear)
     products = Products(scaled, ()).work()
     attention = causal_attention(model.config.get_text_config(), length)
@@ -72,7 +72,7 @@ def _prefill(side: Side, length: int) -> Work:
 PREFILL_BOUND = "the same matrix products and plain causal attention"
 
 
-@row("prefill-4k", "prefill, 4,096 tokens", bound=PREFILL_BOUND, reach=(Reach(1.3, "bound"),))
+@row("prefill-4k", "prefill, 4,096 tokens", bound=PREFILL_BOUND, goals=(Goal(1.3, "bound"),))
 def prefill_4k(side: Side) -> Work:
     return _prefill(side, side.pick(4096, 1024))
 
@@ -82,7 +82,7 @@ def prefill_16k(side: Side) -> Work:
     return _prefill(side, side.pick(16384, 2048))
 
 
-@row("prefill-36k", "prefill, 36,864 tokens", bound=PREFILL_BOUND, most_rounds=1)
+@row("prefill-36k", "prefill, 36,864 tokens", bound=PREFILL_BOUND, max_rounds=1)
 def prefill_36k(side: Side) -> Work:
     return _prefill(side, side.pick(36864, 4096))
 
@@ -90,7 +90,7 @@ def prefill_36k(side: Side) -> Work:
 def _decode(side: Side, dtype: torch.dtype) -> Work:
     model, tokens = load_model(side, "decoder", dtype), side.pick(24, 4)
     if side.is_bound:
-        return reading(model, tokens)
+        return weight_reads(model, tokens)
     ids = torch.tensor([[65]])  # a prompt of one token: its prefill is a step like the others
 
     def work() -> None:
@@ -102,12 +102,12 @@ def _decode(side: Side, dtype: torch.dtype) -> Work:
 READING = "the weights of decoder layers and output matrix read once per token"
 
 
-@row("decode-float32", "decode, float32", bound=READING, reach=(Reach(1.15, "bound"),))
+@row("decode-float32", "decode, float32", bound=READING, goals=(Goal(1.15, "bound"),))
 def decode_float32(side: Side) -> Work:
     return _decode(side, torch.float32)
 
 
-@row("decode-bfloat16", "decode, bfloat16", bound=READING, reach=(Reach(1.15, "bound"),))
+@row("decode-bfloat16", "decode, bfloat16", bound=READING, goals=(Goal(1.15, "bound"),))
 def decode_bfloat16(side: Side) -> Work:
     return _decode(side, torch.bfloat16)
 
@@ -120,7 +120,7 @@ def decode_cached(side: Side) -> Work:
     shape = 2, 1, config.num_key_value_heads, length, config.head_dim
     layers = [torch.rand(shape) for _ in range(config.num_hidden_layers)]
     if side.is_bound:
-        return reading(model, tokens, layers)
+        return weight_reads(model, tokens, layers)
     ids = torch.full((1, length + 1), 65)
 
     def work() -> None:
@@ -137,7 +137,7 @@ def decode_cached(side: Side) -> Work:
     "loading",
     "from_pretrained, 1.9 GB",
     bound="the file read once from the page cache",
-    reach=(Reach(1.1, "output", "peak"), Reach(1.0, "native")),
+    goals=(Goal(1.1, "output", "peak"), Goal(1.0, "native")),
 )
 def loading(side: Side) -> Work:
     """Every weight is read once after loading, because files are mapped: without it nothing would be in memory."""

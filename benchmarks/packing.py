@@ -1,30 +1,27 @@
-"""How full packed rows are, and what is saved: python benchmarks/packing.py [--examples 4000]
+"""Packing: how full rows are, and how long packing takes: python -m benchmarks.packing [--examples 4000]
 
-Sizes of training examples are drawn from a seed in a mix like that of instruction tuning: questions without pictures,
-images of three to nine crops (documents up to 25), sets of images, clips of up to 128 frames. Tokens follow from crops
-about as in the published models: 14 x 14 for the view, 150 for a crop less its margins, 81 and its time for a frame.
+Sizes of training examples are drawn from a seed in a mix like that of instruction tuning: questions without images,
+images of three to nine crops (documents up to 25), sets of images, clips of up to 128 frames. Token counts follow from
+crops about as in the published models: 14 x 14 for the low-resolution view, 150 for a crop without its margins, 81 and
+a timestamp for a frame.
 
-`padded`: the share of batches of 8 examples that is no padding. `in order`: a row is closed as soon as the next
-example does not fit. `pool`: the packer, with so many examples waiting.
+`padded`: the fraction of real tokens in batches of 8 examples. `in order`: a row is closed as soon as the next example
+does not fit. `greedy`: the oldest waiting example, then the largest ones that fit. `pool`: the packer, with that many
+waiting examples.
 """
 
 import argparse
-import importlib
 import time
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+from molmo2.training.packer import Packer
+
 BUDGETS = ((16384, 128), (8192, 64), (32768, 400))
-
-
-def packer_module() -> Any:
-    """The module that is measured."""
-    return importlib.import_module("molmo2.training.packer")
 
 
 def sizes(rng: np.random.Generator) -> tuple[int, int]:
@@ -37,13 +34,13 @@ def sizes(rng: np.random.Generator) -> tuple[int, int]:
         frames = int(np.clip(2 * rng.lognormal(3.2, 0.8), 8, 128))
         return text + frames * (81 + 8), frames
     images = int(rng.integers(2, 6)) if kind == "set" else 1
-    most = 24 if kind == "document" else 8
-    crops = [1 + int(rng.integers(max(1, most // 3), most + 1)) for _ in range(images)]
+    max_crops = 24 if kind == "document" else 8
+    crops = [1 + int(rng.integers(max(1, max_crops // 3), max_crops + 1)) for _ in range(images)]
     return text + sum(14 * 14 + 2 + (own - 1) * 150 + 40 for own in crops), sum(crops)
 
 
 def examples(number: int, seed: int) -> list[dict[str, torch.Tensor]]:
-    """Examples with nothing in them but their sizes; pixels of no width take no memory."""
+    """Examples that have sizes only; pixels of width 0 take no memory."""
     rng = np.random.default_rng(seed)
     drawn = [sizes(rng) for _ in range(number)]
     return [
@@ -64,29 +61,47 @@ def in_order(rows: Iterable[Any], max_tokens: int, max_crops: int) -> Iterator[t
     yield tokens, crops
 
 
+def select_greedily(tokens: np.ndarray, crops: np.ndarray, max_tokens: int, max_crops: int) -> list[int]:
+    """The largest examples that fit, one after the other, in place of the packer's knapsack."""
+    chosen: list[int] = []
+    value = tokens / max(1, max_tokens) + crops / max(1, max_crops)
+    for index in np.argsort(-value, kind="stable").tolist():
+        if tokens[index] <= max_tokens and crops[index] <= max_crops:
+            chosen.append(index)
+            max_tokens, max_crops = max_tokens - tokens[index], max_crops - crops[index]
+    return sorted(chosen)
+
+
 def padded_share(rows: list[Any], batch: int = 8) -> float:
+    """Fraction of real tokens in batches of unpacked examples."""
     lengths = [len(row["input_ids"]) for row in rows]
     batches = [lengths[start : start + batch] for start in range(0, len(lengths), batch)]
     return sum(lengths) / sum(len(own) * max(own) for own in batches)
 
 
-def measure(rows: list[Any], budget: tuple[int, int], pools: Iterable[int], packer: Callable) -> list[str]:
+def packed(name: str, how: str, rows: list[Any], packer: Packer) -> str:
+    """A line of the table for a packer."""
+    started = time.perf_counter()
+    for _ in packer.pack(rows):
+        pass
+    report = packer.report
+    milliseconds = 1000 * (time.perf_counter() - started) / report.rows
+    fills = f"{report.token_fill:.1%} | {report.crop_fill:.1%}"
+    return f"| {name} | {how} | {report.rows} | {fills} | {milliseconds:.1f} ms |"
+
+
+def measure(rows: list[Any], budget: tuple[int, int], pools: Iterable[int]) -> list[str]:
     """Lines of the table for one budget."""
     fitting = [row for row in rows if len(row["input_ids"]) <= budget[0] and len(row["pixel_values"]) <= budget[1]]
     name = f"{budget[0]} tokens, {budget[1]} crops"
     made = list(in_order(fitting, *budget))
-    shares = [sum(row[side] for row in made) / len(made) / budget[side] for side in (0, 1)]
+    fills = [sum(row[column] for row in made) / len(made) / budget[column] for column in (0, 1)]
     lines = [f"| {name} | padded | | {padded_share(fitting):.1%} | | |"]
-    lines.append(f"| {name} | in order | {len(made)} | {shares[0]:.1%} | {shares[1]:.1%} | |")
+    lines.append(f"| {name} | in order | {len(made)} | {fills[0]:.1%} | {fills[1]:.1%} | |")
     for pool in pools:
-        filler = packer(*budget, pool_size=pool)
-        started = time.perf_counter()
-        for _ in filler.pack(fitting):
-            pass
-        milliseconds = 1000 * (time.perf_counter() - started) / filler.report.rows
-        report = filler.report
-        fills = f"{report.token_fill:.1%} | {report.crop_fill:.1%}"
-        lines.append(f"| {name} | pool of {pool} | {report.rows} | {fills} | {milliseconds:.1f} ms |")
+        with mock.patch("molmo2.training.packer.select_examples", select_greedily):
+            lines.append(packed(name, f"greedy, pool of {pool}", fitting, Packer(*budget, pool_size=pool)))
+        lines.append(packed(name, f"pool of {pool}", fitting, Packer(*budget, pool_size=pool)))
     return lines
 
 
@@ -94,11 +109,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--examples", type=int, default=4000)
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    rows = examples(given.examples, given.seed)
+    arguments = parser.parse_args()
+    rows = examples(arguments.examples, arguments.seed)
     print("| row | how | rows | tokens full | crops full | time a row |\n|---|---|---|---|---|---|")
     for budget in BUDGETS:
-        print("\n".join(measure(rows, budget, (16, 48, 96), packer_module().Packer)))
+        print("\n".join(measure(rows, budget, (16, 48, 96))))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Where the time of ours goes: python -m benchmarks.profile [ROW ...] [--output FILE]
+"""Profiles of ours, by function: python -m benchmarks.profile [ROW ...] [--output FILE]
 
-By default the rows of results/cpu.json that miss a goal. Shares are of the calling thread: time that other threads
-take meanwhile (decoding) shows as waiting.
+By default of the rows in results/cpu.json that miss a goal. Only the calling thread is profiled: time that other
+threads take meanwhile (decoding) shows as waiting.
 """
 
 import argparse
@@ -18,14 +18,14 @@ from benchmarks.harness import DEFAULT_CACHE, Settings, Side
 from benchmarks.report import duration
 
 RESULTS = Path(__file__).resolve().parent / "results" / "cpu.json"
-SHOWN, LEAST_SHARE = 6, 0.02
-HEAD = "| row | with the profiler | where, itself without what it calls |\n|---|---|---|"
+SHOWN, MIN_SHARE = 6, 0.02
+HEAD = "| row | time under the profiler | time by function, without its callees |\n|---|---|---|"
 
 Place = tuple[str, int, str]  # file, line and function, as cProfile has them
 
 
 def name_of(place: Place) -> str:
-    """`take` of built-in functions, `module.function` of others."""
+    """The name of a function in the table: `gather` for built-in ones, `module.function` for others."""
     file, _, function = place
     builtin = re.search(r"method (?:'(\w+)'|[\w.]*?(\w+)>?)(?: of|\}|$)", function)
     if file == "~":
@@ -34,7 +34,7 @@ def name_of(place: Place) -> str:
 
 
 def shares(profile: cProfile.Profile) -> tuple[float, list[tuple[str, float, int]]]:
-    """Seconds in total; (function, share of them, calls) of those that take most themselves."""
+    """Total seconds, and (function, fraction of them, calls) of the functions with the most time of their own."""
     stats = pstats.Stats(profile)
     entries = stats.stats  # type: ignore[attr-defined]  # place -> (calls, all calls, own seconds, seconds, callers)
     total = sum(entry[2] for entry in entries.values())
@@ -43,7 +43,7 @@ def shares(profile: cProfile.Profile) -> tuple[float, list[tuple[str, float, int
 
 
 def profile_row(name: str, settings: Settings) -> str:
-    """A line of the table."""
+    """The line of a row in the table."""
     from benchmarks.catalogue import find
 
     prepare, _ = find(name, None)
@@ -53,14 +53,14 @@ def profile_row(name: str, settings: Settings) -> str:
         profile = cProfile.Profile()
         profile.runcall(work)
     total, found = shares(profile)
-    parts = [f"{share:.0%} {function} ({calls:,})" for function, share, calls in found if share >= LEAST_SHARE]
+    parts = [f"{share:.0%} {function} ({calls:,})" for function, share, calls in found if share >= MIN_SHARE]
     return f"| {name} | {duration(total)} | {', '.join(parts)} |"
 
 
 def missed() -> list[str]:
-    """Rows with a goal that is not reached."""
+    """Names of rows that miss a goal."""
     rows = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]
-    return [row["row"] for row in rows if any(reach["met"] is False for reach in row["reach"])]
+    return [row["row"] for row in rows if any(goal["met"] is False for goal in row["goals"])]
 
 
 def main(given: Sequence[str] | None = None) -> int:

@@ -1,12 +1,13 @@
-"""Questions: a second one about the same clip, and eight mixed ones in a batch."""
+"""Questions: a follow-up about the same clip, and a batch of eight mixed ones."""
 
 from typing import Any
 
 import torch
 
-from benchmarks.harness import Reach, Side, Work, row
-from benchmarks.pictures import clip, photo
+from benchmarks.harness import Goal, Side, Work, row
+from benchmarks.media import clip, photo
 from benchmarks.sides import chat_inputs, inputs_for, load_model, our_processor, processor
+from molmo2 import MediaSession
 
 QUESTION = "What happens in the second half of the clip, and where is the smaller one of the two?"
 
@@ -15,10 +16,10 @@ QUESTION = "What happens in the second half of the clip, and where is the smalle
     "follow-up",
     "another question about a clip of 64 frames",
     bound="prefill of the new text alone",
-    reach=(Reach(1.5, "bound"),),
+    goals=(Goal(1.5, "bound"),),
 )
 def follow_up(side: Side) -> Work:
-    """Sides without sessions read the clip again, from pixels that are prepared already."""
+    """Sides without sessions encode the clip again, from prepared pixels."""
     model, frames = load_model(side, "session"), side.pick(64, 8)
     video = str(clip(side, 360, 640, seconds=32))
     if side.name not in ("ours", "bound"):
@@ -26,7 +27,7 @@ def follow_up(side: Side) -> Work:
         inputs = chat_inputs(side, "session", content, num_frames=frames)
         return lambda: model.generate(**inputs, max_new_tokens=1, do_sample=False)
     own = Side("ours", side.settings)
-    session = processor(own, "session").session(model, videos=video, processor_kwargs={"num_frames": frames})
+    session = MediaSession(model, processor(own, "session"), videos=video, processor_kwargs={"num_frames": frames})
     if not side.is_bound:
         return lambda: session.ask(QUESTION, max_new_tokens=1, do_sample=False)
     timings = session.ask(QUESTION, max_new_tokens=1).timings
@@ -40,28 +41,26 @@ def _rows(side: Side) -> list[list[dict[str, Any]]]:
     media: list[list[dict[str, Any]]] = [[], [], *([{"type": "image", "image": photo(480, 640, n)}] for n in (1, 2))]
     media += [[{"type": "image", "image": photo(300, 300, n)} for n in (3, 4)] for _ in range(2)]
     media += [[{"type": "video", "video": video}] for _ in range(2)]
-    return [
-        [*pictures, {"type": "text", "text": "Describe it. " * (number + 1)}] for number, pictures in enumerate(media)
-    ]
+    return [[*parts, {"type": "text", "text": "Describe it. " * (number + 1)}] for number, parts in enumerate(media)]
 
 
 @row(
     "batch-8",
     "batch of 8 mixed rows, 128 new tokens each",
     bound="the same rows one by one, by ours",
-    reach=(Reach(0.5, "one by one"),),
+    goals=(Goal(0.5, "one by one"),),
     sides=("one by one", "ours", "peer"),
 )
 def batch(side: Side) -> Work:
     model, tokens = load_model(side if side.name != "one by one" else Side("ours", side.settings), "session"), 128
-    making = our_processor(side, "session")
+    our = our_processor(side, "session")
     chats = [[{"role": "user", "content": content}] for content in _rows(side)]
     groups = [[chat] for chat in chats] if side.name == "one by one" else [chats]
     options = {"max_crops": 1, "num_frames": 4}
     prepared = [
         inputs_for(
             side,
-            making.apply_chat_template(
+            our.apply_chat_template(
                 group, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", padding=True,
                 processor_kwargs=options,
             ),

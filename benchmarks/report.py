@@ -1,4 +1,4 @@
-"""Tables and pictures out of results: python -m benchmarks.report results.json [--readme] [--curves PNG]
+"""Tables and plots from results: python -m benchmarks.report results.json [--readme] [--curves PNG]
 
 `--readme` puts the table between the marks in README.md beside this file.
 """
@@ -29,13 +29,13 @@ def size(number: float | None) -> str:
     return f"{number / 1e9:.2f} GB" if number >= 1e9 else f"{number / 1e6:.0f} MB"
 
 
-def _goal(reach: dict[str, Any]) -> str:
-    """A figure to reach and what was found: `0.12 of native (0.15)`."""
-    limit, found = reach["at_most"], reach["found"]
-    mark = {None: "", True: " ✓", False: " ✗"}[reach["met"]]
-    if reach["of"] == "over output":
+def _goal_text(goal: dict[str, Any]) -> str:
+    """A goal and the measured figure: `0.12 of native (at most 0.15) ✓`."""
+    limit, found = goal["limit"], goal["found"]
+    mark = {None: "", True: " ✓", False: " ✗"}[goal["met"]]
+    if goal["of"] == "over output":
         return f"peak less output {size(found)} (at most {size(limit)}){mark}"
-    what = "peak of the output" if reach["of"] == "output" else f"of {reach['of']}"
+    what = "peak of the output" if goal["of"] == "output" else f"of {goal['of']}"
     stated = "not known" if found is None else f"{found:.3g}"
     return f"{stated} {what} (at most {limit:g}){mark}"
 
@@ -56,7 +56,7 @@ def row_lines(found: dict[str, Any]) -> list[str]:
             f"  {Path(side).name:12s} {duration(figures['seconds']):>9s}  peak {size(figures['peak_bytes']):>8s}  "
             f"output {size(figures['output_bytes']):>8s}  {ratio}"
         )
-    return [*lines, *(f"  -> {_goal(reach)}" for reach in found["reach"])]
+    return [*lines, *(f"  -> {_goal_text(goal)}" for goal in found["goals"])]
 
 
 def curve_line(name: str, curve: dict[str, Any]) -> str:
@@ -84,7 +84,7 @@ def table(results: dict[str, Any]) -> str:
         *(Path(side).name for side in others),
         "peak of ours",
         "of native",
-        "reach",
+        "goals",
     ]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in results["rows"]:
@@ -93,13 +93,13 @@ def table(results: dict[str, Any]) -> str:
         cells = [row["title"], duration(bound.get("seconds"))]
         cells += [duration(sides.get(side, {}).get("seconds")) for side in ("ours", "native", *others)]
         cells += [size(sides.get(side, {}).get("peak_bytes")) for side in ("ours", "native")]
-        cells.append("; ".join(_goal(reach) for reach in row["reach"]) or "-")
+        cells.append("; ".join(_goal_text(goal) for goal in row["goals"]) or "-")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", *_notes(results)])
 
 
 def _notes(results: dict[str, Any]) -> list[str]:
-    """Machine, bounds, reasons of what is missing, and growth."""
+    """Notes below the table: machine, bounds, reasons for missing figures, growth."""
     about = results["machine"]
     versions = ", ".join(
         f"{name} {about[name]}" for name in ("torch", "transformers", "av", "torchcodec") if about.get(name)
@@ -123,8 +123,8 @@ def draw(curves: dict[str, Any]) -> Image.Image:
     """One panel per curve: time and peak memory, each from 0 to its largest value, measured points marked."""
     shown = [curve for curve in curves.values() if "error" not in curve]
     width, height = PANEL
-    picture = Image.new("RGB", ((width + MARGIN) * len(shown) + MARGIN, height + 3 * MARGIN), "white")
-    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
+    plot = Image.new("RGB", ((width + MARGIN) * len(shown) + MARGIN, height + 3 * MARGIN), "white")
+    pen, font = ImageDraw.Draw(plot), ImageFont.load_default(13)
     for number, curve in enumerate(shown):
         left, top = MARGIN + number * (width + MARGIN), MARGIN
         pen.rectangle((left, top, left + width, top + height), outline="#999999")
@@ -135,15 +135,17 @@ def draw(curves: dict[str, Any]) -> Image.Image:
             values = curve.get(key)
             if not values:
                 continue
-            most = max(values) or 1.0
+            top_value = max(values) or 1.0
             scale = list(zip(curve["points"], values, strict=True))
-            places = [(left + width * x / last, top + height * (1 - y / most)) for x, y in scale]
+            places = [(left + width * x / last, top + height * (1 - y / top_value)) for x, y in scale]
             pen.line(places, fill=ink, width=2)
             for x, y in places:
                 pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=ink)
-            label = f"time, up to {duration(most)}" if key == "seconds" else f"peak memory, up to {size(most)}"
+            label = (
+                f"time, up to {duration(top_value)}" if key == "seconds" else f"peak memory, up to {size(top_value)}"
+            )
             pen.text((left, top + height + 26 + 18 * line), label, fill=ink, font=font)
-    return picture.quantize(32)
+    return plot.quantize(32)
 
 
 def main(given: Sequence[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Runs rows: a process for each measurement, sides taking turns, medians over all rounds."""
+"""Runs rows: one process per measurement, sides in alternation, medians over all rounds."""
 
 import json
 import os
@@ -11,14 +11,14 @@ from dataclasses import asdict
 from importlib import metadata
 from typing import Any
 
-from benchmarks.harness import REPOSITORY, Reach, Row, Settings
+from benchmarks.harness import REPOSITORY, Goal, Row, Settings
 
 PACKAGES = ("torch", "transformers", "numpy", "av", "decord2", "torchcodec", "torchvision")
-LIMIT_SECONDS = 3600
+TIMEOUT_SECONDS = 3600
 
 
 def run_child(name: str, side: str, settings: Settings, point: int | None = None) -> dict[str, Any]:
-    """One measurement; `error` in place of figures where the process failed."""
+    """One measurement; `error` instead of figures if the process failed."""
     request = {"row": name, "side": side, "settings": asdict(settings), "point": point}
     threads = str(settings.threads)
     environment = os.environ | {
@@ -31,44 +31,44 @@ def run_child(name: str, side: str, settings: Settings, point: int | None = None
     command = [sys.executable, "-m", "benchmarks.child", json.dumps(request, default=str)]
     try:
         done = subprocess.run(
-            command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=LIMIT_SECONDS
+            command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=TIMEOUT_SECONDS
         )
     except subprocess.TimeoutExpired:
-        return {"error": f"took more than {LIMIT_SECONDS} s"}
+        return {"error": f"took more than {TIMEOUT_SECONDS} s"}
     if done.returncode:
         return {"error": done.stderr[-2000:] or f"exit code {done.returncode}"}
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def sides_of(row: Row, peers: Sequence[str]) -> list[str]:
-    """The sides of a row, "peer" replaced by the folders that were given."""
+    """The sides of a row, "peer" replaced by the folders of the peers."""
     return [side for entry in row.sides for side in (peers if entry == "peer" else [entry])]
 
 
 def run_row(row: Row, peers: Sequence[str], rounds: int, settings: Settings) -> dict[str, Any]:
-    """All sides of a row in turn, `rounds` times; what failed or is not available is not tried again."""
+    """All sides of a row in alternation, `rounds` times; a side that failed or is not available is not tried again."""
     measured: dict[str, list[dict[str, Any]]] = {side: [] for side in sides_of(row, peers)}
-    given_up: dict[str, dict[str, Any]] = {}
-    for _ in range(rounds if row.most_rounds is None else min(rounds, row.most_rounds)):
-        for side in [side for side in measured if side not in given_up]:
+    excluded: dict[str, dict[str, Any]] = {}
+    for _ in range(rounds if row.max_rounds is None else min(rounds, row.max_rounds)):
+        for side in [side for side in measured if side not in excluded]:
             found = run_child(row.name, side, settings)
             if "seconds" in found:
                 measured[side].append(found)
             else:
-                given_up[side] = found
-    sides = {side: given_up[side] if side in given_up else summary(found) for side, found in measured.items()}
+                excluded[side] = found
+    sides = {side: excluded[side] if side in excluded else summary(found) for side, found in measured.items()}
     return {
         "row": row.name,
         "title": row.title,
         "bound": row.bound,
         "device": row.device,
         "sides": sides,
-        "reach": [checked(reach, sides) for reach in row.reach],
+        "goals": [check_goal(goal, sides) for goal in row.goals],
     }
 
 
 def summary(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Medians of one side over its rounds, each round counting as much as the others."""
+    """Medians of one side over its rounds; every round has the same weight."""
 
     def median(values: Iterable[Any]) -> Any:
         known = [value for value in values if value is not None]
@@ -84,19 +84,19 @@ def summary(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def checked(reach: Reach, sides: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """A figure to reach with what was found; `found` is None where a side has no figures."""
-    ours, key = sides.get("ours", {}), {"seconds": "seconds", "peak": "peak_bytes"}[reach.what]
+def check_goal(goal: Goal, sides: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """A goal with the measured figure; `found` is None where a side has no figures."""
+    ours, key = sides.get("ours", {}), {"seconds": "seconds", "peak": "peak_bytes"}[goal.what]
     value = ours.get(key)
-    other = ours.get("output_bytes") if "output" in reach.of else sides.get(reach.of, {}).get(key)
+    other = ours.get("output_bytes") if "output" in goal.of else sides.get(goal.of, {}).get(key)
     found = None
     if value is not None and other is not None:
-        found = value - other if reach.of == "over output" else value / other if other else None
-    return {**asdict(reach), "found": found, "met": None if found is None else found <= reach.at_most}
+        found = value - other if goal.of == "over output" else value / other if other else None
+    return {**asdict(goal), "found": found, "met": None if found is None else found <= goal.limit}
 
 
 def machine() -> dict[str, Any]:
-    """Where the figures come from."""
+    """The machine and the versions of packages."""
     import torch
 
     processor = platform.processor()

@@ -40,7 +40,7 @@ def processor(side: Side, shape: str) -> Any:
 
 
 def our_processor(side: Side, shape: str) -> Any:
-    """Ours whatever the side: all sides get the inputs that it makes."""
+    """Our processor, for every side: all sides get the same inputs."""
     return processor(Side("ours", side.settings), shape)
 
 
@@ -56,19 +56,19 @@ def load_model(side: Side, shape: str, dtype: torch.dtype = torch.float32, devic
         if side.name != "native":
             raise
         raise NotAvailable(f"the native class does not load: {error}") from error
-    model.generation_config.eos_token_id = None  # answers have the length that is asked for
-    return touched(model.eval().to(device))
+    model.generation_config.eos_token_id = None  # answers always have the requested length
+    return with_weights_read(model.eval().to(device))
 
 
-def touched(model: Any) -> Any:
-    """The model with every weight read once: files are mapped, and come into memory only then."""
+def with_weights_read(model: Any) -> Any:
+    """The model with every weight read once, because files are memory-mapped."""
     for tensor in model.state_dict().values():
         tensor.sum()
     return model
 
 
 def inputs_for(side: Side, inputs: Any) -> dict[str, torch.Tensor]:
-    """Inputs of our processor in the terms of a side; for native at most one picture in the batch."""
+    """Inputs of our processor under the names that a side uses; for native at most one image in the batch."""
     inputs = dict(inputs)
     if side.name == "native":
         inputs["mm_token_type_ids"] = inputs.pop("token_type_ids").long()

@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import Reach, Side, Work, fastest, row
-from benchmarks.pictures import FRAMES_PER_SECOND, clip
+from benchmarks.harness import Goal, Side, Work, fastest, row
+from benchmarks.media import FRAMES_PER_SECOND, clip
 from benchmarks.sides import video_processor
 
 BOUND = "the wanted frames decoded to RGB by whichever of decord, torchcodec and PyAV is fastest"
-REACH = (Reach(1.25, "bound"), Reach(200e6, "over output", "peak"))
+REACH = (Goal(1.25, "bound"), Goal(200e6, "over output", "peak"))
 
 
 def _decord(path: str, wanted: np.ndarray) -> None:
@@ -82,7 +82,7 @@ def _preprocessing(side: Side, path: Path, num_frames: int, seconds: int) -> Wor
 
 
 def _register(name: str, height: int, width: int, num_frames: int) -> None:
-    @row(f"clip-{name}-{num_frames}", f"64 s clip of {name}, {num_frames} frames", bound=BOUND, reach=REACH)
+    @row(f"clip-{name}-{num_frames}", f"64 s clip of {name}, {num_frames} frames", bound=BOUND, goals=REACH)
     def prepare(side: Side) -> Work:
         seconds = side.pick(64, 8)
         return _preprocessing(

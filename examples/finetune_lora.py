@@ -26,8 +26,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from molmo2.training.collator import Molmo2DataCollator
-from molmo2.training.finetuning import lora_targets
+from molmo2.training import DataCollator, lora_targets
 
 EXAMPLES = Path(__file__).resolve().parent
 sys.path.insert(0, str(EXAMPLES))
@@ -190,7 +189,7 @@ def tune(model: Any, processor: Any, plan: Plan, folder: Path) -> Any:
     trainer = Trainer(
         adapted,
         arguments,
-        Molmo2DataCollator(processor),
+        DataCollator(processor),
         Lessons(plan),
         processing_class=processor,
         callbacks=[Clock(plan)],

@@ -1,4 +1,4 @@
-"""The measuring suite: what it counts, how sides take turns, what it reports; one real row from end to end."""
+"""The benchmark suite: measurements, alternating sides, goals, reports; one real row from end to end."""
 
 import cProfile
 import json
@@ -13,20 +13,18 @@ import pytest
 import torch
 from torch import nn
 
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(REPOSITORY))
-
-from benchmarks import profile, report, runner  # noqa: E402
-from benchmarks.curves import Curve, exponent, growth, linear_fit  # noqa: E402
-from benchmarks.harness import NotAvailable, Reach, Row, Settings, Side, measure  # noqa: E402
-from benchmarks.memory import PeakMemory, held_bytes  # noqa: E402
-from benchmarks.products import Products, reading  # noqa: E402
+from benchmarks import profile, report, runner
+from benchmarks.bounds import Products, weight_reads
+from benchmarks.curves import Curve, exponent, growth, linear_fit
+from benchmarks.harness import Goal, NotAvailable, Row, Settings, Side, measure
+from benchmarks.memory import PeakMemory, held_bytes
+from support.paths import REPOSITORY
 
 SIDE = Side("ours", Settings(quick=True))
 
 
-def toy(sides: tuple[str, ...] = ("bound", "ours", "peer"), reach: tuple[Reach, ...] = ()) -> Row:
-    return Row("toy", "a toy", lambda side: lambda: None, "nothing", reach, sides)
+def toy(sides: tuple[str, ...] = ("bound", "ours", "peer"), goals: tuple[Goal, ...] = ()) -> Row:
+    return Row("toy", "a toy", lambda side: lambda: None, "nothing", goals, sides)
 
 
 # --- one measurement -------------------------------------------------------------------------------------------------
@@ -75,7 +73,7 @@ def test_what_takes_long_runs_once(monkeypatch):
     assert found["seconds"] == [found["first_seconds"]]
 
 
-def test_a_side_that_cannot_says_why():
+def test_an_unavailable_side_says_why():
     def prepare(side):
         raise NotAvailable("no GPU")
 
@@ -108,33 +106,33 @@ def test_sides_take_turns_and_rounds_count_alike(monkeypatch):
         "ours": [taken(2.0, 2.0, 2.0, 2.0), taken(3.0), taken(9.0, 9.0)],
         "/x/other": {"error": "Traceback\nValueError: no"},
     }
-    found, order = run_toy(monkeypatch, toy(reach=(Reach(2.5, "bound"), Reach(1.5, "output", "peak"))), figures)
+    found, order = run_toy(monkeypatch, toy(goals=(Goal(2.5, "bound"), Goal(1.5, "output", "peak"))), figures)
     assert order == ["bound", "ours", "/x/other", "bound", "ours", "bound", "ours"]
     assert found["sides"]["ours"]["seconds"] == 3.0
     assert found["sides"]["/x/other"]["error"].endswith("no")
-    assert [(reach["found"], reach["met"]) for reach in found["reach"]] == [(3.0, False), (2.0, False)]
+    assert [(goal["found"], goal["met"]) for goal in found["goals"]] == [(3.0, False), (2.0, False)]
 
 
 @pytest.mark.parametrize(
-    ("reach", "found", "met"),
+    ("goal", "found", "met"),
     [
-        (Reach(0.5, "bound"), 0.5, True),
-        (Reach(0.4, "bound"), 0.5, False),
-        (Reach(1.0, "bound", "peak"), 0.1, True),
-        (Reach(2.0, "output", "peak"), 1.25, True),
-        (Reach(2.0, "over output", "peak"), 2, True),
-        (Reach(1.0, "native"), None, None),
+        (Goal(0.5, "bound"), 0.5, True),
+        (Goal(0.4, "bound"), 0.5, False),
+        (Goal(1.0, "bound", "peak"), 0.1, True),
+        (Goal(2.0, "output", "peak"), 1.25, True),
+        (Goal(2.0, "over output", "peak"), 2, True),
+        (Goal(1.0, "native"), None, None),
     ],
 )
-def test_figures_to_reach(monkeypatch, reach, found, met):
+def test_goals(monkeypatch, goal, found, met):
     figures = {
         "bound": [taken(2.0, peak=100)],
         "ours": [taken(1.0, peak=10, output=8)],
         "native": {"unavailable": "-"},
     }
-    row = toy(("bound", "ours", "native"), (reach,))
+    row = toy(("bound", "ours", "native"), (goal,))
     result, _ = run_toy(monkeypatch, row, figures, rounds=1)
-    assert (result["reach"][0]["found"], result["reach"][0]["met"]) == (found, met)
+    assert (result["goals"][0]["found"], result["goals"][0]["met"]) == (found, met)
 
 
 def test_a_process_that_fails_is_reported(monkeypatch, tmp_path):
@@ -154,11 +152,11 @@ def test_products_are_those_of_the_forward_pass():
         nn.functional.scaled_dot_product_attention(hidden[:, None], hidden[:, None], hidden[:, None])
 
     with torch.no_grad():
-        products = Products.of(model, forward)
+        products = Products.from_forward(model, forward)
         assert [(rows, tuple(weight.shape)) for rows, weight in products.linear] == [(15, (6, 4)), (15, (2, 6))]
         assert products.attention == ((torch.Size((3, 1, 5, 2)), torch.Size((3, 1, 5, 2))),)
         products.work()()
-        assert len(Products.of(model, forward, attention=False).attention) == 0
+        assert len(Products.from_forward(model, forward, attention=False).attention) == 0
 
 
 def test_weights_that_every_token_needs_are_read(monkeypatch):
@@ -167,7 +165,7 @@ def test_weights_that_every_token_needs_are_read(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "sum", lambda weight: read.append(tuple(weight.shape)))
     monkeypatch.setattr(torch, "mv", lambda weight, zeros: read.append(tuple(weight.shape)))
     model = nn.ModuleDict({"blocks": nn.Linear(4, 6), "embedding": nn.Embedding(9, 4), "vision": nn.Linear(4, 4)})
-    run = reading(model, 3)
+    run = weight_reads(model, 3)
     read.clear()
     run()
     assert read == [(6, 4)] * 3
@@ -202,14 +200,14 @@ def results(monkeypatch) -> dict:
         "native": {"unavailable": "no torchvision"},
         "/x/other": {"error": "Traceback\nValueError: odd"},
     }
-    row, _ = run_toy(monkeypatch, toy(("bound", "ours", "native", "peer"), (Reach(1.5, "bound"),)), figures, rounds=1)
+    row, _ = run_toy(monkeypatch, toy(("bound", "ours", "native", "peer"), (Goal(1.5, "bound"),)), figures, rounds=1)
     about = {"processor": "a processor", "gpu": None, "cores": 2, "torch": "2.13"}
     return {"machine": about, "threads": 2, "rows": [row], "curves": {"toys": curve_figures()}}
 
 
 def test_the_table(results):
     lines = report.table(results).splitlines()
-    assert lines[0] == "| row | bound | ours | native | other | peak of ours | of native | reach |"
+    assert lines[0] == "| row | bound | ours | native | other | peak of ours | of native | goals |"
     assert lines[2] == "| a toy | 500 ms | 1 s | - | - | 3.00 GB | - | 2 of bound (at most 1.5) ✗ |"
     assert "- toy, native: no torchvision" in lines
     assert "- toy, other: failed, ValueError: odd" in lines
@@ -222,14 +220,14 @@ def test_the_readme_keeps_its_text(results, tmp_path, monkeypatch):
     readme.write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n", encoding="utf-8")
     monkeypatch.setattr(report, "README", readme)
     (tmp_path / "results.json").write_text(json.dumps(results), encoding="utf-8")
-    picture = tmp_path / "growth.png"
-    report.main([str(tmp_path / "results.json"), "--readme", "--curves", str(picture)])
+    plot = tmp_path / "growth.png"
+    report.main([str(tmp_path / "results.json"), "--readme", "--curves", str(plot)])
     text = readme.read_text(encoding="utf-8")
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
     assert "old" not in text
     assert report.table(results) in text
-    assert 500 < picture.stat().st_size < 50_000
+    assert 500 < plot.stat().st_size < 50_000
 
 
 def test_the_readme_has_a_place_for_results():
@@ -270,11 +268,8 @@ def test_profiles_name_what_takes_the_time(tmp_path, capsys):
     [
         (("~", 0, "<built-in method torch._C._nn.linear>"), "`linear`"),
         (("~", 0, "<method 'gather' of 'torch._C.TensorBase' objects>"), "`gather`"),
-        (("/a/pixels_molmo2.py", 12, "rows"), "`molmo2.image.pixels.rows`"),
-        (
-            ("/a/pixels_molmo2.py", 12, "<dictcomp>"),
-            "`molmo2.image.pixels.<dictcomp>`",
-        ),  # a frame of its own before 3.12
+        (("/a/modeling_molmo2.py", 12, "rows"), "`modeling_molmo2.rows`"),
+        (("/a/pixels.py", 12, "<dictcomp>"), "`pixels.<dictcomp>`"),  # a frame of its own before 3.12
         (("<string>", 2, "<lambda>"), "`<string>.<lambda>`"),
     ],
 )
@@ -295,7 +290,7 @@ def test_profiles_share_the_time_among_functions():
 
 
 def test_rows_that_miss_their_goal_are_profiled(tmp_path, monkeypatch):
-    rows = [{"row": str(met), "reach": [{"met": True}, {"met": met}]} for met in (True, False, None)]
+    rows = [{"row": str(met), "goals": [{"met": True}, {"met": met}]} for met in (True, False, None)]
     (tmp_path / "cpu.json").write_text(json.dumps({"rows": rows}), encoding="utf-8")
     monkeypatch.setattr(profile, "RESULTS", tmp_path / "cpu.json")
     assert profile.missed() == ["False"]

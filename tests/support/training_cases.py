@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from molmo2.model.attention.blockwise import BlockwiseMask
+from molmo2.training import DataCollator, build_training_example
 from support.checkpoints import picture
 from support.model_inputs import clip, processor
 
@@ -55,11 +56,11 @@ def separate(branches: list[list[dict[str, Any]]]) -> list[list[dict[str, Any]]]
 
 
 def example(messages: Any, **options: Any) -> dict[str, torch.Tensor]:
-    return processor().build_training_example(messages, **options)
+    return build_training_example(processor(), messages, **options)
 
 
 def collate(features: list[Any], **settings: Any) -> dict[str, torch.Tensor]:
-    return processor().data_collator(**settings)(features)
+    return DataCollator(processor(), **settings)(features)
 
 
 def with_attention(model, name: str, monkeypatch):

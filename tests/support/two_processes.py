@@ -20,7 +20,7 @@ import torch
 from torch import distributed
 from torch.distributed.tensor import DTensor
 
-from molmo2.training.finetuning import fsdp_config
+from molmo2.training import fsdp_config
 from support.checkpoints import build_model
 from support.training_cases import CONVERSATIONS, TREES, collate, example
 

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from molmo2.training.packer import Pack
-from molmo2.training.weighting import TokenWeighting
+from molmo2.training import Pack, TokenWeighting
 from support.checkpoints import build_model
 from support.model_inputs import processor
 from support.training_cases import (

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from molmo2.training.packer import Pack, PackedDataset, Packer, fill, num_crops, num_tokens
+from molmo2.training import DataCollator, Pack, PackedDataset, Packer
+from molmo2.training.packer import num_crops, num_tokens, select_examples
 from support.model_inputs import processor
 from support.training_cases import CONVERSATIONS, collate, example
 
@@ -59,7 +60,7 @@ def test_rows_are_filled_nearly_as_well_as_possible(sizes):
     """Against every subset; sizes are rounded up to the cells of the grid, which costs little."""
     tokens, crops = (np.array(side) for side in zip(*sizes, strict=True))
 
-    def worth(chosen) -> float:
+    def value(chosen) -> float:
         chosen = list(chosen)
         return float(tokens[chosen].sum() / 100 + crops[chosen].sum() / 12)
 
@@ -67,25 +68,25 @@ def test_rows_are_filled_nearly_as_well_as_possible(sizes):
         itertools.combinations(range(len(sizes)), n) for n in range(len(sizes) + 1)
     )
     fitting = [own for own in subsets if tokens[list(own)].sum() <= 100 and crops[list(own)].sum() <= 12]
-    chosen = fill(tokens, crops, 100, 12)
+    chosen = select_examples(tokens, crops, 100, 12)
     assert tuple(chosen) in fitting
-    assert worth(chosen) == pytest.approx(max(map(worth, fitting)))
+    assert value(chosen) == pytest.approx(max(map(value, fitting)))
 
 
 @pytest.mark.parametrize(
-    ("sizes", "room", "chosen"),
+    ("sizes", "capacity", "chosen"),
     [
         ([(60, 0), (50, 0), (50, 0)], (100, 10), [1, 2]),  # the largest first would leave 40 empty
         ([(10, 8), (10, 5), (10, 5)], (100, 10), [1, 2]),  # crops are scarce
         ([(30, 9), (70, 0), (30, 0)], (100, 9), [0, 1]),
-        ([(5, 1), (5, 0)], (100, 0), [1]),  # no room for pictures
+        ([(5, 1), (5, 0)], (100, 0), [1]),  # no capacity for crops
         ([], (100, 10), []),
         ([(1, 0)], (0, 10), []),
     ],
 )
-def test_fill(sizes, room, chosen):
+def test_select_examples(sizes, capacity, chosen):
     tokens, crops = np.array([size[0] for size in sizes], int), np.array([size[1] for size in sizes], int)
-    assert fill(tokens, crops, *room) == chosen
+    assert select_examples(tokens, crops, *capacity) == chosen
 
 
 def test_the_oldest_comes_first():
@@ -131,7 +132,7 @@ def test_the_report():
 def test_what_fits_nowhere():
     with pytest.raises(ValueError, match="An example of 101 tokens and 0 crops fits into no row of 100 tokens and 10"):
         list(Packer(100, 10).pack([sized(101)]))
-    with pytest.raises(ValueError, match="A packer needs room: found max_tokens=0"):
+    with pytest.raises(ValueError, match="A packer needs capacity: found max_tokens=0"):
         Packer(0, 10)
 
 
@@ -140,11 +141,11 @@ def test_rows_of_a_data_set(workers):
     """Through a DataLoader: built, packed, batched; every conversation once, however many workers."""
     names = ["text", "image", "turns", "video", "text", "two images"]
     rows = [{"messages": CONVERSATIONS[name]} for name in names]
-    packer = processor().packer(max_tokens=260, max_crops=12, pool_size=3)
+    packer = Packer(max_tokens=260, max_crops=12, pool_size=3)
     loader = DataLoader(
-        processor().packed_dataset(rows, packer, max_crops=2),
+        PackedDataset(rows, packer, processor(), max_crops=2),
         batch_size=2,
-        collate_fn=processor().data_collator(),
+        collate_fn=DataCollator(processor()),
         num_workers=workers,
     )
     batches = list(loader)
@@ -179,7 +180,7 @@ class DividedStream(Countable, IterableDataset):
 def test_every_example_arrives_once(kind, workers):
     """However the source is divided among workers; `test_trainers.py` has those of Hugging Face."""
     source = kind([{"input_ids": [number] * 5, "labels": [number] * 5} for number in range(24)])
-    dataset = processor().packed_dataset(source, processor().packer(max_tokens=20, max_crops=1))
+    dataset = PackedDataset(source, Packer(max_tokens=20, max_crops=1))
     packs = DataLoader(dataset, batch_size=None, num_workers=workers)
     assert sorted(example["input_ids"][0] for pack in packs for example in pack.examples) == list(range(24))
 
@@ -190,10 +191,10 @@ def test_examples_that_were_stored_with_nulls():
     built = [example(CONVERSATIONS[name]) for name in ("text", "image", "video")]
     columns = sorted({*row, *(name for own in built for name in own)})
     stored = [{name: own.get(name) for name in columns} for own in [*built, row]]
-    packer = processor().packer(max_tokens=2000, max_crops=40)
+    packer = Packer(max_tokens=2000, max_crops=40)
     assert [num_crops(own) for own in stored[:3]] == [num_crops(own) for own in built]
-    found = collate(list(processor().packed_dataset(stored, packer)))
-    expected = collate(list(processor().packed_dataset([*built, row], packer)))
+    found = collate(list(PackedDataset(stored, packer, processor())))
+    expected = collate(list(PackedDataset([*built, row], packer, processor())))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 

@@ -13,11 +13,17 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 
-from molmo2.training.collator import Molmo2DataCollator
-from molmo2.training.examples import build_training_example
-from molmo2.training.finetuning import LearningRates, freeze, lora_targets, trainer_class
-from molmo2.training.packer import Packer, packed_dataset
-from molmo2.training.weighting import TokenWeighting
+from molmo2.training import (
+    DataCollator,
+    LearningRates,
+    PackedDataset,
+    Packer,
+    TokenWeighting,
+    build_training_example,
+    freeze,
+    lora_targets,
+    trainer_class,
+)
 from support.checkpoints import REPOSITORY, module_cache, picture, write_checkpoint
 from support.random_miniature import write_miniature
 from support.training_cases import CLIP, IMAGE, turn
@@ -96,7 +102,7 @@ def require_falling(trainer, share: float = 0.7) -> None:
 
 
 def answers(model, processor) -> torch.Tensor:
-    inputs = Molmo2DataCollator(processor)(ROWS)
+    inputs = DataCollator(processor)(ROWS)
     with torch.no_grad():
         return model.eval()(**inputs).logits
 
@@ -112,7 +118,7 @@ def require_reloads(checkpoint: Path, trained) -> Any:
 def test_trainer(model, processor, tmp_path):
     """Rows of a data set: images, a clip, text, a tree; the checkpoint includes the processor."""
     settings = TrainingArguments(**arguments(tmp_path, save_strategy="steps", save_steps=12))
-    trainer = Trainer(model, settings, Molmo2DataCollator(processor), ROWS, processing_class=processor)
+    trainer = Trainer(model, settings, DataCollator(processor), ROWS, processing_class=processor)
     trainer.train()
     require_falling(trainer)
     again = require_reloads(tmp_path / "checkpoint-12", model)
@@ -120,7 +126,7 @@ def test_trainer(model, processor, tmp_path):
     assert again.image_processor.to_dict() == processor.image_processor.to_dict()
 
     settings = TrainingArguments(**arguments(tmp_path, max_steps=14))
-    trainer = Trainer(model, settings, Molmo2DataCollator(processor), ROWS, processing_class=processor)
+    trainer = Trainer(model, settings, DataCollator(processor), ROWS, processing_class=processor)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
     assert trainer.state.global_step == 14
 
@@ -128,7 +134,7 @@ def test_trainer(model, processor, tmp_path):
 def test_trainer_keeps_the_columns_of_built_examples(model, processor, tmp_path):
     rows = [build_training_example(processor, row["messages"], weighting=TokenWeighting()) for row in ROWS]
     settings = TrainingArguments(**arguments(tmp_path, remove_unused_columns=True))
-    trainer = trainer_class(Trainer)(model, settings, Molmo2DataCollator(processor, padding_side="left"), rows)
+    trainer = trainer_class(Trainer)(model, settings, DataCollator(processor, padding_side="left"), rows)
     seen = []
     model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(set(kwargs)), with_kwargs=True)
     trainer.train()
@@ -138,7 +144,7 @@ def test_trainer_keeps_the_columns_of_built_examples(model, processor, tmp_path)
 
 def test_trainer_on_packed_rows_in_bfloat16(model, processor, tmp_path):
     packer = Packer(max_tokens=250, max_crops=12, pool_size=4)
-    dataset = packed_dataset(processor, ROWS * 8, packer)
+    dataset = PackedDataset(ROWS * 8, packer, processor)
     settings = TrainingArguments(
         **arguments(
             tmp_path,
@@ -148,7 +154,7 @@ def test_trainer_on_packed_rows_in_bfloat16(model, processor, tmp_path):
             accelerator_config={"dispatch_batches": False},
         )
     )
-    trainer = Trainer(model, settings, Molmo2DataCollator(processor), dataset)
+    trainer = Trainer(model, settings, DataCollator(processor), dataset)
     trainer.train()
     assert packer.report.examples > packer.report.rows
     require_falling(trainer)
@@ -167,7 +173,7 @@ def weights_after_a_step(folder: Path, processor, trainer, weighted: tuple[bool,
     model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
     options = {"optim": "sgd", "max_steps": 1, "learning_rate": 0.1, "max_grad_norm": 0.0, **settings}
     own = TrainingArguments(**arguments(folder.parent / "run", lr_scheduler_type="constant", **options))
-    trainer(model, own, Molmo2DataCollator(processor), examples_with_weights(processor, weighted)).train()
+    trainer(model, own, DataCollator(processor), examples_with_weights(processor, weighted)).train()
     return dict(model.named_parameters())
 
 
@@ -186,7 +192,7 @@ def test_accumulated_batches_are_one_weighted_batch(folder, processor, weighted)
 @pytest.mark.parametrize("weighted", [True, False])
 def test_every_process_takes_part_in_the_sum_of_weights(model, processor, tmp_path, monkeypatch, weighted):
     """Also one whose batches have no weights: 10 tokens of 0.5 each are learnt in another process."""
-    batch = Molmo2DataCollator(processor)(examples_with_weights(processor, (weighted,)))
+    batch = DataCollator(processor)(examples_with_weights(processor, (weighted,)))
     trainer = trainer_class(Trainer)(model, TrainingArguments(**arguments(tmp_path)))
     monkeypatch.setattr(trainer.accelerator, "gather", lambda own: torch.cat([own, torch.tensor([5.0, 10.0])]))
     labels = int((batch["labels"] != -100).sum())
@@ -206,11 +212,11 @@ def test_answers_that_are_not_learnt_in_some_rows(model, processor, tmp_path, ki
     settings = TrainingArguments(
         **arguments(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=2, max_steps=1)
     )
-    trainer = trainer_class(Trainer)(model, settings, Molmo2DataCollator(processor), rows)
+    trainer = trainer_class(Trainer)(model, settings, DataCollator(processor), rows)
     trainer.train()
     with torch.no_grad():
         expected = AutoModelForImageTextToText.from_pretrained(model.config._name_or_path, trust_remote_code=True)(
-            **Molmo2DataCollator(processor)(rows)
+            **DataCollator(processor)(rows)
         ).loss
     assert losses(trainer)[0] == pytest.approx(float(expected), abs=1e-3)
 
@@ -218,7 +224,7 @@ def test_answers_that_are_not_learnt_in_some_rows(model, processor, tmp_path, ki
 def test_the_evaluation_loss_is_the_weighted_one(model, processor, tmp_path):
     examples = examples_with_weights(processor, (True, True, True))
     settings = TrainingArguments(**arguments(tmp_path, per_device_eval_batch_size=3))
-    collate = Molmo2DataCollator(processor)
+    collate = DataCollator(processor)
     trainer = trainer_class(Trainer)(model, settings, collate, eval_dataset=examples)
     with torch.no_grad():
         expected = model.eval()(**collate(examples)).loss
@@ -228,7 +234,7 @@ def test_the_evaluation_loss_is_the_weighted_one(model, processor, tmp_path):
 def test_trainer_class_refuses_smoothed_labels(model, processor, tmp_path):
     settings = TrainingArguments(**arguments(tmp_path, label_smoothing_factor=0.1))
     with pytest.raises(ValueError, match=r"`label_smoothing_factor` is 0\.1; expected 0"):
-        trainer_class(Trainer)(model, settings, Molmo2DataCollator(processor), ROWS)
+        trainer_class(Trainer)(model, settings, DataCollator(processor), ROWS)
 
 
 def test_trainer_with_a_rate_for_each_part(model, processor, tmp_path):
@@ -236,7 +242,7 @@ def test_trainer_with_a_rate_for_each_part(model, processor, tmp_path):
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     rates = LearningRates(connector=2e-3, text=1e-3)
     settings = TrainingArguments(**arguments(tmp_path, lr_scheduler_type="constant", max_steps=2))
-    trainer = trainer_class(Trainer, rates)(model, settings, Molmo2DataCollator(processor), ROWS)
+    trainer = trainer_class(Trainer, rates)(model, settings, DataCollator(processor), ROWS)
     trainer.train()
     groups = trainer.optimizer.param_groups
     assert [(group["name"], group["lr"], group["betas"]) for group in groups] == [
@@ -252,7 +258,7 @@ def test_rates_of_parts_for_other_optimizers(model, processor, tmp_path, optimiz
     """They have no `betas`."""
     rates = LearningRates(connector=2e-3)
     settings = TrainingArguments(**arguments(tmp_path, optim=optimizer, max_steps=1))
-    trainer = trainer_class(Trainer, rates)(model, settings, Molmo2DataCollator(processor), ROWS)
+    trainer = trainer_class(Trainer, rates)(model, settings, DataCollator(processor), ROWS)
     trainer.train()
     rates_of = {group["name"]: group["initial_lr"] for group in trainer.optimizer.param_groups}
     assert rates_of["connector"] == 2e-3
@@ -269,13 +275,13 @@ def test_predictions_are_logits(model, processor, tmp_path, order):
 
     settings = TrainingArguments(**arguments(tmp_path, per_device_eval_batch_size=1))
     rows = [ROWS[number] for number in order]
-    trainer = Trainer(model, settings, Molmo2DataCollator(processor), eval_dataset=rows, compute_metrics=count)
+    trainer = Trainer(model, settings, DataCollator(processor), eval_dataset=rows, compute_metrics=count)
     predicted = trainer.predict(rows).predictions
     assert trainer.evaluate()["eval_rows"] == len(rows)
     assert np.array_equal(seen[-1], predicted)
     for row, logits in zip(rows, predicted, strict=True):
         with torch.no_grad():
-            expected = model.eval()(**Molmo2DataCollator(processor)([row])).logits[0].numpy()
+            expected = model.eval()(**DataCollator(processor)([row])).logits[0].numpy()
         np.testing.assert_allclose(logits[: len(expected)], expected, atol=1e-5)
         assert (logits[len(expected) :] == -100).all()
 
@@ -291,7 +297,7 @@ def test_every_example_of_a_stream_arrives_once(processor, num_shards, workers):
     source = pytest.importorskip("datasets").Dataset.from_list(rows)
     if num_shards is not None:
         source = source.to_iterable_dataset(num_shards=num_shards)
-    dataset = packed_dataset(processor, source, Packer(max_tokens=20, max_crops=1))
+    dataset = PackedDataset(source, Packer(max_tokens=20, max_crops=1))
     packs = DataLoader(dataset, batch_size=None, num_workers=workers)
     assert sorted(example["input_ids"][0] for pack in packs for example in pack.examples) == list(range(24))
 
@@ -303,10 +309,8 @@ def test_built_examples_of_a_data_set_are_packed(processor):
     rows = [{**columns, **{name: value.tolist() for name, value in own.items()}} for own in built]
     stored = pytest.importorskip("datasets").Dataset.from_list(rows)
     assert stored[2]["pixel_values"] is None
-    packs = [
-        list(packed_dataset(processor, source, Packer(max_tokens=800, max_crops=40))) for source in (stored, built)
-    ]
-    found, expected = (Molmo2DataCollator(processor)(own) for own in packs)
+    packs = [list(PackedDataset(source, Packer(max_tokens=800, max_crops=40))) for source in (stored, built)]
+    found, expected = (DataCollator(processor)(own) for own in packs)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value)
@@ -359,7 +363,7 @@ def test_sft_trainer(trl, dataset, model, processor, tmp_path, own_collator):
             tmp_path, save_strategy="steps", save_steps=12, max_length=None, assistant_only_loss=not own_collator
         )
     )
-    collator = Molmo2DataCollator(processor) if own_collator else None
+    collator = DataCollator(processor) if own_collator else None
     trainer = trl.SFTTrainer(model, config, train_dataset=dataset, processing_class=processor, data_collator=collator)
     trainer.train()
     require_falling(trainer)
@@ -369,7 +373,7 @@ def test_sft_trainer(trl, dataset, model, processor, tmp_path, own_collator):
 def test_the_collators_agree(trl, processor):
     """On conversations about images, TRL's labels on answers alone are ours."""
     found = answers_alone_collator()(processor, assistant_only_loss=True)(trl_rows())
-    expected = Molmo2DataCollator(processor)(trl_rows())
+    expected = DataCollator(processor)(trl_rows())
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
@@ -384,7 +388,7 @@ def test_sft_trainer_with_adapters_weights_and_rates(trl, dataset, model, proces
         trl.SFTConfig(**arguments(tmp_path, max_length=None, save_strategy="steps", save_steps=12)),
         train_dataset=dataset,
         processing_class=processor,
-        data_collator=Molmo2DataCollator(processor, weighting=TokenWeighting()),
+        data_collator=DataCollator(processor, weighting=TokenWeighting()),
         peft_config=peft.LoraConfig(r=4, target_modules=targets),
     )
     trainer.train()
@@ -407,7 +411,7 @@ def test_adapters_are_trained_with_gradient_checkpointing(model, processor, tmp_
     adapted = peft.get_peft_model(model, config)
     before = {name: value.detach().clone() for name, value in adapted.named_parameters() if value.requires_grad}
     settings = TrainingArguments(**arguments(tmp_path, gradient_checkpointing=True, max_steps=1))
-    Trainer(adapted, settings, Molmo2DataCollator(processor), ROWS[:2]).train()
+    Trainer(adapted, settings, DataCollator(processor), ROWS[:2]).train()
     after = dict(adapted.named_parameters())
     assert not [name for name, value in before.items() if torch.equal(value, after[name])]
 

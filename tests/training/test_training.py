@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from molmo2.training.examples import messages_of_row, shared_length
-from molmo2.training.weighting import TokenWeighting, is_pointing_style
+from molmo2.training import TokenWeighting, messages_from_row
+from molmo2.training.examples import common_prefix_length
+from molmo2.training.weighting import is_pointing_style
 from support.checkpoints import FAMILIES, build_model, picture
 from support.model_inputs import processor
 from support.training_cases import (
@@ -149,11 +150,11 @@ def test_the_end_is_cut_off():
             {"chat_template": "{{ messages[0]['content'] }}"},
             r"marks 0 answer\(s\) of 1 message\(s\)",
         ),
-        ([TREES["image"][0], turn("b", "c", CLIP)], {}, r"about 1 image\(s\) and 0 video\(s\), another one about 0"),
+        ([TREES["image"][0], turn("b", "c", CLIP)], {}, r"has 1 image\(s\) and 0 video\(s\), another one has 0"),
         (
             [TREES["image"][0], turn("b", "c", {"type": "image", "image": picture(90, 130, 1)})],
             {},
-            "or about others. All branches of a tree are about the same",
+            "or different ones. All branches of a tree have the same media",
         ),
     ],
 )
@@ -249,7 +250,7 @@ def test_weighted_loss_of_two_answers_by_hand(qwen3):
     [(["abcd", "abxy"], 4, 2), (["abcd", "abcd"], 2, 2), (["ab", "abcd"], 9, 2), (["a", "b"], 1, 0)],
 )
 def test_branches_share_what_is_equal(rows, most, length):
-    assert shared_length([[ord(letter) for letter in row] for row in rows], most) == length
+    assert common_prefix_length([[ord(letter) for letter in row] for row in rows], most) == length
 
 
 @pytest.mark.parametrize("name", TREES)
@@ -355,7 +356,7 @@ def test_gradient_checkpointing_of_packs_and_trees(qwen3, reentrant):
 
 
 def same(row: dict, messages: list, **options) -> bool:
-    found, expected = example(messages_of_row(row), **options), example(messages, **options)
+    found, expected = example(messages_from_row(row), **options), example(messages, **options)
     return found.keys() == expected.keys() and all(torch.equal(found[field], expected[field]) for field in expected)
 
 
@@ -373,12 +374,12 @@ def test_pictures_in_columns_of_their_own():
     assert same({"messages": tree, "images": [IMAGE["image"]]}, [CONVERSATIONS["image"], tree[1]])
     for images, message in (([], "1 image part.s. without a source, and the row has 0"), ([1, 2], "the row has 2")):
         with pytest.raises(ValueError, match=message):
-            messages_of_row({"messages": messages, "images": images})
+            messages_from_row({"messages": messages, "images": images})
 
 
 def test_videos_in_columns_of_their_own():
     for column, value in (("videos", ["clip.mp4"]), ("video", "clip.mp4")):
-        first, _ = messages_of_row({"messages": turn("What?", "That."), column: value})
+        first, _ = messages_from_row({"messages": turn("What?", "That."), column: value})
         assert first["content"][0] == {"type": "video", "video": "clip.mp4"}
 
 
@@ -397,7 +398,7 @@ def test_a_null_style_is_none():
 def test_a_column_with_the_frames_of_one_video(column):
     frames = [np.full((8, 8, 3), 20 * number, dtype=np.uint8) for number in range(3)]
     asked = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "What?"}]}, turn("", "That.")[1]]
-    (part, _) = messages_of_row({"messages": asked, column: frames})[0]["content"]
+    (part, _) = messages_from_row({"messages": asked, column: frames})[0]["content"]
     assert part["video"] is frames
 
 
@@ -415,9 +416,9 @@ def test_branches_may_name_the_same_picture_again(tmp_path):
 
 def test_of_prompt_and_completion_the_second_is_learnt():
     prompt, completion = CONVERSATIONS["turns"][:3], CONVERSATIONS["turns"][3:]
-    row = example(messages_of_row({"prompt": prompt, "completion": completion}))
+    row = example(messages_from_row({"prompt": prompt, "completion": completion}))
     assert learnt(row) == "It is red, I think.<|im_end|>"
-    row = example(messages_of_row({"prompt": "How?", "completion": "So."}))
+    row = example(messages_from_row({"prompt": "How?", "completion": "So."}))
     assert learnt(row) == "So.<|im_end|>"
 
 

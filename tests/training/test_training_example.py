@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from molmo2.training.collator import Molmo2DataCollator
+from molmo2.training import DataCollator
 from support.checkpoints import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "examples"))
@@ -67,7 +67,7 @@ def test_questions_about_the_shape(folder, shape):
 def test_lessons_are_trees_that_repeat(folder):
     _, processor = finetune_lora.load(folder)
     first, second = (list(itertools.islice(finetune_lora.Lessons(finetune_lora.Plan()), 12)) for _ in range(2))
-    batches = [Molmo2DataCollator(processor)(rows) for rows in (first, second)]
+    batches = [DataCollator(processor)(rows) for rows in (first, second)]
     assert all(torch.equal(batches[0][name], batches[1][name]) for name in batches[0])
     assert len(batches[0]["image_grids"]) == 12
     assert batches[0]["branch_ids"].max() > 2

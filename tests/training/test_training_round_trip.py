@@ -9,8 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from molmo2.convert.cli import main
-from molmo2.training.collator import Molmo2DataCollator
-from molmo2.training.finetuning import lora_targets
+from molmo2.training import DataCollator, lora_targets
 from support.checkpoints import module_cache
 from support.native_checkpoints import ShardLayout, native_section, native_tensors, write_base_tokenizer, write_sharded
 from support.training_cases import CONVERSATIONS, TREES
@@ -54,7 +53,7 @@ def tuned(converted: Path, folder: Path, dtype: torch.dtype, adapters: bool) -> 
         config = peft.LoraConfig(r=2, target_modules=lora_targets(), init_lora_weights=False)
         model = peft.get_peft_model(model, config)
     optimizer = torch.optim.SGD([value for value in model.parameters() if value.requires_grad], lr=0.5)
-    inputs = Molmo2DataCollator(processor)(
+    inputs = DataCollator(processor)(
         [{"messages": TREES["image"]}, {"messages": CONVERSATIONS["video"]}, {"messages": CONVERSATIONS["text"]}]
     )
     model(**inputs).loss.backward()

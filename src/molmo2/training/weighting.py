@@ -1,4 +1,4 @@
-"""How much the tokens of an answer count in the loss."""
+"""Loss weights of answers: by message, by style and by length."""
 
 import math
 from collections.abc import Mapping
@@ -11,15 +11,15 @@ POINT_TAGS = ("<points", "<tracks", "<point ")
 
 @dataclass(frozen=True)
 class TokenWeighting:
-    """Weights of the training recipe: long answers must not outweigh short ones.
+    """The loss weights of Molmo2's training, which keep long answers from dominating short ones.
 
-    Every token of an answer, its closing token included, has the same weight. Source: the token weighting of Molmo2's
-    training, as its technical report states it.
+    All tokens of an answer, its closing token included, have the same weight. Source: the token weighting in Molmo2's
+    technical report.
 
     Attributes:
-        video_captions: Of answers in the style `video_long_caption`.
-        pointing: Of answers in a style of pointing, and of answers in other styles that hold points or tracks.
-        scale: All others get `scale / sqrt(number of tokens)`.
+        video_captions: Weight of answers in the style `video_long_caption`.
+        pointing: Weight of answers in a pointing style, and of answers in other styles that contain points or tracks.
+        scale: All other answers have the weight `scale / sqrt(number of tokens)`.
     """
 
     video_captions: float = 0.1
@@ -27,7 +27,7 @@ class TokenWeighting:
     scale: float = 4.0
 
     def weight(self, answer: str, style: str | None, num_tokens: int) -> float:
-        """The weight of each token of an answer of so many tokens."""
+        """The weight of each token of an answer with `num_tokens` tokens."""
         if style == LONG_VIDEO_CAPTION:
             return self.video_captions
         if is_pointing_style(style) or any(tag in answer for tag in POINT_TAGS):
@@ -36,12 +36,12 @@ class TokenWeighting:
 
 
 def is_pointing_style(style: str | None) -> bool:
-    """Whether answers in this style are points or tracks; the names are those of `chat_template.jinja`."""
+    """Whether answers in this style are points or tracks; style names are those of `chat_template.jinja`."""
     return style is not None and "point" in style and "without_point" not in style
 
 
 def style_of(message: Mapping[str, Any]) -> str | None:
-    """What a message says about its style, itself or in one of its text parts."""
+    """The style that a message, or one of its text parts, states."""
     content = message.get("content")
     parts = content if isinstance(content, (list, tuple)) else []
     styles = [part.get("style") for part in [message, *parts] if isinstance(part, Mapping)]
@@ -58,13 +58,13 @@ def text_of(message: Mapping[str, Any]) -> str:
 def message_weights(
     messages: list[Mapping[str, Any]], answer_lengths: list[int], weighting: TokenWeighting | None
 ) -> list[float] | None:
-    """The weight of each answer of a conversation; None where nothing asks for weights.
+    """The weight of each answer of a conversation; None if neither the messages nor `weighting` set any.
 
     Args:
-        answer_lengths: Tokens of each message of the assistant.
-        weighting: For answers whose message has no `loss_weight` of its own. None gives them 1.
+        answer_lengths: Number of tokens of each assistant message.
+        weighting: For answers whose message has no `loss_weight`. None gives them 1.
     Raises:
-        ValueError: For a `loss_weight` that is no number from 0 on, and a class in the place of a weighting.
+        ValueError: For a `loss_weight` that is not a finite number from 0, and for a class instead of an instance.
     """
     if isinstance(weighting, type):
         raise ValueError(f"`weighting` is the class {weighting.__name__}; pass an instance, {weighting.__name__}().")
@@ -79,7 +79,7 @@ def message_weights(
             own = 1.0 if weighting is None else weighting.weight(text_of(message), style, length)
         if isinstance(own, str) or not 0 <= own < math.inf:
             raise ValueError(
-                f"Message {number} has `loss_weight` {own!r}: use 0 for an answer that is not to be learnt, otherwise "
+                f"Message {number} has `loss_weight` {own!r}: use 0 for an answer that is context only, otherwise "
                 "a finite number above it."
             )
         weights.append(float(own))
@@ -87,7 +87,7 @@ def message_weights(
 
 
 def role_of(message: Mapping[str, Any]) -> str:
-    """ "user", "assistant", ...
+    """The role of a message in lower case: "user", "assistant", ...
 
     Raises:
         ValueError: For a message without a role.
@@ -95,11 +95,12 @@ def role_of(message: Mapping[str, Any]) -> str:
     if message.get("role") is None:
         raise ValueError(
             f"A message with the keys {sorted(message)} has no `role`; expected {{'role': 'user' or 'assistant', "
-            "'content': text or a list of parts}. Of LLaVA's `from` and `value` make such messages: human is the "
+            "'content': text or a list of parts}. Convert LLaVA's `from` and `value` to such messages: human is the "
             "user, gpt the assistant."
         )
     return str(message["role"]).lower()
 
 
 def is_answer(message: Mapping[str, Any]) -> bool:
+    """Whether a message is from the assistant."""
     return role_of(message) == "assistant"

@@ -1,4 +1,4 @@
-"""Made-up photos and clips: smooth noise, so that files have realistic sizes and no two regions are alike."""
+"""Made-up photos and clips: smooth noise, which gives files of realistic size without repeated regions."""
 
 from pathlib import Path
 
@@ -12,11 +12,11 @@ PAN = 1200  # columns that the view moves over, in pixels
 
 
 def photo(height: int, width: int, seed: int = 0) -> Image.Image:
-    """An RGB picture drawn from the seed."""
+    """An RGB image drawn from the seed."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
-    picture = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)).astype(np.int16)
-    return Image.fromarray((picture + rng.integers(-6, 7, picture.shape)).clip(0, 255).astype(np.uint8))
+    image = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)).astype(np.int16)
+    return Image.fromarray((image + rng.integers(-6, 7, image.shape)).clip(0, 255).astype(np.uint8))
 
 
 def clip(side: Side, height: int, width: int, seconds: int = 64) -> Path:

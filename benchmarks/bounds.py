@@ -1,4 +1,4 @@
-"""The physical bounds of a model: its matrix products alone, its attention alone, its weights read once."""
+"""Lower bounds of a model: its matrix products alone, its attention alone, its weights read once."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,27 +19,27 @@ PRODUCTS: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
 
 @dataclass(frozen=True)
 class Products:
-    """What a forward pass multiplies: (rows, weight) of each linear layer, and the shapes of each attention call."""
+    """The matrix products of a forward pass: (rows, weight) per linear layer, shapes per attention call."""
 
     linear: tuple[tuple[int, Tensor], ...]
     attention: tuple[tuple[torch.Size, torch.Size], ...]
 
     @classmethod
-    def of(cls, model: nn.Module, forward: Callable[[], Any], attention: bool = True) -> "Products":
-        """Noted while `forward` runs once."""
+    def from_forward(cls, model: nn.Module, forward: Callable[[], Any], attention: bool = True) -> "Products":
+        """The products of one call of `forward`."""
         linear: list[tuple[int, Tensor]] = []
         calls: list[tuple[torch.Size, torch.Size]] = []
         original = F.scaled_dot_product_attention
 
-        def note(module: nn.Linear, given: tuple[Tensor, ...], output: Tensor) -> None:
+        def record(module: nn.Linear, given: tuple[Tensor, ...], output: Tensor) -> None:
             linear.append((given[0].numel() // given[0].shape[-1], module.weight))
 
         def attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
             calls.append((query.shape, key.shape))
             return original(query, key, value, *args, **options)
 
-        hooks = [part.register_forward_hook(note) for part in model.modules() if isinstance(part, nn.Linear)]
-        # Without oneDNN attention is torch's own, which can be noted.
+        hooks = [part.register_forward_hook(record) for part in model.modules() if isinstance(part, nn.Linear)]
+        # Without oneDNN attention is torch's own function, which can be patched.
         with mock.patch.object(F, "scaled_dot_product_attention", attend), torch.backends.mkldnn.flags(enabled=False):
             forward()
         for hook in hooks:
@@ -47,9 +47,9 @@ class Products:
         return cls(tuple(linear), tuple(calls) if attention else ())
 
     def work(self) -> Callable[[], None]:
-        """Does the same products on random inputs, which are made here; results are dropped.
+        """A function that computes the same products of random inputs and drops the results.
 
-        By the faster of torch's two libraries for them (MKL and oneDNN), each of which is tried once.
+        It uses the faster of torch's two libraries for them (MKL and oneDNN); each is tried once.
         """
         inputs: dict[tuple[int, int], Tensor] = {}
         for rows, weight in self.linear:
@@ -74,7 +74,7 @@ class Products:
 
 
 def causal_attention(text_config: Any, length: int) -> Callable[[], None]:
-    """Plain causal attention of every layer over so many tokens."""
+    """Plain causal attention of every layer over `length` tokens."""
     query = torch.randn(1, text_config.num_attention_heads, length, text_config.head_dim)
     key = torch.randn(1, text_config.num_key_value_heads, length, text_config.head_dim)
 
@@ -85,12 +85,13 @@ def causal_attention(text_config: Any, length: int) -> Callable[[], None]:
     return run
 
 
-def reading(model: nn.Module, times: int, cached: Sequence[Tensor] = ()) -> Callable[[], None]:
-    """Reads the weights that every new token needs: decoder layers and output matrix, not the embedding tables.
+def weight_reads(model: nn.Module, times: int, cached: Sequence[Tensor] = ()) -> Callable[[], None]:
+    """A function that reads the weights that a new token needs, `times` times: decoder layers and output matrix.
 
-    And the cached keys and values, (..., head_dim) each, where some are given.
+    It reads by the faster of a sum and a product with a zero vector; each is tried once.
 
-    In the faster one of two ways, each of which is tried once: adding numbers up, and a product with zeros.
+    Args:
+        cached: Keys and values to read as well, (..., head_dim) each.
     """
     weights = [
         tensor.detach().view(torch.float32)
