@@ -269,7 +269,7 @@ def test_hub_refuses(hub, folder, role, message):
 def test_malformed_name(hub, folder, repo_id):
     pushed = push(hub, folder, repo_id=repo_id)
     assert pushed.code == 7
-    assert pushed.output.startswith(f"HubError: '{repo_id}' is no name of a repository; expected OWNER/NAME")
+    assert pushed.output.startswith(f"HubError: '{repo_id}' is not the name of a repository; expected OWNER/NAME")
     assert hub.repos == {}
 
 

@@ -602,7 +602,7 @@ def test_interrupted_then_resumed(tmp_path, checkpoint, tokenizer, converted, er
     output = tmp_path / "out"
     expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else OutputError
     with pytest.raises(expected):
-        convert_checkpoint(checkpoint, output, several(tokenizer), advance=Interruption(350_000, error))
+        convert_checkpoint(checkpoint, output, several(tokenizer), on_progress=Interruption(350_000, error))
     assert not output.exists()
     partial = tmp_path / ".out.partial"
     finished = json.loads((partial / STATE_FILE).read_text())["shards"]
@@ -617,11 +617,11 @@ def test_interrupted_then_resumed(tmp_path, checkpoint, tokenizer, converted, er
 def test_full_disk_says_what_is_left(tmp_path, checkpoint, tokenizer):
     full = OSError(errno.ENOSPC, "No space left on device")
     with pytest.raises(OutputError, match=r"No space left on device.*Nothing is left behind") as caught:
-        convert_checkpoint(checkpoint, tmp_path / "out", several(tokenizer), advance=Interruption(0, full))
+        convert_checkpoint(checkpoint, tmp_path / "out", several(tokenizer), on_progress=Interruption(0, full))
     assert "Nothing was changed at" in str(caught.value)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(OutputError, match=r"finished file\(s\) wait in .*\.out\.partial: continue with --resume"):
-        convert_checkpoint(checkpoint, tmp_path / "out", several(tokenizer), advance=Interruption(350_000, full))
+        convert_checkpoint(checkpoint, tmp_path / "out", several(tokenizer), on_progress=Interruption(350_000, full))
 
 
 def test_a_disk_that_is_really_full(tmp_path, checkpoint, tokenizer, monkeypatch, capsys):
@@ -662,7 +662,7 @@ def test_two_conversions_to_one_place(tmp_path, checkpoint, tokenizer, converted
         if not codes:
             codes.append(main([*arguments, "--resume"]))
 
-    convert_checkpoint(checkpoint, tmp_path / "out", several(tokenizer), advance=second)
+    convert_checkpoint(checkpoint, tmp_path / "out", several(tokenizer), on_progress=second)
     assert codes == [5]
     message = capsys.readouterr().err
     assert re.search(r"Another conversion is writing into .*\.out\.partial: wait for it", message)
@@ -696,7 +696,7 @@ def test_a_failure_at_the_very_end_can_be_resumed(tmp_path, checkpoint, tokenize
 def test_resumed_under_another_spelling_of_the_path(tmp_path, checkpoint, tokenizer, monkeypatch):
     interruption = Interruption(350_000, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
-        convert_checkpoint(checkpoint, tmp_path / "out", several(tokenizer), advance=interruption)
+        convert_checkpoint(checkpoint, tmp_path / "out", several(tokenizer), on_progress=interruption)
     finished = json.loads((tmp_path / ".out.partial" / STATE_FILE).read_text())["shards"]
     times = {name: (tmp_path / ".out.partial" / name).stat().st_mtime_ns for name in finished}
     monkeypatch.chdir(checkpoint.parent)
@@ -729,7 +729,7 @@ def test_on_a_tiny_file_system(tmp_path, checkpoint, tokenizer, capsys):
 def test_resume_distrusts_changed_shards(tmp_path, checkpoint, tokenizer, converted):
     with pytest.raises(KeyboardInterrupt):
         convert_checkpoint(
-            checkpoint, tmp_path / "out", several(tokenizer), advance=Interruption(350_000, KeyboardInterrupt())
+            checkpoint, tmp_path / "out", several(tokenizer), on_progress=Interruption(350_000, KeyboardInterrupt())
         )
     partial = tmp_path / ".out.partial"
     name = sorted(json.loads((partial / STATE_FILE).read_text())["shards"])[0]
@@ -744,7 +744,7 @@ def test_resume_distrusts_changed_shards(tmp_path, checkpoint, tokenizer, conver
 def test_shards_of_another_conversion_are_not_taken_over(tmp_path, checkpoint, tokenizer, resume):
     with pytest.raises(KeyboardInterrupt):
         convert_checkpoint(
-            checkpoint, tmp_path / "out", several(tokenizer), advance=Interruption(350_000, KeyboardInterrupt())
+            checkpoint, tmp_path / "out", several(tokenizer), on_progress=Interruption(350_000, KeyboardInterrupt())
         )
     options = ConversionOptions(tokenizer=tokenizer, max_shard_bytes=SEVERAL_SHARDS, dtype="bfloat16")
     plan = convert_checkpoint(checkpoint, tmp_path / "out", options, resume=resume)
@@ -755,13 +755,13 @@ def test_shards_of_another_conversion_are_not_taken_over(tmp_path, checkpoint, t
 KILLED = """
 import sys, time
 from molmo2.convert import ConversionOptions, convert_checkpoint
-def advance(number, total=[0]):
+def on_progress(number, total=[0]):
     total[0] += number
     if total[0] > 350_000:
         print("now", flush=True)
         time.sleep(60)
 convert_checkpoint(sys.argv[1], sys.argv[2], ConversionOptions(tokenizer=sys.argv[3], max_shard_bytes=100_000),
-                   advance=advance)
+                   on_progress=on_progress)
 """
 
 
@@ -773,7 +773,7 @@ def test_killed_then_resumed(tmp_path, checkpoint, tokenizer, converted):
         assert process.stdout.readline() == "now\n"
         process.kill()
     assert process.returncode == -signal.SIGKILL
-    assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
+    assert {path.name for path in tmp_path.iterdir()} == {".out.lock", ".out.partial"}
     finished = set(json.loads((tmp_path / ".out.partial" / STATE_FILE).read_text())["shards"])
     before = time.time_ns()
     arguments = [str(checkpoint), str(output), "--tokenizer", tokenizer, "--max-shard-size", "100KB", "--quiet"]
@@ -919,10 +919,10 @@ def test_sizes(text, expected):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--max-shard-size", "large"], "'large' is no size; write 5GB"),
-        (["--max-shard-size", "0"], "'0' is no size"),
-        (["--max-model-len", "-1"], "'-1' is no positive integer"),
-        (["--max-model-len", "0"], "'0' is no positive integer"),
+        (["--max-shard-size", "large"], "'large' is not a size; write 5GB"),
+        (["--max-shard-size", "0"], "'0' is not a size"),
+        (["--max-model-len", "-1"], "'-1' is not a positive integer"),
+        (["--max-model-len", "0"], "'0' is not a positive integer"),
         (["--dtype", "float16"], "invalid choice: 'float16'"),
         (["--to-native", "--dry-run", "--verify"], "--dry-run, --verify: not available with --to-native"),
         (["--to-native", "--push-to-hub", "me/it"], "--push-to-hub: not available with --to-native"),
@@ -945,7 +945,15 @@ def test_help_explains_every_option():
 
 
 def test_module_entry_point(tmp_path, checkpoint, tokenizer):
-    command = [sys.executable, "-m", "convert", str(checkpoint), str(tmp_path / "out"), "--tokenizer", tokenizer]
+    command = [
+        sys.executable,
+        "-m",
+        "molmo2.convert",
+        str(checkpoint),
+        str(tmp_path / "out"),
+        "--tokenizer",
+        tokenizer,
+    ]
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == f"Wrote {tmp_path / 'out'}."
     assert result.stderr == ""  # no progress bar where nobody watches

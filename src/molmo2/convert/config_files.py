@@ -162,7 +162,7 @@ def model_config(config: NativeConfig, *, dtype: str, attention: str, token_ids:
     }
 
 
-def require_accepted(content: Mapping[str, Any], code: Path) -> None:
+def ensure_accepted(content: Mapping[str, Any], code: Path) -> None:
     """Have the configuration class that travels with the weights read a `config.json`.
 
     Args:
@@ -201,7 +201,7 @@ def generation_config(bos_token_id: int, eos_token_id: int, pad_token_id: int) -
 
 
 def processor_config(config: NativeConfig) -> dict[str, Any]:
-    """`processor_config.json`: how pictures are written into prompts."""
+    """`processor_config.json`: how images and videos are written into prompts."""
     return {
         "auto_map": PROCESSOR_MAP,
         "processor_class": PROCESSOR_CLASS,

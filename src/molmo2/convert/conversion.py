@@ -15,7 +15,7 @@ from molmo2.convert.errors import OutputError, UnsupportedError
 from molmo2.convert.model_card import model_card
 from molmo2.convert.shards import GIGABYTE, INDEX_FILE, SAFETENSORS_DTYPES, Shard, index_content, plan_shards
 from molmo2.convert.source import NativeSource, open_source
-from molmo2.convert.staging import Staging, require_apart, require_free
+from molmo2.convert.staging import Staging, ensure_disjoint, ensure_replaceable
 from molmo2.convert.tokenizer import TokenizerFiles, build_tokenizer
 from molmo2.convert.writer import WeightWriter
 
@@ -150,7 +150,7 @@ def plan_conversion(checkpoint: str | Path, options: ConversionOptions | None = 
     code = remote_code_files()
     inputs = {Path(checkpoint), Path(identifier), source.location.folder, *source.files, *code}
     plan = ConversionPlan(source, shards, tokenizer, options, frozenset(inputs))
-    config_files.require_accepted(plan.model_config(), code[0].with_name("configuration_molmo2.py"))
+    config_files.ensure_accepted(plan.model_config(), code[0].with_name("configuration_molmo2.py"))
     return plan
 
 
@@ -214,7 +214,7 @@ def convert_checkpoint(
     *,
     overwrite: bool = False,
     resume: bool = False,
-    advance: Callable[[int], object] | None = None,
+    on_progress: Callable[[int], object] | None = None,
 ) -> ConversionPlan:
     """Convert a native checkpoint into a folder that transformers loads.
 
@@ -224,16 +224,16 @@ def convert_checkpoint(
         options: See `ConversionOptions`.
         overwrite: Replace an output that holds something, but nothing that the conversion reads.
         resume: Continue where an interrupted conversion with the same source and options stopped.
-        advance: Called with the number of bytes after each write.
+        on_progress: Called with the number of bytes after each write.
     Returns:
         The plan that was carried out.
     Raises:
         ConversionError: One of its kinds; see `errors`. The output is as it was.
     """
-    require_apart([Path(output)], [Path(checkpoint)])
-    require_free(Path(output), overwrite)
+    ensure_disjoint([Path(output)], [Path(checkpoint)])
+    ensure_replaceable(Path(output), overwrite)
     plan = plan_conversion(checkpoint, options)
-    write_plan(plan, output, overwrite=overwrite, resume=resume, advance=advance)
+    write_plan(plan, output, overwrite=overwrite, resume=resume, on_progress=on_progress)
     return plan
 
 
@@ -243,19 +243,19 @@ def write_plan(
     *,
     overwrite: bool = False,
     resume: bool = False,
-    advance: Callable[[int], object] | None = None,
+    on_progress: Callable[[int], object] | None = None,
 ) -> None:
     """Carry out a plan; see `convert_checkpoint`."""
     staging = Staging(Path(output), plan.fingerprint(), inputs=plan.inputs, overwrite=overwrite, resume=resume)
     contents, copies = text_files(plan), remote_code_files()
     small_bytes = sum(len(text.encode()) for text in contents.values()) + sum(path.stat().st_size for path in copies)
-    staging.require_space(plan.output_bytes + small_bytes)
-    with staging.guard():
+    staging.ensure_space(plan.output_bytes + small_bytes)
+    with staging.cleanup_on_error():
         staging.open()
         for name, text in contents.items():
             (staging.folder / name).write_text(text, encoding="utf-8", newline="\n")
         for path in copies:
             shutil.copyfile(path, staging.folder / path.name)
-        advance = (lambda _: None) if advance is None else advance
-        WeightWriter(staging, plan.source.tensors, plan.options.dtype, advance).write(plan.shards)
+        on_progress = (lambda _: None) if on_progress is None else on_progress
+        WeightWriter(staging, plan.source.tensors, plan.options.dtype, on_progress).write(plan.shards)
         staging.commit()

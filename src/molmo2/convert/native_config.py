@@ -166,7 +166,7 @@ VIT = {
     "image_norm_eps": Field(float, within=NOT_NEGATIVE),
     "initializer_range": Field(float, 0.02, within=NOT_NEGATIVE),
     "float32_attention": Field(bool, True),
-    "resize_mode": _only(str, "siglip", because="the target resizes pictures the SigLIP way"),
+    "resize_mode": _only(str, "siglip", because="the target resizes images the SigLIP way"),
     "normalize": _only(str, "siglip", because="the target scales pixels to -1..1"),
 }
 VIT_IGNORED = {
@@ -195,7 +195,7 @@ BACKBONE_IGNORED = {
 }
 
 IMAGE = {
-    "crop_mode": _only(str, "overlap-and-resize-c2", because="the target cuts pictures this way only"),
+    "crop_mode": _only(str, "overlap-and-resize-c2", because="the target cuts images this way only"),
     "max_crops": Field(int),
     "max_multi_image_crops": Field(int, None),
     "overlap_margins": Field([int], (4, 4), within=NOT_NEGATIVE),
@@ -309,7 +309,7 @@ def parse_config(
     Raises:
         UnsupportedError: For everything the target cannot express, all of it in one message.
     """
-    _require_molmo2(model)
+    _ensure_molmo2(model)
     problems: list[str] = []
     sections = {
         path: _read_section(_section_at(model, path), path, fields, known | _names_at(ignored_fields, path), problems)
@@ -330,7 +330,7 @@ def parse_config(
     if _is_complete(vit, VIT) and _is_complete(backbone, BACKBONE):
         _check_vision(vit, backbone, problems)
     if _is_complete(image, IMAGE) and _is_complete(video, VIDEO):
-        _check_pictures(image, video, problems)
+        _check_media(image, video, problems)
     if problems:
         raise UnsupportedError(f"This checkpoint cannot be converted to Molmo2:\n{listing(problems)}")
     return NativeConfig(
@@ -355,7 +355,7 @@ def _first_not_none(*values: Any) -> Any:
     return next((value for value in values if value is not None), None)
 
 
-def _require_molmo2(model: dict[str, Any]) -> None:
+def _ensure_molmo2(model: dict[str, Any]) -> None:
     name = model.get("model_name")
     if name in OTHER_MODELS:
         raise UnsupportedError(f"model_name is '{name}': {OTHER_MODELS[name]}.")
@@ -503,7 +503,7 @@ def _check_vision(vit: Section, backbone: Section, problems: list[str]) -> None:
         problems.append(f"vision_backbone.vit_layers is {layers}; expected layers from {-depth} to {depth - 1}")
 
 
-def _check_pictures(image: Section, video: Section, problems: list[str]) -> None:
+def _check_media(image: Section, video: Section, problems: list[str]) -> None:
     path = "mm_preprocessor.image."
     several = _first_not_none(image["max_multi_image_crops"], image["max_crops"])
     if several != image["max_crops"]:

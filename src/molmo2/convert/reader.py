@@ -238,11 +238,11 @@ def _places_by_tensor(places: dict[Any, Any], problems: list[str]) -> dict[str, 
         if tuple(offset) in by_offset:
             problems.append(f"'{name[len(MODEL_PREFIX) :]}': two pieces begin at row {offset[0] if offset else 0}")
         by_offset[tuple(offset)] = place
-    _require_apart(stored, problems)
+    _ensure_disjoint(stored, problems)
     return stored
 
 
-def _require_apart(stored: dict[str, dict[tuple[int, ...], tuple]], problems: list[str]) -> None:
+def _ensure_disjoint(stored: dict[str, dict[tuple[int, ...], tuple]], problems: list[str]) -> None:
     """No two pieces may claim the same bytes of a file."""
     claims = sorted((place, name) for name, places in stored.items() for place in places.values())
     for ((file, start, length), name), ((next_file, next_start, _), next_name) in itertools.pairwise(claims):

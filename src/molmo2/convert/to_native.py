@@ -50,7 +50,7 @@ def write_native(
     dtype: str | None = None,
     ignored_fields: Collection[str] = (),
     overwrite: bool = False,
-    advance: Callable[[int], object] | None = None,
+    on_progress: Callable[[int], object] | None = None,
 ) -> dict[str, Any]:
     """Write an unsharded native checkpoint: `model.pt` and a `config.yaml` with the section `model`.
 
@@ -67,7 +67,7 @@ def write_native(
         dtype: Of the native tensors; None keeps the folder's.
         ignored_fields: Unknown native settings to accept, as dotted paths; they are written again.
         overwrite: Replace an output that holds something, but nothing that is read.
-        advance: Called with the number of bytes after each write.
+        on_progress: Called with the number of bytes after each write.
     Returns:
         The `model` section that was written.
     Raises:
@@ -80,18 +80,18 @@ def write_native(
     section = native_section(folder, _base_section(folder, native_config_path), tokenizer)
     section["llm"]["weight_tying"] = _is_tied(tensors, section["llm"].get("weight_tying"))
     config = parse_config(section, ignored_fields=ignored_fields)
-    _require_same_settings(folder, config)
+    _ensure_same_settings(folder, config)
     native = _native_tensors(tensors, config)
     inputs = {folder, *(piece.path for tensor in tensors.values() for piece in tensor.pieces)}
     inputs |= set() if native_config_path is None else {Path(native_config_path)}
     staging = Staging(Path(output), fingerprint="", inputs=inputs, overwrite=overwrite)
-    staging.require_space(sum(stored_bytes(tensor, dtype) for tensor in native.values()))
-    with staging.guard():
+    staging.ensure_space(sum(stored_bytes(tensor, dtype) for tensor in native.values()))
+    with staging.cleanup_on_error():
         staging.open()
         text = yaml.safe_dump({"model": section}, sort_keys=False)
         (staging.folder / CONFIG_FILE).write_text(text, encoding="utf-8", newline="\n")
-        advance = (lambda _: None) if advance is None else advance
-        write_torch_file(staging.folder / UNSHARDED_FILE, native, dtype, advance)
+        on_progress = (lambda _: None) if on_progress is None else on_progress
+        write_torch_file(staging.folder / UNSHARDED_FILE, native, dtype, on_progress)
         staging.commit()
     return section
 
@@ -135,7 +135,7 @@ def _default(field: Field) -> Any:
     return list(default) if isinstance(default, tuple) else default
 
 
-def _require_keys(content: dict[str, Any], names: tuple[str, ...], path: Path) -> None:
+def _ensure_keys(content: dict[str, Any], names: tuple[str, ...], path: Path) -> None:
     missing = [name for name in names if name not in content]
     if missing:
         raise CheckpointError(
@@ -152,7 +152,7 @@ def native_section(folder: Path, base: dict[str, Any], tokenizer: str | None) ->
         tokenizer: Identifier of the base tokenizer; None keeps that of `base`.
     """
     config = read_json(folder / "config.json")
-    _require_keys(config, PARTS, folder / "config.json")
+    _ensure_keys(config, PARTS, folder / "config.json")
     text, vit, adapter = (config[name] for name in PARTS)
     image, video = read_json(folder / "preprocessor_config.json"), read_json(folder / "video_preprocessor_config.json")
     processor = read_json(folder / "processor_config.json")
@@ -259,7 +259,7 @@ def _is_tied(tensors: dict[str, SourceTensor], was_tied: bool | None) -> bool:
     return all(left == right for left, right in zip(*streams, strict=True))
 
 
-def _require_same_settings(folder: Path, config: NativeConfig) -> None:
+def _ensure_same_settings(folder: Path, config: NativeConfig) -> None:
     """Convert the new native settings again and compare: nothing may have been lost."""
     saved = read_json(folder / "config.json")
     token_ids = dict.fromkeys(EXTRA_TOKENS, 0)

@@ -44,13 +44,13 @@ class WeightWriter:
     Args:
         sources: Native tensors by name.
         dtype: Of the output.
-        advance: Called with the number of bytes after each finished piece.
+        on_progress: Called with the number of bytes after each finished piece.
     """
 
     def __init__(
-        self, staging: Staging, sources: Mapping[str, SourceTensor], dtype: str, advance: Callable[[int], object]
+        self, staging: Staging, sources: Mapping[str, SourceTensor], dtype: str, on_progress: Callable[[int], object]
     ):
-        self._staging, self._sources, self._dtype, self._advance = staging, sources, dtype, advance
+        self._staging, self._sources, self._dtype, self._on_progress = staging, sources, dtype, on_progress
         self._stop = threading.Event()
         self._of_thread = threading.local()
 
@@ -65,7 +65,7 @@ class WeightWriter:
         with ThreadPoolExecutor(NUM_WORKERS) as pool:
             for shard in shards:
                 if shard.file_name in self._staging.finished:
-                    self._advance(shard.num_bytes)
+                    self._on_progress(shard.num_bytes)
                     continue
                 segments = self._write_shard(pool, shard)
                 self._record(flushing)
@@ -85,17 +85,17 @@ class WeightWriter:
         segments = [Segment(len(shard.header), zlib.crc32(shard.header))]
         with open(self._staging.folder / shard.file_name, "wb", buffering=0) as file:
             _write_at(file.fileno(), shard.header, 0)
-            self._advance(len(shard.header))
+            self._on_progress(len(shard.header))
             futures = [pool.submit(self._write_piece, file.fileno(), place) for place in places]
             try:
                 for future, place in zip(futures, places, strict=True):
                     segments.append(Segment(place.num_bytes, future.result()))
-                    self._advance(place.num_bytes)
+                    self._on_progress(place.num_bytes)
             except BaseException:
                 self._stop.set()
                 for future in futures:
                     future.cancel()
-                wait(futures)  # the file must stay open until nobody writes to it
+                wait(futures)  # the file must stay open until all writes have ended
                 raise
         return segments
 
