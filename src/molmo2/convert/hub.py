@@ -241,7 +241,7 @@ def _explained(api: HfApi, repo_id: str) -> Iterator[None]:
 
 def _explanation(error: Exception, endpoint: str, repo_id: str) -> str:
     chain = list(_causes(error))
-    responses = [cause.response for cause in chain if getattr(cause, "response", None) is not None]
+    responses = [found for cause in chain if (found := getattr(cause, "response", None)) is not None]
     if responses:
         return _explain_status(responses[0].status_code, _first_line(error), endpoint, repo_id)
     if any(isinstance(cause, OfflineModeIsEnabled) for cause in chain):

@@ -71,7 +71,7 @@ def build_tokenizer(source: str, *, filled_size: int, embedding_rows: int) -> To
     base, settings = _load_base(source)
     from tokenizers import AddedToken, Tokenizer  # not needed for --help
 
-    backend = Tokenizer.from_str(base)
+    backend: Any = Tokenizer.from_str(base)
     backend.no_truncation()
     backend.no_padding()
     size = backend.get_vocab_size(with_added_tokens=True)
