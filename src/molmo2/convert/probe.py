@@ -1,4 +1,4 @@
-"""Loads a converted folder with transformers and compares its logits with those of the native tensors."""
+"""Probe: loads a converted folder with transformers and compares its logits with those of the native tensors."""
 
 import math
 from collections.abc import Iterator
@@ -59,7 +59,7 @@ def probe_folder(source: NativeSource, folder: Path) -> float:
 
 @contextmanager
 def _must_work(failure: str) -> Iterator[None]:
-    """Around calls into the folder's own code, which may fail in any way."""
+    """Context for calls into the folder's own code, which may raise anything."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""The way back: a converted folder, tuned in transformers or not, becomes a native checkpoint for the trainer."""
+"""Converting back: a converted folder, tuned in transformers or not, becomes a native training checkpoint."""
 
 import copy
 import math
@@ -26,7 +26,7 @@ COMPARED_FILES: dict[str, Callable[[NativeConfig], dict[str, Any]]] = {
     "video_preprocessor_config.json": config_files.video_preprocessor_config,
 }
 PARTS = ("text_config", "vit_config", "adapter_config")
-# Of config.json: what a native configuration does not say, or says elsewhere.
+# Keys of config.json that a native configuration lacks or has elsewhere.
 FREE_KEYS = {
     *(
         "auto_map",
@@ -61,18 +61,18 @@ def write_native(
     Args:
         folder: Converted folder, or one that transformers saved from it.
         output: Checkpoint directory to make; it appears complete or not at all.
-        native_config_path: A native `config.yaml` to take from it what converted files do not say (prompt format,
-            training switches). By default the folder's own `native_config.yaml`, else the trainer's defaults.
+        native_config_path: A native `config.yaml` for the settings that converted files lack (prompt format, training
+            switches). By default the folder's own `native_config.yaml`, else the trainer's defaults.
         tokenizer: Identifier of the base tokenizer to write into `config.yaml`.
-        dtype: Of the native tensors; None keeps the folder's.
+        dtype: Dtype of the native tensors; None keeps the folder's.
         ignored_fields: Unknown native settings to accept, as dotted paths; they are written again.
-        overwrite: Replace an output that holds something, but nothing that is read.
+        overwrite: Replace an output that has content, unless it is read.
         on_progress: Called with the number of bytes after each write.
     Returns:
         The `model` section that was written.
     Raises:
         CheckpointError: If the folder cannot be read.
-        UnsupportedError: If its settings or tensors are none of a native Molmo2.
+        UnsupportedError: If its settings or tensors have no native form.
         OutputError: If the output cannot be written.
     """
     folder = Path(folder)
@@ -112,7 +112,7 @@ def _base_section(folder: Path, path: str | Path | None) -> dict[str, Any]:
 
 
 def default_section() -> dict[str, Any]:
-    """A `model` section with the trainer's defaults, and the one value that Molmo2 has where there is none."""
+    """A `model` section with the trainer's defaults and the values that Molmo2 requires."""
     section: dict[str, Any] = {
         "model_name": native_config.MODEL_NAME,
         "data_formatter": dict(native_config.PROMPT_FORMAT),
@@ -148,7 +148,7 @@ def native_section(folder: Path, base: dict[str, Any], tokenizer: str | None) ->
     """The `model` section that describes a converted folder.
 
     Args:
-        base: Native settings for whatever the folder does not say.
+        base: Native settings that the folder lacks.
         tokenizer: Identifier of the base tokenizer; None keeps that of `base`.
     """
     config = read_json(folder / "config.json")
@@ -260,7 +260,7 @@ def _is_tied(tensors: dict[str, SourceTensor], was_tied: bool | None) -> bool:
 
 
 def _ensure_same_settings(folder: Path, config: NativeConfig) -> None:
-    """Convert the new native settings again and compare: nothing may have been lost."""
+    """Convert the new native settings again and compare, so that no setting is lost."""
     saved = read_json(folder / "config.json")
     token_ids = dict.fromkeys(EXTRA_TOKENS, 0)
     again = config_files.model_config(config, dtype="float32", attention="sdpa", token_ids=token_ids)

@@ -1,4 +1,4 @@
-"""Writes a dictionary of tensors in the format of `torch.save`, streaming, one tensor after the other."""
+"""Streaming writer of `torch.save` files: a dictionary of tensors, one after the other."""
 
 import io
 import math
@@ -23,7 +23,7 @@ TIMESTAMP = (1980, 1, 1, 0, 0, 0)  # the same tensors give the same file
 
 
 class _Tensor:
-    """Stands for a tensor of which only the description is pickled."""
+    """Stand-in for a tensor of which only the description is pickled."""
 
     def __init__(self, key: str, shape: tuple[int, ...], dtype: str):
         self.key, self.shape, self.dtype = key, shape, dtype

@@ -1,4 +1,4 @@
-"""Compares a converted folder with its source, tensor by tensor, from what is on disk."""
+"""Comparison of a converted folder on disk with its source, tensor by tensor."""
 
 import hashlib
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from molmo2.convert.source import NativeSource
 
 @dataclass(frozen=True)
 class VerifiedFolder:
-    """What was compared and found equal."""
+    """Summary of a folder that equals its source."""
 
     num_tensors: int
     num_bytes: int

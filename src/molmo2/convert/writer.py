@@ -1,4 +1,4 @@
-"""Streams weights into safetensors files: every piece of the source straight to its place, several at a time."""
+"""Writer of safetensors files: pieces of the source stream to their places, several at a time."""
 
 import os
 import threading
@@ -28,7 +28,7 @@ class Placement:
 
 
 def placements(shard: Shard, sources: Mapping[str, SourceTensor], dtype: str) -> Iterator[Placement]:
-    """Where in a shard each piece goes, in the order of the file; together they fill it behind the header."""
+    """Place of each piece in a shard, in file order; together they fill it after the header."""
     start, item = len(shard.header), SAFETENSORS_DTYPES[dtype][1]
     for rename in shard.tensors:
         tensor = sources[rename.native]
@@ -55,7 +55,7 @@ class WeightWriter:
         self._of_thread = threading.local()
 
     def write(self, shards: list[Shard]) -> None:
-        """Write all shards that are not finished yet. The disk takes one while the next is computed.
+        """Write all shards that are not finished yet. One is flushed while the next is computed.
 
         Raises:
             CheckpointError: If the source turns out to be damaged.
