@@ -118,7 +118,7 @@ CONTRADICTIONS = [
     ({"vision_backbone.vit_layers": [-3, 10]}, "vit_layers is [-3, 10]; expected layers from -10 to 9"),
     ({"vision_backbone.vit_layers": []}, "vit_layers is []; expected layers"),
     ({"vision_backbone.vit.image_default_input_size": [98, 99]}, "expected (height, width) in multiples of 14"),
-    ({"llm.max_sequence_length": None}, "say nothing; pass --max-model-len"),
+    ({"llm.max_sequence_length": None}, "are not set; pass --max-model-len"),
     ({"llm.max_sequence_length": 0}, "llm.max_sequence_length, is 0; expected a positive number, or pass --max-model"),
     ({"llm.rope_theta": math.nan}, "llm.rope_theta is nan; expected a number"),
     ({"llm.rope_theta": "-.inf"}, "llm.rope_theta is '-.inf'; expected a number"),

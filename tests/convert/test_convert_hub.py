@@ -10,12 +10,15 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from molmo2.convert.hub import REQUIRED_FILES
+import molmo2.convert.hub as hub_module
+from molmo2.convert import CheckpointError
+from molmo2.convert.hub import REQUIRED_FILES, HubError, push_folder
 from support.checkpoints import REPOSITORY, write_json
 from support.fake_hub import POINTER, FakeHub, fake_hub
 
@@ -266,11 +269,9 @@ def test_hub_refuses(hub, folder, role, message):
 
 
 @pytest.mark.parametrize("repo_id", ["a/b/c", "tester/", "tester/mol mo", "-x", "alone"])
-def test_malformed_name(hub, folder, repo_id):
-    pushed = push(hub, folder, repo_id=repo_id)
-    assert pushed.code == 7
-    assert pushed.output.startswith(f"HubError: '{repo_id}' is no name of a repository; expected OWNER/NAME")
-    assert hub.repos == {}
+def test_malformed_name(folder, repo_id):
+    with pytest.raises(HubError, match=f"^'{repo_id}' is not the name of a repository; expected OWNER/NAME"):
+        push_folder(folder, repo_id, token="hf_none")
 
 
 def test_nobody_answers(folder):
@@ -291,18 +292,24 @@ def test_nobody_answers(folder):
     ],
     ids=["shard", "config", "template", "truncated"],
 )
-def test_incomplete_folder_is_not_uploaded(hub, folder, damage, message):
+def test_incomplete_folder_is_not_uploaded(folder, damage, message):
     damage(folder)
-    pushed = push(hub, folder)
-    assert pushed.code == 3
-    assert pushed.output.startswith("CheckpointError: ")
-    assert message in pushed.output
-    assert hub.repos == {}
+    with pytest.raises(CheckpointError, match=message):
+        push_folder(folder, REPO, token="hf_none")
 
 
-def test_weights_outside_the_index_are_not_uploaded(hub, folder):
+def test_weights_outside_the_index_are_not_uploaded(folder):
     save_file({"w0": np.ones(3, np.float32)}, folder / "model.safetensors")
-    pushed = push(hub, folder)
-    assert pushed.code == 3
-    assert "has weight files beside those of model.safetensors.index.json" in pushed.output
-    assert hub.repos == {}
+    with pytest.raises(CheckpointError, match=r"has weight files beside those of model\.safetensors\.index\.json"):
+        push_folder(folder, REPO, token="hf_none")
+
+
+def test_the_switch_for_xet_is_set_back(folder, monkeypatch):
+    """And is touched for servers without Xet alone."""
+    for status, expected in ((404, True), (200, False), (401, False)):
+        session = SimpleNamespace(get=lambda *_, status=status, **__: SimpleNamespace(status_code=status))
+        monkeypatch.setattr(hub_module, "get_session", lambda session=session: session)
+        monkeypatch.setattr(hub_module.constants, "HF_HUB_DISABLE_XET", False)
+        with hub_module._without_unoffered_xet(hub_module.HfApi(token="hf_none"), REPO, None):
+            assert hub_module.constants.HF_HUB_DISABLE_XET is expected
+        assert hub_module.constants.HF_HUB_DISABLE_XET is False

@@ -23,10 +23,11 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint import save
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
+import molmo2.convert.conversion
 import molmo2.convert.writer
 from molmo2.convert import ConversionOptions, OutputError, VerificationError, convert_checkpoint, plan_conversion
 from molmo2.convert.cli import build_parser, main, parse_arguments, parse_size
-from molmo2.convert.conversion import write_plan
+from molmo2.convert.conversion import REMOTE_MODULES, remote_code_files, write_plan
 from molmo2.convert.names import TABLE, expected_renames, match, native_name, target_name
 from molmo2.convert.native_config import parse_config
 from molmo2.convert.numerics import BlockConverter
@@ -44,8 +45,8 @@ from support.native_checkpoints import (
     write_sharded,
     write_unsharded,
 )
+from support.paths import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
 SEVERAL_SHARDS = 100_000  # bytes per shard, of about 600,000
 LAYOUTS = {
     "unsharded": None,
@@ -128,8 +129,8 @@ def test_parameters_in_one_file(tmp_path, section, tensors, tokenizer, converted
 # What is written
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+# Equal dtypes: `test_there_and_back`.
+@pytest.mark.parametrize(("stored", "dtype"), [("float32", "bfloat16"), ("bfloat16", "float32")])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_form_gives_the_same_tensors(tmp_path, section, tensors, tokenizer, layout, stored, dtype):
     source = {name: tensor.to(getattr(torch, stored)) for name, tensor in tensors.items()}
@@ -177,7 +178,11 @@ def test_shards_and_index(converted):
 
 def test_the_folder_is_complete(converted):
     names = set(contents(converted))
-    assert {path.name for path in REPOSITORY.glob("*_molmo2.py")} <= names
+    code = {path.name for path in remote_code_files()}
+    assert code == {f"{name}.py" for name in REMOTE_MODULES} | {"chat_template.jinja", "LICENSE"}
+    assert {name: (converted / name).read_bytes() for name in code} == {
+        name: (REPOSITORY / name).read_bytes() for name in code
+    }
     assert {"README.md", "LICENSE", "chat_template.jinja", "config.json", "generation_config.json"} <= names
     assert {"preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"} <= names
     assert {"tokenizer.json", "tokenizer_config.json"} <= names
@@ -191,8 +196,30 @@ def test_model_card(converted):
     assert "3 layers of width 40, 4 heads over 2 key/value heads, qwen3 query/key norm" in card
     assert "zero_()" not in card
     assert str(converted.parent.parent) not in card
-    code = card.split("```python\n")[1].split("```")[0]
-    compile(code, "README.md", "exec")
+    _, with_package, with_remote_code = card.split("```python\n")
+    for code in (with_package, with_remote_code):
+        compile(code.split("```")[0], "README.md", "exec")
+    assert "pip install molmo2-transformers" in card
+    assert "trust_remote_code" not in with_package.split("```")[0]
+    assert "trust_remote_code=True" in with_remote_code
+
+
+def test_an_installed_converter_brings_the_remote_code_along(tmp_path, monkeypatch):
+    """What the wheel includes is what is looked for; a missing file is named."""
+    tomllib = pytest.importorskip("tomllib")
+    settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
+    included = settings["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+    installed = tmp_path / "molmo2" / "convert" / "remote_code"
+    installed.mkdir(parents=True)
+    for source, target in included.items():
+        shutil.copy(REPOSITORY / source, tmp_path / target)
+    names = [path.name for path in remote_code_files()]
+    monkeypatch.setattr(molmo2.convert.conversion, "__file__", str(installed.parent / "conversion.py"))
+    assert remote_code_files() == [installed / name for name in names]
+    assert sorted(included) == sorted(names)
+    (installed / "modeling_molmo2.py").unlink()
+    with pytest.raises(OutputError, match=r"remote_code lacks \['modeling_molmo2.py'\]"):
+        remote_code_files()
 
 
 def test_nothing_private_travels(converted):
@@ -207,6 +234,7 @@ def test_card_of_a_causal_model_says_how_to_use_it(tmp_path, tokenizer):
     convert_checkpoint(folder, tmp_path / "out", ConversionOptions(tokenizer=tokenizer, dtype="bfloat16"))
     card = (tmp_path / "out" / "README.md").read_text()
     assert 'inputs["token_type_ids"].zero_()' in card
+    assert "molmo2-transformers" not in card  # `ask` would let its images attend in both directions
     assert "> bi_directional_attn is null" in card
     assert "rounded to the nearest bfloat16" in card
 
@@ -602,7 +630,7 @@ def test_interrupted_then_resumed(tmp_path, checkpoint, tokenizer, converted, er
     output = tmp_path / "out"
     expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else OutputError
     with pytest.raises(expected):
-        convert_checkpoint(checkpoint, output, several(tokenizer), advance=Interruption(350_000, error))
+        convert_checkpoint(checkpoint, output, several(tokenizer), on_progress=Interruption(350_000, error))
     assert not output.exists()
     partial = tmp_path / ".out.partial"
     finished = json.loads((partial / STATE_FILE).read_text())["shards"]
@@ -617,11 +645,11 @@ def test_interrupted_then_resumed(tmp_path, checkpoint, tokenizer, converted, er
 def test_full_disk_says_what_is_left(tmp_path, checkpoint, tokenizer):
     full = OSError(errno.ENOSPC, "No space left on device")
     with pytest.raises(OutputError, match=r"No space left on device.*Nothing is left behind") as caught:
-        convert_checkpoint(checkpoint, tmp_path / "out", several(tokenizer), advance=Interruption(0, full))
+        convert_checkpoint(checkpoint, tmp_path / "out", several(tokenizer), on_progress=Interruption(0, full))
     assert "Nothing was changed at" in str(caught.value)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(OutputError, match=r"finished file\(s\) wait in .*\.out\.partial: continue with --resume"):
-        convert_checkpoint(checkpoint, tmp_path / "out", several(tokenizer), advance=Interruption(350_000, full))
+        convert_checkpoint(checkpoint, tmp_path / "out", several(tokenizer), on_progress=Interruption(350_000, full))
 
 
 def test_a_disk_that_is_really_full(tmp_path, checkpoint, tokenizer, monkeypatch, capsys):
@@ -662,7 +690,7 @@ def test_two_conversions_to_one_place(tmp_path, checkpoint, tokenizer, converted
         if not codes:
             codes.append(main([*arguments, "--resume"]))
 
-    convert_checkpoint(checkpoint, tmp_path / "out", several(tokenizer), advance=second)
+    convert_checkpoint(checkpoint, tmp_path / "out", several(tokenizer), on_progress=second)
     assert codes == [5]
     message = capsys.readouterr().err
     assert re.search(r"Another conversion is writing into .*\.out\.partial: wait for it", message)
@@ -696,7 +724,7 @@ def test_a_failure_at_the_very_end_can_be_resumed(tmp_path, checkpoint, tokenize
 def test_resumed_under_another_spelling_of_the_path(tmp_path, checkpoint, tokenizer, monkeypatch):
     interruption = Interruption(350_000, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
-        convert_checkpoint(checkpoint, tmp_path / "out", several(tokenizer), advance=interruption)
+        convert_checkpoint(checkpoint, tmp_path / "out", several(tokenizer), on_progress=interruption)
     finished = json.loads((tmp_path / ".out.partial" / STATE_FILE).read_text())["shards"]
     times = {name: (tmp_path / ".out.partial" / name).stat().st_mtime_ns for name in finished}
     monkeypatch.chdir(checkpoint.parent)
@@ -729,7 +757,7 @@ def test_on_a_tiny_file_system(tmp_path, checkpoint, tokenizer, capsys):
 def test_resume_distrusts_changed_shards(tmp_path, checkpoint, tokenizer, converted):
     with pytest.raises(KeyboardInterrupt):
         convert_checkpoint(
-            checkpoint, tmp_path / "out", several(tokenizer), advance=Interruption(350_000, KeyboardInterrupt())
+            checkpoint, tmp_path / "out", several(tokenizer), on_progress=Interruption(350_000, KeyboardInterrupt())
         )
     partial = tmp_path / ".out.partial"
     name = sorted(json.loads((partial / STATE_FILE).read_text())["shards"])[0]
@@ -744,7 +772,7 @@ def test_resume_distrusts_changed_shards(tmp_path, checkpoint, tokenizer, conver
 def test_shards_of_another_conversion_are_not_taken_over(tmp_path, checkpoint, tokenizer, resume):
     with pytest.raises(KeyboardInterrupt):
         convert_checkpoint(
-            checkpoint, tmp_path / "out", several(tokenizer), advance=Interruption(350_000, KeyboardInterrupt())
+            checkpoint, tmp_path / "out", several(tokenizer), on_progress=Interruption(350_000, KeyboardInterrupt())
         )
     options = ConversionOptions(tokenizer=tokenizer, max_shard_bytes=SEVERAL_SHARDS, dtype="bfloat16")
     plan = convert_checkpoint(checkpoint, tmp_path / "out", options, resume=resume)
@@ -755,13 +783,13 @@ def test_shards_of_another_conversion_are_not_taken_over(tmp_path, checkpoint, t
 KILLED = """
 import sys, time
 from molmo2.convert import ConversionOptions, convert_checkpoint
-def advance(number, total=[0]):
+def on_progress(number, total=[0]):
     total[0] += number
     if total[0] > 350_000:
         print("now", flush=True)
         time.sleep(60)
 convert_checkpoint(sys.argv[1], sys.argv[2], ConversionOptions(tokenizer=sys.argv[3], max_shard_bytes=100_000),
-                   advance=advance)
+                   on_progress=on_progress)
 """
 
 
@@ -773,7 +801,7 @@ def test_killed_then_resumed(tmp_path, checkpoint, tokenizer, converted):
         assert process.stdout.readline() == "now\n"
         process.kill()
     assert process.returncode == -signal.SIGKILL
-    assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
+    assert {path.name for path in tmp_path.iterdir()} == {".out.lock", ".out.partial"}
     finished = set(json.loads((tmp_path / ".out.partial" / STATE_FILE).read_text())["shards"])
     before = time.time_ns()
     arguments = [str(checkpoint), str(output), "--tokenizer", tokenizer, "--max-shard-size", "100KB", "--quiet"]
@@ -820,8 +848,7 @@ ROUND_TRIPS = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("case", ROUND_TRIPS)
+@pytest.mark.parametrize(("case", "dtype"), [*((case, "float32") for case in ROUND_TRIPS), ("untied", "bfloat16")])
 def test_there_and_back(tmp_path, tokenizer, case, dtype):
     section = native_section(ROUND_TRIPS[case])
     source = native_tensors(section, dtype=getattr(torch, dtype))
@@ -919,10 +946,10 @@ def test_sizes(text, expected):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--max-shard-size", "large"], "'large' is no size; write 5GB"),
-        (["--max-shard-size", "0"], "'0' is no size"),
-        (["--max-model-len", "-1"], "'-1' is no positive integer"),
-        (["--max-model-len", "0"], "'0' is no positive integer"),
+        (["--max-shard-size", "large"], "'large' is not a size; write 5GB"),
+        (["--max-shard-size", "0"], "'0' is not a size"),
+        (["--max-model-len", "-1"], "'-1' is not a positive integer"),
+        (["--max-model-len", "0"], "'0' is not a positive integer"),
         (["--dtype", "float16"], "invalid choice: 'float16'"),
         (["--to-native", "--dry-run", "--verify"], "--dry-run, --verify: not available with --to-native"),
         (["--to-native", "--push-to-hub", "me/it"], "--push-to-hub: not available with --to-native"),
@@ -945,7 +972,15 @@ def test_help_explains_every_option():
 
 
 def test_module_entry_point(tmp_path, checkpoint, tokenizer):
-    command = [sys.executable, "-m", "convert", str(checkpoint), str(tmp_path / "out"), "--tokenizer", tokenizer]
+    command = [
+        sys.executable,
+        "-m",
+        "molmo2.convert",
+        str(checkpoint),
+        str(tmp_path / "out"),
+        "--tokenizer",
+        tokenizer,
+    ]
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == f"Wrote {tmp_path / 'out'}."
     assert result.stderr == ""  # no progress bar where nobody watches
@@ -959,11 +994,6 @@ def test_options_are_checked(options):
     (name,) = options
     with pytest.raises(ValueError, match=f"{name} is .*; expected"):
         ConversionOptions(**options)
-
-
-def test_shipped_modules_do_not_import_the_converter():
-    for module in REPOSITORY.glob("*_molmo2.py"):
-        assert "convert." not in "".join(line for line in module.read_text().splitlines() if "import" in line)
 
 
 PEAK = """

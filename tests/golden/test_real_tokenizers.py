@@ -16,9 +16,8 @@ from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
 from support.checkpoints import module_cache
 from support.golden_cases import pattern
+from support.paths import REPOSITORY, SHARED
 
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
-SHARED = REPOSITORY.parent / "shared"
 PUBLISHED, TOKENIZERS = SHARED / "published", SHARED / "tokenizers"
 pytestmark = pytest.mark.skipif(
     not (PUBLISHED.is_dir() and TOKENIZERS.is_dir()), reason="the reference data beside the checkout is not there"

@@ -1,9 +1,9 @@
-"""Converts native training checkpoints of Molmo2 to folders that transformers loads, and back.
+"""Converter of native Molmo2 training checkpoints to folders that transformers loads, and back.
 
-    from convert import ConversionOptions, convert_checkpoint
+    from molmo2.convert import ConversionOptions, convert_checkpoint
     convert_checkpoint("runs/molmo2", "molmo2-hf", ConversionOptions(dtype="bfloat16"))
 
-The command line, `python -m convert --help`, does the same.
+The command line, `python -m molmo2.convert --help`, does the same.
 """
 
 from molmo2.convert.conversion import ConversionOptions, ConversionPlan, convert_checkpoint, plan_conversion

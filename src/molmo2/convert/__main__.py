@@ -1,4 +1,4 @@
-"""`python -m convert`."""
+"""`python -m molmo2.convert`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The command line: parses arguments, calls the rest of the package, prints results."""
+"""The command line: parses arguments, calls the package, prints results."""
 
 import argparse
 import re
@@ -13,27 +13,28 @@ from molmo2.convert.errors import ConversionError, OutputError
 from molmo2.convert.folder import read_folder
 from molmo2.convert.shards import GIGABYTE, INDEX_FILE, SAFETENSORS_DTYPES, SINGLE_FILE
 from molmo2.convert.source import NativeSource
-from molmo2.convert.staging import require_apart, require_free
+from molmo2.convert.staging import ensure_disjoint, ensure_replaceable
 
 DESCRIPTION = """\
-Convert a native training checkpoint of Molmo2 into a folder that transformers, vLLM and the Hub understand.
+Convert a native training checkpoint of Molmo2 into a folder that transformers, vLLM and the Hub can load.
 
 CHECKPOINT is a checkpoint directory (config.yaml beside model.pt or model_and_optim/), or a save folder with step<N>
-directories, of which the highest is taken. OUTPUT is the folder to make; it appears complete or not at all. Nothing of
-the trainer is needed, no code hidden in the checkpoint is executed, and memory stays small whatever the model's size.
+directories, of which the latest is used. OUTPUT is the folder to create; it appears complete or not at all. The
+training code is not needed, code hidden in the checkpoint is never executed, and memory use does not depend on the
+size of the model.
 """
 EXAMPLES = """\
 examples:
-  python -m convert runs/molmo2 molmo2-hf --dtype bfloat16 --verify --probe
-  python -m convert runs/molmo2/step5000 molmo2-hf --dry-run
-  python -m convert runs/molmo2 molmo2-hf --verify            (OUTPUT exists: check it, convert nothing)
-  python -m convert runs/molmo2 molmo2-hf --resume            (continue after an interruption)
-  python -m convert molmo2-hf back-to-training --to-native    (CHECKPOINT is a converted folder)
+  python -m molmo2.convert runs/molmo2 molmo2-hf --dtype bfloat16 --verify --probe
+  python -m molmo2.convert runs/molmo2/step5000 molmo2-hf --dry-run
+  python -m molmo2.convert runs/molmo2 molmo2-hf --verify   (OUTPUT exists: check it only)
+  python -m molmo2.convert runs/molmo2 molmo2-hf --resume   (continue after an interruption)
+  python -m molmo2.convert molmo2-hf back-to-training --to-native  (CHECKPOINT is a converted folder)
 
 exit codes:
-  0 done   2 wrong arguments   3 checkpoint absent, damaged or dangerous   4 Molmo2 cannot express it
+  0 success   2 wrong arguments   3 checkpoint missing, damaged or unsafe   4 not expressible as Molmo2
   5 output cannot be written   6 output differs from its source, or does not load
-  7 the Hub cannot be reached, or refuses   130 interrupted
+  7 the Hub cannot be reached, or refuses the upload   130 interrupted
 """
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
@@ -45,21 +46,21 @@ def parse_size(text: str) -> int:
     """Bytes of "5GB" (decimal), "500MB", "2GiB" or "1000"."""
     match = SIZE.fullmatch(text.strip())
     if match is None or float(match.group(1)) <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 5GB, 500MB or a number of bytes")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write 5GB, 500MB or a number of bytes")
     base = 1024 if match.group(3) else 1000
     return int(float(match.group(1)) * base ** POWERS[match.group(2).upper()])
 
 
 def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive integer")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """All options with their explanations."""
     parser = argparse.ArgumentParser(
-        prog=INSTALLED_NAME if Path(sys.argv[0]).stem == INSTALLED_NAME else "python -m convert",
+        prog=INSTALLED_NAME if Path(sys.argv[0]).stem == INSTALLED_NAME else "python -m molmo2.convert",
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -70,41 +71,50 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--dtype",
         choices=list(SAFETENSORS_DTYPES),
-        help="of all tensors; float32 keeps every byte of a float32 checkpoint, bfloat16 halves the size (default: "
-        "float32; with --to-native: as it is)",
+        help="dtype of all tensors; float32 keeps every byte of a float32 checkpoint, bfloat16 halves the size "
+        "(default: float32; with --to-native: that of the folder)",
     )
     model.add_argument(
-        "--max-model-len", type=_positive, metavar="TOKENS", help="longest sequence, in place of the checkpoint's"
+        "--max-model-len",
+        type=_positive,
+        metavar="TOKENS",
+        help="maximum sequence length, instead of the checkpoint's",
     )
     model.add_argument(
         "--attn-implementation",
         choices=ATTENTION_CHOICES,
         default="sdpa",
-        help="attention in config.json (default: sdpa)",
+        help="attention implementation in config.json (default: sdpa)",
     )
     model.add_argument(
-        "--max-shard-size", type=parse_size, default=5 * GIGABYTE, metavar="SIZE", help="of one file (default: 5GB)"
+        "--max-shard-size",
+        type=parse_size,
+        default=5 * GIGABYTE,
+        metavar="SIZE",
+        help="maximum size of one file (default: 5GB)",
     )
-    model.add_argument("--tokenizer", metavar="PATH", help="base tokenizer: a local folder, or another identifier")
+    model.add_argument("--tokenizer", metavar="PATH", help="base tokenizer: a local folder or a repository")
     model.add_argument(
         "--ignore-field", action="append", default=[], metavar="NAME", help="accept this unknown field of config.yaml"
     )
-    run = parser.add_argument_group("what to do")
+    run = parser.add_argument_group("actions")
     run.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
     run.add_argument("--resume", action="store_true", help="keep the finished files of an interrupted conversion")
     run.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace OUTPUT, once the new one is complete; never a folder that holds what is read",
+        help="replace OUTPUT once the new one is complete; refused if OUTPUT holds files that are read",
     )
     run.add_argument("--verify", action="store_true", help="compare OUTPUT on disk with CHECKPOINT, tensor by tensor")
     run.add_argument("--probe", action="store_true", help="load OUTPUT with transformers and compare logits")
-    run.add_argument("--quiet", action="store_true", help="print errors only")
+    run.add_argument("--quiet", action="store_true", help="print warnings and errors only")
     hub = parser.add_argument_group("publishing")
-    hub.add_argument("--push-to-hub", metavar="REPO", help="upload OUTPUT afterwards (or as it is, if it exists)")
+    hub.add_argument(
+        "--push-to-hub", metavar="REPO", help="upload OUTPUT to the Hub (if it exists already, without converting)"
+    )
     hub.add_argument("--private", action="store_true", help="make REPO private if it is created")
-    hub.add_argument("--revision", metavar="BRANCH", help="of REPO (default: main)")
-    native = parser.add_argument_group("the way back")
+    hub.add_argument("--revision", metavar="BRANCH", help="branch of REPO to upload to (default: main)")
+    native = parser.add_argument_group("converting back")
     native.add_argument(
         "--to-native",
         action="store_true",
@@ -114,14 +124,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--native-config",
         type=Path,
         metavar="YAML",
-        help="config.yaml to take training settings from, with --to-native",
+        help="with --to-native: config.yaml to copy training settings from",
     )
     return parser
 
 
 @contextmanager
 def _progress(title: str, num_bytes: int, is_quiet: bool) -> Iterator[Callable[[int], object]]:
-    """A bar with bytes per second, on terminals only."""
+    """Context with a progress bar in bytes, shown on terminals only; yields its update function."""
     from tqdm import tqdm
 
     hidden = True if is_quiet else None
@@ -129,7 +139,7 @@ def _progress(title: str, num_bytes: int, is_quiet: bool) -> Iterator[Callable[[
         yield bar.update
 
 
-# What says how to convert, or what to do with the result, and has no meaning on the way back.
+# Options that do not apply to --to-native.
 ONE_WAY = (
     *("max_model_len", "attn_implementation", "max_shard_size", "dry_run", "resume", "verify", "probe"),
     *("push_to_hub", "private", "revision"),
@@ -164,7 +174,7 @@ class _Command:
             ignored_fields=tuple(arguments.ignore_field),
         )
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         if not self.arguments.quiet:
             print(text, flush=True)
 
@@ -179,7 +189,7 @@ class _Command:
             return
         wants_checks = arguments.verify or arguments.probe or arguments.push_to_hub is not None
         if wants_checks and not arguments.overwrite and _is_converted(arguments.output) and not arguments.dry_run:
-            self.say(f"{arguments.output} exists and is left as it is.")
+            self.log(f"{arguments.output} exists and is left as it is.")
             source = self.options.open_source(arguments.checkpoint)
         else:
             source = self.convert()
@@ -189,18 +199,22 @@ class _Command:
 
     def convert(self) -> NativeSource:
         arguments = self.arguments
-        require_apart([arguments.output], [arguments.checkpoint])
-        require_free(arguments.output, arguments.overwrite)
+        ensure_disjoint([arguments.output], [arguments.checkpoint])
+        ensure_replaceable(arguments.output, arguments.overwrite)
         plan = plan_conversion(arguments.checkpoint, self.options)
-        require_apart([arguments.output], plan.inputs)
-        self.say(plan.describe())
+        ensure_disjoint([arguments.output], plan.inputs)
+        self.log(plan.describe())
         self.warn(plan.source)
         if not arguments.dry_run:
-            with _progress("converting", plan.output_bytes, arguments.quiet) as advance:
+            with _progress("converting", plan.output_bytes, arguments.quiet) as on_progress:
                 write_plan(
-                    plan, arguments.output, overwrite=arguments.overwrite, resume=arguments.resume, advance=advance
+                    plan,
+                    arguments.output,
+                    overwrite=arguments.overwrite,
+                    resume=arguments.resume,
+                    on_progress=on_progress,
                 )
-            self.say(f"Wrote {arguments.output}.")
+            self.log(f"Wrote {arguments.output}.")
         return plan.source
 
     def check(self, source: NativeSource) -> None:
@@ -208,9 +222,9 @@ class _Command:
             from molmo2.convert.verify import verify_folder
 
             total = sum(tensor.num_bytes for tensor in read_folder(self.arguments.output).values())
-            with _progress("verifying", total, self.arguments.quiet) as advance:
-                result = verify_folder(source, self.arguments.output, advance)
-            self.say(
+            with _progress("verifying", total, self.arguments.quiet) as on_progress:
+                result = verify_folder(source, self.arguments.output, on_progress)
+            self.log(
                 f"Verified: {result.num_tensors} tensors, {result.num_bytes:,} bytes of {result.dtype} equal the "
                 "checkpoint (names, shapes, SHA-256)."
             )
@@ -218,7 +232,7 @@ class _Command:
             from molmo2.convert.probe import TOLERANCE, probe_folder
 
             difference = probe_folder(source, self.arguments.output)
-            self.say(
+            self.log(
                 f"Probed: logits differ by {difference:.1e} from those of the native tensors (allowed {TOLERANCE})."
             )
 
@@ -232,17 +246,17 @@ class _Command:
                 arguments.push_to_hub,
                 private=arguments.private,
                 revision=arguments.revision,
-                say=self.say,
+                log=self.log,
                 warn=lambda text: print(f"warning: {text}", file=sys.stderr),
             )
-            self.say(f"Uploaded: {address}")
+            self.log(f"Uploaded: {address}")
 
     def to_native(self) -> None:
         from molmo2.convert.to_native import write_native
 
         arguments = self.arguments
         total = sum(tensor.num_bytes for tensor in read_folder(arguments.checkpoint).values())
-        with _progress("converting", total, arguments.quiet) as advance:
+        with _progress("converting", total, arguments.quiet) as on_progress:
             write_native(
                 arguments.checkpoint,
                 arguments.output,
@@ -251,9 +265,9 @@ class _Command:
                 dtype=arguments.dtype,
                 ignored_fields=arguments.ignore_field,
                 overwrite=arguments.overwrite,
-                advance=advance,
+                on_progress=on_progress,
             )
-        self.say(f"Wrote the native checkpoint {arguments.output}.")
+        self.log(f"Wrote the native checkpoint {arguments.output}.")
 
 
 def _is_converted(folder: Path) -> bool:

@@ -1,11 +1,8 @@
-"""From native settings to the JSON files of the converted folder, key by key as the published ones."""
+"""JSON files of the converted folder, made from native settings; the keys are those of the published files."""
 
 import json
 import re
 from collections.abc import Mapping
-from importlib.machinery import SourceFileLoader
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from molmo2.convert.errors import UnsupportedError
@@ -25,7 +22,7 @@ MODEL_MAP = {
 }
 # SigLIP: bilinear resizing, pixels scaled to -1..1.
 PIXEL_SCALING = {"do_convert_rgb": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2}
-# Where the target's configuration classes have their settings from, and what has another name there.
+# Native section of each configuration class, and the settings that have another name there.
 NATIVE_PLACES: dict[str, tuple[str, dict[str, str]]] = {
     "Molmo2TextConfig": ("llm", {}),
     "Molmo2VitConfig": (
@@ -133,7 +130,7 @@ def model_config(config: NativeConfig, *, dtype: str, attention: str, token_ids:
     """`config.json`.
 
     Args:
-        dtype: Of the converted tensors.
+        dtype: The dtype of the converted tensors.
         attention: Attention implementation of the three parts.
         token_ids: Ids of the extra tokens by their strings.
     """
@@ -162,19 +159,18 @@ def model_config(config: NativeConfig, *, dtype: str, attention: str, token_ids:
     }
 
 
-def require_accepted(content: Mapping[str, Any], code: Path) -> None:
-    """Have the configuration class that travels with the weights read a `config.json`.
+def ensure_accepted(content: Mapping[str, Any]) -> None:
+    """Check a `config.json` with the configuration class that will read it.
 
     Args:
-        content: Of `config.json`.
-        code: The module of that class, `configuration_molmo2.py`.
+        content: The content of `config.json`.
     Raises:
-        UnsupportedError: If it refuses, in the native words where they are known.
+        UnsupportedError: If the class refuses, with native names where they are known.
     """
-    module = ModuleType("convert.remote_configuration")  # reached by its path: it is no part of this package
-    SourceFileLoader(module.__name__, str(code)).exec_module(module)
+    from molmo2.configuration import Molmo2Config  # brings transformers in
+
     try:
-        module.Molmo2Config.from_dict(json.loads(json.dumps(content)))
+        Molmo2Config.from_dict(json.loads(json.dumps(content)))
     except ValueError as error:
         raise UnsupportedError(
             f"This checkpoint cannot be converted to Molmo2:\n  - {_natively(str(error))}"
@@ -182,7 +178,7 @@ def require_accepted(content: Mapping[str, Any], code: Path) -> None:
 
 
 def _natively(message: str) -> str:
-    """A refusal of the target's configuration, "Class: `name` ...", with the native section and names."""
+    """An error of the configuration class, "Class: `name` ...", in terms of the native section and names."""
     class_name, _, reason = message.partition(": ")
     if class_name not in NATIVE_PLACES:
         return message
@@ -201,7 +197,7 @@ def generation_config(bos_token_id: int, eos_token_id: int, pad_token_id: int) -
 
 
 def processor_config(config: NativeConfig) -> dict[str, Any]:
-    """`processor_config.json`: how pictures are written into prompts."""
+    """`processor_config.json`: how images and videos are written into prompts."""
     return {
         "auto_map": PROCESSOR_MAP,
         "processor_class": PROCESSOR_CLASS,

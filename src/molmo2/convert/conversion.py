@@ -1,4 +1,4 @@
-"""The whole conversion, step by step: plan everything, then write, then put into place."""
+"""The conversion, step by step: plan everything, write, move into place."""
 
 import hashlib
 import json
@@ -15,27 +15,32 @@ from molmo2.convert.errors import OutputError, UnsupportedError
 from molmo2.convert.model_card import model_card
 from molmo2.convert.shards import GIGABYTE, INDEX_FILE, SAFETENSORS_DTYPES, Shard, index_content, plan_shards
 from molmo2.convert.source import NativeSource, open_source
-from molmo2.convert.staging import Staging, require_apart, require_free
+from molmo2.convert.staging import Staging, ensure_disjoint, ensure_replaceable
 from molmo2.convert.tokenizer import TokenizerFiles, build_tokenizer
 from molmo2.convert.writer import WeightWriter
 
 NATIVE_CONFIG_FILE = "native_config.yaml"
-# Fields of the native configuration that name places on the machine it was trained on.
+REMOTE_MODULES = (
+    *("configuration_molmo2", "grounding_molmo2", "image_processing_molmo2", "modeling_molmo2", "processing_molmo2"),
+    "video_processing_molmo2",
+)
+# Fields of the native configuration that hold paths of the training machine.
 PRIVATE_FIELDS = ("init_path", "init_incremental", "tokenizer_dir")
-BASE_MEMORY = 500_000_000  # Python, torch and the vocabulary of a tokenizer: most of what the process ever holds
-PIECE_MEMORY = 2_000  # what is remembered of one piece
+BASE_MEMORY = 500_000_000  # bytes: Python, torch and the vocabulary of a tokenizer
+PIECE_MEMORY = 2_000  # bytes kept for each piece
 
 
 @dataclass(frozen=True)
 class ConversionOptions:
-    """What the user chooses.
+    """Settings of a conversion.
 
     Attributes:
-        dtype: Of the output: "float32" keeps the bytes of a float32 checkpoint, "bfloat16" rounds to nearest even.
-        max_model_len: Longest sequence in tokens; None keeps the checkpoint's.
-        attn_implementation: Attention that `config.json` asks for.
-        max_shard_bytes: Largest safetensors file, unless one tensor is larger.
-        tokenizer: Local folder or identifier in place of the one that `config.yaml` names.
+        dtype: Dtype of the output: "float32" keeps the bytes of a float32 checkpoint, "bfloat16" rounds to nearest
+            even.
+        max_model_len: Maximum sequence length in tokens; None keeps the checkpoint's.
+        attn_implementation: Attention implementation in `config.json`.
+        max_shard_bytes: Maximum size of a safetensors file; a tensor that is larger gets a file of its own.
+        tokenizer: Local folder or repository, instead of the one that `config.yaml` names.
         ignored_fields: Unknown fields of `config.yaml` to accept, as dotted paths.
     Raises:
         ValueError: For a value out of range, with the choices.
@@ -60,16 +65,16 @@ class ConversionOptions:
                 raise ValueError(f"{name} is {value}; expected a positive number.")
 
     def open_source(self, checkpoint: str | Path) -> NativeSource:
-        """The checkpoint, as these options read it; see `source.open_source`."""
+        """Open a checkpoint with these options; see `source.open_source`."""
         return open_source(checkpoint, max_positions=self.max_model_len, ignored_fields=self.ignored_fields)
 
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """Everything that is known before a weight is read.
+    """A conversion, checked and laid out before any weight is read.
 
     Attributes:
-        inputs: Files and folders that are read; the output may not take their place.
+        inputs: Files and folders that are read, which the output may not replace.
     """
 
     source: NativeSource
@@ -80,12 +85,12 @@ class ConversionPlan:
 
     @property
     def output_bytes(self) -> int:
-        """Bytes of weights that are written."""
+        """Number of bytes of weights that are written."""
         return sum(shard.num_bytes for shard in self.shards)
 
     @property
     def peak_memory(self) -> int:
-        """Expected, in bytes. It does not depend on the size of the tensors: they stream through fixed buffers."""
+        """Expected peak memory in bytes. Tensors stream through fixed buffers, so their size does not matter."""
         return BASE_MEMORY + PIECE_MEMORY * self.source.num_pieces
 
     def model_config(self) -> dict[str, Any]:
@@ -98,7 +103,7 @@ class ConversionPlan:
         )
 
     def fingerprint(self) -> str:
-        """Changes whenever the shards would."""
+        """A hash of everything that the shards depend on."""
         tensors = self.source.tensors.values()
         names = {path: str(path.resolve()) for path in self.source.files}
         stats = sorted((names[path], path.stat().st_size, path.stat().st_mtime_ns) for path in names)
@@ -109,7 +114,7 @@ class ConversionPlan:
         return digest.hexdigest()
 
     def describe(self) -> str:
-        """The plan for people."""
+        """The plan as text."""
         source, config = self.source, self.source.config
         llm, vit = config.llm, config.vit
         form = f"sharded, {source.num_pieces} pieces" if source.location.is_sharded else "one file"
@@ -137,7 +142,7 @@ def plan_conversion(checkpoint: str | Path, options: ConversionOptions | None = 
     Raises:
         CheckpointError: If the checkpoint is absent, incomplete, damaged or dangerous.
         UnsupportedError: If Molmo2 cannot express it, or its configuration class refuses the settings.
-        OutputError: If the modules that travel with the weights are absent.
+        OutputError: If the remote code that is stored with the weights is missing.
     """
     options = ConversionOptions() if options is None else options
     source = options.open_source(checkpoint)
@@ -150,26 +155,27 @@ def plan_conversion(checkpoint: str | Path, options: ConversionOptions | None = 
     code = remote_code_files()
     inputs = {Path(checkpoint), Path(identifier), source.location.folder, *source.files, *code}
     plan = ConversionPlan(source, shards, tokenizer, options, frozenset(inputs))
-    config_files.require_accepted(plan.model_config(), code[0].with_name("configuration_molmo2.py"))
+    config_files.ensure_accepted(plan.model_config())
     return plan
 
 
 def remote_code_files() -> list[Path]:
-    """The modules that travel with the weights, the chat template and the licence.
+    """Files stored with the weights: the generated modules, the chat template and the licence.
 
-    In a checkout they lie beside this package; an installed package brings them along.
+    An installed package brings them along in `remote_code`; in a checkout they lie in the root.
 
     Raises:
-        OutputError: If they are not there.
+        OutputError: If one of them is missing.
     """
     installed = Path(__file__).parent / "remote_code"
     root = installed if installed.is_dir() else Path(__file__).resolve().parents[3]
-    needed = [root / "modeling_molmo2.py", root / "chat_template.jinja"]
-    missing = [path.name for path in needed if not path.is_file()]
+    files = [
+        root / name for name in (*(f"{module}.py" for module in REMOTE_MODULES), "chat_template.jinja", "LICENSE")
+    ]
+    missing = [path.name for path in files if not path.is_file()]
     if missing:
-        raise OutputError(f"{root} lacks {missing}, which must travel with the weights. Reinstall the converter.")
-    licence = root / "LICENSE"
-    return [*sorted(root.glob("*_molmo2.py")), needed[1], *([licence] if licence.is_file() else [])]
+        raise OutputError(f"{root} lacks {missing}, which are stored with the weights. Reinstall molmo2-transformers.")
+    return files
 
 
 def _json(content: dict[str, Any]) -> str:
@@ -183,7 +189,7 @@ def _without_private(section: Any) -> Any:
 
 
 def text_files(plan: ConversionPlan) -> dict[str, str]:
-    """All files but weights and copied modules, by name."""
+    """Contents of all files except weights and remote code, by name."""
     source, tokenizer, options = plan.source, plan.tokenizer, plan.options
     config = source.config
     contents = {
@@ -214,26 +220,26 @@ def convert_checkpoint(
     *,
     overwrite: bool = False,
     resume: bool = False,
-    advance: Callable[[int], object] | None = None,
+    on_progress: Callable[[int], object] | None = None,
 ) -> ConversionPlan:
     """Convert a native checkpoint into a folder that transformers loads.
 
     Args:
         checkpoint: A checkpoint directory, or a save folder with `step<N>` children.
-        output: The folder to make; it appears complete or not at all.
+        output: The folder to create; it appears complete or not at all.
         options: See `ConversionOptions`.
-        overwrite: Replace an output that holds something, but nothing that the conversion reads.
-        resume: Continue where an interrupted conversion with the same source and options stopped.
-        advance: Called with the number of bytes after each write.
+        overwrite: Replace an output that has content, unless the conversion reads from it.
+        resume: Continue an interrupted conversion with the same source and options.
+        on_progress: Called with the number of bytes after each write.
     Returns:
         The plan that was carried out.
     Raises:
         ConversionError: One of its kinds; see `errors`. The output is as it was.
     """
-    require_apart([Path(output)], [Path(checkpoint)])
-    require_free(Path(output), overwrite)
+    ensure_disjoint([Path(output)], [Path(checkpoint)])
+    ensure_replaceable(Path(output), overwrite)
     plan = plan_conversion(checkpoint, options)
-    write_plan(plan, output, overwrite=overwrite, resume=resume, advance=advance)
+    write_plan(plan, output, overwrite=overwrite, resume=resume, on_progress=on_progress)
     return plan
 
 
@@ -243,19 +249,19 @@ def write_plan(
     *,
     overwrite: bool = False,
     resume: bool = False,
-    advance: Callable[[int], object] | None = None,
+    on_progress: Callable[[int], object] | None = None,
 ) -> None:
     """Carry out a plan; see `convert_checkpoint`."""
     staging = Staging(Path(output), plan.fingerprint(), inputs=plan.inputs, overwrite=overwrite, resume=resume)
     contents, copies = text_files(plan), remote_code_files()
     small_bytes = sum(len(text.encode()) for text in contents.values()) + sum(path.stat().st_size for path in copies)
-    staging.require_space(plan.output_bytes + small_bytes)
-    with staging.guard():
+    staging.ensure_space(plan.output_bytes + small_bytes)
+    with staging.cleanup_on_error():
         staging.open()
         for name, text in contents.items():
             (staging.folder / name).write_text(text, encoding="utf-8", newline="\n")
         for path in copies:
             shutil.copyfile(path, staging.folder / path.name)
-        advance = (lambda _: None) if advance is None else advance
-        WeightWriter(staging, plan.source.tensors, plan.options.dtype, advance).write(plan.shards)
+        on_progress = (lambda _: None) if on_progress is None else on_progress
+        WeightWriter(staging, plan.source.tensors, plan.options.dtype, on_progress).write(plan.shards)
         staging.commit()

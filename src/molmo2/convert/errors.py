@@ -1,4 +1,4 @@
-"""What can go wrong, sorted by what a script would do about it. Each class has the exit code of the command line."""
+"""Errors of the converter, sorted by what a script would do about them; each class has its exit code."""
 
 
 class ConversionError(Exception):
@@ -8,13 +8,13 @@ class ConversionError(Exception):
 
 
 class CheckpointError(ConversionError):
-    """The checkpoint is absent, incomplete, damaged or asks for something dangerous."""
+    """The checkpoint is missing, incomplete, damaged or unsafe."""
 
     exit_code = 3
 
 
 class UnsupportedError(ConversionError):
-    """The checkpoint is fine, but the target cannot express it."""
+    """The checkpoint is fine, but Molmo2 in transformers cannot express it."""
 
     exit_code = 4
 
@@ -26,7 +26,7 @@ class OutputError(ConversionError):
 
 
 class VerificationError(ConversionError):
-    """What is on disk does not equal the source, or does not load."""
+    """The output differs from its source, or does not load."""
 
     exit_code = 6
 

@@ -1,4 +1,4 @@
-"""Reads the tensors of a converted folder the same way as those of a checkpoint: by place, streaming."""
+"""Tensors of a converted folder, located like those of a native checkpoint."""
 
 import json
 import math
@@ -17,7 +17,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON file of a converted folder.
 
     Raises:
-        CheckpointError: If it is absent or damaged.
+        CheckpointError: If it is missing or damaged.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -34,7 +34,7 @@ def read_folder(folder: Path) -> dict[str, SourceTensor]:
     """All tensors of a folder by their converted names.
 
     Raises:
-        CheckpointError: If files are absent or damaged, or if the index says something else than they do.
+        CheckpointError: If files are missing or damaged, or if the index disagrees with them.
     """
     if not (folder / INDEX_FILE).is_file():
         return _read_file(folder / SINGLE_FILE)

@@ -1,15 +1,16 @@
 """Publishes a converted folder on the Hub: all of it in one commit, and only what is not there yet.
 
-Weight files are sent one by one before anything is committed. The Hub keeps each by its SHA-256, so that an upload
-that was interrupted continues with the first file that has not arrived, and nobody sees half a model meanwhile. No
-state is kept on this side: running the same command again is all it takes. (`upload_large_folder` commits part by
-part, leaves its bookkeeping in the folder, and is gone from huggingface_hub 2.)
+Weight files are sent one by one before anything is committed. The Hub stores each under its SHA-256, so an interrupted
+upload resumes with the first file that has not arrived, and half a model is never visible. No local state is kept:
+running the same command again resumes. (`upload_large_folder` commits part by part, leaves its bookkeeping in the
+folder, and is gone from huggingface_hub 2.)
 
-Where the Hub and this machine have Xet, huggingface_hub sends files as chunks, and an interrupted file continues
-where it stopped; else it sends them with Git LFS, and an interrupted file is sent again.
+Where both the Hub and this machine have Xet, huggingface_hub uploads files in chunks, and an interrupted file resumes
+where it stopped; otherwise it uses Git LFS, and an interrupted file is sent again from its start.
 """
 
 import re
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from molmo2.convert.shards import INDEX_FILE, SINGLE_FILE
 from molmo2.convert.staging import STATE_FILE
 
 COMMIT_MESSAGE = "Upload the converted checkpoint"
-# What clients read by name; modules and weights are known from config.json and the index.
+# Files that clients read by name; those of code and weights follow from config.json and the index.
 REQUIRED_FILES = (
     "config.json",
     "generation_config.json",
@@ -38,7 +39,8 @@ REQUIRED_FILES = (
 )
 # Names under which clients look for weights, and their indices.
 WEIGHT_FILE = re.compile(r"(model|pytorch_model)[^/]*\.(safetensors|bin)(\.index\.json)?")
-NO_SUCH_ROUTE = (404, 405, 501)  # answers of a server that has never heard of Xet
+NO_SUCH_ROUTE = (404, 405, 501)  # answers of a server without Xet
+_XET_SWITCH = threading.Lock()
 
 
 class HubError(ConversionError):
@@ -54,7 +56,7 @@ def push_folder(
     private: bool = False,
     revision: str | None = None,
     token: str | None = None,
-    say: Callable[[str], object] | None = None,
+    log: Callable[[str], object] | None = None,
     warn: Callable[[str], object] | None = None,
 ) -> str:
     """Upload a converted folder. Repeating it sends what is missing, and commits only if something has changed.
@@ -64,11 +66,11 @@ def push_folder(
     Args:
         folder: A complete conversion. Hidden files and `__pycache__` are left out.
         repo_id: "owner/name"; created if it does not exist.
-        private: Make a repository that is created private. One that exists keeps its visibility.
+        private: Create the repository as private. An existing one keeps its visibility.
         revision: Branch, made from "main" if it does not exist; None: "main".
-        token: Of the user, with write permission; None: the one that huggingface_hub finds (HF_TOKEN, or saved by
+        token: An access token with write permission; None: the one that huggingface_hub finds (HF_TOKEN, or saved by
             `hf auth login`).
-        say: Called with a line for each weight file.
+        log: Called with a line for each weight file.
         warn: Called with each warning; None: `warnings.warn`.
     Returns:
         Address of the commit that holds the folder.
@@ -78,7 +80,7 @@ def push_folder(
     """
     folder = Path(folder)
     files = files_to_publish(folder)
-    _require_owner_and_name(repo_id)
+    _ensure_owner_and_name(repo_id)
     api = HfApi(token=token)
     with _explained(api, repo_id):
         if token is None and get_token() is None:
@@ -86,7 +88,7 @@ def push_folder(
         _prepare_repository(api, repo_id, private)
         _prepare_branch(api, repo_id, revision)
         with _without_unoffered_xet(api, repo_id, revision):
-            address = _upload(api, repo_id, folder, files, revision, (lambda _: None) if say is None else say)
+            address = _upload(api, repo_id, folder, files, revision, (lambda _: None) if log is None else log)
         _review(api, repo_id, folder, files, revision, _warn if warn is None else warn)
     return address
 
@@ -98,7 +100,7 @@ def files_to_publish(folder: Path) -> list[str]:
         CheckpointError: If something is missing or damaged, or if there are weights that the index does not know.
     """
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is no folder; expected a converted one.")
+        raise CheckpointError(f"{folder} is not a folder; expected a converted one.")
     if (folder / STATE_FILE).exists():
         raise CheckpointError(
             f"{folder} is an unfinished conversion. Finish it with --resume, then upload its OUTPUT."
@@ -121,14 +123,14 @@ def files_to_publish(folder: Path) -> list[str]:
     return files
 
 
-def _require_owner_and_name(repo_id: str) -> None:
+def _ensure_owner_and_name(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
         reason = "" if repo_id.count("/") == 1 else "the owner is missing"
     except HFValidationError as error:
         reason = str(error)
     if reason:
-        raise HubError(f"{repo_id!r} is no name of a repository; expected OWNER/NAME ({reason.rstrip('.')}).")
+        raise HubError(f"{repo_id!r} is not the name of a repository; expected OWNER/NAME ({reason.rstrip('.')}).")
 
 
 def _prepare_repository(api: HfApi, repo_id: str, private: bool) -> None:
@@ -156,29 +158,36 @@ def _prepare_branch(api: HfApi, repo_id: str, revision: str | None) -> None:
 
 @contextmanager
 def _without_unoffered_xet(api: HfApi, repo_id: str, revision: str | None) -> Iterator[None]:
-    """Have huggingface_hub take Git LFS where the server has no Xet.
+    """Context in which huggingface_hub uploads with Git LFS if the server has no Xet; otherwise nothing changes.
 
-    Releases from 1.0 on do not ask: with hf_xet installed they insist on it.
+    From release 1.0 on it does not ask the server: with hf_xet installed it insists on Xet, and its only switch is a
+    constant of the whole process. So the constant is touched for such servers alone, by one upload at a time, and is
+    set back. Downloads that other threads start meanwhile do without Xet too, which changes how bytes travel, not
+    which ones.
     """
     branch = constants.DEFAULT_REVISION if revision is None else revision.replace("/", "%2F")
     address = f"{api.endpoint}/api/models/{repo_id}/xet-write-token/{branch}"
     answer = get_session().get(address, headers=build_hf_headers(token=api.token))
-    before = constants.HF_HUB_DISABLE_XET
-    constants.HF_HUB_DISABLE_XET = before or answer.status_code in NO_SUCH_ROUTE
-    try:
+    if answer.status_code not in NO_SUCH_ROUTE:
         yield
-    finally:
-        constants.HF_HUB_DISABLE_XET = before
+        return
+    with _XET_SWITCH:
+        before = constants.HF_HUB_DISABLE_XET
+        constants.HF_HUB_DISABLE_XET = True
+        try:
+            yield
+        finally:
+            constants.HF_HUB_DISABLE_XET = before
 
 
 def _upload(
-    api: HfApi, repo_id: str, folder: Path, files: list[str], revision: str | None, say: Callable[[str], object]
+    api: HfApi, repo_id: str, folder: Path, files: list[str], revision: str | None, log: Callable[[str], object]
 ) -> str:
     """Send the weights one after the other, then everything else with the commit."""
     weights = [name for name in files if name.endswith(".safetensors")]
     operations = []
     for number, name in enumerate(weights, 1):
-        say(f"Uploading {name} ({(folder / name).stat().st_size:,} bytes), {number} of {len(weights)}.")
+        log(f"Uploading {name} ({(folder / name).stat().st_size:,} bytes), {number} of {len(weights)}.")
         operation = CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name)
         api.preupload_lfs_files(repo_id, [operation], revision=revision, free_memory=False)
         operations.append(operation)
@@ -221,7 +230,7 @@ TRANSPORTS = ("requests", "urllib3", "httpx", "httpx2")  # which one it is depen
 
 @contextmanager
 def _explained(api: HfApi, repo_id: str) -> Iterator[None]:
-    """Put every failure of the client library into our words."""
+    """Context that turns every failure of the client library into a `HubError` that says what to do."""
     try:
         yield
     except ConversionError:
@@ -232,11 +241,11 @@ def _explained(api: HfApi, repo_id: str) -> Iterator[None]:
 
 def _explanation(error: Exception, endpoint: str, repo_id: str) -> str:
     chain = list(_causes(error))
-    responses = [cause.response for cause in chain if getattr(cause, "response", None) is not None]
+    responses = [found for cause in chain if (found := getattr(cause, "response", None)) is not None]
     if responses:
         return _explain_status(responses[0].status_code, _first_line(error), endpoint, repo_id)
     if any(isinstance(cause, OfflineModeIsEnabled) for cause in chain):
-        return "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set, so that nothing can be uploaded. Unset it."
+        return "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set, so nothing can be uploaded. Unset it."
     reason = f"{type(chain[-1]).__name__}: {_first_line(chain[-1])}"
     is_transport = any(type(cause).__module__.partition(".")[0] in TRANSPORTS for cause in chain)
     if is_transport or any(isinstance(cause, ConnectionError | TimeoutError) for cause in chain):
@@ -253,11 +262,11 @@ def _explain_status(status: int, message: str, endpoint: str, repo_id: str) -> s
     if status == 403:
         owner = repo_id.partition("/")[0]
         return (
-            f"The token may not write to {repo_id} (403: {message}). Use a token with write permission of a user who "
-            f"is, or may write for, '{owner}'."
+            f"The token may not write to {repo_id} (403: {message}). Use a token with write permission that belongs "
+            f"to '{owner}' or to a member with write access."
         )
     if status >= 500 or status == 429:
-        return f"{endpoint} is out of order or busy ({status}: {message}). Wait a while. {CONTINUE_ADVICE}"
+        return f"{endpoint} is down or busy ({status}: {message}). Wait a while. {CONTINUE_ADVICE}"
     return f"{endpoint} does not accept the upload to {repo_id} ({status}: {message})."
 
 

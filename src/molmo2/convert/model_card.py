@@ -1,8 +1,19 @@
-"""The README.md of the converted folder."""
+"""Model card: the README.md of the converted folder."""
 
 from molmo2.convert.config_files import rope_scaling
 from molmo2.convert.native_config import NativeConfig
 
+PACKAGE = """
+With the package (`pip install molmo2-transformers`), nothing in this folder is executed:
+
+```python
+from molmo2 import ask, load
+
+model, processor = load("path/or/repository", dtype="auto", device_map="auto")
+answer = ask(model, processor, "What is in the image?", images="photo.jpg")
+print(answer.text)
+```
+"""
 TEMPLATE = """---
 license: apache-2.0
 library_name: transformers
@@ -15,7 +26,7 @@ tags:
 # {title}
 
 A Molmo2 vision-language model: images, videos and text in, text out.
-Converted from a native training checkpoint; the weights are those of the checkpoint, {rounding}.
+Converted from a native training checkpoint; its weights are {rounding}.
 
 | | |
 |---|---|
@@ -24,9 +35,11 @@ Converted from a native training checkpoint; the weights are those of the checkp
 | Stored as | {dtype} |
 | Text model | {text} |
 | Vision transformer | {vision} |
-| Longest sequence | {positions:,} tokens |
+| Maximum sequence length | {positions:,} tokens |
 
 ## Use
+{package}
+With transformers alone, running the code in this folder:
 
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -35,7 +48,7 @@ folder = "path/or/repository"
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype="auto", device_map="auto")
 
-content = [{{"type": "text", "text": "What is in the picture?"}}, {{"type": "image", "image": "photo.jpg"}}]
+content = [{{"type": "text", "text": "What is in the image?"}}, {{"type": "image", "image": "photo.jpg"}}]
 inputs = processor.apply_chat_template(
     [{{"role": "user", "content": content}}],
     add_generation_prompt=True,
@@ -50,7 +63,7 @@ print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 ## Licence
 
 The code in this folder is licensed under Apache-2.0, and so are the Molmo2 weights published by the Allen Institute
-for AI. If this checkpoint was trained from, or on, something with other terms, say so here and in the header above.
+for AI. If this checkpoint was trained from weights or on data under other terms, state them here and in the header.
 """
 
 
@@ -80,6 +93,7 @@ def model_card(config: NativeConfig, *, source: str, num_parameters: int, source
         vision=f"{config.num_vit_layers} of {vit['image_num_layers']} layers of width {vit['image_emb_dim']}, "
         f"{height}x{width} pixels per crop",
         positions=config.max_positions,
+        package=PACKAGE if config.has_two_way_images else "",  # `ask` marks visual tokens as two-way
         causal="" if config.has_two_way_images else '\ninputs["token_type_ids"].zero_()',
         notes=notes,
     )

@@ -1,4 +1,4 @@
-"""Native and converted tensor names: one table, read in both directions.
+"""Native and converted tensor names: one table for both directions.
 
 Values are never split, transposed or reordered, so a conversion is a renaming. `{}` stands for a layer's number.
 Shapes are written in the names of `dimensions`. The order is that of the converted model's modules: it decides which
@@ -85,7 +85,7 @@ TABLE: tuple[Row, ...] = (
 
 @dataclass(frozen=True)
 class Rename:
-    """One tensor of the converted model and where it comes from."""
+    """One tensor of the converted model and its native name."""
 
     native: str
     target: str

@@ -1,8 +1,8 @@
 """The `model` section of a native `config.yaml`: which fields mean what, and which values cannot be converted.
 
 The tables below list every field the trainer writes. A field is read (with the trainer's default where the file lacks
-it), must have one of the values that the target can express, or says nothing about the finished model. Whatever cannot
-be converted is reported by name, all of it together.
+it), must have one of the values that the target can express, or does not affect the finished model. Everything that
+cannot be converted is reported by name, in one message.
 """
 
 import math
@@ -40,7 +40,7 @@ TWO_WAY_ATTENTION = "image_tokens"
 
 @dataclass(frozen=True)
 class Range:
-    """Which numbers make sense, in words and as a rule."""
+    """A range of valid numbers, in words and as a predicate."""
 
     words: str
     holds: Callable[[float], bool]
@@ -58,11 +58,11 @@ class Field:
 
     Attributes:
         kind: int, float, bool, str, or [int] / [float] for a list of them.
-        default: Taken where the file lacks the field; REQUIRED if there is none.
+        default: Value where the file lacks the field; REQUIRED if there is none.
         only: The values that the target can express; empty means any.
-        because: What happens with other values.
-        within: Of a number, or of each one in a list.
-        nullable: Whether null is a value of its own (it is if `default` is None).
+        because: Why other values cannot be converted.
+        within: Range of a number, or of each number in a list.
+        nullable: Whether null is a valid value (it is if `default` is None).
     """
 
     kind: Any
@@ -166,7 +166,7 @@ VIT = {
     "image_norm_eps": Field(float, within=NOT_NEGATIVE),
     "initializer_range": Field(float, 0.02, within=NOT_NEGATIVE),
     "float32_attention": Field(bool, True),
-    "resize_mode": _only(str, "siglip", because="the target resizes pictures the SigLIP way"),
+    "resize_mode": _only(str, "siglip", because="the target resizes images the SigLIP way"),
     "normalize": _only(str, "siglip", because="the target scales pixels to -1..1"),
 }
 VIT_IGNORED = {
@@ -195,7 +195,7 @@ BACKBONE_IGNORED = {
 }
 
 IMAGE = {
-    "crop_mode": _only(str, "overlap-and-resize-c2", because="the target cuts pictures this way only"),
+    "crop_mode": _only(str, "overlap-and-resize-c2", because="the target cuts images this way only"),
     "max_crops": Field(int),
     "max_multi_image_crops": Field(int, None),
     "overlap_margins": Field([int], (4, 4), within=NOT_NEGATIVE),
@@ -238,18 +238,18 @@ SECTIONS: tuple[tuple[str, dict[str, Field], set[str]], ...] = (
     ("mm_preprocessor.video", VIDEO, VIDEO_IGNORED),
 )
 
-# The chat template writes this format; a model trained on another one converts, but deserves a word.
+# The chat template writes this format; a model trained on another one converts with a warning.
 PROMPT_FORMAT = {"message_format": "qwen3", "system_prompt": "demo_or_style_v2", "prompt_templates": "none"}
 
 
 @dataclass(frozen=True)
 class NativeConfig:
-    """The settings that make up the model, checked; each attribute holds a section by the trainer's names.
+    """Checked settings of the model; each section keeps the trainer's names.
 
     Attributes:
-        max_positions: Longest sequence in tokens, an override included.
+        max_positions: Maximum sequence length in tokens, after an override.
         has_two_way_images: Whether image tokens attend to each other in both directions.
-        warnings: What the user should know although the conversion goes on.
+        warnings: Messages for the user that do not stop the conversion.
     """
 
     llm: dict[str, Any]
@@ -287,7 +287,7 @@ class NativeConfig:
 
     @property
     def tokenizer_size(self) -> int:
-        """Number of tokens to which the tokenizer is filled before the extra ones."""
+        """Number of tokens that the tokenizer is padded to before the extra ones."""
         return self.embedding_rows if self.llm["fix_pad_tokenizer"] else self.llm["vocab_size"]
 
     @property
@@ -304,12 +304,12 @@ def parse_config(
 
     Args:
         model: The section.
-        max_positions: Takes the place of the file's own longest sequence.
+        max_positions: Maximum sequence length, instead of the file's.
         ignored_fields: Unknown fields to accept, as dotted paths ("llm.new_switch").
     Raises:
         UnsupportedError: For everything the target cannot express, all of it in one message.
     """
-    _require_molmo2(model)
+    _ensure_molmo2(model)
     problems: list[str] = []
     sections = {
         path: _read_section(_section_at(model, path), path, fields, known | _names_at(ignored_fields, path), problems)
@@ -319,7 +319,7 @@ def parse_config(
     image, video = sections["mm_preprocessor.image"], sections["mm_preprocessor.video"]
     positions = _first_not_none(max_positions, llm["max_position_embeddings"], llm["max_sequence_length"])
     if positions is None:
-        problems.append("llm.max_position_embeddings and llm.max_sequence_length say nothing; pass --max-model-len")
+        problems.append("llm.max_position_embeddings and llm.max_sequence_length are not set; pass --max-model-len")
     elif positions < 1:
         problems.append(
             f"llm.max_position_embeddings, or else llm.max_sequence_length, is {positions}; "
@@ -330,7 +330,7 @@ def parse_config(
     if _is_complete(vit, VIT) and _is_complete(backbone, BACKBONE):
         _check_vision(vit, backbone, problems)
     if _is_complete(image, IMAGE) and _is_complete(video, VIDEO):
-        _check_pictures(image, video, problems)
+        _check_media(image, video, problems)
     if problems:
         raise UnsupportedError(f"This checkpoint cannot be converted to Molmo2:\n{listing(problems)}")
     return NativeConfig(
@@ -347,7 +347,7 @@ def parse_config(
 
 
 def _is_complete(section: dict[str, Any], fields: dict[str, Field]) -> bool:
-    """Whether every field has a value of its kind, so that they can be compared with each other."""
+    """Whether every field has a valid value, so that fields can be compared with each other."""
     return all(section[name] is not None or field.nullable for name, field in fields.items())
 
 
@@ -355,7 +355,7 @@ def _first_not_none(*values: Any) -> Any:
     return next((value for value in values if value is not None), None)
 
 
-def _require_molmo2(model: dict[str, Any]) -> None:
+def _ensure_molmo2(model: dict[str, Any]) -> None:
     name = model.get("model_name")
     if name in OTHER_MODELS:
         raise UnsupportedError(f"model_name is '{name}': {OTHER_MODELS[name]}.")
@@ -369,7 +369,7 @@ def _warnings(model: dict[str, Any], top: dict[str, Any]) -> tuple[str, ...]:
         warnings.append(
             "bi_directional_attn is null: the model was trained with causal attention among image tokens, but the "
             "processor marks them for two-way attention. Set `inputs['token_type_ids']` to zero before calling the "
-            "model to get what was trained. Serving engines that cannot do this give another model."
+            "model to get the trained behaviour. Serving engines that cannot do this compute a different model."
         )
     formatter = model.get("data_formatter")
     formatter = formatter if isinstance(formatter, dict) else {}
@@ -383,7 +383,7 @@ def _warnings(model: dict[str, Any], top: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _section_at(model: dict[str, Any], path: str) -> Any:
-    """The section at a dotted path; None where it, or a parent, is no section."""
+    """The section at a dotted path; None if it, or a parent, is not a section."""
     section: Any = model
     for name in filter(None, path.split(".")):
         section = section.get(name) if isinstance(section, dict) else None
@@ -398,7 +398,7 @@ def _names_at(full_names: Collection[str], path: str) -> set[str]:
 def _read_section(
     section: Any, path: str, fields: dict[str, Field], known: set[str], problems: list[str]
 ) -> dict[str, Any]:
-    """Values of all fields of one section; None where one is wrong, with a word in `problems`."""
+    """Values of all fields of one section; None for an invalid one, which is added to `problems`."""
     if not isinstance(section, dict):
         problems.append(f"{path} is {'missing' if section is None else repr(section)}; expected a section")
         return dict.fromkeys(fields)
@@ -406,8 +406,8 @@ def _read_section(
     for name in section:
         if name not in fields and name not in known:
             problems.append(
-                f"{prefix}{name} is unknown (value {str(section[name])[:60]}), so its meaning for the model is too; "
-                f"if it has none, pass --ignore-field {prefix}{name}"
+                f"{prefix}{name} is unknown (value {str(section[name])[:60]}); "
+                f"if it does not affect the model, pass --ignore-field {prefix}{name}"
             )
     return {name: _read_field(section, name, prefix, field, problems) for name, field in fields.items()}
 
@@ -503,7 +503,7 @@ def _check_vision(vit: Section, backbone: Section, problems: list[str]) -> None:
         problems.append(f"vision_backbone.vit_layers is {layers}; expected layers from {-depth} to {depth - 1}")
 
 
-def _check_pictures(image: Section, video: Section, problems: list[str]) -> None:
+def _check_media(image: Section, video: Section, problems: list[str]) -> None:
     path = "mm_preprocessor.image."
     several = _first_not_none(image["max_multi_image_crops"], image["max_crops"])
     if several != image["max_crops"]:

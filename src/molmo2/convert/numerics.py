@@ -1,4 +1,4 @@
-"""float32 and bfloat16, block by block, in buffers that are allocated once."""
+"""Conversion between float32 and bfloat16, block by block, in buffers that are allocated once."""
 
 from collections.abc import Iterator
 
@@ -13,7 +13,7 @@ QUIET_BIT = np.uint16(0x40)
 
 
 class BlockConverter:
-    """Streams tensors in another dtype. Not to be shared between threads.
+    """Streams tensors in another dtype. Each thread needs its own.
 
     Args:
         dtype: Of the output: "float32" or "bfloat16".

@@ -1,4 +1,4 @@
-"""Loads a converted folder with transformers and compares its logits with those of the native tensors."""
+"""Probe: loads a converted folder with transformers and compares its logits with those of the native tensors."""
 
 import math
 from collections.abc import Iterator
@@ -12,14 +12,14 @@ from molmo2.convert.numerics import BlockConverter
 from molmo2.convert.source import NativeSource
 
 TOLERANCE = 1e-3  # absolute, on logits; a wrong name moves them by whole units
-QUESTION = "What is in the picture? Count to 3."
+QUESTION = "What is in the image? Count to 3."
 
 
 def probe_folder(source: NativeSource, folder: Path) -> float:
-    """Run the folder on a fixed prompt and picture, then the same model filled directly from the checkpoint.
+    """Run the folder on a fixed prompt and image, then the same model filled directly from the checkpoint.
 
     The second model is the first one, emptied (every value NaN) and filled tensor by tensor: no second copy is in
-    memory, and a tensor that nobody fills cannot go unnoticed.
+    memory, and a tensor left unfilled cannot go unnoticed.
 
     Returns:
         The largest difference between logits.
@@ -59,7 +59,7 @@ def probe_folder(source: NativeSource, folder: Path) -> float:
 
 @contextmanager
 def _must_work(failure: str) -> Iterator[None]:
-    """Around calls into the folder's own code, which may fail in any way."""
+    """Context for calls into the folder's own code, which may raise anything."""
     try:
         yield
     except Exception as error:
@@ -67,9 +67,9 @@ def _must_work(failure: str) -> Iterator[None]:
 
 
 def probe_inputs(tokenizer: Any, config: NativeConfig) -> dict[str, Any]:
-    """A prompt with one picture: a view of the whole and one crop, each a smooth pattern, pooled window by window.
+    """A prompt with one image: a view of the whole and one crop, each a smooth pattern, pooled window by window.
 
-    Made without the processor, whose settings say how pictures of any size are cut: only the model is of interest.
+    Made without the processor, whose settings decide how images of any size are cut: only the model is tested.
     """
     import torch
 
@@ -80,8 +80,8 @@ def probe_inputs(tokenizer: Any, config: NativeConfig) -> dict[str, Any]:
     pooled_rows, pooled_cols = -(-rows // config.image["pooling_h"]), -(-cols // config.image["pooling_w"])
     pixels = torch.sin(torch.arange(2 * rows * cols * patch * patch * 3, dtype=torch.float32) / 7)
     view = "<im_patch>" * len(windows)
-    picture = f"<low_res_im_start>{view}<im_end><im_start>{view}<im_end>"
-    prompt = f"<|im_start|>user\n{picture}{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
+    image = f"<low_res_im_start>{view}<im_end><im_start>{view}<im_end>"
+    prompt = f"<|im_start|>user\n{image}{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
     ids = torch.tensor([tokenizer.encode(prompt, add_special_tokens=False)])
     inputs = {
         "input_ids": ids,

@@ -1,8 +1,8 @@
-"""Finds a native checkpoint on disk and says where each tensor's bytes are. No weight is read here.
+"""Reader of native checkpoints: finds one on disk and locates the bytes of each tensor, without reading weights.
 
 location = find_checkpoint("runs/molmo2")       # a checkpoint, or a save folder with step<N> children
 tensors = read_tensors(location)                # native name -> SourceTensor
-for block in stream(tensors["transformer.ln_f.weight"], buffer): ...
+for block in stream_piece(tensors["transformer.ln_f.weight"].pieces[0], "transformer.ln_f.weight", buffer): ...
 """
 
 import itertools
@@ -40,7 +40,7 @@ class CheckpointLocation:
     """One checkpoint directory.
 
     Attributes:
-        step: Of training; None if the directory's name does not say.
+        step: Training step; None if the directory's name does not contain it.
         is_sharded: Whether the weights are in `model_and_optim` (else in `model.pt`).
     """
 
@@ -144,7 +144,7 @@ def read_config(location: CheckpointLocation) -> dict[str, Any]:
 
 
 def read_tensors(location: CheckpointLocation) -> dict[str, SourceTensor]:
-    """Where every tensor of the model is. Optimizer state is neither listed nor opened.
+    """Locate every tensor of the model. Optimizer state is neither listed nor opened.
 
     Raises:
         CheckpointError: If a file is missing, damaged, asks for code, or if pieces do not cover their tensor exactly.
@@ -215,7 +215,7 @@ class _Problem(Exception):
 
 def _int_tuple(value: Any) -> tuple[int, ...]:
     if not isinstance(value, tuple) or not all(type(item) is int and item >= 0 for item in value):
-        raise _Problem(f"{value!r} is no shape")
+        raise _Problem(f"{value!r} is not a shape")
     return tuple(value)
 
 
@@ -238,12 +238,12 @@ def _places_by_tensor(places: dict[Any, Any], problems: list[str]) -> dict[str, 
         if tuple(offset) in by_offset:
             problems.append(f"'{name[len(MODEL_PREFIX) :]}': two pieces begin at row {offset[0] if offset else 0}")
         by_offset[tuple(offset)] = place
-    _require_apart(stored, problems)
+    _ensure_disjoint(stored, problems)
     return stored
 
 
-def _require_apart(stored: dict[str, dict[tuple[int, ...], tuple]], problems: list[str]) -> None:
-    """No two pieces may claim the same bytes of a file."""
+def _ensure_disjoint(stored: dict[str, dict[tuple[int, ...], tuple]], problems: list[str]) -> None:
+    """Report pieces that claim the same bytes of a file."""
     claims = sorted((place, name) for name, places in stored.items() for place in places.values())
     for ((file, start, length), name), ((next_file, next_start, _), next_name) in itertools.pairwise(claims):
         if file == next_file and next_start < start + length:

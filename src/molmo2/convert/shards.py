@@ -1,4 +1,4 @@
-"""Which tensor goes into which safetensors file, and the files' headers: known before any weight is read."""
+"""Layout of the safetensors files: shards, headers and index, planned before any weight is read."""
 
 import json
 import math
@@ -19,8 +19,8 @@ class Shard:
     """One safetensors file.
 
     Attributes:
-        header: Its first bytes, up to the first tensor.
-        num_bytes: Of the whole file.
+        header: The bytes before the first tensor.
+        num_bytes: Size of the whole file.
     """
 
     file_name: str

@@ -12,7 +12,7 @@ from molmo2.convert.reader import CheckpointLocation, SourceTensor, find_checkpo
 
 @dataclass(frozen=True)
 class NativeSource:
-    """What is known of a checkpoint before a weight is read.
+    """A checkpoint as its descriptions describe it, before any weight is read.
 
     Attributes:
         raw_config: The `model` section of `config.yaml`, as it was.
@@ -28,17 +28,17 @@ class NativeSource:
 
     @property
     def num_parameters(self) -> int:
-        """Of the converted model."""
+        """Number of parameters of the converted model."""
         return sum(math.prod(rename.shape) for rename in self.renames)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of weights that a conversion reads (a tied embedding twice)."""
+        """Number of bytes of weights that a conversion reads (a tied embedding twice)."""
         return sum(self.tensors[rename.native].num_bytes for rename in self.renames)
 
     @property
     def files(self) -> set[Path]:
-        """Those that hold the weights."""
+        """Files that hold the weights."""
         return {piece.path for tensor in self.tensors.values() for piece in tensor.pieces}
 
     @property
@@ -51,7 +51,7 @@ class NativeSource:
 
     @property
     def name(self) -> str:
-        """Directory and step, without the path to them."""
+        """Name of the directory and step, without the path to them."""
         folder = self.location.folder.resolve()
         return folder.name if self.location.step is None else f"{folder.parent.name}/{folder.name}"
 
@@ -62,10 +62,10 @@ def open_source(
     """Find and check a checkpoint; only descriptions are read, no weights.
 
     Args:
-        max_positions: Longest sequence in tokens, in place of the checkpoint's.
+        max_positions: Maximum sequence length in tokens, instead of the checkpoint's.
         ignored_fields: Unknown fields of `config.yaml` to accept, as dotted paths.
     Raises:
-        CheckpointError: If it is absent, incomplete, damaged or dangerous.
+        CheckpointError: If it is missing, incomplete, damaged or unsafe.
         UnsupportedError: If Molmo2 cannot express it.
     """
     location = find_checkpoint(checkpoint)

@@ -1,7 +1,8 @@
-"""The output folder appears at once, complete, or not at all.
+"""Atomic output: the folder appears at once and complete, or not at all.
 
-Everything is written to `.<name>.partial` beside the output, which is renamed at the very end. A killed conversion
-leaves that folder behind, with a record of the shards that were finished, for `--resume` to continue.
+Everything is written to `.<name>.partial` beside the output, which is renamed at the very end, under the lock
+`.<name>.lock`. A killed conversion leaves these behind; in the folder is a record of the finished shards, from which
+`--resume` continues.
 """
 
 import json
@@ -13,10 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from filelock import FileLock, Timeout
 
 from molmo2.convert.errors import OutputError
 
@@ -50,7 +48,7 @@ def is_intact(path: Path, segments: list[Segment]) -> bool:
 
 
 def flush(path: Path) -> None:
-    """Have the disk hold what was written to a file or, for its names, to a folder."""
+    """Flush a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -59,7 +57,7 @@ def flush(path: Path) -> None:
 
 
 class Staging:
-    """The folder in which the output grows.
+    """The folder in which the output is built.
 
     Args:
         output: Where it will be; may exist if empty, or with `overwrite`, which replaces it at the end.
@@ -83,12 +81,12 @@ class Staging:
         self.folder = self.output.parent / f".{self.output.name}.partial"
         self._retired = self.output.parent / f".{self.output.name}.replaced"
         self._fingerprint = fingerprint
-        self._lock: int | None = None  # a descriptor of the folder
+        self._file_lock = FileLock(self.output.parent / f".{self.output.name}.lock")
         self._is_ours = False
         self.finished: dict[str, list[Segment]] = {}
-        require_apart((self.output, self.folder, self._retired), inputs)
+        ensure_disjoint((self.output, self.folder, self._retired), inputs)
         self._restore_retired()
-        require_free(self.output, overwrite)
+        ensure_replaceable(self.output, overwrite)
         if resume:
             self._adopt()
 
@@ -117,34 +115,33 @@ class Staging:
             OutputError: If another conversion is writing into it.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._take()
+        self._lock()
         for entry in self.folder.iterdir():
             if entry.name not in self.finished:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         self._save_state()
 
-    def _take(self) -> None:
-        """Lock the folder; the system unlocks it when this process ends. Windows and some networks have no locks."""
-        if fcntl is not None:
-            self._lock = os.open(self.folder, os.O_RDONLY)
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise OutputError(
-                    f"Another conversion is writing into {self.folder}: wait for it, or choose another OUTPUT"
-                ) from None
-            except OSError:  # a file system without locks
-                pass
+    def _lock(self) -> None:
+        """Keep other conversions out of the folder; the system releases the lock when this process ends."""
+        try:
+            self._file_lock.acquire(blocking=False)
+        except Timeout:
+            raise OutputError(
+                f"Another conversion is writing into {self.folder}: wait for it, or choose another OUTPUT"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
         self._is_ours = True
 
-    def _release(self) -> None:
+    def _unlock(self) -> None:
         self._is_ours = False
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        if self._file_lock.is_locked:
+            with suppress(OSError):  # Windows keeps files that are open
+                os.unlink(self._file_lock.lock_file)
+            self._file_lock.release()
 
-    def require_space(self, num_bytes: int) -> None:
-        """Refuse to start what the disk cannot hold.
+    def ensure_space(self, num_bytes: int) -> None:
+        """Refuse an output that does not fit on the disk.
 
         Args:
             num_bytes: Of the complete output.
@@ -198,8 +195,8 @@ class Staging:
         shutil.rmtree(self._retired, ignore_errors=True)
 
     @contextmanager
-    def guard(self) -> Iterator[None]:
-        """Around all writing: on failure, keep finished shards for `--resume`, and say so; else leave nothing.
+    def cleanup_on_error(self) -> Iterator[None]:
+        """Context for all writing: on failure, finished shards are kept for `--resume`; without any, nothing is left.
 
         Raises:
             OutputError: In place of an OSError.
@@ -215,7 +212,7 @@ class Staging:
             self.discard()  # a damaged source: there is nothing to continue with
             raise
         finally:
-            self._release()
+            self._unlock()
 
     def _keep_or_discard(self) -> str:
         if not self._is_ours:
@@ -232,8 +229,8 @@ class Staging:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def require_apart(places: Iterable[Path], inputs: Iterable[Path]) -> None:
-    """Refuse to replace what is read, whichever names and links lead there.
+def ensure_disjoint(places: Iterable[Path], inputs: Iterable[Path]) -> None:
+    """Refuse to replace inputs, whatever names and links lead to them.
 
     Args:
         places: Folders that may be emptied or removed.
@@ -252,8 +249,8 @@ def require_apart(places: Iterable[Path], inputs: Iterable[Path]) -> None:
                 )
 
 
-def require_free(output: Path, overwrite: bool) -> None:
-    """Refuse an output that holds something, or that cannot be exchanged as a whole.
+def ensure_replaceable(output: Path, overwrite: bool) -> None:
+    """Refuse an output that has content, or that cannot be exchanged as a whole.
 
     Raises:
         OutputError: If `output` is a file, the root of a mounted disk, or a folder with content and `overwrite` is

@@ -1,4 +1,4 @@
-"""The way back: a converted folder, tuned in transformers or not, becomes a native checkpoint for the trainer."""
+"""Converting back: a converted folder, tuned in transformers or not, becomes a native training checkpoint."""
 
 import copy
 import math
@@ -26,7 +26,7 @@ COMPARED_FILES: dict[str, Callable[[NativeConfig], dict[str, Any]]] = {
     "video_preprocessor_config.json": config_files.video_preprocessor_config,
 }
 PARTS = ("text_config", "vit_config", "adapter_config")
-# Of config.json: what a native configuration does not say, or says elsewhere.
+# Keys of config.json that a native configuration lacks or has elsewhere.
 FREE_KEYS = {
     *(
         "auto_map",
@@ -50,7 +50,7 @@ def write_native(
     dtype: str | None = None,
     ignored_fields: Collection[str] = (),
     overwrite: bool = False,
-    advance: Callable[[int], object] | None = None,
+    on_progress: Callable[[int], object] | None = None,
 ) -> dict[str, Any]:
     """Write an unsharded native checkpoint: `model.pt` and a `config.yaml` with the section `model`.
 
@@ -61,18 +61,18 @@ def write_native(
     Args:
         folder: Converted folder, or one that transformers saved from it.
         output: Checkpoint directory to make; it appears complete or not at all.
-        native_config_path: A native `config.yaml` to take from it what converted files do not say (prompt format,
-            training switches). By default the folder's own `native_config.yaml`, else the trainer's defaults.
+        native_config_path: A native `config.yaml` for the settings that converted files lack (prompt format, training
+            switches). By default the folder's own `native_config.yaml`, else the trainer's defaults.
         tokenizer: Identifier of the base tokenizer to write into `config.yaml`.
-        dtype: Of the native tensors; None keeps the folder's.
+        dtype: Dtype of the native tensors; None keeps the folder's.
         ignored_fields: Unknown native settings to accept, as dotted paths; they are written again.
-        overwrite: Replace an output that holds something, but nothing that is read.
-        advance: Called with the number of bytes after each write.
+        overwrite: Replace an output that has content, unless it is read.
+        on_progress: Called with the number of bytes after each write.
     Returns:
         The `model` section that was written.
     Raises:
         CheckpointError: If the folder cannot be read.
-        UnsupportedError: If its settings or tensors are none of a native Molmo2.
+        UnsupportedError: If its settings or tensors have no native form.
         OutputError: If the output cannot be written.
     """
     folder = Path(folder)
@@ -80,18 +80,18 @@ def write_native(
     section = native_section(folder, _base_section(folder, native_config_path), tokenizer)
     section["llm"]["weight_tying"] = _is_tied(tensors, section["llm"].get("weight_tying"))
     config = parse_config(section, ignored_fields=ignored_fields)
-    _require_same_settings(folder, config)
+    _ensure_same_settings(folder, config)
     native = _native_tensors(tensors, config)
     inputs = {folder, *(piece.path for tensor in tensors.values() for piece in tensor.pieces)}
     inputs |= set() if native_config_path is None else {Path(native_config_path)}
     staging = Staging(Path(output), fingerprint="", inputs=inputs, overwrite=overwrite)
-    staging.require_space(sum(stored_bytes(tensor, dtype) for tensor in native.values()))
-    with staging.guard():
+    staging.ensure_space(sum(stored_bytes(tensor, dtype) for tensor in native.values()))
+    with staging.cleanup_on_error():
         staging.open()
         text = yaml.safe_dump({"model": section}, sort_keys=False)
         (staging.folder / CONFIG_FILE).write_text(text, encoding="utf-8", newline="\n")
-        advance = (lambda _: None) if advance is None else advance
-        write_torch_file(staging.folder / UNSHARDED_FILE, native, dtype, advance)
+        on_progress = (lambda _: None) if on_progress is None else on_progress
+        write_torch_file(staging.folder / UNSHARDED_FILE, native, dtype, on_progress)
         staging.commit()
     return section
 
@@ -112,7 +112,7 @@ def _base_section(folder: Path, path: str | Path | None) -> dict[str, Any]:
 
 
 def default_section() -> dict[str, Any]:
-    """A `model` section with the trainer's defaults, and the one value that Molmo2 has where there is none."""
+    """A `model` section with the trainer's defaults and the values that Molmo2 requires."""
     section: dict[str, Any] = {
         "model_name": native_config.MODEL_NAME,
         "data_formatter": dict(native_config.PROMPT_FORMAT),
@@ -135,7 +135,7 @@ def _default(field: Field) -> Any:
     return list(default) if isinstance(default, tuple) else default
 
 
-def _require_keys(content: dict[str, Any], names: tuple[str, ...], path: Path) -> None:
+def _ensure_keys(content: dict[str, Any], names: tuple[str, ...], path: Path) -> None:
     missing = [name for name in names if name not in content]
     if missing:
         raise CheckpointError(
@@ -148,11 +148,11 @@ def native_section(folder: Path, base: dict[str, Any], tokenizer: str | None) ->
     """The `model` section that describes a converted folder.
 
     Args:
-        base: Native settings for whatever the folder does not say.
+        base: Native settings that the folder lacks.
         tokenizer: Identifier of the base tokenizer; None keeps that of `base`.
     """
     config = read_json(folder / "config.json")
-    _require_keys(config, PARTS, folder / "config.json")
+    _ensure_keys(config, PARTS, folder / "config.json")
     text, vit, adapter = (config[name] for name in PARTS)
     image, video = read_json(folder / "preprocessor_config.json"), read_json(folder / "video_preprocessor_config.json")
     processor = read_json(folder / "processor_config.json")
@@ -259,8 +259,8 @@ def _is_tied(tensors: dict[str, SourceTensor], was_tied: bool | None) -> bool:
     return all(left == right for left, right in zip(*streams, strict=True))
 
 
-def _require_same_settings(folder: Path, config: NativeConfig) -> None:
-    """Convert the new native settings again and compare: nothing may have been lost."""
+def _ensure_same_settings(folder: Path, config: NativeConfig) -> None:
+    """Convert the new native settings again and compare, so that no setting is lost."""
     saved = read_json(folder / "config.json")
     token_ids = dict.fromkeys(EXTRA_TOKENS, 0)
     again = config_files.model_config(config, dtype="float32", attention="sdpa", token_ids=token_ids)

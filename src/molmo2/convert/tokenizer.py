@@ -1,7 +1,6 @@
-"""The tokenizer of the converted folder: the base model's, filled up and extended by Molmo2's tokens.
+"""The tokenizer of the converted folder: the base model's, padded and extended by Molmo2's tokens.
 
-The base files are changed as files. Going through a tokenizer object and back would leave them to the habits of the
-installed transformers release, which differ.
+The base files are edited as files: a tokenizer object would write them differently on each transformers release.
 """
 
 import json
@@ -71,7 +70,7 @@ def build_tokenizer(source: str, *, filled_size: int, embedding_rows: int) -> To
     base, settings = _load_base(source)
     from tokenizers import AddedToken, Tokenizer  # not needed for --help
 
-    backend = Tokenizer.from_str(base)
+    backend: Any = Tokenizer.from_str(base)
     backend.no_truncation()
     backend.no_padding()
     size = backend.get_vocab_size(with_added_tokens=True)

@@ -1,4 +1,4 @@
-"""Locates tensors inside files written by `torch.save`, without loading them.
+"""Locations of tensors inside files written by `torch.save`, found without loading them.
 
 Such a file is a zip archive: `<name>/data.pkl` describes tensors, `<name>/data/<key>` holds the bytes of one storage,
 uncompressed. Knowing where they start, a caller streams them from the file itself.
@@ -27,7 +27,7 @@ ITEM_BYTES = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where the bytes of one tensor are, row after row.
+    """Location of the bytes of one tensor, in row-major order.
 
     Attributes:
         path: The file.
@@ -89,9 +89,9 @@ class TorchArchive:
     Args:
         path: The file.
         start: First byte of the archive.
-        length: Its bytes; None means up to the end of the file.
+        length: Its length in bytes; None: up to the end of the file.
     Raises:
-        CheckpointError: If the bytes are no such archive, or are damaged where its structure is.
+        CheckpointError: If the bytes are not such an archive, or its structure is damaged.
     """
 
     def __init__(self, path: Path, start: int = 0, length: int | None = None):
@@ -115,7 +115,7 @@ class TorchArchive:
                     return self._read(archive, window)
         except CheckpointError:
             raise
-        except Exception as error:  # whatever damaged bytes make of the zip reader
+        except Exception as error:  # damaged bytes can make the zip reader raise anything
             raise CheckpointError(
                 f"{self.label} is not a readable torch archive ({type(error).__name__}: {error}). "
                 "It is damaged or incomplete; copy it again."
@@ -167,7 +167,7 @@ class TorchArchive:
         """Turn what `read` returned for one tensor into its place.
 
         Raises:
-            CheckpointError: If `value` is no tensor, or one whose rows do not follow each other.
+            CheckpointError: If `value` is not a tensor, or not a contiguous one.
         """
         if not isinstance(value, TensorRecord) or len(value.arguments) < 4:
             raise CheckpointError(f"{self.label}: '{name}' is a {type(value).__name__}; expected a tensor.")

@@ -1,4 +1,4 @@
-"""Writes a dictionary of tensors in the format of `torch.save`, streaming, one tensor after the other."""
+"""Streaming writer of `torch.save` files: a dictionary of tensors, one after the other."""
 
 import io
 import math
@@ -23,7 +23,7 @@ TIMESTAMP = (1980, 1, 1, 0, 0, 0)  # the same tensors give the same file
 
 
 class _Tensor:
-    """Stands for a tensor of which only the description is pickled."""
+    """Stand-in for a tensor of which only the description is pickled."""
 
     def __init__(self, key: str, shape: tuple[int, ...], dtype: str):
         self.key, self.shape, self.dtype = key, shape, dtype
@@ -72,13 +72,13 @@ def _description(tensors: Mapping[str, SourceTensor], dtype: str | None) -> byte
 
 
 def write_torch_file(
-    path: Path, tensors: Mapping[str, SourceTensor], dtype: str | None, advance: Callable[[int], object]
+    path: Path, tensors: Mapping[str, SourceTensor], dtype: str | None, on_progress: Callable[[int], object]
 ) -> None:
     """Write `tensors` under their keys; `torch.load` reads the file, with `weights_only=True` and `mmap=True` too.
 
     Args:
         dtype: Of the stored tensors; None keeps each one's own.
-        advance: Called with the number of bytes after each write.
+        on_progress: Called with the number of bytes after each write.
     """
     small = {"data.pkl": _description(tensors, dtype), "byteorder": b"little", "version": b"3\n"}
     with open(path, "wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
@@ -93,7 +93,7 @@ def write_torch_file(
             with archive.open(entry, "w", force_zip64=is_large) as target:
                 for block in converter.stream(tensor):
                     target.write(block)
-                    advance(len(block))
+                    on_progress(len(block))
 
 
 def _align(entry: zipfile.ZipInfo, position: int, other_extra_bytes: int) -> None:

@@ -1,4 +1,4 @@
-"""Reads the pickles inside a checkpoint without ever calling what they name.
+"""Safe reader of the pickles inside a checkpoint: nothing that they name is ever called.
 
 A pickle is a program: a plain loader imports and calls whatever it names. Here every name is looked up in a whitelist
 and replaced by an inert class of this module, so that the result is plain data. Any other name ends the conversion.
@@ -13,7 +13,7 @@ from molmo2.convert.errors import CheckpointError
 
 
 class Record:
-    """Stands for an object of the trainer or of torch: remembers the state it was given and does nothing."""
+    """Inert stand-in for an object of the trainer or of torch; it only stores the state that it is given."""
 
     state: Any = None
 
@@ -34,7 +34,7 @@ class TensorEntry(Record):
 
 
 class BytesEntry(Record):
-    """Something that is no tensor."""
+    """An entry that is not a tensor."""
 
 
 class ChunkEntry(Record):
@@ -59,7 +59,7 @@ class StorageEntry(Record):
 
 
 class Ignored(Record):
-    """A value that says nothing about the weights."""
+    """A value that does not describe weights."""
 
     def __init__(self, *_: Any):
         pass
@@ -75,7 +75,7 @@ class Size(tuple):
 
 
 class Dictionary(dict):
-    """collections.OrderedDict, whose attributes (module versions) are of no interest."""
+    """collections.OrderedDict, without its attributes (module versions)."""
 
     def __setstate__(self, state: Any) -> None:
         pass
@@ -172,7 +172,7 @@ def load_pickle(
 
     Args:
         data: The pickle.
-        source: What to call it in messages: a path.
+        source: Its name in messages: a path.
         allowed: (module, name) to the inert object that takes its place.
         persistent: Resolves references to storages; None refuses them.
     Raises:
@@ -182,7 +182,7 @@ def load_pickle(
         return _Unpickler(data, source, allowed, persistent).load()
     except CheckpointError:
         raise
-    except Exception as error:  # whatever damaged bytes make of the unpickler
+    except Exception as error:  # damaged bytes can make the unpickler raise anything
         raise CheckpointError(
             f"{source} cannot be read ({type(error).__name__}: {error}). It is damaged or was written by an unknown "
             "version; copy the checkpoint again."

@@ -1,4 +1,4 @@
-"""Compares a converted folder with its source, tensor by tensor, from what is on disk."""
+"""Comparison of a converted folder on disk with its source, tensor by tensor."""
 
 import hashlib
 from collections.abc import Callable
@@ -14,31 +14,33 @@ from molmo2.convert.source import NativeSource
 
 @dataclass(frozen=True)
 class VerifiedFolder:
-    """What was compared and found equal."""
+    """Summary of a folder that equals its source."""
 
     num_tensors: int
     num_bytes: int
     dtype: str
 
 
-def _digest(tensor: SourceTensor, converter: BlockConverter, advance: Callable[[int], object] | None = None) -> str:
+def _digest(
+    tensor: SourceTensor, converter: BlockConverter, on_progress: Callable[[int], object] | None = None
+) -> str:
     digest = hashlib.sha256()
     for block in converter.stream(tensor):
         digest.update(block)
-        if advance is not None:
-            advance(len(block))
+        if on_progress is not None:
+            on_progress(len(block))
     return digest.hexdigest()
 
 
 def verify_folder(
-    source: NativeSource, folder: Path, advance: Callable[[int], object] | None = None
+    source: NativeSource, folder: Path, on_progress: Callable[[int], object] | None = None
 ) -> VerifiedFolder:
     """Check names, dtypes, shapes and SHA-256 of every tensor on disk against the source.
 
     Args:
         source: The checkpoint; it is read again.
         folder: The converted folder, in float32 or bfloat16.
-        advance: Called with the number of bytes compared.
+        on_progress: Called with the number of bytes compared.
     Raises:
         VerificationError: Naming every tensor that differs.
         CheckpointError: If the folder or the source cannot be read.
@@ -58,7 +60,7 @@ def verify_folder(
     converter = BlockConverter(dtypes[0])
     for name, rename in expected.items():
         have = _digest(found[name], converter)
-        want = _digest(source.tensors[rename.native], converter, advance)
+        want = _digest(source.tensors[rename.native], converter, on_progress)
         if have != want:
             problems.append(f"'{name}' has SHA-256 {have[:16]}..., its source {want[:16]}...")
     if problems:

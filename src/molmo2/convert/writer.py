@@ -1,4 +1,4 @@
-"""Streams weights into safetensors files: every piece of the source straight to its place, several at a time."""
+"""Writer of safetensors files: pieces of the source stream to their places, several at a time."""
 
 import os
 import threading
@@ -28,7 +28,7 @@ class Placement:
 
 
 def placements(shard: Shard, sources: Mapping[str, SourceTensor], dtype: str) -> Iterator[Placement]:
-    """Where in a shard each piece goes, in the order of the file; together they fill it behind the header."""
+    """Place of each piece in a shard, in file order; together they fill it after the header."""
     start, item = len(shard.header), SAFETENSORS_DTYPES[dtype][1]
     for rename in shard.tensors:
         tensor = sources[rename.native]
@@ -44,18 +44,18 @@ class WeightWriter:
     Args:
         sources: Native tensors by name.
         dtype: Of the output.
-        advance: Called with the number of bytes after each finished piece.
+        on_progress: Called with the number of bytes after each finished piece.
     """
 
     def __init__(
-        self, staging: Staging, sources: Mapping[str, SourceTensor], dtype: str, advance: Callable[[int], object]
+        self, staging: Staging, sources: Mapping[str, SourceTensor], dtype: str, on_progress: Callable[[int], object]
     ):
-        self._staging, self._sources, self._dtype, self._advance = staging, sources, dtype, advance
+        self._staging, self._sources, self._dtype, self._on_progress = staging, sources, dtype, on_progress
         self._stop = threading.Event()
         self._of_thread = threading.local()
 
     def write(self, shards: list[Shard]) -> None:
-        """Write all shards that are not finished yet. The disk takes one while the next is computed.
+        """Write all shards that are not finished yet. One is flushed while the next is computed.
 
         Raises:
             CheckpointError: If the source turns out to be damaged.
@@ -65,7 +65,7 @@ class WeightWriter:
         with ThreadPoolExecutor(NUM_WORKERS) as pool:
             for shard in shards:
                 if shard.file_name in self._staging.finished:
-                    self._advance(shard.num_bytes)
+                    self._on_progress(shard.num_bytes)
                     continue
                 segments = self._write_shard(pool, shard)
                 self._record(flushing)
@@ -85,17 +85,17 @@ class WeightWriter:
         segments = [Segment(len(shard.header), zlib.crc32(shard.header))]
         with open(self._staging.folder / shard.file_name, "wb", buffering=0) as file:
             _write_at(file.fileno(), shard.header, 0)
-            self._advance(len(shard.header))
+            self._on_progress(len(shard.header))
             futures = [pool.submit(self._write_piece, file.fileno(), place) for place in places]
             try:
                 for future, place in zip(futures, places, strict=True):
                     segments.append(Segment(place.num_bytes, future.result()))
-                    self._advance(place.num_bytes)
+                    self._on_progress(place.num_bytes)
             except BaseException:
                 self._stop.set()
                 for future in futures:
                     future.cancel()
-                wait(futures)  # the file must stay open until nobody writes to it
+                wait(futures)  # the file must stay open until all writes have ended
                 raise
         return segments
 
