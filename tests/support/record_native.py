@@ -2,7 +2,7 @@
 
     PYTHONPATH=src:tests python -m support.record_native
 
-Writes tests/data/native/expected.safetensors, against which all releases are tested, also those without a native class.
+Writes tests/data/native/expected.safetensors, against which all releases are tested, also those without such a class.
 """
 
 import tempfile
