@@ -21,13 +21,13 @@ from transformers.configuration_utils import PretrainedConfig
 # --- src/molmo2/configuration.py -------------------------------------------------------------------------------------
 
 
-# Rotary scaling types, and what each cannot do without.
 # What processor and model agree on without passing it along.
 CHANNELS = 3  # red, green, blue
 PAD_PATCH = -1  # in pooling tables: a place of a pooling window that lies outside the image
 PAD_SLOT = -2  # in pooling tables: fills up the rows of windows that are smaller than the widest; no part of a window
 UINT8_MEAN = UINT8_STD = 0.5  # how the model normalises pixels that it is given as uint8
 
+# Rotary scaling types, and the parameters that each requires.
 ROPE_TYPES = {
     "default": (),
     "linear": ("factor",),
@@ -58,12 +58,22 @@ def _same_settings(config: PretrainedConfig, other: object) -> bool:
 
 
 class Molmo2BaseConfig(PretrainedConfig):
-    """What the four configurations share: aliases, validation helpers and complete serialisation."""
+    """Base of the four configurations: aliases, validation helpers and complete serialisation."""
+
+    # --- what transformers 5 would do to them ---
 
     def __init_subclass__(cls, *args, **kwargs):
+        """Keeps `==`: every subclass becomes a dataclass there, whose own compares the base fields alone."""
         super().__init_subclass__(*args, **kwargs)
-        # Recent releases turn every subclass into a dataclass whose `==` sees the base fields alone.
         cls.__eq__ = _same_settings
+
+    def validate_rope(self, *args, **kwargs) -> None:
+        """Does nothing: `_require_rope` checks, and the rules of the library warn about published values."""
+
+    def standardize_rope_params(self, *args, **kwargs) -> None:
+        """Does nothing: it would add a key to the saved file that older releases do not know."""
+
+    # --- helpers ---
 
     def _take_aliases(self, kwargs: dict[str, Any]) -> None:
         """Store values given under the native spelling; they win over the published one, which may be a default."""
@@ -391,12 +401,6 @@ class Molmo2TextConfig(Molmo2BaseConfig):
         if missing:
             self._refuse(f"the rotary scaling of type {rope_type!r} lacks {missing}", f"found {self.rope_scaling}")
 
-    def validate_rope(self, *args, **kwargs) -> None:
-        """Nothing left to do: `_require_rope` knows the rules, and the library's warn about published values."""
-
-    def standardize_rope_params(self, *args, **kwargs) -> None:
-        """Nothing left to do: recent releases would add a key that older ones do not know of."""
-
     @property
     def rope_theta(self) -> float:
         """Base of the rotary frequencies."""
@@ -451,7 +455,7 @@ class Molmo2Config(Molmo2BaseConfig):
         "adapter_config": Molmo2AdapterConfig,
         "text_config": Molmo2TextConfig,
     }
-    # A trainer's predictions are all other outputs, of all batches alike: one without pictures has no vectors of them.
+    # A trainer's predictions are all other outputs, of all batches alike: one without images has no vectors of them.
     keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]
     attribute_map = {
         "image_token_id": "image_patch_id",

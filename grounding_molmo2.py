@@ -21,9 +21,9 @@ state no count. In an answer about a video alone they are left out, having no ti
 import html
 import re
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, NamedTuple
 
 # --- src/molmo2/grounding/parse.py -----------------------------------------------------------------------------------
 
@@ -368,14 +368,19 @@ class _Clock:
 # --- the scanner -----------------------------------------------------------------------------------------------------
 
 _KIND = r"(?:points?|tracks?)"
+_OPENING = rf"<{_KIND}(?=[\s/>]|coords)"
+_CLOSING = rf"</{_KIND}\s{{0,8}}>"
+_QUOTE = r"\\{0,4}(?:[\"']|&quot;)"
 _ATTRIBUTE_OR_END = r"\s{0,8}(?:/?>|[a-z][\w-]{0,15}\s{0,8}=)"
 TAG_START = re.compile(rf"<({_KIND})(?=[\s/>]|coords)", re.I)
-TAG_EDGE = re.compile(rf"<{_KIND}(?=[\s/>]|coords)|</{_KIND}\s{{0,8}}>", re.I)
-CLOSING_TAG = re.compile(rf"</{_KIND}\s{{0,8}}>", re.I)
+TAG_EDGE = re.compile(rf"{_OPENING}|{_CLOSING}", re.I)
+CLOSING_TAG = re.compile(_CLOSING, re.I)
 CUT_EDGE = re.compile(r"</?(?:p|po|poi|poin|points?|t|tr|tra|trac|tracks?)?\s{0,8}\Z", re.I)
-SPACE = re.compile(r"\s+")
-RUN = re.compile(r"[^\s=<>/\"'&\\]+")
-QUOTE = re.compile(r"\\{0,4}(\"|'|&quot;)")
+TAG_TOKEN = re.compile(
+    rf"(?P<word>[^\s=<>/\"'&\\]+)|(?P<space>\s+)|(?P<quote>{_QUOTE})|(?P<end>>|{_OPENING}|{_CLOSING})"
+    r"|(?P<open>[<&\\])|(?P<mark>[=/])",  # open: what may become a quote or an end
+    re.I,
+)
 # Text inside quotes may hold the other spelling of the quote; that ends it only where an attribute or the tag follows.
 VALUE_END = {
     '"': re.compile(rf"\"|&quot;(?={_ATTRIBUTE_OR_END})", re.I),
@@ -386,7 +391,8 @@ UNCLOSED_BEFORE_COORDS = re.compile(r"(?:\A|[\s>])coords\s*=\s*\Z", re.I)
 COORDS_TOKEN = re.compile(
     rf"(?P<word>(?:[^\s;:,\"'<>&\\/]+|&(?!quot;)|<(?!/?{_KIND}(?:[\s/>]|coords))|/(?!>)"
     r"|\\(?!\\{0,3}(?:[tnr\"']|&quot;)))+)"
-    r"|(?P<space>[^\S\t\n\r]+)|(?P<separator>[\t\n\r;:,]|\\{1,4}[tnr])|(?P<quote>\\{0,4}(?:[\"']|&quot;))|(?P<edge>[/<>])",
+    r"|(?P<space>[^\S\t\n\r]+)|(?P<separator>[\t\n\r;:,]|\\{1,4}[tnr])"
+    rf"|(?P<quote>{_QUOTE})|(?P<edge>[/<>])",
     re.I,
 )
 DIGIT = re.compile("[0-9]")
@@ -396,8 +402,9 @@ LEGACY_NAME = re.compile(r"([xy])([0-9]{0,6})", re.I)
 LEGACY_VALUE = re.compile(r"[0-9]{1,3}(?:\.[0-9]{0,15})?|\.[0-9]{1,15}")
 
 MAX_WORD = 64  # characters; longer words and numbers mean nothing
+LONG_WORD = "-" * (MAX_WORD + 1)
 MAX_EDGE = 24  # characters that decide whether "<" starts a tag or ends one
-MAX_VALUE_END = 48  # characters that decide whether a quote ends a value
+LOOKAHEAD = 48  # characters that decide whether a quote ends a value, more than for any other search
 TAG_MARK = "\0"  # stands for a tag in the text around the tags
 
 
@@ -412,20 +419,40 @@ class _Number:
 
 @dataclass(slots=True)
 class _OpenTag:
-    """A tag as far as it has been read."""
+    """A tag as far as it has been read.
+
+    Attributes:
+        label: Of the attribute; what stands between the tags is `content`.
+        legacy: Of the older notation: by number "x" and "y", each with its value and span.
+    """
 
     kind: str
     start: int
     alt: str | None = None
-    label: str | None = None  # of the attribute
-    content: str = ""  # between the tags
+    label: str | None = None
+    content: str = ""
     end: int = 0
     has_coords: bool = False
     truncated: bool = False
+    legacy: dict[str, dict[str, tuple[float, Span]]] = field(default_factory=dict)
+
+    def set(self, name: str, value: str, start: int) -> None:
+        """Keep an attribute; the first of a name counts."""
+        if name == "alt" and self.alt is None:
+            self.alt = value
+        elif name == "label" and self.label is None:
+            self.label = value
+        else:
+            axis = LEGACY_NAME.fullmatch(name)
+            number = value.strip()
+            if axis is not None and LEGACY_VALUE.fullmatch(number):
+                start += value.index(number)
+                pair = self.legacy.setdefault(axis[2], {})
+                pair.setdefault(axis[1].lower(), (float(number), (start, start + len(number))))
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
+class _FoundPoint:
     """A point as it stands in the text; `key` is None in the older notation."""
 
     tag: _OpenTag
@@ -440,33 +467,31 @@ class _Found:
 class _CoordsReader:
     """Words of one `coords` to points: KEY, then ID X Y as often as it goes.
 
-    A point is handed out once nothing that follows can change it: a last one with a short y waits, since a cut-off
+    A point goes into `found` once nothing that follows can change it: a last one with a short y waits, since a cut-off
     answer may have lost its other digits.
     """
 
-    def __init__(self, tag: _OpenTag):
-        self.tag = tag
-        self.found: list[_Found] = []
-        self._waiting: _Found | None = None
-        self.end_group()
-
-    def end_group(self) -> None:
-        if getattr(self, "_words", None):
-            self._take(at_end=True)
+    def __init__(self, tag: _OpenTag, found: list[_FoundPoint]):
+        self._tag = tag
+        self._found = found
+        self._waiting: _FoundPoint | None = None
         self._key: str | None = None
         self._words: list[_Number] = []
         self._last_id: int | None = None
         self._is_broken = False
 
-    def end(self, *, is_closed: bool) -> None:
-        """The coordinates are over; `is_closed` if the text says so."""
-        self.end_group()
-        if is_closed:
-            self._release()
-        self._waiting = None
+    def end_group(self) -> None:
+        self._take(at_end=True)
+        self._key, self._words, self._last_id, self._is_broken = None, [], None, False
+
+    def release(self) -> None:
+        """The point that waits is whole."""
+        if self._waiting is not None:
+            self._found.append(self._waiting)
+            self._waiting = None
 
     def add(self, word: str, span: Span) -> None:
-        self._release()
+        self.release()
         is_long = len(word) > MAX_WORD  # a number no doubt, but none that means anything
         opens_group = not is_long and "." in word and DIGIT.search(word) is not None  # R6: a time, at any place
         if opens_group:
@@ -483,11 +508,6 @@ class _CoordsReader:
         else:
             self.end_group()
             self._is_broken = True
-
-    def _release(self) -> None:
-        if self._waiting is not None:
-            self.found.append(self._waiting)
-            self._waiting = None
 
     def _take(self, *, at_end: bool = False) -> None:
         """Make points of the words that are there."""
@@ -506,7 +526,7 @@ class _CoordsReader:
     def _may_be_key(self) -> bool:
         """Whether the first word may number the next image: its TAB became a space, and ids run on behind it."""
         first, second, third = self._words[:3]
-        if self._last_id is None or self._key is None or "." in self._key or self.tag.kind != "points":
+        if self._last_id is None or self._key is None or "." in self._key or self._tag.kind != "points":
             return False
         if first.value is None or second.value != self._last_id + 1 or len(third.text) < PADDED_DIGITS:
             return False
@@ -518,291 +538,195 @@ class _CoordsReader:
         if point_id.value is None or x.value is None or y.value is None or max(x.value, y.value) > GRID:
             return
         span = (point_id.span[0], y.span[1])
-        self._waiting = _Found(self.tag, self._key, point_id.value, x.value, y.value, GRID, span)
+        self._waiting = _FoundPoint(self._tag, self._key, point_id.value, x.value, y.value, GRID, span)
         if len(y.text) >= PADDED_DIGITS:
-            self._release()
+            self.release()
+
+
+class _Token(NamedTuple):
+    """A piece of a tag: the name of its group, its text and where it starts in the text at hand."""
+
+    group: str
+    text: str
+    start: int
 
 
 class _Scanner:
     """Reads an answer piece by piece, each character once.
 
-    `_state` is the method that reads what comes next. It returns False where it needs more text; the text from
-    `_place` on is kept for then, a bounded number of characters.
+    The methods that return an iterator read one thing each, from top to bottom, and stop at `yield` wherever they need
+    more text. What they have read is behind `_start`; of the rest, a bounded number of characters is kept.
+
+    Attributes:
+        found: The points, in the order of the text.
+        tags: The tags with coordinates that have ended.
+        prose: The text around the tags.
+        is_cut: The text ends inside a tag.
     """
 
     def __init__(self) -> None:
-        self.found: list[_Found] = []
+        self.found: list[_FoundPoint] = []
         self.tags: list[_OpenTag] = []
-        self.prose: list[str] = []  # text around the tags
-        self.is_cut = False  # the text ends inside a tag
-        self._text, self._base, self._place = "", 0, 0
-        self._is_last = False
-        self._state = self._read_prose
+        self.prose: list[str] = []
+        self.is_cut = False
+        self._text, self._base, self._start, self._is_last = "", 0, 0, False
         self._num_legacy = 0
+        self._steps = self._read()
 
     def feed(self, piece: str, *, is_last: bool = False) -> None:
-        self._base += self._place
-        self._text, self._place, self._is_last = self._text[self._place :] + piece, 0, is_last
-        while self._state():
-            pass
-        if is_last and self._state != self._read_prose:
-            self._end_at_cut()
+        self._base += self._start
+        self._text, self._start, self._is_last = self._text[self._start :] + piece, 0, is_last
+        next(self._steps, None)
 
-    def _at(self, place: int) -> int:
+    def _at(self, start: int) -> int:
         """Place in the whole text."""
-        return self._base + place
+        return self._base + start
 
-    def _undecided(self, start: int, length: int) -> int:
-        """Where the text begins that more text may change: the last "<" within `length` characters, or the end."""
-        place = -1 if self._is_last else self._text.rfind("<", max(start, len(self._text) - length))
-        return len(self._text) if place < 0 else place
+    def _read(self) -> Iterator[None]:
+        while (opening := (yield from self._search(TAG_START, self.prose))) is not None:
+            self.prose.append(TAG_MARK)
+            tag = _OpenTag("tracks" if opening[1][0] in "tT" else "points", self._at(opening.start()))
+            end = yield from self._read_opening(tag)
+            self.is_cut |= not end
+            if tag.has_coords or self._add_legacy_points(tag):
+                if end == ">":
+                    yield from self._read_content(tag)
+                tag.end = self._at(self._start)
+                self.tags.append(tag)
+        self.is_cut |= _cut_edge("".join(self.prose[-1:])) is not None
 
-    def _read_prose(self) -> bool:
-        start = TAG_START.search(self._text, self._place)
-        if start is None:
-            end = self._undecided(self._place, MAX_EDGE)
-            self.prose.append(self._text[self._place : end])
-            self._place = end
-            if self._is_last:
-                self.is_cut = self._cut_edge() is not None
-            return False
-        self.prose += [self._text[self._place : start.start()], TAG_MARK]
-        kind = "tracks" if start[1][0] in "tT" else "points"
-        self._tag = _OpenTag(kind, self._at(start.start()))
-        self._coords = _CoordsReader(self._tag)
-        self._legacy: dict[str, dict[str, tuple[float, Span]]] = {}
-        self._place = start.end()
-        self._go_inside()
-        return True
-
-    def _cut_edge(self) -> re.Match[str] | None:
-        """The beginning of a tag at the very end of the text."""
-        return CUT_EDGE.search(self._text, max(0, len(self._text) - MAX_EDGE))
-
-    # Inside a tag, between its attributes.
-
-    def _go_inside(self) -> None:
-        self._name: str | None = None  # of the attribute whose value comes next
-        self._has_equals = False
-        self._has_slash = False
-        self._is_long_word = False
-        self._state = self._read_inside
-
-    def _read_inside(self) -> bool:
-        text = self._text
-        while self._place < len(text):
-            character = text[self._place]
-            rest = len(text) - self._place
-            if character in "<&\\" and rest < MAX_EDGE and not self._is_last:
-                return False
-            run = RUN.match(text, self._place)
-            if run is not None:
-                if not self._read_run(run):
-                    return self._state != self._read_inside
-                continue
-            self._is_long_word = False
-            quote = QUOTE.match(text, self._place)
-            if character == ">":
-                return self._end_opening()
-            if quote is not None and self._has_equals:
-                return self._open_value(quote)
-            if character == "<" and TAG_EDGE.match(text, self._place) is not None:
-                return self._end_unclosed()
-            space = SPACE.match(text, self._place)
-            if space is not None:
-                self._place = space.end()
-                continue
-            self._has_equals = character == "=" and self._name is not None
-            self._has_slash = character == "/"
-            if not self._has_equals:
-                self._name = None
-            self._place += 1 if quote is None else quote.end() - quote.start()
-        return False
-
-    def _read_run(self, run: re.Match[str]) -> bool:
-        """A word inside the tag: the name of an attribute, or a value without quotes. False to leave the loop."""
-        name, word = self._name, run[0]
-        if self._has_equals and name == "coords" and not self._tag.has_coords and DIGIT.match(word):
-            self._open_coords(has_quote=False)
-            return False
-        if run.end() == len(self._text) and not self._is_last:
-            if len(word) > MAX_WORD:
-                self._is_long_word = True
-                self._place = run.end()
-            return False
-        is_value, self._has_equals, self._has_slash = self._has_equals, False, False
-        is_long = self._is_long_word or len(word) > MAX_WORD
-        self._is_long_word = False
-        self._name = None if is_value or is_long else word.lower()
-        if is_value and not is_long:
-            self._set(str(name), word, self._at(run.start()))
-        self._place = run.end()
-        return True
-
-    def _open_value(self, quote: re.Match[str]) -> bool:
-        self._place = quote.end()
-        if self._name == "coords" and not self._tag.has_coords:
-            self._open_coords(has_quote=True)
-            return True
-        self._value_end = VALUE_END[quote[1].lower()]
-        self._value_start = self._at(self._place)
-        self._is_escaped = quote[0].startswith("\\")
-        self._parts: list[str] = []
-        self._state = self._read_value
-        return True
-
-    def _read_value(self) -> bool:
-        end = self._value_end.search(self._text, self._place)
-        if end is None:
-            kept = 0 if self._is_last else MAX_VALUE_END
-            decided = max(self._place, len(self._text) - kept)
-            self._parts.append(self._text[self._place : decided])
-            self._place = decided
-            return False
-        value = "".join(self._parts) + self._text[self._place : end.start()]
-        self._place = end.end()
-        unclosed = UNCLOSED_BEFORE_COORDS.search(value, max(0, len(value) - MAX_WORD))
-        if unclosed is not None and not self._tag.has_coords:  # its own quote is missing, this one opens the next
-            self._set(str(self._name), value[: unclosed.start()], self._value_start)
-            self._tag.truncated = True
-            self._open_coords(has_quote=True)
-            return True
-        self._set(str(self._name), value.removesuffix("\\") if self._is_escaped else value, self._value_start)
-        self._go_inside()
-        return True
-
-    def _set(self, name: str, value: str, start: int) -> None:
-        """Keep an attribute; the first of a name counts."""
-        if name == "alt" and self._tag.alt is None:
-            self._tag.alt = value
-        elif name == "label" and self._tag.label is None:
-            self._tag.label = value
-        else:
-            axis = LEGACY_NAME.fullmatch(name)
-            number = value.strip()
-            if axis is not None and LEGACY_VALUE.fullmatch(number):
-                place = start + value.index(number)
-                pair = self._legacy.setdefault(axis[2], {})
-                pair.setdefault(axis[1].lower(), (float(number), (place, place + len(number))))
-
-    # Inside coords.
-
-    def _open_coords(self, *, has_quote: bool) -> None:
-        self._tag.has_coords = True
-        self._has_quote = has_quote
-        self._is_long_word = False
-        self._state = self._read_coords
-
-    def _read_coords(self) -> bool:
-        text = self._text
-        while self._place < len(text):
-            token = COORDS_TOKEN.match(text, self._place)
-            if token is None:  # cannot be: the alternatives cover every character
-                self._place += 1
-                continue
-            if token.lastgroup == "word":
-                if token.end() == len(text) and not self._is_last:
-                    if len(token[0]) > MAX_WORD:
-                        self._is_long_word = True
-                        self._place = len(text) - MAX_EDGE
-                    return False
-                word = token[0] if not self._is_long_word else "-" * (MAX_WORD + 1)
-                self._coords.add(word, (self._at(token.start()), self._at(token.end())))
-                self._is_long_word = False
-            elif token.lastgroup == "separator":
-                self._coords.end_group()
-            elif token.lastgroup == "quote" or (token.lastgroup == "edge"):
-                self._end_coords(token)
-                return True
-            self._flush()
-            self._place = token.end()
-        return False
-
-    def _end_coords(self, token: re.Match[str]) -> None:
-        self._coords.end_group()
-        self._flush()
-        if token.lastgroup == "quote":
-            self._place = token.end()
-        elif self._has_quote:
-            self._tag.truncated = True
-        self._go_inside()
-
-    def _flush(self) -> None:
-        if self._coords.found:
-            self.found += self._coords.found
-            self._coords.found.clear()
-
-    # The end of a tag.
-
-    def _end_opening(self) -> bool:
-        """At the ">" of the opening tag."""
-        self._place += 1
-        is_listed = self._end_points(is_closed=not self._tag.truncated)
-        if not is_listed:
-            self._state = self._read_prose
-        elif self._has_slash:
-            self._end_tag(self._place)
-        else:
-            self._parts = []
-            self._state = self._read_content
-        return True
-
-    def _end_points(self, *, is_closed: bool) -> bool:
-        """Hand out the last points of the tag; whether it is a tag with coordinates at all."""
-        self._coords.end(is_closed=is_closed)
-        self._flush()
-        if self._tag.has_coords:
-            return True
-        pairs = [(pair["x"], pair["y"]) for pair in self._legacy.values() if len(pair) == 2]
+    def _add_legacy_points(self, tag: _OpenTag) -> bool:
+        """Hand out points of the older notation; whether there are any."""
+        pairs = [(pair["x"], pair["y"]) for pair in tag.legacy.values() if len(pair) == 2]
         for (x, x_span), (y, y_span) in pairs:
-            if max(x, y) <= LEGACY_GRID and self._tag.kind == "points":
+            if max(x, y) <= LEGACY_GRID and tag.kind == "points":
                 self._num_legacy += 1
                 span = (min(x_span[0], y_span[0]), max(x_span[1], y_span[1]))
-                self.found.append(_Found(self._tag, None, self._num_legacy, x, y, LEGACY_GRID, span))
+                self.found.append(_FoundPoint(tag, None, self._num_legacy, x, y, LEGACY_GRID, span))
         return bool(pairs)
 
-    def _read_content(self) -> bool:
-        edge = TAG_EDGE.search(self._text, self._place)
+    def _read_opening(self, tag: _OpenTag) -> Generator[None, None, str]:
+        """Read the attributes of a tag.
+
+        Returns:
+            ">" or "/>"; what begins or ends in the place of that, "<points" or "</points>"; "" where the text is over.
+        """
+        coords = _CoordsReader(tag, self.found)
+        name: str | None = None  # of the attribute whose value may come next
+        has_equals = has_slash = False
+        while (yield from self._has_more()):
+            is_coords = has_equals and name == "coords" and not tag.has_coords
+            if is_coords and DIGIT.match(self._text, self._start):
+                yield from self._read_coords(tag, coords, has_quote=False)
+                name, has_equals = None, False
+                continue
+            group, text, start = yield from self._token(TAG_TOKEN)
+            if group == "end":
+                tag.truncated |= text != ">"
+                if not tag.truncated:
+                    coords.release()
+                if text[:2] not in (">", "</"):
+                    self._start = start
+                return "/>" if has_slash and text == ">" else text
+            if group == "quote" and has_equals:
+                if is_coords:
+                    yield from self._read_coords(tag, coords, has_quote=True)
+                else:
+                    yield from self._read_value(tag, coords, str(name), text)
+                name, has_equals = None, False
+            elif group == "word":
+                is_long = len(text) > MAX_WORD
+                if has_equals and not is_long:
+                    tag.set(str(name), text, self._at(start))
+                name = None if has_equals or is_long else text.lower()
+                has_equals = has_slash = False
+            elif group != "space":
+                has_equals = text == "=" and name is not None
+                has_slash = text == "/"
+                name = name if has_equals else None
+        tag.truncated = True
+        return ""
+
+    def _read_value(self, tag: _OpenTag, coords: _CoordsReader, name: str, quote: str) -> Iterator[None]:
+        start = self._at(self._start)
+        parts: list[str] = []
+        if (yield from self._search(VALUE_END[quote.lstrip("\\").lower()], parts)) is None:
+            return
+        value = "".join(parts)
+        unclosed = UNCLOSED_BEFORE_COORDS.search(value, max(0, len(value) - MAX_WORD))
+        if unclosed is not None and not tag.has_coords:  # its own quote is missing, this one opens the next
+            tag.set(name, value[: unclosed.start()], start)
+            tag.truncated = True
+            yield from self._read_coords(tag, coords, has_quote=True)
+        else:
+            tag.set(name, value.removesuffix("\\") if quote.startswith("\\") else value, start)
+
+    def _read_coords(self, tag: _OpenTag, coords: _CoordsReader, *, has_quote: bool) -> Iterator[None]:
+        tag.has_coords = True
+        while (yield from self._has_more()):
+            group, text, start = yield from self._token(COORDS_TOKEN)
+            if group == "word":
+                coords.add(text, (self._at(start), self._at(self._start)))
+            elif group != "space":
+                coords.end_group()
+            if group == "edge":
+                self._start = start
+                tag.truncated |= has_quote
+            if group in ("edge", "quote"):
+                return
+        coords.end_group()
+
+    def _read_content(self, tag: _OpenTag) -> Iterator[None]:
+        parts: list[str] = []
+        edge = yield from self._search(TAG_EDGE, parts)
+        tag.content = "".join(parts)
         if edge is None:
-            end = self._undecided(self._place, MAX_EDGE)
-            self._parts.append(self._text[self._place : end])
-            self._place = end
-            return False
-        self._parts.append(self._text[self._place : edge.start()])
-        is_closing = edge[0][1] == "/"
-        self._place = edge.end() if is_closing else edge.start()
-        self._tag.truncated |= not is_closing
-        self._tag.content = "".join(self._parts)
-        self._end_tag(self._place)
-        return True
+            self.is_cut = tag.truncated = True
+            cut = _cut_edge(tag.content)
+            tag.content = tag.content if cut is None else tag.content[: cut.start()]
+        elif edge[0][1] != "/":
+            self._start = edge.start()
+            tag.truncated = True
 
-    def _end_unclosed(self) -> bool:
-        """At a tag that begins, or ends, where the ">" of this one should be."""
-        closing = CLOSING_TAG.match(self._text, self._place)
-        self._tag.truncated = True
-        if closing is not None:
-            self._place = closing.end()
-        if self._end_points(is_closed=False):
-            self._end_tag(self._place)
-        self._state = self._read_prose
-        return True
+    # What the methods above read with.
 
-    def _end_at_cut(self) -> None:
-        """The text is over inside a tag."""
-        self.is_cut = True
-        is_in_content = self._state == self._read_content
-        if is_in_content:
-            content = "".join(self._parts)
-            edge = CUT_EDGE.search(content, max(0, len(content) - MAX_EDGE))
-            self._tag.content = content if edge is None else content[: edge.start()]
-        self._tag.truncated = True
-        if is_in_content or self._end_points(is_closed=False):
-            self._end_tag(self._at(len(self._text)) - self._base)
+    def _has_more(self) -> Generator[None, None, bool]:
+        """Wait for text; False if it is over."""
+        while self._start == len(self._text) and not self._is_last:
+            yield
+        return self._start < len(self._text)
 
-    def _end_tag(self, place: int) -> None:
-        self._tag.end = self._at(place)
-        self.tags.append(self._tag)
-        self._state = self._read_prose
+    def _search(self, pattern: re.Pattern[str], before: list[str]) -> Generator[None, None, re.Match[str] | None]:
+        """Go behind the next match, None if there is none; the text before it is added to `before`."""
+        while (found := pattern.search(self._text, self._start)) is None:
+            end = len(self._text) if self._is_last else max(self._start, len(self._text) - LOOKAHEAD)
+            before.append(self._text[self._start : end])
+            self._start = end
+            if self._is_last:
+                return None
+            yield
+        before.append(self._text[self._start : found.start()])
+        self._start = found.end()
+        return found
+
+    def _token(self, pattern: re.Pattern[str]) -> Generator[None, None, _Token]:
+        """Go behind the next token, as it is whatever follows; of a long word only that it is long is kept."""
+        is_long = False
+        while True:
+            token = next(pattern.finditer(self._text, self._start))  # the groups cover every character
+            group, ahead = token.lastgroup, len(self._text) - token.start()
+            may_go_on = ahead == len(token[0]) if group == "word" else group == "open" and ahead < MAX_EDGE
+            if self._is_last or not may_go_on:
+                self._start = token.end()
+                return _Token(str(group), LONG_WORD if is_long else token[0], token.start())
+            if len(token[0]) > MAX_WORD:
+                is_long, self._start = True, len(self._text) - MAX_EDGE
+            yield
+
+
+def _cut_edge(text: str) -> re.Match[str] | None:
+    """The beginning of a tag at the very end of a text."""
+    return CUT_EDGE.search(text, max(0, len(text) - MAX_EDGE))
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -888,7 +812,7 @@ class _Reader:
         self._sizes = () if media is None else media.sizes
         self._clock = _Clock(() if media is None else media.moments)
 
-    def point(self, found: _Found, label: str) -> Point | None:
+    def point(self, found: _FoundPoint, label: str) -> Point | None:
         """The point, or None if its key means no picture."""
         if self._is_video(found):
             if found.key is None:
@@ -919,7 +843,7 @@ class _Reader:
             span=found.span,
         )
 
-    def _is_video(self, found: _Found) -> bool:
+    def _is_video(self, found: _FoundPoint) -> bool:
         looks_like_video = found.tag.kind == "tracks" or (found.key is not None and "." in found.key)
         if self._kind == VIDEO:
             return looks_like_video or self._media is None or not self._media.image_sizes

@@ -12,11 +12,11 @@ way.
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from os import PathLike
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,29 +30,22 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from .configuration_molmo2 import Molmo2Config  # noqa: F401
 from .grounding_molmo2 import Grounding, MediaInfo
 from .image_processing_molmo2 import (
+    IMAGE_SUFFIXES,
     MediaFeatures,
     Molmo2ImageProcessor,
     Molmo2ImagesKwargs,
     as_output,
     ground_answers,
     media_of_rows,
+    split_runs,
     stack_pooling,
 )
-from .video_processing_molmo2 import (
-    PICTURE_SUFFIXES,
-    Molmo2VideoProcessor,
-    Molmo2VideosKwargs,
-    clips_per_video,
-    list_videos,
-)
+from .video_processing_molmo2 import Molmo2VideoProcessor, Molmo2VideosKwargs, clips_per_video, list_videos
 
 logger = logging.get_logger(__name__)
 
-
 # --- src/molmo2/processing/chat.py -----------------------------------------------------------------------------------
-#
 # Finds the pictures in chat messages, by the rule of the chat template: a part counts as a picture by its type, or by
-# carrying a value under one of the keys `image`, `image_url`, `video`, `video_url`.
 
 
 IMAGE_SOURCES = ("image", "image_url", "url", "path", "base64")
@@ -174,8 +167,34 @@ def find_media(conversation: Any) -> ConversationMedia:
     return media
 
 
+def media_arguments(conversations: Sequence[ConversationMedia], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `Molmo2Processor.__call__`: the media of conversations, and options of the call.
+
+    `video_metadata` among the options counts before what the messages say; of other options the messages count.
+
+    Raises:
+        ValueError: If the options name media too.
+    """
+    twice = sorted({"images", "videos"} & set(options))
+    if twice:
+        raise ValueError(
+            f"{twice} given as a keyword argument, beside messages that name their own. Keep one of them."
+        )
+    arguments = {
+        **options,
+        "images": [image for media in conversations for image in media.images] or None,
+        "videos": [video for media in conversations for video in media.videos] or None,
+    }
+    metadata = [entry for media in conversations for entry in media.video_metadata]
+    per_video_options = [entry for media in conversations for entry in media.video_options]
+    if any(entry is not None for entry in metadata):
+        arguments.setdefault("video_metadata", metadata)
+    if any(per_video_options):
+        arguments["per_video_options"] = per_video_options
+    return arguments
+
+
 # --- src/molmo2/processing/special_tokens.py -------------------------------------------------------------------------
-#
 # The strings that Molmo2 adds to a tokenizer. Their ids are the tokenizer's business; see the published files.
 
 
@@ -205,11 +224,7 @@ VISUAL_TOKENS = (
 
 
 # --- src/molmo2/processing/prompt_tokens.py --------------------------------------------------------------------------
-#
 # From prompts with placeholders to rows of token ids: pure functions of strings and integers.
-#
-# "<|image|>Hi"  -- expand -->  "<low_res_im_start><im_patch>...<im_end><im_start>...<im_end>Hi"
-# [ids], [ids]   -- insert_bos, truncate, pad -->  equal rows and their attention mask
 
 
 @dataclass(frozen=True)
@@ -281,6 +296,18 @@ def video_string(grid: Sequence[Any], timestamps: Sequence[float], notation: Pic
     return " ".join(f"{seconds:.1f} {frame}" for seconds, frame in zip(timestamps, frames))
 
 
+def timed_grids(
+    video_grids: Iterable[Sequence[int]], metadata: Sequence[Any]
+) -> list[tuple[list[list[int]], Sequence[float]]]:
+    """For each video its rows of `video_grids` (one for each run of frames) and the times of its frames.
+
+    Args:
+        metadata: Of each video, with `timestamps` in seconds.
+    """
+    times = [entry.timestamps for entry in metadata]
+    return list(zip(split_runs(video_grids, [len(own) for own in times]), times))
+
+
 @dataclass(frozen=True)
 class ExpandedPrompt:
     """A prompt with its pictures written out.
@@ -298,26 +325,23 @@ class ExpandedPrompt:
         return original + sum(shift for end, shift in self.moves if end <= original)
 
 
-def expand(prompt: str, replacements: dict[str, Sequence[str]]) -> ExpandedPrompt:
+def expand(prompt: str, replacements: Mapping[str, Sequence[str]]) -> ExpandedPrompt:
     """Replace placeholders one by one, in their order.
 
     Args:
         replacements: For each placeholder the texts of its occurrences; as many as there are.
     """
-    waiting = {placeholder: list(texts) for placeholder, texts in replacements.items()}
+    waiting = {placeholder: iter(texts) for placeholder, texts in replacements.items()}
     pieces: list[str] = []
     moves: list[tuple[int, int]] = []
     done = 0
-    while True:
-        found = [(place, mark) for mark in waiting if (place := prompt.find(mark, done)) >= 0]
-        if not found:
-            pieces.append(prompt[done:])
-            return ExpandedPrompt("".join(pieces), tuple(moves))
-        place, mark = min(found)
-        text = waiting[mark].pop(0)
-        pieces += [prompt[done:place], text]
-        done = place + len(mark)
+    while found := [(start, mark) for mark in waiting if (start := prompt.find(mark, done)) >= 0]:
+        start, mark = min(found)
+        text = next(waiting[mark])
+        pieces += [prompt[done:start], text]
+        done = start + len(mark)
         moves.append((done, len(text) - len(mark)))
+    return ExpandedPrompt("".join([*pieces, prompt[done:]]), tuple(moves))
 
 
 def require_placeholders(counts: Sequence[int], passed: Sequence[int] | int, placeholder: str, noun: str) -> None:
@@ -445,7 +469,6 @@ class Molmo2ProcessorKwargs(ProcessingKwargs, total=False):
 
 
 BLANK = re.compile(r"\s")
-IMAGE_SUFFIXES = (*PICTURE_SUFFIXES, ".avif", ".gif", ".heic")  # a GIF among videos is a clip, not a frame
 # Options of tokenizers that have no place in rows with pictures.
 UNUSED_TEXT_OPTIONS = {"text_pair", "text_target", "text_pair_target", "stride", "is_split_into_words"} | {
     f"return_{name}" for name in ("overflowing_tokens", "special_tokens_mask", "offsets_mapping", "length")
@@ -608,8 +631,9 @@ class Molmo2Processor(ProcessorMixin):
             pictures.update(outputs if metadata else {})
         data = dict(pictures)
         if prompts is not None:
-            expanded = self._expand(prompts, pictures.get("image_grids"), pictures.get("video_grids"), metadata)
-            data = {**self._tokenize(expanded, options["text_kwargs"], return_tensors), **pictures}
+            videos = timed_grids(pictures.get("video_grids", []), metadata or [])
+            expanded = self._expand(prompts, pictures.get("image_grids", []), videos)
+            data = {**self._tokenize(expanded, options["text_kwargs"]), **pictures}
         features = MediaFeatures(data, return_tensors, _media_of_rows(prompts, sizes, metadata))
         if metadata is not None and options["videos_kwargs"].get("return_metadata"):
             features["video_metadata"] = metadata
@@ -675,29 +699,21 @@ class Molmo2Processor(ProcessorMixin):
         return {**joined, "pixel_values_videos": pixels, "video_token_pooling": pooling}
 
     def _expand(
-        self, prompts: list[str], image_grids: Any, video_grids: Any, metadata: list[Any] | None
+        self, prompts: list[str], image_grids: Sequence[Any], videos: Sequence[tuple[Any, Sequence[float]]]
     ) -> list[ExpandedPrompt]:
         notation = self.notation
-        images = ["".join(image_tokens(grid, notation)) for grid in ([] if image_grids is None else image_grids)]
-        videos = []
-        runs = [] if video_grids is None else np.asarray(video_grids).tolist()
-        for timing in [] if metadata is None else metadata:
-            own = [runs.pop(0)]
-            while sum(frames for frames, *_ in own) < len(timing.timestamps):  # a slow-fast clip has several runs
-                own.append(runs.pop(0))
-            videos.append(video_string(own, timing.timestamps, notation))
-        expanded = []
-        for placeholder, texts, noun in ((IMAGE_PLACEHOLDER, images, "image"), (VIDEO_PLACEHOLDER, videos, "video")):
+        image_texts = ["".join(image_tokens(grid, notation)) for grid in image_grids]
+        video_texts = [video_string(grids, times, notation) for grids, times in videos]
+        placed = ((IMAGE_PLACEHOLDER, image_texts, "image"), (VIDEO_PLACEHOLDER, video_texts, "video"))
+        for placeholder, texts, noun in placed:
             require_placeholders([prompt.count(placeholder) for prompt in prompts], len(texts), placeholder, noun)
-        for prompt in prompts:
-            own_images = [images.pop(0) for _ in range(prompt.count(IMAGE_PLACEHOLDER))]
-            own_videos = [videos.pop(0) for _ in range(prompt.count(VIDEO_PLACEHOLDER))]
-            expanded.append(expand(prompt, {IMAGE_PLACEHOLDER: own_images, VIDEO_PLACEHOLDER: own_videos}))
-        return expanded
+        waiting = {placeholder: iter(texts) for placeholder, texts, _ in placed}
+        return [
+            expand(prompt, {mark: list(islice(texts, prompt.count(mark))) for mark, texts in waiting.items()})
+            for prompt in prompts
+        ]
 
-    def _tokenize(
-        self, prompts: list[ExpandedPrompt], options: dict[str, Any], return_tensors: str | None
-    ) -> dict[str, Any]:
+    def _tokenize(self, prompts: list[ExpandedPrompt], options: dict[str, Any]) -> dict[str, Any]:
         spans = options.get("assistant_spans")
         encoded = self.tokenizer(
             [prompt.text for prompt in prompts],
@@ -725,7 +741,7 @@ class Molmo2Processor(ProcessorMixin):
 
         lengths = [len(row) for row in rows]
         target = padded_length(lengths, options.get("padding"), max_length, options.get("pad_to_multiple_of"))
-        if not target and return_tensors is not None and len(set(lengths)) > 1:
+        if not target and options.get("return_tensors") is not None and len(set(lengths)) > 1:
             raise ValueError(
                 f"The prompts have {lengths} tokens, which make no tensor. Pass `padding=True`, or leave "
                 "`return_tensors` out to get lists."
@@ -782,16 +798,15 @@ class Molmo2Processor(ProcessorMixin):
             raise ValueError("`return_assistant_tokens_mask` needs `tokenize=True` and `return_dict=True`.")
         batched = is_batch(conversation)
         conversations = list(conversation) if batched else [conversation]
-        template = self._template(chat_template)
-        prompts, spans = render_jinja_template(
-            [messages_of(messages) for messages in conversations],
+        prompts, spans = self.render_conversations(
+            conversations,
+            chat_template,
             tools=tools,
             documents=documents,
-            chat_template=template,
-            return_assistant_tokens_mask=return_assistant_tokens_mask,
             continue_final_message=continue_final_message,
             add_generation_prompt=add_generation_prompt,
-            **{**self.tokenizer.special_tokens_map, **kwargs},
+            return_assistant_tokens_mask=return_assistant_tokens_mask,
+            **kwargs,
         )
         if not tokenize:
             return prompts if batched else prompts[0]
@@ -800,10 +815,22 @@ class Molmo2Processor(ProcessorMixin):
             options["return_tensors"] = return_tensors
         if return_assistant_tokens_mask:
             options["assistant_spans"] = spans
-        features = self._process_media(prompts, [find_media(messages) for messages in conversations], options)
+        features = self(text=prompts, **media_arguments([find_media(own) for own in conversations], options))
         return features if return_dict else features["input_ids"]
 
-    def _template(self, chat_template: str | None) -> str:
+    def render_conversations(
+        self, conversations: list[Any], chat_template: str | None = None, **options: Any
+    ) -> tuple[list[str], list[list[tuple[int, int]]]]:
+        """Write conversations as prompts with placeholders; the first step of `apply_chat_template`.
+
+        Args:
+            options: `add_generation_prompt`, `return_assistant_tokens_mask`, ... and variables of the template.
+        Returns:
+            The prompts; for each, under `return_assistant_tokens_mask`, the (start, end) characters that the assistant
+            wrote, as `encode_prompts` takes them.
+        Raises:
+            ValueError: There is no template.
+        """
         template = self.chat_template if chat_template is None else chat_template
         if isinstance(template, dict):
             template = template.get("default")
@@ -811,36 +838,35 @@ class Molmo2Processor(ProcessorMixin):
             raise ValueError(
                 "The processor has no chat template. Put `chat_template.jinja` beside its files, or pass one."
             )
-        return template
-
-    def _process_media(
-        self, prompts: list[str] | None, media: list[ConversationMedia], options: dict[str, Any]
-    ) -> BatchFeature:
-        images = [image for own in media for image in own.images]
-        videos = [video for own in media for video in own.videos]
-        if any(metadata is not None for own in media for metadata in own.video_metadata):
-            options.setdefault("video_metadata", [metadata for own in media for metadata in own.video_metadata])
-        if any(part for own in media for part in own.video_options):
-            options["per_video_options"] = [part for own in media for part in own.video_options]
-        return self(images=images if images else None, text=prompts, videos=videos if videos else None, **options)
+        messages = [messages_of(conversation) for conversation in conversations]
+        return render_jinja_template(
+            messages, chat_template=template, **{**self.tokenizer.special_tokens_map, **options}
+        )
 
     def encode_prompts(
-        self, prompts: list[str], image_grids: Any, videos: list[tuple[Any, list[float]]], **options: Any
-    ) -> dict[str, Any]:
-        """Write and tokenize prompts whose pictures are planned or processed already.
+        self,
+        prompts: list[str],
+        image_grids: Sequence[Any] = (),
+        videos: Sequence[tuple[Any, Sequence[float]]] = (),
+        *,
+        assistant_spans: list[list[tuple[int, int]]] | None = None,
+        **options: Any,
+    ) -> BatchFeature:
+        """Write and tokenize prompts whose images and videos are planned or processed already.
 
         Args:
-            prompts: With one placeholder for each picture.
-            image_grids: A row of `image_grids` for each image.
-            videos: Rows of `video_grids` and times in seconds for each video.
+            prompts: With one placeholder for each image and video.
+            image_grids: A row of `image_grids` for each image of all prompts.
+            videos: Rows of `video_grids` and times in seconds for each video; see
+                `molmo2.processing.prompt_tokens.timed_grids`.
+            assistant_spans: For each prompt the (start, end) characters that the assistant wrote; adds
+                `assistant_masks`.
             options: Of the tokenizer, and `return_tensors`.
         Returns:
-            `input_ids`, `attention_mask` and `token_type_ids`, as the call would give them.
+            `input_ids`, `attention_mask`, `token_type_ids` and `assistant_masks`, as the call would give them.
         """
-        timings = [SimpleNamespace(timestamps=times) for _, times in videos]
-        expanded = self._expand(prompts, image_grids, [grid for grids, _ in videos for grid in grids], timings)
-        options = {**Molmo2ProcessorKwargs._defaults["text_kwargs"], **options}
-        data = self._tokenize(expanded, options, options.get("return_tensors"))
+        options = {**Molmo2ProcessorKwargs._defaults["text_kwargs"], **options, "assistant_spans": assistant_spans}
+        data = self._tokenize(self._expand(prompts, image_grids, videos), options)
         return BatchFeature(data, tensor_type=options.get("return_tensors"))
 
     def post_process_grounding(
@@ -861,7 +887,7 @@ class Molmo2Processor(ProcessorMixin):
                 for a batch.
             kind: "image", "multi_image" or "video", for sizes alone.
         Returns:
-            A `molmo2.grounding.parse.Grounding`, of a batch a list of them. Whatever the answers say, reading does not fail.
+            A `molmo2.grounding.Grounding`, of a batch a list of them. Whatever the answers say, reading does not fail.
             Where a prompt has images beside a video, keys with a decimal point and tracks are about the video, whole
             numbers about the images. With several videos times are read against the first; for another one pass
             `inputs.media[row].more_videos[...]`.

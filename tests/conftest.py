@@ -5,6 +5,7 @@ import importlib.util
 import pytest
 
 from support.paths import SHARED
+from support.skips import is_allowed, strictness
 
 
 def _load_hypothesis_profile() -> None:
@@ -19,6 +20,39 @@ def _load_hypothesis_profile() -> None:
 
 
 _load_hypothesis_profile()
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out what is for the night, unless `-m` names it."""
+    if "nightly" in config.option.markexpr:
+        return
+    nightly = [item for item in items if item.get_closest_marker("nightly")]
+    if nightly:
+        config.hook.pytest_deselected(items=nightly)
+        items[:] = [item for item in items if not item.get_closest_marker("nightly")]
+
+
+def _without_silent_skips(report):
+    """Under MOLMO2_STRICT a skip fails unless its reason is on the list."""
+    if report.skipped and not hasattr(report, "wasxfail") and strictness():
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        if not is_allowed(reason, strictness()):
+            report.outcome = "failed"
+            report.longrepr = (
+                f"MOLMO2_STRICT: skipped, which is not allowed here: {reason}\n"
+                "Make the test run, or add the reason to tests/support/skips.py."
+            )
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    return _without_silent_skips((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report():
+    return _without_silent_skips((yield))
 
 
 @pytest.fixture(scope="session")

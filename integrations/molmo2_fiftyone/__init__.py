@@ -99,9 +99,7 @@ def resolve_input(model_name: str, ctx: Any) -> Any:
     inputs.enum("operation", OPERATIONS, default="describe", required=True, label="Operation")
     inputs.enum("media_type", MEDIA_TYPES, default="video", required=True, label="Media type")
     inputs.str("prompt", required=False, label="Prompt", description="Objects to look for, or the whole question")
-    inputs.str(
-        "prompt_field", required=False, label="Prompt field", description="Field with each sample's prompt"
-    )
+    inputs.str("prompt_field", required=False, label="Prompt field", description="Field with each sample's prompt")
     inputs.enum("pooling", POOLINGS, default="vision", required=True, label="Pooling of embeddings")
     inputs.int("max_new_tokens", default=2048, required=True, label="Maximum number of new tokens")
     return types.Property(inputs)

@@ -1,7 +1,8 @@
 """The tiny golden checkpoints, loaded in the published layout: logits, loss, image features and greedy generation.
 
 Tolerances are those of the recording: float32 on another machine. The set lies beside the checkout only (no weights in
-git), so these tests skip without it.
+git), so these tests skip without it; `test_recorded_models.py` has numbers for anywhere. All cases run under sdpa,
+those chosen for their masks under every implementation; the rest is for the night: `-m nightly`.
 """
 
 import functools
@@ -13,9 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from molmo2.model.attention.blockwise import BlockwiseMask
-from molmo2.model.modeling import Molmo2ForConditionalGeneration
-from molmo2.processing.processor import Molmo2Processor
+from support.generated import generated
 from support.golden_cases import GoldenCase, model_cases, to_numpy
 
 LOGIT_TOLERANCE = 1e-3
@@ -25,27 +24,39 @@ CLEAR_MARGIN = 5e-3  # greedy steps are comparable while the best token leads by
 PAD_TOKEN_ID, EOS_TOKEN_ID = 1000, 1002
 BLOCKWISE = "blockwise"  # sdpa, in blocks of a few queries
 IMPLEMENTATIONS = ("sdpa", BLOCKWISE, "eager", "flex_attention")
+# Left padding, several pictures, pictures beside text, several frames; with and without a mask in the pooling.
+CHOSEN = {
+    "olmo3_98/batch_text_and_video_left_padded",
+    "olmo3_98/text",
+    "olmo3_98_square/batch_images_left_padded",
+    "qwen2_98/batch_mixed_left_padded",
+    "qwen2_98/video",
+    "qwen3_98/batch_mixed_left_padded",
+    "qwen3_98/batch_two_videos",
+    "qwen3_98/three_images",
+}
 
+modeling = generated("modeling_molmo2")
 CASES = model_cases()
 pytestmark = pytest.mark.skipif(not CASES, reason="the golden checkpoints lie beside the checkout, and are not there")
 
 
 @functools.lru_cache(maxsize=1)
-def load_model(checkpoint: str, implementation: str) -> Molmo2ForConditionalGeneration:
+def load_model(checkpoint: str, implementation: str) -> Any:
     attention = "sdpa" if implementation == BLOCKWISE else implementation
-    return Molmo2ForConditionalGeneration.from_pretrained(checkpoint, attn_implementation=attention).eval()
+    return modeling.Molmo2ForConditionalGeneration.from_pretrained(checkpoint, attn_implementation=attention).eval()
 
 
 @pytest.fixture(autouse=True)
 def paths_on_and_off(request, monkeypatch):
     chosen = request.getfixturevalue("implementation") if "implementation" in request.fixturenames else "sdpa"
     if chosen == BLOCKWISE:
-        monkeypatch.setattr(BlockwiseMask, "queries_per_block", 7)
+        monkeypatch.setattr(modeling.BlockwiseMask, "queries_per_block", 7)
 
 
 @functools.lru_cache(maxsize=1)
-def load_processor(checkpoint: str) -> Molmo2Processor:
-    return Molmo2Processor.from_pretrained(checkpoint)
+def load_processor(checkpoint: str) -> Any:
+    return generated("processing_molmo2").Molmo2Processor.from_pretrained(checkpoint)
 
 
 def processed(case: GoldenCase) -> dict[str, torch.Tensor]:
@@ -110,8 +121,14 @@ def grouped(cases: list[GoldenCase]) -> list[Any]:
         marks = [pytest.mark.xdist_group(f"{case.checkpoint.name}-{implementation}")]
         if implementation == "flex_attention":
             marks.append(pytest.mark.slow)
+        if implementation != "sdpa" and case.name not in CHOSEN:
+            marks.append(pytest.mark.nightly)
         parameters.append(pytest.param(case, implementation, id=f"{case.name}-{implementation}", marks=marks))
     return parameters
+
+
+def test_the_chosen_cases_exist():
+    assert {case.name for case in CASES} >= CHOSEN
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
-from molmo2.processing.prompt_tokens import insert_bos
+from support.generated import generated
 from support.golden_cases import table
-from support.golden_processor import build_processor, corrected, tokenizer
+from support.golden_processor import corrected, generated_processor, tokenizer
 
+insert_bos = generated("processing_molmo2").insert_bos
 CHATS = table("chat_template")
 # What the original raises, and what the message here says.
 CHAT_ERRORS = {
@@ -27,7 +28,7 @@ def test_tokenizer(row):
 
 @pytest.mark.parametrize("row", table("visual_tokens"), ids=lambda row: f"{row['kind']}-{row['processor_init']}")
 def test_visual_tokens(row):
-    processor = build_processor(row)
+    processor = generated_processor(row)
     if row["kind"] == "image":
         text = processor.get_image_tokens(np.array(row["grid"]))
     else:
@@ -70,7 +71,7 @@ def attended(input_ids, attention_mask):
 def test_chat_template(row):
     """Texts are the recorded ones, corrected; errors stay errors, but for system messages."""
     messages, add_generation_prompt = row["messages"], row["add_generation_prompt"]
-    processor = build_processor({})
+    processor = generated_processor({})
 
     def render():
         return processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)

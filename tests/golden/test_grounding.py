@@ -1,15 +1,15 @@
 """Reading points, tracks and counts: the public cases, one row for each rule and reading, and streams."""
 
 import json
-from pathlib import Path
 
 import pytest
 
-from molmo2.grounding.parse import GroundingStream, parse_grounding
+from support.generated import generated
+from support.paths import DATA
 
-CASES = json.loads(
-    (Path(__file__).resolve().parent.parent / "data" / "grounding_cases.json").read_text(encoding="utf-8")
-)["cases"]
+grounding_file = generated("grounding_molmo2")
+GroundingStream, parse_grounding = grounding_file.GroundingStream, grounding_file.parse_grounding
+CASES = json.loads((DATA / "grounding_cases.json").read_text(encoding="utf-8"))["cases"]
 
 
 def flat(grounding):
@@ -338,8 +338,7 @@ def test_results_are_values():
 
 # --- streams ---------------------------------------------------------------------------------------------------------
 
-TEXTS = {**{name: row[0] for name, row in POINTS.items() if len(row[0]) < 500}, **{n: r[0] for n, r in TAGS.items()}}
-TEXTS |= {name: row[0] for name, row in COUNTS.items() if len(row[0]) < 500}
+SHORT = 500  # characters; longer ones are not read one by one
 
 
 def bare(points):
@@ -347,14 +346,31 @@ def bare(points):
     return [(p.tag, p.key, p.id, p.x_norm, p.y_norm, p.image_index, p.span) for p in points]
 
 
-@pytest.mark.parametrize("name", TEXTS)
-def test_a_stream_of_single_characters(name):
-    stream, text = GroundingStream(), TEXTS[name]
+def complaint(text):
+    """What is wrong with the text read as a stream of single characters; empty if nothing is."""
+    stream = GroundingStream()
     points = [point for character in text for point in stream.feed(character)]
     found = stream.close()
-    assert found == parse_grounding(text)
-    assert bare(points) == bare(found)[: len(points)]
-    assert stream.close() is found
+    if found != parse_grounding(text):
+        return f"ends with {found}"
+    if bare(points) != bare(found)[: len(points)]:
+        return f"handed out {points}"
+    if stream.close() is not found:
+        return "closes twice"
+    return ""
+
+
+@pytest.mark.parametrize("table", [POINTS, TAGS, COUNTS], ids=["points", "tags", "counts"])
+def test_a_stream_of_single_characters(table):
+    short = {name: row[0] for name, row in table.items() if len(row[0]) < SHORT}
+    complaints = {name: complaint(text) for name, text in short.items()}
+    assert {name: found for name, found in complaints.items() if found} == {}
+
+
+def test_a_closed_stream_takes_no_more():
+    stream = GroundingStream()
+    stream.feed(MUG)
+    stream.close()
     with pytest.raises(ValueError, match="closed"):
         stream.feed("x")
 

@@ -1,7 +1,10 @@
-"""The processor of the golden cases, and the texts it should produce."""
+"""The processor of the golden cases, and the texts it should produce.
+
+Unit tests take `build_processor`, whose classes are the package's; golden tests take `generated_processor`, the same
+from the generated files. Nothing may ask what class an object of the other kind is.
+"""
 
 import functools
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
@@ -9,9 +12,11 @@ from transformers import AutoTokenizer
 from molmo2.image.processing import Molmo2ImageProcessor
 from molmo2.processing.processor import Molmo2Processor
 from molmo2.video.processing import Molmo2VideoProcessor
+from support.generated import generated
 from support.golden_cases import GOLDEN, default_settings
+from support.paths import REPOSITORY
 
-CHAT_TEMPLATE = Path(__file__).resolve().parent.parent.parent / "chat_template.jinja"
+CHAT_TEMPLATE = REPOSITORY / "chat_template.jinja"
 
 
 @functools.cache
@@ -22,12 +27,26 @@ def tokenizer() -> Any:
 
 def build_processor(settings: dict[str, Any]) -> Molmo2Processor:
     """The default processor of the cases with the constructor overrides that a case.json (or table row) names."""
+    return _built(settings, Molmo2Processor, Molmo2ImageProcessor, Molmo2VideoProcessor)
+
+
+def generated_processor(settings: dict[str, Any]) -> Any:
+    """`build_processor` with the classes of the generated files."""
+    return _built(
+        settings,
+        generated("processing_molmo2").Molmo2Processor,
+        generated("image_processing_molmo2").Molmo2ImageProcessor,
+        generated("video_processing_molmo2").Molmo2VideoProcessor,
+    )
+
+
+def _built(settings: dict[str, Any], processor: type, image_processor: type, video_processor: type) -> Any:
     tokenizer().padding_side = settings.get("padding_side", "left")
-    return Molmo2Processor(
-        image_processor=Molmo2ImageProcessor(
+    return processor(
+        image_processor=image_processor(
             **{**default_settings("preprocessor"), **settings.get("image_processor_init", {})}
         ),
-        video_processor=Molmo2VideoProcessor(
+        video_processor=video_processor(
             **{**default_settings("video_preprocessor"), **settings.get("video_processor_init", {})}
         ),
         tokenizer=tokenizer(),

@@ -2,13 +2,11 @@
 
 import base64
 import copy
-import fnmatch
 import io
 import re
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,7 +26,6 @@ from molmo2.processing.prompt_tokens import PictureNotation
 from support.golden_cases import GOLDEN, default_settings, pattern, to_numpy
 from support.golden_processor import build_processor, decode, encode, tokenizer, with_bos
 
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
 CLIP = GOLDEN / "media" / "cfr30.mp4"  # 95 frames, 30 per second
 
 # Crops of 98 pixels: pictures of few tokens, which keeps these tests fast.
@@ -1068,27 +1065,3 @@ def test_planned_tokens_are_emitted_and_found_again(rows, notation, max_crops, n
     tables = MediaGrids(*(output.get(key) for key in ("image_grids", "image_num_crops", "video_grids")))
     groups = token_groups(output["input_ids"], patches, *ends, vocabulary["<low_res_im_start>"])
     assert assign_media(groups, tables) == expected_owners
-
-
-# --- documentation ---------------------------------------------------------------------------------------------------
-
-
-def test_differences_name_existing_tests():
-    """Every row of docs/differences.md names tests that exist, and every departure from a recorded case has a row."""
-    from test_golden_processor import DEPARTURES
-
-    document = (REPOSITORY / "docs" / "differences.md").read_text(encoding="utf-8")
-    rows = [line.split(" | ") for line in document.splitlines() if line.startswith("| ") and "| Test |" not in line]
-    assert {len(row) for row in rows} == {4}
-    name = re.compile(r"`(test_\w+\.py)::(\w+)(?:\[(.+?)\])?`")
-    patterns = set()
-    for *_, tests in rows:
-        assert name.sub("", tests).strip(" ,|") == ""
-        for file, function, cases in name.findall(tests):
-            source = (REPOSITORY / "tests" / file).read_text(encoding="utf-8")
-            assert f"\ndef {function}(" in source, f"{file} has no {function}"
-            patterns |= {cases} if cases else set()
-    recorded = set(DEPARTURES)
-    for cases in patterns:
-        assert fnmatch.filter(recorded, cases), f"{cases} fits no departure"
-    assert [case for case in sorted(recorded) if not any(fnmatch.fnmatch(case, cases) for cases in patterns)] == []

@@ -1,4 +1,4 @@
-"""The video processor: recorded cases, what counts as a video, options, metadata, saving, and every error."""
+"""The video processor: what counts as a video, options, metadata, saving, and every error."""
 
 import io
 import json
@@ -19,11 +19,10 @@ from molmo2.video.decoding.timeline import VideoDecodeError
 from molmo2.video.processing import (
     FRAMES_AHEAD,
     Molmo2VideoProcessor,
-    Molmo2VideosKwargs,
     SampledVideoMetadata,
     load_video,
 )
-from support.golden_cases import GOLDEN, assert_pixels_close, default_settings, pattern, processor_cases, to_numpy
+from support.golden_cases import GOLDEN, pattern, to_numpy
 
 CLIPS = Path(__file__).resolve().parent.parent / "data" / "videos"
 CFR30 = GOLDEN / "media" / "cfr30.mp4"  # 95 frames, 30 per second
@@ -31,7 +30,6 @@ ONE_FRAME = GOLDEN / "media" / "one_frame.mp4"
 VFR = CLIPS / "vfr.mp4"
 SMALL = {"size": 98}
 FPS3 = {"fps": 3.0}
-VIDEO_CALL_OPTIONS = (*Molmo2VideosKwargs.__annotations__, "video_metadata", "do_sample_frames", "num_frames")
 
 
 def clip(frames=6, height=40, width=50, seed=1, **spec):
@@ -48,71 +46,7 @@ def assert_same(actual, expected):
         np.testing.assert_array_equal(to_numpy(actual[key]), to_numpy(expected[key]), err_msg=key)
 
 
-# --- recorded cases --------------------------------------------------------------------------------------------------
-
-# Where this code shows other frames or times than the original: see `molmo2.video.decoding.timeline` and the golden
-# README.
-OTHER_FRAMES = {
-    # the original's decord path compares float32 frame ends: a sampled time exactly at a frame start shows another one
-    "vfile_decord_cfr10_maxfps10": [*range(52), 51],
-    "vfile_decord_cfr30_maxfps3": [0, 10, 20, 30, 40, 49, 60, 69, 80, 90, 94],
-    # and it searches frame ends that are not sorted; its PyAV path guesses the duration
-    "vfile_decord_vfr": [0, 1, 5, 11, 11, 15, 16, 19, 21, 29, 33, 36, 41, 45],
-    "vfile_decord_vfr_fps_mode_n8": [0, 1, 5, 11, 11, 15, 16, 19],
-    "vfile_decord_vfr_n8": [0, 5, 11, 15, 19, 29, 34, 45],
-    "vfile_decord_vfr_n8_maxfps1": [0, 5, 11, 16, 21, 33, 41, 45],
-    "vfile_pyav_vfr_n8": [0, 5, 11, 15, 19, 29, 34, 45],
-}
-GUESSED_DURATION = ("vfile_pyav_vfr", "vfile_pyav_vfr_n8", "vfile_pyav_vfr_n8_maxfps1")
-# The original ignores `resample` in a call, for videos only.
-OPTION_IGNORED_BY_ORIGINAL = ("varray_bicubic_like_call",)
-RECORDED = [case for case in processor_cases("v") if "expected" in case.json]
-
-
-def repeat(case, **options):
-    init = {**default_settings("video_preprocessor"), **(case.json.get("video_processor_init") or {})}
-    kwargs = {**case.json["kwargs"], **case.json["kwargs"].get("videos_kwargs", {})}
-    call = {name: value for name, value in kwargs.items() if name in VIDEO_CALL_OPTIONS}
-    backend = case.json.get("video_backend")
-    return Molmo2VideoProcessor(**init)(
-        case.media("videos"), **{"video_backend": backend, **call, "return_metadata": True, **options}
-    )
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, marks=pytest.mark.slow if "long5" in case.name or "n128" in case.name else ())
-        for case in RECORDED
-        if case.name not in OPTION_IGNORED_BY_ORIGINAL
-    ],
-    ids=lambda case: case.name,
-)
-def test_recorded_case(case):
-    output = repeat(case)
-    np.testing.assert_array_equal(output["video_grids"], case.tensors["video_grids"])
-    np.testing.assert_array_equal(output["video_token_pooling"], case.tensors["video_token_pooling"])
-    for metadata, recorded in zip(output["video_metadata"], case.expected["videos"], strict=True):
-        assert_recorded_metadata(metadata, recorded, case.name)
-    if case.name not in OTHER_FRAMES:
-        is_file, is_float = "vfile" in case.name, "float" in case.name
-        kind = "decoded" if is_file else "float" if is_float else "uint8"
-        assert_pixels_close(output["pixel_values_videos"], case, "pixel_values_videos", kind)
-
-
-def assert_recorded_metadata(metadata, recorded, name):
-    if name not in GUESSED_DURATION:
-        np.testing.assert_allclose(metadata.timestamps, recorded["timestamps"], rtol=0, atol=1e-6)
-    np.testing.assert_allclose(metadata.timestamps, np.array(metadata.frames_indices) / metadata.fps, rtol=1e-12)
-    if "decoded_frame_indices" in recorded:
-        assert metadata.source_frame_indices == OTHER_FRAMES.get(name, recorded["decoded_frame_indices"])
-    for key in ("total_num_frames", "width", "height", "video_backend"):
-        assert metadata[key] == recorded[key], key
-    assert metadata.fps == pytest.approx(recorded["fps"])
-    if name not in GUESSED_DURATION:
-        np.testing.assert_allclose(metadata.frames_indices, recorded["frames_indices"], rtol=0, atol=1e-5)
-    if not name.startswith("vfile_pyav_vfr"):
-        assert metadata.duration == pytest.approx(recorded["duration"], abs=1e-6)
+# --- options that count ----------------------------------------------------------------------------------------------
 
 
 def test_resample_counts_in_a_call():

@@ -1,0 +1,47 @@
+"""Which tests may be skipped, and why: everywhere else a skip is a check that silently did not take place.
+
+`MOLMO2_STRICT=1` makes a failure of every skip whose reason fits no row here; continuous integration sets it.
+`MOLMO2_STRICT=without-reference` is for machines without the reference data beside the checkout.
+"""
+
+import os
+import re
+
+# Pattern of a reason -> why the test may be left out.
+ALLOWED = {
+    r"this transformers has no Molmo2 of its own|this release has no native Molmo2": "older releases",
+    r"transformers has a class of its own since": "the test is about releases without one",
+    r"transformers' own class cannot express": "nothing to compare with",
+    r"an offloaded cache needs an accelerator|needs an accelerator|CUDA": "GPU checks run on machines with a GPU",
+    r"needs FiftyOne and a database": "`make test-fiftyone` runs them",
+    r"could not import '(peft|trl|datasets)'|No module named '(peft|trl|datasets)'": "`make test-training` runs them",
+    r"could not import '(gradio|playwright|nbclient|ipykernel|nbformat)'": "`make test-app` runs them",
+    r"browser": "`make test-app BROWSER=optional`; the page needs a browser, which not every machine can have",
+    r"this release of TRL learns questions too": "a release of TRL that cannot do it",
+    r"mounting is not permitted here|needs the right to mount": "needs root and a kernel that lets it",
+    r"on Linux only|is the Linux kernel's|needs kill -9": "other systems",
+    r"this build of PyAV has no encoder": "builds differ in their codecs",
+    r"part of Python from 3.11 on": "older Python",
+    r"this torch was built without oneDNN": "builds of torch differ",
+}
+WITHOUT_REFERENCE = r"beside the checkout|the shared media are not here|got empty parameter set"
+
+
+def strictness() -> str:
+    """What MOLMO2_STRICT says: "1", "without-reference", or nothing, with which skips are fine.
+
+    Raises:
+        ValueError: MOLMO2_STRICT says something else.
+    """
+    value = os.environ.get("MOLMO2_STRICT", "")
+    if value in ("", "0"):
+        return ""
+    if value not in ("1", "without-reference"):
+        raise ValueError(f"MOLMO2_STRICT is {value!r}; expected 1, without-reference, or nothing.")
+    return value
+
+
+def is_allowed(reason: str, level: str) -> bool:
+    """Whether a test may be skipped for this reason."""
+    patterns = [*ALLOWED, *([WITHOUT_REFERENCE] if level == "without-reference" else [])]
+    return any(re.search(pattern, reason) for pattern in patterns)
