@@ -571,6 +571,8 @@ class Molmo2Config(Molmo2BaseConfig):
         settings = super().to_dict()
         settings["image_high_res_id"] = self.image_patch_id
         settings["tie_word_embeddings"] = False
+        if self._auto_class is None:  # of the installed package: no code is saved beside it that `auto_map` could name
+            settings.pop("auto_map", None)
         return settings
 
 

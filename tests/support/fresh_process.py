@@ -202,6 +202,54 @@ def save_all(folder: str, target: str) -> dict[str, Any]:
     return {"files": sorted(os.listdir(target))}
 
 
+def registered(folder: str, target: str) -> dict[str, Any]:
+    """Load with the installed package behind the Auto classes; save to `target`."""
+    import transformers
+
+    import molmo2
+
+    molmo2.register()
+    molmo2.register()  # again: nothing changes
+    names = ("AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+    report: dict[str, Any] = {"classes": {}}
+    for name in (*names, "AutoProcessor", "AutoImageProcessor"):
+        if not hasattr(transformers, name):
+            report["classes"][name] = {"error": "absent"}
+            continue
+        report["classes"][name] = attempt(lambda: getattr(transformers, name).from_pretrained(folder))  # noqa: B023
+    model, processor = molmo2.load(folder, processor_options={"num_frames": 3})
+    report["load"] = [type(model).__module__, type(processor).__module__]
+    report["parts"] = {
+        name: type(getattr(processor, name)).__module__ for name in ("image_processor", "video_processor")
+    }
+    report["training"], report["num_frames"] = model.training, processor.video_processor.num_frames
+    report["same processor as AutoProcessor's"] = type(transformers.AutoProcessor.from_pretrained(folder)) is type(
+        processor
+    )
+    report["pipeline"] = type(transformers.pipeline("image-text-to-text", model=folder).model).__module__
+    report["refused"] = attempt(lambda: molmo2.load(folder, trust_remote_code=True))
+    model.save_pretrained(target)
+    processor.save_pretrained(target)
+    report["sum"] = _logit_sum(model)
+    return report
+
+
+def _logit_sum(model: Any) -> float:
+    import torch
+
+    with torch.no_grad():
+        return float(model(input_ids=torch.arange(5, 25)[None]).logits.sum())
+
+
+def remote_logits(folder: str) -> dict[str, Any]:
+    """The sum of the logits of a checkpoint's own code for some ids."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    return {"module": type(model).__module__, "sum": _logit_sum(model)}
+
+
 def push(folder: str, repository: str) -> dict[str, Any]:
     """Upload the configuration, and a whole checkpoint in two ways, each to a repository of its own."""
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor

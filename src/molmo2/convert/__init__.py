@@ -6,7 +6,13 @@
 The command line, `python -m molmo2.convert --help`, does the same.
 """
 
-from molmo2.convert.conversion import ConversionOptions, ConversionPlan, convert_checkpoint, plan_conversion
+from molmo2.convert.conversion import (
+    ConversionOptions,
+    ConversionPlan,
+    add_remote_code,
+    convert_checkpoint,
+    plan_conversion,
+)
 from molmo2.convert.errors import CheckpointError, ConversionError, OutputError, UnsupportedError, VerificationError
 
 __all__ = [
@@ -17,6 +23,7 @@ __all__ = [
     "OutputError",
     "UnsupportedError",
     "VerificationError",
+    "add_remote_code",
     "convert_checkpoint",
     "plan_conversion",
 ]

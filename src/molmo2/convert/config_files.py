@@ -20,6 +20,14 @@ MODEL_MAP = {
     "AutoModelForImageTextToText": f"modeling_molmo2.{MODEL_CLASS}",
     "AutoModelForMultimodalLM": f"modeling_molmo2.{MODEL_CLASS}",
 }
+# Files that name the remote code, and what they name.
+AUTO_MAPS = {
+    "config.json": MODEL_MAP,
+    "preprocessor_config.json": IMAGE_MAP,
+    "video_preprocessor_config.json": VIDEO_MAP,
+    "processor_config.json": PROCESSOR_MAP,
+    "tokenizer_config.json": PROCESSOR_MAP,
+}
 # SigLIP: bilinear resizing, pixels scaled to -1..1.
 PIXEL_SCALING = {"do_convert_rgb": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2}
 # Native section of each configuration class, and the settings that have another name there.

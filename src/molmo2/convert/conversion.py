@@ -178,6 +178,29 @@ def remote_code_files() -> list[Path]:
     return files
 
 
+def add_remote_code(folder: str | Path) -> None:
+    """Put the remote code into a checkpoint folder and name it in the folder's files.
+
+    What a model of the installed package saves loads with that package; with this it loads with
+    `trust_remote_code=True` too, on machines and in tools that lack the package.
+
+    Args:
+        folder: With `config.json`, and the processor's files if they are there; other files are not touched.
+    Raises:
+        OutputError: There is no `config.json` of Molmo2, or the code is missing here.
+    """
+    folder, code = Path(folder), remote_code_files()
+    config = folder / "config.json"
+    if not config.is_file() or json.loads(config.read_text(encoding="utf-8")).get("model_type") != "molmo2":
+        raise OutputError(f"{folder} has no config.json of the model type 'molmo2'. Save the model there first.")
+    for file in code:
+        shutil.copyfile(file, folder / file.name)
+    for name, auto_map in config_files.AUTO_MAPS.items():
+        if (folder / name).is_file():
+            content = json.loads((folder / name).read_text(encoding="utf-8"))
+            (folder / name).write_text(_json({**content, "auto_map": auto_map}), encoding="utf-8")
+
+
 def _json(content: dict[str, Any]) -> str:
     return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
