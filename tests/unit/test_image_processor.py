@@ -457,6 +457,16 @@ def test_an_open_file_stays_open(png, rgb):
         assert not file.closed
 
 
+def test_an_open_file_may_be_read_only_forwards(png, rgb):
+    """Answers of servers have `read` and no `seek`."""
+
+    class Stream:
+        def __init__(self, content):
+            self.read = io.BytesIO(content).read
+
+    np.testing.assert_array_equal(load_images([Stream(png.read_bytes())])[0], rgb)
+
+
 def test_urls_are_downloaded(png, rgb, monkeypatch):
     asked = []
 

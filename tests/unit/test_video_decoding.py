@@ -403,7 +403,7 @@ def test_a_backend_that_cannot_be_loaded_is_passed_over(error, monkeypatch):
 
 @needs_decord
 def test_decord_leaves_large_clips_to_others(monkeypatch):
-    monkeypatch.setattr(readers_module, "LARGE_CLIP_PIXELS", 3)
+    monkeypatch.setattr(readers_module, "MAX_DECORD_PIXELS", 3)
     file = CLIPS / "unordered.mov"
     if len(LOADABLE) > 1:
         with open_video(file) as reader:

@@ -4,8 +4,9 @@ carrying a value under one of the keys `image`, `image_url`, `video`, `video_url
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from os import PathLike
 from typing import Any
+
+from molmo2.image.loading import is_encoded
 
 IMAGE_SOURCES = ("image", "image_url", "url", "path", "base64")
 VIDEO_SOURCES = ("video", "video_url", "url", "path")
@@ -83,13 +84,9 @@ def _source(part: Mapping[str, Any], keys: Sequence[str], kind: str, where: str)
     )
 
 
-def _is_file(video: Any) -> bool:
-    return isinstance(video, (str, bytes, PathLike)) or hasattr(video, "read")
-
-
 def _metadata(part: Mapping[str, Any], video: Any) -> Any:
     given = part.get("video_metadata", part.get("metadata"))
-    keys = ("timestamps",) if _is_file(video) else ("timestamps", "fps")
+    keys = ("timestamps",) if is_encoded(video) else ("timestamps", "fps")
     said = {key: part[key] for key in keys if part.get(key) is not None}
     if not said:
         return given
@@ -98,7 +95,7 @@ def _metadata(part: Mapping[str, Any], video: Any) -> Any:
 
 def _options(part: Mapping[str, Any], video: Any) -> dict[str, Any]:
     options = {VIDEO_OPTIONS[key]: part[key] for key in VIDEO_OPTIONS if part.get(key) is not None}
-    if _is_file(video) and part.get("fps") is not None:
+    if is_encoded(video) and part.get("fps") is not None:
         options["fps"] = part["fps"]  # of frames it is their own rate, of a file the rate to sample at
     return options
 
