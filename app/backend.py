@@ -169,7 +169,7 @@ class Conversation:
             return
         grounding = answer.grounding
         last = Update(readable(grounding), answer.text, note=_note(answer, stopped.is_set()))
-        if grounding.points or grounding.none:
+        if grounding.points or grounding.says_none:
             video, files = self._export(grounding)
             # Drawn once more, as now every label is known.
             last = replace(last, images=self._draw(grounding), video=video, files=files)

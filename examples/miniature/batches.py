@@ -18,7 +18,7 @@ import torch
 from tokenizers import Encoding
 from torch import Tensor
 
-from molmo2.processing.special_tokens import IMAGE_PATCH
+from molmo2.processing.prompt_tokens import IMAGE_PATCH
 
 from .layout import CROP, PATCH, PATCHES
 from .questions import Place, Question, ask_clip, ask_pictures, clip_key, picture_number

@@ -187,7 +187,7 @@ def judge(processor, asked: Sequence[Example], texts: Sequence[str]) -> dict[str
         number = len({place.number for place in question.places})
         suffix = "" if group == "picture" else f" in {group}"
         if question.task in ("point", "count", "track") and number == 0:
-            tally.add(f"none{suffix}", grounding.none)
+            tally.add(f"none{suffix}", grounding.says_none)
         elif question.task == "track":
             _track_error(question.places, grounding.points, tally)
         elif question.task in ("point", "count"):

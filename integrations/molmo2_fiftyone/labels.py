@@ -1,7 +1,7 @@
 """Molmo2's answers as FiftyOne labels, and keypoints back as the text of an answer.
 
 Usable alone, with any `Grounding` or `StructuredAnswer`. Positions are fractions of width and height, as in FiftyOne.
-Frame numbers count the frames of the file from 1: they come from `Moment.source_index`, so they are correct for
+Frame numbers count the frames of the file from 1: they come from `SampledFrame.source_index`, so they are correct for
 variable frame rates, late starts and clips.
 """
 
@@ -39,7 +39,7 @@ def frame_keypoints(grounding: Any) -> dict[int, fo.Keypoints]:
     ]
     single = [(point, None) for point in grounding.points if point.tag != "tracks" and point.image_index is None]
     for point, instance in single + tracked:
-        frames.setdefault(frame_number(point.moment), []).append(_keypoint(point, instance))
+        frames.setdefault(frame_number(point.frame), []).append(_keypoint(point, instance))
     return {number: fo.Keypoints(keypoints=frames[number]) for number in sorted(frames)}
 
 
@@ -47,8 +47,8 @@ def _one_per_frame(track: Any) -> list[Any]:
     """The points of a track, one for each of its frames."""
     nearest: dict[int, Any] = {}
     for point in track.points:
-        number = frame_number(point.moment)
-        if number not in nearest or point.frame_distance < nearest[number].frame_distance:
+        number = frame_number(point.frame)
+        if number not in nearest or point.seconds_to_frame < nearest[number].seconds_to_frame:
             nearest[number] = point
     return list(nearest.values())
 
@@ -67,7 +67,7 @@ def temporal_detections(events: Any, media: Any) -> fo.TemporalDetections:
     for event in events:
         if event.start is not None:
             times = (event.start, event.start if event.end is None else event.end)
-            support = sorted(frame_number(media.moment_at(time)) for time in times)
+            support = sorted(frame_number(media.frame_at(time)) for time in times)
             detections.append(fo.TemporalDetection(label=event.description, support=support))
     return fo.TemporalDetections(detections=detections)
 
@@ -129,15 +129,15 @@ def _classifications(names: Any) -> fo.Classifications:
     return fo.Classifications(classifications=[fo.Classification(label=name) for name in names])
 
 
-def frame_number(moment: Any) -> int:
-    """The frame number of a `Moment` in the file, from 1.
+def frame_number(frame: Any) -> int:
+    """The frame number of a `SampledFrame` in the file, from 1.
 
     Raises:
         ValueError: It is unknown.
     """
-    if moment is None or moment.source_index is None:
+    if frame is None or frame.source_index is None:
         raise ValueError(
             "It is unknown which frame of the file a time means. Parse the answer with the processor's output "
             "(`processor.post_process_grounding(text, inputs)`), or pass the video's metadata."
         )
-    return moment.source_index + 1
+    return frame.source_index + 1

@@ -183,7 +183,7 @@ class Molmo2FiftyOneModel(fom.SamplesMixin, fom.EmbeddingsMixin, fom.Model):
         if media.kind != "video":
             return labels.image_keypoints(parsed)
         # FiftyOne refuses a dictionary without any frame.
-        return labels.frame_keypoints(parsed) or {labels.frame_number(media.moments[0]): fo.Keypoints()}
+        return labels.frame_keypoints(parsed) or {labels.frame_number(media.sampled_frames[0]): fo.Keypoints()}
 
     def apply_in_batches(self, samples: Any, label_field: Any, batch_size: int = 4) -> None:
         """`samples.apply_model` with `batch_size` videos, clips or images in each call of `generate`.

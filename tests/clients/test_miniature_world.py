@@ -71,7 +71,7 @@ def test_answers_read_back_as_the_places_they_were_made_of():
         found = parse_grounding(question.answer)
         assert not found.truncated
         assert len(found.points) == len(question.places)
-        assert found.none == (question.answer in (NONE, NO_TRACKS)) == (not question.places)
+        assert found.says_none == (question.answer in (NONE, NO_TRACKS)) == (not question.places)
         for point, place in zip(found.points, question.places):
             assert float(point.key) == pytest.approx(place.key)
             assert (point.x_norm, point.y_norm) == pytest.approx((place.thing.x, place.thing.y), abs=6e-4)

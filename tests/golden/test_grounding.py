@@ -23,7 +23,8 @@ def test_public_case(case, says_kind):
     expected = case["expect"]
     assert flat(found) == expected["points"]
     assert found.kind == case["kind"]
-    assert (found.count, found.none, found.truncated) == tuple(expected[k] for k in ("count", "none", "truncated"))
+    said = (found.count, found.says_none, found.truncated)
+    assert said == tuple(expected[name] for name in ("count", "none", "truncated"))
     assert [tag.label for tag in found.tags] == expected["labels"]
     assert [tag.alt for tag in found.tags] == expected["alts"]
     if "tracks" in expected:
@@ -250,7 +251,7 @@ COUNTS = {
 def test_counts(name):
     text, *expected = COUNTS[name]
     found = parse_grounding(text)
-    assert [found.count, found.none, found.truncated] == expected
+    assert [found.count, found.says_none, found.truncated] == expected
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------
@@ -261,7 +262,7 @@ SIZES = [(100, 50), (10, 20)]
 def test_keys_outside_of_the_images_are_dropped():
     found = parse_grounding('<points coords="0 1 500 500\t1 2 500 500\t2.0 3 500 500\t3 4 500 500">a</points>', SIZES)
     assert [(point.key, point.image_index, point.x, point.y) for point in found] == [(1, 0, 50, 25), (2, 1, 5, 10)]
-    assert all(type(point.key) is int and point.moment is None and point.time is None for point in found)
+    assert all(type(point.key) is int and point.frame is None and point.time is None for point in found)
 
 
 def test_without_sizes_any_image_may_be_meant():

@@ -265,7 +265,7 @@ def test_saving_keeps_all_ids(processor, repository, tmp_path):
     assert len(again.tokenizer) == NUM_ENTRIES[repository]
     assert again.tokenizer.padding_side == "left"
     assert again.bos_token_id == processor.bos_token_id
-    assert asdict(again.notation) == asdict(processor.notation)
+    assert asdict(again.visual_token_format) == asdict(processor.visual_token_format)
     for text, ids in ids_of(repository):
         assert again.tokenizer(text)["input_ids"] == ids, text
 

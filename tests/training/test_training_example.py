@@ -53,7 +53,7 @@ def test_questions_about_the_shape(folder, shape):
             wanted = [thing for thing in shown if question.target[0] in (None, thing.colour)]
             if question.task in ("point", "count"):
                 assert len(grounding) == len(wanted)
-                assert grounding.none == (not wanted)
+                assert grounding.says_none == (not wanted)
                 for point in grounding:
                     assert min(np.hypot(point.x_norm - own.x, point.y_norm - own.y) for own in wanted) < 0.002
             elif question.task == "what":

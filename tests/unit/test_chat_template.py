@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from jinja2 import TemplateError
+from transformers import AutoTokenizer
 
 from support.golden_cases import pattern
 from support.golden_processor import build_processor, decode, tokenizer
@@ -252,14 +253,20 @@ def test_what_cannot_be_written(messages, message):
         render(*messages)
 
 
-def test_the_tokenizer_carries_the_template():
+@pytest.fixture
+def saved_tokenizer(tmp_path):
+    build_processor(SMALL).save_pretrained(tmp_path)
+    return AutoTokenizer.from_pretrained(tmp_path)
+
+
+def test_saved_tokenizers_carry_the_template(saved_tokenizer):
     """Trainers that only know the tokenizer write the same text."""
     processor = build_processor(SMALL)
-    assert tokenizer().chat_template == processor.chat_template
+    assert saved_tokenizer.chat_template == processor.chat_template
     for messages, flag in itertools.product(
         ([SYSTEM, user(IMAGE, VIDEO, text("a"))], [SUBTITLE, user("a"), assistant([text("b")])]), (True, False)
     ):
-        assert tokenizer().apply_chat_template(messages, tokenize=False, add_generation_prompt=flag) == (
+        assert saved_tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=flag) == (
             processor.apply_chat_template(messages, add_generation_prompt=flag)
         )
 
@@ -355,9 +362,10 @@ def test_marks_need_a_dictionary(options):
         render(*SHORT, return_assistant_tokens_mask=True, **options)
 
 
-def test_the_tokenizer_marks_them_too():
-    """Trainers of text-only data take the marks from the tokenizer, which knows the template but not the pictures."""
-    build_processor(SMALL)
-    output = tokenizer().apply_chat_template(SHORT, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+def test_the_tokenizer_marks_them_too(saved_tokenizer):
+    """Trainers of text-only data take the marks from the tokenizer, which knows the template but no images."""
+    output = saved_tokenizer.apply_chat_template(
+        SHORT, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
     ids, mask = np.asarray(output["input_ids"]), np.asarray(output["assistant_masks"])
     assert decode(ids[mask == 1].tolist()) == SHORT_SAID

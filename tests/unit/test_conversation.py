@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 from transformers.video_utils import VideoMetadata
 
-from molmo2.processing.chat import find_media, is_batch, messages_of
+from molmo2.processing.chat import find_media, is_batch, media_arguments, media_kind, messages_of
+from support.model_inputs import processor
 
 
 def user(*parts):
@@ -50,6 +51,43 @@ def test_video_sources(part, source):
     media = find_media(user(part, {"type": "text", "text": "What is this?"}))
     assert (media.images, media.videos) == ([], [source])
     assert (media.video_metadata, media.video_options) == ([None], [{}])
+
+
+PARTS = [
+    {"type": type, key: value} if type else {key: value}
+    for type in (None, "text", "image", "image_url", "video", "video_url", "picture")
+    for key in ("image", "image_url", "video", "video_url", "url", "path", "text")
+    for value in ("a", {"url": "a"}, None, "")
+]
+PARTS += [
+    {"image": "a", "video": "b"},
+    {"type": "video", "image": "a"},
+    {"type": "text", "image_url": "a", "video": "b"},
+]
+
+
+def test_the_template_sees_media_in_the_same_parts():
+    for part in PARTS:
+        part = {"text": "b", **part}
+        prompt = processor().apply_chat_template(user(part))
+        placeholders = {"image": prompt.count("<|image|>"), "video": prompt.count("<|video|>")}
+        assert placeholders == {kind: int(media_kind(part) == kind) for kind in ("image", "video")}, part
+
+
+def test_media_become_arguments_of_the_call():
+    video = {"type": "video", "video": "a.mp4", "num_frames": 4, "timestamps": [0.0]}
+    media = [find_media(user({"image": "0"}, video)), find_media(user("text")), find_media(user({"video": "1.mp4"}))]
+    assert media_arguments(media, {"padding": True}) == {
+        "padding": True,
+        "images": ["0"],
+        "videos": ["a.mp4", "1.mp4"],
+        "video_metadata": [{"timestamps": [0.0]}, None],
+        "per_video_options": [{"num_frames": 4}, {}],
+    }
+    assert media_arguments(media, {"video_metadata": "own"})["video_metadata"] == "own"
+    assert media_arguments(media[1:2], {}) == {"images": None, "videos": None}
+    with pytest.raises(ValueError, match=r"\['images'\] given as a keyword argument, beside messages"):
+        media_arguments(media, {"images": ["1"]})
 
 
 def test_pictures_of_all_turns_in_order():

@@ -10,6 +10,7 @@ from PIL import Image
 
 from molmo2.grounding.files import (
     CSV_COLUMNS,
+    export_grounding,
     from_coco,
     from_csv,
     from_json,
@@ -20,15 +21,14 @@ from molmo2.grounding.files import (
     to_json,
     to_mot,
 )
-from molmo2.grounding.parse import MediaInfo, Moment, parse_grounding
-from molmo2.tools.draw import DrawingStyle
+from molmo2.grounding.parse import MediaInfo, SampledFrame, parse_grounding
+from molmo2.tools.draw import DrawingStyle, contact_sheet, draw
 from molmo2.tools.draw_video import MarksOverTime
-from support.model_inputs import processor
 
 VIDEO = MediaInfo(
     "video",
     ((640, 360),),
-    (Moment(0.0, 0, 0, 0.0, 5.0), Moment(0.5, 1, 15, 0.5005, 5.5005), Moment(0.98, 2, 29, 0.967)),
+    (SampledFrame(0.0, 0, 0, 0.0, 5.0), SampledFrame(0.5, 1, 15, 0.5005, 5.5005), SampledFrame(0.98, 2, 29, 0.967)),
 )
 ANSWERS = {
     "image": ('Counting the <points coords="1 1 046 700 2 310 655">mugs</points> shows a total of 2.', [(1000, 800)]),
@@ -69,7 +69,7 @@ def test_images_beside_a_video():
     assert [annotation["image_id"] for annotation in coco["annotations"]] == [1, 2, 3]
     read = from_coco(json.loads(json.dumps(coco)))
     assert [replace(point, span=(0, 0)) for point in grounding.points] == [
-        replace(point, moment=given.moment, span=(0, 0)) for point, given in zip(read.points, grounding.points)
+        replace(point, frame=given.frame, span=(0, 0)) for point, given in zip(read.points, grounding.points)
     ]
     assert read.media.image_sizes == BESIDE_IMAGES.image_sizes
     with pytest.raises(ValueError, match="MOT files are about one video"):
@@ -116,8 +116,8 @@ def test_coco_holds_pixels_labels_and_pictures(name):
         assert entry["keypoints"] == [point.x, point.y, 2]
         image = images[entry["image_id"]]
         assert 0 <= entry["keypoints"][0] <= image["width"]
-        if point.moment is not None:
-            assert (image["frame_index"], image["seconds"]) == (point.moment.source_index, point.key)
+        if point.frame is not None:
+            assert (image["frame_index"], image["seconds"]) == (point.frame.source_index, point.key)
     read = from_coco(coco)
     assert read.kind == (grounding.kind if grounding.points else "image")
     for found, point in zip(read.points, grounding.points, strict=True):
@@ -153,9 +153,9 @@ def test_mot_counts_source_frames_from_one(box_size):
     assert lines[0] == f"1,1,{left:g},{top:g},{box_size},{box_size},1,-1,-1,-1"
     assert [line.split(",")[:2] for line in lines] == [["1", "1"], ["1", "2"], ["16", "1"], ["30", "1"], ["30", "2"]]
     read = from_mot("\n".join(lines), (640, 360), 29.97, label="x")
-    expected = sorted(grounding.points, key=lambda point: (point.moment.source_index, point.id))
+    expected = sorted(grounding.points, key=lambda point: (point.frame.source_index, point.id))
     for found, point in zip(read.points, expected, strict=True):
-        assert (found.id, found.moment.source_index) == (point.id, point.moment.source_index)
+        assert (found.id, found.frame.source_index) == (point.id, point.frame.source_index)
         assert (found.x, found.y) == pytest.approx((point.x, point.y), abs=0.01)
     assert [track.id for track in read.tracks] == [1, 2]
 
@@ -234,8 +234,8 @@ def test_a_failed_save_leaves_the_old_file(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["answer.json"]
 
 
-def test_the_processor_writes_what_the_suffix_says(tmp_path):
-    export = processor().export_grounding
+def test_the_suffix_says_what_is_written(tmp_path):
+    export = export_grounding
     assert from_json(export(answer("tracks"), tmp_path / "a.json").read_text(encoding="utf-8")) == answer("tracks")
     assert export(answer("tracks"), tmp_path / "a.csv").read_text().startswith("tag,label")
     assert export(answer("tracks"), tmp_path / "a.txt", box_size=4).read_text().startswith("1,1,127,")
@@ -244,9 +244,9 @@ def test_the_processor_writes_what_the_suffix_says(tmp_path):
         export(answer("tracks"), tmp_path / "a.xml")
 
 
-def test_the_processor_draws():
+def test_answers_are_drawn():
     ground = Image.new("RGB", (64, 48))
-    drawn = processor().draw(ground, answer("labels"), radius=3)
+    drawn = draw(ground, answer("labels"), radius=3)
     assert drawn.getpixel((16, 19)) == DrawingStyle().color(answer("labels").points[0].label, 1)
-    assert len(processor().draw([ground, ground], answer("several images"))) == 2
-    assert processor().draw_frames([ground] * 3, answer("tracks"), columns=3).width == 960
+    assert len(draw([ground, ground], answer("several images"))) == 2
+    assert contact_sheet([ground] * 3, answer("tracks"), columns=3).width == 960

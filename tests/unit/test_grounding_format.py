@@ -97,7 +97,7 @@ def test_positions_are_read_back(by_key, count):
     expected = [(key, *at) for key in sorted(by_key) for at in by_key[key]]
     assert [(point.key, point.x_norm, point.y_norm) for point in found] == expected
     assert [point.id for point in found] == list(range(1, len(expected) + 1))
-    assert found.none == (not expected)
+    assert found.says_none == (not expected)
     assert found.count == (0 if not expected else None if count is None else len(expected))
 
 
@@ -107,7 +107,7 @@ def test_objects_are_read_back(objects):
     found = parse_grounding(format_tracks(objects, "cup"), kind="video")
     read = {track.id: {point.key: (point.x_norm, point.y_norm) for point in track.points} for track in found.tracks}
     assert read == objects
-    assert found.none == (not objects)
+    assert found.says_none == (not objects)
 
 
 @given(

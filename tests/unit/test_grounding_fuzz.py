@@ -46,7 +46,7 @@ def rows(points):
 
 def bare(points):
     """What does not depend on text that comes after the coordinates."""
-    return [(p.tag, p.key, p.id, p.x, p.y, p.x_norm, p.y_norm, p.image_index, p.moment, p.span) for p in points]
+    return [(p.tag, p.key, p.id, p.x, p.y, p.x_norm, p.y_norm, p.image_index, p.frame, p.span) for p in points]
 
 
 def assert_nothing_is_invented(found):

@@ -16,7 +16,7 @@ from PIL import Image
 from transformers.video_utils import VideoMetadata
 
 from molmo2.grounding import parse as grounding
-from molmo2.grounding.parse import MediaInfo, Moment, media_info, parse_grounding
+from molmo2.grounding.parse import GroundingStream, MediaInfo, SampledFrame, media_info, parse_grounding
 from support.golden_processor import build_processor, encode
 
 SMALL = {
@@ -74,7 +74,8 @@ def test_rows_of_different_kinds(processor):
     video = '<tracks coords="1.0 7 500 500">dog</tracks>'
     found = processor.post_process_grounding([SECOND, CENTRE, video, CENTRE], inputs)
     assert [at(one) for one in found] == [[(50, 12.5)], [(None, None)], [(30, 20)], [(10, 5)]]
-    assert found[2].points[0].moment == Moment(1.0, inputs.media[2].moments.index(found[2].points[0].moment), 5, 1.0)
+    frame = found[2].points[0].frame
+    assert frame == SampledFrame(1.0, inputs.media[2].sampled_frames.index(frame), 5, 1.0)
 
 
 def test_several_answers_per_row(processor):
@@ -228,9 +229,9 @@ def test_media_of_another_copy_of_the_module(processor):
 
 def test_a_stream_of_a_row(processor):
     inputs = processor(text=["<|image|>a", "<|image|>b"], images=[picture(100, 100), picture(200, 400)], padding=True)
-    assert at(processor.grounding_stream(inputs, row=1).feed(CENTRE)) == [(100, 200)]
-    assert at(processor.grounding_stream((200, 100)).feed(CENTRE)) == [(100, 50)]
-    assert at(processor.grounding_stream().feed(CENTRE)) == [(None, None)]
+    assert at(GroundingStream(inputs.media[1]).feed(CENTRE)) == [(100, 200)]
+    assert at(GroundingStream((200, 100)).feed(CENTRE)) == [(100, 50)]
+    assert at(GroundingStream().feed(CENTRE)) == [(None, None)]
 
 
 def test_ids(processor):
@@ -292,15 +293,15 @@ def write_clip(path, times, rate):
 
 def assert_round_trip(media):
     """Every sampled frame is found by the time that the prompt prints for it, except for one printed like a nearer."""
-    assert media.moments
-    for moment in media.moments:
-        answer = f'<points coords="{moment.time:.1f} 1 500 500">cup</points>'
+    assert media.sampled_frames
+    for frame in media.sampled_frames:
+        answer = f'<points coords="{frame.time:.1f} 1 500 500">cup</points>'
         (point,) = parse_grounding(answer, media)
-        rivals = [other for other in media.moments if f"{other.time:.1f}" == f"{moment.time:.1f}"]
-        assert point.moment == min(rivals, key=lambda other: abs(other.time - point.key))
-        assert point.time == point.moment.time
+        rivals = [other for other in media.sampled_frames if f"{other.time:.1f}" == f"{frame.time:.1f}"]
+        assert point.frame == min(rivals, key=lambda other: abs(other.time - point.key))
+        assert point.time == point.frame.time
         if len(rivals) == 1:
-            assert point.moment == moment
+            assert point.frame == frame
 
 
 NAMES = [*(f"{name}.mp4" for name in RATES), "late.mkv", "vfr.mp4"]
@@ -321,25 +322,25 @@ def test_time_to_key_to_frame(processor, clips, name, option):
     )
     (media,), (metadata,) = inputs.media, inputs["video_metadata"]
     assert media.sizes == ((64, 48),)
-    assert [moment.time for moment in media.moments] == metadata.timestamps
+    assert [frame.time for frame in media.sampled_frames] == metadata.timestamps
     assert media_info(metadata) == media
     assert_round_trip(media)
     with av.open(str(clips / name)) as container:
         stamps = sorted(frame.time for frame in container.decode(video=0))
-    for moment in media.moments:
-        around = (moment.time - 1e-4, moment.time + 1e-4)  # at the start of a frame the clock's rounding decides
+    for frame in media.sampled_frames:
+        around = (frame.time - 1e-4, frame.time + 1e-4)  # at the start of a frame the clock's rounding decides
         before, after = (sum(stamp - stamps[0] <= time for stamp in stamps) - 1 for time in around)
-        shown = moment.source_index
+        shown = frame.source_index
         assert shown in (max(before, 0), after)
-        assert moment.source_time == pytest.approx(stamps[shown] - stamps[0], abs=1e-3)
-        if moment.file_time is not None:
-            assert moment.file_time == pytest.approx(stamps[shown], abs=1e-3)
+        assert frame.source_time == pytest.approx(stamps[shown] - stamps[0], abs=1e-3)
+        if frame.file_time is not None:
+            assert frame.file_time == pytest.approx(stamps[shown], abs=1e-3)
 
 
 def test_late_start_on_the_clock_of_the_file(processor, clips):
     (media,) = processor(text="<|video|>a", videos=str(clips / "late.mkv"), video_backend="pyav").media
-    assert media.moments[0].time == media.moments[0].source_time == 0
-    assert media.moments[0].file_time == pytest.approx(5.0)
+    assert media.sampled_frames[0].time == media.sampled_frames[0].source_time == 0
+    assert media.sampled_frames[0].file_time == pytest.approx(5.0)
 
 
 @pytest.mark.parametrize("name", ["nasa_13013.mp4", "vfr.mp4", "start_at_5s.mkv", "flipping_a_pancake.mkv"])
@@ -369,7 +370,7 @@ def test_time_to_key_to_frame_of_real_clips(processor, shared, name, option):
 )
 def test_the_frame_a_time_means(times, key, expected):
     media = media_info(SimpleNamespace(frames_indices=None, timestamps=times, fps=None))
-    assert media.moment_at(key).sampled_index == expected
+    assert media.frame_at(key).sampled_index == expected
 
 
 def test_metadata_of_the_library(processor):
@@ -377,8 +378,8 @@ def test_metadata_of_the_library(processor):
         total_num_frames=300, fps=30000 / 1001, width=640, height=360, frames_indices=[0, 15, 30, 299]
     )
     (point,) = processor.post_process_grounding('<points coords="10.0 1 500 500">cup</points>', metadata)
-    assert point.moment.source_index == 299
-    assert point.moment.source_time == pytest.approx(299 * 1001 / 30000)
+    assert point.frame.source_index == 299
+    assert point.frame.source_time == pytest.approx(299 * 1001 / 30000)
     assert (point.x, point.y) == (320, 180)
 
 
@@ -387,5 +388,5 @@ def test_frames_of_fetch_videos_know_their_source(processor, clips):
     video, metadata = fetched if isinstance(fetched, tuple) else fetched[0]
     inputs = processor(text="<|video|>a", videos=video, video_metadata=metadata, do_sample_frames=False)
     direct = processor(text="<|video|>a", videos=str(clips / "29.97.mp4"))
-    assert [m.source_index for m in inputs.media[0].moments] == [m.source_index for m in direct.media[0].moments]
-    assert [m.file_time for m in inputs.media[0].moments] == [m.file_time for m in direct.media[0].moments]
+    frames, expected = inputs.media[0].sampled_frames, direct.media[0].sampled_frames
+    assert [(f.source_index, f.file_time) for f in frames] == [(f.source_index, f.file_time) for f in expected]

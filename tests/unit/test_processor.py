@@ -22,7 +22,7 @@ from transformers.video_utils import VideoMetadata
 from molmo2.model.vision_inputs import MediaGrids, assign_media, token_groups
 from molmo2.processing import processor as processing
 from molmo2.processing.processor import Molmo2Processor
-from molmo2.processing.prompt_tokens import PictureNotation
+from molmo2.processing.prompt_tokens import VisualTokenFormat
 from support.golden_cases import GOLDEN, default_settings, pattern, to_numpy
 from support.golden_processor import build_processor, decode, encode, tokenizer, with_bos
 
@@ -822,7 +822,7 @@ def test_notation_of_the_checkpoint(notation):
     processor = build_processor({**SMALL, "processor_init": notation})
     full = {**default_settings("processor"), **notation}
     assert {name: getattr(processor, name) for name in full} == full
-    assert processor.notation == PictureNotation(**full)
+    assert processor.visual_token_format == VisualTokenFormat(**full)
     output = processor(text="<|image|><|video|>", images=[image()], videos=[video()], video_metadata=[METADATA])
     low_start = "<low_res_im_start>" if full["use_single_crop_start_token"] else "<im_start>"
     frame_start = "<frame_start>" if full["use_frame_special_tokens"] else "<im_start>"
@@ -839,8 +839,17 @@ def test_notation_of_the_checkpoint(notation):
 
 
 @each_notation
-@pytest.mark.parametrize("options", [{}, {"max_crops": 1}, {"images_kwargs": {"max_crops": 2}}])
-def test_numbers_of_tokens_without_reading_pictures(notation, options):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_crops": 1},
+        {"images_kwargs": {"max_crops": 2}, "pooling_size": 2},
+        {"videos_kwargs": {"pooling_size": [1, 2], "key_frame_interval": 2, "between_pooling_size": 4}},
+        {"per_video_options": [{"pooling_size": 2}, {"pooling_size": [1, 3]}]},
+    ],
+)
+def test_numbers_of_tokens_without_reading_media(notation, options):
     """What servers ask for ahead of time equals what is written later; times are text and not counted."""
     processor = build_processor({**SMALL, "processor_init": notation})
     sizes = [(100, 150), (20, 700), (98, 98)]
@@ -859,6 +868,26 @@ def test_numbers_of_tokens_without_reading_pictures(notation, options):
     assert planned["num_image_tokens"] == marked[:3]
     assert planned["num_video_tokens"] == marked[3:]
     assert planned["num_image_patches"] == output["image_num_crops"].tolist()
+
+
+def test_options_that_choose_frames_are_refused_where_their_number_is_given(processor):
+    for options in (
+        {"num_frames": 2},
+        {"videos_kwargs": {"num_frames": 2}},
+        {"per_video_options": [{"num_frames": 2}]},
+    ):
+        with pytest.raises(ValueError, match=r"\['num_frames'\] cannot be applied to `video_sizes`"):
+            processor._get_num_multimodal_tokens(video_sizes=[(4, 40, 60)], **options)
+    assert processor._get_num_multimodal_tokens(image_sizes=[(4, 4)], num_frames=2).num_image_tokens
+
+
+def test_the_tokenizer_stays_the_callers(processor):
+    own = AutoTokenizer.from_pretrained(GOLDEN / "tokenizer")
+    own.chat_template = None
+    built = Molmo2Processor(processor.image_processor, processor.video_processor, own, chat_template="own")
+    assert built.tokenizer is own
+    assert own.chat_template is None
+    assert built.chat_template == "own"
 
 
 def test_numbers_are_given_for_what_was_asked(processor):
@@ -918,7 +947,7 @@ ONE_VIDEO = {"videos": [video(2)], "video_metadata": [TWO_FRAMES]}
     ("arguments", "message"),
     [
         ({}, "Nothing to process: pass `text`, and `images` or `videos` with it."),
-        ({"text": "a", "audio": [0.0]}, "Molmo2 does not hear: `audio` must be None."),
+        ({"text": "a", "audio": [0.0]}, "Molmo2 has no audio input: `audio` must be None."),
         ({"text": [["a"], ["b"]]}, "`text` holds list; expected a string or a list of strings."),
         ({"text": []}, "`text` holds nothing; expected a string or a list of strings."),
         ({"text": 5}, "`text` holds int; expected a string or a list of strings."),

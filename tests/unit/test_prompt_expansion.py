@@ -6,7 +6,7 @@ import pytest
 
 from molmo2.processing.prompt_tokens import (
     ExpandedPrompt,
-    PictureNotation,
+    VisualTokenFormat,
     expand,
     image_tokens,
     insert_bos,
@@ -49,7 +49,7 @@ LOW_RES_PATCHES = {True: "pp|", False: "pp"}
 @pytest.mark.parametrize("columns", [True, False])
 def test_image_tokens(columns, low_res_columns, start_token, low_res_token):
     """A low-res view of 1 x 2 tokens and crops of 2 x 3, under every combination of the options for images."""
-    notation = PictureNotation(
+    notation = VisualTokenFormat(
         image_use_col_tokens=columns,
         use_single_crop_col_tokens=low_res_columns,
         use_single_crop_start_token=start_token,
@@ -64,8 +64,8 @@ def test_image_tokens(columns, low_res_columns, start_token, low_res_token):
 
 @pytest.mark.parametrize("option", ["video_use_col_tokens", "use_frame_special_tokens"])
 def test_options_for_videos_leave_images_alone(option):
-    default = PictureNotation()
-    changed = PictureNotation(**{option: not getattr(default, option)})
+    default = VisualTokenFormat()
+    changed = VisualTokenFormat(**{option: not getattr(default, option)})
     assert image_tokens([1, 2, 2, 3], changed) == image_tokens([1, 2, 2, 3], default)
 
 
@@ -79,7 +79,7 @@ def test_options_for_videos_leave_images_alone(option):
     ],
 )
 def test_video_string(columns, frame_tokens, expected):
-    notation = PictureNotation(video_use_col_tokens=columns, use_frame_special_tokens=frame_tokens)
+    notation = VisualTokenFormat(video_use_col_tokens=columns, use_frame_special_tokens=frame_tokens)
     assert drawing(video_string([2, 2, 2], [0, 0.5], notation)) == expected
 
 
@@ -89,12 +89,12 @@ def test_video_string(columns, frame_tokens, expected):
 )
 def test_times_have_one_decimal(seconds, printed):
     """Rounded as Python prints floats: 0.25 is exact and goes to even, 0.35 is a little less than it says."""
-    assert drawing(video_string([1, 1, 1], [seconds], PictureNotation())) == f"{printed} [p]"
+    assert drawing(video_string([1, 1, 1], [seconds], VisualTokenFormat())) == f"{printed} [p]"
 
 
 def test_every_frame_has_its_time():
     with pytest.raises(ValueError, match=r"3 frame\(s\) and 2 timestamp\(s\); expected one for each frame"):
-        video_string([3, 1, 1], [0.0, 0.5], PictureNotation())
+        video_string([3, 1, 1], [0.0, 0.5], VisualTokenFormat())
 
 
 # --- placeholders ----------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from molmo2.grounding import prompts
-from molmo2.grounding.parse import MediaInfo, Moment, parse_grounding
+from molmo2.grounding.parse import MediaInfo, SampledFrame, parse_grounding
 from molmo2.grounding.prompts import SECTION_REQUESTS, Prompt
 from molmo2.grounding.structured import SECTIONS, Event, StructuredAnswer
 
@@ -36,9 +36,9 @@ def test_pointing_and_counting_answers_become_places():
     grounding = prompts.point("cup").parse('<points coords="1 1 500 250">cup</points>', [(200, 100)])
     assert [(point.x, point.y) for point in grounding] == [(100, 25)]
     assert prompts.count("cups").parse("3").count == 3
-    media = MediaInfo("video", ((64, 48),), (Moment(0.0, 0, 0, 0.0), Moment(0.5, 1, 15, 0.5)))
+    media = MediaInfo("video", ((64, 48),), (SampledFrame(0.0, 0, 0, 0.0), SampledFrame(0.5, 1, 15, 0.5)))
     tracks = prompts.track("cup").parse('<tracks coords="0.5 7 500 500">cup</tracks>', media).tracks
-    assert [(track.id, track.points[0].moment.source_index) for track in tracks] == [(7, 15)]
+    assert [(track.id, track.points[0].frame.source_index) for track in tracks] == [(7, 15)]
 
 
 def test_descriptions_stay_text():

@@ -3,8 +3,8 @@
     save(to_csv(grounding), "boats.csv")
 
 What each keeps: JSON everything. CSV every point with all its numbers, but not the text, tags or count. COCO the
-points in pixels with labels, kinds of tags and pictures; ids of objects as `track_id`. MOT the points of one video in
-pixels, by source frame and object, but no labels. Reading back gives a `Grounding` that holds what the format holds.
+points in pixels with labels, kinds of tags and images or frames; ids of objects as `track_id`. MOT the points of one
+video in pixels, by source frame and object, but no labels. Reading gives a `Grounding` with what the format holds.
 """
 
 import csv
@@ -18,9 +18,21 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from molmo2.grounding.parse import IMAGE, MULTI_IMAGE, VIDEO, Grounding, MediaInfo, Moment, Point, Tag, Track
+from molmo2.grounding.parse import (
+    IMAGE,
+    MULTI_IMAGE,
+    VIDEO,
+    Grounding,
+    MediaInfo,
+    Point,
+    SampledFrame,
+    Tag,
+    Track,
+    kind_of,
+    tracks_of,
+)
 
-JSON_VERSION = 1
+JSON_VERSION = 2
 CSV_COLUMNS = (
     *("tag", "label", "alt", "key", "id", "x", "y", "x_norm", "y_norm", "image_index"),
     *("time", "sampled_index", "source_index", "source_time", "file_time"),
@@ -31,7 +43,7 @@ NO_SPAN = (0, 0)
 
 
 def save(content: str | Mapping[str, Any], path: str | Path) -> Path:
-    """Writes what one of the functions below returned; the file appears when it is complete.
+    """Write what one of the functions below returned; the file appears when it is complete.
 
     Args:
         content: text, or a dictionary to be written as JSON.
@@ -79,8 +91,8 @@ PARTS = {
     "tracks": Track,
     "tags": Tag,
     "media": MediaInfo,
-    "moments": Moment,
-    "moment": Moment,
+    "sampled_frames": SampledFrame,
+    "frame": SampledFrame,
     "more_videos": MediaInfo,
 }
 
@@ -104,10 +116,10 @@ def to_csv(grounding: Grounding) -> str:
     writer = csv.writer(text, lineterminator="\r\n")  # RFC 4180
     writer.writerow(CSV_COLUMNS)
     for point in grounding.points:
-        moment = point.moment
+        frame = point.frame
         known: list[float | None] = [None] * 5
-        if moment is not None:
-            known = [moment.time, moment.sampled_index, moment.source_index, moment.source_time, moment.file_time]
+        if frame is not None:
+            known = [frame.time, frame.sampled_index, frame.source_index, frame.source_time, frame.file_time]
         row = [point.tag, point.label, point.alt, point.key, point.id, point.x, point.y, point.x_norm, point.y_norm]
         writer.writerow(["" if value is None else value for value in [*row, point.image_index, *known]])
     return text.getvalue()
@@ -126,9 +138,9 @@ def from_csv(text: str) -> Grounding:
     points = []
     for row in reader:
         is_video = row["image_index"] == ""
-        moment = None
+        frame = None
         if row["sampled_index"]:
-            moment = Moment(
+            frame = SampledFrame(
                 float(row["time"]),
                 int(row["sampled_index"]),
                 _number(int, row["source_index"]),
@@ -147,7 +159,7 @@ def from_csv(text: str) -> Grounding:
                 x_norm=float(row["x_norm"]),
                 y_norm=float(row["y_norm"]),
                 image_index=None if is_video else int(row["image_index"]),
-                moment=moment,
+                frame=frame,
                 span=NO_SPAN,
             )
         )
@@ -160,20 +172,7 @@ def _number(kind: Any, text: str) -> Any:
 
 def _grounding(points: Sequence[Point], media: MediaInfo | None = None) -> Grounding:
     """An answer that consists of points alone."""
-    kind = IMAGE
-    if any(point.image_index is None for point in points):
-        kind = VIDEO
-    elif any(point.image_index for point in points):
-        kind = MULTI_IMAGE
-    by_object: dict[tuple[str, int], dict[float, Point]] = {}
-    for point in points:
-        if point.tag == "tracks":
-            by_object.setdefault((point.label, point.id), {}).setdefault(float(point.key), point)
-    tracks = tuple(
-        Track(object_id, label, tuple(points_at[time] for time in sorted(points_at)))
-        for (label, object_id), points_at in by_object.items()
-    )
-    return Grounding("", kind, tuple(points), tracks, (), None, False, False, media)
+    return Grounding("", kind_of(points), tuple(points), tracks_of(points), (), None, False, False, media)
 
 
 # --- COCO keypoints --------------------------------------------------------------------------------------------------
@@ -189,12 +188,12 @@ def to_coco(grounding: Grounding, file_names: Sequence[str] | None = None) -> di
         file_names: of the images of the prompt; of the video alone for an answer about one. None for numbered names.
 
     Raises:
-        ValueError: the size of a picture is unknown, or there are not as many names.
+        ValueError: the size of an image or of the video is unknown, or there are not as many names.
     """
     _require_pixels(grounding.points, "COCO")
     sizes = () if grounding.media is None else grounding.media.sizes
     if grounding.points and not sizes:
-        raise ValueError("COCO files hold the sizes of pictures, which this answer does not know. Write CSV or JSON.")
+        raise ValueError("COCO files hold the sizes of images, which this answer does not know. Write CSV or JSON.")
     is_video = grounding.kind == VIDEO
     entries = _coco_frames(grounding, file_names) if is_video else {}
     entries |= _coco_images(grounding, None if is_video else file_names)
@@ -225,7 +224,7 @@ def to_coco(grounding: Grounding, file_names: Sequence[str] | None = None) -> di
 
 
 def _coco_key(point: Point) -> tuple[str, float]:
-    """Which picture a point is in: a frame of the video, or an image."""
+    """The image or frame of the video that a point is in."""
     return ("second", float(point.key)) if point.image_index is None else ("image", point.image_index)
 
 
@@ -240,8 +239,8 @@ def _coco_frames(grounding: Grounding, file_names: Sequence[str] | None) -> dict
     for point in sorted(points, key=lambda point: float(point.key)):
         key = float(point.key)
         frame: dict[str, Any] = {"file_name": f"{stem}_{key:.1f}s", "seconds": key, "width": width, "height": height}
-        if point.moment is not None and point.moment.source_index is not None:
-            frame["frame_index"] = point.moment.source_index
+        if point.frame is not None and point.frame.source_index is not None:
+            frame["frame_index"] = point.frame.source_index
         frames.setdefault(_coco_key(point), frame)
     return frames
 
@@ -298,7 +297,7 @@ def _coco_point(
         x_norm=x / image["width"],
         y_norm=y / image["height"],
         image_index=index,
-        moment=None if "frame_index" not in image else Moment(float(image["seconds"]), -1, image["frame_index"]),
+        frame=None if "frame_index" not in image else SampledFrame(float(image["seconds"]), -1, image["frame_index"]),
         span=NO_SPAN,
     )
 
@@ -325,14 +324,14 @@ def to_mot(grounding: Grounding, *, fps: float | None = None, box_size: float = 
     numbers = _object_numbers(grounding.points)
     placed: dict[tuple[int, int], tuple[float, Point]] = {}  # by frame and object: how far off the printed time is
     for point in grounding.points:
-        known = None if point.moment is None else point.moment.source_index
+        known = None if point.frame is None else point.frame.source_index
         if known is None and fps is None:
             raise ValueError(
                 f"The source frame of the point at {point.key} s is unknown. Read the answer with what the processor "
                 "returned for the video, or pass `fps`."
             )
         frame = round(float(point.time or 0) * float(fps or 0)) if known is None else known
-        place, distance = (frame + 1, numbers[_object(point)]), point.frame_distance
+        place, distance = (frame + 1, numbers[_object(point)]), point.seconds_to_frame
         if known is None:
             distance = round(abs(float(point.key) - frame / float(fps or 1)), 6)
         if place not in placed or distance < placed[place][0]:
@@ -379,21 +378,27 @@ def from_mot(text: str, size: tuple[float, float], fps: float, label: str = "") 
         values = line.replace(",", " ").split()
         if len(values) < 6:
             raise ValueError(f"Line {number} is {line!r}; expected frame, id, left, top, width, height, ...")
-        frame, object_id = int(float(values[0])) - 1, int(float(values[1]))
+        index, object_id = int(float(values[0])) - 1, int(float(values[1]))
         left, top, width, height = (float(value) for value in values[2:6])
         x, y = left - 1 + width / 2, top - 1 + height / 2
-        moment = Moment(frame / fps, -1, frame, frame / fps)
-        shares = x / size[0], y / size[1]
-        points.append(Point("tracks", label, None, frame / fps, object_id, x, y, *shares, None, moment, NO_SPAN))
+        time = index / fps
+        frame = SampledFrame(time, -1, index, time)
+        points.append(
+            Point("tracks", label, None, time, object_id, x, y, x / size[0], y / size[1], None, frame, NO_SPAN)
+        )
     return _grounding(points, MediaInfo(VIDEO, ((size[0], size[1]),)))
 
 
 def _require_pixels(points: Iterable[Point], name: str) -> None:
     if any(point.x is None for point in points):
         raise ValueError(
-            f"{name} files hold pixels, but the size of the picture is unknown. Read the answer with the processor's "
-            "output, or with sizes: parse_grounding(text, [(width, height)])."
+            f"{name} files hold pixels, but the size of the image or video is unknown. Read the answer with the "
+            "processor's output, or with sizes: parse_grounding(text, [(width, height)])."
         )
+
+
+WRITERS: dict[str, Any] = {"json": to_json, "csv": to_csv, "coco": to_coco, "mot": to_mot}
+FORMAT_OF_SUFFIX = {".json": "json", ".csv": "csv", ".txt": "mot"}
 
 
 def export_grounding(grounding: Grounding, path: str | Path, format: str | None = None, **options: Any) -> Path:
@@ -413,7 +418,3 @@ def export_grounding(grounding: Grounding, path: str | Path, format: str | None 
             f"ends in one of {list(FORMAT_OF_SUFFIX)}."
         )
     return save(WRITERS[chosen](grounding, **options), path)
-
-
-WRITERS = {"json": to_json, "csv": to_csv, "coco": to_coco, "mot": to_mot}
-FORMAT_OF_SUFFIX = {".json": "json", ".csv": "csv", ".txt": "mot"}

@@ -3,8 +3,8 @@ r"""Points and tracks written as Molmo2's answers write them, for few-shot promp
     format_points({1: [(0.25, 0.4)], 3: [(0.1, 0.125), (0.5, 0.999)]}, "boats")
     ->  <points coords="1 1 250 400\t3 2 100 125 3 500 999">boats</points>
 
-What is written here is read back by `molmo2.grounding.parse` as it was; what could not be is refused. Needs nothing
-but Python. The notation is that of the released models: TABs between images and frames, three digits.
+`molmo2.grounding.parse` reads the result back unchanged; what it could not read back is refused. The format is that of
+the released models: TABs between images and frames, three digits. Needs nothing but Python.
 """
 
 import re
@@ -43,16 +43,16 @@ def format_points(
             in which they are given. Ids of `Point` objects need not run on: where one would be taken for the number
             of an image, the key is written once more in front of it.
         label: What is pointed at; None takes that of the `Point` objects, if there are any.
-        sizes: Positions are pixels of pictures of these sizes: (width, height), or one of them per image. Without,
-            they are shares of width and height, 0..1. `Point` objects know both and need no sizes.
+        sizes: If given, positions are pixels of images of these sizes: (width, height), or one of them per image.
+            Else they are fractions of width and height, 0..1. `Point` objects know both and need no sizes.
         alt: The text of the `alt` attribute; None takes that of the `Point` objects, or leaves it out.
         count: "after" writes "Counting the <points ...> shows a total of N.", "before" "There are N <points ...>.".
         total: The number that is said; None says how many points there are.
     Returns:
         The answer; "There are none." without points.
     Raises:
-        TypeError, ValueError: A position lies outside its picture, a key or id is none, or a text would not be read
-            back as it is.
+        TypeError, ValueError: A position lies outside its image, a key or id is invalid, or a text would not be read
+            back unchanged.
     """
     if count not in COUNT_MODES:
         raise ValueError(f"`count` is {count!r}; expected one of {COUNT_MODES}.")
@@ -80,7 +80,7 @@ def format_tracks(
     Args:
         tracks: {id: {seconds: (x, y)}}, or `Track` objects (also a `Grounding`).
         label: What is tracked; None takes that of the `Track` objects.
-        size: Positions are pixels of a video of this (width, height); without, they are shares, 0..1.
+        size: If given, positions are pixels of a video of this (width, height); else fractions, 0..1.
         alt: As for `format_points`.
     Returns:
         The answer, times ascending, objects of one time by id; "No tracks available." without any.
@@ -105,7 +105,7 @@ def format_tracks(
             group = by_time.setdefault(_seconds(float(time)), [])
             if any(other[0] == triple[0] for other in group):
                 raise ValueError(
-                    f"Object {number} has two positions at {_seconds(float(time))} s, the precision of the notation. "
+                    f"Object {number} has two positions at {_seconds(float(time))} s, the precision of the format. "
                     "Keep one of them."
                 )
             group.append(triple)

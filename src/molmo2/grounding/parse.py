@@ -1,16 +1,16 @@
 r"""Points, tracks and counts in Molmo2's answers, read from text.
 
-    "<points coords=\"1 1 512 340\">red kite</points>"  ->  one `Point`, in pixels if the picture's size is known
+    "<points coords=\"1 1 512 340\">red kite</points>"  ->  one `Point`, in pixels if the size of the image is known
 
-Usable alone: this file needs nothing but Python. `parse_grounding` reads a whole answer, `GroundingStream` one that is
-still being written; both run the same scanner, which looks at every character once. No text makes them raise, and a
-number becomes part of a point only inside `coords` (or, in the older notation, inside x and y).
+`parse_grounding` reads a whole answer, `GroundingStream` one that is still being generated; both run the same scanner,
+which reads every character once. No text makes them raise, and a number becomes part of a point only inside `coords`
+(or, in the older format, inside x and y). Needs nothing but Python.
 
-What is read, beyond the notation of `format_points`: tags in any case and number (`<point coords=...>`), attributes in
+Accepted beyond what `format_points` writes: tags in any case and number (`<point coords=...>`), attributes in
 any order, `&quot;` and single quotes, TABs that became spaces or the two characters backslash-t, answers that were cut
-off, and the older `<point x="10.5" y="20.1">`, `<points x1= y1= x2= y2=>` on a grid of 0..100. The latter name no
-image and no object: they count as points in image 1 and are numbered from 1 over the whole answer; like any other they
-state no count. In an answer about a video alone they are left out, having no time.
+off, and the older `<point x="10.5" y="20.1">`, `<points x1= y1= x2= y2=>` on a grid of 0..100. The older format
+has neither image numbers nor ids: its points belong to image 1 and are numbered from 1 over the whole answer. In an
+answer about a video alone they are dropped, because they have no time.
 """
 
 import html
@@ -34,16 +34,15 @@ Size = tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True)
-class Moment:
+class SampledFrame:
     """A sampled frame of a video.
 
     Attributes:
         time: Seconds at which the frame was sampled; the prompt prints them with one decimal.
-        sampled_index: Place among the sampled frames, from 0.
+        sampled_index: Index among the sampled frames, from 0.
         source_index: Index of the frame in the whole video; None if unknown.
-        source_time: When that frame begins, in seconds from the first frame of the whole video; None if unknown.
-        file_time: The same on the file's own clock (its presentation time stamp), which may start late; None if
-            unknown.
+        source_time: Start of that frame, in seconds from the first frame of the whole video; None if unknown.
+        file_time: The presentation time stamp of that frame in the file, which need not start at 0; None if unknown.
     """
 
     time: float
@@ -59,15 +58,15 @@ class Point:
 
     Attributes:
         tag: "points" or "tracks".
-        label: What the tag says it marks; "" if it says nothing.
-        alt: The tag's alt text, if it has one.
+        label: Label of the tag; "" if it has none.
+        alt: Alt text of the tag, or None.
         key: Number of the image from 1 (int), or seconds as written (float).
-        id: For points a running number over the answer, for tracks the object's identity.
+        id: For points a running number over the answer, for tracks the identity of the object.
         x, y: Pixels from the upper left corner; None if the size is unknown.
-        x_norm, y_norm: The same as a share of width and height, 0..1.
+        x_norm, y_norm: The same as fractions of width and height, 0..1.
         image_index: `key` counted from 0; None for a point in a video.
-        moment: The sampled frame nearest to `key`; None for images and where the sampled times are unknown.
-        span: Where the id and the two coordinates stand in the text: text[start:end].
+        frame: The sampled frame nearest to `key`; None for images and where the sampled times are unknown.
+        span: Position of the id and the two coordinates in the text: text[start:end].
     """
 
     tag: str
@@ -80,28 +79,28 @@ class Point:
     x_norm: float
     y_norm: float
     image_index: int | None
-    moment: Moment | None
+    frame: SampledFrame | None
     span: Span
 
     @property
     def time(self) -> float | None:
-        """Seconds: of the sampled frame that is meant, else as written; None for images."""
+        """Seconds of the sampled frame, or as written where that is unknown; None for images."""
         if self.image_index is not None:
             return None
-        return float(self.key) if self.moment is None else self.moment.time
+        return float(self.key) if self.frame is None else self.frame.time
 
     @property
-    def frame_distance(self) -> float:
-        """Seconds from the time as written to the sampled frame that is meant: of two in one frame the nearer counts.
+    def seconds_to_frame(self) -> float:
+        """Distance from the time as written to the sampled frame, in seconds; 0 where that is unknown and for images.
 
-        0 where the sampled times are unknown, and for images.
+        Of two points of an object in one frame, the one with the smaller distance counts.
         """
-        return 0.0 if self.moment is None else round(abs(float(self.key) - self.moment.time), 6)
+        return 0.0 if self.frame is None else round(abs(float(self.key) - self.frame.time), 6)
 
 
 @dataclass(frozen=True, slots=True)
 class Track:
-    """One object over time: its points by time as written, one for each time (the first, if the answer repeats it)."""
+    """One object over time: its points sorted by time as written, one per time (the first if repeated)."""
 
     id: int
     label: str
@@ -114,7 +113,7 @@ class Tag:
 
     Attributes:
         kind: "points" or "tracks".
-        span: From its "<" to the end of its closing tag, or of what there is of it.
+        span: From its "<" to the end of its closing tag, or to where it was cut off.
         truncated: A quote, the tag or its closing tag is missing.
     """
 
@@ -128,43 +127,43 @@ class Tag:
 
 @dataclass(frozen=True, slots=True)
 class MediaInfo:
-    """The pictures that an answer is about.
+    """The images and videos that an answer is about.
 
     Attributes:
         kind: "image", "multi_image" or "video".
         sizes: (width, height) in pixels of each image, or of the video alone. Empty if unknown.
-        moments: The sampled frames of a video.
-        image_sizes: Of a prompt with images beside the video: keys with a decimal point and tracks are about the
-            video, whole numbers about these images.
-        more_videos: Of a prompt with several videos: those after the first, which is the one that times are read
-            against. To read an answer against another one, pass it.
+        sampled_frames: The sampled frames of a video.
+        image_sizes: Sizes of the images in a prompt that also has a video: keys with a decimal point and tracks refer
+            to the video, whole numbers to these images.
+        more_videos: The other videos of a prompt with several. Times are read against the first one; to read an answer
+            against another one, pass it alone.
     """
 
     kind: str
     sizes: tuple[Size, ...] = ()
-    moments: tuple[Moment, ...] = ()
+    sampled_frames: tuple[SampledFrame, ...] = ()
     image_sizes: tuple[Size, ...] = ()
     more_videos: tuple["MediaInfo", ...] = ()
 
-    def moment_at(self, seconds: float) -> Moment | None:
-        """The sampled frame that a printed time means; None without sampled frames. See `_Clock`."""
-        return _Clock(self.moments).at(seconds)
+    def frame_at(self, seconds: float) -> SampledFrame | None:
+        """The sampled frame for a printed time; None without sampled frames. See `TimestampIndex`."""
+        return TimestampIndex(self.sampled_frames).frame_at(seconds)
 
 
 @dataclass(frozen=True, slots=True)
 class Grounding:
-    """All that an answer says about places.
+    """Points, tracks and counts of one answer.
 
     Attributes:
         text: The answer.
-        kind: "image", "multi_image" or "video"; told from the keys if no pictures were given.
+        kind: "image", "multi_image" or "video"; inferred from the keys if no media were given.
         points: All points in the order of the text.
-        tracks: The objects of `<tracks>`, by label and identity, in the order in which they appear.
+        tracks: The objects of `<tracks>`, by label and identity, in order of appearance.
         tags: The tags that have coordinates.
         count: The number that the answer states (the first, if several), or 0 for "There are none."; never computed.
-        none: The answer says that there is nothing.
+        says_none: The answer states that there is nothing.
         truncated: A tag was cut off or lost a quote.
-        media: What the answer was read against.
+        media: The images and videos that the answer was read against.
     """
 
     text: str
@@ -173,7 +172,7 @@ class Grounding:
     tracks: tuple[Track, ...]
     tags: tuple[Tag, ...]
     count: int | None
-    none: bool
+    says_none: bool
     truncated: bool
     media: MediaInfo | None = None
 
@@ -188,15 +187,15 @@ class Grounding:
 
     def as_dict(self) -> dict[str, Any]:
         """The same as dictionaries, lists, strings and numbers, for `json.dumps`."""
-        return _plain(asdict(self))
+        return _json_ready(asdict(self))
 
     def frames(self, fps: float) -> list[dict[str, Any]]:
         """Points of a video by time: [{"time", "frame", "points": {id: (x, y)}}], times ascending.
 
         Args:
-            fps: Frame rate of the video; `frame` is round(time * fps). For variable rates see `Point.moment`.
+            fps: Frame rate of the video; `frame` is round(time * fps). For variable rates see `Point.frame`.
 
-        If an id occurs twice at one time the first counts. Without a size the coordinates are shares, 0..1.
+        If an id occurs twice at one time the first counts. Without a size the coordinates are fractions, 0..1.
         """
         by_time: dict[float, dict[int, tuple[float, float]]] = {}
         for point in self.points:
@@ -206,7 +205,7 @@ class Grounding:
         return [{"time": time, "frame": round(time * fps), "points": by_time[time]} for time in sorted(by_time)]
 
     def _repr_html_(self) -> str:
-        """A table for notebooks."""
+        """HTML table of the points, for notebooks."""
         rows = "".join(
             f"<tr><td>{html.escape(point.label)}</td><td>{point.key}</td><td>{point.id}</td>"
             f"<td>{_shown(point.x, point.x_norm)}</td><td>{_shown(point.y, point.y_norm)}</td></tr>"
@@ -219,34 +218,34 @@ class Grounding:
         return f"<p>{html.escape(self.text)}</p><table><tr>{head}</tr>{rows}</table><p>{', '.join(notes)}</p>"
 
 
-def _shown(pixels: float | None, share: float) -> str:
-    return f"{share:.3f}" if pixels is None else f"{pixels:.1f}"
+def _shown(pixels: float | None, fraction: float) -> str:
+    return f"{fraction:.3f}" if pixels is None else f"{pixels:.1f}"
 
 
-def _plain(value: Any) -> Any:
+def _json_ready(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {name: _json_ready(item) for name, item in value.items()}
+    return [_json_ready(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 # --- what an answer is about -----------------------------------------------------------------------------------------
 
 
 def media_info(media: Any, kind: str | None = None) -> MediaInfo | None:
-    """What answers are read against, from whatever describes it.
+    """`MediaInfo` from sizes, images, video metadata or a `MediaInfo`.
 
     Args:
-        media: a `MediaInfo`; one size (width, height) or a list of them, or of pictures with such a `.size`; the
-            metadata of a video (an object or dictionary with `timestamps` or `fps` and `frames_indices`, and with
+        media: A `MediaInfo`; one size (width, height) or a list of them, or of images with such a `.size`; the
+            metadata of a video (an object or dictionary with `timestamps`, or `fps` and `frames_indices`, and with
             `width` and `height`) or a list of those; None or an empty list if nothing is known.
-        kind: "image", "multi_image" or "video" for sizes alone, which may be those of an image or a video.
+        kind: "image", "multi_image" or "video", for sizes, which may be those of images or of a video.
 
     Raises:
         TypeError: `media` is none of these.
         ValueError: `kind` is none of the three.
     """
     if kind is not None and kind not in KINDS:
-        raise ValueError(f"`kind` is {kind!r}; expected one of {KINDS}, or None to tell it from the answer.")
+        raise ValueError(f"`kind` is {kind!r}; expected one of {KINDS}, or None to infer it from the answer.")
     found = media if media is None or is_media_info(media) else _described(media)
     if kind is not None:
         found = MediaInfo(kind) if found is None else replace(found, kind=kind)
@@ -255,7 +254,7 @@ def media_info(media: Any, kind: str | None = None) -> MediaInfo | None:
 
 def is_media_info(value: Any) -> bool:
     """Also true for the class of another copy of this file: loaders of remote code may run it more than once."""
-    return all(hasattr(value, name) for name in ("kind", "sizes", "moments", "image_sizes", "more_videos"))
+    return all(hasattr(value, name) for name in ("kind", "sizes", "sampled_frames", "image_sizes", "more_videos"))
 
 
 def _described(media: Any) -> MediaInfo | None:
@@ -273,8 +272,8 @@ def _described(media: Any) -> MediaInfo | None:
         if len(sizes) == len(media):
             return MediaInfo(MULTI_IMAGE if len(sizes) > 1 else "", sizes)
     raise TypeError(
-        f"{repr(media)[:80]} does not describe pictures. Pass the processor's output, sizes [(width, height), ...], "
-        "the metadata of a video, or nothing."
+        f"{repr(media)[:80]} does not describe images or a video. Pass the processor's output, sizes "
+        "[(width, height), ...], the metadata of a video, or nothing."
     )
 
 
@@ -295,7 +294,7 @@ def _size_of(value: Any) -> Size | None:
 
 
 def _video_info(metadata: Any) -> MediaInfo:
-    """A video by its metadata: the library's, or that of Molmo2's processor, which knows the source frames too."""
+    """`MediaInfo` of a video from transformers' `VideoMetadata` or Molmo2's, which knows the source frames too."""
 
     def get(name: str) -> Any:
         try:
@@ -317,44 +316,44 @@ def _video_info(metadata: Any) -> MediaInfo:
     starts = times if source is None else source
     first = get("source_first_timestamp")
     known = indices is not None and len(indices) == len(times) == len(starts)
-    moments = tuple(
-        Moment(
+    frames = tuple(
+        SampledFrame(
             time,
-            place,
-            int(indices[place]) if known else None,
-            float(starts[place]) if known else None,
-            float(starts[place]) + float(first) if known and first is not None else None,
+            index,
+            int(indices[index]) if known else None,
+            float(starts[index]) if known else None,
+            float(starts[index]) + float(first) if known and first is not None else None,
         )
-        for place, time in enumerate(times)
+        for index, time in enumerate(times)
     )
-    return MediaInfo(VIDEO, ((int(width), int(height)),) if width and height else (), moments)
+    return MediaInfo(VIDEO, ((int(width), int(height)),) if width and height else (), frames)
 
 
-class _Clock:
-    """Finds the sampled frame that a printed time means.
+class TimestampIndex:
+    """Lookup of sampled frames by printed time.
 
-    It is the frame whose time, printed with one decimal, is that text; of several the nearest, of equally near ones
-    the first. A time that no frame prints means the nearest frame.
+    A time finds the frame whose own time is printed like it, with one decimal; of several the nearest, of equally near
+    ones the first. A time that no frame is printed with finds the nearest frame.
     """
 
-    def __init__(self, moments: Sequence[Moment]):
-        self._moments = sorted(moments, key=lambda moment: moment.time)
-        self._times = [moment.time for moment in self._moments]
-        self._printed: dict[float, Moment] = {}
-        for moment in self._moments:
-            key = float(f"{moment.time:.1f}")
-            other = self._printed.setdefault(key, moment)
-            if abs(moment.time - key) < abs(other.time - key):
-                self._printed[key] = moment
+    def __init__(self, frames: Sequence[SampledFrame]):
+        self._frames = sorted(frames, key=lambda frame: frame.time)
+        self._times = [frame.time for frame in self._frames]
+        self._printed: dict[float, SampledFrame] = {}
+        for frame in self._frames:
+            key = float(f"{frame.time:.1f}")
+            other = self._printed.setdefault(key, frame)
+            if abs(frame.time - key) < abs(other.time - key):
+                self._printed[key] = frame
 
-    def at(self, seconds: float) -> Moment | None:
-        if seconds in self._printed or not self._moments:
+    def frame_at(self, seconds: float) -> SampledFrame | None:
+        if seconds in self._printed or not self._frames:
             return self._printed.get(seconds)
         after = bisect_left(self._times, seconds)
-        around = self._moments[max(0, after - 1) : after + 1]
+        around = self._frames[max(0, after - 1) : after + 1]
         if len(around) == 2 and around[1].time - seconds < seconds - around[0].time:
             around = around[1:]
-        return self._moments[bisect_left(self._times, around[0].time)]
+        return self._frames[bisect_left(self._times, around[0].time)]
 
 
 # --- the scanner -----------------------------------------------------------------------------------------------------
@@ -415,7 +414,7 @@ class _OpenTag:
 
     Attributes:
         label: Of the attribute; what stands between the tags is `content`.
-        legacy: Of the older notation: by number "x" and "y", each with its value and span.
+        legacy: Of the older format: by number "x" and "y", each with its value and span.
     """
 
     kind: str
@@ -445,7 +444,7 @@ class _OpenTag:
 
 @dataclass(frozen=True, slots=True)
 class _FoundPoint:
-    """A point as it stands in the text; `key` is None in the older notation."""
+    """A point as it stands in the text; `key` is None in the older format."""
 
     tag: _OpenTag
     key: str | None
@@ -588,7 +587,7 @@ class _Scanner:
         self.is_cut |= _cut_edge("".join(self.prose[-1:])) is not None
 
     def _add_legacy_points(self, tag: _OpenTag) -> bool:
-        """Hand out points of the older notation; whether there are any."""
+        """Hand out points of the older format; whether there are any."""
         pairs = [(pair["x"], pair["y"]) for pair in tag.legacy.values() if len(pair) == 2]
         for (x, x_span), (y, y_span) in pairs:
             if max(x, y) <= LEGACY_GRID and tag.kind == "points":
@@ -735,12 +734,12 @@ def parse_grounding(text: str, media: Any = None, *, kind: str | None = None) ->
 
     Args:
         text: The answer. Any text will do.
-        media: What it is about, see `media_info`. Without, points have no pixels and video points no frame.
-        kind: "image", "multi_image" or "video", where `media` leaves it open (a single size, or nothing). None tells
-            it from the answer: keys with a decimal point and tracks are about a video.
+        media: What it is about, see `media_info`. Without it points have no pixels and no frames.
+        kind: "image", "multi_image" or "video", where `media` leaves it open (a single size, or nothing). None infers
+            it from the answer: keys with a decimal point and tracks refer to a video.
 
     Raises:
-        TypeError: `media` describes no pictures.
+        TypeError: `media` describes neither images nor a video.
         ValueError: `kind` is not one of the three.
     """
     stream = GroundingStream(media, kind=kind)
@@ -749,17 +748,17 @@ def parse_grounding(text: str, media: Any = None, *, kind: str | None = None) ->
 
 
 class GroundingStream:
-    """Reads an answer while it is written.
+    """Incremental reader of an answer that is still being generated.
 
         stream = GroundingStream(media)
         for piece in streamer:
             for point in stream.feed(piece): ...
         grounding = stream.close()
 
-    However the text is split, `feed` hands out the same points, each once, in order, and `close` returns what
-    `parse_grounding` returns for the whole text. A point is handed out when nothing that may follow can take it back
-    or move it. Its `label` and `alt` are those written before the coordinates, as a label between tags comes later
-    than its points; those of `close` are complete.
+    However the text is split, `feed` returns the same points, each once and in order, and `close` returns what
+    `parse_grounding` returns for the whole text. A point is returned as soon as no further text can change it. Its
+    `label` and `alt` are those written before the coordinates, since a label between tags comes after its points;
+    those of `close` are complete.
 
     Args:
         media, kind: As for `parse_grounding`.
@@ -773,7 +772,7 @@ class GroundingStream:
         self._result: Grounding | None = None
 
     def feed(self, piece: str) -> list[Point]:
-        """The points that this piece of text completed.
+        """Add a piece of text; returns the points that it completes.
 
         Raises:
             ValueError: The stream is closed.
@@ -788,7 +787,7 @@ class GroundingStream:
         return [point for point in points if point is not None]
 
     def close(self) -> Grounding:
-        """The whole answer; the text that came is all there is. May be called again."""
+        """The complete answer. No text may follow; may be called again."""
         if self._result is None:
             self._scanner.feed("", is_last=True)
             self._result = self._reader.grounding("".join(self._pieces), self._scanner)
@@ -796,27 +795,27 @@ class GroundingStream:
 
 
 class _Reader:
-    """Places what the scanner found in pictures."""
+    """Turns what the scanner found into points of the images and videos that the answer is about."""
 
     def __init__(self, media: MediaInfo | None):
         self._media = media
         self._kind = "" if media is None else media.kind
         self._sizes = () if media is None else media.sizes
-        self._clock = _Clock(() if media is None else media.moments)
+        self._frames = TimestampIndex(() if media is None else media.sampled_frames)
 
     def point(self, found: _FoundPoint, label: str) -> Point | None:
-        """The point, or None if its key means no picture."""
+        """The point, or None if there is no image or frame for its key."""
         if self._is_video(found):
             if found.key is None:
                 return None
             key: int | float = float(found.key)
-            size, index, moment = next(iter(self._sizes), None), None, self._clock.at(key)
+            size, index, frame = next(iter(self._sizes), None), None, self._frames.frame_at(key)
         else:
             number = 1.0 if found.key is None else float(found.key)
             sizes = self._media.image_sizes if self._media is not None and self._kind == VIDEO else self._sizes
             if number != int(number) or number < 1 or (sizes and number > len(sizes)):
                 return None
-            key, index, moment = int(number), int(number) - 1, None
+            key, index, frame = int(number), int(number) - 1, None
             size = sizes[index] if sizes else None
         x, y = found.x / found.grid, found.y / found.grid
         width, height = (None, None) if size is None else size
@@ -831,7 +830,7 @@ class _Reader:
             x_norm=x,
             y_norm=y,
             image_index=index,
-            moment=moment,
+            frame=frame,
             span=found.span,
         )
 
@@ -855,27 +854,29 @@ class _Reader:
             for tag in scanner.tags
         )
         count, is_none = _read_counts("".join(scanner.prose), bool(points))
-        kind = self._kind or _kind_of(points, tags)
+        kind = self._kind or kind_of(points, tags)
         return Grounding(
             text=text,
             kind=kind,
             points=tuple(points),
-            tracks=_tracks(points),
+            tracks=tracks_of(points),
             tags=tags,
             count=count,
-            none=is_none,
+            says_none=is_none,
             truncated=scanner.is_cut or any(tag.truncated for tag in tags),
             media=None if self._media is None else replace(self._media, kind=kind),
         )
 
 
-def _kind_of(points: Sequence[Point], tags: Sequence[Tag]) -> str:
+def kind_of(points: Sequence[Point], tags: Sequence[Tag] = ()) -> str:
+    """Kind of an answer inferred from its points and tags: "image", "multi_image" or "video"."""
     if any(tag.kind == "tracks" for tag in tags) or any(point.image_index is None for point in points):
         return VIDEO
     return MULTI_IMAGE if any(point.image_index for point in points) else IMAGE
 
 
-def _tracks(points: Sequence[Point]) -> tuple[Track, ...]:
+def tracks_of(points: Sequence[Point]) -> tuple[Track, ...]:
+    """The objects of `<tracks>`, by label and identity, in order of appearance."""
     objects: dict[tuple[str, int], dict[float, Point]] = {}
     for point in points:
         if point.tag == "tracks":
@@ -887,7 +888,7 @@ def _tracks(points: Sequence[Point]) -> tuple[Track, ...]:
 
 
 def _read_counts(prose: str, has_points: bool) -> tuple[int | None, bool]:
-    """The number that is said and whether it is said that there is nothing; `prose` has a mark for each tag."""
+    """The stated number, and whether the text states that there is nothing; `prose` has `TAG_MARK` for each tag."""
     prose = CLOSING_TAG.sub("", prose)
     bare = BARE_COUNT.fullmatch(prose.strip())
     said = [] if bare is None else [(0, bare[1])]
@@ -899,7 +900,7 @@ def _read_counts(prose: str, has_points: bool) -> tuple[int | None, bool]:
 
 
 def _counts_after(prose: str) -> list[tuple[int, str]]:
-    """Places and numbers of "shows a total of N" that belong to a tag or follow "Counting the" in their sentence."""
+    """Position and number of each "shows a total of N" behind a tag, or "Counting the" in its sentence."""
     said, done = [], 0
     for match in COUNT_AFTER.finditer(prose):
         before = prose[done : match.start()]

@@ -1,4 +1,4 @@
-"""The prompts that Molmo2 was trained on, each with what reads its answer.
+"""The prompts that Molmo2 was trained on, each with the reader of its answer.
 
     prompt = prompts.point("cup")
     prompt.text                      # "Point to the cup."
@@ -30,7 +30,7 @@ class Prompt:
     """A prompt and the reader of its answers.
 
     Attributes:
-        text: For the user turn, beside the pictures.
+        text: For the user turn, beside the images or the video.
         reader: `(answer, media)` to a typed result.
     """
 
@@ -61,7 +61,7 @@ def track(what: str, fps: float | None = None, *, points: Any = None) -> Prompt:
     Args:
         fps: Positions a second; the model gives 2 where nothing is said.
         points: Where the objects are at some time, to name the very ones: points of an earlier answer, or what
-            `molmo2.grounding.format.format_points` takes. They stand in the prompt in the model's own notation.
+            `molmo2.grounding.format.format_points` takes. They are written into the prompt in the model's own format.
     Raises:
         ValueError: `points` holds none, or `fps` is not positive.
     """
@@ -88,7 +88,7 @@ def describe(what: str = "image") -> Prompt:
 
 
 def localize_events(what: str | None = None) -> Prompt:
-    """When things happen in a video; read by `grounding.structured.parse_structured`, whose `events` are the answer.
+    """When things happen in a video; read by `parse_structured`, whose `events` are the answer.
 
     Args:
         what: The events to look for; None for all.
@@ -98,7 +98,7 @@ def localize_events(what: str | None = None) -> Prompt:
 
 
 def describe_structured(*sections: str) -> Prompt:
-    """A description as one JSON object; read by `molmo2.grounding.structured.parse_structured`.
+    """A description as one JSON object; read by `parse_structured`.
 
     Args:
         sections: Of "summary", "events", "objects", "text", "scene"; none for all of them.

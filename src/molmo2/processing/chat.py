@@ -1,5 +1,7 @@
-"""Finds the pictures in chat messages, by the rule of the chat template: a part counts as a picture by its type, or by
-carrying a value under one of the keys `image`, `image_url`, `video`, `video_url`.
+"""Images and videos of chat messages.
+
+The rule is that of the chat template: a part is an image or a video by its type, or by a value under one of the keys
+`image`, `image_url`, `video`, `video_url`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,9 +10,12 @@ from typing import Any
 
 from molmo2.image.loading import is_encoded
 
-IMAGE_SOURCES = ("image", "image_url", "url", "path", "base64")
-VIDEO_SOURCES = ("video", "video_url", "url", "path")
-# Options that a video part may carry for itself, and what the video processor calls them.
+# Keys that may hold the source of a part, by its kind.
+SOURCE_KEYS = {
+    "image": ("image", "image_url", "url", "path", "base64"),
+    "video": ("video", "video_url", "url", "path"),
+}
+# Options that a video part may carry, and their names in the video processor.
 VIDEO_OPTIONS = {
     "num_frames": "num_frames",
     "max_fps": "max_fps",
@@ -24,11 +29,11 @@ VIDEO_OPTIONS = {
 
 @dataclass
 class ConversationMedia:
-    """Pictures of one conversation in the order of its messages, as they were given: paths, URLs, arrays, ...
+    """Images and videos of one conversation in the order of its messages, as given: paths, URLs, arrays, ...
 
     Attributes:
-        video_metadata: For each video what its part says about it (`video_metadata`, `timestamps`, `fps`), or None.
-        video_options: For each video the options of the video processor that its part carries.
+        video_metadata: For each video the metadata in its part (`video_metadata`, `timestamps`, `fps`), or None.
+        video_options: For each video the options of the video processor in its part.
     """
 
     images: list[Any] = field(default_factory=list)
@@ -38,17 +43,17 @@ class ConversationMedia:
 
 
 def is_batch(conversation: Any) -> bool:
-    """Whether this is a list of conversations rather than one."""
+    """Whether this is a list of conversations, not a single one."""
     if not isinstance(conversation, (list, tuple)) or not conversation:
         return False
     return isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages")
 
 
 def messages_of(conversation: Any) -> list[Mapping[str, Any]]:
-    """The messages of a list or of an object that holds them, such as a pipeline's chat.
+    """The messages of a conversation: a list, or an object with `messages`, such as the `Chat` of a pipeline.
 
     Raises:
-        ValueError: If there are no messages in it.
+        ValueError: It is neither.
     """
     messages = getattr(conversation, "messages", conversation)
     if not isinstance(messages, (list, tuple)) or not all(isinstance(message, Mapping) for message in messages):
@@ -58,8 +63,8 @@ def messages_of(conversation: Any) -> list[Mapping[str, Any]]:
     return list(messages)
 
 
-def picture_kind(part: Mapping[str, Any]) -> str | None:
-    """What a part stands for: "image", "video" or None."""
+def media_kind(part: Mapping[str, Any]) -> str | None:
+    """Kind of media that a part stands for: "image", "video" or None."""
 
     def carries(key: str) -> bool:
         return part.get(key) is not None  # data sets fill keys that a part lacks with null
@@ -71,17 +76,19 @@ def picture_kind(part: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _source(part: Mapping[str, Any], keys: Sequence[str], kind: str, where: str) -> Any:
-    for key in keys:
+def media_source(part: Mapping[str, Any], kind: str) -> Any:
+    """The image or video of a part: a path, URL, array, ...; None if the part has none.
+
+    Args:
+        kind: "image" or "video", as `media_kind` says.
+    """
+    for key in SOURCE_KEYS[kind]:
         value = part.get(key)
         if isinstance(value, Mapping) and "url" in value:
             value = value["url"]
         if value is not None:
             return value
-    raise ValueError(
-        f"{where}, {'an' if kind == 'image' else 'a'} {kind}, has no source; expected one of the keys {list(keys)}. "
-        f"To pass {kind}s separately, render with `tokenize=False` and call the processor with `{kind}s=`."
-    )
+    return None
 
 
 def _metadata(part: Mapping[str, Any], video: Any) -> Any:
@@ -101,35 +108,43 @@ def _options(part: Mapping[str, Any], video: Any) -> dict[str, Any]:
 
 
 def find_media(conversation: Any) -> ConversationMedia:
-    """Collect the pictures of one conversation.
+    """Collect the images and videos of one conversation.
 
     Raises:
-        ValueError: For a picture part without a source, naming the message and the keys that are looked for.
+        ValueError: An image or video part has no source; the message says where, and which keys may hold it.
     """
     media = ConversationMedia()
     for number, message in enumerate(messages_of(conversation)):
         content = message.get("content")
         parts = content if isinstance(content, (list, tuple)) else []
-        for place, part in enumerate(parts):
-            kind = picture_kind(part) if isinstance(part, Mapping) else None
-            where = f"Part {place} of message {number}"
+        for index, part in enumerate(parts):
+            kind = media_kind(part) if isinstance(part, Mapping) else None
+            if kind is None:
+                continue
+            source = media_source(part, kind)
+            if source is None:
+                raise ValueError(
+                    f"Part {index} of message {number}, {'an' if kind == 'image' else 'a'} {kind}, has no source; "
+                    f"expected one of the keys {list(SOURCE_KEYS[kind])}. To pass {kind}s separately, render with "
+                    f"`tokenize=False` and call the processor with `{kind}s=`."
+                )
             if kind == "image":
-                media.images.append(_source(part, IMAGE_SOURCES, kind, where))
-            elif kind == "video":
-                video = _source(part, VIDEO_SOURCES, kind, where)
-                media.videos.append(video)
-                media.video_metadata.append(_metadata(part, video))
-                media.video_options.append(_options(part, video))
+                media.images.append(source)
+            else:
+                media.videos.append(source)
+                media.video_metadata.append(_metadata(part, source))
+                media.video_options.append(_options(part, source))
     return media
 
 
 def media_arguments(conversations: Sequence[ConversationMedia], options: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `Molmo2Processor.__call__`: the media of conversations, and options of the call.
 
-    `video_metadata` among the options counts before what the messages say; of other options the messages count.
+    `video_metadata` among the options overrides that of the messages; options of video parts override
+    `per_video_options`.
 
     Raises:
-        ValueError: If the options name media too.
+        ValueError: The options contain images or videos.
     """
     twice = sorted({"images", "videos"} & set(options))
     if twice:

@@ -11,25 +11,40 @@ from typing import Any
 import numpy as np
 
 from molmo2.image.geometry import split_runs
-from molmo2.processing.special_tokens import (
-    FRAME_END,
-    FRAME_START,
-    IMAGE_COLUMN,
-    IMAGE_END,
-    IMAGE_LOW_RES_PATCH,
+
+# Strings that Molmo2 adds to a tokenizer; their ids are the tokenizer's business.
+IMAGE_PLACEHOLDER = "<|image|>"
+VIDEO_PLACEHOLDER = "<|video|>"
+
+IMAGE_PATCH = "<im_patch>"
+IMAGE_LOW_RES_PATCH = "<im_low>"
+IMAGE_COLUMN = "<im_col>"
+IMAGE_START = "<im_start>"
+IMAGE_END = "<im_end>"
+LOW_RES_IMAGE_START = "<low_res_im_start>"
+FRAME_START = "<frame_start>"
+FRAME_END = "<frame_end>"
+
+# Tokens of images and video frames: marked in `token_type_ids`, and visible to each other in both directions.
+VISUAL_TOKENS = (
     IMAGE_PATCH,
+    IMAGE_COLUMN,
     IMAGE_START,
     LOW_RES_IMAGE_START,
+    FRAME_START,
+    IMAGE_END,
+    FRAME_END,
+    IMAGE_LOW_RES_PATCH,
 )
 
 
 @dataclass(frozen=True)
-class PictureNotation:
-    """How a checkpoint writes pictures; each published `processor_config.json` says its own.
+class VisualTokenFormat:
+    """Which tokens a checkpoint writes images and frames with; part of each `processor_config.json`.
 
     Attributes:
         image_use_col_tokens: A column token after each row of the high-resolution crops.
-        use_single_crop_col_tokens: The same for the low-resolution view; None means as the high-resolution crops.
+        use_single_crop_col_tokens: The same for the low-resolution view; None means as for the high-resolution crops.
         use_single_crop_start_token: The low-resolution view opens with its own start token.
         video_use_col_tokens: A column token after each row of a frame.
         use_frame_special_tokens: Frames open and close with their own tokens.
@@ -48,29 +63,36 @@ def _grid_tokens(rows: int, cols: int, patch: str, has_columns: bool) -> list[st
     return ([patch] * cols + [IMAGE_COLUMN] * has_columns) * rows
 
 
-def image_tokens(grid: Sequence[int], notation: PictureNotation) -> list[str]:
+def image_tokens(grid: Sequence[int], token_format: VisualTokenFormat) -> list[str]:
     """Tokens of one image: the low-resolution view, then the high-resolution crops.
 
     Args:
-        grid: Rows, cols of the view and rows, cols of the crops, in pooled tokens (a row of `image_grids`).
+        grid: Rows, cols of the low-resolution view and rows, cols of the crops, in pooled tokens (a row of
+            `image_grids`).
     """
     low_rows, low_cols, high_rows, high_cols = (int(side) for side in grid)
-    low_columns = notation.use_single_crop_col_tokens
+    low_columns = token_format.use_single_crop_col_tokens
     if low_columns is None:
-        low_columns = notation.image_use_col_tokens
-    low_start = LOW_RES_IMAGE_START if notation.use_single_crop_start_token else IMAGE_START
-    low_patch = IMAGE_LOW_RES_PATCH if notation.use_low_res_token_for_global_crops else IMAGE_PATCH
+        low_columns = token_format.image_use_col_tokens
+    low_start = LOW_RES_IMAGE_START if token_format.use_single_crop_start_token else IMAGE_START
+    low_patch = IMAGE_LOW_RES_PATCH if token_format.use_low_res_token_for_global_crops else IMAGE_PATCH
     return [
         low_start,
         *_grid_tokens(low_rows, low_cols, low_patch, low_columns),
         IMAGE_END,
         IMAGE_START,
-        *_grid_tokens(high_rows, high_cols, IMAGE_PATCH, notation.image_use_col_tokens),
+        *_grid_tokens(high_rows, high_cols, IMAGE_PATCH, token_format.image_use_col_tokens),
         IMAGE_END,
     ]
 
 
-def video_string(grid: Sequence[Any], timestamps: Sequence[float], notation: PictureNotation) -> str:
+def frame_tokens(rows: int, cols: int, token_format: VisualTokenFormat) -> list[str]:
+    """Tokens of one video frame of `rows` by `cols` pooled tokens."""
+    start, end = (FRAME_START, FRAME_END) if token_format.use_frame_special_tokens else (IMAGE_START, IMAGE_END)
+    return [start, *_grid_tokens(rows, cols, IMAGE_PATCH, token_format.video_use_col_tokens), end]
+
+
+def video_string(grid: Sequence[Any], timestamps: Sequence[float], token_format: VisualTokenFormat) -> str:
     """Text of one video: for each frame its time in seconds with one decimal, then its tokens.
 
     Args:
@@ -78,13 +100,11 @@ def video_string(grid: Sequence[Any], timestamps: Sequence[float], notation: Pic
             frames that are pooled alike.
         timestamps: Seconds, one for each frame.
     Raises:
-        ValueError: If there are not as many times as frames.
+        ValueError: The numbers of timestamps and frames differ.
     """
-    start, end = (FRAME_START, FRAME_END) if notation.use_frame_special_tokens else (IMAGE_START, IMAGE_END)
     frames: list[str] = []
     for num_frames, rows, cols in np.atleast_2d(grid).tolist():
-        tokens = _grid_tokens(rows, cols, IMAGE_PATCH, notation.video_use_col_tokens)
-        frames += [start + "".join(tokens) + end] * num_frames
+        frames += ["".join(frame_tokens(rows, cols, token_format))] * num_frames
     if len(timestamps) != len(frames):
         raise ValueError(
             f"The video has {len(frames)} frame(s) and {len(timestamps)} timestamp(s); expected one for each frame."
@@ -95,7 +115,7 @@ def video_string(grid: Sequence[Any], timestamps: Sequence[float], notation: Pic
 def timed_grids(
     video_grids: Iterable[Sequence[int]], metadata: Sequence[Any]
 ) -> list[tuple[list[list[int]], Sequence[float]]]:
-    """For each video its rows of `video_grids` (one for each run of frames) and the times of its frames.
+    """(rows of `video_grids`, timestamps) of each video; a slow-fast video has one row per run of frames.
 
     Args:
         metadata: Of each video, with `timestamps` in seconds.
@@ -106,7 +126,7 @@ def timed_grids(
 
 @dataclass(frozen=True)
 class ExpandedPrompt:
-    """A prompt with its pictures written out.
+    """A prompt whose placeholders were replaced by visual tokens.
 
     Attributes:
         text: The expanded prompt.
@@ -117,15 +137,15 @@ class ExpandedPrompt:
     moves: tuple[tuple[int, int], ...] = ()
 
     def position(self, original: int) -> int:
-        """Where a character of the original prompt, outside of placeholders, stands in the expanded one."""
+        """Index in the expanded prompt of a character of the original one, outside of placeholders."""
         return original + sum(shift for end, shift in self.moves if end <= original)
 
 
 def expand(prompt: str, replacements: Mapping[str, Sequence[str]]) -> ExpandedPrompt:
-    """Replace placeholders one by one, in their order.
+    """Replace placeholders by the texts of their images and videos, in order.
 
     Args:
-        replacements: For each placeholder the texts of its occurrences; as many as there are.
+        replacements: For each placeholder one text per occurrence.
     """
     waiting = {placeholder: iter(texts) for placeholder, texts in replacements.items()}
     pieces: list[str] = []
@@ -141,13 +161,14 @@ def expand(prompt: str, replacements: Mapping[str, Sequence[str]]) -> ExpandedPr
 
 
 def require_placeholders(counts: Sequence[int], passed: Sequence[int] | int, placeholder: str, noun: str) -> None:
-    """Check that the prompts place exactly the pictures that were passed.
+    """Check that the prompts have one placeholder for each image or video that was passed.
 
     Args:
         counts: Placeholders in each prompt.
-        passed: Pictures for each prompt, or of all prompts together.
+        passed: Images or videos for each prompt, or of all prompts together.
+        noun: "image" or "video".
     Raises:
-        ValueError: Naming both numbers, and the prompt where it is known.
+        ValueError: The numbers differ; the message names both, and the prompt where it is known.
     """
     advice = f"Put one `{placeholder}` where each {noun} belongs, or let `apply_chat_template` write the prompt"
     if isinstance(passed, int):
@@ -169,15 +190,15 @@ def require_placeholders(counts: Sequence[int], passed: Sequence[int] | int, pla
 
 
 def insert_bos(ids: list[int], bos_id: int) -> list[int]:
-    """The row with exactly one leading BOS: training always has one, and the chat template writes none."""
+    """The row with exactly one leading BOS, as in training; the chat template writes none."""
     return ids if ids[:1] == [bos_id] else [bos_id, *ids]
 
 
 def truncate(ids: list[int], max_length: int, side: str, visual_ids: frozenset[int]) -> list[int]:
-    """The row cut to `max_length`; BOS stays when the left side is cut.
+    """The row cut to `max_length`; BOS is kept when the left side is cut.
 
     Raises:
-        ValueError: If the cut would take visual tokens: the pictures would no longer fit the prompt.
+        ValueError: The cut would remove visual tokens, so that images and videos no longer fit the prompt.
     """
     excess = len(ids) - max_length
     if excess <= 0:
@@ -192,14 +213,14 @@ def truncate(ids: list[int], max_length: int, side: str, visual_ids: frozenset[i
     return ids[:1] + ids[excess + 1 :] if side == "left" else ids[:-excess]
 
 
-def padded_length(lengths: Sequence[int], padding: bool | str, max_length: int | None, multiple: int | None) -> int:
-    """Length that rows are padded to; 0 means no padding.
+def padded_length(lengths: Sequence[int], padding: Any, max_length: int | None, multiple: int | None) -> int:
+    """Length that rows are padded to; 0 for no padding.
 
     Args:
         padding: True or "longest", "max_length", False or "do_not_pad" (or an enum with these values).
         multiple: Round up to a multiple of this.
     Raises:
-        ValueError: For another strategy, or "max_length" without a length.
+        ValueError: For another strategy, and for "max_length" without a length.
     """
     strategy = getattr(padding, "value", padding)
     if strategy in (False, None, "do_not_pad"):
@@ -215,13 +236,13 @@ def padded_length(lengths: Sequence[int], padding: bool | str, max_length: int |
     return length if not multiple else -(-length // multiple) * multiple
 
 
-def pad(row: list[int], length: int, filler: int, side: str) -> list[int]:
-    """The row filled up to `length` on `side` ("left" or "right").
+def pad(row: list[int], length: int, pad_value: int, side: str) -> list[int]:
+    """The row padded to `length` on `side` ("left" or "right").
 
     Raises:
         ValueError: For another side.
     """
     if side not in ("left", "right"):
         raise ValueError(f"`padding_side` is {side!r}; expected 'left' or 'right'.")
-    filling = [filler] * (length - len(row))
-    return filling + row if side == "left" else row + filling
+    padding = [pad_value] * (length - len(row))
+    return padding + row if side == "left" else row + padding

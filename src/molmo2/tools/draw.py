@@ -172,8 +172,8 @@ def contact_sheet(
     if not len(frames):
         raise ValueError("There are no frames to draw. Pass the sampled frames of the video.")
     if times is None:
-        moments = () if grounding.media is None else grounding.media.moments
-        times = [moment.time for moment in moments] if len(moments) == len(frames) else None
+        sampled = () if grounding.media is None else grounding.media.sampled_frames
+        times = [frame.time for frame in sampled] if len(sampled) == len(frames) else None
     if times is not None and len(times) != len(frames):
         raise ValueError(f"There are {len(frames)} frames, but {len(times)} times. Pass one time per frame, or none.")
     first = to_rgb(frames[0])
@@ -255,7 +255,7 @@ def _points_of(grounding: Any, image_index: int | None, sampled_index: int | Non
     if sampled_index is None:
         return [point for point in grounding.points if point.image_index == image_index]
     return [
-        point for point in grounding.points if point.moment is not None and point.moment.sampled_index == sampled_index
+        point for point in grounding.points if point.frame is not None and point.frame.sampled_index == sampled_index
     ]
 
 

@@ -141,9 +141,9 @@ class MarksOverTime:
                 "if it is about a video, parse it with the processor's output for that video."
             )
         self.style = style.for_answer(grounding)
-        moments = () if grounding.media is None else grounding.media.moments
+        frames = () if grounding.media is None else grounding.media.sampled_frames
         points = [point for point in grounding.points if point.image_index is None]
-        sampled = sorted({_seconds(moment) for moment in moments} | {_point_seconds(point) for point in points})
+        sampled = sorted({_seconds(frame) for frame in frames} | {_point_seconds(point) for point in points})
         tracked = {_point_seconds(point) for point in points if point.tag == "tracks"}
         self._frame_times = SampleTimes.from_times(sampled)
         self._track_times = SampleTimes.from_times(expected_track_times(sampled, tracked))
@@ -151,7 +151,7 @@ class MarksOverTime:
         for number, point in enumerate(points):
             identity = (point.tag, point.label, point.id) if point.tag == "tracks" else (number,)
             points_at, seconds = self._objects.setdefault(identity, {}), _point_seconds(point)
-            if seconds not in points_at or point.frame_distance < points_at[seconds].frame_distance:
+            if seconds not in points_at or point.seconds_to_frame < points_at[seconds].seconds_to_frame:
                 points_at[seconds] = point
 
     def __call__(self, seconds: float) -> list[Mark]:
@@ -251,13 +251,13 @@ def expected_track_times(sampled: list[float], tracked: set[float]) -> list[floa
     ]
 
 
-def _seconds(moment: Any) -> float:
-    """When the frame of a moment is displayed, in seconds since the first frame of the video."""
-    return moment.time if moment.source_time is None else moment.source_time
+def _seconds(frame: Any) -> float:
+    """When a sampled frame is displayed, in seconds since the first frame of the video."""
+    return frame.time if frame.source_time is None else frame.source_time
 
 
 def _point_seconds(point: Any) -> float:
-    return float(point.key) if point.moment is None else _seconds(point.moment)
+    return float(point.key) if point.frame is None else _seconds(point.frame)
 
 
 # --- reading and writing ---------------------------------------------------------------------------------------------

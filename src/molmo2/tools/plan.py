@@ -12,7 +12,7 @@ from typing import Any
 from molmo2.image.geometry import VideoPlan
 from molmo2.image.loading import measure_images
 from molmo2.processing.chat import find_media, is_batch
-from molmo2.processing.special_tokens import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
+from molmo2.processing.prompt_tokens import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
 from molmo2.tools.memory import MemoryEstimate, RequestShape, estimate_memory
 from molmo2.video.processing import clips_per_video
 

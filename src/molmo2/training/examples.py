@@ -20,20 +20,18 @@ from torch import Tensor
 
 from molmo2.model.loss import IGNORED
 from molmo2.processing.chat import (
-    IMAGE_SOURCES,
-    VIDEO_SOURCES,
+    SOURCE_KEYS,
     ConversationMedia,
     find_media,
     is_batch,
     media_arguments,
+    media_kind,
+    media_source,
     messages_of,
-    picture_kind,
 )
 from molmo2.processing.prompt_tokens import timed_grids, truncate
 from molmo2.training.weighting import TokenWeighting, is_answer, message_weights, role_of
 from molmo2.video.loading import is_one_video
-
-SOURCES = {"image": IMAGE_SOURCES, "video": VIDEO_SOURCES}
 
 Message = Mapping[str, Any]
 Conversation = list[Message]
@@ -258,7 +256,7 @@ def common_prefix_length(rows: Sequence[Sequence[int]], max_length: int) -> int:
 def _media_parts(messages: Iterable[Message]) -> list[Any]:
     """The image and video parts of a conversation."""
     parts = [part for message in messages for part in _parts(message)]
-    return [part for part in parts if isinstance(part, Mapping) and picture_kind(part) is not None]
+    return [part for part in parts if isinstance(part, Mapping) and media_kind(part) is not None]
 
 
 def _is_same_source(one: Any, other: Any) -> bool:
@@ -356,7 +354,7 @@ def messages_from_row(row: Mapping[str, Any]) -> Any:
         )
     conversations = list(messages) if is_batch(messages) else [messages]
     first = messages_of(conversations[0])
-    for kind in SOURCES:
+    for kind in SOURCE_KEYS:
         column = row.get(f"{kind}s") if row.get(f"{kind}s") is not None else row.get(kind)
         is_list = isinstance(column, (list, tuple)) and not (kind == "video" and is_one_video(column))
         media = [] if column is None else list(column) if is_list else [column]
@@ -368,11 +366,7 @@ def _with_sources(messages: Conversation, kind: str, media: list[Any]) -> Conver
     """The conversation with these images or videos in the parts of that kind that have no source."""
 
     def lacks_source(part: Any) -> bool:
-        return (
-            isinstance(part, Mapping)
-            and picture_kind(part) == kind
-            and all(part.get(key) is None for key in SOURCES[kind])
-        )
+        return isinstance(part, Mapping) and media_kind(part) == kind and media_source(part, kind) is None
 
     num_lacking = sum(lacks_source(part) for message in messages for part in _parts(message))
     if media and not num_lacking:
