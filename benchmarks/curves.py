@@ -86,7 +86,7 @@ def exponent(points: Sequence[int], values: Sequence[float]) -> float | None:
 
 
 def linear_fit(points: Sequence[int], values: Sequence[float]) -> dict[str, float]:
-    """Least squares `values = start + slope * number`, and the share of the variation that it explains."""
+    """Least squares `values = start + slope * number`, and the fraction of the variation that it explains."""
     mean_x, mean_y = sum(points) / len(points), sum(values) / len(values)
     spread = sum((x - mean_x) ** 2 for x in points)
     slope = sum((x - mean_x) * (y - mean_y) for x, y in zip(points, values, strict=True)) / spread

@@ -1,5 +1,5 @@
-"""From a training checkpoint to drawn points: converts the trained miniature, loads it the way a user would, asks it
-about pictures and a clip, and writes what it saw.
+"""The demo, from a training checkpoint to drawn points: converts the trained miniature, loads it, asks it about images
+and a clip, and writes annotated copies.
 
 Usage: python examples/demo.py [FOLDER]    (default: demo_output)
 """
@@ -11,34 +11,30 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from molmo2 import annotate_video, ask, draw, load
 from molmo2.convert.cli import main as convert
-from molmo2.tools.ask import ask
-from molmo2.tools.draw import draw
-from molmo2.tools.draw_video import annotate_video
 
 EXAMPLES = Path(__file__).resolve().parent
-sys.path[:0] = [str(EXAMPLES), str(EXAMPLES.parent)]
+sys.path.insert(0, str(EXAMPLES))
 
 from miniature.native import CHECKPOINT  # noqa: E402
 from miniature.questions import ask_pictures  # noqa: E402
 from miniature.world import make_picture  # noqa: E402
 
 PICTURE, CLIP = EXAMPLES / "data" / "world_picture.png", EXAMPLES / "data" / "world_clip.mp4"
-DRAWN_SEED = 7000  # of pictures drawn anew; training, scores and the bundled pictures have others
+DRAWN_SEED = 7000  # of new images; training, scores and the bundled images use others
 
 
 class Demo:
-    """A converted folder at work; what it draws goes into `output`."""
+    """A converted checkpoint that answers questions; annotated files go into `output`."""
 
     def __init__(self, folder: Path, output: Path):
-        self.processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-        self.model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
+        self.model, self.processor = load(folder)
         self.output = output
 
     def ask(self, question: str, **media: Any) -> Any:
-        """Ask and print; returns the answer."""
+        """Ask a question, print and return the answer."""
         answer = ask(self.model, self.processor, question, **media)
         print(f"  {question}\n    {answer.text}")
         for point in answer.grounding.points[:8]:
@@ -57,6 +53,7 @@ class Demo:
         print(f"    wrote {self.output / name}")
 
     def bundled_picture(self) -> None:
+        """Questions about the bundled image."""
         print(f"\n{PICTURE.name}")
         answer = self.ask("Point to the red circles.", images=PICTURE)
         self.save(draw(PICTURE, answer.grounding), "points.png")
@@ -64,13 +61,14 @@ class Demo:
             self.ask(question, images=PICTURE)
 
     def clip(self) -> None:
+        """A tracked object in the bundled clip."""
         print(f"\n{CLIP.name}")
         answer = self.ask("Track the red ring.", videos=CLIP)
         drawn = annotate_video(CLIP, answer.grounding, self.output / "track.mp4")
         print(f"    wrote {drawn.path}")
 
     def drawn_pictures(self, seeds: Sequence[int]) -> None:
-        """Pictures that nobody has seen before, with the true answer of each question."""
+        """Newly drawn images, with the correct answer to each question."""
         for seed in seeds:
             rng = np.random.default_rng([DRAWN_SEED, seed])
             picture = make_picture(rng)

@@ -1,8 +1,8 @@
-"""Teaches the miniature a shape that it has never seen: python examples/finetune_lora.py [MODEL] [--minutes 8]
+"""Fine-tuning with LoRA: the miniature learns a new shape: python examples/finetune_lora.py [MODEL] [--minutes 8]
 
-The world has diamonds, but no picture, question or answer of the miniature's training shows or names one. Adapters
-(LoRA) on all linear layers learn to point to them, to count and to name them, from pictures drawn as it goes; a third
-of these are as ever, so that the rest is kept. Scores are on fresh seeds, before and after.
+The world has diamonds, but no image, question or answer of the miniature's training contains one. Adapters on all
+linear layers learn to point to diamonds, to count and to name them, from images drawn on the fly; a third of the
+images have no diamonds, so that old abilities are kept. Scores are on fresh seeds, before and after.
 
 MODEL is a converted folder or a native checkpoint; by default the miniature that comes with the repository.
 """
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Threads that wait must not hold a core that another process wants: one beside draws the pictures.
+# Waiting threads must not occupy a core: a worker process draws the images.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
@@ -40,14 +40,14 @@ TRAINING_SEED, FRESH_SEED = 7000, 8000  # used by nothing else
 
 @dataclass(frozen=True)
 class Plan:
-    """The run.
+    """Settings of the run.
 
     Attributes:
         shape: One of `HELD_OUT_SHAPES`.
-        minutes: Of training; its learning rate falls to zero by then.
+        minutes: Duration of training; the learning rate decays to zero by then.
         rank: Of the adapters.
         trees: Pictures of a step, with up to `branches` questions each.
-        old: Share of pictures without the new shape.
+        old: Fraction of images without the new shape.
     """
 
     shape: str = "diamond"
@@ -59,16 +59,16 @@ class Plan:
     old: float = 0.3
 
 
-def picture_with(shape: str, rng: np.random.Generator, most: int = 5) -> Picture:
-    """Up to seven things, of which one to `most` have the new shape."""
+def picture_with(shape: str, rng: np.random.Generator, max_new: int = 5) -> Picture:
+    """An image with up to seven objects, of which one to `max_new` have the new shape."""
     kinds = choose_kinds(rng, int(rng.integers(1, 5)))
-    new = [(list(COLOURS)[rng.integers(len(COLOURS))], shape) for _ in range(rng.integers(1, most + 1))]
+    new = [(list(COLOURS)[rng.integers(len(COLOURS))], shape) for _ in range(rng.integers(1, max_new + 1))]
     mixed = [*new, *kinds][:7]
     return make_picture(rng, kinds=[mixed[place] for place in rng.permutation(len(mixed))])
 
 
 def places(picture: Picture, target: tuple) -> list[questions.Place]:
-    """What is asked for, in the first picture of the prompt."""
+    """The objects that match the target, in the first image of the prompt."""
     return [
         questions.Place(1, number, thing)
         for number, thing in enumerate(picture.things)
@@ -77,7 +77,7 @@ def places(picture: Picture, target: tuple) -> list[questions.Place]:
 
 
 def about(shape: str, rng: np.random.Generator, picture: Picture) -> list[questions.Question]:
-    """Point to all of that shape, to those of a colour; count them; name one that is alone in its colour."""
+    """Questions about the shape: point to all, or to those of a colour; count; name one with a unique colour."""
     colours, new = list(COLOURS), (None, shape)
     target = (colours[rng.integers(len(colours))], shape)
     asked = [
@@ -95,7 +95,7 @@ def about(shape: str, rng: np.random.Generator, picture: Picture) -> list[questi
 
 
 class Lessons(IterableDataset):
-    """Message trees without end: one picture, several questions with their answers."""
+    """An endless stream of message trees: one image, several questions with their answers."""
 
     def __init__(self, plan: Plan):
         self.plan = plan
@@ -122,7 +122,7 @@ def conversation(question: questions.Question) -> list[dict[str, Any]]:
 
 
 class Clock(TrainerCallback):
-    """Ends the run on time; the rate falls in a straight line until then."""
+    """Stops training on time; the learning rate decays linearly until then."""
 
     def __init__(self, plan: Plan):
         self.plan, self.started = plan, time.monotonic()
@@ -135,7 +135,7 @@ class Clock(TrainerCallback):
 
 
 def scores(model: Any, processor: Any, number: int, shape: str = Plan.shape) -> dict[str, float]:
-    """Scores on fresh pictures: of the new shape, and of the old ones (`old: ...`)."""
+    """Scores on fresh images: for the new shape, and for the old ones (`old: ...`)."""
     new, old = [], []
     for index in range(number):
         rng = np.random.default_rng([FRESH_SEED, index])
@@ -158,7 +158,7 @@ def scores(model: Any, processor: Any, number: int, shape: str = Plan.shape) -> 
 
 
 def right_share(processor: Any, asked: list[Example], texts: list[str]) -> float:
-    """Share of questions whose answer is right as a whole: every place and no other, the total, the name."""
+    """Fraction of questions whose whole answer is correct: every point and no other, the total, the name."""
     right = 0
     for example, text in zip(asked, texts):
         found = judge(processor, [example], [text])

@@ -1,12 +1,12 @@
-"""Training batches: pictures and clips of the world as message trees.
+"""Training batches: images and clips of the world as message trees.
 
-One sequence holds the pictures once and several question/answer branches behind them. A branch sees the pictures and
-itself, and its positions follow on the pictures, so it is what it would be alone:
+A sequence contains the images once, followed by several question/answer branches. A branch attends to the images and
+to itself, and its positions continue those of the images, so it equals a sequence of its own:
 
-    pictures | question 1, answer 1 | question 2, answer 2 | ...
+    images | question 1, answer 1 | question 2, answer 2 | ...
     branch 0 |          1           |          2           | ...
 
-Pixels and tokens come from the processor's own parts; `tests/test_miniature.py` compares with whole processor calls.
+Pixels and tokens come from the processor's parts; tests compare them with whole processor calls.
 """
 
 import re
@@ -24,9 +24,9 @@ from .layout import CROP, PATCH, PATCHES
 from .questions import Place, Question, ask_clip, ask_pictures, clip_key, picture_number
 from .world import COLOURS, KINDS, Clip, Thing, make_clip, make_picture
 
-MOST_KNOWN = 4096  # texts whose tokens are kept
-PROMPT_TAIL = 6  # tokens from the mark at the end of a question to its answer
-NO_TARGET = -1  # this patch is not asked about
+MAX_CACHED = 4096  # texts whose tokens are cached
+PROMPT_TAIL = 6  # tokens from the end token of a question to its answer
+NO_TARGET = -1  # this patch has no target
 EMPTY = 0
 ROUNDING_WEIGHT = 0.2  # of the last digit of a coordinate, which is finer than the pixels
 COORDINATE = re.compile(r"(?<= )\d{3,4}(?=[ \t\"])")
@@ -37,7 +37,7 @@ KIND_IDS = {name: number for number, name in enumerate(KINDS)}
 
 @dataclass(frozen=True)
 class Mix:
-    """How hard the pictures of a batch are."""
+    """The difficulty of the images of a batch."""
 
     max_things: int = 7
     tiled: float = 0.35
@@ -47,10 +47,10 @@ class Mix:
 
 @dataclass
 class Segment:
-    """The pictures of a tree, or one question with its answer.
+    """The images of a tree, or one question with its answer.
 
-    `named` and `written` say for some of its tokens at which tokens of the pictures an attention head should look:
-    from the end of a question at all that it is about, from each token before a coordinate at the thing that has it.
+    `named` and `written` give, for some of its tokens, the image tokens that an attention head should attend to: for
+    the end of a question every object that it asks about, for a token before a coordinate the object it belongs to.
     """
 
     ids: list[int]
@@ -65,7 +65,7 @@ Trees = list[list[Segment]]
 
 
 class BatchMaker:
-    """Makes batches with a processor of the miniature."""
+    """A factory of batches, with a processor of the miniature."""
 
     def __init__(self, processor):
         self.processor = processor
@@ -78,7 +78,7 @@ class BatchMaker:
 
     def encoding(self, text: str) -> Encoding:
         if text not in self.known:
-            if len(self.known) == MOST_KNOWN:
+            if len(self.known) == MAX_CACHED:
                 self.known.clear()
             self.known[text] = self.backend.encode(text, add_special_tokens=False)
         return self.known[text]
@@ -105,11 +105,11 @@ class BatchMaker:
     def tree(
         self, opening: str, questions: Sequence[Question], patches: Mapping[tuple, int], pooling: np.ndarray
     ) -> list[Segment]:
-        """One sequence: the pictures, then each question with its answer, the longest first.
+        """One sequence: the images, then each question with its answer, the longest first.
 
         Args:
-            patches: (key, number) of a thing -> the patch of its centre.
-            pooling: (tokens of these pictures, K) their patches.
+            patches: (key, number) of a object -> the patch of its centre.
+            pooling: (tokens of these images, K) their patches.
         """
         ids = [self.processor.bos_token_id, *self.encode(opening)]
         shared = len(ids)
@@ -142,7 +142,7 @@ class BatchMaker:
 
         Returns:
             (B, S) `input_ids`, `branches`, `position_ids` and `weights`; (B, S, S) bool `named` and `written`;
-            `slots`, where the pictures and the branches start, and S.
+            `slots`, where the images and the branches start, and S.
         """
         number = max(len(tree) for tree in trees)
         widths = [max(len(tree[index].ids) for tree in trees if index < len(tree)) for index in range(number)]
@@ -163,7 +163,11 @@ class BatchMaker:
         return {"slots": torch.tensor(slots), **{name: torch.from_numpy(part) for name, part in parts.items()}}
 
     def pictures(self, rng: np.random.Generator, number: int, mix: Mix) -> dict[str, Tensor]:
-        """So many trees about single pictures or sets of them."""
+        """Message trees about single images or sets of images.
+
+        Args:
+            number: Number of trees.
+        """
         trees, all_pictures, questions = [], [], []
         for _ in range(number):
             count = mix.pictures if mix.pictures == 1 else int(rng.integers(2, mix.pictures + 1))
@@ -193,7 +197,11 @@ class BatchMaker:
         return {**self.finish(trees), **tensors, "dense": dense}
 
     def clips(self, rng: np.random.Generator, number: int, mix: Mix) -> dict[str, Tensor]:
-        """So many trees about one clip each."""
+        """Message trees about one clip each.
+
+        Args:
+            number: Number of trees.
+        """
         trees, seen, frames, first = [], {}, [], 0
         clips = [make_clip(rng, max_things=min(3, mix.max_things)) for _ in range(number)]
         metadata = [{"fps": 10.0, "total_num_frames": clip.num_frames} for clip in clips]
@@ -227,23 +235,23 @@ class BatchMaker:
 
 
 def patch_of(thing: Thing) -> int:
-    """The patch of a whole view that has the centre of a thing."""
+    """The patch of a whole view that has the centre of a object."""
     side = CROP // PATCH
     col, row = (min(side - 1, max(0, int(side * place))) for place in (thing.x, thing.y))
     return row * side + col
 
 
 def _per_picture(pooling: Tensor, grids: Tensor, crops: Tensor) -> list[tuple[np.ndarray, int]]:
-    """Pooling rows of each picture, with patches counted from its first crop, and how many patches it has."""
+    """Pooling rows of each image, with patches counted from its first crop, and how many patches it has."""
     tokens = (grids[:, 0] * grids[:, 1] + grids[:, 2] * grids[:, 3]).tolist()
     return [(table.numpy(), PATCHES * size) for table, size in zip(pooling.split(tokens), crops.tolist())]
 
 
 def dense_targets(num_crops: int, seen: dict[int, Sequence[Thing]]) -> Tensor:
-    """What is at each patch.
+    """Targets of the dense heads: the object at each patch.
 
     Args:
-        seen: Things on the crops that show a whole picture or frame.
+        seen: Things on the crops that show a whole image or frame.
     Returns:
         (C, P, 7) int64: `NO_TARGET`, `EMPTY` or 1 with colour, kind, two digits of x, two digits of y.
     """
@@ -259,7 +267,7 @@ def dense_targets(num_crops: int, seen: dict[int, Sequence[Thing]]) -> Tensor:
 
 
 def tree_mask(branches: Tensor, is_visual: Tensor) -> Tensor:
-    """Who may attend to whom: a branch to the pictures and itself, pictures to each other in both directions.
+    """Attention mask: a branch attends to the images and itself, images attend to each other in both directions.
 
     Args:
         branches: (B, S) int64; 0 for the shared part, -1 for padding on the right.

@@ -1,4 +1,4 @@
-"""Writes the pictures and the clip that come with the examples: python -m miniature.bundle FOLDER
+"""Writes the images and the clip that come with the examples: python -m miniature.bundle FOLDER
 
 All are drawn from seeds that neither training nor scores use.
 """
@@ -28,12 +28,12 @@ PAIR_KINDS = (
 
 
 def picture() -> Picture:
-    """Three red circles among other things; larger than one crop."""
+    """Three red circles among other objects; larger than one crop."""
     return make_picture(np.random.default_rng([BUNDLE_SEED, 0]), tiled=1.0, kinds=PICTURE_KINDS)
 
 
 def pair() -> tuple[Picture, ...]:
-    """One and two blue squares, and a red circle each: like most sets, of small pictures with few things."""
+    """One and two blue squares, and a red circle each: like most sets, of small images with few objects."""
     return tuple(
         make_picture(np.random.default_rng([BUNDLE_SEED, seed]), tiled=0.0, kinds=kinds)
         for seed, kinds in zip((3, 2), PAIR_KINDS)

@@ -1,8 +1,8 @@
-"""Helpers of the first lessons: linear heads that must tell from each patch what is there. They are not shipped.
+"""Auxiliary linear heads that predict the object at each patch. They are used in training only.
 
-Taught through answers alone, a vision transformer takes hours to find out that pictures have places in them. These
-heads ask every patch, and every pooled token for each of its patches: is the centre of something here, of which colour
-and kind, and at which two digits of x and y?
+With answers as the only supervision, a vision transformer takes hours to learn that images have positions. These heads
+predict for every patch, and for each patch of every pooled token: whether it has the centre of an object, its colour
+and kind, and two digits each of x and y.
 """
 
 import torch
@@ -25,7 +25,7 @@ class DenseHeads(nn.Module):
         self.pooled = nn.ModuleDict({str(window): nn.Linear(hidden_size, window * sum(SIZES)) for window in (4, 9)})
 
     def forward(self, features: Tensor, tokens: Tensor, pooling: Tensor, targets: Tensor) -> tuple[Tensor, dict]:
-        """Loss and shares of right guesses.
+        """Loss and fractions of right guesses.
 
         Args:
             features: (C * P, F) of the vision transformer.
@@ -67,7 +67,7 @@ def slot_loss(guesses: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, float
 
 
 def look_loss(query: Tensor, key: Tensor, scaling: float, allowed: Tensor, wanted: Tensor) -> tuple[Tensor, float]:
-    """How far one attention head is from looking at what is wanted, and the share of its attention that goes there.
+    """Loss of one attention head that should attend to given tokens, and the attention weight that they get.
 
     Args:
         query, key: (B, S, head_dim) of the head.

@@ -1,11 +1,11 @@
 """Scores of the miniature on fresh seeds: python -m miniature.evaluate [FOLDER] [--number 200]
 
-pointing        share of the objects asked for that have a point within 3 % of the picture's size
-count           share of right totals, of one to five objects ("How many ... are there?")
-track error     mean distance of tracked points, as a share of the picture's size; a point left out counts 50 %, and
-                numbers are names: which track is which object is chosen once per clip
-colour, what    share of right answers about colours and kinds
-none            share of questions about absent things that are answered "There are none."
+pointing        fraction of the requested objects with a point within 3 % of the image size
+count           fraction of correct totals, for one to five objects ("How many ... are there?")
+track error     mean distance of tracked points, as a fraction of the image size; a missing point counts 50 %; track
+                ids are matched to objects once per clip
+colour, what    fraction of correct answers about colours and kinds
+none            fraction of questions about absent objects that are answered "There are none."
 """
 
 import argparse
@@ -21,17 +21,19 @@ from typing import Any
 import numpy as np
 import torch
 
+import molmo2
+
 from . import native
 from .questions import Place, Question, ask_clip, ask_pictures, identities
 from .world import CLIP_FPS, make_clip, make_picture
 
 NEAR = 0.03
 MISSING_DISTANCE = 0.5
-MOST_COUNTED = 5
+MAX_COUNTED = 5
 SAME_TIME = 0.05  # seconds; keys have one decimal
 
 
-# Goals on fresh seeds; shares, and for tracks the mean error as a share of the picture's size.
+# Goals on fresh seeds: fractions, and for tracks the mean error as a fraction of the image size.
 TARGETS = {"pointing": 0.9, "count": 0.85, "track error": 0.04, "colour": 0.9, "what": 0.9, "none": 0.9}
 LOW_IS_GOOD = {"track error"}
 FRESH_SEED = 1000  # training draws from seed 1, its held-out scores from seed 2
@@ -39,14 +41,14 @@ FRESH_SEED = 1000  # training draws from seed 1, its held-out scores from seed 2
 
 @dataclass(frozen=True)
 class Example:
-    """A question with the picture parts of its message."""
+    """A question with the image or video parts of its message."""
 
     question: Question
     parts: tuple[dict[str, Any], ...]
 
     @property
     def group(self) -> str:
-        """picture, set or clip."""
+        """The kind of its media: image, set or clip."""
         return "clip" if self.parts[0]["type"] == "video" else "set" if len(self.parts) > 1 else "picture"
 
     def message(self) -> list[dict]:
@@ -59,10 +61,10 @@ def _video(clip) -> dict[str, Any]:
 
 
 def examples(seed: int, number: int) -> list[Example]:
-    """Questions about fresh pictures (three fifths), sets and clips (one fifth each), in turn.
+    """Questions about fresh single images, sets and clips, in that order.
 
     Args:
-        number: Of questions about single pictures; a third as many of either other kind.
+        number: Number of questions about single images; a third as many about sets, half as many about clips.
     """
     made: list[Example] = []
     for index in range(number // 2):
@@ -84,7 +86,7 @@ def examples(seed: int, number: int) -> list[Example]:
 
 
 def sampled_times(num_frames: int) -> list[float]:
-    """Two frames a second, and the last one: what the miniature's processor shows of a clip."""
+    """Times of the frames that the miniature's processor samples: two per second, and the last one."""
     step, last = CLIP_FPS // 2, num_frames - 1
     indices = list(range(0, last, step))
     return [index / CLIP_FPS for index in [*indices, last]]
@@ -93,7 +95,7 @@ def sampled_times(num_frames: int) -> list[float]:
 def answers(
     model, processor, asked: Sequence[Example], *, batch_size: int = 32, max_new_tokens: int = 260, **options
 ) -> list[str]:
-    """The model's greedy answers; questions of like pictures share a batch."""
+    """The model's greedy answers; questions with the same kinds of media share a batch."""
     order = sorted(range(len(asked)), key=lambda index: [part["type"] for part in asked[index].parts])
     texts = [""] * len(asked)
     for start in range(0, len(order), batch_size):
@@ -119,7 +121,7 @@ def answers(
 
 @dataclass
 class Tally:
-    """Sums behind the scores; pairs of (share or distance, number)."""
+    """The values behind each score: fractions or distances."""
 
     values: dict[str, list[float]] = field(default_factory=dict)
 
@@ -131,7 +133,7 @@ class Tally:
 
 
 def _near_share(places: Sequence[Place], points: Sequence[Any], tally: Tally, name: str) -> None:
-    """Each object takes the nearest point of its key that no other object has taken."""
+    """Match each object to the nearest free point of its key (image number or time), one to one."""
     free = list(points)
     for place in places:
         gaps = [
@@ -151,11 +153,11 @@ def _distance(point: Any, place: Place) -> float:
 
 
 def _track_error(places: Sequence[Place], points: Sequence[Any], tally: Tally) -> None:
-    """Each object at each time is compared with the point at that time of the track that is taken for it.
+    """Distance of each object at each time to the point of its track at that time.
 
-    Numbers of tracks are names: over the whole clip they are given to objects one to one, so that the error is
-    smallest, as is usual in tracking. With the numbers that the notation would give (by first appearance, then x) it
-    is counted too: twins that start side by side are told apart by a hair then.
+    Tracks are matched to objects one to one over the whole clip, with the smallest total error, as usual in tracking.
+    The error with the ids of the training format (by first appearance, then x) is recorded as well; there, identical
+    objects that start side by side are easily swapped.
     """
     found = {(round(float(point.key), 1), point.id): point for point in points}
     wanted = identities(places)
@@ -192,7 +194,7 @@ def judge(processor, asked: Sequence[Example], texts: Sequence[str]) -> dict[str
             _track_error(question.places, grounding.points, tally)
         elif question.task in ("point", "count"):
             _near_share(question.places, grounding.points, tally, f"pointing{suffix}")
-        if question.task == "count" and 0 < number <= MOST_COUNTED:
+        if question.task == "count" and 0 < number <= MAX_COUNTED:
             tally.add(f"count{suffix}", grounding.count == number)
         if question.task in ("colour", "what", "where", "number"):
             tally.add(f"{question.task}{suffix}", text == question.answer)
@@ -206,17 +208,11 @@ def score(model, processor, *, seed: int, number: int, batch_size: int = 32, **o
 
 
 def load(folder: Path, *, dtype: str = "float32", attention: str = "sdpa") -> tuple[Any, Any]:
-    """Model and processor of a converted folder, or of a native one, which is converted first."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
+    """Model and processor of a converted folder, or of a native checkpoint, which is converted first."""
     if (folder / "config.yaml").is_file():
         with tempfile.TemporaryDirectory() as scratch:
             return load(native.to_transformers(folder, Path(scratch) / "model"), dtype=dtype, attention=attention)
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    model = AutoModelForImageTextToText.from_pretrained(
-        folder, trust_remote_code=True, dtype=getattr(torch, dtype), attn_implementation=attention
-    )
-    return model.eval(), processor
+    return molmo2.load(folder, dtype=getattr(torch, dtype), attn_implementation=attention)
 
 
 def table(scores: dict[str, float]) -> str:
@@ -232,7 +228,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=native.CHECKPOINT, help="native or converted")
     parser.add_argument("--seed", type=int, default=FRESH_SEED)
-    parser.add_argument("--number", type=int, default=300, help="questions about single pictures")
+    parser.add_argument("--number", type=int, default=300, help="questions about single images")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--beams", type=int, default=1)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))

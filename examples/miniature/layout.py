@@ -1,6 +1,6 @@
-"""How large the miniature is: the `model` section of its native `config.yaml`, and its fresh weights.
+"""Sizes of the miniature: the `model` section of its native `config.yaml`, and initial weights.
 
-Everything else about it follows from these settings through the converter.
+The converter derives everything else from these settings.
 """
 
 from typing import Any
@@ -69,7 +69,7 @@ def native_section() -> dict[str, Any]:
 
 
 def fresh_tensors(section: dict[str, Any], seed: int) -> dict[str, torch.Tensor]:
-    """Weights from a seed under their native names: matrices keep the size of what passes through them."""
+    """Initial weights from a seed, by their native names; matrices preserve the variance of their input."""
     generator = torch.Generator().manual_seed(seed)
     depth = 2 * section["llm"]["n_layers"]
     tensors = {}

@@ -1,4 +1,4 @@
-"""The miniature in the trainer's own form, sharded, and the way from there to a folder that transformers loads."""
+"""The miniature in the native format, sharded, and its conversion to a folder that transformers loads."""
 
 import pickle
 import tempfile
@@ -32,12 +32,12 @@ def write_sharded(
         warnings.simplefilter("ignore")  # about running without a process group, which is meant
         writer = FileSystemWriter(str(folder / "model_and_optim"), single_file_per_rank=True, overwrite=True)
         save(state, storage_writer=writer, no_dist=True)
-    _forget_place(folder / "model_and_optim" / ".metadata")
+    _without_local_path(folder / "model_and_optim" / ".metadata")
     return folder
 
 
-def _forget_place(path: Path) -> None:
-    """Take the folder of this machine out of the metadata: it is nobody's business."""
+def _without_local_path(path: Path) -> None:
+    """Remove the path of the local folder from the metadata."""
     metadata = pickle.loads(path.read_bytes())
     metadata.storage_meta = StorageMeta(checkpoint_id="model_and_optim", save_id="0")
     path.write_bytes(pickle.dumps(metadata, protocol=4))
@@ -51,7 +51,7 @@ def to_transformers(checkpoint: Path, folder: Path, dtype: str = "float32") -> P
 
 
 def write_fresh(folder: Path, seed: int = 0) -> Path:
-    """A miniature that has learnt nothing, converted."""
+    """A converted miniature with untrained weights."""
     section = layout.native_section()
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = write_sharded(Path(scratch) / "native", section, layout.fresh_tensors(section, seed))
@@ -59,7 +59,7 @@ def write_fresh(folder: Path, seed: int = 0) -> Path:
 
 
 def from_transformers(folder: Path, checkpoint: Path) -> Path:
-    """The sharded bfloat16 form of a converted folder, as the repository ships it."""
+    """The sharded bfloat16 checkpoint of a converted folder, as in the repository."""
     with tempfile.TemporaryDirectory() as scratch:
         section = write_native(folder, Path(scratch) / "native", tokenizer="base_tokenizer")
         tensors = torch.load(Path(scratch) / "native" / "model.pt", weights_only=True)

@@ -1,4 +1,4 @@
-r"""Questions about pictures and clips of the world, with exact answers in the model's notation.
+r"""Questions about images and clips of the world, with exact answers in the model's notation.
 
 Point to the red circles.            <points coords="1 1 204 655 2 731 120">red circles</points>
 How many red circles are there?      Counting the <points ...>red circles</points> shows a total of 2.
@@ -24,7 +24,7 @@ GROUP_SEPARATOR = "\t"
 
 @dataclass(frozen=True)
 class Place:
-    """A thing at a key of the answer: an image number from 1, or the time of a sampled frame."""
+    """A object at a key of the answer: an image number from 1, or the time of a sampled frame."""
 
     key: int | float
     number: int
@@ -49,7 +49,7 @@ class Question:
 
 
 def picture_number(key: int, place: int) -> int:
-    """Number of a thing in a set of pictures."""
+    """Number of a object in a set of images."""
     return 100 * key + place
 
 
@@ -173,7 +173,7 @@ def _about_one(rng: np.random.Generator, seen: Sequence[Place]) -> Question | No
 
 
 def first_places(places: Sequence[Place]) -> list[Place]:
-    """Where each thing is seen first."""
+    """Where each object is seen first."""
     firsts: dict[int, Place] = {}
     for place in places:
         firsts.setdefault(place.number, place)
@@ -189,7 +189,7 @@ def _compose(
     about_one: float,
     none: float,
 ) -> list[Question]:
-    """So many different questions, drawn by weight, about the things at the places where they are seen."""
+    """So many different questions, drawn by weight, about the objects at the places where they are seen."""
     things = [place.thing for place in first_places(seen)]
     weights = np.array([weight for weight, _ in makers])
     found: dict[str, Question] = {}
@@ -211,10 +211,10 @@ def _compose(
 def ask_pictures(
     rng: np.random.Generator, pictures: Sequence[Picture], number: int, *, about_one: float = 0.3, none: float = 0.2
 ) -> list[Question]:
-    """Questions about one picture or a set of them.
+    """Questions about one image or a set of them.
 
     Args:
-        about_one: Share of colour, what and where questions (single pictures only).
+        about_one: Fraction of colour, what and where questions (single images only).
         none: Probability that a pointing or counting question asks for something absent.
     """
     everything = [
@@ -257,7 +257,7 @@ def ask_clip(
     return [
         question
         for question in _compose(rng, number, seen, all_places, makers, about_one, none)
-        if question.task != "where"  # things move
+        if question.task != "where"  # objects move
     ]
 
 

@@ -1,9 +1,9 @@
 """Trains the miniature from scratch: python -m miniature.train RUN [--minutes 80]    (from `examples/`)
 
-Two lessons. In the first, dense heads teach the vision transformer and the connector where things are; in the second
-the whole model answers questions, first about few things, then about everything. How far a run is counts in minutes of
-work of all its cores, so that it ends on time on any machine, and other work beside it makes it longer, not worse. A
-run that was interrupted goes on where its last checkpoint is; one that is over goes on with more `--minutes`.
+Training has two phases. In the first, dense heads train the vision transformer and the connector to localize objects;
+in the second the whole model answers questions, first about few objects, then about everything. Progress is measured
+in CPU minutes of all cores of the process, so the schedule does not depend on other load. An interrupted run continues
+from its last checkpoint; a finished one continues with more `--minutes`.
 
 RUN holds `state.pt` (weights, optimizers, clock), `log.jsonl` (losses and held-out scores) and, at the end, `model`
 (converted folder) and `checkpoint` (the sharded form that is shipped).
@@ -33,20 +33,20 @@ from .evaluate import score
 WORLD_SEED = 1  # evaluation draws from other seeds
 PICTURE_INPUTS = ("pixel_values", "image_token_pooling", "image_grids", "image_num_crops")
 CLIP_INPUTS = ("pixel_values_videos", "video_token_pooling", "video_grids")
-LOOKS = {"named": 1, "written": 3}  # layers whose first head is shown where to look
+LOOKS = {"named": 1, "written": 3}  # layers whose first head is supervised
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The course of a run, in shares of its minutes, and its rates.
+    """The schedule of a run, in fractions of its minutes, and its learning rates.
 
     Attributes:
-        first_lesson: Share of the run that is spent on dense targets alone.
-        single: Share of the second lesson that shows single pictures only, with ever more things.
-        more_clips: From this share of the second lesson on, three steps of four show clips instead of two.
+        first_lesson: Fraction of the run that is spent on dense targets alone.
+        single: Fraction of the second lesson that shows single images only, with ever more objects.
+        more_clips: From this fraction of the second lesson on, three steps of four show clips instead of two.
         matrix_rate, rate: Peak learning rates of the hidden matrices (Muon) and of everything else (AdamW).
         dense_weight, look_weight: In the second lesson, beside 1 for answers.
-        pictures, clips, sets: Trees per step.
+        images, clips, sets: Trees per step.
     """
 
     minutes: float = 80.0
@@ -63,11 +63,11 @@ class Plan:
 
 
 class Lessons(Dataset):
-    """Step number -> batches, drawn from the seed and the step; how hard they are follows the shared clock."""
+    """The batches of each step, drawn from the seed and the step; their difficulty follows the shared clock."""
 
     def __init__(self, processor, plan: Plan):
         self.maker, self.plan = BatchMaker(processor), plan
-        self.clock = torch.zeros(1).share_memory_()  # share of the run that has passed
+        self.clock = torch.zeros(1).share_memory_()  # fraction of the run that has passed
 
     def __len__(self) -> int:
         return 10**9
@@ -95,7 +95,7 @@ class Lessons(Dataset):
 
 
 class Trainer:
-    """One run: model, heads, optimizers and their clock."""
+    """A training run: model, auxiliary heads, optimizers and clock."""
 
     def __init__(self, folder: Path, plan: Plan, seed: int):
         self.folder, self.plan = folder, plan
@@ -128,9 +128,9 @@ class Trainer:
         self.features = torch.cat(outputs, dim=-1).flatten(0, 1)
 
     def _split_attention(self, attention: nn.Module) -> None:
-        """Compute an attention slot by slot: no branch sees another one, so most of their products are not needed.
+        """Compute attention branch by branch, which skips the masked products between branches.
 
-        Query and key of the first head are kept for the layers that are shown where to look.
+        Query and key of the first head are kept in the layers whose attention is supervised.
         """
         attend = attention.attend
 
@@ -166,7 +166,7 @@ class Trainer:
         return self.seconds / (60 * self.plan.minutes)
 
     def _rate(self) -> float:
-        """Warm-up, plateau, then a decline to nothing over the last 60 %."""
+        """Factor of the learning rates: warm-up, plateau, then cosine decay to zero over the last 60 %."""
         warm = min(1.0, (self.step + 1) / 100)
         left = (1 - self.passed) / 0.6
         return warm * (1.0 if left >= 1 else max(0.0, 0.5 - 0.5 * math.cos(math.pi * left)))
@@ -190,7 +190,7 @@ class Trainer:
     def _first_lesson(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
         pooling = self._pooling(batch)
         pixels = batch.get("pixel_values", batch.get("pixel_values_videos"))
-        if "image_grids" in batch:  # the view of the whole alone: the crops of these pictures repeat it
+        if "image_grids" in batch:  # the view of the whole alone: the crops of these images repeat it
             keep = batch["dense"][:, 0, 0] >= 0
             number = keep.long().cumsum(0) - 1
             patches = pixels.shape[1]
@@ -237,7 +237,7 @@ class Trainer:
         return answer_loss + self.plan.dense_weight * dense_loss + self.plan.look_weight * look, scores
 
     def train_step(self, parts: list[dict[str, Tensor]]) -> dict[str, float]:
-        """One update; what it measured."""
+        """One update; returns its measurements."""
         is_first = self.passed < self.plan.first_lesson
         measured: dict[str, float] = {}
         for part in parts:
@@ -262,7 +262,7 @@ class Trainer:
         print(json.dumps(row), flush=True)
 
     def save(self) -> None:
-        """Everything that a continuation needs; replaced at once, so an interruption leaves the former one."""
+        """Save the state of the run; the file is replaced atomically."""
         state = {
             "model": self.model.state_dict(),
             "heads": self.heads.state_dict(),
@@ -294,7 +294,7 @@ class Trainer:
         native.from_transformers(self.folder / "model", self.folder / "checkpoint")
 
     def run(self, evaluate_minutes: float) -> None:
-        """Train until the minutes are over."""
+        """Train until the end of the schedule."""
         lessons = Lessons(self.processor, self.plan)
         lessons.clock.fill_(self.passed)
         self.model.train()
@@ -321,12 +321,12 @@ class Trainer:
 
 
 def _worked() -> float:
-    """Seconds that the cores of this process have worked, as if all had worked all the time."""
+    """CPU seconds of this process per core."""
     return time.process_time() / torch.get_num_threads()
 
 
 def _batches(lessons: Lessons, first: int) -> Iterator[list[dict[str, Tensor]]]:
-    """Batches from a step on, made ahead by one process beside the training."""
+    """Batches from a step on, prefetched by one worker process."""
     steps = range(first, len(lessons))
     return iter(DataLoader(lessons, batch_size=None, sampler=steps, num_workers=1, prefetch_factor=3))
 

@@ -1,8 +1,8 @@
 """Pictures and clips drawn from seeds: coloured shapes, letters and digits on textured grounds.
 
     rng = np.random.default_rng([seed, index])
-    picture = make_picture(rng)      # Picture: pixels and the things on them
-    clip = make_clip(rng)            # Clip: frames at 10 per second and where each thing is at any time
+    image = make_picture(rng)      # Picture: pixels and the objects on them
+    clip = make_clip(rng)            # Clip: frames at 10 per second and where each object is at any time
 
 Positions are fractions of width and height; (x, y), as in the model's notation.
 """
@@ -26,14 +26,14 @@ COLOURS = {
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 LETTERS, DIGITS = ("A", "E", "H", "K", "S", "T"), ("2", "4", "7")
 KINDS = (*SHAPES, *(f"letter {name}" for name in LETTERS), *(f"digit {name}" for name in DIGITS))
-HELD_OUT_SHAPES = ("star", "diamond")  # drawn on request only: no training picture, question or answer has them
+HELD_OUT_SHAPES = ("star", "diamond")  # drawn on request only: no training image, question or answer has them
 CLIP_FPS = 10
 MAX_THINGS = 7
 
 
 @dataclass(frozen=True)
 class Thing:
-    """Something on a picture.
+    """Something on a image.
 
     Attributes:
         colour: A key of `COLOURS`.
@@ -59,7 +59,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Mover:
-    """A thing of a clip: where it is at time 0, and how it moves per second."""
+    """A object of a clip: where it is at time 0, and how it moves per second."""
 
     thing: Thing
     dx: float
@@ -154,7 +154,7 @@ def _draw_thing(canvas: ImageDraw.ImageDraw, thing: Thing, width: int, height: i
 
 
 def draw(ground: np.ndarray, things: Sequence[Thing]) -> np.ndarray:
-    """(H, W, 3) uint8: the things on a copy of the ground, the last one on top."""
+    """(H, W, 3) uint8: the objects on a copy of the ground, the last one on top."""
     picture = Image.fromarray(ground)
     canvas = ImageDraw.Draw(picture)
     for thing in things:
@@ -172,7 +172,7 @@ def _sides(rng: np.random.Generator, tiled: float) -> tuple[int, int]:
 
 
 def choose_kinds(rng: np.random.Generator, number: int) -> list[tuple[str, str]]:
-    """Colours and kinds of so many things; several alike more often than chance would have it."""
+    """Colours and kinds of so many objects; several alike more often than chance would have it."""
     colours, chosen = list(COLOURS), []
     alike = int(rng.integers(1, 6)) if rng.random() < 0.6 else 1
     for index in range(number):
@@ -218,10 +218,10 @@ def make_picture(
     tiled: float = 0.35,
     kinds: Sequence[tuple[str, str]] | None = None,
 ) -> Picture:
-    """One picture.
+    """One image.
 
     Args:
-        max_things: It has one to so many things.
+        max_things: It has one to so many objects.
         tiled: Probability that it is larger than one crop.
         kinds: Colours and kinds instead of drawn ones.
     """
@@ -232,7 +232,7 @@ def make_picture(
 
 
 def make_clip(rng: np.random.Generator, *, max_things: int = 3) -> Clip:
-    """One clip of 1 to 2.5 seconds: things that rest, move, cross each other, leave and enter."""
+    """One clip of 1 to 2.5 seconds: objects that rest, move, cross each other, leave and enter."""
     shape = int(rng.integers(80, 130)), int(rng.integers(80, 130))
     kinds = choose_kinds(rng, int(rng.integers(1, max_things + 1)))
     num_frames = int(rng.integers(10, 27))
