@@ -78,16 +78,17 @@ class Module:
 
     Attributes:
         name: Dotted, such as `molmo2.image.geometry`.
-        docstring: Of the module, without quotes.
+        docstring, exports: The statements with the module's docstring and `__all__`, as they are.
+        summary: First line of the docstring.
         imports: At top level.
-        body: The text without docstring, imports, logger and `__all__`.
-        exports: The statement that sets `__all__`.
+        body: All else, but for `LOGGER`.
         definitions: Names that the body defines at top level.
-        has_logger: Whether it had the line `LOGGER`.
+        has_logger: Whether the module logs.
     """
 
     name: str
     docstring: str
+    summary: str
     imports: tuple[Import, ...]
     body: str
     exports: str
@@ -117,14 +118,20 @@ def read_module(source: Path, name: str) -> Module:
     exports = [node for node in tree.body if "__all__" in _defined(node)]
     loggers = [node for node in tree.body if ast.unparse(node) == LOGGER]
     docstring = ast.get_docstring(tree) or ""
-    moved = {*imports, *exports, *loggers, *(tree.body[:1] if docstring else [])}
+    documents = tree.body[:1] if docstring else []
+    moved = {*imports, *exports, *loggers, *documents}
+
+    def text_of(nodes: list[ast.stmt]) -> str:
+        return "\n".join(line for node in nodes for line in lines[node.lineno - 1 : node.end_lineno])
+
     gone = {number for node in moved for number in range(node.lineno, (node.end_lineno or node.lineno) + 1)}
     return Module(
         name=name,
-        docstring=docstring,
+        docstring=text_of(documents),
+        summary=docstring.partition("\n")[0],
         imports=tuple(item for node in imports for item in _imports(node)),
         body="\n".join(line for number, line in enumerate(lines, 1) if number not in gone).strip("\n"),
-        exports="\n".join(line for node in exports for line in lines[node.lineno - 1 : node.end_lineno]),
+        exports=text_of(exports),
         definitions=frozenset(name for node in tree.body if node not in moved for name in _defined(node)),
         has_logger=bool(loggers),
     )
@@ -211,12 +218,11 @@ class Bundler:
             if not any(line.startswith(f"from .{other} import ") for line in top):
                 top.add(f"from .{other} import {self.bundles[other].main_name}  # noqa: F401")
         (main,) = (module for module in sections if module.name == entry)
-        docstring = f'"""{main.docstring}' + ('\n"""' if "\n" in main.docstring else '"""')
-        text = [HEADER, docstring, *sorted(top)]  # `logger` comes after `from` and `import`
+        text = [HEADER, main.docstring, *sorted(top)]  # `logger` comes after `from` and `import`
         for module in sections:
             line = f"# --- src/{module.name.replace('.', '/')}.py ".ljust(119, "-")
-            summary = module.docstring.partition("\n")[0] if module is not main else ""
-            text += ["", line, *([f"# {summary}"] if summary else []), "", "", module.body, ""]
+            summary = [f"# {module.summary}"] if module.summary and module is not main else []
+            text += ["", line, *summary, "", "", module.body, ""]
         return _formatted("\n".join([*text, "", main.exports, ""]))
 
     def _top_lines(self, module: Module) -> dict[str, str]:
