@@ -15,7 +15,7 @@ import builtins
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -78,16 +78,17 @@ class Module:
 
     Attributes:
         name: Dotted, such as `molmo2.image.geometry`.
-        docstring: Of the module, without quotes.
+        docstring, exports: The statements with the module's docstring and `__all__`, as they are.
+        summary: First line of the docstring.
         imports: At top level.
-        body: The text without docstring, imports, logger and `__all__`.
-        exports: The statement that sets `__all__`.
+        body: All else, but for `LOGGER`.
         definitions: Names that the body defines at top level.
-        has_logger: Whether it had the line `LOGGER`.
+        has_logger: Whether the module logs.
     """
 
     name: str
     docstring: str
+    summary: str
     imports: tuple[Import, ...]
     body: str
     exports: str
@@ -117,14 +118,20 @@ def read_module(source: Path, name: str) -> Module:
     exports = [node for node in tree.body if "__all__" in _defined(node)]
     loggers = [node for node in tree.body if ast.unparse(node) == LOGGER]
     docstring = ast.get_docstring(tree) or ""
-    moved = {*imports, *exports, *loggers, *(tree.body[:1] if docstring else [])}
+    documents = tree.body[:1] if docstring else []
+    moved = {*imports, *exports, *loggers, *documents}
+
+    def text_of(nodes: list[ast.stmt]) -> str:
+        return "\n".join(line for node in nodes for line in lines[node.lineno - 1 : node.end_lineno])
+
     gone = {number for node in moved for number in range(node.lineno, (node.end_lineno or node.lineno) + 1)}
     return Module(
         name=name,
-        docstring=docstring,
+        docstring=text_of(documents),
+        summary=docstring.partition("\n")[0],
         imports=tuple(item for node in imports for item in _imports(node)),
         body="\n".join(line for number, line in enumerate(lines, 1) if number not in gone).strip("\n"),
-        exports="\n".join(line for node in exports for line in lines[node.lineno - 1 : node.end_lineno]),
+        exports=text_of(exports),
         definitions=frozenset(name for node in tree.body if node not in moved for name in _defined(node)),
         has_logger=bool(loggers),
     )
@@ -136,11 +143,10 @@ def _imports(node: ast.Import | ast.ImportFrom) -> list[Import]:
 
 
 def _can_move(node: ast.Import | ast.ImportFrom, tree: ast.Module) -> bool:
-    if isinstance(node, ast.ImportFrom) and (node.level > 0 or node.module == "__future__"):
+    items = _imports(node)
+    if getattr(node, "level", 0) or any(item.name == "*" or item.source == "__future__" for item in items):
         return False
-    if any(item.name == "*" for item in _imports(node)):
-        return False
-    return not any(item.is_own for item in _imports(node)) or (isinstance(node, ast.ImportFrom) and node in tree.body)
+    return not any(item.is_own for item in items) or (isinstance(node, ast.ImportFrom) and node in tree.body)
 
 
 def _defined(node: ast.AST) -> set[str]:
@@ -204,41 +210,35 @@ class Bundler:
         raise BundleError(f"{name} is imported by code that travels, but no file takes it in. Move what is needed.")
 
     def _text(self, bundle: str) -> str:
-        sections, entry = self.sections[bundle], self.bundles[bundle].entry
-        top = {line for module in sections for line in self._top_lines(module).values()}
-        self._require_one_meaning(bundle)
-        for other in self.needs[bundle]:  # some releases copy only what a file imports itself
-            if not any(line.startswith(f"from .{other} import ") for line in top):
-                top.add(f"from .{other} import {self.bundles[other].main_name}  # noqa: F401")
-        (main,) = (module for module in sections if module.name == entry)
-        docstring = f'"""{main.docstring}' + ('\n"""' if "\n" in main.docstring else '"""')
-        text = [HEADER, docstring, *sorted(top)]  # `logger` comes after `from` and `import`
-        for module in sections:
+        (main,) = (module for module in self.sections[bundle] if module.name == self.bundles[bundle].entry)
+        text = [HEADER, main.docstring, *sorted(self._top(bundle))]  # `logger` comes after `from` and `import`
+        for module in self.sections[bundle]:
             line = f"# --- src/{module.name.replace('.', '/')}.py ".ljust(119, "-")
-            summary = module.docstring.partition("\n")[0] if module is not main else ""
-            text += ["", line, *([f"# {summary}"] if summary else []), "", "", module.body, ""]
+            summary = [f"# {module.summary}"] if module.summary and module is not main else []
+            text += ["", line, *summary, "", "", module.body, ""]
         return _formatted("\n".join([*text, "", main.exports, ""]))
 
-    def _top_lines(self, module: Module) -> dict[str, str]:
-        """What a module needs at the top of its file, by the names that are bound there."""
-        found = {"logger": LOGGER} if module.has_logger else {}
-        for item in module.imports:
-            place = self._bundle_of(item.source) if item.is_own else ""
-            if place != self._bundle_of(module.name):
-                found[item.alias or item.name] = str(Import(f".{place}", item.name, item.alias) if place else item)
-            elif item.alias not in (None, item.name):
-                raise BundleError(f"{module.name} imports {item.name} from its own file under another name.")
-        return found
-
-    def _require_one_meaning(self, bundle: str) -> None:
-        """Two modules of a file may not give one name two meanings, nor take one of Python's own."""
+    def _top(self, bundle: str) -> set[str]:
+        """The lines at the top of a file. No name may have two meanings below them, nor hide one of Python's own."""
         meanings = dict.fromkeys(dir(builtins), "is part of Python")
+        lines: set[str] = set()
         for module in self.sections[bundle]:
-            own = [(name, f"is defined by {module.name}") for name in module.definitions]
-            moved = [(name, f"is set by `{line}`") for name, line in self._top_lines(module).items()]
-            for name, meaning in sorted(own + moved):
+            moved = {"logger": LOGGER} if module.has_logger else {}
+            for item in module.imports:
+                place = self._bundle_of(item.source) if item.is_own else ""
+                if place != bundle:
+                    moved[item.alias or item.name] = str(replace(item, source=f".{place}") if place else item)
+                elif item.alias not in (None, item.name):
+                    raise BundleError(f"{module.name} imports {item.name} from its own file under another name.")
+            found = [(name, f"is defined by {module.name}") for name in module.definitions]
+            for name, meaning in sorted(found + [(name, f"is set by `{line}`") for name, line in moved.items()]):
                 if meanings.setdefault(name, meaning) != meaning:
                     raise BundleError(f"{bundle}: `{name}` {meanings[name]} and {meaning}. Rename one.")
+            lines.update(moved.values())
+        for other in self.needs[bundle]:  # some releases copy only what a file imports itself
+            if not any(line.startswith(f"from .{other} import ") for line in lines):
+                lines.add(f"from .{other} import {self.bundles[other].main_name}  # noqa: F401")
+        return lines
 
 
 def _in_order(needs: Mapping[str, Iterable[str]]) -> list[str]:

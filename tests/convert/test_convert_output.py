@@ -242,8 +242,8 @@ def test_card_of_a_causal_model_says_how_to_use_it(tmp_path, tokenizer):
 def test_everything_loads(converted):
     processor = AutoProcessor.from_pretrained(converted, trust_remote_code=True)
     model = AutoModelForImageTextToText.from_pretrained(converted, trust_remote_code=True).eval()
-    picture = Image.fromarray(np.arange(60 * 90 * 3, dtype=np.uint8).reshape(60, 90, 3))
-    content = [{"type": "image", "image": picture}, {"type": "text", "text": "What?"}]
+    image = Image.fromarray(np.arange(60 * 90 * 3, dtype=np.uint8).reshape(60, 90, 3))
+    content = [{"type": "image", "image": image}, {"type": "text", "text": "What?"}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],
         add_generation_prompt=True,
@@ -985,6 +985,15 @@ def test_module_entry_point(tmp_path, checkpoint, tokenizer):
     assert result.stdout.splitlines()[-1] == f"Wrote {tmp_path / 'out'}."
     assert result.stderr == ""  # no progress bar where nobody watches
     assert AutoTokenizer.from_pretrained(tmp_path / "out").convert_tokens_to_ids("<|vit_loc|>") == 277 + 13
+
+
+def test_installed_script(monkeypatch):
+    tomllib = pytest.importorskip("tomllib")
+    scripts = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+    assert scripts == {"molmo2-convert": "molmo2.convert.cli:main"}  # `main` is what all tests here call
+    for path, name in (("/usr/bin/molmo2-convert", "molmo2-convert"), ("cli.py", "python -m molmo2.convert")):
+        monkeypatch.setattr(sys, "argv", [path])
+        assert build_parser().prog == name
 
 
 @pytest.mark.parametrize(

@@ -218,12 +218,12 @@ def test_a_row_of_the_processor(processor, repository):
 
 
 def test_known_numbers(processor, repository):
-    """Shapes, marks and ids that are known of the published checkpoints, for a picture cut into 2 x 3 tiles."""
+    """Shapes, token types and ids that are known of the published checkpoints, for an image cut into 2 x 3 tiles."""
     known = json.loads((PUBLISHED / "upstream_expected_values.json").read_text(encoding="utf-8"))
     numbers = known["preprocessing"]
-    picture = pattern({"kind": "pattern", "height": 600, "width": 880})
+    image = pattern({"kind": "pattern", "height": 600, "width": 880})
     (message,) = known["messages"]
-    content = [{**part, "image": picture} if part["type"] == "image" else part for part in message["content"]]
+    content = [{**part, "image": image} if part["type"] == "image" else part for part in message["content"]]
     output = processor.apply_chat_template(
         [{**message, "content": content}],
         add_generation_prompt=known["add_generation_prompt"],

@@ -71,6 +71,7 @@ def test_every_section_is_its_source_line_by_line(generated, name):
         if found[0] == f"# {summary}":
             del found[0]
         if path == list(sections)[-1]:  # `__all__` of the entry ends the file
+            assert ast.get_source_segment(source, tree.body[0]) in generated[name]
             exports = [node for node in tree.body if ast.unparse(node).startswith("__all__ = ")]
             expected += [line for node in exports for line in ast.get_source_segment(source, node).splitlines()]
         assert found == expected, path
