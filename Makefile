@@ -6,7 +6,7 @@ TEST := scripts/pytest python
 MINIATURE := $(IN) dev env -C examples python -m miniature
 
 .DEFAULT_GOAL := help
-.PHONY: help demo app test check style bundle matrix test-app test-fiftyone test-training test-quantization docs wheel browser benchmarks miniature miniature-scores notebooks screenshots clean
+.PHONY: help demo app test nightly mutate check style bundle matrix test-app test-fiftyone test-training test-quantization docs wheel browser benchmarks miniature miniature-scores notebooks screenshots clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -19,6 +19,12 @@ app: ## starts the demo app; another model: make app APP_OPTIONS="--model FOLDER
 
 test: check ## all checks and the whole test-suite on the newest supported transformers
 	$(IN) dev $(TEST) -n $(WORKERS)
+
+nightly: ## tests that repeat what others show on more inputs
+	$(IN) dev $(TEST) -n $(WORKERS) -m nightly
+
+mutate: ## whether the tests notice small changes of geometry, masks and parser; one of them: make mutate MODULES=mask
+	$(IN) dev env PYTHONPATH=src:tests python scripts/mutate.py $(MODULES)
 
 check: ## lint, types, layers, and whether the files in the root are those of `make bundle`
 	$(IN) dev ruff check .

@@ -75,7 +75,6 @@ TARGETS = {
             "golden/test_grounding.py",
             "unit/test_grounding_format.py",
             "unit/test_grounding_fuzz.py",
-            "unit/test_grounding_processor.py",
         ),
     ),
 }

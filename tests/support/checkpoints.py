@@ -9,6 +9,8 @@ projections, yarn on some layers). Sizes are awkward on purpose: heads times hea
 The JSON files are the published ones (`data/published`) with only their values made small.
 """
 
+import copy
+import functools
 import json
 import shutil
 import sys
@@ -136,7 +138,12 @@ def fill_weights(model: nn.Module, seed: int = 0) -> None:
 
 
 def build_model(family: str, *, seed: int = 0, size: tuple[int, int] = SIZE) -> Molmo2ForConditionalGeneration:
-    """The model that `write_checkpoint` stores, built without any loading: float32, in eval mode."""
+    """The model that `write_checkpoint` stores, built without loading, float32, in eval mode; a copy of its own."""
+    return copy.deepcopy(_built(family, seed, size))
+
+
+@functools.cache
+def _built(family: str, seed: int, size: tuple[int, int]) -> Molmo2ForConditionalGeneration:
     model = Molmo2ForConditionalGeneration(tiny_config(family, size=size))
     fill_weights(model, seed)
     return model.eval()

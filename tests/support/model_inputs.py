@@ -47,11 +47,16 @@ MIXED = list(ROWS)
 
 
 def batch(*names: str, **options: Any) -> dict[str, torch.Tensor]:
-    """Inputs of a batch with these rows, padded."""
+    """Inputs of a batch with these rows, padded. They are made once in a process; each call gets its own copy."""
+    return {key: value.clone() for key, value in _batch(names, tuple(sorted(options.items()))).items()}
+
+
+@functools.cache
+def _batch(names: tuple[str, ...], options: tuple[tuple[str, Any], ...]) -> dict[str, torch.Tensor]:
     prompts = [ROWS[name][0] for name in names]
     images = [image for name in names for image in ROWS[name][1]]
     videos = [video for name in names for video in ROWS[name][2]]
-    settings: dict[str, Any] = {"padding": True, "return_tensors": "pt", **options}
+    settings: dict[str, Any] = {"padding": True, "return_tensors": "pt", **dict(options)}
     if videos:
         settings["video_metadata"] = [{"total_num_frames": len(video), "fps": 2.0} for video in videos]
     return dict(processor()(text=prompts, images=images or None, videos=videos or None, **settings))

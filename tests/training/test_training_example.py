@@ -17,7 +17,6 @@ pytestmark = pytest.mark.slow
 peft = pytest.importorskip("peft")
 
 import finetune_lora  # noqa: E402
-
 from miniature import native  # noqa: E402
 from miniature.tokenizer import build  # noqa: E402
 from miniature.world import HELD_OUT_SHAPES  # noqa: E402

@@ -183,11 +183,12 @@ def num_calls(text, piece):
     return calls
 
 
+@pytest.mark.slow  # the parser needs Python alone: no release of transformers can change this
 @pytest.mark.parametrize("piece", [1, 10**9], ids=["characters", "whole"])
 @pytest.mark.parametrize("start", STARTS)
 def test_steps_grow_as_the_text_does(start, piece):
     for repeated in REPEATED:
-        short, long = (num_calls(start + repeated * (size // len(repeated)), piece) for size in (1000, 4000))
+        short, long = (num_calls(start + repeated * (size // len(repeated)), piece) for size in (500, 2000))
         assert long <= 4.2 * short + 100, repeated
 
 
@@ -215,6 +216,6 @@ def test_megabytes(repeated):
     "repeated", ['<points coords="', "5", "<", '"', "1 100 200 ", '<points coords="1 1 100 100">']
 )
 @pytest.mark.parametrize("start", STARTS[::6])
-def test_five_megabytes(start, repeated):
-    found = parse_grounding(start + repeated * (5_000_000 // len(repeated)))
+def test_two_megabytes(start, repeated):
+    found = parse_grounding(start + repeated * (2_000_000 // len(repeated)))
     assert found.truncated == ("points" in start + repeated or repeated == "<")
