@@ -1342,14 +1342,14 @@ def _resized(planes: Tensor, size: tuple[int, int], resample: int, dtype: np.dty
 
 
 # --- src/molmo2/media_features.py ------------------------------------------------------------------------------------
-# Inputs that remember which pictures they were made of, and the way back: one `MediaInfo` for each answer.
+# `MediaFeatures`: model inputs with the sizes and frame times of their media, and how answers are read with them.
 
 
 class MediaFeatures(BatchFeature):
     """A `BatchFeature` with the attribute `media`, which `.to()`, copies and pickles keep.
 
     Attributes:
-        media: Of the processor's output one `MediaInfo` per row, of the image processor's one per picture.
+        media: One `MediaInfo` per row of the processor's output, or per image of the image processor's.
     """
 
     def __init__(self, data: dict[str, Any] | None = None, tensor_type: Any = None, media: Sequence[MediaInfo] = ()):
@@ -1372,15 +1372,15 @@ def image_media(size: tuple[int, int]) -> MediaInfo:
 def media_of_rows(
     num_images: Sequence[int], num_videos: Sequence[int], images: Sequence[MediaInfo], metadata: Sequence[Any]
 ) -> list[MediaInfo]:
-    """The pictures of each prompt, in order.
+    """Images and videos of each prompt, in order.
 
     Args:
         num_images, num_videos: How many each prompt has.
         images: One entry per image of all prompts.
         metadata: Of each video of all prompts.
     """
-    pictures, videos = iter(images), (media_info(entry) for entry in metadata)
-    return [_row(_take(pictures, count), _take(videos, more)) for count, more in zip(num_images, num_videos)]
+    infos, videos = iter(images), (media_info(entry) for entry in metadata)
+    return [_row(_take(infos, count), _take(videos, more)) for count, more in zip(num_images, num_videos)]
 
 
 def _take(items: Iterator[Any], count: int) -> list[Any]:
@@ -1398,7 +1398,7 @@ def _row(images: list[MediaInfo], videos: list[MediaInfo]) -> MediaInfo:
 
 
 def ground_answers(answers: Any, media: Any, kind: str | None, tokenizer: Any) -> Grounding | list[Grounding]:
-    """Decode answers and read them; see `Molmo2Processor.post_process_grounding`."""
+    """Groundings of answers, decoded if they are ids; see `Molmo2Processor.post_process_grounding`."""
     answers = _as_lists(answers)
     if _is_ids(answers) or isinstance(answers, str):
         (text,) = _texts([answers], media, tokenizer)
@@ -1450,7 +1450,7 @@ def _media_of_answers(media: Any, num_answers: int, kind: str | None) -> list[Me
         return [media_info(None, kind)] * num_answers
     if num_answers % len(rows):
         raise ValueError(
-            f"There are {num_answers} answer(s) for {len(rows)} row(s) of pictures; expected the same number, or a "
+            f"There are {num_answers} answer(s) for {len(rows)} row(s) of media; expected the same number, or a "
             "multiple of it (num_return_sequences). Pass the inputs that the answers were generated from."
         )
     per_row = num_answers // len(rows)
@@ -1469,7 +1469,7 @@ def _rows(media: Any, num_answers: int) -> list[Any]:
         if "video_metadata" in media:
             return list(media["video_metadata"])
         raise ValueError(
-            "These inputs are a plain dictionary, without the sizes of their pictures. Pass the processor's own "
+            "These inputs are a plain dictionary, without the sizes of images and videos. Pass the processor's own "
             "output (or its `.media`), sizes, or the metadata of the video."
         )
     media = _as_lists(media)
@@ -1483,7 +1483,7 @@ def _rows(media: Any, num_answers: int) -> list[Any]:
 
 
 def _is_nested(row: Any) -> bool:
-    """A row that lists its own pictures."""
+    """Whether a row lists its own media."""
     return isinstance(row, list) and all(isinstance(item, list) for item in row)
 
 

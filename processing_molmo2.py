@@ -5,9 +5,9 @@
 
 """Molmo2's processor: text, images and videos in, model inputs out.
 
-The path of a prompt: pictures are cut and counted by their processors, placeholders are replaced by as many tokens,
-each row gets one BOS, is truncated and padded. `apply_chat_template` finds the pictures in messages and goes the same
-way.
+Images and videos are cut into crops by their own processors; each placeholder of a prompt is replaced by the tokens of
+its image or video; each row gets one BOS, is truncated and padded. `apply_chat_template` does the same for messages
+and the media that they name.
 """
 
 import json
@@ -15,7 +15,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ from .image_processing_molmo2 import (
     Molmo2ImagesKwargs,
     as_output,
     ground_answers,
+    is_encoded,
     media_of_rows,
     split_runs,
     stack_pooling,
@@ -45,12 +45,15 @@ from .video_processing_molmo2 import Molmo2VideoProcessor, Molmo2VideosKwargs, c
 logger = logging.get_logger(__name__)
 
 # --- src/molmo2/processing/chat.py -----------------------------------------------------------------------------------
-# Finds the pictures in chat messages, by the rule of the chat template: a part counts as a picture by its type, or by
+# Images and videos of chat messages.
 
 
-IMAGE_SOURCES = ("image", "image_url", "url", "path", "base64")
-VIDEO_SOURCES = ("video", "video_url", "url", "path")
-# Options that a video part may carry for itself, and what the video processor calls them.
+# Keys that may hold the source of a part, by its kind.
+SOURCE_KEYS = {
+    "image": ("image", "image_url", "url", "path", "base64"),
+    "video": ("video", "video_url", "url", "path"),
+}
+# Options that a video part may carry, and their names in the video processor.
 VIDEO_OPTIONS = {
     "num_frames": "num_frames",
     "max_fps": "max_fps",
@@ -64,11 +67,11 @@ VIDEO_OPTIONS = {
 
 @dataclass
 class ConversationMedia:
-    """Pictures of one conversation in the order of its messages, as they were given: paths, URLs, arrays, ...
+    """Images and videos of one conversation in the order of its messages, as given: paths, URLs, arrays, ...
 
     Attributes:
-        video_metadata: For each video what its part says about it (`video_metadata`, `timestamps`, `fps`), or None.
-        video_options: For each video the options of the video processor that its part carries.
+        video_metadata: For each video the metadata in its part (`video_metadata`, `timestamps`, `fps`), or None.
+        video_options: For each video the options of the video processor in its part.
     """
 
     images: list[Any] = field(default_factory=list)
@@ -78,17 +81,17 @@ class ConversationMedia:
 
 
 def is_batch(conversation: Any) -> bool:
-    """Whether this is a list of conversations rather than one."""
+    """Whether this is a list of conversations, not a single one."""
     if not isinstance(conversation, (list, tuple)) or not conversation:
         return False
     return isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages")
 
 
 def messages_of(conversation: Any) -> list[Mapping[str, Any]]:
-    """The messages of a list or of an object that holds them, such as a pipeline's chat.
+    """The messages of a conversation: a list, or an object with `messages`, such as the `Chat` of a pipeline.
 
     Raises:
-        ValueError: If there are no messages in it.
+        ValueError: It is neither.
     """
     messages = getattr(conversation, "messages", conversation)
     if not isinstance(messages, (list, tuple)) or not all(isinstance(message, Mapping) for message in messages):
@@ -98,8 +101,8 @@ def messages_of(conversation: Any) -> list[Mapping[str, Any]]:
     return list(messages)
 
 
-def picture_kind(part: Mapping[str, Any]) -> str | None:
-    """What a part stands for: "image", "video" or None."""
+def media_kind(part: Mapping[str, Any]) -> str | None:
+    """Kind of media that a part stands for: "image", "video" or None."""
 
     def carries(key: str) -> bool:
         return part.get(key) is not None  # data sets fill keys that a part lacks with null
@@ -111,26 +114,24 @@ def picture_kind(part: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _source(part: Mapping[str, Any], keys: Sequence[str], kind: str, where: str) -> Any:
-    for key in keys:
+def media_source(part: Mapping[str, Any], kind: str) -> Any:
+    """The image or video of a part: a path, URL, array, ...; None if the part has none.
+
+    Args:
+        kind: "image" or "video", as `media_kind` says.
+    """
+    for key in SOURCE_KEYS[kind]:
         value = part.get(key)
         if isinstance(value, Mapping) and "url" in value:
             value = value["url"]
         if value is not None:
             return value
-    raise ValueError(
-        f"{where}, {'an' if kind == 'image' else 'a'} {kind}, has no source; expected one of the keys {list(keys)}. "
-        f"To pass {kind}s separately, render with `tokenize=False` and call the processor with `{kind}s=`."
-    )
-
-
-def _is_file(video: Any) -> bool:
-    return isinstance(video, (str, bytes, PathLike)) or hasattr(video, "read")
+    return None
 
 
 def _metadata(part: Mapping[str, Any], video: Any) -> Any:
     given = part.get("video_metadata", part.get("metadata"))
-    keys = ("timestamps",) if _is_file(video) else ("timestamps", "fps")
+    keys = ("timestamps",) if is_encoded(video) else ("timestamps", "fps")
     said = {key: part[key] for key in keys if part.get(key) is not None}
     if not said:
         return given
@@ -139,41 +140,49 @@ def _metadata(part: Mapping[str, Any], video: Any) -> Any:
 
 def _options(part: Mapping[str, Any], video: Any) -> dict[str, Any]:
     options = {VIDEO_OPTIONS[key]: part[key] for key in VIDEO_OPTIONS if part.get(key) is not None}
-    if _is_file(video) and part.get("fps") is not None:
+    if is_encoded(video) and part.get("fps") is not None:
         options["fps"] = part["fps"]  # of frames it is their own rate, of a file the rate to sample at
     return options
 
 
 def find_media(conversation: Any) -> ConversationMedia:
-    """Collect the pictures of one conversation.
+    """Collect the images and videos of one conversation.
 
     Raises:
-        ValueError: For a picture part without a source, naming the message and the keys that are looked for.
+        ValueError: An image or video part has no source; the message says where, and which keys may hold it.
     """
     media = ConversationMedia()
     for number, message in enumerate(messages_of(conversation)):
         content = message.get("content")
         parts = content if isinstance(content, (list, tuple)) else []
-        for place, part in enumerate(parts):
-            kind = picture_kind(part) if isinstance(part, Mapping) else None
-            where = f"Part {place} of message {number}"
+        for index, part in enumerate(parts):
+            kind = media_kind(part) if isinstance(part, Mapping) else None
+            if kind is None:
+                continue
+            source = media_source(part, kind)
+            if source is None:
+                raise ValueError(
+                    f"Part {index} of message {number}, {'an' if kind == 'image' else 'a'} {kind}, has no source; "
+                    f"expected one of the keys {list(SOURCE_KEYS[kind])}. To pass {kind}s separately, render with "
+                    f"`tokenize=False` and call the processor with `{kind}s=`."
+                )
             if kind == "image":
-                media.images.append(_source(part, IMAGE_SOURCES, kind, where))
-            elif kind == "video":
-                video = _source(part, VIDEO_SOURCES, kind, where)
-                media.videos.append(video)
-                media.video_metadata.append(_metadata(part, video))
-                media.video_options.append(_options(part, video))
+                media.images.append(source)
+            else:
+                media.videos.append(source)
+                media.video_metadata.append(_metadata(part, source))
+                media.video_options.append(_options(part, source))
     return media
 
 
 def media_arguments(conversations: Sequence[ConversationMedia], options: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `Molmo2Processor.__call__`: the media of conversations, and options of the call.
 
-    `video_metadata` among the options counts before what the messages say; of other options the messages count.
+    `video_metadata` among the options overrides that of the messages; options of video parts override
+    `per_video_options`.
 
     Raises:
-        ValueError: If the options name media too.
+        ValueError: The options contain images or videos.
     """
     twice = sorted({"images", "videos"} & set(options))
     if twice:
@@ -194,10 +203,11 @@ def media_arguments(conversations: Sequence[ConversationMedia], options: Mapping
     return arguments
 
 
-# --- src/molmo2/processing/special_tokens.py -------------------------------------------------------------------------
-# The strings that Molmo2 adds to a tokenizer. Their ids are the tokenizer's business; see the published files.
+# --- src/molmo2/processing/prompt_tokens.py --------------------------------------------------------------------------
+# From prompts with placeholders to rows of token ids: pure functions of strings and integers.
 
 
+# Strings that Molmo2 adds to a tokenizer; their ids are the tokenizer's business.
 IMAGE_PLACEHOLDER = "<|image|>"
 VIDEO_PLACEHOLDER = "<|video|>"
 
@@ -210,7 +220,7 @@ LOW_RES_IMAGE_START = "<low_res_im_start>"
 FRAME_START = "<frame_start>"
 FRAME_END = "<frame_end>"
 
-# Tokens that stand for a picture: marked in `token_type_ids`, and visible to each other in both directions.
+# Tokens of images and video frames: marked in `token_type_ids`, and visible to each other in both directions.
 VISUAL_TOKENS = (
     IMAGE_PATCH,
     IMAGE_COLUMN,
@@ -223,17 +233,13 @@ VISUAL_TOKENS = (
 )
 
 
-# --- src/molmo2/processing/prompt_tokens.py --------------------------------------------------------------------------
-# From prompts with placeholders to rows of token ids: pure functions of strings and integers.
-
-
 @dataclass(frozen=True)
-class PictureNotation:
-    """How a checkpoint writes pictures; each published `processor_config.json` says its own.
+class VisualTokenFormat:
+    """Which tokens a checkpoint writes images and frames with; part of each `processor_config.json`.
 
     Attributes:
         image_use_col_tokens: A column token after each row of the high-resolution crops.
-        use_single_crop_col_tokens: The same for the low-resolution view; None means as the high-resolution crops.
+        use_single_crop_col_tokens: The same for the low-resolution view; None means as for the high-resolution crops.
         use_single_crop_start_token: The low-resolution view opens with its own start token.
         video_use_col_tokens: A column token after each row of a frame.
         use_frame_special_tokens: Frames open and close with their own tokens.
@@ -252,29 +258,36 @@ def _grid_tokens(rows: int, cols: int, patch: str, has_columns: bool) -> list[st
     return ([patch] * cols + [IMAGE_COLUMN] * has_columns) * rows
 
 
-def image_tokens(grid: Sequence[int], notation: PictureNotation) -> list[str]:
+def image_tokens(grid: Sequence[int], token_format: VisualTokenFormat) -> list[str]:
     """Tokens of one image: the low-resolution view, then the high-resolution crops.
 
     Args:
-        grid: Rows, cols of the view and rows, cols of the crops, in pooled tokens (a row of `image_grids`).
+        grid: Rows, cols of the low-resolution view and rows, cols of the crops, in pooled tokens (a row of
+            `image_grids`).
     """
     low_rows, low_cols, high_rows, high_cols = (int(side) for side in grid)
-    low_columns = notation.use_single_crop_col_tokens
+    low_columns = token_format.use_single_crop_col_tokens
     if low_columns is None:
-        low_columns = notation.image_use_col_tokens
-    low_start = LOW_RES_IMAGE_START if notation.use_single_crop_start_token else IMAGE_START
-    low_patch = IMAGE_LOW_RES_PATCH if notation.use_low_res_token_for_global_crops else IMAGE_PATCH
+        low_columns = token_format.image_use_col_tokens
+    low_start = LOW_RES_IMAGE_START if token_format.use_single_crop_start_token else IMAGE_START
+    low_patch = IMAGE_LOW_RES_PATCH if token_format.use_low_res_token_for_global_crops else IMAGE_PATCH
     return [
         low_start,
         *_grid_tokens(low_rows, low_cols, low_patch, low_columns),
         IMAGE_END,
         IMAGE_START,
-        *_grid_tokens(high_rows, high_cols, IMAGE_PATCH, notation.image_use_col_tokens),
+        *_grid_tokens(high_rows, high_cols, IMAGE_PATCH, token_format.image_use_col_tokens),
         IMAGE_END,
     ]
 
 
-def video_string(grid: Sequence[Any], timestamps: Sequence[float], notation: PictureNotation) -> str:
+def frame_tokens(rows: int, cols: int, token_format: VisualTokenFormat) -> list[str]:
+    """Tokens of one video frame of `rows` by `cols` pooled tokens."""
+    start, end = (FRAME_START, FRAME_END) if token_format.use_frame_special_tokens else (IMAGE_START, IMAGE_END)
+    return [start, *_grid_tokens(rows, cols, IMAGE_PATCH, token_format.video_use_col_tokens), end]
+
+
+def video_string(grid: Sequence[Any], timestamps: Sequence[float], token_format: VisualTokenFormat) -> str:
     """Text of one video: for each frame its time in seconds with one decimal, then its tokens.
 
     Args:
@@ -282,13 +295,11 @@ def video_string(grid: Sequence[Any], timestamps: Sequence[float], notation: Pic
             frames that are pooled alike.
         timestamps: Seconds, one for each frame.
     Raises:
-        ValueError: If there are not as many times as frames.
+        ValueError: The numbers of timestamps and frames differ.
     """
-    start, end = (FRAME_START, FRAME_END) if notation.use_frame_special_tokens else (IMAGE_START, IMAGE_END)
     frames: list[str] = []
     for num_frames, rows, cols in np.atleast_2d(grid).tolist():
-        tokens = _grid_tokens(rows, cols, IMAGE_PATCH, notation.video_use_col_tokens)
-        frames += [start + "".join(tokens) + end] * num_frames
+        frames += ["".join(frame_tokens(rows, cols, token_format))] * num_frames
     if len(timestamps) != len(frames):
         raise ValueError(
             f"The video has {len(frames)} frame(s) and {len(timestamps)} timestamp(s); expected one for each frame."
@@ -299,7 +310,7 @@ def video_string(grid: Sequence[Any], timestamps: Sequence[float], notation: Pic
 def timed_grids(
     video_grids: Iterable[Sequence[int]], metadata: Sequence[Any]
 ) -> list[tuple[list[list[int]], Sequence[float]]]:
-    """For each video its rows of `video_grids` (one for each run of frames) and the times of its frames.
+    """(rows of `video_grids`, timestamps) of each video; a slow-fast video has one row per run of frames.
 
     Args:
         metadata: Of each video, with `timestamps` in seconds.
@@ -310,7 +321,7 @@ def timed_grids(
 
 @dataclass(frozen=True)
 class ExpandedPrompt:
-    """A prompt with its pictures written out.
+    """A prompt whose placeholders were replaced by visual tokens.
 
     Attributes:
         text: The expanded prompt.
@@ -321,15 +332,15 @@ class ExpandedPrompt:
     moves: tuple[tuple[int, int], ...] = ()
 
     def position(self, original: int) -> int:
-        """Where a character of the original prompt, outside of placeholders, stands in the expanded one."""
+        """Index in the expanded prompt of a character of the original one, outside of placeholders."""
         return original + sum(shift for end, shift in self.moves if end <= original)
 
 
 def expand(prompt: str, replacements: Mapping[str, Sequence[str]]) -> ExpandedPrompt:
-    """Replace placeholders one by one, in their order.
+    """Replace placeholders by the texts of their images and videos, in order.
 
     Args:
-        replacements: For each placeholder the texts of its occurrences; as many as there are.
+        replacements: For each placeholder one text per occurrence.
     """
     waiting = {placeholder: iter(texts) for placeholder, texts in replacements.items()}
     pieces: list[str] = []
@@ -345,13 +356,14 @@ def expand(prompt: str, replacements: Mapping[str, Sequence[str]]) -> ExpandedPr
 
 
 def require_placeholders(counts: Sequence[int], passed: Sequence[int] | int, placeholder: str, noun: str) -> None:
-    """Check that the prompts place exactly the pictures that were passed.
+    """Check that the prompts have one placeholder for each image or video that was passed.
 
     Args:
         counts: Placeholders in each prompt.
-        passed: Pictures for each prompt, or of all prompts together.
+        passed: Images or videos for each prompt, or of all prompts together.
+        noun: "image" or "video".
     Raises:
-        ValueError: Naming both numbers, and the prompt where it is known.
+        ValueError: The numbers differ; the message names both, and the prompt where it is known.
     """
     advice = f"Put one `{placeholder}` where each {noun} belongs, or let `apply_chat_template` write the prompt"
     if isinstance(passed, int):
@@ -373,15 +385,15 @@ def require_placeholders(counts: Sequence[int], passed: Sequence[int] | int, pla
 
 
 def insert_bos(ids: list[int], bos_id: int) -> list[int]:
-    """The row with exactly one leading BOS: training always has one, and the chat template writes none."""
+    """The row with exactly one leading BOS, as in training; the chat template writes none."""
     return ids if ids[:1] == [bos_id] else [bos_id, *ids]
 
 
 def truncate(ids: list[int], max_length: int, side: str, visual_ids: frozenset[int]) -> list[int]:
-    """The row cut to `max_length`; BOS stays when the left side is cut.
+    """The row cut to `max_length`; BOS is kept when the left side is cut.
 
     Raises:
-        ValueError: If the cut would take visual tokens: the pictures would no longer fit the prompt.
+        ValueError: The cut would remove visual tokens, so that images and videos no longer fit the prompt.
     """
     excess = len(ids) - max_length
     if excess <= 0:
@@ -396,14 +408,14 @@ def truncate(ids: list[int], max_length: int, side: str, visual_ids: frozenset[i
     return ids[:1] + ids[excess + 1 :] if side == "left" else ids[:-excess]
 
 
-def padded_length(lengths: Sequence[int], padding: bool | str, max_length: int | None, multiple: int | None) -> int:
-    """Length that rows are padded to; 0 means no padding.
+def padded_length(lengths: Sequence[int], padding: Any, max_length: int | None, multiple: int | None) -> int:
+    """Length that rows are padded to; 0 for no padding.
 
     Args:
         padding: True or "longest", "max_length", False or "do_not_pad" (or an enum with these values).
         multiple: Round up to a multiple of this.
     Raises:
-        ValueError: For another strategy, or "max_length" without a length.
+        ValueError: For another strategy, and for "max_length" without a length.
     """
     strategy = getattr(padding, "value", padding)
     if strategy in (False, None, "do_not_pad"):
@@ -419,16 +431,16 @@ def padded_length(lengths: Sequence[int], padding: bool | str, max_length: int |
     return length if not multiple else -(-length // multiple) * multiple
 
 
-def pad(row: list[int], length: int, filler: int, side: str) -> list[int]:
-    """The row filled up to `length` on `side` ("left" or "right").
+def pad(row: list[int], length: int, pad_value: int, side: str) -> list[int]:
+    """The row padded to `length` on `side` ("left" or "right").
 
     Raises:
         ValueError: For another side.
     """
     if side not in ("left", "right"):
         raise ValueError(f"`padding_side` is {side!r}; expected 'left' or 'right'.")
-    filling = [filler] * (length - len(row))
-    return filling + row if side == "left" else row + filling
+    padding = [pad_value] * (length - len(row))
+    return padding + row if side == "left" else row + padding
 
 
 # --- src/molmo2/processing/processor.py ------------------------------------------------------------------------------
@@ -439,7 +451,7 @@ AUTO_MAP = {
     "AutoVideoProcessor": "video_processing_molmo2.Molmo2VideoProcessor",
     "AutoProcessor": "processing_molmo2.Molmo2Processor",
 }
-NOTATION_OPTIONS = tuple(PictureNotation.__dataclass_fields__)
+TOKEN_FORMAT_OPTIONS = tuple(VisualTokenFormat.__dataclass_fields__)
 
 
 class Molmo2TextKwargs(TextKwargs, total=False):
@@ -455,27 +467,31 @@ class Molmo2TextKwargs(TextKwargs, total=False):
     assistant_spans: list[list[tuple[int, int]]] | None
 
 
+CALL_DEFAULTS: dict[str, dict[str, Any]] = {
+    "text_kwargs": {"padding": False, "return_mm_token_type_ids": True},
+    "images_kwargs": {},
+    "videos_kwargs": {"return_metadata": False},
+}
+
+
 class Molmo2ProcessorKwargs(ProcessingKwargs, total=False):
     """Options of one call of the processor."""
 
-    text_kwargs: Molmo2TextKwargs
-    images_kwargs: Molmo2ImagesKwargs
-    videos_kwargs: Molmo2VideosKwargs
-    _defaults = {
-        "text_kwargs": {"padding": False, "return_mm_token_type_ids": True},
-        "images_kwargs": {},
-        "videos_kwargs": {"return_metadata": False},
-    }
+    text_kwargs: Molmo2TextKwargs  # type: ignore[misc]  # the library narrows these fields in its own processors too
+    images_kwargs: Molmo2ImagesKwargs  # type: ignore[misc]
+    videos_kwargs: Molmo2VideosKwargs  # type: ignore[misc]
+    _defaults = CALL_DEFAULTS  # type: ignore[misc]
 
 
 BLANK = re.compile(r"\s")
-# Options of tokenizers that have no place in rows with pictures.
+# Options of tokenizers without a meaning for rows with visual tokens.
 UNUSED_TEXT_OPTIONS = {"text_pair", "text_target", "text_pair_target", "stride", "is_split_into_words"} | {
     f"return_{name}" for name in ("overflowing_tokens", "special_tokens_mask", "offsets_mapping", "length")
 }
-# As a keyword argument this reaches images only, as in the original; frames keep their filter unless `videos_kwargs`
-# names one.
-FLAT_FOR_IMAGES_ALONE = frozenset({"resample"})
+# As keyword arguments these apply to images alone, as in the original; for frames they stand in `videos_kwargs`.
+IMAGE_ONLY_KWARGS = frozenset({"resample"})
+# Options that choose which frames of a video are taken.
+SAMPLING_OPTIONS = frozenset({"num_frames", "frame_sample_mode", "max_fps", "sampling_fps", "fps", "clip"})
 SECTIONS = {"text_kwargs": Molmo2TextKwargs, "images_kwargs": Molmo2ImagesKwargs, "videos_kwargs": Molmo2VideosKwargs}
 
 
@@ -485,13 +501,15 @@ class Molmo2Processor(ProcessorMixin):
     Args:
         image_processor, video_processor, tokenizer: The three parts, each a public attribute.
         chat_template: Jinja source; see `chat_template.jinja`.
-        image_use_col_tokens .. use_low_res_token_for_global_crops: How the checkpoint writes pictures; see
-            `molmo2.processing.prompt_tokens.PictureNotation`.
+        image_use_col_tokens .. use_low_res_token_for_global_crops: The tokens that this checkpoint writes images and
+            videos with; see `molmo2.processing.prompt_tokens.VisualTokenFormat`.
 
-    Unless the tokenizer's files state a padding side, rows are padded on the left, as generation needs.
+    Unless the tokenizer's files state a padding side, it is set to the left, as generation needs. It is set on the
+    tokenizer itself and not on a copy, so that `processor.tokenizer is tokenizer` holds and setting
+    `tokenizer.padding_side` later has the usual effect. Nothing else about the tokenizer is changed.
 
     Raises:
-        ValueError: If the tokenizer lacks tokens of Molmo2, naming them.
+        ValueError: The tokenizer lacks tokens of Molmo2; the message names them.
     """
 
     attributes = ["image_processor", "video_processor", "tokenizer"]
@@ -499,7 +517,7 @@ class Molmo2Processor(ProcessorMixin):
     image_processor_class = "AutoImageProcessor"
     video_processor_class = "AutoVideoProcessor"
     tokenizer_class = "AutoTokenizer"
-    valid_processor_kwargs = Molmo2ProcessorKwargs
+    valid_processor_kwargs = Molmo2ProcessorKwargs  # type: ignore[assignment]
     audio_tokenizer = None
 
     def __init__(
@@ -518,8 +536,6 @@ class Molmo2Processor(ProcessorMixin):
     ):
         super().__init__(image_processor, video_processor, tokenizer)
         self.chat_template = tokenizer.chat_template if chat_template is None else chat_template
-        if tokenizer.chat_template is None:
-            tokenizer.chat_template = self.chat_template
         self.image_use_col_tokens = image_use_col_tokens
         self.use_single_crop_col_tokens = use_single_crop_col_tokens
         self.use_single_crop_start_token = use_single_crop_start_token
@@ -536,7 +552,7 @@ class Molmo2Processor(ProcessorMixin):
                 f"The tokenizer lacks {missing}. Use that of a Molmo2 checkpoint, whose vocabulary ends with them."
             )
         self.image_token_id, self.video_token_id = vocabulary[IMAGE_PLACEHOLDER], vocabulary[VIDEO_PLACEHOLDER]
-        self.image_token_ids = [vocabulary[token] for token in VISUAL_TOKENS]
+        self.image_token_ids: Any = [vocabulary[token] for token in VISUAL_TOKENS]
         if "padding_side" not in tokenizer.init_kwargs:
             tokenizer.padding_side = "left"
 
@@ -545,19 +561,19 @@ class Molmo2Processor(ProcessorMixin):
         return list(cls.attributes)
 
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> type:
-        """Accept any object in its place: without torchvision the library compares with a stand-in class."""
+        """Type of any argument but None: without torchvision the library compares with a placeholder class."""
         if argument is None:
             raise ValueError(f"Molmo2Processor needs a `{argument_name}`; found None.")
         return type(argument)
 
     @property
-    def notation(self) -> PictureNotation:
-        """How this checkpoint writes pictures."""
-        return PictureNotation(**{name: getattr(self, name) for name in NOTATION_OPTIONS})
+    def visual_token_format(self) -> VisualTokenFormat:
+        """Which tokens this checkpoint writes images and videos with."""
+        return VisualTokenFormat(**{name: getattr(self, name) for name in TOKEN_FORMAT_OPTIONS})
 
     @property
     def bos_token_id(self) -> int:
-        """The id that opens every row: the tokenizer's BOS, else its EOS."""
+        """Id of the first token of every row: the tokenizer's BOS, else its EOS."""
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         return eos if bos is None else bos
 
@@ -567,12 +583,12 @@ class Molmo2Processor(ProcessorMixin):
         return [*names, *self.image_processor.model_input_names, *self.video_processor.model_input_names]
 
     def get_image_tokens(self, image_grid: Sequence[int]) -> list[str]:
-        """Tokens of one image; see `molmo2.processing.prompt_tokens.image_tokens`."""
-        return image_tokens(image_grid, self.notation)
+        """Tokens of one image, given its row of `image_grids`; see `molmo2.processing.prompt_tokens.image_tokens`."""
+        return image_tokens(image_grid, self.visual_token_format)
 
     def get_video_string(self, video_grid: Sequence[int], timestamps: Sequence[float]) -> str:
-        """Text of one video; see `molmo2.processing.prompt_tokens.video_string`."""
-        return video_string(video_grid, timestamps, self.notation)
+        """Text of one video, given its rows of `video_grids`; see `molmo2.processing.prompt_tokens.video_string`."""
+        return video_string(video_grid, timestamps, self.visual_token_format)
 
     def __call__(
         self,
@@ -582,30 +598,30 @@ class Molmo2Processor(ProcessorMixin):
         audio: Any = None,
         **kwargs: Unpack[Molmo2ProcessorKwargs],
     ) -> BatchFeature:
-        """Prepare prompts with their pictures.
+        """Prepare prompts with their images and videos.
 
         Args:
             images: One image, a flat list for all prompts in order, or one list per prompt. A path, a URL, bytes, a
                 PIL image or an array; see `Molmo2ImageProcessor`.
-            text: One prompt or a list, with one `<|image|>` or `<|video|>` where each picture belongs. Without text,
-                the inputs of the pictures alone are returned.
+            text: One prompt or a list, with one `<|image|>` or `<|video|>` for each image and video. Without text,
+                only the inputs of the images and videos are returned.
             videos: Likewise; a file, URL, bytes, or frames with `video_metadata`; see `Molmo2VideoProcessor`.
             kwargs: Options of the tokenizer (padding, truncation, max_length, padding_side, ...), of the image
                 processor (max_crops, ...) and of the video processor (num_frames, max_fps, clip, ...), and
                 `return_tensors`.
-                `per_video_options`: for each video a dictionary of video options that hold for it alone.
+                `per_video_options`: for each video a dictionary of video options for this one.
         Returns:
-            `input_ids`, `attention_mask` (B, S) int64; `token_type_ids` (B, S) bool, True on tokens that stand for a
-            picture (left out under `return_mm_token_type_ids=False`); the outputs of the two processors; with
-            `return_metadata=True` the list `video_metadata`. The attribute `media` says which pictures each row is
-            about (sizes, sampled frames), for `post_process_grounding`.
+            `input_ids`, `attention_mask` (B, S) int64; `token_type_ids` (B, S) bool, True on visual tokens (left out
+            under `return_mm_token_type_ids=False`); the outputs of the two processors; with `return_metadata=True` the
+            list `video_metadata`. The attribute `media` describes the images and videos of each row (sizes, sampled
+            frames), for `post_process_grounding`.
         Raises:
-            ValueError: Placeholders and pictures do not match; truncation would cut visual tokens; rows of different
-                lengths would become a tensor without padding; neither text nor pictures; audio.
+            ValueError: The placeholders do not match the images and videos; truncation would cut visual tokens; rows
+                of different lengths would become a tensor without padding; there is no input at all; audio.
         """
         if audio is not None:
             raise ValueError(
-                "Molmo2 does not hear: `audio` must be None. Speech can be passed as text (role `subtitle`)."
+                "Molmo2 has no audio input: `audio` must be None. Speech can be passed as text (role `subtitle`)."
             )
         if _is_text(images) and not _is_text(text) and not _are_references(images):
             images, text = text, images  # called with the text first
@@ -616,24 +632,24 @@ class Molmo2Processor(ProcessorMixin):
         return_tensors = options["text_kwargs"].get("return_tensors")
         prompts = None if text is None else _as_prompts(text)
 
-        pictures: dict[str, Any] = {}
+        media: dict[str, Any] = {}
         sizes: list[MediaInfo] = []
         metadata = None
         if images is not None:
             outputs = self.image_processor.preprocess(images, **{**options["images_kwargs"], "return_tensors": None})
             _require_slots(prompts, images, len(outputs["image_grids"]), IMAGE_PLACEHOLDER, "image")
             sizes = outputs.media
-            pictures.update(outputs if len(outputs["image_grids"]) else {})
+            media.update(outputs if len(outputs["image_grids"]) else {})
         if videos is not None:
-            outputs = self._process_videos(videos, options["videos_kwargs"], own_options)
+            outputs = self._video_outputs(videos, options["videos_kwargs"], own_options)
             metadata = outputs.pop("video_metadata")
             _require_slots(prompts, videos, len(metadata), VIDEO_PLACEHOLDER, "video")
-            pictures.update(outputs if metadata else {})
-        data = dict(pictures)
+            media.update(outputs if metadata else {})
+        data = dict(media)
         if prompts is not None:
-            videos = timed_grids(pictures.get("video_grids", []), metadata or [])
-            expanded = self._expand(prompts, pictures.get("image_grids", []), videos)
-            data = {**self._tokenize(expanded, options["text_kwargs"]), **pictures}
+            videos = timed_grids(media.get("video_grids", []), metadata or [])
+            expanded = self._expand(prompts, media.get("image_grids", []), videos)
+            data = {**self._tokenize(expanded, options["text_kwargs"]), **media}
         features = MediaFeatures(data, return_tensors, _media_of_rows(prompts, sizes, metadata))
         if metadata is not None and options["videos_kwargs"].get("return_metadata"):
             features["video_metadata"] = metadata
@@ -641,20 +657,20 @@ class Molmo2Processor(ProcessorMixin):
 
     @staticmethod
     def sort_options(kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        """Sort options by modality: nested ones stay where they are, flat ones go wherever they are known.
+        """Options of a call by modality: nested ones as they are, flat ones wherever they are known.
 
-        The library's merge differs between releases, and recent ones refuse options they do not know.
+        Not the library's merge, because that differs between releases and recent ones refuse unknown options.
 
         Raises:
-            ValueError: For an option that is given flat and nested, naming both places.
+            ValueError: An option is given flat and nested; the message names both places.
         """
-        sections = {name: dict(values) for name, values in Molmo2ProcessorKwargs._defaults.items()}
+        sections = {name: dict(values) for name, values in CALL_DEFAULTS.items()}
         common = dict(kwargs.get("common_kwargs") or {})
         flat = {name: value for name, value in kwargs.items() if name not in sections and name != "common_kwargs"}
         unknown = set(flat)
         for name, known in SECTIONS.items():
             nested = dict(kwargs.get(name) or {})
-            elsewhere = FLAT_FOR_IMAGES_ALONE if name == "videos_kwargs" else frozenset()
+            elsewhere = IMAGE_ONLY_KWARGS if name == "videos_kwargs" else frozenset()
             own = {
                 option: flat[option] for option in flat if option in known.__annotations__ and option not in elsewhere
             }
@@ -669,10 +685,10 @@ class Molmo2Processor(ProcessorMixin):
             logger.warning_once(f"Molmo2Processor ignores the unknown option {option!r}.")
         return sections
 
-    def _process_videos(
+    def _video_outputs(
         self, videos: Any, options: dict[str, Any], own_options: list[dict[str, Any]] | None
     ) -> dict[str, Any]:
-        """Outputs of the video processor as arrays, with metadata; videos with options of their own go one by one."""
+        """Outputs of the video processor as arrays, with metadata; videos with own options are processed singly."""
         options = {**options, "return_tensors": None, "return_metadata": True}
         if not own_options:
             return dict(self.video_processor.preprocess(videos, **options))
@@ -701,9 +717,9 @@ class Molmo2Processor(ProcessorMixin):
     def _expand(
         self, prompts: list[str], image_grids: Sequence[Any], videos: Sequence[tuple[Any, Sequence[float]]]
     ) -> list[ExpandedPrompt]:
-        notation = self.notation
-        image_texts = ["".join(image_tokens(grid, notation)) for grid in image_grids]
-        video_texts = [video_string(grids, times, notation) for grids, times in videos]
+        token_format = self.visual_token_format
+        image_texts = ["".join(image_tokens(grid, token_format)) for grid in image_grids]
+        video_texts = [video_string(grids, times, token_format) for grids, times in videos]
         placed = ((IMAGE_PLACEHOLDER, image_texts, "image"), (VIDEO_PLACEHOLDER, video_texts, "video"))
         for placeholder, texts, noun in placed:
             require_placeholders([prompt.count(placeholder) for prompt in prompts], len(texts), placeholder, noun)
@@ -729,13 +745,11 @@ class Molmo2Processor(ProcessorMixin):
                 _assistant_mask(prompt, own, offsets, len(row))
                 for prompt, own, offsets, row in zip(prompts, spans, encoded["offset_mapping"], rows)
             ]
+        visual = frozenset(self.image_token_ids)
         max_length, side = options.get("max_length"), self.tokenizer.truncation_side
         truncation = getattr(options.get("truncation"), "value", options.get("truncation"))
-        truncates = truncation not in (None, False, "do_not_truncate")
-        if truncates and max_length is None:
-            max_length = self.tokenizer.model_max_length
-        if truncates:
-            visual = frozenset(self.image_token_ids)
+        if truncation not in (None, False, "do_not_truncate"):
+            max_length = self.tokenizer.model_max_length if max_length is None else max_length
             masks = masks and [truncate(mask, max_length, side, frozenset()) for mask in masks]
             rows = [truncate(row, max_length, side, visual) for row in rows]
 
@@ -757,13 +771,12 @@ class Molmo2Processor(ProcessorMixin):
             "attention_mask": padded([[1] * length for length in lengths], 0),
         }
         if options.get("return_mm_token_type_ids"):
-            visual = frozenset(self.image_token_ids)
             outputs["token_type_ids"] = [[token in visual for token in row] for row in outputs["input_ids"]]
         if masks is not None:
             outputs["assistant_masks"] = padded(masks, 0)
         return outputs
 
-    def apply_chat_template(
+    def apply_chat_template(  # type: ignore[override]  # the library's types name its own messages
         self,
         conversation: Any,
         chat_template: str | None = None,
@@ -778,20 +791,20 @@ class Molmo2Processor(ProcessorMixin):
         processor_kwargs: dict[str, Any] | None = None,
         **kwargs,
     ) -> Any:
-        """Write messages as a prompt and, with `tokenize=True`, prepare it with the pictures it names.
+        """Write messages as a prompt and, with `tokenize=True`, prepare it with the images and videos that it names.
 
         Args:
             conversation: Messages `{"role", "content"}`, or a list of conversations. Content is text or a list of
                 parts: `{"type": "text", "text"}`, `{"type": "image", "image": ...}` (also `url`, `path`, `base64`,
                 `image_url`), `{"type": "video", "video": ...}` (also `url`, `path`, `video_url`), which may carry
                 `clip`, `num_frames`, `max_fps`, `frame_sample_mode`, `sampling_fps`, `timestamps`, `video_metadata`.
-            return_assistant_tokens_mask: With `tokenize` and `return_dict`, add `assistant_masks` (B, S): 1 on what
-                the assistant wrote, the closing token included.
-            processor_kwargs, kwargs: Options of `__call__`; the template sees the rest of `kwargs`.
+            return_assistant_tokens_mask: With `tokenize` and `return_dict`, add `assistant_masks` (B, S): 1 on the
+                tokens of the assistant, the closing token included.
+            processor_kwargs, kwargs: Options of `__call__`; `kwargs` are passed to the template too.
         Returns:
             The prompt, a list of prompts for a batch; with `tokenize` the ids, with `return_dict` too a BatchFeature.
         Raises:
-            ValueError: A picture part without a source, a missing template, and whatever `__call__` raises.
+            ValueError: An image or video part without a source, a missing template, and whatever `__call__` raises.
             jinja2.TemplateError: Roles out of order, an empty conversation.
         """
         if return_assistant_tokens_mask and not (tokenize and return_dict):
@@ -838,10 +851,11 @@ class Molmo2Processor(ProcessorMixin):
             raise ValueError(
                 "The processor has no chat template. Put `chat_template.jinja` beside its files, or pass one."
             )
-        messages = [messages_of(conversation) for conversation in conversations]
-        return render_jinja_template(
+        messages: list[Any] = [messages_of(conversation) for conversation in conversations]
+        rendered: Any = render_jinja_template(
             messages, chat_template=template, **{**self.tokenizer.special_tokens_map, **options}
         )
+        return rendered
 
     def encode_prompts(
         self,
@@ -852,7 +866,7 @@ class Molmo2Processor(ProcessorMixin):
         assistant_spans: list[list[tuple[int, int]]] | None = None,
         **options: Any,
     ) -> BatchFeature:
-        """Write and tokenize prompts whose images and videos are planned or processed already.
+        """Expand and tokenize prompts whose images and videos are planned or processed already.
 
         Args:
             prompts: With one placeholder for each image and video.
@@ -865,7 +879,7 @@ class Molmo2Processor(ProcessorMixin):
         Returns:
             `input_ids`, `attention_mask`, `token_type_ids` and `assistant_masks`, as the call would give them.
         """
-        options = {**Molmo2ProcessorKwargs._defaults["text_kwargs"], **options, "assistant_spans": assistant_spans}
+        options = {**CALL_DEFAULTS["text_kwargs"], **options, "assistant_spans": assistant_spans}
         data = self._tokenize(self._expand(prompts, image_grids, videos), options)
         return BatchFeature(data, tensor_type=options.get("return_tensors"))
 
@@ -876,23 +890,24 @@ class Molmo2Processor(ProcessorMixin):
 
         Args:
             answers: One answer, as a string or token ids (list, array or tensor), or a batch of them. Special tokens
-                are left out, as are negative ids, with which labels are padded; ids that still begin with their
-                prompt lose it, where `media` is the processor's output.
-            media: What the answers are about; nothing gives shares of width and height instead of pixels.
-                The inputs that the answers were generated from: nothing else is needed then. Several answers per row
-                (`num_return_sequences`) follow each other.
-                Or sizes: (width, height), a list of them for the images of one answer, one of them (or one list) per
-                answer for a batch.
-                Or the metadata of the video (`SampledVideoMetadata`, `VideoMetadata`, a dictionary), one per answer
-                for a batch.
-            kind: "image", "multi_image" or "video", for sizes alone.
+                and negative ids, with which labels are padded, are dropped; so is the prompt at the beginning of ids,
+                if `media` is the processor's output.
+            media: The images and videos that the answers are about. One of
+                the inputs that the answers were generated from (several answers per row, as by `num_return_sequences`,
+                follow each other);
+                sizes: (width, height), a list of them for the images of one answer, one of either per answer for a
+                batch;
+                the metadata of the video (`SampledVideoMetadata`, `VideoMetadata`, a dictionary), one per answer for a
+                batch;
+                None, which gives fractions of width and height instead of pixels.
+            kind: "image", "multi_image" or "video", if `media` are sizes.
         Returns:
-            A `molmo2.grounding.Grounding`, of a batch a list of them. Whatever the answers say, reading does not fail.
-            Where a prompt has images beside a video, keys with a decimal point and tracks are about the video, whole
-            numbers about the images. With several videos times are read against the first; for another one pass
+            A `molmo2.grounding.Grounding`, or a list of them for a batch. No answer makes reading fail. In a
+            prompt with images beside a video, keys with a decimal point and tracks refer to the video, whole numbers
+            to the images. With several videos times are read against the first; for another one pass
             `inputs.media[row].more_videos[...]`.
         Raises:
-            TypeError, ValueError: `answers` are no answers, `media` describes no pictures or not these.
+            TypeError, ValueError: `answers` or `media` are of another kind, or there are not as many.
         """
         return ground_answers(answers, media, kind, self.tokenizer)
 
@@ -902,32 +917,49 @@ class Molmo2Processor(ProcessorMixin):
         video_sizes: list[tuple[int, int, int]] | None = None,
         **kwargs,
     ) -> MultiModalData:
-        """Tokens that pictures of these sizes take, without reading them.
+        """Numbers of visual tokens for images and videos of these sizes, by the same plans as in the call.
 
         Args:
             image_sizes: (height, width) of each image, in pixels.
             video_sizes: (frames, height, width) of each video after sampling; timestamps are text.
+            kwargs: Options of the call, such as `max_crops`, `pooling_size` or `per_video_options`.
         Returns:
             `num_image_tokens`, `num_image_patches` (crops) and `num_video_tokens`, one number for each.
+        Raises:
+            ValueError: An option chooses the frames of videos, whose number is given here; an option is invalid.
         """
+        own_options = kwargs.pop("per_video_options", None) or [{}] * len(video_sizes or [])
         options = self.sort_options(kwargs)
+        token_format = self.visual_token_format
         counts: dict[str, list[int]] = {}
         if image_sizes is not None:
             given = {name: value for name, value in options["images_kwargs"].items() if name != "return_tensors"}
-            plans = [self.image_processor.plan(height, width, **given) for height, width in image_sizes]
-            counts["num_image_tokens"] = [len(image_tokens(plan.grid, self.notation)) for plan in plans]
-            counts["num_image_patches"] = [plan.num_crops for plan in plans]
+            images = [self.image_processor.plan(height, width, **given) for height, width in image_sizes]
+            counts["num_image_tokens"] = [len(image_tokens(image.grid, token_format)) for image in images]
+            counts["num_image_patches"] = [image.num_crops for image in images]
         if video_sizes is not None:
-            columns = self.notation.video_use_col_tokens
-            plans = [self.video_processor.plan(frames) for frames, *_ in video_sizes]
+            given = {
+                name: options["videos_kwargs"][name] for name in options["videos_kwargs"] if name != "return_tensors"
+            }
+            sampling = sorted({name for own in (given, *own_options) for name in own} & SAMPLING_OPTIONS)
+            if sampling:
+                raise ValueError(
+                    f"{sampling} cannot be applied to `video_sizes`, which count the frames after sampling. Leave "
+                    "them out, and pass the numbers of frames that they give."
+                )
+            videos = [
+                self.video_processor.plan(frames, **{**given, **own})
+                for (frames, *_), own in zip(video_sizes, own_options, strict=True)
+            ]
             counts["num_video_tokens"] = [
-                sum(frames * (rows * (cols + columns) + 2) for frames, rows, cols in plan.grids) for plan in plans
+                sum(frames * len(frame_tokens(rows, cols, token_format)) for frames, rows, cols in video.grids)
+                for video in videos
             ]
         return MultiModalData(**counts)
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs) -> list[Any]:
-        """Load the three parts directly: the library's lookup of video processors needs torchvision."""
+        """Image processor, video processor and tokenizer; the library's own lookup needs torchvision."""
         kwargs = {
             name: value for name, value in kwargs.items() if name not in ("use_fast", "_from_auto", "code_revision")
         }
@@ -945,17 +977,17 @@ class Molmo2Processor(ProcessorMixin):
 
     @classmethod
     def from_args_and_dict(cls, args, processor_dict: dict[str, Any], **kwargs):
-        """Build the processor; parts that recent releases nest in its file are in `args` already."""
+        """Build the processor; the parts that recent releases nest in its file are in `args`."""
         nested = {name for name in processor_dict if name in cls.attributes or name == "feature_extractor"}
         return super().from_args_and_dict(
             args, {name: value for name, value in processor_dict.items() if name not in nested}, **kwargs
         )
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> list[str]:
-        """Save files that every supported release, and tools that read them by name, can load.
+        """Save files that every supported release, and tools that read single files, can load.
 
-        The parts get their own files also where the release would nest them, the tokenizer keeps the class name that
-        all releases know, and the chat template stands in the tokenizer's file too.
+        Image and video processor get their own files, also under releases that would nest them; the tokenizer keeps a
+        class name that all releases know; the chat template is in the tokenizer's file too.
         """
         folder = Path(save_directory)
         tokenizer_class = self.tokenizer.init_kwargs.get("tokenizer_class")
@@ -969,7 +1001,7 @@ class Molmo2Processor(ProcessorMixin):
             _rewrite(Path(saved), {"processor_class": type(self).__name__, "auto_map": chosen})
         nested = dict.fromkeys([*self.attributes, "feature_extractor"])
         chosen = {"AutoProcessor": AUTO_MAP["AutoProcessor"]} if auto_map else None
-        settings = {name: getattr(self, name) for name in NOTATION_OPTIONS}
+        settings = {name: getattr(self, name) for name in TOKEN_FORMAT_OPTIONS}
         processor_file = folder / "processor_config.json"
         _rewrite(
             processor_file, {**nested, "processor_class": type(self).__name__, "auto_map": chosen}, keep_null=settings
@@ -997,7 +1029,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _are_references(texts: str | list[str]) -> bool:
-    """Whether every string is a URL, the path of a file or the name of a picture, so that it is no prompt."""
+    """Whether all strings are URLs, paths of files or names of image files, and therefore no prompts."""
     return all(_is_reference(text) for text in ([texts] if isinstance(texts, str) else texts))
 
 
@@ -1019,7 +1051,7 @@ def _as_prompts(text: Any) -> list[str]:
 
 
 def _require_slots(prompts: list[str] | None, given: Any, number: int, placeholder: str, noun: str) -> None:
-    """Check pictures against placeholders, prompt by prompt where the caller grouped the pictures."""
+    """Check images or videos against placeholders, prompt by prompt where the caller grouped them by prompt."""
     if prompts is None:
         return
     per_prompt = _lengths_of_rows(given, len(prompts), number)
@@ -1027,18 +1059,18 @@ def _require_slots(prompts: list[str] | None, given: Any, number: int, placehold
     require_placeholders(counts, number if per_prompt is None else per_prompt, placeholder, noun)
 
 
-def _lengths_of_rows(given: Any, num_prompts: int, num_pictures: int) -> list[int] | None:
-    """Pictures per prompt where the caller grouped them: a list of as many lists as there are prompts."""
+def _lengths_of_rows(given: Any, num_prompts: int, num_items: int) -> list[int] | None:
+    """Images or videos per prompt if the caller grouped them, as a list with one list per prompt; else None."""
     if not isinstance(given, (list, tuple)) or len(given) != num_prompts:
         return None
     if not all(isinstance(row, (list, tuple)) for row in given):
         return None
     lengths = [len(row) for row in given]
-    return lengths if sum(lengths) == num_pictures else None
+    return lengths if sum(lengths) == num_items else None
 
 
 def _media_of_rows(prompts: list[str] | None, images: list[MediaInfo], metadata: list[Any] | None) -> list[MediaInfo]:
-    """The pictures of each prompt; without prompts, of one row with all of them."""
+    """Images and videos of each prompt; without prompts, one row with all of them."""
     videos = [] if metadata is None else metadata
     if prompts is None:
         return media_of_rows([len(images)], [len(videos)], images, videos)
@@ -1051,7 +1083,7 @@ def _media_of_rows(prompts: list[str] | None, images: list[MediaInfo], metadata:
 def _assistant_mask(
     prompt: ExpandedPrompt, spans: list[tuple[int, int]], offsets: list[tuple[int, int]], length: int
 ) -> list[int]:
-    """1 on tokens inside the spans, which are characters of the prompt before expansion; BOS, if inserted, gets 0."""
+    """1 on tokens inside the spans, which count characters of the prompt before expansion; 0 on an inserted BOS."""
     moved = [(prompt.position(start), prompt.position(end)) for start, end in spans]
     mask = [
         int(any(start <= first and last <= end for start, end in moved) and last > first) for first, last in offsets
@@ -1062,8 +1094,8 @@ def _assistant_mask(
 def _load_tokenizer(name_or_path: Any, options: dict[str, Any]) -> Any:
     """The tokenizer, also of a repository that has vocab.json and merges.txt but no tokenizer.json.
 
-    For the model type `molmo2` recent releases read tokenizer.json only. Under another configuration they go by the
-    class that tokenizer_config.json states, which builds the tokenizer from the other two files.
+    For the model type `molmo2` recent releases read tokenizer.json only. Under another configuration they use the
+    class in tokenizer_config.json, which builds the tokenizer from the other two files.
     """
     from transformers import AutoTokenizer
 
@@ -1074,20 +1106,20 @@ def _load_tokenizer(name_or_path: Any, options: dict[str, Any]) -> Any:
 
 
 def _portable_tokenizer_class(stated: str | None, tokenizer: Any) -> str:
-    """A class name under which all releases read the same ids.
+    """Class name under which all releases produce the same ids.
 
-    Recent releases build named classes anew, with their own splitting of words (GPT-2's for Olmo's tokenizer), and
-    write the name of a base class that older ones lack; this one takes tokenizer.json as it is everywhere.
+    Recent releases rebuild named classes with their own pre-tokenizer (GPT-2's for Olmo's tokenizer), and write the
+    name of a base class that older ones lack; `PreTrainedTokenizerFast` takes tokenizer.json as it is everywhere.
     """
     name = type(tokenizer).__name__ if stated is None else stated
     return name if name.removesuffix("Fast") == "Qwen2Tokenizer" else "PreTrainedTokenizerFast"
 
 
 def _portable_tokenizer_keys(path: Path) -> dict[str, Any]:
-    """Changes to a tokenizer's file that let all releases read it.
+    """Changes to tokenizer_config.json that let all releases read it.
 
-    Recent ones list special tokens under a key that older ones read as a dictionary, and note how the tokenizer was
-    found on this machine.
+    Recent ones list special tokens under a key that older ones read as a dictionary, and record how the tokenizer was
+    loaded on this machine.
     """
     changes: dict[str, Any] = {"is_local": None, "local_files_only": None}
     special_tokens = json.loads(path.read_text(encoding="utf-8")).get("extra_special_tokens")
@@ -1099,7 +1131,7 @@ def _portable_tokenizer_keys(path: Path) -> dict[str, Any]:
 def _rewrite(path: Path, changes: dict[str, Any], keep_null: dict[str, Any] | None = None) -> None:
     """Change keys of a JSON file; None removes a key, except for those in `keep_null`.
 
-    What the file says about other keys stays, null included: a tokenizer without an unknown token says so in that way.
+    Other keys stay, null included: null is how a tokenizer states that it has no unknown token.
     """
     content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     content.update(changes)
