@@ -517,7 +517,7 @@ def test_an_alpha_channel_survives_fetching(rgb, tmp_path):
 
 
 GREY = np.zeros((5, 6), np.uint8)
-NO_PICTURES = {
+NO_IMAGES = {
     "none": (
         [GREY, None],
         TypeError,
@@ -573,16 +573,16 @@ NO_PICTURES = {
 }
 
 
-@pytest.mark.parametrize("name", NO_PICTURES)
+@pytest.mark.parametrize("name", NO_IMAGES)
 def test_no_image_is_an_error_that_says_which(name):
-    images, error, message = NO_PICTURES[name]
+    images, error, message = NO_IMAGES[name]
     with pytest.raises(error, match=message):
         small_processor()(images)
 
 
 @pytest.mark.parametrize("name", ["none", "missing path", "bytes"])
 def test_fetching_says_which_too(name):
-    images, error, message = NO_PICTURES[name]
+    images, error, message = NO_IMAGES[name]
     with pytest.raises(error, match=message):
         fetch_images(images)
 

@@ -490,11 +490,11 @@ def test_collection_is_the_same_on_every_backend(file):
         video = read_all(file, backend)
         expected = video if expected is None else expected
         assert_same_video(video, expected)
-        timeline, pictures = video
+        timeline, frames = video
         few = np.linspace(0, timeline.num_frames - 1, 4).astype(int).tolist()
         with open_video(file, backend) as reader:
-            for index, picture in zip(few, reader.frames(few), strict=True):
-                np.testing.assert_array_equal(picture, pictures[index])
+            for index, rgb in zip(few, reader.frames(few), strict=True):
+                np.testing.assert_array_equal(rgb, frames[index])
 
 
 @pytest.mark.skipif(not MEDIA.is_dir(), reason="the reference data beside the checkout is not there")
