@@ -1,4 +1,4 @@
-"""The app in a real browser: pictures and a clip are uploaded, asked about, seen with their points, and exported."""
+"""The app in a real browser: images and a clip are uploaded, asked about, seen with their points, and exported."""
 
 import json
 import os
@@ -94,7 +94,7 @@ def color(label, object_id):
     return DrawingStyle().color(label, object_id)
 
 
-def test_a_picture_its_points_as_they_come_and_the_files(visitor, gate, paths, tmp_path):
+def test_an_image_its_points_as_they_come_and_the_files(visitor, gate, paths, tmp_path):
     gate.place = "250 500 2"  # the first point is complete
     original = np.asarray(picture(100, 200))
     visitor.upload(paths[:1])
@@ -122,7 +122,7 @@ def test_a_picture_its_points_as_they_come_and_the_files(visitor, gate, paths, t
     expect(visitor.page.locator("#export_mot")).to_be_disabled()
 
 
-def test_two_pictures_and_a_follow_up(visitor, paths, tmp_path):
+def test_two_images_and_a_follow_up(visitor, paths, tmp_path):
     visitor.upload(paths)
     expect(visitor.page.locator(IMAGE)).to_have_count(2)
     visitor.ask("Point to the boats.")
@@ -165,7 +165,7 @@ def test_what_goes_wrong_is_said(visitor, paths, tmp_path):
     visitor.ask("Point to the cups.")
     expect(status).to_contain_text("Add an image or a video first.")
     broken = tmp_path / "broken.png"
-    broken.write_bytes(b"no picture")
+    broken.write_bytes(b"no image")
     visitor.upload([broken])
     expect(status).to_contain_text("“broken.png” cannot be read as an image.")
     visitor.upload(paths[:1])

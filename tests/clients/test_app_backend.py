@@ -38,7 +38,7 @@ def backend(model):
 
 @pytest.fixture
 def paths(tmp_path):
-    """Two pictures."""
+    """Two images."""
     paths = [tmp_path / "left.png", tmp_path / "right.png"]
     for seed, path in enumerate(paths):
         picture(100, 200, seed).save(path)
@@ -81,7 +81,7 @@ def test_points_are_drawn_while_the_answer_is_written(backend, paths):
     assert "tokens in" in updates[-1].note
 
 
-def test_several_pictures_each_with_its_own_points(backend, paths):
+def test_several_images_each_with_its_own_points(backend, paths):
     *_, last = backend.open(paths).answer("Point to the boats.")
     left, right = (np.asarray(drawn) for drawn in last.images)
     assert tuple(left[20, 20]) == color("boats", 1)
@@ -98,7 +98,7 @@ def test_the_files_hold_the_points(backend, paths):
         assert [(point.image_index, point.x, point.y) for point in grounding.points] == expected
 
 
-def test_follow_ups_do_not_read_the_pictures_again(backend, paths, encodings):
+def test_follow_ups_do_not_read_the_images_again(backend, paths, encodings):
     conversation = backend.open(paths)
     answers = [list(conversation.answer(text))[-1] for text in ("Point to the boats.", "Are you sure?", "The cups?")]
     assert len(encodings) == 1
@@ -109,7 +109,7 @@ def test_follow_ups_do_not_read_the_pictures_again(backend, paths, encodings):
     assert json.loads(answers[0].files["json"].read_text(encoding="utf-8"))["text"] == BOATS
 
 
-def test_where_nothing_is_there_the_pictures_are_clean_again(backend, paths):
+def test_where_nothing_is_there_the_images_are_clean_again(backend, paths):
     conversation = backend.open(paths[:1])
     list(conversation.answer("Point to the cups."))
     *_, last = conversation.answer("Point to the cats.")
@@ -228,7 +228,7 @@ def test_answers_as_people_read_them(answer, expected):
     assert readable(parse_grounding(answer)) == expected
 
 
-def test_clips_are_told_from_pictures():
+def test_clips_are_told_from_images():
     assert is_video(CLIP)
     assert is_video(REPOSITORY / "phone.M4V")
     assert not is_video(REPOSITORY / "animation.gif")

@@ -48,8 +48,8 @@ def text_of(output):
     return MEASURED.sub("little", output.get("text", output.get("data", {}).get("text/plain", "")))
 
 
-def picture_size(output):
-    """(width, height), or None without a picture."""
+def image_size(output):
+    """(width, height), or None without an image."""
     data = output.get("data", {})
     encoded = next((data[name] for name in data if name.startswith("image/")), None)
     return None if encoded is None else Image.open(io.BytesIO(base64.b64decode(encoded))).size
@@ -80,7 +80,7 @@ def test_a_clean_kernel_prints_what_is_stored(path):
             continue
         assert [output.output_type for output in new.outputs] == [output.output_type for output in old.outputs], where
         assert [text_of(output) for output in new.outputs] == [text_of(output) for output in old.outputs], where
-        assert [picture_size(output) for output in new.outputs] == [picture_size(output) for output in old.outputs]
+        assert [image_size(output) for output in new.outputs] == [image_size(output) for output in old.outputs]
     printed = "".join(text_of(output) for cell in code_cells(found) for output in cell.outputs)
     for text in KEY_OUTPUTS[path.stem]:
         assert text in printed

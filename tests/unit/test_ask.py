@@ -1,4 +1,4 @@
-"""`ask`: one call from a question to an answer, and sessions that read their pictures once."""
+"""`ask`: one call from a question to an answer, and sessions that read their images once."""
 
 import copy
 import threading
@@ -65,8 +65,8 @@ def test_points_in_pixels_without_passing_anything_by_hand(scripted):
 
 
 def test_one_batch_for_several_questions(scripted):
-    pictures = [picture(100, 200), [picture(40, 30), picture(20, 10)], None]
-    answers = ask(scripted, processor(), ["The cups?", "The boats?", "Hello"], images=pictures)
+    images = [picture(100, 200), [picture(40, 30), picture(20, 10)], None]
+    answers = ask(scripted, processor(), ["The cups?", "The boats?", "Hello"], images=images)
     assert len(scripted.calls) == 1
     assert [answer.text for answer in answers] == [CUPS, BOATS, "Hi."]
     assert [(point.image_index, point.x, point.y) for point in answers[1].grounding] == [(0, 3, 8), (1, 3, 8)]
@@ -87,11 +87,11 @@ def test_same_answer_as_by_hand(model):
 
 @torch.no_grad()
 def test_a_batch_answers_as_single_questions(model):
-    questions, pictures = ["What is it?", "And this, what is it?", "Who?"], [picture(), [picture(70, 40, 1)] * 2, None]
+    questions, images = ["What is it?", "And this, what is it?", "Who?"], [picture(), [picture(70, 40, 1)] * 2, None]
     options = {"max_new_tokens": 6, "do_sample": False}
-    together = ask(model, processor(), questions, images=pictures, **options)
+    together = ask(model, processor(), questions, images=images, **options)
     alone = [
-        ask(model, processor(), question, own, **options) for question, own in zip(questions, pictures, strict=True)
+        ask(model, processor(), question, own, **options) for question, own in zip(questions, images, strict=True)
     ]
     assert [answer.text for answer in together] == [answer.text for answer in alone]
 
@@ -255,12 +255,12 @@ def test_beams_in_a_session(model, configured):
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_session_needs_pictures(model):
+def test_a_session_needs_images(model):
     with pytest.raises(ValueError, match="caches images and videos, but there are none"):
         MediaSession(model, processor())
 
 
-def test_a_batch_needs_pictures_for_each_question(scripted):
+def test_a_batch_needs_images_for_each_question(scripted):
     with pytest.raises(ValueError, match="There are 2 questions, but `images` or `videos` has 3 entries"):
         ask(scripted, processor(), ["a", "b"], images=[None, None, None])
     with pytest.raises(ValueError, match="one answer per question"):

@@ -1,4 +1,4 @@
-"""Marks on pictures and in videos: the right pixels, and no others."""
+"""Marks on images and in videos: the right pixels, and no others."""
 
 import subprocess
 import sys
@@ -16,6 +16,7 @@ from molmo2.tools.draw import (
     _overlaps,
     _shortened,
     contact_sheet,
+    draw,
     draw_images,
     draw_marks,
     draw_points,
@@ -48,17 +49,17 @@ def test_a_disc_is_where_the_point_is_and_nothing_else_changes(size):
     assert drawn.getpixel((x, y)) == BARE.color("cup", 1)
     radius = max(2.0, min(size) * 0.012)
     assert np.linalg.norm(changed(ground, drawn) - [x, y], axis=1).max() <= radius * 1.6 + 2.5
-    assert ground.getpixel((x, y)) == GREY  # the picture itself stays as it is
+    assert ground.getpixel((x, y)) == GREY  # the image itself stays as it is
 
 
 @pytest.mark.parametrize(("x", "y", "pixel"), [(0, 0, (0, 0)), (1000, 1000, (99, 49)), (1000, 0, (99, 0))])
-def test_points_on_the_border_are_on_the_picture(x, y, pixel):
+def test_points_on_the_border_are_on_the_image(x, y, pixel):
     drawn = draw_points(Image.new("RGB", (100, 50), GREY), answer((1, x, y)), BARE)
     assert drawn.getpixel(pixel) == BARE.color("cup", 1)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "CMYK", "I;16", "F"])
-def test_pictures_of_any_mode(mode):
+def test_images_of_any_mode(mode):
     drawn = draw_points(Image.new(mode, (60, 40)), answer((1, 500, 500)), BARE)
     assert (drawn.mode, drawn.getpixel((30, 20))) == ("RGB", BARE.color("cup", 1))
 
@@ -76,7 +77,7 @@ def test_arrays_paths_and_turned_files(tmp_path):
 
 
 def test_an_object_keeps_its_colour():
-    """In another picture, beside others, and in a resized one."""
+    """In another image, beside others, and in a resized one."""
     style = DrawingStyle(show_ids=False, show_labels=False)
     ground = Image.new("RGB", (300, 300), GREY)
     alone = draw_points(ground, answer((2, 500, 500)), style).getpixel((150, 150))
@@ -89,7 +90,7 @@ def test_an_object_keeps_its_colour():
     assert style.color("cup", 0) in PALETTE
 
 
-def test_ids_and_labels_are_written_inside_the_picture():
+def test_ids_and_labels_are_written_inside_the_image():
     ground = Image.new("RGB", (400, 300), GREY)
     corners = answer((1, 0, 0), (2, 1000, 0), (3, 0, 1000), (4, 1000, 1000), label="a corner with a long name")
     for style in (DrawingStyle(), DrawingStyle(text_size=30)):
@@ -114,7 +115,7 @@ def test_no_id_where_there_is_one_object_unless_asked_for():
     assert len(changed(draw_points(ground, one), draw_points(ground, one, DrawingStyle(show_ids=True))))
 
 
-def test_captions_larger_than_the_picture_are_left_out():
+def test_captions_larger_than_the_image_are_left_out():
     tiny = Image.new("RGB", (9, 7), GREY)
     one = answer((1, 500, 500), label="something with a name")
     assert np.array_equal(draw_points(tiny, one), draw_points(tiny, one, BARE))
@@ -206,6 +207,15 @@ def test_impossible_styles_are_refused():
         DrawingStyle(radius=-1)
     with pytest.raises(ValueError, match="palette is empty"):
         DrawingStyle(palette=())
+
+
+def test_one_image_or_a_list_with_options_of_the_style():
+    ground, style = Image.new("RGB", (100, 50), GREY), {"radius": 3, "show_ids": False, "show_labels": False}
+    drawn = draw(ground, answer((1, 250, 600)), **style)
+    assert changed(drawn, draw_points(ground, answer((1, 250, 600)), DrawingStyle(**style))).size == 0
+    first, second = draw([ground, ground], answer((1, 250, 600), key="2"), BARE)
+    assert changed(ground, first).size == 0
+    assert second.getpixel((25, 30)) == BARE.color("cup", 1)
 
 
 def test_drawing_needs_no_torch():

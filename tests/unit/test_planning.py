@@ -48,7 +48,7 @@ def test_counts_are_those_of_the_call(options):
     "options", [{}, {"num_frames": 4}, {"clip": (1.0, 3.0)}, {"frame_sample_mode": "fps", "sampling_fps": 1}]
 )
 def test_files_are_counted_from_their_headers(options, monkeypatch):
-    """No picture is resized, and the times are those of the call."""
+    """No image is resized, and the times are those of the call."""
     from molmo2.image import pixels
 
     messages = [

@@ -32,7 +32,7 @@ def write_clip(
     ticks=1000,
     milliseconds_shown=None,
     prepare=None,
-    picture=None,
+    image=None,
 ):
     """A grey clip whose frames are shown at these times.
 
@@ -40,7 +40,7 @@ def write_clip(
         ticks: per second.
         milliseconds_shown: {time: how long the frame of that time is shown}; None leaves it to the encoder.
         prepare: called with the stream before it is opened.
-        picture: a frame to show instead of grey.
+        image: a frame to show instead of grey.
     """
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=rate)
@@ -52,7 +52,7 @@ def write_clip(
         packets = []
         for time in milliseconds:
             frame = av.VideoFrame.from_ndarray(np.full((size[1], size[0], 3), 90, np.uint8), format="rgb24")
-            frame = frame.reformat(format="yuv420p") if picture is None else picture
+            frame = frame.reformat(format="yuv420p") if image is None else image
             frame.pts, frame.time_base = time * ticks // 1000, Fraction(1, ticks)
             packets += stream.encode(frame)
         for packet in [*packets, *stream.encode(None)]:
@@ -96,16 +96,16 @@ def frames_of(path):
         frames = [
             (frame.pts * stream.time_base, frame.to_ndarray(format="rgb24")) for frame in container.decode(stream)
         ]
-    return [(float(time - frames[0][0]), picture) for time, picture in frames]
+    return [(float(time - frames[0][0]), image) for time, image in frames]
 
 
-def centre(picture):
+def centre(image):
     """(x, y) of what is no longer grey, as shares; None if nothing is."""
-    marked = np.abs(picture.astype(int) - 90).max(axis=2) > 60
+    marked = np.abs(image.astype(int) - 90).max(axis=2) > 60
     if not marked.any():
         return None
     y, x = np.argwhere(marked).mean(axis=0)
-    return (x + 0.5) / picture.shape[1], (y + 0.5) / picture.shape[0]
+    return (x + 0.5) / image.shape[1], (y + 0.5) / image.shape[0]
 
 
 CLIPS = {
@@ -126,10 +126,10 @@ def test_marks_follow_the_presentation_times(tmp_path, name):
     assert [time for time, _ in after] == [time for time, _ in before]
     assert (result.num_frames, result.num_marked_frames, result.audio) == (len(before), len(before), "none")
     known = np.array(metadata.source_timestamps)
-    for time, picture in after:
+    for time, image in after:
         at = min(time, known[-1])
         expected = [np.interp(at, known, [place[axis] / 1000 for place in places]) for axis in (0, 1)]
-        assert centre(picture) == pytest.approx(expected, abs=0.012), time
+        assert centre(image) == pytest.approx(expected, abs=0.012), time
 
 
 def test_the_file_starts_as_late_as_the_source(tmp_path):
@@ -146,13 +146,13 @@ def test_what_one_sampled_frame_shows_stays_for_half_the_way(tmp_path):
     annotate_video(source, track(metadata, [(200, 500), None, (600, 500), None, None]), tmp_path / "out.mkv", BIG)
     times = metadata.source_timestamps
     middles = [(times[0] + times[1]) / 2, (times[1] + times[2]) / 2, (times[2] + times[3]) / 2]
-    for time, picture in frames_of(tmp_path / "out.mkv"):
+    for time, image in frames_of(tmp_path / "out.mkv"):
         if time < middles[0]:
-            assert centre(picture) == pytest.approx((0.2, 0.5), abs=0.012)
+            assert centre(image) == pytest.approx((0.2, 0.5), abs=0.012)
         elif middles[1] <= time < middles[2]:
-            assert centre(picture) == pytest.approx((0.6, 0.5), abs=0.012)
+            assert centre(image) == pytest.approx((0.6, 0.5), abs=0.012)
         else:
-            assert centre(picture) is None
+            assert centre(image) is None
 
 
 def test_points_do_not_move_between_frames():
@@ -349,7 +349,7 @@ def test_colours_stay_what_they_are(tmp_path, name, suffix):
     for plane, level in zip(frame.planes, levels, strict=True):
         plane.update(bytes([level]) * plane.buffer_size)
     source, target = tmp_path / "clip.mp4", tmp_path / f"out.{suffix}"
-    write_clip(source, range(0, 200, 40), prepare=prepare, picture=frame)
+    write_clip(source, range(0, 200, 40), prepare=prepare, image=frame)
     annotated(source, target)
     with av.open(str(target)) as container:
         context = container.streams.video[0].codec_context
@@ -417,8 +417,8 @@ def test_odd_sizes_are_filled_up(tmp_path, size):
         source = write_clip(tmp_path / "small.mp4", range(0, 400, 40), size=(16, 16))
     metadata = sampled(source, 2)
     annotate_video(source, track(metadata, [(500, 500)] * 2), tmp_path / "out.mp4", BIG)
-    picture = frames_of(tmp_path / "out.mp4")[0][1]
-    assert picture.shape == ((22, 34, 3) if size == (33, 21) else (16, 16, 3))
+    image = frames_of(tmp_path / "out.mp4")[0][1]
+    assert image.shape == ((22, 34, 3) if size == (33, 21) else (16, 16, 3))
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared media are not here")
