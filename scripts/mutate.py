@@ -56,11 +56,7 @@ TARGETS = {
     "geometry": Target(
         "molmo2.image.geometry",
         "molmo2_remote.image_processing_molmo2",
-        (
-            "unit/test_geometry.py",
-            "unit/test_slow_fast.py",
-            "golden/test_golden_tables.py",
-        ),
+        ("unit/test_geometry.py", "unit/test_slow_fast.py", "golden/test_golden_tables.py"),
     ),
     "mask": Target(
         "molmo2.model.attention.mask",
@@ -70,12 +66,7 @@ TARGETS = {
     "parse": Target(
         "molmo2.grounding.parse",
         "molmo2_remote.grounding_molmo2",
-        (
-            "unit/test_grounding.py",
-            "golden/test_grounding.py",
-            "unit/test_grounding_format.py",
-            "unit/test_grounding_fuzz.py",
-        ),
+        ("golden/test_grounding.py", "unit/test_grounding_format.py", "unit/test_grounding_fuzz.py"),
     ),
 }
 

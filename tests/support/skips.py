@@ -22,7 +22,8 @@ ALLOWED = {
     r"mounting is not permitted here|needs the right to mount": "needs root and a kernel that lets it",
     r"on Linux only|is the Linux kernel's|needs kill -9": "other systems",
     r"this build of PyAV has no encoder": "builds differ in their codecs",
-    r"part of Python from 3.11 on": "older Python",
+    r"torchcodec cannot be loaded": "it needs FFmpeg's libraries, which pip does not bring; decord and PyAV must load",
+    r"part of Python from 3.11 on|could not import 'tomllib'": "older Python",
     r"this torch was built without oneDNN": "builds of torch differ",
 }
 WITHOUT_REFERENCE = r"beside the checkout|the shared media are not here|got empty parameter set"

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from molmo2.grounding.parse import GroundingStream, parse_grounding
 from support.grounding_answers import answers, card_rows
 
+pytestmark = pytest.mark.slow  # no release of transformers can change this
+
 # What means something to a reader, for damage and for texts made of nothing else.
 TAG_PIECES = ["<points ", "<tracks ", "<point ", "</points>", "</tracks>", "coords=", 'coords="', "alt='", "label="]
 MARKS = [
@@ -183,7 +185,6 @@ def num_calls(text, piece):
     return calls
 
 
-@pytest.mark.slow  # the parser needs Python alone: no release of transformers can change this
 @pytest.mark.parametrize("piece", [1, 10**9], ids=["characters", "whole"])
 @pytest.mark.parametrize("start", STARTS)
 def test_steps_grow_as_the_text_does(start, piece):
@@ -202,7 +203,6 @@ def work(text):
     return min(spent)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("repeated", REPEATED)
 def test_megabytes(repeated):
     """What a regular expression does is one call, so here its work decides. Quadratic would be 100 times as much."""
@@ -211,7 +211,6 @@ def test_megabytes(repeated):
         assert long <= 30 * short + 0.5, start
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "repeated", ['<points coords="', "5", "<", '"', "1 100 200 ", '<points coords="1 1 100 100">']
 )

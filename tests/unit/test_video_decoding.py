@@ -19,6 +19,7 @@ from molmo2.video.decoding.timeline import VideoDecodeError, VideoTimeline, make
 from support.golden_cases import GOLDEN
 from support.paths import SHARED
 
+pytestmark = pytest.mark.slow  # no release of transformers can change this
 CLIPS = Path(__file__).resolve().parent.parent / "data" / "videos"
 EXPECTED = json.loads((CLIPS / "expected.json").read_text(encoding="utf-8"))
 MEDIA = SHARED / "media"
@@ -477,7 +478,6 @@ def collection():
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("file", collection(), ids=lambda file: file.name)
 def test_collection_is_the_same_on_every_backend(file):
     """All frames in one go, and single ones, for which a backend may have to seek."""
