@@ -64,6 +64,8 @@ class PreallocatedLayer(DynamicLayer):
     written to: copy them before recording gradients of them.
     """
 
+    keys: Any  # tensors, once tokens are cached
+    values: Any
     _buffer: _Buffer | None = None
 
     @classmethod

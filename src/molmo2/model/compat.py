@@ -43,7 +43,7 @@ def make_causal_mask(
     Returns:
         None, a (B, 1, S, keys) tensor, a (B, keys) tensor or a BlockMask, as the implementation wants it.
     """
-    arguments = {_EMBEDS_NAME: inputs_embeds}
+    arguments: dict[str, Any] = {_EMBEDS_NAME: inputs_embeds}
     if _MASK_WANTS_CACHE_POSITION:
         arguments["cache_position"] = cache_position
     return create_causal_mask(

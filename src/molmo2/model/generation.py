@@ -26,7 +26,8 @@ class BaseVocabularyProcessors(LogitsProcessorList):
         self.vocab_size = vocab_size
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
-        return super().__call__(input_ids.clamp(max=self.vocab_size - 1), scores, **kwargs)
+        shown: Any = input_ids.clamp(max=self.vocab_size - 1)
+        return super().__call__(shown, scores, **kwargs)
 
 
 def latest_continuation(ids: Tensor, max_ngram: int, max_tokens: int) -> Tensor:
@@ -114,7 +115,10 @@ def _drop_extrapolated_types(token_types: Tensor, by_id: Tensor) -> Tensor:
 
 
 class Molmo2GenerationMixin(GenerationMixin):
-    """The hooks of `generate`; the model class supplies `self.model` and `self.config`."""
+    """The hooks of `generate`; a base of `Molmo2ForConditionalGeneration`, which supplies the attributes."""
+
+    model: Any
+    config: Any
 
     def prepare_inputs_for_generation(
         self,
@@ -145,7 +149,8 @@ class Molmo2GenerationMixin(GenerationMixin):
             )
         elif inputs_embeds is None:
             kwargs = _restore_next_sequence_length(kwargs, input_ids, past_key_values)
-        model_inputs = super().prepare_inputs_for_generation(
+        library: Any = super()
+        model_inputs = library.prepare_inputs_for_generation(
             input_ids, *args, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
         )
         if is_prefill:
@@ -170,7 +175,7 @@ class Molmo2GenerationMixin(GenerationMixin):
 
         Long prefills, which are not compiled, keep the padding mask: the forward pass computes them in blocks.
         """
-        embeds = input_embeds if inputs_embeds is None else inputs_embeds
+        embeds: Any = input_embeds if inputs_embeds is None else inputs_embeds
         text_config = config.get_text_config()
         if token_type_ids is None:
             token_type_ids = mm_token_type_ids
@@ -189,7 +194,8 @@ class Molmo2GenerationMixin(GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args, **kwargs
     ) -> Any:
-        done = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        library: Any = super()
+        done = library._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         use_preallocated_layers(model_kwargs.get("past_key_values"))
         return done
 
@@ -197,13 +203,14 @@ class Molmo2GenerationMixin(GenerationMixin):
         self,
         expand_size: int = 1,
         is_encoder_decoder: bool = False,
-        input_ids: Tensor | None = None,
+        input_ids: Any = None,
         **model_kwargs,
-    ) -> tuple[Tensor | None, dict[str, Any]]:
+    ) -> tuple[Any, dict[str, Any]]:
         """Repeat every row `expand_size` times (beams, several answers); its media are still encoded once."""
         self._require_cached_media(input_ids, model_kwargs)
         media = {name: model_kwargs.pop(name, None) for name in MEDIA_INPUTS}
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+        library: Any = super()
+        input_ids, model_kwargs = library._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
         media = {name: value for name, value in media.items() if value is not None}
@@ -231,9 +238,11 @@ class Molmo2GenerationMixin(GenerationMixin):
         vocab_size = self.config.get_text_config().vocab_size
         if isinstance(kwargs.get("encoder_input_ids"), Tensor) and not kwargs["encoder_input_ids"].is_floating_point():
             kwargs["encoder_input_ids"] = kwargs["encoder_input_ids"].clamp(max=vocab_size - 1)
-        processors = super()._get_logits_processor(*args, **kwargs)
+        library: Any = super()
+        processors = library._get_logits_processor(*args, **kwargs)
         return BaseVocabularyProcessors(processors, vocab_size) if len(processors) else processors
 
     def _get_candidate_generator(self, *args, **kwargs) -> CandidateGenerator:
-        generator = super()._get_candidate_generator(*args, **kwargs)
+        library: Any = super()
+        generator = library._get_candidate_generator(*args, **kwargs)
         return LatestMatchLookup(generator) if isinstance(generator, PromptLookupCandidateGenerator) else generator

@@ -9,7 +9,6 @@ Parameter names are those of the published checkpoints.
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
@@ -35,11 +34,11 @@ class Molmo2ModelOutputWithPast(ModelOutput):
         image_hidden_states: (T, D) vectors added to the patch tokens, in the order of the prompts; None without media.
     """
 
-    last_hidden_state: torch.FloatTensor | None = None
+    last_hidden_state: Tensor | None = None
     past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    image_hidden_states: torch.FloatTensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    image_hidden_states: Tensor | None = None
 
 
 @dataclass
@@ -51,12 +50,12 @@ class Molmo2CausalLMOutputWithPast(ModelOutput):
         logits: (B, kept positions, vocab_size).
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
+    loss: Tensor | None = None
+    logits: Tensor | None = None
     past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    image_hidden_states: torch.FloatTensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    image_hidden_states: Tensor | None = None
 
 
 class Molmo2Model(Molmo2PreTrainedModel, Molmo2VisionInputsMixin):
@@ -72,20 +71,20 @@ class Molmo2Model(Molmo2PreTrainedModel, Molmo2VisionInputsMixin):
         return self.transformer.wte
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.transformer.wte = value
+        self.transformer.wte = value  # type: ignore[assignment]
 
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
-        example_ids: torch.LongTensor | None = None,
-        branch_ids: torch.LongTensor | None = None,
+        example_ids: Tensor | None = None,
+        branch_ids: Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -110,12 +109,12 @@ class Molmo2Model(Molmo2PreTrainedModel, Molmo2VisionInputsMixin):
             ValueError: Neither or both of ids and embeddings, media that do not fit the prompts or each other, a
                 prompt longer than `max_position_embeddings`, or ids of examples and branches that fit no layout.
         """
-        if (input_ids is None) == (inputs_embeds is None):
+        if input_ids is not None and inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids.clamp(min=0))
+        elif input_ids is not None or inputs_embeds is None:
             raise ValueError(
                 f"Pass either `input_ids` or `inputs_embeds`: found {'neither' if input_ids is None else 'both'}."
             )
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids.clamp(min=0))
         is_visual = None
         if starts_sequence(inputs_embeds.shape[1], past_key_values):
             token_types = token_type_ids if token_type_ids is not None else mm_token_type_ids
@@ -195,7 +194,9 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
         """See `Molmo2Model.encode_frames`."""
         return self.model.encode_frames(*args, **kwargs)
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> Molmo2Embedding:
+    def resize_token_embeddings(  # type: ignore[override]
+        self, new_num_tokens: int | None = None, *args, **kwargs
+    ) -> Molmo2Embedding:
         """Check that `new_num_tokens` ids have an embedding; the tables themselves keep their size.
 
         The published tables hold more rows than the tokenizer has entries, so tokens can be added up to that.
@@ -216,26 +217,26 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        image_token_pooling: torch.LongTensor | None = None,
-        image_grids: torch.LongTensor | None = None,
-        image_num_crops: torch.LongTensor | None = None,
-        pixel_values_videos: torch.FloatTensor | None = None,
-        video_token_pooling: torch.LongTensor | None = None,
-        video_grids: torch.LongTensor | None = None,
-        image_features: torch.FloatTensor | None = None,
-        video_features: torch.FloatTensor | None = None,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_token_pooling: Tensor | None = None,
+        image_grids: Tensor | None = None,
+        image_num_crops: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        video_token_pooling: Tensor | None = None,
+        video_grids: Tensor | None = None,
+        image_features: Tensor | None = None,
+        video_features: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         token_type_ids: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
         loss_weights: Tensor | None = None,
-        example_ids: torch.LongTensor | None = None,
-        branch_ids: torch.LongTensor | None = None,
+        example_ids: Tensor | None = None,
+        branch_ids: Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,

@@ -21,9 +21,9 @@ def checkpointing_settings(given: dict[str, Any] | None) -> dict[str, Any]:
 class Molmo2PreTrainedModel(PreTrainedModel):
     """Base of the text model, the vision transformer, the connector and the models made of them."""
 
-    config_class = Molmo2Config
+    config_class: Any = Molmo2Config
     base_model_prefix = "model"
-    input_modalities = ("image", "video", "text")
+    input_modalities: Any = ("image", "video", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["Molmo2DecoderLayer", "Molmo2VisionBlock", "Molmo2Pooling", "Molmo2Projector"]
     _skip_keys_device_placement = ["past_key_values"]
@@ -37,7 +37,7 @@ class Molmo2PreTrainedModel(PreTrainedModel):
     # Releases with `activation_checkpointing_enable` call it from `gradient_checkpointing_enable`.
     if hasattr(PreTrainedModel, "activation_checkpointing_enable"):
 
-        def activation_checkpointing_enable(
+        def activation_checkpointing_enable(  # type: ignore[override]
             self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
         ) -> None:
             """As in transformers, with `checkpointing_settings`."""

@@ -85,14 +85,17 @@ class Molmo2Attention(Molmo2AttentionBase):
         self.att_proj = nn.Linear(config.hidden_size, sum(self.widths), bias=config.qkv_bias)
         self.attn_out = nn.Linear(self.widths[0], config.hidden_size, bias=False)
         self.norms_heads = config.qk_norm_type == "qwen3"
-        self.q_norm = self.k_norm = None
+        self.q_norm: Molmo2RMSNorm | None = None
+        self.k_norm: Molmo2RMSNorm | None = None
         if config.use_qk_norm:
             query_size, key_size = (self.head_dim, self.head_dim) if self.norms_heads else self.widths[:2]
             self.q_norm = Molmo2RMSNorm(query_size, config.layer_norm_eps)
             self.k_norm = Molmo2RMSNorm(key_size, config.layer_norm_eps)
 
     def _norm(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        return (query, key) if self.q_norm is None else (self.q_norm(query), self.k_norm(key))
+        if self.q_norm is None or self.k_norm is None:
+            return query, key
+        return self.q_norm(query), self.k_norm(key)
 
     def forward(
         self,
@@ -176,7 +179,7 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
         return self.wte
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.wte = value
+        self.wte = value  # type: ignore[assignment]
 
     def _require_positions(self, prompt_length: int, attention_mask=None) -> None:
         """Refuses prompts beyond `max_position_embeddings`; padding does not count."""
@@ -207,9 +210,8 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
         spec = attention_spec(is_visual, packed_rows)
         if position_ids is not None and attention_mask is None and past_key_values is None:
             spec = split_examples_by_position_ids(spec, position_ids, len(inputs_embeds))
-        if packed_rows is not None and position_ids is None:
-            position_ids = packed_rows.positions()
         if packed_rows is not None:
+            position_ids = packed_rows.positions() if position_ids is None else position_ids
             self._require_positions(int(position_ids.max()) + 1)
         elif isinstance(past_length, int) and past_length == 0:
             self._require_positions(query_length, attention_mask)
@@ -263,13 +265,13 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
         Raises:
             ValueError: Neither or both of ids and embeddings, or more tokens than `max_position_embeddings`.
         """
-        if (input_ids is None) == (inputs_embeds is None):
+        if input_ids is not None and inputs_embeds is None:
+            inputs_embeds = self.wte(input_ids.clamp(min=0))
+        elif input_ids is not None or inputs_embeds is None:
             raise ValueError(
                 "Pass either `input_ids` or `inputs_embeds` to the text model: "
                 f"found {'neither' if input_ids is None else 'both'}."
             )
-        if inputs_embeds is None:
-            inputs_embeds = self.wte(input_ids.clamp(min=0))
         if use_cache is None:
             use_cache = self.config.use_cache and packed_rows is None
         if self.gradient_checkpointing and self.training:

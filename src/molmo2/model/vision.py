@@ -111,7 +111,8 @@ class Molmo2VisionTransformer(Molmo2PreTrainedModel):
         super().__init__(config)
         depth = config.num_hidden_layers
         self.feature_layers = [layer % depth for layer in feature_layers]
-        self.positional_embedding = nn.Parameter(torch.empty(config.image_num_pos, config.hidden_size))
+        num_positions: Any = config.image_num_pos  # the configuration fills it in where it is None
+        self.positional_embedding = nn.Parameter(torch.empty(num_positions, config.hidden_size))
         self.patch_embedding = nn.Linear(config.image_patch_size**2 * 3, config.hidden_size)
         self.transformer = Molmo2VisionBlocks(config, max(self.feature_layers) + 1)
         self.gradient_checkpointing = False
@@ -164,7 +165,7 @@ class Molmo2Pooling(Molmo2VisionAttention):
         self.masks_missing = config.pooling_attention_mask
         self.feature_dropout = nn.Dropout(config.image_feature_dropout)
 
-    def forward(self, features: Tensor, token_pooling: Tensor) -> Tensor:
+    def forward(self, features: Tensor, token_pooling: Tensor) -> Tensor:  # type: ignore[override]
         """Pool patches into tokens.
 
         Args:

@@ -224,12 +224,13 @@ class Molmo2VisionInputsMixin:
             self.config.frame_end_token_id,
         ]
 
-    def _special_ids(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    def _special_ids(self, input_ids: Tensor | None, inputs_embeds: Any) -> Tensor:
         """(B, S) ids; where only embeddings are known, those of visual tokens, and -1 elsewhere."""
         if input_ids is not None:
             return input_ids
         ids = torch.tensor(self.visual_ids, device=inputs_embeds.device)
-        rows = self.get_input_embeddings()(ids)
+        model: Any = self
+        rows = model.get_input_embeddings()(ids)
         matches = [(inputs_embeds == row).all(-1) for row in rows.to(inputs_embeds.device, inputs_embeds.dtype)]
         found = torch.full(inputs_embeds.shape[:2], -1, device=inputs_embeds.device)
         for match, token_id in zip(matches, ids):
@@ -247,7 +248,7 @@ class Molmo2VisionInputsMixin:
         return torch.isin(ids, torch.tensor(self.visual_ids, device=ids.device))
 
     def resolve_visual_mask(
-        self, token_type_ids: Tensor | None, input_ids: Tensor | None, inputs_embeds: Tensor | None
+        self, token_type_ids: Tensor | None, input_ids: Tensor | None, inputs_embeds: Any
     ) -> Tensor:
         """(B, S) bool: `token_type_ids`; where they are missing or of another width, found by id."""
         shape = (inputs_embeds if input_ids is None else input_ids).shape[:2]

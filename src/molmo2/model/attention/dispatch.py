@@ -74,7 +74,7 @@ def flex_attention_on_cpu(
             '`attn_implementation="sdpa"`.'
         )
     block_mask = attention_mask if isinstance(attention_mask, BlockMask) else None
-    added = attention_mask if isinstance(attention_mask, Tensor) else None
+    added: Any = attention_mask if isinstance(attention_mask, Tensor) else None
     if added is not None:
         if added.dtype == torch.bool:
             added = torch.zeros_like(added, dtype=query.dtype).masked_fill(~added, torch.finfo(query.dtype).min)
