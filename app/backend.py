@@ -8,7 +8,7 @@ Invalid input is a `UserError`, whose message is shown to the user.
 """
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
@@ -131,7 +131,7 @@ class Conversation:
         """End the answer that is being generated; its text so far becomes the answer."""
         self._stopped.set()
 
-    def answer(self, question: str) -> Iterator[Update]:
+    def answer(self, question: str) -> Generator[Update, None, None]:
         """The answer to the next question, piece by piece. Closing the generator stops the model.
 
         Raises:
@@ -147,7 +147,7 @@ class Conversation:
         finally:
             self.stop()
 
-    def _updates(self, question: str, stopped: Event) -> Iterator[Update]:
+    def _updates(self, question: str, stopped: Event) -> Generator[Update, None, None]:
         processor = self._backend.processor
         session = self._opened_session()
         empty = processor.post_process_grounding("", session.media)

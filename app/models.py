@@ -31,5 +31,5 @@ def load_backend(folder: Path | None, scratch: Path, **options: int) -> Backend:
 
         folder, notice = to_transformers(CHECKPOINT, scratch / "miniature"), MINIATURE
     model, processor = load(folder)
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]  # decorated by transformers
     return Backend(model.eval(), processor, notice=notice, **options)

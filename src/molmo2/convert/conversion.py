@@ -53,7 +53,7 @@ class ConversionOptions:
     tokenizer: str | None = None
     ignored_fields: tuple[str, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.dtype not in SAFETENSORS_DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}; expected one of {', '.join(SAFETENSORS_DTYPES)}.")
         if self.attn_implementation not in config_files.ATTENTION_CHOICES:

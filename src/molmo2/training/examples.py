@@ -1,4 +1,4 @@
-"""Training examples: a conversation, or a tree of conversations, as one row of tokens with labels and its media.
+r"""Training examples: a conversation, or a tree of conversations, as one row of tokens with labels and its media.
 
     <bos> <image tokens> <|im_start|>user\\nWhat is it?<|im_end|>\\n<|im_start|>assistant\\n A ship. <|im_end|>
     labels                                                                                  ^^^^^^^^^^^^^^^^^

@@ -42,7 +42,7 @@ class LearningRates:
 
 
 def part_from_name(name: str) -> str:
-    """ "vision", "connector" or "text": the part that a parameter of this name belongs to."""
+    """The part that a parameter belongs to, adapters included: "vision", "connector" or "text"."""
     segments = set(name.split("."))
     return next((part for part, modules in PART_MODULES.items() if segments & set(modules)), "text")
 
