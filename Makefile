@@ -60,7 +60,8 @@ docs: ## builds the documentation site into site/; to see it while writing: make
 	$(IN) docs mkdocs $(or $(DOCS),build --strict)
 
 wheel: ## builds the wheel and tries it in an empty environment, outside of the checkout
-	$(IN) dev python scripts/check_wheel.py
+	$(PYTHON) scripts/environment.py --make fiftyone
+	$(IN) dev python scripts/check_wheel.py --fiftyone $(CURDIR)/.venvs/fiftyone/bin/python
 
 benchmarks: ## measures this code beside the native class; see benchmarks/README.md for OPTIONS
 	$(IN) benchmarks python -m benchmarks --curves --output $(or $(RESULTS),benchmarks/results/cpu.json) $(OPTIONS)
