@@ -214,7 +214,7 @@ def test_mot_needs_frames():
 
 
 def test_pixels_need_a_size():
-    with pytest.raises(ValueError, match="COCO files hold pixels, but the size of the picture is unknown"):
+    with pytest.raises(ValueError, match="COCO files hold pixels, but the size of the image or video is unknown"):
         to_coco(answer("no size"))
 
 

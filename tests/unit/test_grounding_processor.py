@@ -210,7 +210,7 @@ def test_plain_dictionaries_of_inputs_are_refused(processor):
 
 @pytest.mark.parametrize("media", ["640x480", 5, [1, 2, 3], [(1, 2), "x"], object], ids=repr)
 def test_media_that_describes_nothing(processor, media):
-    with pytest.raises(TypeError, match=r"does not describe pictures"):
+    with pytest.raises(TypeError, match=r"does not describe images or a video"):
         processor.post_process_grounding(CENTRE, media)
 
 
