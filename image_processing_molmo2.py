@@ -193,7 +193,7 @@ class CropSettings:
     margin_before: int = 0
     margin_after: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("crop_height", "crop_width", "patch_size", "pool_height", "pool_width"):
             _require_int(name, getattr(self, name), minimum=1)
         for name in ("margin_before", "margin_after"):

@@ -521,7 +521,7 @@ def make_causal_mask(
     Returns:
         None, a (B, 1, S, keys) tensor, a (B, keys) tensor or a BlockMask, as the implementation wants it.
     """
-    arguments = {_EMBEDS_NAME: inputs_embeds}
+    arguments: dict[str, Any] = {_EMBEDS_NAME: inputs_embeds}
     if _MASK_WANTS_CACHE_POSITION:
         arguments["cache_position"] = cache_position
     return create_causal_mask(
@@ -629,7 +629,7 @@ def flex_attention_on_cpu(
             '`attn_implementation="sdpa"`.'
         )
     block_mask = attention_mask if isinstance(attention_mask, BlockMask) else None
-    added = attention_mask if isinstance(attention_mask, Tensor) else None
+    added: Any = attention_mask if isinstance(attention_mask, Tensor) else None
     if added is not None:
         if added.dtype == torch.bool:
             added = torch.zeros_like(added, dtype=query.dtype).masked_fill(~added, torch.finfo(query.dtype).min)
@@ -877,6 +877,8 @@ class PreallocatedLayer(DynamicLayer):
     written to: copy them before recording gradients of them.
     """
 
+    keys: Any  # tensors, once tokens are cached
+    values: Any
     _buffer: _Buffer | None = None
 
     @classmethod
@@ -1158,12 +1160,13 @@ class Molmo2VisionInputsMixin:
             self.config.frame_end_token_id,
         ]
 
-    def _special_ids(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    def _special_ids(self, input_ids: Tensor | None, inputs_embeds: Any) -> Tensor:
         """(B, S) ids; where only embeddings are known, those of visual tokens, and -1 elsewhere."""
         if input_ids is not None:
             return input_ids
         ids = torch.tensor(self.visual_ids, device=inputs_embeds.device)
-        rows = self.get_input_embeddings()(ids)
+        model: Any = self
+        rows = model.get_input_embeddings()(ids)
         matches = [(inputs_embeds == row).all(-1) for row in rows.to(inputs_embeds.device, inputs_embeds.dtype)]
         found = torch.full(inputs_embeds.shape[:2], -1, device=inputs_embeds.device)
         for match, token_id in zip(matches, ids):
@@ -1181,7 +1184,7 @@ class Molmo2VisionInputsMixin:
         return torch.isin(ids, torch.tensor(self.visual_ids, device=ids.device))
 
     def resolve_visual_mask(
-        self, token_type_ids: Tensor | None, input_ids: Tensor | None, inputs_embeds: Tensor | None
+        self, token_type_ids: Tensor | None, input_ids: Tensor | None, inputs_embeds: Any
     ) -> Tensor:
         """(B, S) bool: `token_type_ids`; where they are missing or of another width, found by id."""
         shape = (inputs_embeds if input_ids is None else input_ids).shape[:2]
@@ -1334,7 +1337,8 @@ class BaseVocabularyProcessors(LogitsProcessorList):
         self.vocab_size = vocab_size
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
-        return super().__call__(input_ids.clamp(max=self.vocab_size - 1), scores, **kwargs)
+        shown: Any = input_ids.clamp(max=self.vocab_size - 1)
+        return super().__call__(shown, scores, **kwargs)
 
 
 def latest_continuation(ids: Tensor, max_ngram: int, max_tokens: int) -> Tensor:
@@ -1422,7 +1426,10 @@ def _drop_extrapolated_types(token_types: Tensor, by_id: Tensor) -> Tensor:
 
 
 class Molmo2GenerationMixin(GenerationMixin):
-    """The hooks of `generate`; the model class supplies `self.model` and `self.config`."""
+    """The hooks of `generate`; a base of `Molmo2ForConditionalGeneration`, which supplies the attributes."""
+
+    model: Any
+    config: Any
 
     def prepare_inputs_for_generation(
         self,
@@ -1453,7 +1460,8 @@ class Molmo2GenerationMixin(GenerationMixin):
             )
         elif inputs_embeds is None:
             kwargs = _restore_next_sequence_length(kwargs, input_ids, past_key_values)
-        model_inputs = super().prepare_inputs_for_generation(
+        library: Any = super()
+        model_inputs = library.prepare_inputs_for_generation(
             input_ids, *args, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
         )
         if is_prefill:
@@ -1478,7 +1486,7 @@ class Molmo2GenerationMixin(GenerationMixin):
 
         Long prefills, which are not compiled, keep the padding mask: the forward pass computes them in blocks.
         """
-        embeds = input_embeds if inputs_embeds is None else inputs_embeds
+        embeds: Any = input_embeds if inputs_embeds is None else inputs_embeds
         text_config = config.get_text_config()
         if token_type_ids is None:
             token_type_ids = mm_token_type_ids
@@ -1497,7 +1505,8 @@ class Molmo2GenerationMixin(GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args, **kwargs
     ) -> Any:
-        done = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        library: Any = super()
+        done = library._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         use_preallocated_layers(model_kwargs.get("past_key_values"))
         return done
 
@@ -1505,13 +1514,14 @@ class Molmo2GenerationMixin(GenerationMixin):
         self,
         expand_size: int = 1,
         is_encoder_decoder: bool = False,
-        input_ids: Tensor | None = None,
+        input_ids: Any = None,
         **model_kwargs,
-    ) -> tuple[Tensor | None, dict[str, Any]]:
+    ) -> tuple[Any, dict[str, Any]]:
         """Repeat every row `expand_size` times (beams, several answers); its media are still encoded once."""
         self._require_cached_media(input_ids, model_kwargs)
         media = {name: model_kwargs.pop(name, None) for name in MEDIA_INPUTS}
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+        library: Any = super()
+        input_ids, model_kwargs = library._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
         media = {name: value for name, value in media.items() if value is not None}
@@ -1539,11 +1549,13 @@ class Molmo2GenerationMixin(GenerationMixin):
         vocab_size = self.config.get_text_config().vocab_size
         if isinstance(kwargs.get("encoder_input_ids"), Tensor) and not kwargs["encoder_input_ids"].is_floating_point():
             kwargs["encoder_input_ids"] = kwargs["encoder_input_ids"].clamp(max=vocab_size - 1)
-        processors = super()._get_logits_processor(*args, **kwargs)
+        library: Any = super()
+        processors = library._get_logits_processor(*args, **kwargs)
         return BaseVocabularyProcessors(processors, vocab_size) if len(processors) else processors
 
     def _get_candidate_generator(self, *args, **kwargs) -> CandidateGenerator:
-        generator = super()._get_candidate_generator(*args, **kwargs)
+        library: Any = super()
+        generator = library._get_candidate_generator(*args, **kwargs)
         return LatestMatchLookup(generator) if isinstance(generator, PromptLookupCandidateGenerator) else generator
 
 
@@ -1717,9 +1729,9 @@ def checkpointing_settings(given: dict[str, Any] | None) -> dict[str, Any]:
 class Molmo2PreTrainedModel(PreTrainedModel):
     """Base of the text model, the vision transformer, the connector and the models made of them."""
 
-    config_class = Molmo2Config
+    config_class: Any = Molmo2Config
     base_model_prefix = "model"
-    input_modalities = ("image", "video", "text")
+    input_modalities: Any = ("image", "video", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["Molmo2DecoderLayer", "Molmo2VisionBlock", "Molmo2Pooling", "Molmo2Projector"]
     _skip_keys_device_placement = ["past_key_values"]
@@ -1733,7 +1745,7 @@ class Molmo2PreTrainedModel(PreTrainedModel):
     # Releases with `activation_checkpointing_enable` call it from `gradient_checkpointing_enable`.
     if hasattr(PreTrainedModel, "activation_checkpointing_enable"):
 
-        def activation_checkpointing_enable(
+        def activation_checkpointing_enable(  # type: ignore[override]
             self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
         ) -> None:
             """As in transformers, with `checkpointing_settings`."""
@@ -1840,14 +1852,17 @@ class Molmo2Attention(Molmo2AttentionBase):
         self.att_proj = nn.Linear(config.hidden_size, sum(self.widths), bias=config.qkv_bias)
         self.attn_out = nn.Linear(self.widths[0], config.hidden_size, bias=False)
         self.norms_heads = config.qk_norm_type == "qwen3"
-        self.q_norm = self.k_norm = None
+        self.q_norm: Molmo2RMSNorm | None = None
+        self.k_norm: Molmo2RMSNorm | None = None
         if config.use_qk_norm:
             query_size, key_size = (self.head_dim, self.head_dim) if self.norms_heads else self.widths[:2]
             self.q_norm = Molmo2RMSNorm(query_size, config.layer_norm_eps)
             self.k_norm = Molmo2RMSNorm(key_size, config.layer_norm_eps)
 
     def _norm(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        return (query, key) if self.q_norm is None else (self.q_norm(query), self.k_norm(key))
+        if self.q_norm is None or self.k_norm is None:
+            return query, key
+        return self.q_norm(query), self.k_norm(key)
 
     def forward(
         self,
@@ -1931,7 +1946,7 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
         return self.wte
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.wte = value
+        self.wte = value  # type: ignore[assignment]
 
     def _require_positions(self, prompt_length: int, attention_mask=None) -> None:
         """Refuses prompts beyond `max_position_embeddings`; padding does not count."""
@@ -1962,9 +1977,8 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
         spec = attention_spec(is_visual, packed_rows)
         if position_ids is not None and attention_mask is None and past_key_values is None:
             spec = split_examples_by_position_ids(spec, position_ids, len(inputs_embeds))
-        if packed_rows is not None and position_ids is None:
-            position_ids = packed_rows.positions()
         if packed_rows is not None:
+            position_ids = packed_rows.positions() if position_ids is None else position_ids
             self._require_positions(int(position_ids.max()) + 1)
         elif isinstance(past_length, int) and past_length == 0:
             self._require_positions(query_length, attention_mask)
@@ -2018,13 +2032,13 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
         Raises:
             ValueError: Neither or both of ids and embeddings, or more tokens than `max_position_embeddings`.
         """
-        if (input_ids is None) == (inputs_embeds is None):
+        if input_ids is not None and inputs_embeds is None:
+            inputs_embeds = self.wte(input_ids.clamp(min=0))
+        elif input_ids is not None or inputs_embeds is None:
             raise ValueError(
                 "Pass either `input_ids` or `inputs_embeds` to the text model: "
                 f"found {'neither' if input_ids is None else 'both'}."
             )
-        if inputs_embeds is None:
-            inputs_embeds = self.wte(input_ids.clamp(min=0))
         if use_cache is None:
             use_cache = self.config.use_cache and packed_rows is None
         if self.gradient_checkpointing and self.training:
@@ -2157,7 +2171,8 @@ class Molmo2VisionTransformer(Molmo2PreTrainedModel):
         super().__init__(config)
         depth = config.num_hidden_layers
         self.feature_layers = [layer % depth for layer in feature_layers]
-        self.positional_embedding = nn.Parameter(torch.empty(config.image_num_pos, config.hidden_size))
+        num_positions: Any = config.image_num_pos  # the configuration fills it in where it is None
+        self.positional_embedding = nn.Parameter(torch.empty(num_positions, config.hidden_size))
         self.patch_embedding = nn.Linear(config.image_patch_size**2 * 3, config.hidden_size)
         self.transformer = Molmo2VisionBlocks(config, max(self.feature_layers) + 1)
         self.gradient_checkpointing = False
@@ -2210,7 +2225,7 @@ class Molmo2Pooling(Molmo2VisionAttention):
         self.masks_missing = config.pooling_attention_mask
         self.feature_dropout = nn.Dropout(config.image_feature_dropout)
 
-    def forward(self, features: Tensor, token_pooling: Tensor) -> Tensor:
+    def forward(self, features: Tensor, token_pooling: Tensor) -> Tensor:  # type: ignore[override]
         """Pool patches into tokens.
 
         Args:
@@ -2398,11 +2413,11 @@ class Molmo2ModelOutputWithPast(ModelOutput):
         image_hidden_states: (T, D) vectors added to the patch tokens, in the order of the prompts; None without media.
     """
 
-    last_hidden_state: torch.FloatTensor | None = None
+    last_hidden_state: Tensor | None = None
     past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    image_hidden_states: torch.FloatTensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    image_hidden_states: Tensor | None = None
 
 
 @dataclass
@@ -2414,12 +2429,12 @@ class Molmo2CausalLMOutputWithPast(ModelOutput):
         logits: (B, kept positions, vocab_size).
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
+    loss: Tensor | None = None
+    logits: Tensor | None = None
     past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    image_hidden_states: torch.FloatTensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    image_hidden_states: Tensor | None = None
 
 
 class Molmo2Model(Molmo2PreTrainedModel, Molmo2VisionInputsMixin):
@@ -2435,20 +2450,20 @@ class Molmo2Model(Molmo2PreTrainedModel, Molmo2VisionInputsMixin):
         return self.transformer.wte
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.transformer.wte = value
+        self.transformer.wte = value  # type: ignore[assignment]
 
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
-        example_ids: torch.LongTensor | None = None,
-        branch_ids: torch.LongTensor | None = None,
+        example_ids: Tensor | None = None,
+        branch_ids: Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -2473,12 +2488,12 @@ class Molmo2Model(Molmo2PreTrainedModel, Molmo2VisionInputsMixin):
             ValueError: Neither or both of ids and embeddings, media that do not fit the prompts or each other, a
                 prompt longer than `max_position_embeddings`, or ids of examples and branches that fit no layout.
         """
-        if (input_ids is None) == (inputs_embeds is None):
+        if input_ids is not None and inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids.clamp(min=0))
+        elif input_ids is not None or inputs_embeds is None:
             raise ValueError(
                 f"Pass either `input_ids` or `inputs_embeds`: found {'neither' if input_ids is None else 'both'}."
             )
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids.clamp(min=0))
         is_visual = None
         if starts_sequence(inputs_embeds.shape[1], past_key_values):
             token_types = token_type_ids if token_type_ids is not None else mm_token_type_ids
@@ -2558,7 +2573,9 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
         """See `Molmo2Model.encode_frames`."""
         return self.model.encode_frames(*args, **kwargs)
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> Molmo2Embedding:
+    def resize_token_embeddings(  # type: ignore[override]
+        self, new_num_tokens: int | None = None, *args, **kwargs
+    ) -> Molmo2Embedding:
         """Check that `new_num_tokens` ids have an embedding; the tables themselves keep their size.
 
         The published tables hold more rows than the tokenizer has entries, so tokens can be added up to that.
@@ -2579,26 +2596,26 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        image_token_pooling: torch.LongTensor | None = None,
-        image_grids: torch.LongTensor | None = None,
-        image_num_crops: torch.LongTensor | None = None,
-        pixel_values_videos: torch.FloatTensor | None = None,
-        video_token_pooling: torch.LongTensor | None = None,
-        video_grids: torch.LongTensor | None = None,
-        image_features: torch.FloatTensor | None = None,
-        video_features: torch.FloatTensor | None = None,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_token_pooling: Tensor | None = None,
+        image_grids: Tensor | None = None,
+        image_num_crops: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        video_token_pooling: Tensor | None = None,
+        video_grids: Tensor | None = None,
+        image_features: Tensor | None = None,
+        video_features: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         token_type_ids: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
         loss_weights: Tensor | None = None,
-        example_ids: torch.LongTensor | None = None,
-        branch_ids: torch.LongTensor | None = None,
+        example_ids: Tensor | None = None,
+        branch_ids: Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
