@@ -98,6 +98,6 @@ def test_every_linear_layer_is_quantized(folder, processor, asked, expected, met
     assert {name for name, module in model.named_modules() if is_quantized(module)} == wanted
     found = judge(processor, asked, answers(model, processor, asked))
     tolerance = TOLERANCE["nf4" if method.endswith("nf4") else "int8"]
-    for name in TARGETS:
+    for name in TARGETS.keys() & expected.keys():  # so few questions leave out some kinds
         worse = found[name] - expected[name] if name in LOW_IS_GOOD else expected[name] - found[name]
         assert worse <= tolerance, f"{name}: {found[name]:.2f} instead of {expected[name]:.2f}"
