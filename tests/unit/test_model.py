@@ -426,7 +426,7 @@ def test_features_without_slots(qwen3):
     inputs = batch("image")
     ids = inputs["input_ids"]
     stray = torch.cat([ids, torch.tensor([[qwen3.config.image_patch_id]])], 1)
-    with pytest.raises(ValueError, match=r"The prompts have \d+ patch token\(s\), but the pictures give \d+ vector"):
+    with pytest.raises(ValueError, match=r"The prompts have \d+ patch token\(s\), but the images and videos give"):
         qwen3(**{**inputs, "input_ids": stray, "attention_mask": torch.ones_like(stray), "token_type_ids": None})
 
 

@@ -111,7 +111,7 @@ def test_ids_that_are_fine(mask, examples, branches):
 
 def test_pictures_belong_into_the_prefix():
     is_visual = torch.tensor([[True, True, False, True, False, False]])
-    with pytest.raises(ValueError, match=r"In row\(s\) \[0\] there are visual tokens in a branch: put pictures into"):
+    with pytest.raises(ValueError, match=r"In row\(s\) \[0\] there are visual tokens in a branch: put images"):
         require_packed_layout(None, None, digits("001122"), is_visual)
     require_packed_layout(None, None, digits("000011"), is_visual)
 
@@ -402,7 +402,7 @@ def test_packed_rows_start_without_a_cache(qwen3):
 def test_packed_rows_have_no_answer(qwen3):
     inputs = batch("text")
     with pytest.raises(
-        ValueError, match="`generate` was given branch_ids, but an answer goes on from one prompt a row"
+        ValueError, match="`generate` was given branch_ids, but an answer continues one prompt per row"
     ):
         qwen3.generate(**inputs, branch_ids=torch.zeros_like(inputs["input_ids"]), max_new_tokens=2)
 
