@@ -41,7 +41,7 @@ def run(
         cwd=cache,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,  # ten copies of a checkpoint, on machines that have other things to do
         check=False,
     )
     if done.returncode:
