@@ -616,7 +616,7 @@ def flex_attention_on_cpu(
     attention_mask: BlockMask | Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """flex_attention without its compiler, which generates C++ that does not build when lengths vary (torch 2.13).
 
@@ -658,7 +658,7 @@ def sdpa_grouped_decode(
     attention_mask: Tensor | None,
     dropout: float,
     scaling: float,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """sdpa of a few new tokens under grouped-query attention, with each key read once.
 
@@ -771,7 +771,7 @@ class Molmo2AttentionBase(nn.Module):
         value: Tensor,
         attention_mask=None,
         implementation: str | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Scaled dot-product attention.
 
@@ -1208,7 +1208,7 @@ class Molmo2VisionInputsMixin:
         image_token_pooling: Tensor,
         image_grids: Tensor,
         image_num_crops: Tensor,
-        **kwargs,
+        **kwargs: Any,
     ) -> Tensor:
         """Encode images.
 
@@ -1229,7 +1229,7 @@ class Molmo2VisionInputsMixin:
         return self.vision_backbone(pixel_values, pooling)
 
     def get_video_features(
-        self, pixel_values_videos: Tensor, video_token_pooling: Tensor, video_grids: Tensor, **kwargs
+        self, pixel_values_videos: Tensor, video_token_pooling: Tensor, video_grids: Tensor, **kwargs: Any
     ) -> Tensor:
         """Encode videos.
 
@@ -1336,7 +1336,7 @@ class BaseVocabularyProcessors(LogitsProcessorList):
         super().__init__(processors)
         self.vocab_size = vocab_size
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         shown: Any = input_ids.clamp(max=self.vocab_size - 1)
         return super().__call__(shown, scores, **kwargs)
 
@@ -1434,12 +1434,12 @@ class Molmo2GenerationMixin(GenerationMixin):
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
-        *args,
+        *args: Any,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """Inputs of one forward pass: media and their token types only while nothing is cached."""
         packed = [name for name in ("example_ids", "branch_ids") if kwargs.get(name) is not None]
@@ -1480,7 +1480,7 @@ class Molmo2GenerationMixin(GenerationMixin):
         token_type_ids: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
         input_embeds: Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> Any:
         """The mask of a step, made outside of the compiled forward pass (caches of fixed size).
 
@@ -1503,7 +1503,7 @@ class Molmo2GenerationMixin(GenerationMixin):
         )
 
     def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args, **kwargs
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         library: Any = super()
         done = library._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
@@ -1515,7 +1515,7 @@ class Molmo2GenerationMixin(GenerationMixin):
         expand_size: int = 1,
         is_encoder_decoder: bool = False,
         input_ids: Any = None,
-        **model_kwargs,
+        **model_kwargs: Any,
     ) -> tuple[Any, dict[str, Any]]:
         """Repeat every row `expand_size` times (beams, several answers); its media are still encoded once."""
         self._require_cached_media(input_ids, model_kwargs)
@@ -1545,7 +1545,7 @@ class Molmo2GenerationMixin(GenerationMixin):
                 "images and videos can only enter at the start of a sequence. Start without `past_key_values`."
             )
 
-    def _get_logits_processor(self, *args, **kwargs) -> LogitsProcessorList:
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         vocab_size = self.config.get_text_config().vocab_size
         if isinstance(kwargs.get("encoder_input_ids"), Tensor) and not kwargs["encoder_input_ids"].is_floating_point():
             kwargs["encoder_input_ids"] = kwargs["encoder_input_ids"].clamp(max=vocab_size - 1)
@@ -1553,7 +1553,7 @@ class Molmo2GenerationMixin(GenerationMixin):
         processors = library._get_logits_processor(*args, **kwargs)
         return BaseVocabularyProcessors(processors, vocab_size) if len(processors) else processors
 
-    def _get_candidate_generator(self, *args, **kwargs) -> CandidateGenerator:
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> CandidateGenerator:
         library: Any = super()
         generator = library._get_candidate_generator(*args, **kwargs)
         return LatestMatchLookup(generator) if isinstance(generator, PromptLookupCandidateGenerator) else generator
@@ -1685,7 +1685,7 @@ class Molmo2RotaryEmbedding(nn.Module):
             scaled, self.scaling_factor = scaled_rope(self.config)
             self.scaled_inv_freq = scaled.to(device)
 
-    def _apply(self, fn, recurse: bool = True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Molmo2RotaryEmbedding":
         super()._apply(fn, recurse)
         if self.inv_freq.device.type != "meta":
             self.restore()
@@ -1872,7 +1872,7 @@ class Molmo2Attention(Molmo2AttentionBase):
         past_key_values: Cache | None,
         cache_position: Tensor,
         implementation: str,
-        **kwargs,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """(B, S, D) to (B, S, D) and the attention weights where they were computed."""
         query, key, value = self.att_proj(hidden_states).split(self.widths, dim=-1)
@@ -1915,7 +1915,7 @@ class Molmo2DecoderLayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.residual_dropout)
         self.norm_after = config.norm_after
 
-    def forward(self, hidden_states: Tensor, **kwargs) -> tuple[Tensor, Tensor | None]:
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """(B, S, D) to (B, S, D) and the attention weights; the arguments are those of `Molmo2Attention`."""
         if self.norm_after:
             attended, weights = self.self_attn(hidden_states, **kwargs)
@@ -2017,7 +2017,7 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
         output_hidden_states: bool | None = None,
         is_visual: Tensor | None = None,
         packed_rows: PackedRows | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Run the decoder.
 
@@ -2467,7 +2467,7 @@ class Molmo2Model(Molmo2PreTrainedModel, Molmo2VisionInputsMixin):
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> Molmo2ModelOutputWithPast:
         """Read prompts with their images and videos.
 
@@ -2561,20 +2561,20 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
     def vision_backbone(self) -> Molmo2VisionBackbone:
         return self.model.vision_backbone
 
-    def get_image_features(self, *args, **kwargs) -> Tensor:
+    def get_image_features(self, *args: Any, **kwargs: Any) -> Tensor:
         """See `Molmo2Model.get_image_features`."""
         return self.model.get_image_features(*args, **kwargs)
 
-    def get_video_features(self, *args, **kwargs) -> Tensor:
+    def get_video_features(self, *args: Any, **kwargs: Any) -> Tensor:
         """See `Molmo2Model.get_video_features`."""
         return self.model.get_video_features(*args, **kwargs)
 
-    def encode_frames(self, *args, **kwargs) -> Tensor:
+    def encode_frames(self, *args: Any, **kwargs: Any) -> Tensor:
         """See `Molmo2Model.encode_frames`."""
         return self.model.encode_frames(*args, **kwargs)
 
     def resize_token_embeddings(  # type: ignore[override]
-        self, new_num_tokens: int | None = None, *args, **kwargs
+        self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
     ) -> Molmo2Embedding:
         """Check that `new_num_tokens` ids have an embedding; the tables themselves keep their size.
 
@@ -2620,7 +2620,7 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        **kwargs,
+        **kwargs: Any,
     ) -> Molmo2CausalLMOutputWithPast:
         """Logits, and the loss when labels are given. The other arguments are those of `Molmo2Model.forward`.
 

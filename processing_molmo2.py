@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -522,9 +523,9 @@ class Molmo2Processor(ProcessorMixin):
 
     def __init__(
         self,
-        image_processor=None,
-        video_processor=None,
-        tokenizer=None,
+        image_processor: Any = None,
+        video_processor: Any = None,
+        tokenizer: Any = None,
         chat_template: str | None = None,
         image_use_col_tokens: bool = True,
         use_single_crop_col_tokens: bool | None = None,
@@ -532,7 +533,7 @@ class Molmo2Processor(ProcessorMixin):
         video_use_col_tokens: bool = False,
         use_frame_special_tokens: bool = True,
         use_low_res_token_for_global_crops: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(image_processor, video_processor, tokenizer)
         self.chat_template = tokenizer.chat_template if chat_template is None else chat_template
@@ -789,7 +790,7 @@ class Molmo2Processor(ProcessorMixin):
         return_dict: bool = False,
         return_tensors: str | None = None,
         processor_kwargs: dict[str, Any] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> Any:
         """Write messages as a prompt and, with `tokenize=True`, prepare it with the images and videos that it names.
 
@@ -915,7 +916,7 @@ class Molmo2Processor(ProcessorMixin):
         self,
         image_sizes: list[tuple[int, int]] | None = None,
         video_sizes: list[tuple[int, int, int]] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> MultiModalData:
         """Numbers of visual tokens for images and videos of these sizes, by the same plans as in the call.
 
@@ -958,7 +959,9 @@ class Molmo2Processor(ProcessorMixin):
         return MultiModalData(**counts)
 
     @classmethod
-    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs) -> list[Any]:
+    def _get_arguments_from_pretrained(
+        cls, pretrained_model_name_or_path: Any, processor_dict: dict[str, Any] | None = None, **kwargs: Any
+    ) -> list[Any]:
         """Image processor, video processor and tokenizer; the library's own lookup needs torchvision."""
         kwargs = {
             name: value for name, value in kwargs.items() if name not in ("use_fast", "_from_auto", "code_revision")
@@ -976,14 +979,16 @@ class Molmo2Processor(ProcessorMixin):
         return [*parts, tokenizer]
 
     @classmethod
-    def from_args_and_dict(cls, args, processor_dict: dict[str, Any], **kwargs):
+    def from_args_and_dict(cls, args: list[Any], processor_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Build the processor; the parts that recent releases nest in its file are in `args`."""
         nested = {name for name in processor_dict if name in cls.attributes or name == "feature_extractor"}
         return super().from_args_and_dict(
             args, {name: value for name, value in processor_dict.items() if name not in nested}, **kwargs
         )
 
-    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> list[str]:
+    def save_pretrained(
+        self, save_directory: str | PathLike[str], push_to_hub: bool = False, **kwargs: Any
+    ) -> list[str]:
         """Save files that every supported release, and tools that read single files, can load.
 
         Image and video processor get their own files, also under releases that would nest them; the tokenizer keeps a

@@ -54,15 +54,15 @@ class Molmo2BaseConfig(PretrainedConfig):
 
     # --- what transformers 5 would do to them ---
 
-    def __init_subclass__(cls, *args, **kwargs):
+    def __init_subclass__(cls, *args: Any, **kwargs: Any) -> None:
         """Keeps `==`: every subclass becomes a dataclass there, whose own compares the base fields alone."""
         super().__init_subclass__(*args, **kwargs)
-        cls.__eq__ = _same_settings
+        cls.__eq__ = _same_settings  # type: ignore[method-assign]
 
-    def validate_rope(self, *args, **kwargs) -> None:
+    def validate_rope(self, *args: Any, **kwargs: Any) -> None:
         """Does nothing: `_require_rope` checks, and the rules of the library warn about published values."""
 
-    def standardize_rope_params(self, *args, **kwargs) -> None:
+    def standardize_rope_params(self, *args: Any, **kwargs: Any) -> None:
         """Does nothing: it would add a key to the saved file that older releases do not know."""
 
     # --- helpers ---
@@ -159,7 +159,7 @@ class Molmo2VitConfig(Molmo2BaseConfig):
         residual_dropout: float = 0.0,
         initializer_range: float = 0.02,
         float32_attention: bool = True,
-        **kwargs,
+        **kwargs: Any,
     ):
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
@@ -244,7 +244,7 @@ class Molmo2AdapterConfig(Molmo2BaseConfig):
         text_hidden_size: int = 2560,
         image_feature_dropout: float = 0.0,
         initializer_range: float = 0.02,
-        **kwargs,
+        **kwargs: Any,
     ):
         self.vit_layers = vit_layers
         self.pooling_attention_mask = pooling_attention_mask
@@ -322,7 +322,7 @@ class Molmo2TextConfig(Molmo2BaseConfig):
         norm_after: bool = False,
         initializer_range: float = 0.02,
         use_cache: bool = True,
-        **kwargs,
+        **kwargs: Any,
     ):
         self.hidden_size = hidden_size
         self.num_attention_heads = num_attention_heads
@@ -349,7 +349,7 @@ class Molmo2TextConfig(Molmo2BaseConfig):
         self._take_aliases(kwargs)
         self._require_valid()
         kwargs.pop("tie_word_embeddings", None)  # said once, at the top level
-        super().__init__(tie_word_embeddings=False, **self._settable(kwargs))
+        super().__init__(**{**self._settable(kwargs), "tie_word_embeddings": False})
 
     @staticmethod
     def _merge_rope(
@@ -482,7 +482,7 @@ class Molmo2Config(Molmo2BaseConfig):
         initializer_range: float = 0.02,
         use_cache: bool = True,
         tie_word_embeddings: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ):
         if vit_config is None:
             vit_config = kwargs.pop("vision_config", None)
@@ -510,7 +510,7 @@ class Molmo2Config(Molmo2BaseConfig):
         self._require_consistent(tie_word_embeddings)
         if kwargs.get("attn_implementation") is None:  # older releases pass None for "not chosen"
             kwargs["attn_implementation"] = self._attn_implementation_of_parts(given)
-        super().__init__(tie_word_embeddings=False, **self._settable(kwargs))
+        super().__init__(**{**self._settable(kwargs), "tie_word_embeddings": False})
         self.tie_word_embeddings = False
 
     @staticmethod

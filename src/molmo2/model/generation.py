@@ -25,7 +25,7 @@ class BaseVocabularyProcessors(LogitsProcessorList):
         super().__init__(processors)
         self.vocab_size = vocab_size
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         shown: Any = input_ids.clamp(max=self.vocab_size - 1)
         return super().__call__(shown, scores, **kwargs)
 
@@ -123,12 +123,12 @@ class Molmo2GenerationMixin(GenerationMixin):
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
-        *args,
+        *args: Any,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """Inputs of one forward pass: media and their token types only while nothing is cached."""
         packed = [name for name in ("example_ids", "branch_ids") if kwargs.get(name) is not None]
@@ -169,7 +169,7 @@ class Molmo2GenerationMixin(GenerationMixin):
         token_type_ids: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
         input_embeds: Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> Any:
         """The mask of a step, made outside of the compiled forward pass (caches of fixed size).
 
@@ -192,7 +192,7 @@ class Molmo2GenerationMixin(GenerationMixin):
         )
 
     def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args, **kwargs
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         library: Any = super()
         done = library._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
@@ -204,7 +204,7 @@ class Molmo2GenerationMixin(GenerationMixin):
         expand_size: int = 1,
         is_encoder_decoder: bool = False,
         input_ids: Any = None,
-        **model_kwargs,
+        **model_kwargs: Any,
     ) -> tuple[Any, dict[str, Any]]:
         """Repeat every row `expand_size` times (beams, several answers); its media are still encoded once."""
         self._require_cached_media(input_ids, model_kwargs)
@@ -234,7 +234,7 @@ class Molmo2GenerationMixin(GenerationMixin):
                 "images and videos can only enter at the start of a sequence. Start without `past_key_values`."
             )
 
-    def _get_logits_processor(self, *args, **kwargs) -> LogitsProcessorList:
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         vocab_size = self.config.get_text_config().vocab_size
         if isinstance(kwargs.get("encoder_input_ids"), Tensor) and not kwargs["encoder_input_ids"].is_floating_point():
             kwargs["encoder_input_ids"] = kwargs["encoder_input_ids"].clamp(max=vocab_size - 1)
@@ -242,7 +242,7 @@ class Molmo2GenerationMixin(GenerationMixin):
         processors = library._get_logits_processor(*args, **kwargs)
         return BaseVocabularyProcessors(processors, vocab_size) if len(processors) else processors
 
-    def _get_candidate_generator(self, *args, **kwargs) -> CandidateGenerator:
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> CandidateGenerator:
         library: Any = super()
         generator = library._get_candidate_generator(*args, **kwargs)
         return LatestMatchLookup(generator) if isinstance(generator, PromptLookupCandidateGenerator) else generator

@@ -88,7 +88,7 @@ class Molmo2Model(Molmo2PreTrainedModel, Molmo2VisionInputsMixin):
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> Molmo2ModelOutputWithPast:
         """Read prompts with their images and videos.
 
@@ -182,20 +182,20 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
     def vision_backbone(self) -> Molmo2VisionBackbone:
         return self.model.vision_backbone
 
-    def get_image_features(self, *args, **kwargs) -> Tensor:
+    def get_image_features(self, *args: Any, **kwargs: Any) -> Tensor:
         """See `Molmo2Model.get_image_features`."""
         return self.model.get_image_features(*args, **kwargs)
 
-    def get_video_features(self, *args, **kwargs) -> Tensor:
+    def get_video_features(self, *args: Any, **kwargs: Any) -> Tensor:
         """See `Molmo2Model.get_video_features`."""
         return self.model.get_video_features(*args, **kwargs)
 
-    def encode_frames(self, *args, **kwargs) -> Tensor:
+    def encode_frames(self, *args: Any, **kwargs: Any) -> Tensor:
         """See `Molmo2Model.encode_frames`."""
         return self.model.encode_frames(*args, **kwargs)
 
     def resize_token_embeddings(  # type: ignore[override]
-        self, new_num_tokens: int | None = None, *args, **kwargs
+        self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
     ) -> Molmo2Embedding:
         """Check that `new_num_tokens` ids have an embedding; the tables themselves keep their size.
 
@@ -241,7 +241,7 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        **kwargs,
+        **kwargs: Any,
     ) -> Molmo2CausalLMOutputWithPast:
         """Logits, and the loss when labels are given. The other arguments are those of `Molmo2Model.forward`.
 

@@ -1,5 +1,7 @@
 """Rotary position embeddings: float32 tables, scaled on some layers and plain on the others."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from transformers.configuration_utils import PretrainedConfig
@@ -60,7 +62,7 @@ class Molmo2RotaryEmbedding(nn.Module):
             scaled, self.scaling_factor = scaled_rope(self.config)
             self.scaled_inv_freq = scaled.to(device)
 
-    def _apply(self, fn, recurse: bool = True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Molmo2RotaryEmbedding":
         super()._apply(fn, recurse)
         if self.inv_freq.device.type != "meta":
             self.restore()

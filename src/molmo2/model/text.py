@@ -1,5 +1,7 @@
 """The text model: a decoder with fused projections and an embedding table in two pieces."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
@@ -105,7 +107,7 @@ class Molmo2Attention(Molmo2AttentionBase):
         past_key_values: Cache | None,
         cache_position: Tensor,
         implementation: str,
-        **kwargs,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """(B, S, D) to (B, S, D) and the attention weights where they were computed."""
         query, key, value = self.att_proj(hidden_states).split(self.widths, dim=-1)
@@ -148,7 +150,7 @@ class Molmo2DecoderLayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.residual_dropout)
         self.norm_after = config.norm_after
 
-    def forward(self, hidden_states: Tensor, **kwargs) -> tuple[Tensor, Tensor | None]:
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """(B, S, D) to (B, S, D) and the attention weights; the arguments are those of `Molmo2Attention`."""
         if self.norm_after:
             attended, weights = self.self_attn(hidden_states, **kwargs)
@@ -250,7 +252,7 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
         output_hidden_states: bool | None = None,
         is_visual: Tensor | None = None,
         packed_rows: PackedRows | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Run the decoder.
 

@@ -272,7 +272,7 @@ class Molmo2VisionInputsMixin:
         image_token_pooling: Tensor,
         image_grids: Tensor,
         image_num_crops: Tensor,
-        **kwargs,
+        **kwargs: Any,
     ) -> Tensor:
         """Encode images.
 
@@ -293,7 +293,7 @@ class Molmo2VisionInputsMixin:
         return self.vision_backbone(pixel_values, pooling)
 
     def get_video_features(
-        self, pixel_values_videos: Tensor, video_token_pooling: Tensor, video_grids: Tensor, **kwargs
+        self, pixel_values_videos: Tensor, video_token_pooling: Tensor, video_grids: Tensor, **kwargs: Any
     ) -> Tensor:
         """Encode videos.
 

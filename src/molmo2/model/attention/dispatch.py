@@ -61,7 +61,7 @@ def flex_attention_on_cpu(
     attention_mask: BlockMask | Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """flex_attention without its compiler, which generates C++ that does not build when lengths vary (torch 2.13).
 
@@ -103,7 +103,7 @@ def sdpa_grouped_decode(
     attention_mask: Tensor | None,
     dropout: float,
     scaling: float,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """sdpa of a few new tokens under grouped-query attention, with each key read once.
 
@@ -216,7 +216,7 @@ class Molmo2AttentionBase(nn.Module):
         value: Tensor,
         attention_mask=None,
         implementation: str | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Scaled dot-product attention.
 
