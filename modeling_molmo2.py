@@ -753,7 +753,7 @@ class Molmo2AttentionBase(nn.Module):
 
     is_causal = False
 
-    def __init__(self, config, float32_attention: bool = False):
+    def __init__(self, config: Any, float32_attention: bool = False):
         super().__init__()
         self.config = config
         self.num_heads = config.num_attention_heads
@@ -769,7 +769,7 @@ class Molmo2AttentionBase(nn.Module):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask=None,
+        attention_mask: Any = None,
         implementation: str | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
@@ -1868,7 +1868,7 @@ class Molmo2Attention(Molmo2AttentionBase):
         self,
         hidden_states: Tensor,
         rotary: tuple[Tensor, Tensor],
-        attention_mask,
+        attention_mask: Any,
         past_key_values: Cache | None,
         cache_position: Tensor,
         implementation: str,
@@ -1948,7 +1948,7 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.wte = value  # type: ignore[assignment]
 
-    def _require_positions(self, prompt_length: int, attention_mask=None) -> None:
+    def _require_positions(self, prompt_length: int, attention_mask: Any = None) -> None:
         """Refuses prompts beyond `max_position_embeddings`; padding does not count."""
         limit = self.config.max_position_embeddings
         if prompt_length > limit and isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
@@ -1963,7 +1963,7 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
     def _layer_arguments(
         self,
         inputs_embeds: Tensor,
-        attention_mask,
+        attention_mask: Any,
         position_ids: Tensor | None,
         past_key_values: Cache | None,
         is_visual: Tensor | None,

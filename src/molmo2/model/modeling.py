@@ -8,6 +8,7 @@ Parameter names are those of the published checkpoints.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from transformers.cache_utils import Cache

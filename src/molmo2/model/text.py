@@ -103,7 +103,7 @@ class Molmo2Attention(Molmo2AttentionBase):
         self,
         hidden_states: Tensor,
         rotary: tuple[Tensor, Tensor],
-        attention_mask,
+        attention_mask: Any,
         past_key_values: Cache | None,
         cache_position: Tensor,
         implementation: str,
@@ -183,7 +183,7 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.wte = value  # type: ignore[assignment]
 
-    def _require_positions(self, prompt_length: int, attention_mask=None) -> None:
+    def _require_positions(self, prompt_length: int, attention_mask: Any = None) -> None:
         """Refuses prompts beyond `max_position_embeddings`; padding does not count."""
         limit = self.config.max_position_embeddings
         if prompt_length > limit and isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
@@ -198,7 +198,7 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
     def _layer_arguments(
         self,
         inputs_embeds: Tensor,
-        attention_mask,
+        attention_mask: Any,
         position_ids: Tensor | None,
         past_key_values: Cache | None,
         is_visual: Tensor | None,

@@ -198,7 +198,7 @@ class Molmo2AttentionBase(nn.Module):
 
     is_causal = False
 
-    def __init__(self, config, float32_attention: bool = False):
+    def __init__(self, config: Any, float32_attention: bool = False):
         super().__init__()
         self.config = config
         self.num_heads = config.num_attention_heads
@@ -214,7 +214,7 @@ class Molmo2AttentionBase(nn.Module):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask=None,
+        attention_mask: Any = None,
         implementation: str | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
