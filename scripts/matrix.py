@@ -2,7 +2,7 @@
 """Runs the test-suite on releases of transformers: scripts/matrix.py [--workers N] [RELEASE...], by default on all.
 
 The releases that constraints/environments.toml lists under `full_suite` run everything, the others what is not marked
-slow. Ends with 1 when one of them failed, after all have run.
+slow in the folders of `core_suite`. Ends with 1 when one of them failed, after all have run.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def main() -> int:
 
     failed = []
     for release in chosen:
-        selection = [] if release in releases["full_suite"] else ["-m", "not slow"]
+        selection = [] if release in releases["full_suite"] else ["-m", "not slow", *releases["core_suite"]]
         print(f"=== transformers {release} {' '.join(selection) or '(full suite)'}", flush=True)
         begin = time.monotonic()
         tests = ["scripts/pytest", "python", "-q", "-n", options.workers, *selection]
