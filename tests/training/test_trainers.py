@@ -169,8 +169,15 @@ def examples_with_weights(processor, weighted: tuple[bool, ...]) -> list[dict[st
 
 
 def weights_after_a_step(folder: Path, processor, trainer, weighted: tuple[bool, ...], **settings: Any):
-    """All weights of the model after one step of SGD on examples with weights or without."""
-    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    """All weights of the model after one step of SGD on examples with weights or without.
+
+    In float64, attention too: float32 sums in another order differ by more than the tolerance in one of a million
+    weights.
+    """
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=torch.float64)
+    for module in model.modules():
+        if hasattr(module, "float32_attention"):
+            module.float32_attention = False
     options = {"optim": "sgd", "max_steps": 1, "learning_rate": 0.1, "max_grad_norm": 0.0, **settings}
     own = TrainingArguments(**arguments(folder.parent / "run", lr_scheduler_type="constant", **options))
     trainer(model, own, DataCollator(processor), examples_with_weights(processor, weighted)).train()
