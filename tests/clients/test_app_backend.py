@@ -155,7 +155,8 @@ def test_without_a_model_it_starts_with_the_miniature(tmp_path):
 
 def test_the_samples_can_be_opened(backend):
     for sample in SAMPLES:
-        assert backend.open(sample.paths).images or backend.open(sample.paths).clip
+        opened = backend.open(sample.paths)
+        assert opened.images or opened.video
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path, monkeypatch, capsys):
