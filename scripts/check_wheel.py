@@ -36,6 +36,7 @@ model, processor = load("model")
 answer = ask(model, processor, prompts.point("red circle"), images=image, max_new_tokens=64)
 draw(Image.open(image), answer.grounding).save("drawn.png")
 from transformers import AutoModelForImageTextToText, AutoProcessor
+molmo2.register()
 assert type(AutoModelForImageTextToText.from_pretrained("model")) is type(model)
 assert type(AutoProcessor.from_pretrained("model")) is type(processor)
 print(f"molmo2 {molmo2.__version__}: {answer.text!r}")

@@ -56,7 +56,7 @@ def load(
     dtype: Any = "auto",
     **options: Any,
 ) -> tuple[Molmo2ForConditionalGeneration, Molmo2Processor]:
-    """Load a model and its processor with this package's classes.
+    """Load a model and its processor with this package's classes. The Auto classes stay as they are; see `register`.
 
     Args:
         folder_or_repo: A checkpoint folder, or the name of a repository on the Hub.
@@ -76,7 +76,6 @@ def load(
             f"`molmo2.load` runs the code of the installed package only, so it takes no {refused}. Leave them out, or "
             "load the checkpoint's own code with `AutoModelForImageTextToText.from_pretrained`."
         )
-    register()
     shared = {name: options[name] for name in HUB_OPTIONS if name in options}
     processor = Molmo2Processor.from_pretrained(folder_or_repo, **shared, **(processor_options or {}))
     model = Molmo2ForConditionalGeneration.from_pretrained(folder_or_repo, dtype=dtype, **options)

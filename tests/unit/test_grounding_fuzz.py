@@ -189,7 +189,7 @@ def num_calls(text, piece):
 @pytest.mark.parametrize("start", STARTS)
 def test_steps_grow_as_the_text_does(start, piece):
     for repeated in REPEATED:
-        short, long = (num_calls(start + repeated * (size // len(repeated)), piece) for size in (500, 2000))
+        short, long = (num_calls(start + repeated * (size // len(repeated)), piece) for size in (1000, 4000))
         assert long <= 4.2 * short + 100, repeated
 
 
