@@ -1,6 +1,7 @@
 """Settings of all tests."""
 
 import importlib.util
+import sys
 
 import pytest
 
@@ -61,3 +62,12 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip("the reference data beside the checkout is not there")
     return SHARED
+
+
+@pytest.fixture(scope="module", autouse=True)
+def auto_classes_stay_as_they_are():
+    """`molmo2.register()` in the process of the tests would change what the Auto classes give to all that follow."""
+    yield
+    auto = sys.modules.get("transformers.models.auto.configuration_auto")
+    registered = auto and auto.CONFIG_MAPPING._extra_content.get("molmo2")
+    assert not registered, "a test of this module called molmo2.register(); run it in a process of its own"

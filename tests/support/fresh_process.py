@@ -4,7 +4,9 @@
 what they need themselves, because which imports happen, and in what order, is part of what is tested.
 """
 
+import contextlib
 import importlib
+import io
 import json
 import os
 import subprocess
@@ -262,6 +264,21 @@ def push(folder: str, repository: str) -> dict[str, Any]:
     for part in (model, processor):
         part.save_pretrained(f"{folder}-saved", push_to_hub=True, repo_id=f"{repository}-saved")
     return {}
+
+
+def code_blocks(folder: str, blocks: list[str]) -> dict[str, Any]:
+    """Run blocks of Python code one after another in a folder: what they print, and some of what they leave."""
+    os.chdir(folder)
+    names: dict[str, Any] = {}
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        for block in blocks:
+            exec(compile(block, "block", "exec"), names)
+    return {
+        "lines": printed.getvalue().splitlines(),
+        "planned tokens": names["planned"].num_tokens,
+        "answers": [answer.text for answer in names["answers"]],
+    }
 
 
 def fsdp_plugin(output: str, settings: dict[str, Any]) -> dict[str, Any]:
