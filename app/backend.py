@@ -19,15 +19,10 @@ from PIL import Image
 
 from molmo2 import Answer, Grounding, MediaSession, annotate_video, contact_sheet, draw
 from molmo2.grounding import Point, export_grounding
+from molmo2.tools.answer import readable
+from molmo2.tools.media_files import VIDEO_SUFFIXES
 
 FILES = {"json": "points.json", "csv": "points.csv", "coco": "points_coco.json", "mot": "tracks_mot.txt"}
-# A table of our own, as those of `mimetypes` differ between systems; GIFs count as images.
-VIDEO_SUFFIXES = frozenset(
-    {
-        *(".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4"),
-        *(".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm", ".wmv"),
-    }
-)
 SHEET_COLUMNS = 3
 SHEET_CELL_WIDTH = 180  # pixels; frames are stored no wider than this
 
@@ -207,18 +202,6 @@ class Conversation:
 def is_video(path: Path) -> bool:
     """Whether the file is a video, by its suffix."""
     return path.suffix.lower() in VIDEO_SUFFIXES
-
-
-def readable(grounding: Grounding) -> str:
-    """The text of an answer, with each tag replaced by its label and the number of its points."""
-    text, position = grounding.text, 0
-    parts: list[str] = []
-    for tag in grounding.tags:
-        number = len({point.id for point in tag.points}) if tag.kind == "tracks" else len(tag.points)
-        noun = ("track" if tag.kind == "tracks" else "point") + "s" * (number != 1)
-        parts += [text[position : tag.span[0]], f"{tag.label} ({number} {noun})".strip()]
-        position = tag.span[1]
-    return "".join([*parts, text[position:]]).strip()
 
 
 def _note(answer: Answer, was_stopped: bool) -> str:

@@ -17,20 +17,21 @@ if TYPE_CHECKING:
     from molmo2.grounding import prompts
     from molmo2.grounding.parse import Grounding, parse_grounding
     from molmo2.registration import load, register
-    from molmo2.tools.ask import Answer, AnswerPiece, MediaSession, Timings, ask, ask_stream
+    from molmo2.tools.answer import Answer, AnswerPiece, Timings
+    from molmo2.tools.ask import MediaSession, ask, ask_stream
     from molmo2.tools.draw import DrawingStyle, contact_sheet, draw
     from molmo2.tools.draw_video import AnnotatedVideo, annotate_video
     from molmo2.tools.plan import RequestPlan, plan
 
 _HOMES = {
     "AnnotatedVideo": "molmo2.tools.draw_video",
-    "Answer": "molmo2.tools.ask",
-    "AnswerPiece": "molmo2.tools.ask",
+    "Answer": "molmo2.tools.answer",
+    "AnswerPiece": "molmo2.tools.answer",
     "DrawingStyle": "molmo2.tools.draw",
     "Grounding": "molmo2.grounding.parse",
     "MediaSession": "molmo2.tools.ask",
     "RequestPlan": "molmo2.tools.plan",
-    "Timings": "molmo2.tools.ask",
+    "Timings": "molmo2.tools.answer",
     "annotate_video": "molmo2.tools.draw_video",
     "ask": "molmo2.tools.ask",
     "ask_stream": "molmo2.tools.ask",

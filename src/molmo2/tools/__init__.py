@@ -4,4 +4,4 @@ The functions are exported by `molmo2` itself (`from molmo2 import ask, draw, pl
 modules. Drawing needs no torch.
 """
 
-__all__ = ["ask", "draw", "draw_video", "memory", "plan"]
+__all__ = ["answer", "ask", "draw", "draw_video", "media_files", "memory", "plan"]

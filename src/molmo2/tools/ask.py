@@ -22,78 +22,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-from molmo2.grounding.parse import Grounding, GroundingStream, MediaInfo, Point
+from molmo2.grounding.parse import GroundingStream, MediaInfo
 from molmo2.image.geometry import split_runs
+from molmo2.tools.answer import Answer, AnswerPiece, Timings
 
 MAX_NEW_TOKENS = 512
 STREAM_TIMEOUT_SECONDS = 600.0
-
-
-@dataclass(frozen=True)
-class Timings:
-    """The time of each step, and the tokens of a row; the rows of a batch share the times.
-
-    Attributes:
-        preprocess_seconds: Decoding and cropping images and frames, rendering and tokenizing the prompt.
-        time_to_first_token: Seconds from there to the first new token: vision tower and prefill.
-        decode_seconds: The other tokens.
-        num_prompt_tokens, num_cached_tokens: Tokens of the row's prompt, and those among them that were in the cache.
-        num_new_tokens: Tokens of the answer.
-    """
-
-    preprocess_seconds: float
-    time_to_first_token: float
-    decode_seconds: float
-    num_prompt_tokens: int
-    num_cached_tokens: int
-    num_new_tokens: int
-
-    @property
-    def total_seconds(self) -> float:
-        """All three steps together."""
-        return self.preprocess_seconds + self.time_to_first_token + self.decode_seconds
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Decoding speed after the first token; 0 if there is only one."""
-        is_measured = self.num_new_tokens > 1 and self.decode_seconds > 0
-        return (self.num_new_tokens - 1) / self.decode_seconds if is_measured else 0.0
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A generated answer and its parsed content.
-
-    Attributes:
-        text: The answer without special tokens.
-        grounding: Points, tracks and counts in it, in pixels and source frames of the question's images and videos.
-        parsed: The result of the `Prompt`'s reader; equal to `grounding` for a question in plain text.
-        truncated: The answer was cut off by `max_new_tokens` or `max_length`.
-    """
-
-    text: str
-    grounding: Grounding
-    parsed: Any
-    truncated: bool
-    timings: Timings
-
-    def __str__(self) -> str:
-        return self.text
-
-
-@dataclass(frozen=True)
-class AnswerPiece:
-    """A part of an answer that is being generated.
-
-    Attributes:
-        text: New text; all pieces together are the answer.
-        points: Points that this piece completes.
-        answer: The whole answer, in the last piece only.
-    """
-
-    text: str
-    points: tuple[Point, ...] = ()
-    answer: Answer | None = None
 
 
 def ask(
@@ -125,12 +59,12 @@ def ask(
     if not questions:
         return []
     conversations = [
-        _conversation(text, own_images, own_videos)
+        user_turn(text, own_images, own_videos)
         for text, own_images, own_videos in zip(
             questions, _per_question(images, questions, batched), _per_question(videos, questions, batched)
         )
     ]
-    request = _Request.from_conversations(
+    request = Request.from_conversations(
         model, processor, questions, conversations, processor_kwargs, generate_options
     )
     generation = request.generate(model)
@@ -153,8 +87,8 @@ def ask_stream(
     An error of the model is raised here, after the pieces that came before it. Closing the iterator early (`break`,
     `close`) stops the model too.
     """
-    conversation = _conversation(question, _as_list(images), _as_list(videos))
-    request = _Request.from_conversations(
+    conversation = user_turn(question, _as_list(images), _as_list(videos))
+    request = Request.from_conversations(
         model, processor, [question], [conversation], processor_kwargs, generate_options
     )
     with closing(request.stream(model)) as pieces:
@@ -190,7 +124,7 @@ class MediaSession:
                 "A session caches images and videos, but there are none. Pass `images` or `videos`, or use `ask`."
             )
         options = {**({} if processor_kwargs is None else processor_kwargs), "return_metadata": True}
-        inputs = _prepare_inputs(model, processor, [_conversation("", self._images, self._videos)], options)
+        inputs = _prepare_inputs(model, processor, [user_turn("", self._images, self._videos)], options)
         self.media: MediaInfo = inputs.media[0]
         timestamps = [metadata.timestamps for metadata in inputs.pop("video_metadata", [])]
         runs = split_runs(inputs.get("video_grids", []), [len(times) for times in timestamps])
@@ -227,7 +161,7 @@ class MediaSession:
                     self._append_turn(request, piece.answer, generation)
                 yield piece
 
-    def _append_turn(self, request: "_Request", answer: Answer, generation: "Generation") -> None:
+    def _append_turn(self, request: "Request", answer: Answer, generation: "Generation") -> None:
         """Make the question and its answer part of the conversation."""
         if self._num_beams(request.options) == 1:  # otherwise it is unknown which row of the cache became the answer
             cache = request.options["past_key_values"]
@@ -251,12 +185,12 @@ class MediaSession:
 
     def _request(
         self, question: Any, turns: list[dict[str, Any]], prefix: tuple[Tensor, Any], options: dict[str, Any]
-    ) -> "_Request":
+    ) -> "Request":
         """A request whose cache holds what its prompt has in common with `prefix`: ids (1, P) and their cache."""
         if _setting(self.model, options, "use_cache") is False:
             raise ValueError("A session needs its cache, but `use_cache` is False. Use `ask` instead.")
         started = time.perf_counter()
-        conversation = _conversation(turns[0]["content"] if turns else str(question), self._images, self._videos)
+        conversation = user_turn(turns[0]["content"] if turns else str(question), self._images, self._videos)
         conversation += [*turns[1:], {"role": "user", "content": str(question)}] if turns else []
         prompt = self.processor.apply_chat_template(conversation, add_generation_prompt=True)
         inputs = self.processor.encode_prompts([prompt], *self._grids, return_tensors="pt")
@@ -271,7 +205,7 @@ class MediaSession:
             fork.crop(-excess)  # recent releases take negative numbers only
         if self._num_beams(options) > 1:  # `generate` repeats the prompt, but not a cache that it is given
             fork.batch_repeat_interleave(self._num_beams(options))
-        return _Request(
+        return Request(
             self.processor,
             [question],
             [self.media],
@@ -306,8 +240,12 @@ class Generation:
 
 
 @dataclass(frozen=True)
-class _Request:
-    """Prepared inputs and options of one call of `generate`; one question and its media per row."""
+class Request:
+    """Prepared inputs and options of one call of `generate`; one question and its media per row.
+
+    `ask` is `from_conversations`, `generate` and `answer` in a row; whoever prepares the next batch meanwhile calls them
+    one by one.
+    """
 
     processor: Any
     questions: Sequence[Any]
@@ -326,7 +264,7 @@ class _Request:
         conversations: list[Any],
         processor_kwargs: dict[str, Any] | None,
         options: dict[str, Any],
-    ) -> "_Request":
+    ) -> "Request":
         started = time.perf_counter()
         inputs = _prepare_inputs(model, processor, conversations, processor_kwargs).to(model.device)
         return cls(processor, questions, list(inputs.media), inputs, options, time.perf_counter() - started)
@@ -485,7 +423,7 @@ def _prepare_inputs(model: Any, processor: Any, conversations: list[Any], option
     )
 
 
-def _conversation(question: Any, images: Sequence[Any], videos: Sequence[Any]) -> list[dict[str, Any]]:
+def user_turn(question: Any, images: Sequence[Any], videos: Sequence[Any]) -> list[dict[str, Any]]:
     """One user turn: images and videos first, as in training."""
     parts: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
     parts += [{"type": "video", "video": video} for video in videos]

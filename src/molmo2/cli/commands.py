@@ -1,0 +1,435 @@
+"""The commands of `molmo2`: arguments in, calls of the package, results out."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+
+from molmo2.cli import models, printing
+from molmo2.cli.models import MODEL_VARIABLE, SERVER_VARIABLE, Asker, ModelError
+from molmo2.grounding import prompts
+from molmo2.grounding.structured import SECTIONS
+from molmo2.tools.media_files import MediaFile, find_media
+from molmo2.version import __version__
+
+SOME_FAILED, WRONG_ARGUMENTS, INTERRUPTED = 1, 2, 130
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+EXIT_CODES = """\
+\b
+exit codes:
+  0 all answered   1 some files could not be answered   2 wrong arguments
+  3 the model cannot be loaded, or the server not be reached   130 interrupted
+"""
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    try:
+        code = molmo2.main(None if arguments is None else list(arguments), prog_name="molmo2", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except click.exceptions.Exit as end:
+        return end.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("Interrupted.", err=True)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader has seen enough: `molmo2 ... | head`
+        sys.stderr.close()
+        return 0
+
+
+class _Group(click.Group):
+    """A group that lists its commands in the order in which they are useful, not by the alphabet."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=_Group, context_settings=CONTEXT, epilog=EXIT_CODES)
+@click.version_option(__version__, "-V", "--version", prog_name="molmo2")
+def molmo2() -> None:
+    """Molmo2: models that see images and videos, and point.
+
+    \b
+    First steps:
+      molmo2 ask "What is in this picture?" boats.jpg --model allenai/Molmo2-4B
+      molmo2 point boats harbour.jpg --draw marked       # marked/harbour_points.png
+      molmo2 count penguins "photos/*.jpg" --format csv > counts.csv
+      molmo2 track "red car" street.mp4 --draw marked
+
+    The model is named with --model or the variable MOLMO2_MODEL; a server (vLLM, transformers serve, any OpenAI
+    endpoint) with --server or MOLMO2_SERVER. For many files use `molmo2 batch`; when something is slow or odd,
+    `molmo2 doctor`.
+    """
+
+
+# --- options that commands share -------------------------------------------------------------------------------------
+
+
+def _add(options: Sequence[Any]) -> Callable[[Any], Any]:
+    def decorate(function: Any) -> Any:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+def _seconds_range(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[float, float] | None:
+    """(start, end) of "1.5:4", in seconds; ":10" begins at 0."""
+    if value is None:
+        return None
+    start, separator, end = value.partition(":")
+    try:
+        clip = float(start or 0), float(end)
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not START:END in seconds, such as 1.5:4 or :10") from None
+    if not separator or not 0 <= clip[0] < clip[1]:
+        raise click.BadParameter(f"{value!r} has to be START:END in seconds, the start before the end")
+    return clip
+
+
+MODEL_OPTIONS = [
+    click.option(
+        "-m",
+        "--model",
+        envvar=MODEL_VARIABLE,
+        metavar="FOLDER|REPO",
+        help="Checkpoint folder or repository on the Hub.",
+    ),
+    click.option(
+        "-s",
+        "--server",
+        envvar=SERVER_VARIABLE,
+        metavar="URL",
+        help="Ask this server instead, such as http://127.0.0.1:8000/v1; its key comes from MOLMO2_API_KEY or "
+        "OPENAI_API_KEY.",
+    ),
+    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps"),
+    click.option("--dtype", default="auto", show_default=True, help="auto (as stored), bfloat16, float16, float32"),
+]
+PROCESSOR_OPTIONS = [
+    click.option("--num-frames", type=click.IntRange(1), help="Most frames of a video. [default: the checkpoint's]"),
+    click.option("--max-crops", type=click.IntRange(1), help="Most crops of an image; 24 for small print."),
+    click.option("--clip", callback=_seconds_range, metavar="START:END", help="Only these seconds of a video."),
+]
+FILE_OPTIONS = [
+    click.option("-r", "--recursive", is_flag=True, help="Look into folders of folders too."),
+    click.option("--kind", type=click.Choice(["image", "video"]), help="For files whose suffix does not say it."),
+    click.option("--together", is_flag=True, help="One question about all images, not one about each file."),
+]
+OUTPUT_OPTIONS = [
+    click.option(
+        "-f",
+        "--format",
+        "form",
+        type=click.Choice(printing.FORMATS),
+        default="text",
+        show_default=True,
+        help="text for people, json: one object a line, csv: one line a point",
+    ),
+    click.option(
+        "-o",
+        "--output",
+        type=click.Path(dir_okay=False, path_type=Path),
+        help="Write answers here, not to the screen.",
+    ),
+    click.option(
+        "--draw",
+        "drawings",
+        type=click.Path(file_okay=False, path_type=Path),
+        metavar="FOLDER",
+        help="Save images and videos with their marks there.",
+    ),
+    click.option("--max-new-tokens", type=click.IntRange(1), default=512, show_default=True),
+]
+FILES = click.argument("files", nargs=-1, required=True, metavar="FILES...")
+QUESTION_OPTIONS = [FILES, *FILE_OPTIONS, *MODEL_OPTIONS, *PROCESSOR_OPTIONS, *OUTPUT_OPTIONS]
+
+
+# --- asking ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """One command's question about files, and where its answers go.
+
+    Attributes:
+        requests: The files of each question.
+        question: Text or a `Prompt`; of a description it depends on the files.
+    """
+
+    requests: list[list[MediaFile]]
+    question: Callable[[list[MediaFile]], Any]
+    asker: Asker
+    processor_kwargs: dict[str, Any]
+    max_new_tokens: int
+    form: str
+    output: Path | None
+    drawings: Path | None
+    saved: set[Path] = field(default_factory=set)
+
+    def run(self) -> int:
+        """Ask everything; files that cannot be answered are named and counted."""
+        failed = 0
+        with click.open_file(str(self.output or "-"), "w", encoding="utf-8") as stream:
+            if self.form == "csv":
+                click.echo(",".join(printing.COLUMNS), file=stream)
+            for files in _progress(self.requests, "asking"):
+                try:
+                    self._answer(files, stream)
+                except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
+                    if isinstance(error, BrokenPipeError):
+                        raise
+                    failed += 1
+                    self._report(files, error, stream)
+        return SOME_FAILED if failed else 0
+
+    def _answer(self, files: list[MediaFile], stream: Any) -> None:
+        question = self.question(files)
+        media = {
+            "images": [file.path for file in files if not file.is_video],
+            "videos": [file.path for file in files if file.is_video],
+        }
+        options = {
+            **{name: values or None for name, values in media.items()},
+            "processor_kwargs": self.processor_kwargs,
+            "max_new_tokens": self.max_new_tokens,
+        }
+        answer = self.asker.ask(question, **options)
+        if self.form == "text":
+            if len(self.requests) > 1:
+                click.secho(", ".join(file.path for file in files), bold=True, file=stream)
+            click.echo(printing.as_text(answer), file=stream)
+        else:
+            write = printing.as_json if self.form == "json" else printing.as_csv
+            click.echo(write(printing.as_record(files, str(question), answer)), file=stream)
+        if self.drawings is not None:
+            saved = printing.save_marks(files, answer, self.drawings, self.saved)
+            for path in saved:
+                click.echo(f"wrote {path}", err=True)
+            if not saved:
+                click.echo(f"{files[0].path}: no points, so nothing to draw", err=True)
+
+    def _report(self, files: list[MediaFile], error: Exception, stream: Any) -> None:
+        """Name a question without an answer; programs find it in its own line."""
+        names = [file.path for file in files]
+        click.echo(f"error: {', '.join(names)}: {error}", err=True)
+        if self.form != "text":
+            record = {"files": names, "question": str(self.question(files)), "error": str(error)}
+            click.echo((printing.as_json if self.form == "json" else printing.as_csv)(record), file=stream)
+
+
+def _progress(items: list[Any], title: str) -> Iterator[Any]:
+    """The items, with a bar where a person watches and it takes more than two seconds."""
+    from tqdm import tqdm
+
+    yield from tqdm(items, desc=title, disable=None if len(items) > 1 else True, delay=2, leave=False)
+
+
+def _processor_options(options: dict[str, Any]) -> dict[str, Any]:
+    given = {name: options[name] for name in ("num_frames", "max_crops", "clip")}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _find(files: Sequence[str], recursive: bool, kind: str | None) -> list[MediaFile]:
+    try:
+        return find_media(files, recursive=recursive, kind=kind)
+    except (OSError, ValueError) as error:
+        raise click.UsageError(str(error)) from error
+
+
+def _grouped(media: list[MediaFile], together: bool) -> list[list[MediaFile]]:
+    """The files of each question.
+
+    Raises:
+        UsageError: Several videos, or a video and images, in one question.
+    """
+    if not together:
+        return [[file] for file in media]
+    if len(media) > 1 and any(file.is_video for file in media):
+        raise click.UsageError("--together is for images: ask about one video at a time.")
+    return [media]
+
+
+def _ask(options: dict[str, Any], question: Callable[[list[MediaFile]], Any]) -> int:
+    """What every asking command does once its question is known."""
+    models.require_one(options["model"], options["server"])
+    requests = _grouped(_find(options["files"], options["recursive"], options["kind"]), options["together"])
+    for files in requests:
+        question(files)  # a wrong one is reported before the model is loaded
+    asker = models.open_asker(options["model"], options["server"], options["device"], options["dtype"])
+    job = Job(
+        requests,
+        question,
+        asker,
+        _processor_options(options),
+        options["max_new_tokens"],
+        options["form"],
+        options["output"],
+        options["drawings"],
+    )
+    return job.run()
+
+
+def _fixed(write: Callable[..., Any], *arguments: Any, **options: Any) -> Callable[[list[MediaFile]], Any]:
+    """The same question about all files; a wrong one is an error of its argument."""
+    try:
+        question = write(*arguments, **options)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    return lambda files: question
+
+
+@molmo2.command(context_settings=CONTEXT)
+@click.argument("question")
+@_add(QUESTION_OPTIONS)
+def ask(question: str, **options: Any) -> int:
+    """Ask anything about images and videos.
+
+    FILES are images, videos, folders, patterns in quotes ("*.jpg") and URLs; each is asked about by itself unless
+    --together.
+
+    \b
+    examples:
+      molmo2 ask "What is written here?" scan.png --max-crops 24
+      molmo2 ask "What changed?" before.jpg after.jpg --together
+      molmo2 ask "Which animal appears?" clip.mp4 --clip 10:20 --num-frames 64
+    """
+    if not question.strip():
+        raise click.UsageError("The question is empty.")
+    return _ask(options, lambda files: question)
+
+
+@molmo2.command(context_settings=CONTEXT)
+@click.argument("what")
+@_add(QUESTION_OPTIONS)
+def point(what: str, **options: Any) -> int:
+    """Point to everything of a kind.
+
+    \b
+    examples:
+      molmo2 point boats harbour.jpg --draw marked
+      molmo2 point "people with hats" photos --format csv -o people.csv
+    """
+    return _ask(options, _fixed(prompts.point, what))
+
+
+@molmo2.command(context_settings=CONTEXT)
+@click.argument("what")
+@_add(QUESTION_OPTIONS)
+def count(what: str, **options: Any) -> int:
+    """Count everything of a kind.
+
+    \b
+    example:
+      molmo2 count penguins "photos/*.jpg" --format csv
+    """
+    return _ask(options, _fixed(prompts.count, what))
+
+
+@molmo2.command(context_settings=CONTEXT)
+@click.argument("what")
+@click.option("--fps", type=float, help="Positions a second. [default: 2]")
+@_add(QUESTION_OPTIONS)
+def track(what: str, fps: float | None, **options: Any) -> int:
+    """Follow objects through videos.
+
+    \b
+    example:
+      molmo2 track "red car" street.mp4 --draw marked     # marked/street_points.mp4; needs PyAV
+    """
+    return _ask(options, _fixed(prompts.track, what, fps=fps))
+
+
+@molmo2.command(context_settings=CONTEXT)
+@click.option("--structured", is_flag=True, help=f"As JSON with {', '.join(SECTIONS)}; for videos.")
+@_add(QUESTION_OPTIONS)
+def describe(structured: bool, **options: Any) -> int:
+    """Describe images and videos.
+
+    \b
+    examples:
+      molmo2 describe holiday.jpg
+      molmo2 describe race.mp4 --structured --format json
+    """
+
+    def question(files: list[MediaFile]) -> Any:
+        if structured:
+            return prompts.describe_structured()
+        return prompts.describe("video" if files[0].is_video else "images" if len(files) > 1 else "image")
+
+    return _ask(options, question)
+
+
+# --- before and after asking -----------------------------------------------------------------------------------------
+
+
+@molmo2.command(context_settings=CONTEXT)
+@_add([FILES, *FILE_OPTIONS, MODEL_OPTIONS[0], *PROCESSOR_OPTIONS])
+@click.option("--question", default="Describe this.", show_default=True, help="Its tokens count too.")
+@click.option("--max-tokens", type=click.IntRange(1), help="Lower frames and crops until this many tokens suffice.")
+@click.option("-f", "--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True)
+def plan(model: str | None, question: str, max_tokens: int | None, form: str, **options: Any) -> int:
+    """Say what a question would take - frames, crops, tokens - without asking it.
+
+    Only the files of the processor are read, no weights, and of images and videos only what tells their size.
+
+    \b
+    example:
+      molmo2 plan lecture.mp4 --max-tokens 8000
+    """
+    if model is None:
+        raise click.UsageError(f"Tokens depend on the model: pass --model, or set {MODEL_VARIABLE}.")
+    requests = _grouped(_find(options["files"], options["recursive"], options["kind"]), options["together"])
+    models.quiet_libraries()
+    from molmo2.processing.processor import Molmo2Processor
+    from molmo2.tools.plan import plan as plan_request
+
+    try:
+        processor = Molmo2Processor.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"'{model}' has no processor of a Molmo2 model: {error}") from error
+    failed = 0
+    for files in requests:
+        parts: list[dict[str, Any]] = [{"type": file.kind, file.kind: file.path} for file in files]
+        messages = [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
+        names = ", ".join(file.path for file in files)
+        try:
+            planned = plan_request(processor, messages, max_tokens=max_tokens, **_processor_options(options))
+        except (OSError, ValueError, TypeError, RuntimeError) as error:
+            failed += 1
+            click.echo(f"error: {names}: {error}", err=True)
+            continue
+        if form == "json":
+            record = {"files": [file.path for file in files], "tokens": planned.num_tokens}
+            record |= {
+                "frames": list(planned.num_frames),
+                "crops": planned.num_crops,
+                "options": dict(planned.options),
+            }
+            click.echo(json.dumps(record, ensure_ascii=False))
+        else:
+            click.echo(f"{names}\n{planned}" if len(requests) > 1 else planned)
+    return SOME_FAILED if failed else 0
+
+
+@molmo2.command(
+    context_settings={**CONTEXT, "ignore_unknown_options": True, "help_option_names": []},
+    short_help="Convert a training checkpoint for transformers, or back; as molmo2-convert.",
+)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def convert(arguments: tuple[str, ...]) -> int:
+    """Convert a training checkpoint for transformers, or back; as molmo2-convert."""
+    from molmo2.convert.cli import main
+
+    try:
+        return main(list(arguments))
+    except SystemExit as end:  # argparse ends like this
+        return end.code if isinstance(end.code, int) else WRONG_ARGUMENTS

@@ -1,0 +1,115 @@
+"""What answers on the command line: a model in this process, or a server."""
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import click
+
+MODEL_VARIABLE, SERVER_VARIABLE = "MOLMO2_MODEL", "MOLMO2_SERVER"
+KEY_VARIABLES = ("MOLMO2_API_KEY", "OPENAI_API_KEY")
+
+
+class ModelError(click.ClickException):
+    """The model cannot be loaded, or the server cannot be reached."""
+
+    exit_code = 3
+
+
+class Asker(Protocol):
+    """Answers questions; `molmo2.client.Client` is one too."""
+
+    def ask(self, question: Any, images: Any = None, videos: Any = None, **options: Any) -> Any:
+        """See `molmo2.ask`."""
+
+    def ask_stream(self, question: Any, images: Any = None, videos: Any = None, **options: Any) -> Iterator[Any]:
+        """See `molmo2.ask_stream`."""
+
+
+@dataclass(frozen=True)
+class LocalModel:
+    """`ask` and `ask_stream` of a model in this process."""
+
+    model: Any
+    processor: Any
+
+    def ask(self, question: Any, images: Any = None, videos: Any = None, **options: Any) -> Any:
+        """See `molmo2.ask`."""
+        from molmo2.tools.ask import ask
+
+        return ask(self.model, self.processor, question, images, videos, **options)
+
+    def ask_stream(self, question: Any, images: Any = None, videos: Any = None, **options: Any) -> Iterator[Any]:
+        """See `molmo2.ask_stream`."""
+        from molmo2.tools.ask import ask_stream
+
+        return ask_stream(self.model, self.processor, question, images, videos, **options)
+
+
+def api_key(environment: Mapping[str, str] = os.environ) -> str | None:
+    """The key of the server, from the environment alone: an option would be visible to every user of the machine."""
+    return next((environment[name] for name in KEY_VARIABLES if environment.get(name)), None)
+
+
+def require_one(model: str | None, server: str | None) -> None:
+    """Check that there is a model or a server to ask.
+
+    Raises:
+        UsageError: There is neither.
+    """
+    if model is None and server is None:
+        raise click.UsageError(
+            "There is no model to ask. Pass --model FOLDER (or a repository such as allenai/Molmo2-4B), or "
+            f"--server URL; or set {MODEL_VARIABLE} or {SERVER_VARIABLE}."
+        )
+
+
+def open_asker(model: str | None, server: str | None, device: str, dtype: str) -> Asker:
+    """A client of the server where there is one, else the model, loaded.
+
+    Raises:
+        UsageError: Neither is named.
+        ModelError: The model cannot be loaded, or the server has no model of that name.
+    """
+    require_one(model, server)
+    if server is not None:
+        from molmo2.client import Client, ServerError
+
+        try:
+            return Client(server, model=model, api_key=api_key())
+        except (ServerError, ValueError) as error:
+            raise ModelError(str(error)) from error
+    return LocalModel(*load_model(str(model), device, dtype))
+
+
+def load_model(name: str, device: str, dtype: str) -> tuple[Any, Any]:
+    """A model on its device and its processor.
+
+    Raises:
+        ModelError: It cannot be loaded.
+    """
+    quiet_libraries()
+    import torch
+
+    from molmo2.registration import load
+
+    try:
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            options = {"device_map": "auto"} if device == "cuda" else {}
+            return load(name, dtype=dtype, **options)
+        model, processor = load(name, dtype=dtype)
+        return model.to(device), processor  # type: ignore[arg-type]  # decorated by transformers
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"'{name}' cannot be loaded as a Molmo2 model: {error}") from error
+
+
+def quiet_libraries() -> None:
+    """No progress bars and hints of libraries where nobody reads them: outside of a terminal."""
+    if not sys.stderr.isatty():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
