@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from molmo2.cli import models, printing
+from molmo2.cli.batches import run_batch_command
 from molmo2.cli.models import MODEL_VARIABLE, SERVER_VARIABLE, Asker, ModelError
 from molmo2.grounding import prompts
 from molmo2.grounding.structured import SECTIONS
@@ -138,7 +139,7 @@ OUTPUT_OPTIONS = [
         "-o",
         "--output",
         type=click.Path(dir_okay=False, path_type=Path),
-        help="Write answers here, not to the screen.",
+        help="Write the answers there.",
     ),
     click.option(
         "--draw",
@@ -233,11 +234,6 @@ def _progress(items: list[Any], title: str) -> Iterator[Any]:
     yield from tqdm(items, desc=title, disable=None if len(items) > 1 else True, delay=2, leave=False)
 
 
-def _processor_options(options: dict[str, Any]) -> dict[str, Any]:
-    given = {name: options[name] for name in ("num_frames", "max_crops", "clip")}
-    return {name: value for name, value in given.items() if value is not None}
-
-
 def _find(files: Sequence[str], recursive: bool, kind: str | None) -> list[MediaFile]:
     try:
         return find_media(files, recursive=recursive, kind=kind)
@@ -269,7 +265,7 @@ def _ask(options: dict[str, Any], question: Callable[[list[MediaFile]], Any]) ->
         requests,
         question,
         asker,
-        _processor_options(options),
+        models.processor_options(options),
         options["max_new_tokens"],
         options["form"],
         options["output"],
@@ -368,6 +364,47 @@ def describe(structured: bool, **options: Any) -> int:
     return _ask(options, question)
 
 
+# --- many files ------------------------------------------------------------------------------------------------------
+
+
+@molmo2.command(context_settings=CONTEXT)
+@click.argument("source", type=click.Path(exists=True))
+@click.argument("output", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("-q", "--question", help="Asked about every row; {name} stands for that column of a table.")
+@_add([*MODEL_OPTIONS, *PROCESSOR_OPTIONS, FILE_OPTIONS[0]])
+@click.option("--max-new-tokens", type=click.IntRange(1), default=512, show_default=True)
+@click.option(
+    "--engine",
+    type=click.Choice(["process", "ray"]),
+    default="process",
+    show_default=True,
+    help="process: workers on this machine; ray: actors on a cluster, or on a local one.",
+)
+@click.option("--workers", metavar="N|MIN:MAX", default="1", show_default=True, help="MIN:MAX lets Ray scale.")
+@click.option(
+    "--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Rows at a time, each worker."
+)
+@click.option("--shard", metavar="I/N", help="Only part I of N; under `accelerate launch` it is known.")
+@click.option("--ordered", is_flag=True, help="Results in the order of the rows.")
+@click.option("--overwrite", is_flag=True, help="Begin anew, whatever is there.")
+@click.option("--row-timeout", type=float, default=1800.0, show_default=True, help="Seconds; then a row is given up.")
+def batch(source: str, output: Path, **options: Any) -> int:
+    """Ask about every row of a table, or every file of a folder.
+
+    SOURCE is a folder, or a table (.jsonl, .csv, .parquet) with the columns question, image or images, video or
+    videos, id; OUTPUT ends in .jsonl or .parquet. Every row gets one result: an answer with its points in pixels and
+    timings, or an error. The same command continues a run that was interrupted or killed.
+
+    \b
+    examples:
+      molmo2 batch photos captions.jsonl -q "Describe this image." --model allenai/Molmo2-4B
+      molmo2 batch questions.csv answers.parquet --workers 2 --ordered
+      molmo2 batch clips.jsonl tracks.jsonl -q "Track the {name}." --server http://gpu:8000/v1
+      molmo2 batch clips.parquet tracks.parquet --engine ray --workers 8:64
+    """
+    return run_batch_command(source, output, options)
+
+
 # --- before and after asking -----------------------------------------------------------------------------------------
 
 
@@ -402,7 +439,7 @@ def plan(model: str | None, question: str, max_tokens: int | None, form: str, **
         messages = [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
         names = ", ".join(file.path for file in files)
         try:
-            planned = plan_request(processor, messages, max_tokens=max_tokens, **_processor_options(options))
+            planned = plan_request(processor, messages, max_tokens=max_tokens, **models.processor_options(options))
         except (OSError, ValueError, TypeError, RuntimeError) as error:
             failed += 1
             click.echo(f"error: {names}: {error}", err=True)

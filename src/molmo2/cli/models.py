@@ -1,6 +1,5 @@
 """What answers on the command line: a model in this process, or a server."""
 
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -9,7 +8,6 @@ from typing import Any, Protocol
 import click
 
 MODEL_VARIABLE, SERVER_VARIABLE = "MOLMO2_MODEL", "MOLMO2_SERVER"
-KEY_VARIABLES = ("MOLMO2_API_KEY", "OPENAI_API_KEY")
 
 
 class ModelError(click.ClickException):
@@ -48,9 +46,10 @@ class LocalModel:
         return ask_stream(self.model, self.processor, question, images, videos, **options)
 
 
-def api_key(environment: Mapping[str, str] = os.environ) -> str | None:
-    """The key of the server, from the environment alone: an option would be visible to every user of the machine."""
-    return next((environment[name] for name in KEY_VARIABLES if environment.get(name)), None)
+def processor_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a command's options that go to the processor, where they were given."""
+    given = {name: options[name] for name in ("num_frames", "max_crops", "clip")}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def require_one(model: str | None, server: str | None) -> None:
@@ -75,7 +74,7 @@ def open_asker(model: str | None, server: str | None, device: str, dtype: str) -
     """
     require_one(model, server)
     if server is not None:
-        from molmo2.client import Client, ServerError
+        from molmo2.client import Client, ServerError, api_key
 
         try:
             return Client(server, model=model, api_key=api_key())
@@ -98,7 +97,7 @@ def load_model(name: str, device: str, dtype: str) -> tuple[Any, Any]:
     try:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-            options = {"device_map": "auto"} if device == "cuda" else {}
+            options: dict[str, Any] = {"device_map": "auto"} if device == "cuda" else {}
             return load(name, dtype=dtype, **options)
         model, processor = load(name, dtype=dtype)
         return model.to(device), processor  # type: ignore[arg-type]  # decorated by transformers

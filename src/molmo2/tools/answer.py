@@ -1,4 +1,4 @@
-"""What asking gives, from a model in this process or from a server: answers, pieces of them, timings. Needs no torch."""
+"""What asking gives, from a model in this process or from a server: answers, pieces of them, timings."""
 
 from dataclasses import asdict, dataclass
 from typing import Any

@@ -243,8 +243,8 @@ class Generation:
 class Request:
     """Prepared inputs and options of one call of `generate`; one question and its media per row.
 
-    `ask` is `from_conversations`, `generate` and `answer` in a row; whoever prepares the next batch meanwhile calls them
-    one by one.
+    `ask` is `from_conversations`, `generate` and `answer` in a row; batches call them one by one, to prepare the next
+    while one is answered.
     """
 
     processor: Any

@@ -37,7 +37,7 @@ def is_url(text: str) -> bool:
 
 
 def kind_of_file(path: str | Path) -> str | None:
-    """ "image" or "video", by the suffix of a path or URL; None for any other."""
+    """Whether a path or URL is an "image" or a "video", by its suffix; None if neither."""
     name = urlsplit(str(path)).path if is_url(str(path)) else str(path)
     suffix = os.path.splitext(name)[1].lower()
     return IMAGE if suffix in IMAGE_SUFFIXES else VIDEO if suffix in VIDEO_SUFFIXES else None

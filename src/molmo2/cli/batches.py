@@ -1,0 +1,123 @@
+"""`molmo2 batch`: its arguments become a source, an engine and a run."""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from molmo2.batch.journal import OutputError
+from molmo2.batch.pool import WorkerPool
+from molmo2.batch.rows import SourceError, open_source
+from molmo2.batch.run import Shard, Summary, run_batch
+from molmo2.batch.settings import EngineError, EngineSettings
+from molmo2.cli import models
+
+SOME_FAILED = 1
+WINDOWS = 4  # batches that a worker sorts by length together
+
+
+def run_batch_command(source: str, output: Path, options: dict[str, Any]) -> int:
+    """Run the batch and say how it went; see `molmo2 batch --help`.
+
+    Raises:
+        ClickException: Arguments do not fit, or the engine cannot work.
+    """
+    models.require_one(options["model"], options["server"])
+    shard_index, shard_count = shard_of(options["shard"], os.environ)
+    fewest, most = workers_of(options["workers"])
+    settings = _settings(options)
+    engine: Any
+    if options["engine"] == "ray":
+        from molmo2.batch.ray_data import RayEngine
+
+        engine = RayEngine(settings, (fewest, most), row_seconds=options["row_timeout"])
+    else:
+        engine = WorkerPool(settings, most, row_seconds=options["row_timeout"])
+    identity = {
+        "question": options["question"],
+        **{name: getattr(settings, name) for name in ("model", "server", "dtype", "generate_options")},
+        "processor_kwargs": settings.processor_kwargs,
+    }
+    try:
+        with _progress_bar() as bar:
+
+            def count(result: dict[str, Any]) -> None:
+                bar.update(1)
+                if result["error"] is not None:
+                    errors.append(1)
+                    bar.set_postfix(errors=len(errors))
+
+            errors: list[int] = []
+            summary: Summary = run_batch(
+                open_source(source, options["question"], recursive=options["recursive"]),
+                output,
+                engine,
+                identity=identity,
+                shard=Shard(shard_index, shard_count),
+                ordered=options["ordered"],
+                overwrite=options["overwrite"],
+                on_result=count,
+            )
+    except (SourceError, OutputError) as error:
+        raise click.UsageError(str(error)) from error
+    except EngineError as error:
+        raise models.ModelError(f"{error} Answers so far are kept: the same command continues.") from error
+    click.echo(
+        f"{summary.rows} rows in {Shard(shard_index, shard_count).output(output)}: {summary.answered} new in "
+        f"{summary.seconds:.1f} s, {summary.errors} with an error",
+        err=True,
+    )
+    return SOME_FAILED if summary.errors else 0
+
+
+def _settings(options: Mapping[str, Any]) -> EngineSettings:
+    size = options["batch_size"]
+    return EngineSettings(
+        model=options["model"],
+        server=options["server"],
+        device=options["device"],
+        dtype=options["dtype"],
+        batch_size=size,
+        window=size * (1 if options["server"] else WINDOWS),
+        processor_kwargs=models.processor_options(options),
+        generate_options={"max_new_tokens": options["max_new_tokens"]},
+        timeout=options["row_timeout"],
+    )
+
+
+def _progress_bar() -> Any:
+    from tqdm import tqdm
+
+    return tqdm(desc="rows", unit="row", disable=None, delay=2)
+
+
+def shard_of(text: str | None, environment: Mapping[str, str]) -> tuple[int, int]:
+    """(index from 0, count) of "2/8", or of this process under `accelerate launch` and torchrun.
+
+    Raises:
+        BadParameter: The text says something else.
+    """
+    if text is None:
+        return int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise click.BadParameter(
+            f"{text!r} is not I/N, such as 1/8 for the first of eight parts", param_hint="--shard"
+        )
+    return int(match[1]) - 1, int(match[2])
+
+
+def workers_of(text: str) -> tuple[int, int]:
+    """(fewest, most) of "4" or "2:16".
+
+    Raises:
+        BadParameter: The text says something else.
+    """
+    match = re.fullmatch(r"(\d+)(?::(\d+))?", text)
+    fewest, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 1 <= fewest <= most:
+        raise click.BadParameter(f"{text!r} is not a number of workers, such as 4 or 2:16", param_hint="--workers")
+    return fewest, most

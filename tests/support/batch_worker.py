@@ -1,0 +1,39 @@
+"""A worker for `molmo2.batch.pool` without a model: answers at once, and does to itself what a question says.
+
+die         ends the process, as a decoder that crashes does
+hang        answers never
+print       writes to stdout what is no line of the protocol
+"""
+
+import json
+import os
+import sys
+import time
+
+output = os.fdopen(os.dup(1), "w", encoding="utf-8")
+os.dup2(2, 1)
+
+
+def send(**message):
+    output.write(json.dumps(message) + "\n")
+    output.flush()
+
+
+first = json.loads(sys.stdin.readline())
+if first["settings"]["model"] == "missing":
+    send(failed="OSError: there is no such model")
+    sys.exit(1)
+send(ready=True)
+for line in sys.stdin:
+    rows = json.loads(line)
+    for row in rows:
+        send(busy=[row["number"]])
+        if row["question"] == "die":
+            os.kill(os.getpid(), 9)
+        if row["question"] == "hang":
+            time.sleep(1000)
+        if row["question"] == "print":
+            print("library noise")
+        answer = {"text": row["question"].upper(), "points": [], "count": None, "truncated": False}
+        asked = {name: row[name] for name in ("question", "images", "videos")}
+        send(result={"row": row["number"], "id": row["id"], **asked, **answer, "error": None})
