@@ -15,11 +15,14 @@ os.dup2(2, 1)
 
 
 def send(**message):
-    output.write(json.dumps(message) + "\n")
-    output.flush()
+    try:
+        output.write(json.dumps(message) + "\n")
+        output.flush()
+    except OSError:
+        os._exit(1)
 
 
-first = json.loads(sys.stdin.readline())
+first = json.loads(sys.stdin.readline() or os._exit(1))
 if first["settings"]["model"] == "missing":
     send(failed="OSError: there is no such model")
     sys.exit(1)

@@ -59,6 +59,7 @@ class WorkerPool:
     Args:
         row_seconds: A worker that takes longer than this for a batch is killed, as if it had died of it.
         command: The program of a worker; it speaks the lines of `molmo2.batch.worker`.
+        keep_workers: They wait for the next call of `run`, until `close`.
     """
 
     def __init__(
@@ -68,8 +69,10 @@ class WorkerPool:
         *,
         row_seconds: float = 1800.0,
         command: Sequence[str] = WORKER,
+        keep_workers: bool = False,
     ):
         self.settings, self.num_workers, self.row_seconds, self.command = settings, workers, row_seconds, command
+        self._keep_workers = keep_workers
         self._events: Queue[tuple[_Worker, dict[str, Any] | None]] = Queue()
         self._workers: list[_Worker] = []
         self._again: deque[Row] = deque()  # handed out before others
@@ -83,12 +86,15 @@ class WorkerPool:
         Raises:
             EngineError: The model cannot be loaded, the server cannot be reached, or workers die without any row.
         """
+        is_complete = False
         try:
-            for index in range(self.num_workers):
+            for index in range(len(self._workers), self.num_workers):
                 self._start(index)
             yield from self._results(rows)
+            is_complete = True
         finally:
-            self.close()
+            if not (is_complete and self._keep_workers):
+                self.close()
 
     def close(self) -> None:
         """End all workers."""

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from molmo2.batch.journal import Journal, RowSet
-from molmo2.batch.rows import Row, Source, all_rows
+from molmo2.batch.rows import Chunk, Row, Source, all_rows
 
 
 class Engine(Protocol):
-    """What answers rows. Results come in any order, one for each row, errors included."""
+    """What answers rows. Results come in any order, one for each row, errors included; a second one is dropped."""
 
-    def run(self, rows: Iterator[Row]) -> Iterable[dict[str, Any]]:
+    def run(self, rows: "Remaining") -> Iterable[dict[str, Any]]:
         """Results, made by `Row.result`; rows are taken as they are needed."""
 
 
@@ -89,7 +89,7 @@ def run_batch(
             if journal.write(result):
                 on_result(result)
 
-        for result in engine.run(_rows_to_ask(source, shard, journal.done, keep)):
+        for result in engine.run(Remaining(source, shard, journal.done, keep)):
             keep(result)
         seconds = time.monotonic() - started
         rows = len(journal.done)
@@ -99,12 +99,35 @@ def run_batch(
         return Summary(rows, journal.num_errors, rows - before, seconds)
 
 
-def _rows_to_ask(source: Source, shard: Shard, done: RowSet, keep: Callable[[dict[str, Any]], None]) -> Iterator[Row]:
-    """Rows without a result; those that make no question get theirs here."""
-    for row in all_rows(source):
-        if row.number % shard.count != shard.index or row.number in done:
-            continue
-        if row.error is not None:
-            keep(row.result(error=row.error))
-            continue
-        yield row
+class Remaining:
+    """The rows without a result, as an iterator; an engine that reads the source elsewhere takes `chunks` instead.
+
+    Args:
+        keep: Takes the results of rows that make no question.
+    """
+
+    def __init__(self, source: Source, shard: Shard, done: RowSet, keep: Callable[[dict[str, Any]], None]):
+        self.source, self._shard, self._done, self._keep = source, shard, done, keep
+        self._rows = all_rows(source)
+
+    def __iter__(self) -> "Remaining":
+        return self
+
+    def __next__(self) -> Row:
+        for row in self._rows:
+            if not self._is_wanted(row.number):
+                continue
+            if row.error is None:
+                return row
+            self._keep(row.result(error=row.error))
+        raise StopIteration
+
+    def chunks(self) -> Iterator[tuple[Chunk, list[int]]]:
+        """Chunks of the source with the numbers of their rows that remain; none without."""
+        for chunk in self.source.chunks():
+            wanted = [number for number in range(chunk.first, chunk.first + chunk.count) if self._is_wanted(number)]
+            if wanted:
+                yield chunk, wanted
+
+    def _is_wanted(self, number: int) -> bool:
+        return number % self._shard.count == self._shard.index and number not in self._done

@@ -29,11 +29,17 @@ def main() -> int:
     lock = Lock()
 
     def send(message: dict[str, Any]) -> None:
-        with lock:
-            output.write(json.dumps(message) + "\n")
-            output.flush()
+        try:
+            with lock:
+                output.write(json.dumps(message) + "\n")
+                output.flush()
+        except OSError:  # nobody listens any more
+            os._exit(1)
 
-    first = json.loads(sys.stdin.readline())
+    line = sys.stdin.readline()
+    if not line:
+        return 1
+    first = json.loads(line)
     try:
         engine = _open_engine(EngineSettings(**first["settings"]), first["index"], _watcher(send))
     except Exception as error:  # whatever keeps the model from loading is told to the one who waits for it

@@ -186,11 +186,20 @@ class Job:
                 try:
                     self._answer(files, stream)
                 except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
-                    if isinstance(error, BrokenPipeError):
-                        raise
+                    self._end_if_hopeless(error)
                     failed += 1
                     self._report(files, error, stream)
         return SOME_FAILED if failed else 0
+
+    @staticmethod
+    def _end_if_hopeless(error: Exception) -> None:
+        """Raise what would come again with every file: nobody reads, or no server answers."""
+        from molmo2.client.http import ServerUnreachable
+
+        if isinstance(error, BrokenPipeError):
+            raise error
+        if isinstance(error, ServerUnreachable):
+            raise ModelError(str(error)) from error
 
     def _answer(self, files: list[MediaFile], stream: Any) -> None:
         question = self.question(files)

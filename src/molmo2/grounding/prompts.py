@@ -9,12 +9,12 @@ for the JSON that `molmo2.grounding.structured` reads.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from molmo2.grounding.format import NO_POINTS, format_points
 from molmo2.grounding.parse import parse_grounding
-from molmo2.grounding.structured import SECTIONS, parse_structured
+from molmo2.grounding.structured import SECTIONS, json_schema, parse_structured
 
 SECTION_REQUESTS = {
     "summary": '"summary": one or two sentences',
@@ -32,10 +32,13 @@ class Prompt:
     Attributes:
         text: For the user turn, beside the images or the video.
         reader: `(answer, media)` to a typed result.
+        schema: The JSON schema that answers should follow; None for those in prose. Servers are told, see
+            `molmo2.client`.
     """
 
     text: str
     reader: Callable[[str, Any], Any]
+    schema: dict[str, Any] | None = field(default=None, compare=False, repr=False)
 
     def parse(self, answer: str, media: Any = None) -> Any:
         """The answer as an object; never fails, whatever the answer says.
@@ -94,7 +97,7 @@ def localize_events(what: str | None = None) -> Prompt:
         what: The events to look for; None for all.
     """
     wanted = "List the events of this video" if what is None else f"Find every time when {_named(what)}"
-    return Prompt(f"{wanted}. {_json_request(['events'])}", _as_structure)
+    return Prompt(f"{wanted}. {_json_request(['events'])}", _as_structure, json_schema(["events"]))
 
 
 def describe_structured(*sections: str) -> Prompt:
@@ -108,7 +111,8 @@ def describe_structured(*sections: str) -> Prompt:
     unknown = [name for name in sections if name not in SECTIONS]
     if unknown:
         raise ValueError(f"There are no sections {unknown}. Use some of {list(SECTIONS)}.")
-    return Prompt(f"Describe this video. {_json_request(list(sections or SECTIONS))}", _as_structure)
+    wanted = list(sections or SECTIONS)
+    return Prompt(f"Describe this video. {_json_request(wanted)}", _as_structure, json_schema(wanted))
 
 
 def _json_request(sections: list[str]) -> str:

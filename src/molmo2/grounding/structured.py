@@ -35,6 +35,33 @@ BARE_CLOCK = re.compile(
 )
 MAX_DEPTH = 64  # brackets in brackets; deeper ones are damage
 TOO_DEEP = f"brackets are nested more than {MAX_DEPTH} deep"
+_TEXT: dict[str, Any] = {"type": "string"}
+_CLOCK: dict[str, Any] = {"type": "string", "pattern": "^([0-9]+:)?[0-5]?[0-9]:[0-5][0-9]$"}
+
+
+def _object_schema(**properties: Any) -> dict[str, Any]:
+    required = list(properties)
+    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+
+
+SECTION_SCHEMAS: dict[str, Any] = {
+    "summary": _TEXT,
+    "events": {"type": "array", "items": _object_schema(start=_CLOCK, end=_CLOCK, description=_TEXT)},
+    "objects": {"type": "array", "items": _object_schema(name=_TEXT, description=_TEXT)},
+    "text": {"type": "array", "items": _TEXT},
+    "scene": _object_schema(setting=_TEXT, time_of_day=_TEXT, weather=_TEXT),
+}
+
+
+def json_schema(sections: Iterable[str] = SECTIONS) -> dict[str, Any]:
+    """The JSON schema of a structured answer, for servers that hold a model to one.
+
+    Args:
+        sections: Of "summary", "events", "objects", "text", "scene".
+    Raises:
+        KeyError: There is no such section.
+    """
+    return _object_schema(**{name: SECTION_SCHEMAS[name] for name in sections})
 
 
 @dataclass(frozen=True)

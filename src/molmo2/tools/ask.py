@@ -61,7 +61,7 @@ def ask(
     conversations = [
         user_turn(text, own_images, own_videos)
         for text, own_images, own_videos in zip(
-            questions, _per_question(images, questions, batched), _per_question(videos, questions, batched)
+            questions, per_question(images, questions, batched), per_question(videos, questions, batched)
         )
     ]
     request = Request.from_conversations(
@@ -87,7 +87,7 @@ def ask_stream(
     An error of the model is raised here, after the pieces that came before it. Closing the iterator early (`break`,
     `close`) stops the model too.
     """
-    conversation = user_turn(question, _as_list(images), _as_list(videos))
+    conversation = user_turn(question, as_list(images), as_list(videos))
     request = Request.from_conversations(
         model, processor, [question], [conversation], processor_kwargs, generate_options
     )
@@ -118,7 +118,7 @@ class MediaSession:
         processor_kwargs: dict[str, Any] | None = None,
     ):
         self.model, self.processor = model, processor
-        self._images, self._videos = _as_list(images), _as_list(videos)
+        self._images, self._videos = as_list(images), as_list(videos)
         if not self._images and not self._videos:
             raise ValueError(
                 "A session caches images and videos, but there are none. Pass `images` or `videos`, or use `ask`."
@@ -430,16 +430,21 @@ def user_turn(question: Any, images: Sequence[Any], videos: Sequence[Any]) -> li
     return [{"role": "user", "content": [*parts, {"type": "text", "text": str(question)}]}]
 
 
-def _as_list(media: Any) -> list[Any]:
+def as_list(media: Any) -> list[Any]:
     """The images or videos of one question as a list; an array or a (frames, metadata) pair is one item."""
     if media is None:
         return []
     return list(media) if isinstance(media, list) else [media]
 
 
-def _per_question(media: Any, questions: Sequence[Any], batched: bool) -> list[list[Any]]:
+def per_question(media: Any, questions: Sequence[Any], batched: bool) -> list[list[Any]]:
+    """The images or videos of each question.
+
+    Raises:
+        ValueError: There is not one entry for each question of a batch.
+    """
     if not batched:
-        return [_as_list(media)]
+        return [as_list(media)]
     if media is None:
         return [[] for _ in questions]
     if not isinstance(media, (list, tuple)) or len(media) != len(questions):
@@ -448,4 +453,4 @@ def _per_question(media: Any, questions: Sequence[Any], batched: bool) -> list[l
             f"There are {len(questions)} questions, but `images` or `videos` has {found}. Pass one entry per "
             "question: an image or a video, a list of them, or None."
         )
-    return [_as_list(own) for own in media]
+    return [as_list(own) for own in media]

@@ -1,0 +1,98 @@
+"""`molmo2.batch` on a local Ray cluster, and Parquet: `make test-batch`."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ray = pytest.importorskip("ray", reason="could not import 'ray'")
+parquet = pytest.importorskip("pyarrow.parquet", reason="could not import 'pyarrow.parquet'")
+
+from molmo2.batch import EngineSettings, WorkerPool, open_source, run_batch  # noqa: E402
+from molmo2.batch import rows as batch_rows  # noqa: E402
+from molmo2.batch.ray_data import RayEngine  # noqa: E402
+
+COMMAND = (sys.executable, str(Path(__file__).resolve().parents[1] / "support" / "batch_worker.py"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    paths = ":".join(path for path in sys.path if path)
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=100 * 2**20,
+        log_to_driver=False,
+        runtime_env={"env_vars": {"PYTHONPATH": paths}},
+    )
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    yield
+    ray.shutdown()
+
+
+def write_table(path, questions):
+    lines = [json.dumps({"question": text, "image": f"{place}.png"}) for place, text in enumerate(questions)]
+    path.write_text("\n".join(lines) + "\n{broken\n", encoding="utf-8")
+    return open_source(path)
+
+
+class Enough(Exception):
+    """Ends a run as a kill would."""
+
+
+def test_it_continues_with_two_workers_and_rows_that_kill_them(tmp_path, monkeypatch):
+    """A run that another engine began, over blocks that are not whole."""
+    monkeypatch.setattr(batch_rows, "ROWS_PER_CHUNK", 16)
+    questions = [f"q{place}" for place in range(50)]
+    questions[20] = "die"
+    source = write_table(tmp_path / "in.jsonl", questions)
+    earlier, later = [], []
+
+    def stop(result):
+        earlier.append(result["row"])
+        if len(earlier) == 11:
+            raise Enough
+
+    pool = WorkerPool(EngineSettings(window=4), command=COMMAND)
+    with pytest.raises(Enough):
+        run_batch(source, tmp_path / "out.jsonl", pool, on_result=stop)
+    ray_engine = RayEngine(EngineSettings(model="some", window=8), (1, 2), command=COMMAND)
+    summary = run_batch(
+        source, tmp_path / "out.jsonl", ray_engine, ordered=True, on_result=lambda result: later.append(result["row"])
+    )
+    assert sorted(earlier + later) == list(range(51))
+    results = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [result["row"] for result in results] == list(range(51))
+    assert [result.get("text") for result in results[:50]] == [
+        None if text == "die" else text.upper() for text in questions
+    ]
+    assert "signal 9" in results[20]["error"]
+    assert "is no JSON" in results[50]["error"]
+    assert (summary.rows, summary.errors) == (51, 2)
+
+
+def test_parquet_in_and_out(tmp_path):
+    import pyarrow
+
+    table = pyarrow.table(
+        {
+            "question": [f"q{place}" for place in range(20)],
+            "images": [["a.png", "b.png"], None] * 10,
+            "id": list(range(100, 120)),
+        }
+    )
+    parquet.write_table(table, tmp_path / "in.parquet", row_group_size=6)
+    source = open_source(tmp_path / "in.parquet")
+    pool = WorkerPool(EngineSettings(window=4), command=COMMAND)
+    run_batch(source, tmp_path / "out.parquet", pool, ordered=True)
+    results = parquet.read_table(tmp_path / "out.parquet").to_pylist()
+    assert [result["row"] for result in results] == list(range(20))
+    assert [result["id"] for result in results] == [str(place) for place in range(100, 120)]
+    assert results[0]["images"] == [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
+    assert results[3]["text"] == "Q3"
+    chunks = list(source.chunks())
+    assert [(chunk.first, chunk.count) for chunk in chunks] == [(0, 6), (6, 6), (12, 6), (18, 2)]
+    (tmp_path / "bad.parquet").write_bytes(b"no table")
+    with pytest.raises(batch_rows.SourceError, match="cannot be read as Parquet"):
+        list(open_source(tmp_path / "bad.parquet").chunks())
