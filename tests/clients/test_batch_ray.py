@@ -1,6 +1,7 @@
 """`molmo2.batch` on a local Ray cluster, and Parquet: `make test-batch`."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ COMMAND = (sys.executable, str(Path(__file__).resolve().parents[1] / "support" /
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")  # machines that run other tests are slow
     paths = ":".join(path for path in sys.path if path)
     ray.init(
         num_cpus=2,

@@ -11,14 +11,15 @@ import pytest
 
 pytest.importorskip("fastapi", reason="could not import 'fastapi'")
 
-from molmo2 import ask, load, prompts  # noqa: E402
-from molmo2.batch import EngineSettings, WorkerPool, open_source, run_batch  # noqa: E402
-from molmo2.client import Client, ServerError  # noqa: E402
-from support.paths import REPOSITORY  # noqa: E402
+from molmo2 import ask, load, prompts
+from molmo2.batch import EngineSettings, WorkerPool, open_source, run_batch
+from molmo2.cli.serving import ServeOptions, serve_command
+from molmo2.client import Client, ServerError
+from support.paths import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "examples"))
 
-from miniature import native  # noqa: E402
+from miniature import native
 
 DATA = REPOSITORY / "examples" / "data"
 PICTURE, CLIP = DATA / "world_picture.png", DATA / "world_clip.mp4"
@@ -42,18 +43,8 @@ def url(folder):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    options = [
-        "--trust-remote-code",
-        "--device",
-        "cpu",
-        "--dtype",
-        "float32",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-    ]
-    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder), *options]
+    command = serve_command("transformers", ServeOptions(str(folder), port=port, more=["--device", "cpu"]))
+    assert "--trust-remote-code" not in command
     with (folder.parent / "log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:

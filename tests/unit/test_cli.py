@@ -1,16 +1,19 @@
 """The command `molmo2`: what it asks, what it prints, how it ends. Answers come from a stand-in."""
 
 import csv
+import importlib.util
 import io
+import itertools
 import json
 import sys
 
 import pytest
 from PIL import Image
 
-from molmo2.cli import main, models
+from molmo2.cli import commands, doctor, main, models, serving
 from molmo2.grounding.parse import parse_grounding
 from molmo2.tools.answer import Answer, Timings
+from support.fake_openai import serve
 
 ANSWERS = {
     "Point to the boats.": '<points coords="1 1 250 500 2 750 500">boats</points>',
@@ -156,3 +159,95 @@ def test_without_click_it_says_what_to_install(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "click", None)
     assert main(["--help"]) == 2
     assert "pip install 'molmo2-transformers[cli]'" in capsys.readouterr().err
+
+
+# --- serve and doctor ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "molmo2", "dtype": "float32"}')
+    (folder / "model.safetensors").write_bytes(b"\0" * 100)
+    return folder
+
+
+def test_serving_takes_the_dtype_that_is_stored(checkpoint):
+    command = serving.serve_command("vllm", serving.ServeOptions(str(checkpoint), max_model_len=2048, videos=2))
+    assert command[1:5] == ["-m", "vllm.entrypoints.cli.main", "serve", str(checkpoint)]
+    flags = dict(itertools.pairwise(command))
+    assert (flags["--dtype"], flags["--max-model-len"], flags["--host"]) == ("float32", "2048", "127.0.0.1")
+    assert json.loads(flags["--limit-mm-per-prompt"]) == {"image": 16, "video": 2}
+    command = serving.serve_command(
+        "transformers", serving.ServeOptions("me/model", port=81, more=["--device", "cpu"])
+    )
+    assert command[2:5] == ["molmo2.cli.serving", "serve", "me/model"]
+    assert command[5:] == ["--host", "127.0.0.1", "--port", "81", "--dtype", "auto", "--device", "cpu"]
+    with pytest.raises(serving.ServeError, match="no --max-model-len"):
+        serving.serve_command("transformers", serving.ServeOptions("me/model", max_model_len=1))
+
+
+def test_serving_prefers_vllm_and_says_what_is_missing(checkpoint, monkeypatch, capsys):
+    installed = {"vllm", "transformers", serving.TRANSFORMERS_CLI, *serving.SERVE_PACKAGES}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in installed else None)
+    assert serving.choose_engine() == "vllm"
+    assert serving.choose_engine("transformers") == "transformers"
+    installed.remove("vllm")
+    assert serving.choose_engine() == "transformers"
+    with pytest.raises(serving.ServeError, match="pip install vllm"):
+        serving.choose_engine("vllm")
+    installed.remove("uvicorn")
+    with pytest.raises(serving.ServeError, match=r"lacks uvicorn: pip install 'transformers\[serving\]'"):
+        serving.choose_engine()
+
+
+def test_serve_shows_its_command(checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr(commands, "choose_engine", lambda wanted: "transformers")
+    assert main(["serve", "-m", str(checkpoint), "--dry-run", "--port", "81", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.endswith(
+        f"serve {checkpoint} --host 127.0.0.1 --port 81 --dtype float32 --device cpu\n"
+    )
+
+
+@pytest.fixture
+def found(monkeypatch):
+    """What doctor finds about a checkpoint, without importing decoders."""
+    monkeypatch.setattr(doctor, "_import_problem", lambda module: "")
+    return lambda folder: {
+        (finding.level, part)
+        for finding in doctor.examine(str(folder))
+        for part in (finding.text, finding.mend)
+        if str(folder) in finding.text or "chat_template" in finding.text or "weights take" in finding.text
+    }
+
+
+def test_doctor_knows_sick_checkpoints(checkpoint, found, monkeypatch):
+    assert {level for level, _ in found(checkpoint)} == {"ok"}
+    (checkpoint / "chat_template.jinja").write_text("{% for part in message['content'] or [] %}")
+    assert ("wrong", "convert it again, or replace the file by that of this release") in found(checkpoint)
+    monkeypatch.setattr(doctor, "_memory_bytes", lambda: 50)
+    assert any("weights take" in text for level, text in found(checkpoint) if level == "wrong")
+    (checkpoint / "model.safetensors").unlink()
+    assert any("has no weights" in text for level, text in found(checkpoint) if level == "wrong")
+    (checkpoint / "config.json").write_text('{"model_type": "llama"}')
+    assert any("of the type 'llama'" in text for level, text in found(checkpoint) if level == "wrong")
+    (checkpoint / "config.json").unlink()
+    assert any("has no config.json" in text for level, text in found(checkpoint) if level == "wrong")
+
+
+def test_doctor_reports(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "_import_problem", lambda module: "it crashes")
+    assert main(["doctor", "-f", "json"]) == 1
+    findings = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    wrong = [finding for finding in findings if finding["level"] == "wrong"]
+    assert [finding["mend"] for finding in wrong if "no video decoder" in finding["text"]] == ["pip install decord2"]
+    monkeypatch.setattr(doctor, "_range_of", lambda name: "<1" if name == "transformers" else "")
+    assert main(["doctor"]) == 1
+    assert "-> pip install 'transformers<1'" in capsys.readouterr().out
+
+
+def test_doctor_asks_the_server(capsys):
+    with serve(kind="vllm", models=("mini",)) as server:
+        texts = [finding.text for finding in doctor._server(server.url, "other")]
+    assert texts == [f"{server.url} answers; it is of the kind vllm", "it has no model 'other' but ['mini']"]

@@ -1,6 +1,9 @@
 """The commands of `molmo2`: arguments in, calls of the package, results out."""
 
 import json
+import os
+import shlex
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +14,9 @@ import click
 
 from molmo2.cli import models, printing
 from molmo2.cli.batches import run_batch_command
+from molmo2.cli.doctor import examine, report
 from molmo2.cli.models import MODEL_VARIABLE, SERVER_VARIABLE, Asker, ModelError
+from molmo2.cli.serving import ENGINES, ServeError, ServeOptions, choose_engine, serve_command
 from molmo2.grounding import prompts
 from molmo2.grounding.structured import SECTIONS
 from molmo2.tools.media_files import MediaFile, find_media
@@ -479,3 +484,70 @@ def convert(arguments: tuple[str, ...]) -> int:
         return main(list(arguments))
     except SystemExit as end:  # argparse ends like this
         return end.code if isinstance(end.code, int) else WRONG_ARGUMENTS
+
+
+@molmo2.command(context_settings=CONTEXT)
+@_add(MODEL_OPTIONS[:2])
+@click.option("-f", "--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True)
+def doctor(model: str | None, server: str | None, form: str) -> int:
+    """Look for what will be slow or wrong here, and say how to mend it.
+
+    Versions, video decoders, GPUs, extras; with --model the checkpoint too, with --server the server. The exit code is
+    1 if something is wrong.
+    """
+    is_wrong = report(examine(model, server), form, click.echo)
+    return SOME_FAILED if is_wrong else 0
+
+
+@molmo2.command(context_settings={**CONTEXT, "ignore_unknown_options": True, "allow_interspersed_args": True})
+@_add([MODEL_OPTIONS[0]])
+@click.option("--engine", type=click.Choice(ENGINES), help="[default: vllm where it is installed]")
+@click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0 lets other machines in: set a key then.")
+@click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True)
+@click.option("--dtype", default="auto", show_default=True, help="auto: the one that the checkpoint is stored in")
+@click.option("--max-model-len", type=click.IntRange(1), help="Most tokens of a request, such as 36864 (vLLM).")
+@click.option(
+    "--images", type=click.IntRange(0), default=16, show_default=True, help="Most images of a request (vLLM)."
+)
+@click.option(
+    "--videos", type=click.IntRange(0), default=1, show_default=True, help="Most videos of a request (vLLM)."
+)
+@click.option("--dry-run", is_flag=True, help="Print the command, and do not run it.")
+@click.argument("more", nargs=-1, type=click.UNPROCESSED, metavar="[ARGUMENTS OF THE ENGINE]...")
+def serve(engine: str | None, dry_run: bool, model: str | None, **options: Any) -> int:
+    """Start a server with the flags that Molmo2 needs: vLLM, or else `transformers serve`.
+
+    Further arguments go to the engine as they are. vLLM executes the code in the checkpoint's folder
+    (--trust-remote-code); `transformers serve` runs with the classes of this package instead.
+
+    \b
+    examples:
+      molmo2 serve --model allenai/Molmo2-4B --max-model-len 36864
+      molmo2 serve --model molmo2-hf --port 8001 --dry-run
+      molmo2 ask "What is this?" photo.jpg --server http://127.0.0.1:8000/v1
+    """
+    if model is None:
+        raise click.UsageError(f"There is nothing to serve: pass --model, or set {MODEL_VARIABLE}.")
+    try:
+        command = serve_command(choose_engine(engine), ServeOptions(model, **options))
+    except ServeError as error:
+        raise click.UsageError(str(error)) from error
+    click.echo(shlex.join(command), err=not dry_run)
+    if dry_run:
+        return 0
+    return subprocess.run(command, check=False).returncode
+
+
+@molmo2.command(context_settings={**CONTEXT, "ignore_unknown_options": True, "help_option_names": []})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def app(arguments: tuple[str, ...]) -> int:
+    """Start the demo page; it is part of the repository, not of the installed package."""
+    root = Path(__file__).resolve().parents[3]
+    if not (root / "app" / "__main__.py").is_file():
+        raise click.UsageError(
+            "The demo app lies in the repository of molmo2-transformers, not in the installed package. Clone it, and "
+            "run `make app` there."
+        )
+    path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    command = [sys.executable, "-m", "app", *arguments]
+    return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False).returncode

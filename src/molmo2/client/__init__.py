@@ -9,7 +9,19 @@ The client measures images and reads the times of a video's frames itself, so th
 source frames. No model is loaded here.
 """
 
-from molmo2.client.client import Client, ClientSession, api_key
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from molmo2.client.http import DeadlineExceeded, ServerError, ServerUnreachable
 
+if TYPE_CHECKING:
+    from molmo2.client.client import Client, ClientSession, api_key
+
 __all__ = ["Client", "ClientSession", "DeadlineExceeded", "ServerError", "ServerUnreachable", "api_key"]
+
+
+def __getattr__(name: str) -> Any:
+    """The client itself is imported when it is used: it takes torch along, which errors do not need."""
+    if name not in __all__:
+        raise AttributeError(f"module 'molmo2.client' has no attribute '{name}'")
+    return getattr(importlib.import_module("molmo2.client.client"), name)
