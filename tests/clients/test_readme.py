@@ -26,7 +26,8 @@ def python_blocks(page):
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 BLOCKS = python_blocks(REPOSITORY / "README.md")
-ELSEWHERE = ("fiftyone", "training")  # test_fiftyone.py, beside a database, and test_trainers.py run these
+# test_transformers_serve.py, test_fiftyone.py, beside a database, and test_trainers.py run these.
+ELSEWHERE = ("batch", "client", "fiftyone", "training")
 PAGES = [
     page for page in sorted((REPOSITORY / "docs").glob("*.md")) if python_blocks(page) and page.stem not in ELSEWHERE
 ]

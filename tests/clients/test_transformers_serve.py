@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -97,3 +99,18 @@ def test_a_batch(url, tmp_path):
     results = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [len(result.get("points", [])) for result in results] == [3, 1, 0]
     assert "none.png" in results[2]["error"]
+
+
+@pytest.mark.parametrize("page", ["client", "batch"])
+def test_the_blocks_of_the_pages_run_as_written(folder, url, tmp_path, monkeypatch, capsys, page):
+    for name in ("boats.jpg", "harbour.jpg", "photos/a.jpg", "photos/b.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(DATA / "nasa_frame.jpg", tmp_path / name)
+    shutil.copy(DATA / "nasa_clip.mp4", tmp_path / "penguins.mp4")
+    (tmp_path / "Molmo2-4B").symlink_to(folder, target_is_directory=True)
+    monkeypatch.chdir(tmp_path)
+    text = (REPOSITORY / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    exec(block.replace("http://127.0.0.1:8000/v1", url), {})
+    if page == "batch":
+        assert capsys.readouterr().out == "2 0\n"

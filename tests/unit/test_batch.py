@@ -11,12 +11,16 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from molmo2.batch import EngineError, EngineSettings, OutputError, SourceError, WorkerPool, open_source, run_batch
 from molmo2.batch import rows as batch_rows
+from molmo2.batch.engines import LocalEngine
 from molmo2.batch.journal import Journal
 from molmo2.batch.run import Shard
 from molmo2.cli.batches import shard_of, workers_of
+from support.model_inputs import processor
+from support.scripted_model import ScriptedModel
 
 SUPPORT = Path(__file__).resolve().parents[1] / "support"
 COMMAND = (sys.executable, str(SUPPORT / "batch_worker.py"))
@@ -264,3 +268,47 @@ def test_outputs_of_others_are_left_alone(tmp_path):
         pass
     with pytest.raises(OutputError, match=r"none of \.jsonl"):
         Journal(tmp_path / "out.txt", {})
+
+
+# --- a model in this process -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def photo(tmp_path):
+    Image.new("RGB", (100, 80)).save(tmp_path / "a.png")
+    return str(tmp_path / "a.png")
+
+
+def test_rows_are_sorted_by_length_and_bad_ones_left_out(tmp_path, photo):
+    model = ScriptedModel(processor(), lambda prompt: '<points coords="1 1 500 500">x</points>')
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    questions = ["long " * 30, "short", "long " * 20, "shorter", "bad"]
+    rows = [batch_rows.Row(number, text, [photo]) for number, text in enumerate(questions[:4])]
+    rows.append(batch_rows.Row(4, "bad", [str(tmp_path / "bad.png")]))
+    watched = []
+    engine = LocalEngine(
+        model,
+        processor(),
+        EngineSettings(batch_size=2, window=8),
+        lambda rows, busy: watched.append(([row.number for row in rows], busy)),
+    )
+    results = {result["row"]: result for result in engine.run(iter(rows))}
+    assert [["short" in prompt for prompt in prompts] for prompts in model.calls] == [[True, True], [False, False]]
+    assert [results[number]["points"][0]["x"] for number in range(4)] == [50.0] * 4
+    assert results[0]["timings"]["num_prompt_tokens"] > results[1]["timings"]["num_prompt_tokens"]
+    assert "bad.png" in results[4]["error"]
+    assert watched[:2] == [([0], True), ([0], False)]
+    assert ([2, 0], True) in watched
+
+
+def test_a_batch_that_fails_is_answered_row_by_row(photo):
+    def answer(prompt):
+        if "refused" in prompt:
+            raise RuntimeError("out of memory")
+        return "Yes."
+
+    rows = [batch_rows.Row(number, text, [photo]) for number, text in enumerate(["one", "refused", "two"])]
+    engine = LocalEngine(ScriptedModel(processor(), answer), processor(), EngineSettings(batch_size=3))
+    results = {result["row"]: result for result in engine.run(iter(rows))}
+    assert [results[number].get("text") for number in range(3)] == ["Yes.", None, "Yes."]
+    assert results[1]["error"] == "RuntimeError: out of memory"
