@@ -226,7 +226,11 @@ def test_rows_of_a_batch(photo):
     assert "missing.jpg" in by_row[1]["error"]
 
 
-def test_the_command_line_asks_a_server(photo, capsys):
-    with serve(answer=POINTS) as server:
+def test_the_command_line_asks_a_server(photo, capsys, monkeypatch):
+    monkeypatch.setenv("MOLMO2_MODEL", "a/folder/here")  # which means nothing there
+    with serve(answer=POINTS, models=("a", "mini")) as server:
+        assert main(["point", "boats", str(photo), "--server", server.url, "--model", "mini"]) == 0
+        assert capsys.readouterr().out.splitlines()[0] == "boats (2 points)"
+        server.models = ("a",)
         assert main(["point", "boats", str(photo), "--server", server.url]) == 0
-    assert capsys.readouterr().out.splitlines()[0] == "boats (2 points)"
+    assert [body["model"] for body in server.requests] == ["mini", "a"]

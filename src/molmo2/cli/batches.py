@@ -76,7 +76,7 @@ def run_batch_command(source: str, output: Path, options: dict[str, Any]) -> int
 def _settings(options: Mapping[str, Any]) -> EngineSettings:
     size = options["batch_size"]
     return EngineSettings(
-        model=options["model"],
+        model=models.named_model(options["model"], options["server"]),
         server=options["server"],
         device=options["device"],
         dtype=options["dtype"],

@@ -274,7 +274,8 @@ def _ask(options: dict[str, Any], question: Callable[[list[MediaFile]], Any]) ->
     requests = _grouped(_find(options["files"], options["recursive"], options["kind"]), options["together"])
     for files in requests:
         question(files)  # a wrong one is reported before the model is loaded
-    asker = models.open_asker(options["model"], options["server"], options["device"], options["dtype"])
+    model = models.named_model(options["model"], options["server"])
+    asker = models.open_asker(model, options["server"], options["device"], options["dtype"])
     job = Job(
         requests,
         question,
@@ -495,7 +496,7 @@ def doctor(model: str | None, server: str | None, form: str) -> int:
     Versions, video decoders, GPUs, extras; with --model the checkpoint too, with --server the server. The exit code is
     1 if something is wrong.
     """
-    is_wrong = report(examine(model, server), form, click.echo)
+    is_wrong = report(examine(models.named_model(model, server), server), form, click.echo)
     return SOME_FAILED if is_wrong else 0
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import click
+from click.core import ParameterSource
 
 MODEL_VARIABLE, SERVER_VARIABLE = "MOLMO2_MODEL", "MOLMO2_SERVER"
 
@@ -50,6 +51,12 @@ def processor_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Those of a command's options that go to the processor, where they were given."""
     given = {name: options[name] for name in ("num_frames", "max_crops", "clip")}
     return {name: value for name, value in given.items() if value is not None}
+
+
+def named_model(model: str | None, server: str | None) -> str | None:
+    """The model to name: that of the environment is a folder or repository here, and means nothing to a server."""
+    source = click.get_current_context().get_parameter_source("model")
+    return None if server is not None and source is ParameterSource.ENVIRONMENT else model
 
 
 def require_one(model: str | None, server: str | None) -> None:
