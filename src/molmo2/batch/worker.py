@@ -11,6 +11,7 @@ stderr, so that it cannot get between the lines.
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from queue import Queue
@@ -24,6 +25,7 @@ from molmo2.batch.settings import EngineError, EngineSettings
 
 def main() -> int:
     """Answer rows from stdin until it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: who started this process ends it
     output = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     lock = Lock()

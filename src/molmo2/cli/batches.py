@@ -16,6 +16,7 @@ from molmo2.batch.settings import EngineError, EngineSettings
 from molmo2.cli import models
 
 SOME_FAILED = 1
+CONTINUES = "Answers so far are kept: the same command continues."
 WINDOWS = 4  # batches that a worker sorts by length together
 
 
@@ -61,10 +62,13 @@ def run_batch_command(source: str, output: Path, options: dict[str, Any]) -> int
                 overwrite=options["overwrite"],
                 on_result=count,
             )
-    except (SourceError, OutputError) as error:
+    except (SourceError, OutputError, OSError) as error:
         raise click.UsageError(str(error)) from error
     except EngineError as error:
-        raise models.ModelError(f"{error} Answers so far are kept: the same command continues.") from error
+        raise models.ModelError(f"{error} {CONTINUES}") from error
+    except KeyboardInterrupt:
+        click.echo(CONTINUES, err=True)
+        raise
     click.echo(
         f"{summary.rows} rows in {Shard(shard_index, shard_count).output(output)}: {summary.answered} new in "
         f"{summary.seconds:.1f} s, {summary.errors} with an error",
