@@ -21,8 +21,9 @@ from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, Repo
 from huggingface_hub.utils import build_hf_headers, get_session, validate_repo_id
 
 from molmo2.convert.errors import CheckpointError, ConversionError, listing
-from molmo2.convert.folder import read_folder, read_json
+from molmo2.convert.folder import read_folder
 from molmo2.convert.shards import INDEX_FILE, SINGLE_FILE
+from molmo2.convert.small_files import read_json
 from molmo2.convert.staging import STATE_FILE
 
 COMMIT_MESSAGE = "Upload the converted checkpoint"
