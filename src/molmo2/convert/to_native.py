@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from molmo2.convert import config_files, native_config
-from molmo2.convert.conversion import NATIVE_CONFIG_FILE
+from molmo2.convert.conversion import NATIVE_CONFIG_FILE, report_weights
 from molmo2.convert.errors import CheckpointError, UnsupportedError, listing, shown
 from molmo2.convert.folder import read_folder
 from molmo2.convert.names import ensure_layers, expected_renames
@@ -76,6 +76,8 @@ def write_native(
         CheckpointError: If the folder cannot be read.
         UnsupportedError: If its settings or tensors have no native form.
         OutputError: If the output cannot be written.
+    Warns:
+        UserWarning: For tensors with values that are NaN or infinite.
     """
     folder = Path(folder)
     tensors = read_folder(folder)
@@ -89,14 +91,14 @@ def write_native(
     inputs = {folder, *(piece.path for tensor in tensors.values() for piece in tensor.pieces)}
     inputs |= set() if native_config_path is None else {Path(native_config_path)}
     staging = Staging(Path(output), fingerprint="", inputs=inputs, overwrite=overwrite)
-    staging.ensure_space(sum(stored_bytes(tensor, dtype) for tensor in native.values()))
+    num_bytes = sum(stored_bytes(tensor, dtype) for tensor in native.values())
     with staging.cleanup_on_error():
-        staging.open()
-        text = yaml.safe_dump({"model": section}, sort_keys=False)
-        (staging.folder / CONFIG_FILE).write_text(text, encoding="utf-8", newline="\n")
+        staging.open({}, num_bytes)
+        staging.write_text(CONFIG_FILE, yaml.safe_dump({"model": section}, sort_keys=False))
         on_progress = (lambda _: None) if on_progress is None else on_progress
-        write_torch_file(staging.folder / UNSHARDED_FILE, native, dtype, on_progress)
-        staging.commit()
+        notes = write_torch_file(staging.folder / UNSHARDED_FILE, native, dtype, on_progress)
+        staging.commit({CONFIG_FILE: None, UNSHARDED_FILE: None})
+    report_weights(notes)
     return section
 
 
