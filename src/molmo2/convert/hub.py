@@ -83,8 +83,8 @@ def push_folder(
         Address of the commit that holds the folder.
     Raises:
         CheckpointError: If the folder is not a complete conversion.
-        HubError: If the Hub cannot be reached, refuses, does not answer in time, or keeps an existing repository public
-            in spite of `private`.
+        HubError: If the Hub cannot be reached, refuses, does not answer in time, or keeps an existing repository
+            public in spite of `private`.
     """
     folder = Path(folder)
     files = files_to_publish(folder)
@@ -237,7 +237,7 @@ def _review(api: HfApi, repo_id: str, folder: Path, files: list[str], revision: 
 
 
 def _warn(text: str) -> None:
-    warnings.warn(text, stacklevel=4)
+    warnings.warn(text, stacklevel=3)
 
 
 # Errors

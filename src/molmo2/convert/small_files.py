@@ -5,6 +5,7 @@ often as it is used.
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,9 @@ def read_bytes(path: Path, limit: int) -> bytes:
     if path.exists() and not path.is_file():
         raise CheckpointError(f"{path} is not a regular file.")
     with open(path, "rb") as file:
-        content = file.read(limit + 1)
-    if len(content) > limit:
+        is_larger = os.fstat(file.fileno()).st_size > limit
+        content = b"" if is_larger else file.read(limit + 1)
+    if is_larger or len(content) > limit:  # it may have grown meanwhile
         raise CheckpointError(f"{path} has more than {limit:,} bytes, which no such file needs.")
     return content
 
@@ -44,8 +46,10 @@ def read_json(path: Path, limit: int = LARGEST_JSON) -> dict[str, Any]:
     """
     try:
         return parse_json(read_bytes(path, limit), str(path))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; expected a converted folder.") from None
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}); expected a converted folder.") from None
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def parse_json(data: bytes, label: str) -> dict[str, Any]:
