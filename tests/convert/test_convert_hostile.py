@@ -200,7 +200,7 @@ def test_a_pipe_is_no_file(tmp_path):
 @pytest.mark.parametrize(
     "header",
     [
-        dict.fromkeys("ab", {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}),
+        {key: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for key in "ab"},
         {"a": {"dtype": "F32", "shape": [-1], "data_offsets": [4, 0]}},
         {"a": {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]}},
         {"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}},

@@ -158,7 +158,7 @@ class TorchArchive:
             kind, dtype, key, _, num_items = pid if type(pid) is tuple and len(pid) == 5 else (None,) * 5
             is_sound = kind == "storage" and all(isinstance(name, str) for name in (dtype, key))
             entry = entries.get(f"{root}data/{key}") if is_sound else None
-            if entry is None or dtype not in ITEM_BYTES or type(num_items) is not int:
+            if entry is None or key is None or dtype not in ITEM_BYTES or type(num_items) is not int:
                 raise CheckpointError(f"{self.label} refers to {shown(pid)}, which it does not hold.")
             if key not in storages:
                 storages[key] = self._locate(entry, window, dtype, num_items)
