@@ -7,6 +7,7 @@ Needs `src` and `tests` on the path. A case is a kind and a seed, so that it can
 time and memory of each.
 """
 
+import copy
 import json
 import os
 import random
@@ -121,7 +122,7 @@ def _bytes_of(path: Path, rng: random.Random, places: range | None = None) -> No
 
 
 def _value(rng: random.Random) -> Any:
-    return rng.choice(HOSTILE_VALUES)
+    return copy.deepcopy(rng.choice(HOSTILE_VALUES))  # later changes may go inside
 
 
 def _somewhere(content: Any, rng: random.Random) -> None:
