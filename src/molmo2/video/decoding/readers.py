@@ -6,8 +6,8 @@ They differ in which of several streams they read, whether they turn a phone vid
 stamps are, and whether a seek lands on the requested frame. The readers here give the same frames:
 
 - a frame is found by its time stamp, or by counting from the start, never by an unchecked seek;
-- frames are upright, converted to RGB and, where a video changes its size, brought to that of the first frame by the
-  same ffmpeg filter.
+- frames are upright, converted to RGB and, where a video changes its size, brought to the size that the file announces
+  by the same ffmpeg filter.
 
 A reader refuses what its decoder cannot read that way with a `VideoDecodeError`.
 """
@@ -138,15 +138,15 @@ class Source:
         as_frame = replace(self.limits, image_pixels=self.limits.video_frame_pixels)
         try:
             with open_image(Path(self.path), self.name, as_frame) as image:
-                kind, is_animated = image.format, getattr(image, "is_animated", False)
+                kind, num_images = image.format, getattr(image, "n_frames", 1)
                 size = (image.height, image.width)
         except MediaLimitError as error:  # the limit has another name for videos
             raise MediaLimitError(str(error).replace("image_pixels", "video_frame_pixels")) from None
         except Exception:  # no image, or one that decoders of videos may understand better
             return ""
-        if not (kind in ANIMATED_FORMATS and is_animated):
+        if not (kind in ANIMATED_FORMATS and num_images > 1):
             raise VideoDecodeError(f"{self.name} is an image ({kind}), not a video. Pass it as an image.")
-        self.limits.check_video(self.name, 1, size, self.num_bytes)
+        self.limits.check_video(self.name, num_images, size, self.num_bytes)
         return kind
 
 
@@ -413,7 +413,7 @@ class _PyavReader(VideoReader):
     _container: Any = None
     _stream: Any = None
     _converter: tuple[Any, Any] | None = None
-    _first_size: tuple[int, int] | None = None  # (width, height) as stored, to which later frames are scaled
+    _size: tuple[int, int] = (0, 0)  # (width, height) as the file announces them, to which other frames are scaled
     _started: Iterator[tuple[int | None, Any]] | None = None  # all frames, the first of which is decoded already
     _last_stamp: int | None = None  # of the frame that the decoder returned last
 
@@ -446,6 +446,7 @@ class _PyavReader(VideoReader):
             raise VideoDecodeError("it has no video track")
         context = self._stream.codec_context
         limits.check_video(name, 1, (context.height, context.width), self._source.num_bytes)
+        self._size = context.width, context.height
         context.options = {"max_pixels": str(limits.video_frame_pixels)}  # for frames that are larger than announced
         self._stream.thread_type = "AUTO"
         context.thread_count = min(MAX_THREADS, THREADS_PER_CORE * (os.cpu_count() or 1))
@@ -526,11 +527,9 @@ class _PyavReader(VideoReader):
     def _to_rgb(self, frame: Any) -> np.ndarray:
         """The frame as upright RGB, converted by the filter that decord and torchcodec use too."""
         shape = (frame.width, frame.height, frame.format.name)
-        if self._first_size is None:
-            self._first_size = shape[:2]
         if self._converter is None or self._converter[0] != shape:
             graph = self._av.filter.Graph()
-            scaled = [] if shape[:2] == self._first_size else [graph.add("scale", "{}:{}".format(*self._first_size))]
+            scaled = [] if shape[:2] == self._size else [graph.add("scale", "{}:{}".format(*self._size))]
             stages = [
                 graph.add_buffer(
                     width=frame.width, height=frame.height, format=frame.format.name, time_base=self._stream.time_base
