@@ -164,6 +164,13 @@ class _Download:
             raise TimeoutError("the time is over")
         return min(seconds, remaining)
 
+    def _stream(self) -> socket.socket:
+        """The connected socket, ready to wait for the next bytes."""
+        if self._socket is None:
+            raise ConnectionError("the connection was closed")
+        self._socket.settimeout(self._wait(self._limits.read_seconds))
+        return self._socket
+
     def _get(self, url: str) -> http.client.HTTPResponse:
         """The answer to one request, its headers read."""
         self._close()
@@ -191,8 +198,7 @@ class _Download:
             if proxy is not None:
                 self._open_tunnel(host, port, to_proxy)
             self._socket = _tls_context().wrap_socket(self._socket, server_hostname=host)
-        connection.sock = self._socket
-        self._socket.settimeout(self._wait(self._limits.read_seconds))
+        connection.sock = self._stream()
         connection.request("GET", target, headers=headers)
         return connection.getresponse()
 
@@ -200,11 +206,11 @@ class _Download:
         """Ask the proxy for a connection to the host."""
         name = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         lines = [f"CONNECT {name} HTTP/1.1", f"Host: {name}", *(f"{key}: {value}" for key, value in headers.items())]
-        self._socket.settimeout(self._wait(self._limits.read_seconds))
-        self._socket.sendall("\r\n".join([*lines, "", ""]).encode("latin-1"))
+        stream = self._stream()
+        stream.sendall("\r\n".join([*lines, "", ""]).encode("latin-1"))
         answer = b""
         while not answer.endswith(b"\r\n\r\n"):  # byte by byte: what follows belongs to the tunnel
-            byte = self._socket.recv(1)
+            byte = stream.recv(1)
             answer += byte
             if not byte or len(answer) > CHUNK_BYTES:
                 raise _Refused("the proxy did not answer as one")
@@ -309,7 +315,7 @@ class _Download:
         if expected is not None:
             self._limits.check("fetch_bytes", expected, f"{self._where} is a download of {expected:,} bytes")
         while True:
-            self._socket.settimeout(self._wait(self._limits.read_seconds))
+            self._stream()
             chunk = response.read1(CHUNK_BYTES)
             if not chunk:
                 break
