@@ -19,6 +19,7 @@ from PIL import Image
 
 from molmo2 import Answer, Grounding, MediaLimitError, MediaLimits, MediaSession, annotate_video, contact_sheet, draw
 from molmo2.grounding import Point, export_grounding
+from molmo2.image.loading import fetch_images
 
 FILES = {"json": "points.json", "csv": "points.csv", "coco": "points_coco.json", "mot": "tracks_mot.txt"}
 # A table of our own, as those of `mimetypes` differ between systems; GIFs count as images.
@@ -75,7 +76,7 @@ class Backend:
         num_frames: Maximum number of frames of a video.
         max_new_tokens: Maximum number of tokens of an answer.
         notice: A text about the model, shown to all users.
-        limits: What is refused of uploads; set on the processor.
+        limits: What is refused of uploads.
     """
 
     model: Any
@@ -84,9 +85,6 @@ class Backend:
     max_new_tokens: int = 512
     notice: str = ""
     limits: MediaLimits = LIMITS
-
-    def __post_init__(self) -> None:
-        self.processor.image_processor.limits = self.processor.video_processor.limits = self.limits
 
     def open(self, paths: Sequence[str | Path] | None) -> "Conversation":
         """A conversation about images, or about one video.
@@ -106,7 +104,7 @@ class Backend:
 
     def _image(self, path: Path) -> Image.Image:
         try:
-            return self.processor.image_processor.fetch_images(str(path))
+            return fetch_images(path, limits=self.limits)
         except MediaLimitError as error:
             raise UserError(f"“{path.name}” is too large for this app.") from error
         except (OSError, ValueError) as error:
@@ -115,7 +113,9 @@ class Backend:
     def _frames(self, path: Path) -> tuple[Image.Image, ...]:
         """The sampled frames, scaled down for the sheet."""
         try:
-            frames, _ = self.processor.video_processor.fetch_videos(str(path), num_frames=self.num_frames)
+            frames, _ = self.processor.video_processor.fetch_videos(
+                str(path), num_frames=self.num_frames, limits=self.limits
+            )
         except MediaLimitError as error:
             raise UserError(f"“{path.name}” is too large for this app.") from error
         except Exception as error:  # decoders raise exceptions of many types
@@ -200,7 +200,9 @@ class Conversation:
         if self._session is None:
             backend = self._backend
             images, video = (list(self.images), None) if self.video is None else (None, str(self.video))
-            options = {} if self.video is None else {"num_frames": backend.num_frames}
+            options: dict[str, Any] = {"limits": backend.limits}
+            if self.video is not None:
+                options["num_frames"] = backend.num_frames
             self._session = MediaSession(backend.model, backend.processor, images, video, processor_kwargs=options)
         return self._session
 

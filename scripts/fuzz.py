@@ -4,7 +4,7 @@
     python scripts/fuzz.py --minutes 2 --corpus fetch --seed 7
 
 A corpus is a module of `scripts/fuzz`: `cases(seed)` gives inputs without end, `check(case)` returns "ok", "refused"
-or "wrong: why", or raises. Cases run in a child that is watched: one that dies, takes too long or takes too much memory
+or "wrong: why", or raises. Cases run in a watched child: one that dies, takes too long or takes too much memory
 is wrong, and so is every exception that is not documented. Each wrong case is printed with the seed and number that
 bring it back.
 """
@@ -25,7 +25,7 @@ CORPORA = Path(__file__).resolve().parent / "fuzz"
 CASE_SECONDS = 60  # a case on a busy machine; CPU time is bounded by CASE_CPU_SECONDS
 CASE_CPU_SECONDS = 10
 CHILD_BYTES = 16 << 30
-START_SECONDS = 120  # imports
+START_SECONDS = 300  # imports, on a busy machine
 MAX_PRINTED = 20
 
 
@@ -80,6 +80,15 @@ class Child:
                 self.lines.put(json.loads(line))
         self.lines.put(None)
 
+    def next_line(self, seconds: float) -> dict[str, Any]:
+        """The next line, or {"outcome"} of the case that it is in where none comes."""
+        try:
+            line = self.lines.get(timeout=seconds)
+        except queue.Empty:
+            self.stop()
+            return {"outcome": f"wrong: no end in {seconds} seconds"}
+        return {"outcome": f"wrong: the process ended with status {self.stop()}"} if line is None else line
+
     def stop(self) -> int:
         self.process.kill()
         return self.process.wait()
@@ -91,30 +100,20 @@ def fuzz(name: str, seed: int, seconds: float, most: int | None) -> dict[str, in
     deadline, first = time.monotonic() + seconds, 0
     while time.monotonic() < deadline and (most is None or first < most):
         child = Child(name, seed, first)
-        patience = START_SECONDS
-        while True:
-            try:
-                line = child.lines.get(timeout=patience)
-            except queue.Empty:
-                line = {"end": first, "outcome": f"wrong: no end in {patience} seconds"}
-                child.stop()
-            if line is None:
-                code = child.stop()
-                if first >= 0 and patience == START_SECONDS:
-                    raise SystemExit(f"{name}: the child could not start (status {code}).")
-                line = {"end": first, "outcome": f"wrong: the process ended with status {code}"}
-            patience = CASE_SECONDS
-            if "end" in line:
-                outcome = line["outcome"]
-                counts["tried"] += 1
-                counts["wrong" if outcome.startswith("wrong") else outcome] += 1
-                if outcome.startswith("wrong") and counts["wrong"] <= MAX_PRINTED:
-                    print(f"{name}: --seed {seed} --first {line['end']}: {outcome}", flush=True)
-                first = line["end"] + 1
-                if child.process.poll() is not None and child.lines.empty():
-                    break
-                if time.monotonic() > deadline or (most is not None and first >= most):
-                    break
+        if child.next_line(START_SECONDS) != {"ready": True}:
+            raise SystemExit(f"{name}: the child could not start (status {child.stop()}).")
+        while time.monotonic() < deadline and (most is None or first < most):
+            line = child.next_line(CASE_SECONDS)
+            if "start" in line:
+                continue
+            outcome = line["outcome"]
+            counts["tried"] += 1
+            counts["wrong" if outcome.startswith("wrong") else outcome] += 1
+            if outcome.startswith("wrong") and counts["wrong"] <= MAX_PRINTED:
+                print(f"{name}: seed {seed}, case {first}: {outcome}", flush=True)
+            first += 1
+            if "end" not in line:  # the child is gone
+                break
         child.stop()
     return counts
 

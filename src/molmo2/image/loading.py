@@ -312,7 +312,7 @@ def _pil_to_rgb(image: Image.Image, where: str, do_convert_rgb: bool) -> np.ndar
             )
     try:
         return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:  # opened lazily by the caller, decoded only now
+    except Exception as error:  # opened lazily by the caller, decoded only now; decoders raise nearly anything
         raise ValueError(
             f"{where} cannot be read as RGB ({error}). Check that its file is complete, or convert it to RGB first."
         ) from error

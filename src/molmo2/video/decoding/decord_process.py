@@ -55,7 +55,7 @@ def _serve_decord(max_bytes: int) -> None:  # noqa: C901  # has to be one functi
     except Exception:  # Windows has no limits, and a parent may have set narrower ones
         pass
 
-    def send(answer: dict, data: object = None) -> None:
+    def send(answer: dict, data: "Any" = None) -> None:
         output.write(json.dumps(answer).encode() + b"\n")
         if data is not None:
             output.write(memoryview(data).cast("B"))
@@ -69,7 +69,7 @@ def _serve_decord(max_bytes: int) -> None:  # noqa: C901  # has to be one functi
         return
     send({"ready": True})
 
-    def opened(path: str) -> object:
+    def opened(path: str) -> "Any":
         # decord repeats the last frame in place of missing ones; this fraction of the frames allows none (0: any).
         return decord.VideoReader(path, ctx=decord.cpu(0), fault_tol=1e-9)
 
@@ -127,6 +127,7 @@ class DecordProcess:
             f"{inspect.getsource(_serve_decord)}\n_serve_decord({MAX_CHILD_BYTES})"
         )
         self._parent = os.getpid()
+        self._child: Any = None
         self._file_bytes = 0
         self.is_busy = False  # an answer was begun and not read to its end
         self._deadline: float | None = None
@@ -250,7 +251,7 @@ class DecordProcess:
                 return
 
     def _read_into(self, array: np.ndarray) -> None:
-        if array.nbytes and self._child.stdout.readinto(memoryview(array).cast("B")) != array.nbytes:
+        if array.nbytes and self._child.stdout.readinto(memoryview(array.data).cast("B")) != array.nbytes:
             raise self._death()
 
     def _death(self) -> VideoDecodeError:

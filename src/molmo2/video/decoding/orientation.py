@@ -82,11 +82,11 @@ def mp4_matrices(path: str) -> list[Matrix]:
     """Display matrices of the video tracks of an MP4 or QuickTime file; of any other file none."""
     with Path(path).open("rb") as file:
         end = file.seek(0, 2)
-        head = file.seek(0) or file.read(12)
+        head = _read(file, 0, 12)
         if head[4:8] not in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot"):
             return []
         budget = [MAX_BOXES]
-        matrices = []
+        matrices: list[Matrix] = []
         for kind, start, stop in _boxes(file, 0, end, budget):
             if kind == "moov":
                 matrices += _movie_matrices(file, start, stop, budget)
