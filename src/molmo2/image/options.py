@@ -12,6 +12,7 @@ import numpy as np
 from transformers.utils import logging
 
 from molmo2.configuration import CHANNELS, UINT8_MEAN, UINT8_STD
+from molmo2.image.limits import MediaLimits, checked_limits
 
 logger = logging.get_logger(__name__)
 
@@ -104,16 +105,20 @@ class OptionsMixin:
         IGNORED: names that are known and no option, which are accepted without a warning: read elsewhere
             (`return_tensors`), or meant for other processors, whose snippets pass them.
         TYPE_KEY: the JSON key under which the name of the class is stored.
+        limits: what is refused of media. Never read from JSON, nor written to it: who offers a checkpoint does not
+            decide what a program accepts.
     """
 
     DEFAULTS: dict[str, Any]
     NULLABLE: frozenset[str] = frozenset()
     IGNORED: frozenset[str]
     TYPE_KEY: str
+    limits: MediaLimits
     _processor_class: str | None = None
 
     def __init__(self, **kwargs: Any):
         self._processor_class = kwargs.pop("processor_class", None)
+        self.limits = checked_limits(kwargs.pop("limits", None))
         base_options = {"processor_class": self._processor_class, "auto_map": kwargs.pop("auto_map", None)}
         if base_options["auto_map"] is None:
             del base_options["auto_map"]
@@ -126,7 +131,8 @@ class OptionsMixin:
     @classmethod
     def from_dict(cls, config: dict[str, Any], **kwargs: Any) -> Any:
         """The processor described by its JSON; options in `kwargs` win and are checked, whatever the release."""
-        options = {name: kwargs.pop(name) for name in cls.DEFAULTS if name in kwargs}
+        options = {name: kwargs.pop(name) for name in (*cls.DEFAULTS, "limits") if name in kwargs}
+        config = {name: value for name, value in config.items() if name != "limits"}
         cls._warn_about(kwargs, only_near_misses=True)
         return super().from_dict({**config, **options}, **kwargs)  # type: ignore[misc]  # of the second base class
 
@@ -146,6 +152,11 @@ class OptionsMixin:
     def _values(self) -> dict[str, Any]:
         """The options of the processor as they are now: users may set its attributes."""
         return {name: getattr(self, name) for name in self.DEFAULTS}
+
+    def _limits(self, overrides: Mapping[str, Any]) -> MediaLimits:
+        """The limits of one call."""
+        given = overrides.get("limits")
+        return checked_limits(self.limits if given is None else given)
 
     def _set_processor_class(self, processor_class: str) -> None:
         """Called by processors that own this one; recent releases only know it for tokenizers."""

@@ -60,7 +60,7 @@ class VisualTokenFormat:
 
 
 def _grid_tokens(rows: int, cols: int, patch: str, has_columns: bool) -> list[str]:
-    return ([patch] * cols + [IMAGE_COLUMN] * has_columns) * rows
+    return ([patch] * cols + [IMAGE_COLUMN] * bool(has_columns)) * rows
 
 
 def image_tokens(grid: Sequence[int], token_format: VisualTokenFormat) -> list[str]:

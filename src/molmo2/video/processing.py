@@ -78,6 +78,7 @@ class Molmo2VideosKwargs(VideosKwargs, total=False):
         frame_encoder: `model.encode_frames`, to encode frames while the next are decoded. The output has
             `video_features` (T, text width) instead of pixel values and pooling indices, and the pixel values of a
             whole video are never in memory.
+        limits: a `MediaLimits`, what is refused of videos.
         return_metadata: also return a list `video_metadata`.
         return_tensors: "pt" for torch tensors, "np" or None for numpy arrays.
     """
@@ -93,6 +94,7 @@ class Molmo2VideosKwargs(VideosKwargs, total=False):
     between_pooling_size: list[int] | tuple[int, ...] | int | None
     pixel_dtype: str | None
     frame_encoder: Any
+    limits: Any
     return_tensors: str | None
 
 
@@ -164,6 +166,7 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
         "image_patch_size",
         "image_processor_type",
         "interpolation",
+        "limits",
         "min_frames",
         "pixel_dtype",
         "processor_class",
@@ -271,7 +274,7 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
         """
 
         def probe_one(item: VideoItem) -> Callable[..., tuple[VideoPlan, list[float]]]:
-            sampled_times = probe_video(item, self.video_backend)
+            sampled_times = probe_video(item, self.video_backend, self.limits)
 
             def plan(clip: Any = None, **overrides: Any) -> tuple[VideoPlan, list[float]]:
                 options = self._options(overrides)
@@ -348,6 +351,7 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
             input_data_format=overrides.get("input_data_format"),
             sample_timestamps_fn=sample_timestamps_fn,
             sample_indices_fn=sample_indices_fn,
+            limits=self._limits(overrides),
         )
         size, pooling_size = values["size"], values["pooling_size"]
         return VideoOptions(
@@ -428,6 +432,9 @@ def _cut(
         )
 
     def consume(frames: Iterator[np.ndarray], num_frames: int) -> torch.Tensor:
+        num_tokens = options.plan(num_frames).num_pooled_tokens
+        found = f"{item.where} would take {num_tokens:,} visual tokens in {num_frames:,} frames"
+        options.reading.limits.check("visual_tokens", num_tokens, found)
         if encoder is not None:
             return encode_frames(frames, options.plan(num_frames), to_pixel_values, encoder)
         with closing(read_ahead(frames, FRAMES_AHEAD)) as ahead:
