@@ -202,7 +202,7 @@ class Molmo2ImageProcessor(OptionsMixin, BaseImageProcessor):  # type: ignore[mi
                 f"max_crops is {max_crops!r}, but must be a whole number of at least 1: the maximum number of tiles "
                 "of an image. 1 gives one tile besides the low-resolution view; leave it out for the default."
             )
-        margins = pair("overlap_margins", values["overlap_margins"], "(before, after) in patches")
+        margins = pair("overlap_margins", values["overlap_margins"], "(before, after) in patches", minimum=0)
         return {"max_crops": max_crops, "overlap_margins": margins}
 
 

@@ -158,6 +158,7 @@ class Molmo2Processor(ProcessorMixin):
         self.video_use_col_tokens = video_use_col_tokens
         self.use_frame_special_tokens = use_frame_special_tokens
         self.use_low_res_token_for_global_crops = use_low_res_token_for_global_crops
+        _ = self.visual_token_format  # refuses values that are no flags
         self.image_token, self.video_token = IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
         vocabulary = tokenizer.get_vocab()
         missing = [

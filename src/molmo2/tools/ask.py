@@ -265,6 +265,13 @@ class MediaSession:
         )
         ids, cache = prefix
         new = inputs["input_ids"]
+        limit = self.model.config.get_text_config().max_position_embeddings
+        if new.shape[1] > limit:
+            raise ValueError(
+                f"The session would have {new.shape[1]} tokens, those in its cache included, {new.shape[1] - limit} "
+                f"more than the model's `max_position_embeddings` = {limit}. Shorten the question, or begin a new "
+                "session: `ask` and `stream` forget each question, `chat` keeps all."
+            )
         shorter = min(ids.shape[1], new.shape[1] - 1)  # `generate` needs at least one token that is not cached
         differs = (ids[0, :shorter] != new[0, :shorter]).nonzero()
         num_cached = int(differs[0]) if len(differs) else shorter
