@@ -334,7 +334,14 @@ def test_fps_of_other_processors_sets_the_sampling_rate():
     expected = processed(frames, video_metadata=metadata, max_fps=1)
     assert_same(processed(frames, video_metadata=metadata, fps=1), expected)
     assert_same(processed(frames, video_metadata=metadata, fps=4, max_fps=1), expected)
-    assert_same(processed(frames, video_metadata=metadata, fps=[2.0]), processed(frames, video_metadata=metadata))
+
+
+@pytest.mark.parametrize("fps", ["1", [1.0], True, 0, -1, float("nan"), {}])
+def test_rates_that_are_none(fps):
+    with pytest.raises(
+        ValueError, match=r"^fps is .*\. Pass one positive number, frames per second, for all videos\."
+    ):
+        processed(clip(30), video_metadata={"fps": 10.0}, fps=fps)
 
 
 def test_options_of_other_processors_do_not_stop_the_call():

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
-from molmo2.configuration import CHANNELS, UINT8_MEAN, UINT8_STD
+from molmo2.configuration import CHANNELS, UINT8_MEAN, UINT8_STD, is_number, is_whole
 from molmo2.image.limits import MediaLimits, checked_limits
 
 logger = logging.get_logger(__name__)
@@ -26,6 +26,7 @@ FIXED_STEPS = {
     "rescale_factor": 1 / 255,
 }
 NEAR_MISS = 0.85  # similarity (0..1) from which an unknown name counts as a misspelt option
+MAX_SIDE = 2**15  # of a crop in pixels, a window in patches: more is damage, and would be allocated
 PATCH_ROWS_AND_COLS = "(rows, cols) in patches"
 
 
@@ -34,9 +35,18 @@ def plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, np.generic) else value
 
 
+def listed(value: Any) -> list[Any]:
+    """One value or several, in a list, array or tensor, as a flat list; numpy's numbers become Python's."""
+    values = np.asarray(value.tolist() if hasattr(value, "tolist") else value, dtype=object)
+    return [plain(entry) for entry in np.ravel(values)]
+
+
 def per_channel(name: str, value: Any) -> list[float]:
     """Three numbers, one per channel, from three or from one for all."""
-    numbers = [float(number) for number in np.ravel(value)]
+    numbers = listed(value)
+    if not all(map(is_number, numbers)):
+        raise ValueError(f"{name} is {value!r:.80}. Use finite numbers, one for all channels or {CHANNELS}.")
+    numbers = [float(number) for number in numbers]
     if len(numbers) == 1:
         numbers = numbers * CHANNELS
     if len(numbers) != CHANNELS:
@@ -67,30 +77,49 @@ def pixel_dtype(value: Any, mean: list[float], std: list[float]) -> np.dtype:
     return dtype
 
 
-def pair(name: str, value: Any, meaning: str) -> list[int]:
-    """Two whole numbers, from two or from one for both; `meaning` completes the error message."""
-    numbers = np.ravel(value).tolist()
+def pair(name: str, value: Any, meaning: str, minimum: int = 1) -> list[int]:
+    """Two whole numbers from `minimum`, from two or from one for both; `meaning` completes the error message."""
+    numbers = listed(value)
     if len(numbers) == 1:
         numbers = numbers * 2
-    if len(numbers) != 2:
-        raise ValueError(f"{name} is {value!r}. Pass two whole numbers, {meaning}, or one for both.")
+    if len(numbers) != 2 or not all(is_whole(number) and minimum <= number <= MAX_SIDE for number in numbers):
+        raise ValueError(
+            f"{name} is {value!r:.80}. Pass two whole numbers, {meaning}, or one for both; each {minimum} or more."
+        )
     return numbers
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False, and nothing that Python would take for one of them."""
+    if not isinstance(plain(value), bool):
+        raise ValueError(f"{name} is {value!r:.80}. Use True or False.")
+    return bool(value)
+
+
+def resample_filter(value: Any) -> str | int:
+    """The filter that images are resized with, as name or number."""
+    value = plain(value)
+    if not isinstance(value, str) and not is_whole(value):
+        raise ValueError(f"resample is {value!r:.80}. Use the name of a filter, such as 'bilinear', or its number.")
+    return value if isinstance(value, str) else int(value)
 
 
 def size_dict(size: Any) -> dict[str, int]:
     """{"height": ..., "width": ...} from a dict (or the library's size object), a pair or one int."""
     size = plain(size)
-    if isinstance(size, int):
-        return {"height": size, "width": size}
+    if is_whole(size):
+        size = (size, size)
     if isinstance(size, (list, tuple)) and len(size) == 2:
-        return {"height": plain(size[0]), "width": plain(size[1])}
+        size = {"height": size[0], "width": size[1]}
     fields = size if isinstance(size, dict) else getattr(size, "__dict__", {})
     fields = {name: value for name, value in fields.items() if value is not None}
-    if set(fields) != {"height", "width"}:
+    sides = {name: plain(side) for name, side in fields.items()}
+    is_valid = set(sides) == {"height", "width"}
+    if not is_valid or not all(is_whole(side) and 1 <= side <= MAX_SIDE for side in sides.values()):
         raise ValueError(
-            f"size is {size!r}. Crops have a fixed size: pass {{'height': ..., 'width': ...}} or one int."
+            f"size is {size!r:.80}. Crops have a fixed size: pass {{'height': ..., 'width': ...}} or one int."
         )
-    return {"height": plain(fields["height"]), "width": plain(fields["width"])}
+    return {"height": sides["height"], "width": sides["width"]}
 
 
 class OptionsMixin:
@@ -184,11 +213,11 @@ class OptionsMixin:
         """
         return {
             **{name: plain(values[name]) for name in cls.DEFAULTS},
-            "do_convert_rgb": bool(values["do_convert_rgb"]),
+            "do_convert_rgb": flag("do_convert_rgb", values["do_convert_rgb"]),
             "image_mean": per_channel("image_mean", values["image_mean"]),
             "image_std": divisors_per_channel("image_std", values["image_std"]),
             "pooling_size": pair("pooling_size", values["pooling_size"], PATCH_ROWS_AND_COLS),
-            "resample": values["resample"] if isinstance(values["resample"], str) else int(values["resample"]),
+            "resample": resample_filter(values["resample"]),
             "size": size_dict(values["size"]),
             **cls._canonical_own(values),
         }

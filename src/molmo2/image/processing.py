@@ -217,7 +217,7 @@ class Molmo2ImageProcessor(OptionsMixin, BaseImageProcessor):  # type: ignore[mi
                 f"of an image, up to {MOST_CROPS:,}. 1 gives one tile besides the low-resolution view; leave it out "
                 "for the default."
             )
-        margins = pair("overlap_margins", values["overlap_margins"], "(before, after) in patches")
+        margins = pair("overlap_margins", values["overlap_margins"], "(before, after) in patches", minimum=0)
         return {"max_crops": max_crops, "overlap_margins": margins}
 
 

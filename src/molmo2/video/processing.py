@@ -15,9 +15,9 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.processing_utils import Unpack, VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
 
-from molmo2.configuration import CHANNELS
+from molmo2.configuration import CHANNELS, is_number
 from molmo2.image.geometry import CropSettings, VideoPlan, plan_video, stack_pooling, video_token_pooling
-from molmo2.image.options import FIXED_STEPS, PATCH_ROWS_AND_COLS, OptionsMixin, pair, pixel_dtype, plain
+from molmo2.image.options import FIXED_STEPS, PATCH_ROWS_AND_COLS, OptionsMixin, flag, pair, pixel_dtype, plain
 from molmo2.image.pixels import as_output, empty_pixels, frame_pixel_values, interpolation_mode
 from molmo2.video.decoding.timeline import VideoDecodeError
 from molmo2.video.frame_encoding import FrameEncoder, encode_frames, read_ahead
@@ -334,8 +334,10 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
     ) -> VideoOptions:
         self._warn_about(overrides)
         values, given = self._values(), self._given(overrides)
-        fps = given.get("fps", values["fps"])
-        if isinstance(fps, (int, float)):  # lists come from snippets for other models and add nothing
+        fps = plain(given.get("fps", values["fps"]))
+        if fps is not None:
+            if not is_number(fps) or fps <= 0:
+                raise ValueError(f"fps is {fps!r:.80}. Pass one positive number, frames per second, for all videos.")
             given = {"max_fps": fps, "sampling_fps": fps} | given
         values = self._canonical(values | given)
         interpolation_mode(values["resample"])
@@ -375,7 +377,7 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
     @classmethod
     def _canonical_own(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         between = pair("between_pooling_size", values["between_pooling_size"], PATCH_ROWS_AND_COLS)
-        flags = {name: bool(values[name]) for name in ("do_sample_frames", "return_metadata")}
+        flags = {name: flag(name, values[name]) for name in ("do_sample_frames", "return_metadata")}
         return {"between_pooling_size": between, **flags}
 
 

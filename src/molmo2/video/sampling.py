@@ -49,7 +49,7 @@ class SamplingSettings:
             raise ValueError(
                 f"Unknown frame_sample_mode {self.frame_sample_mode!r}. Use one of {', '.join(FRAME_SAMPLE_MODES)}."
             )
-        if isinstance(self.num_frames, bool) or int(self.num_frames) != self.num_frames or self.num_frames < 1:
+        if not _is_positive(self.num_frames) or int(self.num_frames) != self.num_frames:
             raise ValueError(
                 f"num_frames is {self.num_frames!r}, but a video needs a whole number of frames, 1 or more."
             )
@@ -219,4 +219,5 @@ def _divides(rate: float, whole_fps: int) -> bool:
 
 
 def _is_positive(value: float) -> bool:
-    return math.isfinite(value) and value > 0
+    is_number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+    return is_number and math.isfinite(value) and value > 0
