@@ -957,9 +957,11 @@ class Molmo2Processor(ProcessorMixin):
         split = options.get("split_special_tokens")
         split = getattr(self.tokenizer, "split_special_tokens", False) if split is None else split
         for prompt in prompts:
-            text, own = str(prompt), {}
+            text: str = str(prompt)
+            own: Mapping[str, str] = {}
             if isinstance(prompt, RenderedPrompt):
-                text, own = (text, {}) if options.get("allow_special_tokens") else (prompt.hidden, prompt.stand_ins)
+                if not options.get("allow_special_tokens"):
+                    text, own = prompt.hidden, prompt.stand_ins
             elif split:
                 text, own = hide(text, self._special_tokens, kept=frozenset({IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER}))
             texts.append(text)
@@ -989,8 +991,8 @@ class Molmo2Processor(ProcessorMixin):
             if is_text:
                 ids, offsets = encode_plain(self.tokenizer, without_surrogates(piece))
             else:
-                (ids,), offsets = self._encode([piece], with_offsets, add_special_tokens=False)
-                offsets = offsets[0] if with_offsets else []
+                (ids,), rows = self._encode([piece], with_offsets, add_special_tokens=False)
+                offsets = rows[0] if with_offsets else []
             row += ids
             places += [(start + done, end + done) for start, end in offsets]
             done += len(piece)
@@ -1099,14 +1101,14 @@ class Molmo2Processor(ProcessorMixin):
         )
         if not tokenize:
             is_plain = kwargs.get("allow_special_tokens")
-            prompts = [str(prompt) if is_plain or not prompt.stand_ins else prompt for prompt in prompts]
-            return prompts if batched else prompts[0]
+            written = [str(prompt) if is_plain or not prompt.stand_ins else prompt for prompt in prompts]
+            return written if batched else written[0]
         options = {**kwargs, **(processor_kwargs or {})}
         if return_tensors not in (None, "auto"):
             options["return_tensors"] = return_tensors
         if return_assistant_tokens_mask:
             options["assistant_spans"] = spans
-        features = self(text=prompts, **media_arguments([find_media(own) for own in conversations], options))
+        features = self(text=[*prompts], **media_arguments([find_media(own) for own in conversations], options))
         return features if return_dict else features["input_ids"]
 
     def render_conversations(
@@ -1139,9 +1141,10 @@ class Molmo2Processor(ProcessorMixin):
         messages: list[Any] = [messages_of(conversation) for conversation in conversations]
         written = (messages, options.get("tools"), options.get("documents"))
         (messages, options["tools"], options["documents"]), stand_ins = hide(written, self._special_tokens, template)
-        prompts, spans = render_jinja_template(
+        rendered: Any = render_jinja_template(  # whose annotation is wrong
             messages, chat_template=template, **{**self.tokenizer.special_tokens_map, **options}
         )
+        prompts, spans = rendered
         return [RenderedPrompt(prompt, stand_ins) for prompt in prompts], spans
 
     def encode_prompts(

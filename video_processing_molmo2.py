@@ -832,9 +832,9 @@ class _DecordReader(VideoReader):
     def __init__(self, source: Source, only_choice: bool) -> None:
         super().__init__(source)
         _require_plain_turns(source)
-        self._process = DecordProcess.borrow()
+        process = self._process = DecordProcess.borrow()
         try:
-            spans, fps, shape = self._opened()
+            spans, fps, shape = self._opened(process)
             if len(shape) != 3 or shape[2] != 3:  # very narrow videos
                 raise VideoDecodeError(f"its frames have the shape {shape}, expected (height, width, 3)")
             height, width = shape[:2]
@@ -852,9 +852,9 @@ class _DecordReader(VideoReader):
         if process is not None:
             process.give_back()
 
-    def _opened(self) -> tuple[np.ndarray, float, tuple[int, ...]]:
+    def _opened(self, process: DecordProcess) -> tuple[np.ndarray, float, tuple[int, ...]]:
         try:
-            return self._process.open(self._source.path)
+            return process.open(self._source.path)
         except VideoDecodeError as error:
             raise VideoDecodeError(brief(error.reason)) from None
 
@@ -862,7 +862,7 @@ class _DecordReader(VideoReader):
         if self._process is None or self._process.is_busy:  # closed, or an earlier iterator was not read to its end
             self.close()
             self._process = DecordProcess.borrow()
-            self._opened()
+            self._opened(self._process)
         try:
             yield from self._process.decode(indices, self.timeline.num_frames)
         except FrameError as error:

@@ -5,9 +5,9 @@
 
 A corpus is a module of `scripts/fuzzing`: `cases(seed)` gives inputs without end, `run(case)` returns "refused" or
 "wrong: why", or anything else where the input was taken, and raises where a result is wrong; `prepare()`, if there is
-one, comes before the first case. Cases run in a watched child: one that dies, takes too long or takes too much memory is
-wrong, and so is every exception that is not documented. Each wrong case is printed with the seed and number that bring
-it back.
+one, comes before the first case. Cases run in a watched child: one that dies, takes too long or takes too much memory
+is wrong, and so is every exception that is not documented. Each wrong case is printed with the seed and number that
+bring it back.
 """
 
 import argparse
