@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ MINIATURE = (
 )
 
 
-def load_backend(folder: Path | None, scratch: Path, **options: int) -> Backend:
+def load_backend(folder: Path | None, scratch: Path, **options: Any) -> Backend:
     """A backend with its model.
 
     Args:
