@@ -1,0 +1,1 @@
+"""Rows of the published data sets as conversations, for training and for evaluation."""
