@@ -7,6 +7,7 @@ collator = DataCollator(processor, weighting=TokenWeighting())
 
 from molmo2.data.examples import DATASETS, Examples, ReadingReport
 from molmo2.data.media import Folder, MediaReference, UrlMapping, clip_name, first_of, urls
+from molmo2.data.mixture import SFT_GROUPS, Mixture, MixtureState, Source, mixture_rates
 from molmo2.data.queries import Settings
 from molmo2.data.styles import (
     TEMPLATES,
@@ -20,12 +21,16 @@ from molmo2.data.subtitles import read_subtitles, subtitle_text
 
 __all__ = [
     "DATASETS",
+    "SFT_GROUPS",
     "TEMPLATES",
     "Examples",
     "Folder",
     "MediaReference",
+    "Mixture",
+    "MixtureState",
     "ReadingReport",
     "Settings",
+    "Source",
     "UrlMapping",
     "clip_name",
     "draw_length_prompt",
@@ -34,6 +39,7 @@ __all__ = [
     "draw_time",
     "draw_track_prompt",
     "first_of",
+    "mixture_rates",
     "read_subtitles",
     "subtitle_text",
     "urls",

@@ -15,6 +15,7 @@ from molmo2.training.finetuning import (
     parameter_groups,
     unfreeze,
 )
+from molmo2.training.packed_mixture import PackedMixture
 from molmo2.training.packer import Pack, PackedDataset, Packer, PackingReport
 from molmo2.training.trainer import trainer_class
 from molmo2.training.weighting import TokenWeighting
@@ -24,6 +25,7 @@ __all__ = [
     "LearningRates",
     "Pack",
     "PackedDataset",
+    "PackedMixture",
     "Packer",
     "PackingReport",
     "TokenWeighting",
