@@ -6,10 +6,12 @@ from collections import Counter
 
 import pytest
 import torch
+from transformers import Trainer, TrainingArguments
 
 from molmo2.data import Mixture, MixtureState, Source, mixture_rates
 from molmo2.data.mixture import SFT_GROUPS
-from molmo2.training import DataCollator, PackedMixture, Packer
+from molmo2.training import DataCollator, PackedMixture, Packer, SaveMixture, resume_mixture
+from support.checkpoints import build_model
 from support.model_inputs import processor
 from support.training_cases import turn
 
@@ -156,3 +158,61 @@ def test_rows_are_built_and_collated():
     assert all(
         torch.equal(one["input_ids"], other["input_ids"]) for one, other in zip(again.examples, second.examples)
     )
+
+
+# --- in a trainer ----------------------------------------------------------------------------------------------------
+
+
+def trainer(folder, max_steps=4, **settings):
+    """A trainer on the tiny model, and its stream."""
+    texts = [{"messages": turn("Name a number.", "one " * (1 + number % 5))} for number in range(20)]
+    stream = PackedMixture(Mixture([Source("texts", texts)]), Packer(120, 4, pool_size=6), processor())
+    defaults = {
+        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 1,
+        "save_steps": 2,
+        "logging_steps": 1,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "ignore_data_skip": True,
+        "report_to": [],
+        "use_cpu": True,
+        "accelerator_config": {"dispatch_batches": False},
+    }
+    arguments = TrainingArguments(str(folder), max_steps=max_steps, **{**defaults, **settings})
+    model = build_model("qwen3")
+    return Trainer(model, arguments, DataCollator(processor()), stream, callbacks=[SaveMixture(stream)]), stream
+
+
+def losses(run):
+    return {entry["step"]: entry["loss"] for entry in run.state.log_history if "loss" in entry}
+
+
+@pytest.mark.slow
+def test_a_trainer_continues_with_the_very_next_row(tmp_path):
+    whole, stream = trainer(tmp_path / "whole")
+    whole.train()
+    checkpoint = tmp_path / "whole" / "checkpoint-2"
+    stopped = json.loads((checkpoint / "mixture_state.json").read_text())
+    assert stopped["rows"] == 4 < stream.state_dict()["rows"]
+    continued, own = trainer(tmp_path / "continued")
+    resume_mixture(own, checkpoint)
+    continued.train(resume_from_checkpoint=str(checkpoint))
+    assert set(losses(whole)) == {1, 2, 3, 4}
+    assert losses(continued) == losses(whole)
+    assert own.state_dict(8) == stream.state_dict(8)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"ignore_data_skip": False}, "ignore_data_skip=True"),
+        ({"dataloader_num_workers": 1}, "dataloader_num_workers=0"),
+    ],
+)
+def test_settings_that_would_lose_the_place(settings, message, tmp_path):
+    run, stream = trainer(tmp_path, **settings)
+    with pytest.raises(ValueError, match=message):
+        run.train()
+    with pytest.raises(FileNotFoundError, match="saved without `SaveMixture`"):
+        resume_mixture(stream, tmp_path)

@@ -467,8 +467,11 @@ def test_folders(tmp_path):
     assert find(reference("c")) is None  # an image is no video
     assert find(reference("c", "image")) == folder / "c.jpg"
     assert find(reference("../secret")) is None
+    assert find(reference("a/../../secret.mp4")) is None
     assert find(reference(str(tmp_path / "secret.mp4"))) is None
     assert find(reference("")) is None
+    (folder / "linked.mp4").symlink_to(tmp_path / "secret.mp4")
+    assert find(reference("linked")) == folder / "linked.mp4"
     (folder / f"{hashlib.sha256(url.encode()).hexdigest()}.png").touch()
     assert find(reference(url, "image")).suffix == ".png"
     assert data.clip_name(reference("x", clip=(1.0, None))) == "x_1.0_end"

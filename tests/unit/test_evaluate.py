@@ -236,6 +236,7 @@ def test_video_counting(answer, true, expected, strict):
         ("7", 7, count(1, 1), count(0, 0)),
         ("7", 1, count(0, 0), count(1, 1)),
         ("I count a total of 8.", 7, count(0, 1), count(0, 0)),
+        ("1,200 ants", 1200, count(1, 1), count(0, 0)),
         ("There are none.", 0, count(1, 1), count(0, 1)),
         ("Many dogs", 7, count(0, 0, 0), count(0, 0, 0)),
     ],

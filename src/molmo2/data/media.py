@@ -50,13 +50,11 @@ class Folder:
     def __call__(self, reference: MediaReference) -> Path | None:
         suffixes = ("", *(VIDEO_SUFFIXES if reference.kind == "video" else IMAGE_SUFFIXES))
         name = clip_name(reference) if self.has_cut_clips else reference.name
-        names = [name, hashlib.sha256(name.encode()).hexdigest()]
-        root = self.path.resolve()
-        for candidate in (self.path / f"{name}{suffix}" for name in names for suffix in suffixes if "://" not in name):
-            # A name in a row must not lead out of the folder.
-            if candidate.is_file() and root in candidate.resolve().parents:
-                return candidate
-        return None
+        # A name in a row must not lead out of the folder; links in it may.
+        is_inside = "://" not in name and not Path(name).is_absolute() and ".." not in Path(name).parts
+        names = [name] * is_inside + [hashlib.sha256(name.encode()).hexdigest()]
+        candidates = (self.path / f"{own}{suffix}" for own in names for suffix in suffixes)
+        return next((path for path in candidates if path.is_file()), None)
 
 
 def clip_name(reference: MediaReference) -> str:

@@ -76,8 +76,8 @@ def countbench(answer: str, count: int, *, strict: bool = False) -> Scores:
     Args:
         strict: Any number that was found counts as 1, as published, where it is overwritten.
     """
-    words = re.findall(r"[^\W_]+", answer.lower())
-    first = words[0] if words else ""
+    words = re.findall(r"\d{1,3}(?:,\d{3})+|[^\W_]+", answer.lower())
+    first = words[0].replace(",", "") if words else ""
     predicted: int | None = None
     if WHOLE_NUMBER.fullmatch(first):
         predicted = int(first)
