@@ -6,7 +6,7 @@ TEST := scripts/pytest python
 MINIATURE := $(IN) dev env -C examples python -m miniature
 
 .DEFAULT_GOAL := help
-.PHONY: help demo app test nightly mutate check style bundle matrix test-app test-fiftyone test-training test-quantization test-metrics docs wheel browser benchmarks miniature miniature-scores notebooks screenshots clean
+.PHONY: help demo app test test-slow nightly mutate fuzz check style bundle matrix test-app test-fiftyone test-training test-quantization test-metrics docs wheel browser benchmarks miniature miniature-scores notebooks screenshots clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -17,14 +17,20 @@ demo: ## the example of the README: a trained miniature from its checkpoint to d
 app: ## starts the demo app; another model: make app APP_OPTIONS="--model FOLDER"
 	$(IN) app python -m app $(APP_OPTIONS)
 
-test: check ## all checks and the whole test-suite on the newest supported transformers
-	$(IN) dev $(TEST) -n $(WORKERS)
+test: check ## all checks and the test-suite on the newest supported transformers
+	$(IN) dev $(TEST) -n $(WORKERS) -m "not slow"
+
+test-slow: ## the tests that need more than a few seconds each: training, whole clips, scores, growth of memory
+	$(IN) dev $(TEST) -n $(WORKERS) -m slow
 
 nightly: ## tests that repeat what others show on more inputs
 	$(IN) dev $(TEST) -n $(WORKERS) -m nightly
 
 mutate: ## whether the tests notice small changes of geometry, masks and parser; one of them: make mutate MODULES=mask
 	$(IN) dev env PYTHONPATH=src:tests python scripts/mutate.py $(MODULES)
+
+fuzz: ## hostile media, checkpoints, answers and more, for some minutes: make fuzz MINUTES=10 FUZZ_OPTIONS="--seed 3"
+	$(IN) dev env PYTHONPATH=src:tests OMP_NUM_THREADS=1 python scripts/fuzz.py --minutes $(or $(MINUTES),5) $(FUZZ_OPTIONS)
 
 check: ## lint, types, layers, and whether the files in the root are those of `make bundle`
 	$(IN) dev ruff check .

@@ -12,29 +12,39 @@ shows placeholders where torchvision is missing, and all pixel work is done here
 import base64
 import binascii
 import difflib
+import http.client
+import importlib
+import ipaddress
 import math
 import os
+import socket
+import ssl
+import stat
+import tempfile
+import threading
+import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 from io import BytesIO
 from itertools import groupby, pairwise
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
+from typing import IO, Any
+from urllib.parse import quote, unquote, unquote_to_bytes, urljoin, urlsplit
+from urllib.request import getproxies, proxy_bypass, url2pathname
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
-from transformers.image_utils import load_image
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import logging
 
-from .configuration_molmo2 import CHANNELS, PAD_PATCH, PAD_SLOT, UINT8_MEAN, UINT8_STD
+from .configuration_molmo2 import CHANNELS, PAD_PATCH, PAD_SLOT, UINT8_MEAN, UINT8_STD, is_number, is_whole
 from .grounding_molmo2 import IMAGE, MULTI_IMAGE, Grounding, MediaInfo, is_media_info, media_info, parse_grounding
 
 logger = logging.get_logger(__name__)
@@ -166,6 +176,470 @@ def torch_view(array: np.ndarray) -> Tensor:
     return torch.from_numpy(array if array.flags.writeable else np.asarray(_WritableView(array)))
 
 
+# --- src/molmo2/image/limits.py --------------------------------------------------------------------------------------
+# Limits for media that come from strangers: what is fetched, opened and decoded, and what is refused instead.
+
+
+SOURCES = ("path", "file", "data", "base64", "http", "https")
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")  # Pillow's names
+
+
+class MediaLimitError(ValueError):
+    """An image or a video is over a limit of `MediaLimits`. The message names the limit and how to raise it."""
+
+
+@dataclass(frozen=True)
+class MediaLimits:
+    """What is accepted of images and videos. `MediaLimits(image_pixels=...)` changes one limit.
+
+    Attributes:
+        image_pixels: height times width of an image.
+        image_formats: formats that are opened, by Pillow's names; HEIF where a package has registered it.
+        video_frames: frames of a video file, sampled or not.
+        video_frame_pixels: height times width of a video.
+        video_pixels_per_byte: pixels of all frames together for each byte of the file, for videos of more than a
+            billion pixels. Films have 10 to 10,000, a file made to fill memory or time has millions.
+        visual_tokens: visual tokens of one image or video.
+        sources: where media may come from: "path" (of a local file), "file" and "data" (URLs), "base64" (text),
+            "http" and "https". Bytes, open files, arrays and PIL images are always accepted. A server that passes on
+            what its users write has no use for the first two.
+        allow_private_hosts: also fetch from private, loopback and link-local addresses.
+        fetch_bytes: bytes of a download or a data URL, decompressed.
+        connect_seconds, read_seconds: longest wait for a connection, and for the next bytes.
+        total_seconds: longest time of a download, redirects included.
+        redirects: redirects that are followed.
+
+    Raises:
+        ValueError: a limit is no positive number, or a source is unknown.
+    """
+
+    image_pixels: int = 100_000_000
+    image_formats: tuple[str, ...] = IMAGE_FORMATS
+    video_frames: int = 2_000_000
+    video_frame_pixels: int = 36_000_000
+    video_pixels_per_byte: int = 250_000
+    visual_tokens: int = 131_072
+    sources: tuple[str, ...] = SOURCES
+    allow_private_hosts: bool = False
+    fetch_bytes: int = 1 << 30
+    connect_seconds: float = 10
+    read_seconds: float = 30
+    total_seconds: float = 300
+    redirects: int = 5
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(field.default, tuple):
+                if isinstance(value, str) or not all(isinstance(entry, str) for entry in value):
+                    raise ValueError(f"MediaLimits: {field.name} is {value!r}. Pass a tuple of names.")
+                object.__setattr__(self, field.name, tuple(value))
+            elif isinstance(field.default, bool):
+                if not isinstance(value, bool):
+                    raise ValueError(f"MediaLimits: {field.name} is {value!r}. Pass True or False.")
+            elif isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+                raise ValueError(f"MediaLimits: {field.name} is {value!r}. Pass a number of 0 or more.")
+        unknown = sorted(set(self.sources) - set(SOURCES))
+        if unknown:
+            raise ValueError(f"MediaLimits: unknown source(s) {unknown}. Choose from {', '.join(SOURCES)}.")
+
+    def check(self, name: str, found: float, what: str) -> None:
+        """Refuse `what`, of which there are `found`, if that is over the limit `name`.
+
+        Raises:
+            MediaLimitError: it is.
+        """
+        limit = getattr(self, name)
+        if found > limit:
+            raise MediaLimitError(f"{what}, over the limit {name}={limit:,}. {_advice(name)}")
+
+    def check_source(self, source: str, where: str) -> None:
+        """Refuse media from a source that is not among `sources`."""
+        if source not in self.sources:
+            raise MediaLimitError(
+                f"{where} is given as {_SOURCE_TEXTS[source]}, which is not among the accepted sources "
+                f"({', '.join(self.sources) or 'none'}). Pass the bytes of the file. {_advice('sources')}"
+            )
+
+    def check_video(self, where: str, num_frames: int, size: tuple[int, int], num_bytes: int) -> None:
+        """Refuse a video with too many frames or pixels; size is (height, width)."""
+        height, width = size
+        self.check("video_frame_pixels", height * width, f"{where} has frames of {height} x {width} pixels")
+        self.check("video_frames", num_frames, f"{where} has {num_frames:,} frames")
+        pixels = num_frames * height * width
+        if pixels > FREE_VIDEO_PIXELS:
+            ratio = pixels // max(1, num_bytes)
+            found = f"{where} has {num_frames:,} frames of {height} x {width} pixels in {num_bytes:,} bytes"
+            self.check("video_pixels_per_byte", ratio, f"{found} ({ratio:,} pixels per byte)")
+
+
+FREE_VIDEO_PIXELS = 1_000_000_000  # up to which the size of the file does not matter
+_SOURCE_TEXTS = {
+    "path": "the path of a file",
+    "base64": "base64 text",
+    **{scheme: f"a URL of the scheme {scheme}:" for scheme in ("file", "data", "http", "https")},
+}
+
+
+def _advice(name: str) -> str:
+    return (
+        f"If it is to be trusted, pass limits=MediaLimits({name}=...) (from molmo2), or set the processor's `limits`."
+    )
+
+
+def checked_limits(value: Any) -> MediaLimits:
+    """The limits to use: those passed, or the default ones for None.
+
+    Raises:
+        TypeError: `value` is something else.
+    """
+    if value is None:
+        return MediaLimits()
+    if not isinstance(value, MediaLimits):
+        raise TypeError(f"limits is {value!r} of type {type(value).__name__}. Pass a MediaLimits (from molmo2).")
+    return value
+
+
+# --- src/molmo2/image/fetching.py ------------------------------------------------------------------------------------
+# The one place that reaches the network: images and videos by URL, with limits on time, size and destination.
+
+
+USER_AGENT = "Mozilla/5.0 (compatible; molmo2)"  # some servers refuse the defaults of libraries
+REDIRECTS = (301, 302, 303, 307, 308)
+CHUNK_BYTES = 1 << 16
+SPOOL_BYTES = 1 << 24  # of a download that are kept in memory; what is larger goes to a temporary file
+PORTS = {"http": 80, "https": 443}
+URL_CHARACTERS = "%/:=&?~#+!$,;'@()*[]"  # not quoted again
+NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+
+class _Refused(ValueError):
+    """A download that is not made or not used; the message says why, without the address."""
+
+
+def scheme_of(text: str) -> str:
+    """The scheme of a URL that media may have ("http", "https", "file" or "data"), or ""."""
+    scheme = text[:8].lower().partition(":")
+    return scheme[0] if scheme[1] and scheme[0] in ("http", "https", "file", "data") else ""
+
+
+def masked(url: str) -> str:
+    """An http(s) address as it may be printed: without user, password and query, which may hold secrets."""
+    try:
+        parts = urlsplit(url)
+        host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname or ""
+        port = "" if parts.port is None else f":{parts.port}"
+        shown = f"{parts.scheme}://{host}{port}{parts.path}" + ("?..." if parts.query else "")
+    except ValueError:
+        return f"{scheme_of(url)}://... (a malformed address)"
+    printable = "".join(character if character.isprintable() else "?" for character in shown)
+    return printable if len(printable) <= 200 else f"{printable[:200]}..."
+
+
+def fetch(url: str, where: str, limits: MediaLimits) -> IO[bytes]:
+    """What is at an http(s) address, as an open temporary file at its start.
+
+    Args:
+        url: the address; may hold `user:password@`.
+        where: names the item in errors.
+        limits: see `MediaLimits`.
+
+    Raises:
+        MediaLimitError: the scheme is not accepted, or the content is larger than allowed.
+        ValueError: it cannot be downloaded; the message has the reason, and the address without user and query.
+    """
+    limits.check_source(scheme_of(url), where)
+    download = _Download(where, limits)
+    try:
+        return download.run(url)
+    except MediaLimitError:
+        raise
+    except (OSError, ValueError, http.client.HTTPException, zlib.error) as error:
+        reason = str(error) if isinstance(error, _Refused) else f"{type(error).__name__}: {_without_address(error)}"
+        if download.is_late:
+            reason = f"it took longer than total_seconds={limits.total_seconds:g}"
+    raise ValueError(  # not `from error`: that may quote the address
+        f"{where}: {masked(url)} could not be downloaded ({reason}). Check the address, or download the file and pass "
+        "its path."
+    )
+
+
+def _without_address(error: Exception) -> str:
+    return (
+        "the address is malformed" if isinstance(error, (http.client.InvalidURL, UnicodeError)) else str(error)[:200]
+    )
+
+
+def data_url_bytes(url: str, where: str, limits: MediaLimits) -> bytes:
+    """The content of a `data:` URL, base64 or percent-encoded.
+
+    Raises:
+        MediaLimitError: it is larger than `fetch_bytes`.
+        ValueError: it is neither.
+    """
+    limits.check_source("data", where)
+    header, _, payload = url.partition(",")
+    limits.check("fetch_bytes", len(payload) * 3 // 4, f"{where} is a data URL of {len(payload):,} characters")
+    content = base64_bytes(unquote(payload) if "%" in payload[:CHUNK_BYTES] else payload)
+    if content is None and header.lower().rstrip().endswith(";base64"):
+        raise ValueError(f"{where} is '{url[:40]}...', which is not valid base64. Encode the bytes of the file.")
+    return unquote_to_bytes(payload) if content is None else content
+
+
+def base64_bytes(text: str) -> bytes | None:
+    """The decoded bytes, or None if `text` is not base64 (line breaks are allowed)."""
+    try:
+        return base64.b64decode("".join(text.split()), validate=True) or None
+    except (binascii.Error, ValueError):
+        return None
+
+
+class _Download:
+    """One download: follows redirects, and gives up when its time is over, whatever it waits for."""
+
+    def __init__(self, where: str, limits: MediaLimits) -> None:
+        self._where, self._limits = where, limits
+        self._deadline = time.monotonic() + limits.total_seconds
+        self._socket: socket.socket | None = None
+
+    @property
+    def is_late(self) -> bool:
+        return time.monotonic() >= self._deadline
+
+    def run(self, url: str) -> IO[bytes]:
+        timer = threading.Timer(self._limits.total_seconds, self._interrupt)
+        timer.daemon = True
+        timer.start()
+        try:
+            for _ in range(int(self._limits.redirects) + 1):
+                response = self._get(url)
+                with response:
+                    if response.status not in REDIRECTS:
+                        return self._content(response)
+                    location = response.headers.get("Location")
+                if location is None:
+                    raise _Refused(f"it answered {response.status} without saying where to go")
+                url = urljoin(url, location)
+                if scheme_of(url) not in PORTS or scheme_of(url) not in self._limits.sources:
+                    raise _Refused(f"it redirects to {masked(url)}, whose scheme is not accepted")
+            raise _Refused(f"it redirects more than {self._limits.redirects} times")
+        finally:
+            timer.cancel()
+            self._close()
+
+    def _interrupt(self) -> None:
+        """Ends what waits for the socket: a server that sends a byte now and then meets no other timeout."""
+        if self._socket is not None:
+            with suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+
+    def _close(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    def _wait(self, seconds: float) -> float:
+        """Seconds to wait for one step."""
+        remaining = self._deadline - time.monotonic()
+        if remaining <= 0:
+            raise TimeoutError("the time is over")
+        return min(seconds, remaining)
+
+    def _stream(self) -> socket.socket:
+        """The connected socket, ready to wait for the next bytes."""
+        if self._socket is None:
+            raise ConnectionError("the connection was closed")
+        self._socket.settimeout(self._wait(self._limits.read_seconds))
+        return self._socket
+
+    def _get(self, url: str) -> http.client.HTTPResponse:
+        """The answer to one request, its headers read."""
+        self._close()
+        parts = urlsplit(url)
+        scheme, host = parts.scheme.lower(), (parts.hostname or "").rstrip(".")
+        if not host:
+            raise _Refused("the address has no host")
+        host = host if ":" in host else host.encode("idna").decode()
+        port = parts.port or PORTS[scheme]
+        proxy = None if proxy_bypass(host) else getproxies().get(scheme)
+        addresses = self._checked_addresses(host, port, is_proxied=proxy is not None)
+        headers = {"User-Agent": USER_AGENT, "Accept": "*/*", "Accept-Encoding": "identity", "Connection": "close"}
+        headers |= _authorization("Authorization", parts)
+        target = quote(f"{parts.path or '/'}{'?' if parts.query else ''}{parts.query}", safe=URL_CHARACTERS)
+        if proxy is not None:
+            via = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+            addresses = self._resolve(via.hostname or "", via.port or PORTS["http"])
+            to_proxy = _authorization("Proxy-Authorization", via)
+            if scheme == "http":
+                target, headers = f"http://{parts.netloc.rpartition('@')[2]}{target}", headers | to_proxy
+        connection = http.client.HTTPConnection(host, port)
+        connection.default_port = PORTS[scheme]  # decides whether the header `Host` names the port
+        self._socket = self._connected(addresses)
+        if scheme == "https":
+            if proxy is not None:
+                self._open_tunnel(host, port, to_proxy)
+            self._socket = _tls_context().wrap_socket(self._socket, server_hostname=host)
+        connection.sock = self._stream()
+        connection.request("GET", target, headers=headers)
+        return connection.getresponse()
+
+    def _open_tunnel(self, host: str, port: int, headers: dict[str, str]) -> None:
+        """Ask the proxy for a connection to the host."""
+        name = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        lines = [f"CONNECT {name} HTTP/1.1", f"Host: {name}", *(f"{key}: {value}" for key, value in headers.items())]
+        stream = self._stream()
+        stream.sendall("\r\n".join([*lines, "", ""]).encode("latin-1"))
+        answer = b""
+        while not answer.endswith(b"\r\n\r\n"):  # byte by byte: what follows belongs to the tunnel
+            byte = stream.recv(1)
+            answer += byte
+            if not byte or len(answer) > CHUNK_BYTES:
+                raise _Refused("the proxy did not answer as one")
+        status = answer.split(b" ", 2)[1:2]
+        if status != [b"200"]:
+            raise _Refused(f"the proxy answered {status[0].decode('latin-1')[:3] if status else 'nothing known'}")
+
+    def _connected(self, addresses: list[Any]) -> socket.socket:
+        """A socket connected to the first address that can be reached."""
+        problem: OSError = OSError("no address")
+        for family, kind, protocol, _, address in addresses:
+            candidate = socket.socket(family, kind, protocol)
+            try:
+                candidate.settimeout(self._wait(self._limits.connect_seconds))
+                candidate.connect(address)
+                return candidate
+            except OSError as error:
+                candidate.close()
+                problem = error
+        raise problem
+
+    def _resolve(self, host: str, port: int) -> list[Any]:
+        """The addresses of a host. The system's resolver has no timeout, so another thread waits for it."""
+        found: list[Any] = []
+
+        def resolve() -> None:
+            try:
+                found.append(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+            except (OSError, UnicodeError) as error:
+                found.append(error)
+
+        thread = threading.Thread(target=resolve, daemon=True, name="molmo2-resolve")
+        thread.start()
+        thread.join(self._wait(self._limits.connect_seconds))
+        if not found:
+            raise TimeoutError("the name of the host was not resolved in time")
+        if isinstance(found[0], Exception):
+            raise found[0]
+        return found[0]
+
+    def _checked_addresses(self, host: str, port: int, is_proxied: bool) -> list[Any]:
+        """The addresses of a host that may be connected to."""
+        try:
+            addresses = self._resolve(host, port)
+        except socket.gaierror:
+            if is_proxied:  # in many networks only the proxy knows names outside
+                return []
+            raise
+        if self._limits.allow_private_hosts:
+            return addresses
+        public = [entry for entry in addresses if is_public(entry[4][0])]
+        if not public:
+            raise _Refused(
+                "its address is private, loopback, link-local or reserved; pass "
+                "limits=MediaLimits(allow_private_hosts=True) if that is meant"
+            )
+        return public
+
+    def _content(self, response: http.client.HTTPResponse) -> IO[bytes]:
+        """The decoded body in a temporary file."""
+        if not 200 <= response.status < 300:
+            raise _Refused(f"it answered {response.status} {_printable(response.reason)}".rstrip())
+        file = tempfile.SpooledTemporaryFile(SPOOL_BYTES)  # noqa: SIM115  # the caller's
+        try:
+            written = 0
+            for chunk in self._decoded(response):
+                written += len(chunk)
+                self._limits.check(
+                    "fetch_bytes", written, f"{self._where} is a download of more than {written:,} bytes"
+                )
+                file.write(chunk)
+            file.seek(0)
+            return file
+        except BaseException:
+            file.close()
+            raise
+
+    def _decoded(self, response: http.client.HTTPResponse) -> Iterator[bytes]:
+        """The body in small pieces, however far it is compressed."""
+        encoding = (response.headers.get("Content-Encoding") or "identity").strip().lower()
+        if encoding in ("identity", ""):
+            yield from self._raw(response)
+            return
+        if encoding not in ("gzip", "x-gzip", "deflate"):
+            raise _Refused(f"its content has the encoding '{_printable(encoding)}', which was not asked for")
+        inflater: Any = None
+        for chunk in self._raw(response):
+            if inflater is None:  # "deflate" is zlib's format, but some servers send it without the header
+                is_bare = encoding == "deflate" and (chunk[0] & 15 != 8 or int.from_bytes(chunk[:2], "big") % 31 != 0)
+                inflater = zlib.decompressobj(-zlib.MAX_WBITS if is_bare else zlib.MAX_WBITS | 32)
+            while chunk and not inflater.eof:
+                yield inflater.decompress(chunk, CHUNK_BYTES)
+                chunk = inflater.unconsumed_tail
+        if inflater is not None and not inflater.eof:
+            yield inflater.flush()  # at most what one match repeats: no input is left
+        if inflater is not None and not inflater.eof:
+            raise _Refused("its compressed content is cut off")
+
+    def _raw(self, response: http.client.HTTPResponse) -> Iterator[bytes]:
+        """The body as sent."""
+        expected, received = response.length, 0
+        if expected is not None:
+            self._limits.check("fetch_bytes", expected, f"{self._where} is a download of {expected:,} bytes")
+        while True:
+            self._stream()
+            chunk = response.read1(CHUNK_BYTES)
+            if not chunk:
+                break
+            received += len(chunk)
+            yield chunk
+        if (expected is not None and received < expected) or self.is_late:
+            raise _Refused(f"{received:,} of {expected or 0:,} bytes came")
+
+
+def is_public(address: str) -> bool:
+    """True for an address of the public Internet, also of one that is written inside an IPv6 address."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address):
+        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo or (None, None))[1]
+        if inner is None and (ip in NAT64 or int(ip) >> 32 == 0):
+            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        if inner is not None:
+            return is_public(str(inner))
+        if ip.is_site_local:
+            return False
+    return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_unspecified)
+
+
+def _authorization(name: str, parts: Any) -> dict[str, str]:
+    """The header for the user and password of an address, if it has them."""
+    if parts.username is None:
+        return {}
+    pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+    return {name: "Basic " + base64.b64encode(pair.encode()).decode()}
+
+
+def _tls_context() -> ssl.SSLContext:
+    """Certificates of the system and of certifi: on some systems only one of the two has any."""
+    context = ssl.create_default_context()
+    with suppress(ImportError):
+        context.load_verify_locations(importlib.import_module("certifi").where())
+    return context
+
+
+def _printable(text: str | None) -> str:
+    return "".join(character for character in (text or "")[:80] if character.isprintable())
+
+
 # --- src/molmo2/image/geometry.py ------------------------------------------------------------------------------------
 # Plans for cutting images and video frames into crops, patches and visual tokens: integers in, integers out.
 
@@ -203,13 +677,14 @@ class CropSettings:
                 below = length - length % self.patch_size
                 raise ValueError(
                     f"Crops of {name} {length} cannot be cut into patches of {self.patch_size} x {self.patch_size} "
-                    f"pixels. Set the {name} in `size` to a multiple of the patch size, such as "
+                    f"pixels. Set the {name} in `size` to a multiple of `patch_size`, such as "
                     f"{below + self.patch_size}."
                 )
         if min(self.window_height, self.window_width) < 1:
             raise ValueError(
                 f"Overlap margins of {self.margin_before} + {self.margin_after} patches leave nothing of a crop of "
-                f"{self.crop_patch_rows} x {self.crop_patch_cols} patches. Use smaller margins or a larger crop."
+                f"{self.crop_patch_rows} x {self.crop_patch_cols} patches. Use smaller `overlap_margins` or a larger "
+                "`size`."
             )
 
     @property
@@ -570,12 +1045,17 @@ FRAME_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 IMAGE_SUFFIXES = (*FRAME_SUFFIXES, ".avif", ".gif", ".heic")  # a GIF among videos is a clip, not a frame
 CLIPPING_PIL_MODES = ("I", "F")  # modes (also "I;16" and its kin) with values above 255, which PIL's conversion clips
 FLOAT_TOLERANCE = 0.01  # how far a float image may exceed 0..1 (filters overshoot a little) without a warning
-DOWNLOAD_TIMEOUT_SECONDS = 60
 MAX_QUOTED_CHARACTERS = 80  # of a path or text in an error
 MIN_BASE64_CHARACTERS = 32  # no image file is smaller; shorter text is a path
 
 
-def load_images(images: Any, *, do_convert_rgb: bool = True, input_data_format: str | None = None) -> list[np.ndarray]:
+def load_images(
+    images: Any,
+    *,
+    do_convert_rgb: bool = True,
+    input_data_format: str | None = None,
+    limits: MediaLimits | None = None,
+) -> list[np.ndarray]:
     """The images in `images` as RGB arrays, nested lists and 4-D batches flattened, in order.
 
     Args:
@@ -587,22 +1067,27 @@ def load_images(images: Any, *, do_convert_rgb: bool = True, input_data_format: 
         do_convert_rgb: False refuses images that are not RGB.
         input_data_format: "channels_last" or "channels_first"; None takes the last axis as channels if it has 1, 3
             or 4 entries, else the first.
+        limits: see `MediaLimits`; None for the default ones.
 
     Returns:
         (H, W, 3) arrays, uint8 or floating point.
 
     Raises:
         FileNotFoundError: there is no such file.
+        MediaLimitError: an image is over one of the limits; it is a ValueError too.
         TypeError: the type of an item is none of these.
         ValueError: an image cannot be decoded, is empty, or has the shape, dtype or values of no image.
     """
-    layout = _parse_layout(input_data_format)
-    items = _flatten(fetch_images(images), "images")
-    return [_rgb_array(item, where, do_convert_rgb, layout) for where, item in items]
+    layout, limits = _parse_layout(input_data_format), checked_limits(limits)
+    items = _flatten(fetch_images(images, limits=limits), "images")
+    return [_rgb_array(item, where, do_convert_rgb, layout, limits) for where, item in items]
 
 
 def fetch_images(
-    images: Any, where: str = "images", finish: Callable[[Image.Image], Any] = ImageOps.exif_transpose
+    images: Any,
+    where: str = "images",
+    finish: Callable[[Image.Image], Any] = ImageOps.exif_transpose,
+    limits: MediaLimits | None = None,
 ) -> Any:
     """`images` with paths, URLs, base64 text, bytes and open files loaded; other items and the nesting are kept.
 
@@ -610,6 +1095,7 @@ def fetch_images(
         images: see `load_images`.
         where: name of `images` in errors.
         finish: makes the result from an opened file before that is closed.
+        limits: see `MediaLimits`; None for the default ones.
 
     Returns:
         `images` with an upright PIL image (orientation tag applied) in place of each encoded one.
@@ -618,22 +1104,22 @@ def fetch_images(
         FileNotFoundError, TypeError, ValueError: as `load_images`.
     """
     if isinstance(images, (list, tuple)):
-        return [fetch_images(item, f"{where}[{index}]", finish) for index, item in enumerate(images)]
+        return [fetch_images(item, f"{where}[{index}]", finish, limits) for index, item in enumerate(images)]
     if is_encoded(images):
-        return _open(images, where, finish)
+        return _open(images, where, finish, checked_limits(limits))
     if isinstance(images, Image.Image) or hasattr(images, "__array__"):  # numpy, torch and similar
         return images
     found = f"{_shortened(repr(images))} of type {type(images).__name__}"
     raise TypeError(f"{where} is {found}, which is no image. Pass {ACCEPTED_IMAGES}.")
 
 
-def measure_images(images: Any) -> list[tuple[int, int]]:
+def measure_images(images: Any, limits: MediaLimits | None = None) -> list[tuple[int, int]]:
     """(height, width) of every image, in the order of `load_images`; of files only the header is read.
 
     Raises:
         FileNotFoundError, TypeError, ValueError: as `load_images`, as far as a header tells.
     """
-    items = _flatten(fetch_images(images, finish=_upright_placeholder), "images")
+    items = _flatten(fetch_images(images, finish=_upright_placeholder, limits=limits), "images")
     return [
         (item.height, item.width) if isinstance(item, Image.Image) else _channels_last(item, where, None).shape[:2]
         for where, item in items
@@ -681,76 +1167,141 @@ def _shortened(text: str) -> str:
     return f"{text[:kept]}...{text[-kept:]} ({len(text)} characters)"
 
 
-def _open(reference: Any, where: str, finish: Callable[[Image.Image], Any]) -> Any:
+def _open(reference: Any, where: str, finish: Callable[[Image.Image], Any], limits: MediaLimits) -> Any:
     """The image of a path, URL, text, bytes or open file, in its own mode, passed through `finish`."""
 
-    def decode(source: str, open_image: Callable[[], Image.Image]) -> Any:
-        return _decode(where, source, open_image, finish)
-
-    def decode_base64(text: str, shown: str) -> Any:
-        content = _base64_bytes(text)
-        if content is None:
-            raise ValueError(f"{where} is '{shown}', which is not valid base64. Encode the bytes of an image file.")
-        return decode(f"'{shown}', read as base64,", lambda: Image.open(BytesIO(content)))
+    def decode(source: str, file: Path | IO[bytes]) -> Any:
+        return _decode(where, source, file, finish, limits)
 
     if isinstance(reference, (bytes, bytearray, memoryview)):
-        return decode(f"{len(reference)} bytes", lambda: Image.open(BytesIO(reference)))
+        return decode(f"{len(reference)} bytes", BytesIO(reference))
     if _is_open_file(reference):
-        return decode(f"the open file {reference!r}", lambda: Image.open(reference))
+        return decode(f"the open file {reference!r}", reference)
     text = os.fsdecode(reference)
-    scheme = text[:8].lower().partition(":")[0]
+    scheme = scheme_of(text)
     if scheme in ("http", "https"):
-        return decode(f"the answer to {_shortened(text)}", lambda: load_image(text, timeout=DOWNLOAD_TIMEOUT_SECONDS))
+        with fetch(text, where, limits) as file:
+            return decode(f"the answer to {masked(text)}", file)
     if scheme == "data":
-        return decode_base64(text.partition(",")[2], _shortened(text))
+        return decode(f"'{_shortened(text)}', read as base64,", BytesIO(data_url_bytes(text, where, limits)))
     path = Path(url2pathname(urlsplit(text).path)) if scheme == "file" else Path(text)
-    if _is_file_on_disk(path):
-        return decode(f"the file '{path}'", lambda: Image.open(path))
-    if isinstance(reference, str) and len(text) >= MIN_BASE64_CHARACTERS and _base64_bytes(text) is not None:
-        return decode_base64(text, _shortened(text))
+    if scheme == "file" or "path" in limits.sources:
+        limits.check_source(scheme or "path", where)
+        if is_file_on_disk(path):
+            return decode(f"the file '{path}'", path)
+    content = None
+    if isinstance(reference, str) and len(text) >= MIN_BASE64_CHARACTERS:
+        content = base64_bytes(text)
+    if content is not None:
+        limits.check_source("base64", where)
+        return decode(f"'{_shortened(text)}', read as base64,", BytesIO(content))
+    limits.check_source(scheme or "path", where)  # before anything is said about what is there
     raise FileNotFoundError(
         f"{where} is '{_shortened(text)}', but there is no such file. Check the path and the working folder; URLs "
         "start with http://, https://, file:// or data:."
     )
 
 
-def _is_file_on_disk(path: Path) -> bool:
+def is_file_on_disk(path: Path) -> bool:
+    """True for a file that has an end: no folder, device or pipe."""
     try:
-        return path.is_file()
+        return stat.S_ISREG(path.stat().st_mode)
     except (OSError, ValueError):  # base64 text is too long for a file name, or holds what no file name may hold
         return False
 
 
-def _base64_bytes(text: str) -> bytes | None:
-    """The decoded bytes, or None if `text` is not base64 (line breaks are allowed)."""
+def open_image(file: Path | IO[bytes], where: str, limits: MediaLimits) -> Image.Image:
+    """An image of an accepted format and size, of which only the header is read.
+
+    Raises:
+        MediaLimitError: it has more pixels than allowed.
+        UnidentifiedImageError: it is of no accepted format. Other errors of Pillow are passed on.
+    """
+    Image.init()  # registers all formats that Pillow has
+    if not isinstance(file, Path) and not _can_seek(file):
+        content = file.read(limits.fetch_bytes + 1)
+        limits.check("fetch_bytes", len(content), f"{where} is a stream of more than {limits.fetch_bytes:,} bytes")
+        file = BytesIO(content)
+    webp_pixels = _webp_pixels(file)  # Pillow takes the memory of a WebP as it opens it
+    limits.check("image_pixels", webp_pixels, f"{where} is a WebP image of {webp_pixels:,} pixels")
+    image = Image.open(file, formats=[name for name in limits.image_formats if name in Image.OPEN])
     try:
-        return base64.b64decode("".join(text.split()), validate=True) or None
-    except (binascii.Error, ValueError):
-        return None
+        _check_pixels(image, where, limits)
+    except MediaLimitError:
+        image.close()
+        raise
+    return image
+
+
+def _can_seek(file: IO[bytes]) -> bool:
+    try:
+        return file.seek(0) == 0
+    except (AttributeError, OSError):
+        return False
+
+
+def _check_pixels(image: Image.Image, where: str, limits: MediaLimits) -> None:
+    found = f"{where} is an image of {image.height} x {image.width} pixels"
+    limits.check("image_pixels", image.height * image.width, found)
+
+
+def _webp_pixels(file: Path | IO[bytes]) -> int:
+    """Pixels that the header of a WebP file announces; 0 for any other file. Layout: RFC 9649."""
+    if isinstance(file, Path):
+        with file.open("rb") as opened:
+            return _webp_pixels(opened)
+    file.seek(0)
+    head = file.read(30)
+    file.seek(0)
+    if head[:4] != b"RIFF" or head[8:12] != b"WEBP":
+        return 0
+    kind, data = head[12:16], head[20:]
+    if kind == b"VP8X":
+        return (1 + int.from_bytes(data[4:7], "little")) * (1 + int.from_bytes(data[7:10], "little"))
+    if kind == b"VP8L":
+        bits = int.from_bytes(data[1:5], "little")
+        return (1 + (bits & 0x3FFF)) * (1 + (bits >> 14 & 0x3FFF))
+    return (int.from_bytes(data[6:8], "little") & 0x3FFF) * (int.from_bytes(data[8:10], "little") & 0x3FFF)
 
 
 def _decode(
-    where: str, source: str, open_image: Callable[[], Image.Image], finish: Callable[[Image.Image], Any]
+    where: str, source: str, file: Path | IO[bytes], finish: Callable[[Image.Image], Any], limits: MediaLimits
 ) -> Any:
     """The finished image; any error of a decoder becomes one ValueError."""
     try:
-        with open_image() as image:
+        with open_image(file, where, limits) as image:
             return finish(image)
+    except MediaLimitError:
+        raise
     except Exception as error:  # decoders raise nearly anything: OSError, SyntaxError, struct.error, ...
+        advice = "Check that it is a complete file in a format that PIL reads."
+        if isinstance(error, UnidentifiedImageError):  # its text is the name of the file once more
+            error = UnidentifiedImageError("unknown format")
+            names = ", ".join(limits.image_formats)
+            advice = (
+                f"Check that it is a complete file in one of the formats {names}. Others have to be in "
+                "MediaLimits(image_formats=...)."
+            )
+        elif isinstance(error, Image.DecompressionBombError):
+            advice = "If it is to be trusted, raise Pillow's own limit, PIL.Image.MAX_IMAGE_PIXELS."
         raise ValueError(
-            f"{where}: {source} cannot be decoded as an image ({type(error).__name__}: {error}). "
-            "Check that it is a complete file in a format that PIL reads."
+            f"{where}: {source} cannot be decoded as an image ({type(error).__name__}: {error}). {advice}"
         ) from error
 
 
 # --- images to arrays ------------------------------------------------------------------------------------------------
 
 
-def _rgb_array(item: Image.Image | np.ndarray, where: str, do_convert_rgb: bool, layout: str | None) -> np.ndarray:
+def _rgb_array(
+    item: Image.Image | np.ndarray, where: str, do_convert_rgb: bool, layout: str | None, limits: MediaLimits
+) -> np.ndarray:
     """(H, W, 3), uint8 or native floating point."""
     if isinstance(item, Image.Image):
+        _check_pixels(item, where, limits)  # its file may be open and not yet decoded
         return _pil_to_rgb(item, where, do_convert_rgb)
     image = _channels_last(item, where, layout)
+    found = f"{where} is an array of {image.shape[0]} x {image.shape[1]} pixels"
+    limits.check("image_pixels", image.shape[0] * image.shape[1], found)
     channels = image.shape[2]
     if channels != 3 and not do_convert_rgb:
         raise ValueError(_not_rgb(where, f"an array with {channels} channel(s)"))
@@ -771,7 +1322,7 @@ def _pil_to_rgb(image: Image.Image, where: str, do_convert_rgb: bool) -> np.ndar
             )
     try:
         return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:  # opened lazily by the caller, decoded only now
+    except Exception as error:  # opened lazily by the caller, decoded only now; decoders raise nearly anything
         raise ValueError(
             f"{where} cannot be read as RGB ({error}). Check that its file is complete, or convert it to RGB first."
         ) from error
@@ -876,6 +1427,7 @@ FIXED_STEPS = {
     "rescale_factor": 1 / 255,
 }
 NEAR_MISS = 0.85  # similarity (0..1) from which an unknown name counts as a misspelt option
+MAX_SIDE = 2**15  # of a crop in pixels, a window in patches: more is damage, and would be allocated
 PATCH_ROWS_AND_COLS = "(rows, cols) in patches"
 
 
@@ -884,9 +1436,18 @@ def plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, np.generic) else value
 
 
+def listed(value: Any) -> list[Any]:
+    """One value or several, in a list, array or tensor, as a flat list; numpy's numbers become Python's."""
+    values = np.asarray(value.tolist() if hasattr(value, "tolist") else value, dtype=object)
+    return [plain(entry) for entry in np.ravel(values)]
+
+
 def per_channel(name: str, value: Any) -> list[float]:
     """Three numbers, one per channel, from three or from one for all."""
-    numbers = [float(number) for number in np.ravel(value)]
+    numbers = listed(value)
+    if not all(map(is_number, numbers)):
+        raise ValueError(f"{name} is {value!r:.80}. Use finite numbers, one for all channels or {CHANNELS}.")
+    numbers = [float(number) for number in numbers]
     if len(numbers) == 1:
         numbers = numbers * CHANNELS
     if len(numbers) != CHANNELS:
@@ -917,30 +1478,49 @@ def pixel_dtype(value: Any, mean: list[float], std: list[float]) -> np.dtype:
     return dtype
 
 
-def pair(name: str, value: Any, meaning: str) -> list[int]:
-    """Two whole numbers, from two or from one for both; `meaning` completes the error message."""
-    numbers = np.ravel(value).tolist()
+def pair(name: str, value: Any, meaning: str, minimum: int = 1) -> list[int]:
+    """Two whole numbers from `minimum`, from two or from one for both; `meaning` completes the error message."""
+    numbers = listed(value)
     if len(numbers) == 1:
         numbers = numbers * 2
-    if len(numbers) != 2:
-        raise ValueError(f"{name} is {value!r}. Pass two whole numbers, {meaning}, or one for both.")
+    if len(numbers) != 2 or not all(is_whole(number) and minimum <= number <= MAX_SIDE for number in numbers):
+        raise ValueError(
+            f"{name} is {value!r:.80}. Pass two whole numbers, {meaning}, or one for both; each {minimum} or more."
+        )
     return numbers
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False, and nothing that Python would take for one of them."""
+    if not isinstance(plain(value), bool):
+        raise ValueError(f"{name} is {value!r:.80}. Use True or False.")
+    return bool(value)
+
+
+def resample_filter(value: Any) -> str | int:
+    """The filter that images are resized with, as name or number."""
+    value = plain(value)
+    if not isinstance(value, str) and not is_whole(value):
+        raise ValueError(f"resample is {value!r:.80}. Use the name of a filter, such as 'bilinear', or its number.")
+    return value if isinstance(value, str) else int(value)
 
 
 def size_dict(size: Any) -> dict[str, int]:
     """{"height": ..., "width": ...} from a dict (or the library's size object), a pair or one int."""
     size = plain(size)
-    if isinstance(size, int):
-        return {"height": size, "width": size}
+    if is_whole(size):
+        size = (size, size)
     if isinstance(size, (list, tuple)) and len(size) == 2:
-        return {"height": plain(size[0]), "width": plain(size[1])}
+        size = {"height": size[0], "width": size[1]}
     fields = size if isinstance(size, dict) else getattr(size, "__dict__", {})
     fields = {name: value for name, value in fields.items() if value is not None}
-    if set(fields) != {"height", "width"}:
+    sides = {name: plain(side) for name, side in fields.items()}
+    is_valid = set(sides) == {"height", "width"}
+    if not is_valid or not all(is_whole(side) and 1 <= side <= MAX_SIDE for side in sides.values()):
         raise ValueError(
-            f"size is {size!r}. Crops have a fixed size: pass {{'height': ..., 'width': ...}} or one int."
+            f"size is {size!r:.80}. Crops have a fixed size: pass {{'height': ..., 'width': ...}} or one int."
         )
-    return {"height": plain(fields["height"]), "width": plain(fields["width"])}
+    return {"height": sides["height"], "width": sides["width"]}
 
 
 class OptionsMixin:
@@ -955,16 +1535,20 @@ class OptionsMixin:
         IGNORED: names that are known and no option, which are accepted without a warning: read elsewhere
             (`return_tensors`), or meant for other processors, whose snippets pass them.
         TYPE_KEY: the JSON key under which the name of the class is stored.
+        limits: what is refused of media. Never read from JSON, nor written to it: who offers a checkpoint does not
+            decide what a program accepts.
     """
 
     DEFAULTS: dict[str, Any]
     NULLABLE: frozenset[str] = frozenset()
     IGNORED: frozenset[str]
     TYPE_KEY: str
+    limits: MediaLimits
     _processor_class: str | None = None
 
     def __init__(self, **kwargs: Any):
         self._processor_class = kwargs.pop("processor_class", None)
+        self.limits = checked_limits(kwargs.pop("limits", None))
         base_options = {"processor_class": self._processor_class, "auto_map": kwargs.pop("auto_map", None)}
         if base_options["auto_map"] is None:
             del base_options["auto_map"]
@@ -977,7 +1561,8 @@ class OptionsMixin:
     @classmethod
     def from_dict(cls, config: dict[str, Any], **kwargs: Any) -> Any:
         """The processor described by its JSON; options in `kwargs` win and are checked, whatever the release."""
-        options = {name: kwargs.pop(name) for name in cls.DEFAULTS if name in kwargs}
+        options = {name: kwargs.pop(name) for name in (*cls.DEFAULTS, "limits") if name in kwargs}
+        config = {name: value for name, value in config.items() if name != "limits"}
         cls._warn_about(kwargs, only_near_misses=True)
         return super().from_dict({**config, **options}, **kwargs)  # type: ignore[misc]  # of the second base class
 
@@ -997,6 +1582,11 @@ class OptionsMixin:
     def _values(self) -> dict[str, Any]:
         """The options of the processor as they are now: users may set its attributes."""
         return {name: getattr(self, name) for name in self.DEFAULTS}
+
+    def _limits(self, overrides: Mapping[str, Any]) -> MediaLimits:
+        """The limits of one call."""
+        given = overrides.get("limits")
+        return checked_limits(self.limits if given is None else given)
 
     def _set_processor_class(self, processor_class: str) -> None:
         """Called by processors that own this one; recent releases only know it for tokenizers."""
@@ -1024,11 +1614,11 @@ class OptionsMixin:
         """
         return {
             **{name: plain(values[name]) for name in cls.DEFAULTS},
-            "do_convert_rgb": bool(values["do_convert_rgb"]),
+            "do_convert_rgb": flag("do_convert_rgb", values["do_convert_rgb"]),
             "image_mean": per_channel("image_mean", values["image_mean"]),
             "image_std": divisors_per_channel("image_std", values["image_std"]),
             "pooling_size": pair("pooling_size", values["pooling_size"], PATCH_ROWS_AND_COLS),
-            "resample": values["resample"] if isinstance(values["resample"], str) else int(values["resample"]),
+            "resample": resample_filter(values["resample"]),
             "size": size_dict(values["size"]),
             **cls._canonical_own(values),
         }
@@ -1490,6 +2080,9 @@ def _is_nested(row: Any) -> bool:
 # --- src/molmo2/image/processing.py ----------------------------------------------------------------------------------
 
 
+MOST_CROPS = 10_000  # an image of a million visual tokens; every tiling up to it is compared
+
+
 class Molmo2ImagesKwargs(ImagesKwargs, total=False):
     """Options of one call; an option that is not passed keeps the value of the processor.
 
@@ -1504,6 +2097,7 @@ class Molmo2ImagesKwargs(ImagesKwargs, total=False):
         pixel_dtype: "float32", or "uint8": a quarter of the memory, normalised by the model to the same numbers.
         device: device on which images are resized and normalised, the CPU by default; a GPU rounds a few pixels
             differently.
+        limits: a `MediaLimits`, what is refused of images.
         return_tensors: "pt" for torch tensors, "np" or None for numpy arrays.
     """
 
@@ -1515,6 +2109,7 @@ class Molmo2ImagesKwargs(ImagesKwargs, total=False):
     pixel_dtype: str | None
     image_mean: float | int | list[float | int] | tuple[float | int, ...] | None
     image_std: float | int | list[float | int] | tuple[float | int, ...] | None
+    limits: Any
     return_tensors: str | None
 
 
@@ -1529,6 +2124,7 @@ class ImageOptions:
     std: list[float]
     do_convert_rgb: bool
     pixel_dtype: np.dtype
+    limits: MediaLimits
 
 
 class Molmo2ImageProcessor(OptionsMixin, BaseImageProcessor):  # type: ignore[misc]  # two spellings of `from_dict`
@@ -1573,6 +2169,7 @@ class Molmo2ImageProcessor(OptionsMixin, BaseImageProcessor):  # type: ignore[mi
         "image_processor_type",
         "image_seq_length",
         "input_data_format",
+        "limits",
         "pixel_dtype",
         "processor_class",
         "return_metadata",
@@ -1586,7 +2183,7 @@ class Molmo2ImageProcessor(OptionsMixin, BaseImageProcessor):  # type: ignore[mi
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """`images` with paths, URLs, base64 text, bytes and open files loaded as PIL images, see `fetch_images`."""
-        return fetch_images(image_url_or_urls)
+        return fetch_images(image_url_or_urls, limits=self.limits)
 
     def plan(self, height: int, width: int, **overrides: Any) -> ImagePlan:
         """The plan of an image of this size: crops, grids and number of visual tokens, without any pixel.
@@ -1628,9 +2225,15 @@ class Molmo2ImageProcessor(OptionsMixin, BaseImageProcessor):  # type: ignore[mi
         """
         options = self._options(kwargs)
         loaded = load_images(
-            images, do_convert_rgb=options.do_convert_rgb, input_data_format=kwargs.get("input_data_format")
+            images,
+            do_convert_rgb=options.do_convert_rgb,
+            input_data_format=kwargs.get("input_data_format"),
+            limits=options.limits,
         )
         plans = [plan_image(image.shape[0], image.shape[1], options.crops, options.max_crops) for image in loaded]
+        for index, plan in enumerate(plans):
+            found = f"Image {index} would take {plan.num_pooled_tokens:,} visual tokens"
+            options.limits.check("visual_tokens", plan.num_pooled_tokens, found)
         data = {
             "pixel_values": _pixel_values(loaded, plans, options, kwargs.get("device")),
             "image_token_pooling": _token_pooling(plans, options.crops),
@@ -1662,17 +2265,19 @@ class Molmo2ImageProcessor(OptionsMixin, BaseImageProcessor):  # type: ignore[mi
             std=values["image_std"],
             do_convert_rgb=values["do_convert_rgb"],
             pixel_dtype=pixel_dtype(overrides.get("pixel_dtype"), values["image_mean"], values["image_std"]),
+            limits=self._limits(overrides),
         )
 
     @classmethod
     def _canonical_own(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         max_crops = plain(values["max_crops"])
-        if isinstance(max_crops, bool) or not isinstance(max_crops, int) or max_crops < 1:
+        if isinstance(max_crops, bool) or not isinstance(max_crops, int) or not 1 <= max_crops <= MOST_CROPS:
             raise ValueError(
                 f"max_crops is {max_crops!r}, but must be a whole number of at least 1: the maximum number of tiles "
-                "of an image. 1 gives one tile besides the low-resolution view; leave it out for the default."
+                f"of an image, up to {MOST_CROPS:,}. 1 gives one tile besides the low-resolution view; leave it out "
+                "for the default."
             )
-        margins = pair("overlap_margins", values["overlap_margins"], "(before, after) in patches")
+        margins = pair("overlap_margins", values["overlap_margins"], "(before, after) in patches", minimum=0)
         return {"max_crops": max_crops, "overlap_margins": margins}
 
 

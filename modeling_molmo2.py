@@ -15,8 +15,10 @@ Parameter names are those of the published checkpoints.
 import copy
 import inspect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -273,14 +275,11 @@ def starts_sequence(query_length: int, past_key_values: Cache | None) -> bool:
     return query_length > 1 and bool(cached_length(past_key_values) == 0)
 
 
-def require_empty_cache(past_key_values: Cache | None) -> None:
-    """Refuses packed rows behind cached tokens, which would belong to none of their examples."""
+def require_empty_cache(past_key_values: Cache | None, found: str, advice: str) -> None:
+    """Refuses what enters at the start of a sequence behind cached tokens, which would not belong to it."""
     past_length = int(cached_length(past_key_values))
     if past_length:
-        raise ValueError(
-            f"`example_ids` and `branch_ids` describe whole rows, but the cache holds {past_length} tokens already. "
-            "Run packed rows in one pass, without `past_key_values`; generate from unpacked prompts."
-        )
+        raise ValueError(f"{found} belong to whole rows, but the cache holds {past_length} tokens already. {advice}.")
 
 
 def attention_spec(is_visual: Tensor | None, packed_rows: PackedRows | None) -> AttentionSpec:
@@ -958,8 +957,35 @@ ENCODED_INPUTS = {
 }
 # All arguments of `forward` that describe images and videos.
 MEDIA_INPUTS = (*ENCODED_INPUTS["image"], *ENCODED_INPUTS["video"], "image_features", "video_features")
+# Its arguments that have one entry per token.
+TOKEN_INPUTS = (
+    *("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids"),
+    *("example_ids", "branch_ids", "labels", "loss_weights"),
+)
+SIMILARITY = 0.85  # (0..1) from which an unknown name counts as a misspelt argument
 # Set by `generate` alone: the number of consecutive rows that share one set of media (beams, `num_return_sequences`).
 REPEAT_FACTOR = "images_repeat_factor"
+
+
+@lru_cache
+def _resembles_input(name: str) -> str | None:
+    """What an unknown argument of `forward` was meant to be, or may have been: its name looks like those of ours."""
+    similar = get_close_matches(name, (*MEDIA_INPUTS, *TOKEN_INPUTS), n=1, cutoff=SIMILARITY)
+    if similar:
+        return similar[0]
+    return ", ".join(MEDIA_INPUTS) if name.startswith(("pixel_", "image_", "video_")) else None
+
+
+def refuse_unknown_inputs(names: Iterable[str]) -> None:
+    """Refuse arguments of `forward` that would be ignored though they were meant for it; others are the library's.
+
+    Raises:
+        ValueError: One looks like an argument of ours.
+    """
+    for name in names:
+        meant = None if name in (*MEDIA_INPUTS, REPEAT_FACTOR) else _resembles_input(name)
+        if meant is not None:
+            raise ValueError(f"`forward` has no argument {name!r}; did you mean {meant}?")
 
 
 @dataclass(frozen=True)
@@ -1265,6 +1291,19 @@ class Molmo2VisionInputsMixin:
             raise ValueError(
                 f"{stated} {int(expected)}, but {holder} {len(tensor)} row(s). Pass the tensors of one call of the "
                 "processor, without dropping or repeating rows."
+            )
+
+    def _require_media(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> None:
+        """Refuses patch tokens without vectors to add, which read like any other token and mean nothing.
+
+        Single tokens after a cache are left unchecked, and compiled steps: `generate` writes no visual tokens.
+        """
+        num_patches = int(self.patch_token_mask(input_ids, inputs_embeds).sum())
+        if num_patches:
+            raise ValueError(
+                f"The prompt has {num_patches} patch token(s), but no image or video was passed for them: expected "
+                f"`{ENCODED_INPUTS['image'][0]}` or `{ENCODED_INPUTS['video'][0]}` with their companions. Pass all "
+                "that the processor returned, and no `<im_patch>` in the text."
             )
 
     def _media_features(
@@ -2485,9 +2524,12 @@ class Molmo2Model(Molmo2PreTrainedModel, Molmo2VisionInputsMixin):
                 `get_video_features`. `image_features`, `video_features`: (T, D), what these two return, in the place
                 of pixels and pooling indices; the grids are still needed where images and videos come together.
         Raises:
-            ValueError: Neither or both of ids and embeddings, media that do not fit the prompts or each other, a
-                prompt longer than `max_position_embeddings`, or ids of examples and branches that fit no layout.
+            ValueError: Neither or both of ids and embeddings, media that do not fit the prompts or each other, or
+                come behind cached tokens, patch tokens without media, an unknown argument that looks like one of
+                these, a prompt longer than `max_position_embeddings`, or ids of examples and branches that fit no
+                layout.
         """
+        refuse_unknown_inputs(kwargs)
         if input_ids is not None and inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids.clamp(min=0))
         elif input_ids is not None or inputs_embeds is None:
@@ -2499,19 +2541,27 @@ class Molmo2Model(Molmo2PreTrainedModel, Molmo2VisionInputsMixin):
             token_types = token_type_ids if token_type_ids is not None else mm_token_type_ids
             is_visual = self.resolve_visual_mask(token_types, input_ids, inputs_embeds)
         media = {name: kwargs.get(name) for name in MEDIA_INPUTS}
+        if any(value is not None for value in media.values()):
+            require_empty_cache(past_key_values, "Images and videos", "Pass text alone, or all in one pass")
         repeats = kwargs.get(REPEAT_FACTOR, 1)
         first_ids = None if input_ids is None else input_ids[::repeats]
         first_examples = None if example_ids is None else example_ids[::repeats]
         vectors = self._media_features(first_ids, inputs_embeds[::repeats], media, first_examples)
         if vectors is not None:
             inputs_embeds = self._add_features(input_ids, inputs_embeds, vectors, repeats)
-        elif is_distributed_training(self.vision_backbone):
+        elif not torch.compiler.is_compiling() and (inputs_embeds.shape[1] > 1 or past_key_values is None):
+            self._require_media(input_ids, inputs_embeds)
+        if vectors is None and is_distributed_training(self.vision_backbone):
             inputs_embeds = inputs_embeds + zero_vision_loss(self.vision_backbone).to(inputs_embeds)
         if is_visual is not None:
             is_visual = is_visual if bool(is_visual.any()) else None
         packed = packed_rows(attention_mask, example_ids, branch_ids, inputs_embeds.shape[:2])
         if packed is not None:
-            require_empty_cache(past_key_values)
+            require_empty_cache(
+                past_key_values,
+                "`example_ids` and `branch_ids`",
+                "Run packed rows in one pass, without `past_key_values`; generate from unpacked prompts",
+            )
             require_packed_layout(attention_mask, example_ids, branch_ids, is_visual)
         outputs = self.transformer(
             attention_mask=attention_mask,
@@ -2646,6 +2696,7 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
             "image_features": image_features,
             "video_features": video_features,
         }
+        refuse_unknown_inputs(kwargs)
         passed_on = {name: kwargs.pop(name) for name in ("cache_position", REPEAT_FACTOR) if name in kwargs}
         outputs = self.model(
             input_ids=input_ids,

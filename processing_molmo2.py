@@ -12,15 +12,17 @@ and the media that they name.
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from os import PathLike
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from tokenizers import PreTokenizedString
 from transformers.configuration_utils import PretrainedConfig
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, TextKwargs, Unpack
@@ -64,6 +66,9 @@ VIDEO_OPTIONS = {
     "backend": "video_backend",
     "video_backend": "video_backend",
 }
+VIDEO_PART_OPTIONS = frozenset({*VIDEO_OPTIONS, "fps"})
+PART_OPTIONS = VIDEO_PART_OPTIONS | {"max_crops", "overlap_margins", "pooling_size", "key_frame_interval"}
+PART_EXAMPLES = "{'type': 'text', 'text': ...}, {'type': 'image', 'image': ...} or {'type': 'video', 'video': ...}"
 
 
 @dataclass
@@ -92,14 +97,42 @@ def messages_of(conversation: Any) -> list[Mapping[str, Any]]:
     """The messages of a conversation: a list, or an object with `messages`, such as the `Chat` of a pipeline.
 
     Raises:
-        ValueError: It is neither.
+        ValueError: It is neither, or a message has content that is neither text nor a list of parts.
     """
     messages = getattr(conversation, "messages", conversation)
     if not isinstance(messages, (list, tuple)) or not all(isinstance(message, Mapping) for message in messages):
         raise ValueError(
             f"A conversation is a list of messages such as {{'role': 'user', 'content': ...}}; found {messages!r:.80}."
         )
+    for number, message in enumerate(messages):
+        _require_content(message, f"message {number}, from {message.get('role')!r:.40},")
     return list(messages)
+
+
+def _require_content(message: Mapping[str, Any], where: str) -> None:
+    """Refuses content that a template would drop; what it says about null and single objects is more to the point."""
+    content = message.get("content", "")
+    if not isinstance(content, (str, list, tuple, Mapping)) and content is not None:
+        raise ValueError(f"The content of {where} is {content!r:.80}; expected text or a list of parts.")
+    for index, part in enumerate(content if isinstance(content, (list, tuple)) else []):
+        if not isinstance(part, (str, Mapping)):
+            raise ValueError(f"Part {index} of {where} is {part!r:.80}; expected text or {PART_EXAMPLES}.")
+
+
+def _require_known(part: Mapping[str, Any], kind: str | None, where: str) -> None:
+    """Refuses a part without text, image or video, and options that a part of its kind does not have."""
+    if kind is None and (part.get("type") not in (None, "text") or part.get("text") is None):
+        keys = [key for key in part if part[key] is not None]
+        raise ValueError(
+            f"{where} is of type {part.get('type')!r:.40} with the keys {keys!r:.80}; expected {PART_EXAMPLES}."
+        )
+    options = [key for key in PART_OPTIONS if key in part and part[key] is not None]
+    misplaced = sorted(option for option in options if kind != "video" or option not in VIDEO_PART_OPTIONS)
+    if misplaced:
+        raise ValueError(
+            f"{where} has the option {misplaced[0]!r}, which {kind or 'text'} parts do not have. Pass it to the call, "
+            "where it holds for all images or videos."
+        )
 
 
 def media_kind(part: Mapping[str, Any]) -> str | None:
@@ -150,14 +183,18 @@ def find_media(conversation: Any) -> ConversationMedia:
     """Collect the images and videos of one conversation.
 
     Raises:
-        ValueError: An image or video part has no source; the message says where, and which keys may hold it.
+        ValueError: An image or video part has no source, a part is neither text nor image nor video, or has an option
+            that it cannot have; the message says where, and what was expected.
     """
     media = ConversationMedia()
     for number, message in enumerate(messages_of(conversation)):
         content = message.get("content")
         parts = content if isinstance(content, (list, tuple)) else []
         for index, part in enumerate(parts):
-            kind = media_kind(part) if isinstance(part, Mapping) else None
+            if isinstance(part, str):
+                continue
+            kind = media_kind(part)
+            _require_known(part, kind, f"Part {index} of message {number}")
             if kind is None:
                 continue
             source = media_source(part, kind)
@@ -202,6 +239,175 @@ def media_arguments(conversations: Sequence[ConversationMedia], options: Mapping
     if any(per_video_options):
         arguments["per_video_options"] = per_video_options
     return arguments
+
+
+# --- src/molmo2/processing/plain_text.py -----------------------------------------------------------------------------
+# Text of messages, kept from becoming special tokens.
+
+
+# Where stand-ins are taken from: letters of one plane, which `repr` and JSON leave as they are.
+STAND_INS = range(0x20000, 0x2A6D0)
+SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def one_of(strings: Iterable[str]) -> str:
+    """Regular expression for the longest of these strings, in steps of one character: linear, also for hundreds."""
+    by_head: dict[str, list[str]] = {}
+    for string in strings:
+        by_head.setdefault(string[:1], []).append(string[1:])
+    is_end = by_head.pop("", None) is not None
+    options = [re.escape(head) + one_of(tails) for head, tails in by_head.items()]
+    return f"(?:{'|'.join(options)}){'?' if is_end else ''}" if options else ""
+
+
+class SpecialTokens:
+    """The special tokens of a tokenizer, to be found in text.
+
+    Attributes:
+        special: Matches them; visual tokens and placeholders are among them, however the tokenizer flags them.
+        added: Matches all tokens that a tokenizer takes out of a text before it splits the rest.
+    """
+
+    _known: "WeakKeyDictionary[Any, tuple[int, SpecialTokens]]" = WeakKeyDictionary()
+
+    def __init__(self, special: Iterable[str], added: Iterable[str]):
+        special = set(special)
+        self.special = re.compile(one_of(special))
+        self.added = re.compile(one_of({*special, *added}))
+        self._heads = {token[0] for token in special}
+
+    @classmethod
+    def of(cls, tokenizer: Any, always: Iterable[str]) -> "SpecialTokens":
+        """Those of a tokenizer as it is now, and the strings in `always`."""
+        size, known = cls._known.get(tokenizer, (-1, None))
+        if known is None or size != len(tokenizer):
+            added = [token for token in tokenizer.added_tokens_decoder.values() if token.content]
+            known = cls({*always, *(token.content for token in added if token.special)}, [t.content for t in added])
+            cls._known[tokenizer] = (len(tokenizer), known)
+        return known
+
+    def occur_in(self, text: str) -> bool:
+        return any(head in text for head in self._heads) and self.special.search(text) is not None
+
+
+class RenderedPrompt(str):
+    """A prompt that knows which special tokens in it are mere text of its messages.
+
+    It is the prompt as ever to whoever reads it; `Molmo2Processor` reads `hidden`. Copies and pickles know it too,
+    slices and sums are ordinary strings.
+
+    Attributes:
+        hidden: The prompt with stand-ins.
+        stand_ins: What each stand-in stands for.
+    """
+
+    hidden: str
+    stand_ins: Mapping[str, str]
+
+    def __new__(cls, hidden: str, stand_ins: Mapping[str, str]) -> "RenderedPrompt":
+        prompt = super().__new__(cls, revealed(hidden, stand_ins))
+        prompt.hidden, prompt.stand_ins = hidden, stand_ins
+        return prompt
+
+    def __getnewargs__(self) -> tuple[str, Mapping[str, str]]:  # type: ignore[override]  # those of `__new__`
+        return self.hidden, self.stand_ins
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """All strings in messages, tools, documents: keys and values at any depth."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, entry in value.items():
+            yield from _strings(key)
+            yield from _strings(entry)
+    elif isinstance(value, (list, tuple)):
+        for entry in value:
+            yield from _strings(entry)
+
+
+def _replaced(value: Any, pattern: re.Pattern[str], replacement: Any) -> Any:
+    if isinstance(value, str):
+        return pattern.sub(replacement, value)
+    if isinstance(value, Mapping):
+        return {_replaced(k, pattern, replacement): _replaced(v, pattern, replacement) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        entries = [_replaced(entry, pattern, replacement) for entry in value]
+        return entries if isinstance(value, list) else tuple(entries)
+    return value
+
+
+def hide(value: Any, tokens: SpecialTokens, other_text: str = "", kept: frozenset[str] = frozenset()) -> Any:
+    """`value` with stand-ins for the special tokens in its strings, and what they stand for.
+
+    Args:
+        value: Messages, tools, ...: dictionaries and lists with strings at any depth.
+        other_text: Text that stands beside it and must not contain the stand-ins: the template.
+        kept: Special tokens that stay.
+    Returns:
+        (value, {stand-in: special token}); the same object and nothing where there are none.
+    """
+    strings = list(_strings(value))
+    found = {token for text in strings if tokens.occur_in(text) for token in tokens.special.findall(text)} - kept
+    if not found:
+        return value, {}
+    used = set(other_text).union(*strings)
+    free = (chr(code) for code in STAND_INS if chr(code) not in used)
+    stand_ins = dict(zip(free, sorted(found)))
+    of_token = {token: stand_in * len(token) for stand_in, token in stand_ins.items()}
+    return _replaced(value, tokens.special, lambda match: of_token.get(match[0], match[0])), stand_ins
+
+
+def _runs_of(stand_ins: Mapping[str, str]) -> re.Pattern[str]:
+    return re.compile(f"([{''.join(stand_ins)}])\\1*")
+
+
+def revealed(hidden: str, stand_ins: Mapping[str, str]) -> str:
+    """The text with what its stand-ins stand for, as long as before."""
+    if not stand_ins:
+        return hidden
+    return _runs_of(stand_ins).sub(lambda run: (stand_ins[run[1]] * len(run[0]))[: len(run[0])], hidden)
+
+
+def split_pieces(hidden: str, stand_ins: Mapping[str, str], tokens: SpecialTokens) -> list[tuple[str, bool]]:
+    """The prompt in pieces, and whether each is text in which no special token counts.
+
+    Pieces end where a special token begins or ends, so that they are encoded as they would be in the whole.
+    """
+    run = _runs_of(stand_ins)
+    pieces: list[tuple[str, bool]] = []
+    done = start = 0
+    for end, following in [*(match.span() for match in tokens.added.finditer(hidden)), (len(hidden), len(hidden))]:
+        if run.search(hidden, start, end):
+            pieces += [(hidden[done:start], False), (revealed(hidden[start:end], stand_ins), True)]
+            done = end
+        start = following
+    return [piece for piece in (*pieces, (hidden[done:], False)) if piece[0]]
+
+
+def encode_plain(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids and (start, end) characters of text in which no token is special.
+
+    Not the tokenizer's own `split_special_tokens`, which changes the tokenizer for all threads.
+    """
+    backend = tokenizer.backend_tokenizer
+    pieces = PreTokenizedString(text)
+    if backend.normalizer is not None:
+        pieces.normalize(backend.normalizer.normalize)
+    if backend.pre_tokenizer is not None:
+        backend.pre_tokenizer.pre_tokenize(pieces)
+    pieces.tokenize(backend.model.tokenize)
+    encoding = pieces.to_encoding()
+    return encoding.ids, encoding.offsets
+
+
+def without_surrogates(text: str) -> str:
+    """Text that can be encoded: halves of surrogate pairs, which are no characters, become U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return SURROGATE.sub("\ufffd", text)
+    return text
 
 
 # --- src/molmo2/processing/prompt_tokens.py --------------------------------------------------------------------------
@@ -254,9 +460,14 @@ class VisualTokenFormat:
     use_frame_special_tokens: bool = True
     use_low_res_token_for_global_crops: bool = False
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not isinstance(value, bool) and not (value is None and name == "use_single_crop_col_tokens"):
+                raise ValueError(f"`{name}` is {value!r:.80}; expected true or false.")
+
 
 def _grid_tokens(rows: int, cols: int, patch: str, has_columns: bool) -> list[str]:
-    return ([patch] * cols + [IMAGE_COLUMN] * has_columns) * rows
+    return ([patch] * cols + [IMAGE_COLUMN] * bool(has_columns)) * rows
 
 
 def image_tokens(grid: Sequence[int], token_format: VisualTokenFormat) -> list[str]:
@@ -461,11 +672,15 @@ class Molmo2TextKwargs(TextKwargs, total=False):
     Attributes:
         return_mm_token_type_ids: False leaves `token_type_ids` out.
         assistant_spans: For each prompt the (start, end) characters that the assistant wrote; adds `assistant_masks`.
+        allow_special_tokens: Special tokens in the text of messages count as if the template had written them.
+        split_special_tokens: Special tokens in prompts are text too, but for the placeholders of images and videos.
     """
 
     return_tensors: str | None
     return_mm_token_type_ids: bool | None
     assistant_spans: list[list[tuple[int, int]]] | None
+    allow_special_tokens: bool | None
+    split_special_tokens: bool | None
 
 
 CALL_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -543,6 +758,7 @@ class Molmo2Processor(ProcessorMixin):
         self.video_use_col_tokens = video_use_col_tokens
         self.use_frame_special_tokens = use_frame_special_tokens
         self.use_low_res_token_for_global_crops = use_low_res_token_for_global_crops
+        _ = self.visual_token_format  # refuses values that are no flags
         self.image_token, self.video_token = IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
         vocabulary = tokenizer.get_vocab()
         missing = [
@@ -631,7 +847,7 @@ class Molmo2Processor(ProcessorMixin):
         own_options = kwargs.pop("per_video_options", None)
         options = self.sort_options(kwargs)
         return_tensors = options["text_kwargs"].get("return_tensors")
-        prompts = None if text is None else _as_prompts(text)
+        prompts, stand_ins = (None, []) if text is None else self._hidden(_as_prompts(text), options["text_kwargs"])
 
         media: dict[str, Any] = {}
         sizes: list[MediaInfo] = []
@@ -650,7 +866,7 @@ class Molmo2Processor(ProcessorMixin):
         if prompts is not None:
             videos = timed_grids(media.get("video_grids", []), metadata or [])
             expanded = self._expand(prompts, media.get("image_grids", []), videos)
-            data = {**self._tokenize(expanded, options["text_kwargs"]), **media}
+            data = {**self._tokenize(expanded, stand_ins, options["text_kwargs"]), **media}
         features = MediaFeatures(data, return_tensors, _media_of_rows(prompts, sizes, metadata))
         if metadata is not None and options["videos_kwargs"].get("return_metadata"):
             features["video_metadata"] = metadata
@@ -730,21 +946,77 @@ class Molmo2Processor(ProcessorMixin):
             for prompt in prompts
         ]
 
-    def _tokenize(self, prompts: list[ExpandedPrompt], options: dict[str, Any]) -> dict[str, Any]:
-        spans = options.get("assistant_spans")
+    @property
+    def _special_tokens(self) -> SpecialTokens:
+        return SpecialTokens.of(self.tokenizer, (IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, *VISUAL_TOKENS))
+
+    def _hidden(self, prompts: list[str], options: dict[str, Any]) -> tuple[list[str], list[Mapping[str, str]]]:
+        """The prompts with stand-ins for special tokens that are mere text, and what these stand for."""
+        texts: list[str] = []
+        stand_ins: list[Mapping[str, str]] = []
+        split = options.get("split_special_tokens")
+        split = getattr(self.tokenizer, "split_special_tokens", False) if split is None else split
+        for prompt in prompts:
+            text, own = str(prompt), {}
+            if isinstance(prompt, RenderedPrompt):
+                text, own = (text, {}) if options.get("allow_special_tokens") else (prompt.hidden, prompt.stand_ins)
+            elif split:
+                text, own = hide(text, self._special_tokens, kept=frozenset({IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER}))
+            texts.append(text)
+            stand_ins.append(own)
+        return texts, stand_ins
+
+    def _encode(self, texts: list[str], with_offsets: bool, add_special_tokens: bool) -> tuple[list[Any], list[Any]]:
+        """Ids, and on request the (start, end) characters of each."""
         encoded = self.tokenizer(
-            [prompt.text for prompt in prompts],
-            add_special_tokens=options.get("add_special_tokens", True),
+            [without_surrogates(text) for text in texts],
+            add_special_tokens=add_special_tokens,
+            split_special_tokens=False,  # the visual tokens must not be
             return_attention_mask=False,
             return_token_type_ids=False,
-            return_offsets_mapping=spans is not None,
+            return_offsets_mapping=with_offsets,
         )
-        rows = [insert_bos(list(ids), self.bos_token_id) for ids in encoded["input_ids"]]
+        return encoded["input_ids"], encoded["offset_mapping"] if with_offsets else []
+
+    def _encode_around_text(
+        self, text: str, stand_ins: Mapping[str, str], with_offsets: bool
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """`_encode` for one prompt with stand-ins, whose text is encoded as if no token were special."""
+        row: list[int] = []
+        places: list[tuple[int, int]] = []
+        done = 0
+        for piece, is_text in split_pieces(text, stand_ins, self._special_tokens):
+            if is_text:
+                ids, offsets = encode_plain(self.tokenizer, without_surrogates(piece))
+            else:
+                (ids,), offsets = self._encode([piece], with_offsets, add_special_tokens=False)
+                offsets = offsets[0] if with_offsets else []
+            row += ids
+            places += [(start + done, end + done) for start, end in offsets]
+            done += len(piece)
+        return row, places
+
+    def _tokenize(
+        self, prompts: list[ExpandedPrompt], stand_ins: list[Mapping[str, str]], options: dict[str, Any]
+    ) -> dict[str, Any]:
+        spans = options.get("assistant_spans")
+        with_offsets = spans is not None
+        texts = [prompt.text for prompt in prompts]
+        ids, offsets = self._encode(
+            ["" if own else text for text, own in zip(texts, stand_ins)],
+            with_offsets,
+            options.get("add_special_tokens", True),
+        )
+        for index, own in enumerate(stand_ins):
+            if own:
+                ids[index], places = self._encode_around_text(texts[index], own, with_offsets)
+                offsets[index : index + 1] = [places] if with_offsets else []
+        rows = [insert_bos(list(own), self.bos_token_id) for own in ids]
         masks = None
         if spans is not None:
             masks = [
-                _assistant_mask(prompt, own, offsets, len(row))
-                for prompt, own, offsets, row in zip(prompts, spans, encoded["offset_mapping"], rows)
+                _assistant_mask(prompt, own, places, len(row))
+                for prompt, own, places, row in zip(prompts, spans, offsets, rows)
             ]
         visual = frozenset(self.image_token_ids)
         max_length, side = options.get("max_length"), self.tokenizer.truncation_side
@@ -801,11 +1073,14 @@ class Molmo2Processor(ProcessorMixin):
                 `clip`, `num_frames`, `max_fps`, `frame_sample_mode`, `sampling_fps`, `timestamps`, `video_metadata`.
             return_assistant_tokens_mask: With `tokenize` and `return_dict`, add `assistant_masks` (B, S): 1 on the
                 tokens of the assistant, the closing token included.
-            processor_kwargs, kwargs: Options of `__call__`; `kwargs` are passed to the template too.
+            processor_kwargs, kwargs: Options of `__call__`; `kwargs` are passed to the template too. Special tokens in
+                the text of messages are encoded as text, unless `allow_special_tokens=True`.
         Returns:
             The prompt, a list of prompts for a batch; with `tokenize` the ids, with `return_dict` too a BatchFeature.
+            A prompt remembers which special tokens in it are text; `__call__` reads that, no other tokenizer does.
         Raises:
-            ValueError: An image or video part without a source, a missing template, and whatever `__call__` raises.
+            ValueError: A missing template, or one that does not read `tools`; with `tokenize` a part that is no text,
+                image or video, or one without its source, and whatever `__call__` raises.
             jinja2.TemplateError: Roles out of order, an empty conversation.
         """
         if return_assistant_tokens_mask and not (tokenize and return_dict):
@@ -823,6 +1098,8 @@ class Molmo2Processor(ProcessorMixin):
             **kwargs,
         )
         if not tokenize:
+            is_plain = kwargs.get("allow_special_tokens")
+            prompts = [str(prompt) if is_plain or not prompt.stand_ins else prompt for prompt in prompts]
             return prompts if batched else prompts[0]
         options = {**kwargs, **(processor_kwargs or {})}
         if return_tensors not in (None, "auto"):
@@ -834,16 +1111,17 @@ class Molmo2Processor(ProcessorMixin):
 
     def render_conversations(
         self, conversations: list[Any], chat_template: str | None = None, **options: Any
-    ) -> tuple[list[str], list[list[tuple[int, int]]]]:
+    ) -> tuple[list[RenderedPrompt], list[list[tuple[int, int]]]]:
         """Write conversations as prompts with placeholders; the first step of `apply_chat_template`.
 
         Args:
             options: `add_generation_prompt`, `return_assistant_tokens_mask`, ... and variables of the template.
         Returns:
-            The prompts; for each, under `return_assistant_tokens_mask`, the (start, end) characters that the assistant
-            wrote, as `encode_prompts` takes them.
+            The prompts, which remember the special tokens that are text of a message; for each, under
+            `return_assistant_tokens_mask`, the (start, end) characters that the assistant wrote, as `encode_prompts`
+            takes them.
         Raises:
-            ValueError: There is no template.
+            ValueError: There is no template, or none that reads `tools` or `documents`.
         """
         template = self.chat_template if chat_template is None else chat_template
         if isinstance(template, dict):
@@ -852,11 +1130,19 @@ class Molmo2Processor(ProcessorMixin):
             raise ValueError(
                 "The processor has no chat template. Put `chat_template.jinja` beside its files, or pass one."
             )
+        unread = [name for name in ("tools", "documents") if options.get(name) and not re.search(name, template)]
+        if unread:
+            raise ValueError(
+                f"`{unread[0]}` was given, but the chat template has no place for it. Write it into the system "
+                "message, or pass a `chat_template` that reads it."
+            )
         messages: list[Any] = [messages_of(conversation) for conversation in conversations]
-        rendered: Any = render_jinja_template(
+        written = (messages, options.get("tools"), options.get("documents"))
+        (messages, options["tools"], options["documents"]), stand_ins = hide(written, self._special_tokens, template)
+        prompts, spans = render_jinja_template(
             messages, chat_template=template, **{**self.tokenizer.special_tokens_map, **options}
         )
-        return rendered
+        return [RenderedPrompt(prompt, stand_ins) for prompt in prompts], spans
 
     def encode_prompts(
         self,
@@ -881,7 +1167,8 @@ class Molmo2Processor(ProcessorMixin):
             `input_ids`, `attention_mask`, `token_type_ids` and `assistant_masks`, as the call would give them.
         """
         options = {**CALL_DEFAULTS["text_kwargs"], **options, "assistant_spans": assistant_spans}
-        data = self._tokenize(self._expand(prompts, image_grids, videos), options)
+        texts, stand_ins = self._hidden(prompts, options)
+        data = self._tokenize(self._expand(texts, image_grids, videos), stand_ins, options)
         return BatchFeature(data, tensor_type=options.get("return_tensors"))
 
     def post_process_grounding(

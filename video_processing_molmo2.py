@@ -10,28 +10,39 @@ shows placeholders where torchvision is missing, and what the base class does wi
 """
 
 import importlib
+import importlib.util
+import inspect
 import io
 import itertools
+import json
 import math
 import os
 import re
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import weakref
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
-from dataclasses import dataclass, replace
+from contextlib import closing, suppress
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, TypeGuard, TypeVar
 from urllib.parse import urlsplit
-from urllib.request import Request, url2pathname, urlopen
+from urllib.request import url2pathname
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from transformers.image_processing_utils import BatchFeature
 from transformers.processing_utils import Unpack, VideosKwargs
@@ -39,27 +50,36 @@ from transformers.utils import logging
 from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import VideoMetadata
 
-from .configuration_molmo2 import CHANNELS
+from .configuration_molmo2 import CHANNELS, is_number
 from .grounding_molmo2 import Grounding  # noqa: F401
 from .image_processing_molmo2 import (
-    DOWNLOAD_TIMEOUT_SECONDS,
     FIXED_STEPS,
     FRAME_SUFFIXES,
     PATCH_ROWS_AND_COLS,
     CropSettings,
     FrameRun,
+    MediaLimitError,
+    MediaLimits,
     OptionsMixin,
     VideoPlan,
     as_output,
+    checked_limits,
+    data_url_bytes,
     empty_pixels,
+    fetch,
+    flag,
     frame_pixel_values,
     interpolation_mode,
     is_encoded,
+    is_file_on_disk,
     load_images,
+    masked,
+    open_image,
     pair,
     pixel_dtype,
     plain,
     plan_video,
+    scheme_of,
     stack_pooling,
     video_token_pooling,
 )
@@ -194,6 +214,396 @@ def undo_rounding(times: np.ndarray) -> np.ndarray:
     return times
 
 
+# --- src/molmo2/video/decoding/decord_process.py ---------------------------------------------------------------------
+# decord in a process of its own, which a hostile file may end without harm to this one.
+
+
+START_SECONDS = 60  # until a new child has to be ready: it imports numpy and decord
+# How long a child may be silent while it opens a file or decodes; opening reads the whole file.
+SILENT_SECONDS, READ_BYTES_PER_SECOND = 10, 5_000_000
+WATCH_SECONDS = 0.5  # between looks at the clock
+MAX_CHILD_BYTES = 8 << 30  # memory of a child, where the system can limit it
+PIPE_BYTES = 1 << 20  # most a system grants without privileges; where it has one size only, this is ignored
+MAX_IDLE_CHILDREN = 4  # kept for the next videos; threads of a program may decode as many at a time
+
+
+def _serve_decord(max_bytes: int) -> None:  # noqa: C901  # has to be one function: its source is all the child gets
+    """What the child runs, from its source alone: answers requests on stdin, each a line of JSON, until that ends.
+
+    {"open": path} is answered by {"count", "fps", "shape"} and the spans of the frames, (count, 2) float64 seconds;
+    {"decode": indices, "count": count} by {"index", "shape"} and the pixels of each frame, then by {"more": bool},
+    whether there are more frames than counted. {"error"} ends an answer, {"alive"} may come at any time between them.
+    """
+    import importlib
+    import json
+    import os
+    import signal
+    import sys
+    import time
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    output = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what libraries print does not mix with answers
+    try:
+        resource = importlib.import_module("resource")
+        resource.setrlimit(resource.RLIMIT_DATA, (max_bytes, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    except Exception:  # Windows has no limits, and a parent may have set narrower ones
+        pass
+
+    def send(answer: dict, data: "Any" = None) -> None:
+        output.write(json.dumps(answer).encode() + b"\n")
+        if data is not None:
+            output.write(memoryview(data).cast("B"))
+        output.flush()
+
+    try:
+        numpy = importlib.import_module("numpy")
+        decord = importlib.import_module("decord")
+    except Exception as error:
+        send({"error": f"{type(error).__name__}: {error}"})
+        return
+    send({"ready": True})
+
+    def opened(path: str) -> "Any":
+        # decord repeats the last frame in place of missing ones; this fraction of the frames allows none (0: any).
+        return decord.VideoReader(path, ctx=decord.cpu(0), fault_tol=1e-9)
+
+    path = ""
+    for line in sys.stdin.buffer:
+        request = json.loads(line)
+        index = None
+        try:
+            if "open" in request:
+                path = request["open"]
+                reader = opened(path)
+                count = len(reader)
+                spans = numpy.asarray(reader.get_frame_timestamp(list(range(count))), dtype=numpy.float64)
+                shape = reader.next().asnumpy().shape
+                send({"count": count, "fps": float(reader.get_avg_fps()), "shape": shape}, spans.reshape(-1, 2))
+                continue
+            reader, wanted, spoke = opened(path), set(request["decode"]), time.monotonic()
+            for index in range(request["count"]):  # to the end: a frame missing anywhere shifts those after it
+                try:
+                    frame = reader.next()
+                except StopIteration:
+                    raise EOFError("the file ends here, some frames were not decoded") from None
+                if index in wanted:
+                    pixels = numpy.ascontiguousarray(frame.asnumpy())
+                    send({"index": index, "shape": pixels.shape}, pixels)
+                    spoke = time.monotonic()
+                elif time.monotonic() - spoke > 1:
+                    send({"alive": index})
+                    spoke = time.monotonic()
+            try:
+                reader.next()
+            except Exception:  # StopIteration as expected, or damage after the last frame
+                send({"more": False})
+            else:
+                send({"more": True})
+        except Exception as error:
+            text = str(error) if isinstance(error, EOFError) else f"{type(error).__name__}: {error}"
+            send({"error": text, "index": index})
+        reader = None
+
+
+class DecordProcess:
+    """A child that decodes with decord; `borrow` one and `give_back` it when its last answer is read to the end."""
+
+    _idle: list["DecordProcess"] = []
+    _lock = threading.Lock()
+
+    def __init__(self) -> None:
+        if importlib.util.find_spec("decord") is None:
+            raise VideoDecodeError(
+                "decord cannot be loaded (there is no such package). Install it with `pip install decord2`."
+            )
+        code = (
+            f"import sys; sys.path[:] = {sys.path!r}\n"
+            f"{inspect.getsource(_serve_decord)}\n_serve_decord({MAX_CHILD_BYTES})"
+        )
+        self._parent = os.getpid()
+        self._child: Any = None
+        self._file_bytes = 0
+        self.is_busy = False  # an answer was begun and not read to its end
+        self._deadline: float | None = None
+        self._was_late = False
+        self._watch: threading.Thread | None = None
+        self._ended = threading.Event()
+        try:
+            self._child = subprocess.Popen(
+                [sys.executable, "-c", code],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                pipesize=PIPE_BYTES,
+            )
+        except OSError as error:
+            raise VideoDecodeError(f"no process could be started for decord ({error})") from error
+        answer = self._answer(START_SECONDS)
+        if "error" in answer:
+            self.kill()
+            raise VideoDecodeError(
+                f"decord cannot be loaded ({answer['error'][:200]}). Install it with `pip install decord2`."
+            )
+
+    @classmethod
+    def borrow(cls) -> "DecordProcess":
+        """An idle child of this process, or a new one."""
+        while True:
+            with cls._lock:
+                child = cls._idle.pop() if cls._idle else None
+            if child is None:
+                return cls()
+            if child._parent == os.getpid() and child._child.poll() is None:  # not that of a forked parent, alive
+                return child
+
+    def give_back(self) -> None:
+        """Keep this child for the next video, if it waits for requests; else end it."""
+        if not self.is_busy and self._child.poll() is None:
+            with self._lock:
+                if len(self._idle) < MAX_IDLE_CHILDREN:
+                    self._idle.append(self)
+                    return
+        self.kill()
+
+    def kill(self) -> None:
+        """End the child, whatever it does."""
+        self._ended.set()
+        self._child.kill()
+        for pipe in (self._child.stdin, self._child.stdout):
+            with suppress(OSError):
+                pipe.close()
+        self._child.wait()
+
+    def open(self, path: str) -> tuple[np.ndarray, float, tuple[int, ...]]:
+        """(N, 2) starts and ends of the frames in seconds, average rate, and shape of the first frame.
+
+        Raises:
+            VideoDecodeError: decord cannot open it, or ended or stopped while it tried.
+        """
+        self._file_bytes = Path(path).stat().st_size
+        self._ask({"open": path})
+        answer = self._answer(self._patience)
+        self.is_busy = False
+        if "error" in answer:
+            raise VideoDecodeError(answer["error"])
+        spans = np.empty((answer["count"], 2), dtype=np.float64)
+        self._read_into(spans)
+        return spans, answer["fps"], tuple(answer["shape"])
+
+    def decode(self, indices: list[int], count: int) -> Iterator[np.ndarray]:
+        """The frames with these ascending indices of the opened video, which has `count`; reads it to its end.
+
+        Raises:
+            VideoDecodeError: a frame cannot be decoded; the attribute `index` says which.
+        """
+        self._ask({"decode": indices, "count": count})
+        while True:
+            answer = self._answer(self._patience)
+            if "error" in answer:
+                self.is_busy = False
+                raise FrameError(answer["error"], answer["index"])
+            if "more" in answer:
+                self.is_busy = False
+                if answer["more"]:
+                    raise VideoDecodeError(f"it returns more frames than the {count} it lists")
+                return
+            if "index" in answer:
+                frame = np.empty(answer["shape"], dtype=np.uint8)
+                self._read_into(frame)
+                yield frame
+
+    @property
+    def _patience(self) -> float:
+        return SILENT_SECONDS + self._file_bytes / READ_BYTES_PER_SECOND
+
+    def _ask(self, request: dict[str, Any]) -> None:
+        self.is_busy = True
+        try:
+            self._child.stdin.write(json.dumps(request).encode() + b"\n")
+            self._child.stdin.flush()
+        except OSError:
+            raise self._death() from None
+
+    def _answer(self, seconds: float) -> dict[str, Any]:
+        """The next line of the child, which has to come within this time."""
+        self._deadline = time.monotonic() + seconds
+        if self._watch is None:
+            self._watch = threading.Thread(target=self._kill_at_deadline, daemon=True, name="molmo2-decord-watch")
+            self._watch.start()
+        line = self._child.stdout.readline()
+        self._deadline = None
+        if not line.endswith(b"\n"):
+            raise self._death()
+        return json.loads(line)
+
+    def _kill_at_deadline(self) -> None:
+        while not self._ended.wait(WATCH_SECONDS):
+            deadline = self._deadline
+            if deadline is not None and time.monotonic() > deadline:
+                self._was_late = True
+                self._child.kill()
+                return
+
+    def _read_into(self, array: np.ndarray) -> None:
+        if array.nbytes and self._child.stdout.readinto(memoryview(array.data).cast("B")) != array.nbytes:
+            raise self._death()
+
+    def _death(self) -> VideoDecodeError:
+        self.kill()
+        if self._was_late:
+            return VideoDecodeError("decord stopped answering and was ended; the file is damaged, or made to do this")
+        code = self._child.returncode
+        how = f"signal {-code}" if code < 0 else f"exit status {code}"
+        return VideoDecodeError(f"decord's process ended with {how}; the file is damaged, or made to do this")
+
+
+class FrameError(VideoDecodeError):
+    """A frame cannot be decoded; `index` says which."""
+
+    def __init__(self, reason: str, index: int | None) -> None:
+        super().__init__(reason)
+        self.index = index
+
+
+# --- src/molmo2/video/decoding/orientation.py ------------------------------------------------------------------------
+# How stored frames are turned and mirrored to be shown upright, the same for every decoder.
+
+
+Matrix = tuple[float, float, float, float]  # a, b, c, d of the display matrix
+
+MAX_BOXES = 10_000  # of one file that are looked at
+MATRIX_AT = {
+    ("mvhd", 0): 36,
+    ("mvhd", 1): 48,
+    ("tkhd", 0): 40,
+    ("tkhd", 1): 52,
+}  # (box, version) -> bytes into the box
+
+
+def matrix_from_bytes(data: bytes, byte_order: str = "=") -> Matrix:
+    """The part of a display matrix that turns, from nine 32-bit numbers: three rows of three."""
+    a, b, _, c, d = struct.unpack(f"{byte_order}5i", data[:20])
+    return a / 65536, b / 65536, c / 65536, d / 65536
+
+
+def quarter_turns(matrix: Matrix) -> int | None:
+    """Clockwise quarter turns (0 to 3) that a display matrix asks for; None if it mirrors or turns by other angles.
+
+    A matrix without direction, such as one of zeros, asks for nothing.
+    """
+    a, b, c, d = matrix
+    angle = _angle(matrix)
+    if angle is None:
+        return 0
+    turns = round(angle / 90)
+    is_mirrored = a * d - b * c < 0
+    return None if abs(angle - 90 * turns) >= 1 or is_mirrored else turns % 4
+
+
+def upright(frame: np.ndarray, matrix: Matrix) -> np.ndarray:
+    """The (H, W, 3) frame as it is to be shown, a view.
+
+    Raises:
+        VideoDecodeError: the matrix turns by an angle that is no multiple of 90 degrees.
+    """
+    _, _, c, d = matrix
+    angle = _angle(matrix)
+    if angle is None:
+        return frame
+    turns = round(angle / 90)
+    if abs(angle - 90 * turns) >= 1:
+        raise VideoDecodeError(f"its display matrix turns it by {angle:.0f} degrees, which is no multiple of 90")
+    turns %= 4
+    if turns == 0:
+        return frame[::-1] if d < 0 else frame
+    if turns == 1:
+        return frame.swapaxes(0, 1) if c > 0 else np.rot90(frame, k=-1)
+    if turns == 2:
+        frame = frame[:, ::-1] if matrix[0] < 0 else frame
+        return frame[::-1] if d < 0 else frame
+    return np.rot90(frame, k=-1)[::-1] if c < 0 else np.rot90(frame)
+
+
+def _angle(matrix: Matrix) -> float | None:
+    """Clockwise degrees of the first axis; None without one."""
+    a, b, c, d = matrix
+    across, down = math.hypot(a, c), math.hypot(b, d)
+    if across == 0 or down == 0:
+        return None
+    return math.degrees(math.atan2(b / down, a / across))
+
+
+def mp4_matrices(path: str) -> list[Matrix]:
+    """Display matrices of the video tracks of an MP4 or QuickTime file; of any other file none."""
+    with Path(path).open("rb") as file:
+        end = file.seek(0, 2)
+        head = _read(file, 0, 12)
+        if head[4:8] not in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot"):
+            return []
+        budget = [MAX_BOXES]
+        matrices: list[Matrix] = []
+        for kind, start, stop in _boxes(file, 0, end, budget):
+            if kind == "moov":
+                matrices += _movie_matrices(file, start, stop, budget)
+        return matrices
+
+
+def _movie_matrices(file: IO[bytes], start: int, stop: int, budget: list[int]) -> Iterator[Matrix]:
+    movie: Matrix = (1, 0, 0, 1)
+    for kind, first, last in _boxes(file, start, stop, budget):
+        if kind == "mvhd":
+            movie = _matrix_of(file, kind, first) or movie
+        elif kind == "trak":
+            track, is_video = None, False
+            for part, begin, end in _boxes(file, first, last, budget):
+                if part == "tkhd":
+                    track = _matrix_of(file, part, begin)
+                elif part == "mdia":
+                    is_video = any(
+                        name == "hdlr" and _read(file, at + 8, 4) == b"vide"
+                        for name, at, _ in _boxes(file, begin, end, budget)
+                    )
+            if is_video and track is not None:
+                a, b, c, d = track
+                yield (
+                    a * movie[0] + b * movie[2],
+                    a * movie[1] + b * movie[3],
+                    c * movie[0] + d * movie[2],
+                    c * movie[1] + d * movie[3],
+                )
+
+
+def _matrix_of(file: IO[bytes], kind: str, start: int) -> Matrix | None:
+    version = _read(file, start, 1)
+    data = _read(file, start + MATRIX_AT.get((kind, version[0] if version else 0), 40), 36)
+    return matrix_from_bytes(data, ">") if len(data) == 36 else None
+
+
+def _boxes(file: IO[bytes], start: int, stop: int, budget: list[int]) -> Iterator[tuple[str, int, int]]:
+    """(type, start and end of the content) of the boxes between two places of a file."""
+    while start + 8 <= stop and budget[0] > 0:
+        budget[0] -= 1
+        head = _read(file, start, 16)
+        if len(head) < 8:
+            return
+        size, header = int.from_bytes(head[:4], "big"), 8
+        if size == 1:
+            size, header = int.from_bytes(head[8:16], "big"), 16
+        elif size == 0:  # up to the end
+            size = stop - start
+        if size < header:
+            return
+        yield head[4:8].decode("latin-1"), start + header, min(start + size, stop)
+        start += size
+
+
+def _read(file: IO[bytes], place: int, count: int) -> bytes:
+    file.seek(place)
+    return file.read(count)
+
+
 # --- src/molmo2/video/decoding/readers.py ----------------------------------------------------------------------------
 # The three decoders behind one interface: decord (or decord2), torchcodec and PyAV.
 
@@ -205,70 +615,127 @@ BACKENDS = tuple(PACKAGES)  # in the order they are tried
 # decord decodes and converts every frame to RGB, sampled or not: a clip with more pixels (20 seconds of 1080p) is left
 # to a backend that converts the sampled frames only.
 MAX_DECORD_PIXELS = 1_000_000_000
-# decord would repeat the last frame in place of missing ones; a fraction of the frames, 0 means "any number".
-FAULT_TOLERANCE = 1e-9
 # PyAV: a seek to a key frame pays off if it skips more packets than this.
 MIN_SEEK_PACKETS = 16
 # PyAV: decoder threads. More than cores, so that decoding continues while one core resizes a frame.
 THREADS_PER_CORE, MAX_THREADS = 3, 16
-# Formats of Pillow that can be animated; "MPEG" is a video, which Pillow only recognises.
+MAX_BACKWARD_SECONDS = 1.0  # PyAV: how far time stamps may go back where no frame hides another
+# Formats of Pillow that can be animated.
 ANIMATED_FORMATS = ("GIF", "PNG", "WEBP", "AVIF")
+HEAD_BYTES = 4096  # in which ffmpeg looks for the signs of a playlist
+PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"[playlist]", b"[Reference]", b"v=0", b"<?xml", b"<asx", b"<smil", b"RTSPtext")
+TEXT_BYTES = bytes([7, 8, 9, 10, 12, 13, 27, *range(32, 127), *range(128, 256)])
 
 
 @dataclass(frozen=True)
 class Source:
-    """A video in a file (`path`) or in memory (`data`). `name` is for errors."""
+    """A video in a file, which is temporary if the video was given in memory.
+
+    Attributes:
+        name: for errors.
+        path: absolute, or "a:b.mp4" would look like a protocol to ffmpeg.
+        num_bytes: size of the file.
+        limits: see `MediaLimits`.
+        image_format: the format of an animation, such as "GIF", by Pillow; "" for any other video.
+        keeps: what lives as long as the source, such as a temporary file.
+    """
 
     name: str
-    path: str = ""
-    data: bytes | None = None
+    path: str
+    num_bytes: int
+    limits: MediaLimits
+    image_format: str = ""
+    keeps: Any = None
 
     @classmethod
-    def from_input(cls, source: VideoSource) -> "Source":
+    def from_input(cls, source: VideoSource, limits: MediaLimits | None = None, name: str | None = None) -> "Source":
         """From a path, the bytes of a file or a file object.
+
+        What is in memory is written to a temporary file, which is removed with the last reference to the result: all
+        decoders read paths, so that a video decodes alike whatever the way in.
 
         Raises:
             FileNotFoundError, IsADirectoryError: there is no such file.
             TypeError: `source` is none of these.
-            VideoDecodeError: the file is empty or an image.
+            MediaLimitError: it is over a limit that shows in its header.
+            VideoDecodeError: the file is empty, an image, or a text that leads to other files.
         """
+        limits = checked_limits(limits)
         if isinstance(source, (str, Path)):
-            result = cls._from_path(Path(source))
+            result = cls._from_path(Path(source), limits)
         elif isinstance(source, (bytes, bytearray, memoryview)):
-            result = cls(name=f"a video of {len(source)} bytes", data=bytes(source))
+            result = cls._from_stream(io.BytesIO(source), name or f"a video of {len(source)} bytes", limits)
         elif hasattr(source, "read"):
             if hasattr(source, "seek"):
                 source.seek(0)
-            result = cls(name=repr(getattr(source, "name", "a file object")), data=source.read())
+            result = cls._from_stream(source, name or repr(getattr(source, "name", "a file object")), limits)
         else:
             raise TypeError(f"A video is a path, bytes or a file object, not {type(source).__name__}.")
-        result._require_video()
-        return result
+        return replace(result, image_format=result._animated_format())
 
     @classmethod
-    def _from_path(cls, path: Path) -> "Source":
+    def _from_path(cls, path: Path, limits: MediaLimits) -> "Source":
         if path.is_dir():
             raise IsADirectoryError(f"{str(path)!r} is a directory. Pass a video file, or a list of its frames.")
         if not path.exists():
             raise FileNotFoundError(f"There is no video file {str(path)!r}. Check the path.")
-        absolute = str(path.absolute())  # or "a:b.mp4" would look like a protocol to ffmpeg
-        return cls(name=repr(str(path)), path=absolute)
+        if not is_file_on_disk(path):
+            raise VideoDecodeError(f"{str(path)!r} is a device or pipe, not a file. Pass the path of a video file.")
+        return cls(repr(str(path)), str(path.absolute()), path.stat().st_size, limits)
 
-    def _require_video(self) -> None:
-        size = len(self.data) if self.data is not None else Path(self.path).stat().st_size
-        if size == 0:
+    @classmethod
+    def _from_stream(cls, stream: IO[bytes], name: str, limits: MediaLimits) -> "Source":
+        copy = _TemporaryCopy(stream)
+        return cls(name, copy.path, Path(copy.path).stat().st_size, limits, keeps=copy)
+
+    def _animated_format(self) -> str:
+        """The format of an animation; "" for any other video. Refuses what is no video by its first bytes."""
+        if self.num_bytes == 0:
             raise VideoDecodeError(f"{self.name} is empty (0 bytes). Check that it was written completely.")
+        with open(self.path, "rb") as file:
+            head = file.read(HEAD_BYTES)
+        if _leads_elsewhere(head):
+            raise VideoDecodeError(
+                f"{self.name} is a text, not a video. Playlists and other lists of addresses are not followed; pass "
+                "the video itself."
+            )
+        as_frame = replace(self.limits, image_pixels=self.limits.video_frame_pixels)
         try:
-            with Image.open(self.for_reading()) as image:
+            with open_image(Path(self.path), self.name, as_frame) as image:
                 kind, num_images = image.format, getattr(image, "n_frames", 1)
-        except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-            return
-        if kind != "MPEG" and not (kind in ANIMATED_FORMATS and num_images > 1):
+                size = (image.height, image.width)
+        except MediaLimitError as error:  # the limit has another name for videos
+            raise MediaLimitError(str(error).replace("image_pixels", "video_frame_pixels")) from None
+        except Exception:  # no image, or one that decoders of videos may understand better
+            return ""
+        if not (kind in ANIMATED_FORMATS and num_images > 1):
             raise VideoDecodeError(f"{self.name} is an image ({kind}), not a video. Pass it as an image.")
+        self.limits.check_video(self.name, num_images, size, self.num_bytes)
+        return kind
 
-    def for_reading(self) -> str | io.BytesIO:
-        """The path, or a new file object over the bytes."""
-        return self.path if self.data is None else io.BytesIO(self.data)
+
+class _TemporaryCopy:
+    """A temporary file with the content of a stream, removed with this object."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        handle, self.path = tempfile.mkstemp(prefix="molmo2_video_")
+        weakref.finalize(self, _remove, self.path)
+        with os.fdopen(handle, "wb") as file:
+            shutil.copyfileobj(stream, file, 1 << 20)
+
+
+def _remove(path: str) -> None:
+    with suppress(OSError):
+        os.unlink(path)
+
+
+def _leads_elsewhere(head: bytes) -> bool:
+    """True for the beginning of a text: ffmpeg opens the files and addresses that playlists name."""
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
+    if text.startswith(b"YUV4MPEG2 "):
+        return False
+    is_text = not head.translate(None, TEXT_BYTES)
+    return is_text or text.startswith(PLAYLISTS) or b"<mpd" in head.lower() or b"\nc=IN IP" in head
 
 
 class VideoReader(ABC):
@@ -304,7 +771,7 @@ class VideoReader(ABC):
                 f"{self.timeline.num_frames - 1}."
             )
         ascending = np.unique(indices)
-        decoded = zip(ascending.tolist(), self._decode(ascending.tolist()), strict=True)
+        decoded = zip(ascending.tolist(), self._checked(ascending.tolist()), strict=True)
         if np.all(np.diff(indices) >= 0):
             counts = np.unique(indices, return_counts=True)[1]
             for (_, frame), count in zip(decoded, counts.tolist(), strict=True):
@@ -313,6 +780,15 @@ class VideoReader(ABC):
             frames = dict(decoded)
             for index in indices.tolist():
                 yield frames[index]
+
+    def _checked(self, indices: list[int]) -> Iterator[np.ndarray]:
+        """The frames of `_decode`, which have one size."""
+        size = self.timeline.height, self.timeline.width
+        for index, frame in zip(indices, self._decode(indices), strict=True):
+            if frame.shape[:2] != size:
+                problem = f"it has {frame.shape[0]} x {frame.shape[1]} pixels, the first one {size[0]} x {size[1]}"
+                raise self._frame_error(index, problem)
+            yield frame
 
     @abstractmethod
     def close(self) -> None:
@@ -351,70 +827,68 @@ class _DecordReader(VideoReader):
     """
 
     backend = "decord"
-    _reader: Any = None
+    _process: DecordProcess | None = None
 
     def __init__(self, source: Source, only_choice: bool) -> None:
         super().__init__(source)
-        self._decord = _import_backend("decord", "decord")
-        self._open()
-        num_frames = len(self._reader)
-        starts, end = self._frame_times(num_frames)
-        fps = float(self._reader.get_avg_fps())
-        height, width = self._first_frame_size()
-        if num_frames * height * width > MAX_DECORD_PIXELS and not only_choice and _others_usable("decord"):
-            raise VideoDecodeError(f"it would have to convert all of its {num_frames} frames")
-        self.timeline = make_timeline(starts, end, fps, (height, width))
+        _require_plain_turns(source)
+        self._process = DecordProcess.borrow()
+        try:
+            spans, fps, shape = self._opened()
+            if len(shape) != 3 or shape[2] != 3:  # very narrow videos
+                raise VideoDecodeError(f"its frames have the shape {shape}, expected (height, width, 3)")
+            height, width = shape[:2]
+            num_frames = len(spans)
+            if num_frames * height * width > MAX_DECORD_PIXELS and not only_choice and _others_usable("decord"):
+                raise VideoDecodeError(f"it would have to convert all of its {num_frames} frames")
+            starts, end = _decord_times(spans)
+            self.timeline = make_timeline(starts, end, fps, (height, width))
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
-        self._reader = None
+        process, self._process = self._process, None
+        if process is not None:
+            process.give_back()
 
-    def _open(self) -> None:
+    def _opened(self) -> tuple[np.ndarray, float, tuple[int, ...]]:
         try:
-            self._reader = self._decord.VideoReader(
-                self._source.for_reading(), ctx=self._decord.cpu(0), fault_tol=FAULT_TOLERANCE
-            )
-        except Exception as error:
-            raise self._error(brief(error)) from error
-
-    def _frame_times(self, num_frames: int) -> tuple[np.ndarray, float]:
-        """Starts of the frames, (N,) float64, and the end of the last one, in seconds."""
-        spans = np.asarray(self._reader.get_frame_timestamp(list(range(num_frames))), dtype=np.float64)  # (N, 2)
-        if not np.all(np.isfinite(spans)):
-            raise VideoDecodeError("its frames have no time stamps")
-        spans = spans[spans[:, 0] >= 0]  # an edit list cuts off what comes before; decord lists it, but skips it
-        if not len(spans):
-            raise VideoDecodeError("it shows no frames")
-        times = undo_rounding(np.append(spans[:, 0], spans[-1, 1]))
-        return times[:-1], float(times[-1])
-
-    def _first_frame_size(self) -> tuple[int, int]:
-        shape = tuple(self._next_frame().shape)
-        self._reader = None  # `_decode` starts from the beginning
-        if len(shape) != 3 or shape[2] != 3:  # very narrow videos
-            raise VideoDecodeError(f"its frames have the shape {shape}, expected (height, width, 3)")
-        return shape[:2]
-
-    def _next_frame(self) -> np.ndarray:
-        frame = self._reader.next()
-        return frame.asnumpy() if hasattr(frame, "asnumpy") else np.asarray(frame)  # not native: `set_bridge`
+            return self._process.open(self._source.path)
+        except VideoDecodeError as error:
+            raise VideoDecodeError(brief(error.reason)) from None
 
     def _decode(self, indices: list[int]) -> Iterator[np.ndarray]:
-        self._open()
-        wanted = set(indices)
-        for index in range(self.timeline.num_frames):  # to the end: a frame missing anywhere shifts those after it
-            try:
-                frame = self._next_frame() if index in wanted else self._reader.next()
-            except StopIteration:
-                raise self._frame_error(index, "the file ends here, some frames were not decoded") from None
-            except Exception as error:
-                raise self._frame_error(index, error) from error
-            if index in wanted:
-                yield frame
+        if self._process is None or self._process.is_busy:  # closed, or an earlier iterator was not read to its end
+            self.close()
+            self._process = DecordProcess.borrow()
+            self._opened()
         try:
-            self._reader.next()
-        except Exception:  # StopIteration as expected, or damage after the last frame
-            return
-        raise self._error(f"it returns more frames than the {self.timeline.num_frames} it lists")
+            yield from self._process.decode(indices, self.timeline.num_frames)
+        except FrameError as error:
+            raise self._frame_error(error.index or 0, error.reason) from None
+        except VideoDecodeError as error:
+            raise self._error(error.reason) from None
+
+
+def _decord_times(spans: np.ndarray) -> tuple[np.ndarray, float]:
+    """Starts of the frames, (N,) float64, and the end of the last one, in seconds; spans are (N, 2)."""
+    if not np.all(np.isfinite(spans)):
+        raise VideoDecodeError("its frames have no time stamps")
+    spans = spans[spans[:, 0] >= 0]  # an edit list cuts off what comes before; decord lists it, but skips it
+    if not len(spans):
+        raise VideoDecodeError("it shows no frames")
+    end = spans[-1, 1]
+    if end <= spans[-1, 0] and len(spans) > 1:  # unknown, as in FLV: as long as the frame before it
+        end = 2 * spans[-1, 0] - spans[-2, 0]
+    times = undo_rounding(np.append(spans[:, 0], end))
+    return times[:-1], float(times[-1])
+
+
+def _require_plain_turns(source: Source) -> None:
+    """Leave mirrored videos to PyAV: decord and torchcodec turn by quarters and know nothing of mirrors."""
+    if any(quarter_turns(matrix) is None for matrix in mp4_matrices(source.path)):
+        raise VideoDecodeError("its display matrix mirrors it or turns it by no multiple of 90 degrees")
 
 
 # --- torchcodec ------------------------------------------------------------------------------------------------------
@@ -432,8 +906,9 @@ class _TorchcodecReader(VideoReader):
     def __init__(self, source: Source, only_choice: bool) -> None:
         super().__init__(source)
         decoders = _import_backend("torchcodec.decoders", "torchcodec")
+        _require_plain_turns(source)
         self._decoder = decoders.VideoDecoder(
-            source.path if source.data is None else source.data,
+            source.path,
             dimension_order="NHWC",
             num_ffmpeg_threads=0,
             device="cpu",
@@ -502,6 +977,7 @@ class _PyavReader(VideoReader):
     _container: Any = None
     _stream: Any = None
     _converter: tuple[Any, Any] | None = None
+    _size: tuple[int, int] = (0, 0)  # (width, height) as the file announces them, to which other frames are scaled
     _started: Iterator[tuple[int | None, Any]] | None = None  # all frames, the first of which is decoded already
     _last_stamp: int | None = None  # of the frame that the decoder returned last
 
@@ -509,7 +985,7 @@ class _PyavReader(VideoReader):
         super().__init__(source)
         self._av = _import_backend("av", "pyav")
         self._open()
-        self._packets = _PacketTable.from_packets(self._stream, self._demuxed())
+        self._packets = _PacketTable.from_packets(self._stream, self._counted(self._demuxed()))
         self._open()
         frames = self._decoded_from(0)
         stamp, first = next(frames, (None, None))  # tells rotation and size
@@ -527,12 +1003,17 @@ class _PyavReader(VideoReader):
 
     def _open(self) -> None:
         self.close()
-        self._container = self._av.open(self._source.for_reading())
+        limits, name = self._source.limits, self._source.name
+        self._container = self._av.open(self._source.path, options={"protocol_whitelist": "file"})
         self._stream = self._container.streams.best("video")
         if self._stream is None:
             raise VideoDecodeError("it has no video track")
+        context = self._stream.codec_context
+        limits.check_video(name, 1, (context.height, context.width), self._source.num_bytes)
+        self._size = context.width, context.height
+        context.options = {"max_pixels": str(limits.video_frame_pixels)}  # for frames that are larger than announced
         self._stream.thread_type = "AUTO"
-        self._stream.codec_context.thread_count = min(MAX_THREADS, THREADS_PER_CORE * (os.cpu_count() or 1))
+        context.thread_count = min(MAX_THREADS, THREADS_PER_CORE * (os.cpu_count() or 1))
 
     def _decode(self, indices: list[int]) -> Iterator[np.ndarray]:
         frames: Iterator[tuple[int | None, Any]] | None = None
@@ -598,15 +1079,26 @@ class _PyavReader(VideoReader):
             if packet.size or packet.dts is None:  # AVI stores a dropped frame as an empty packet
                 yield packet
 
+    def _counted(self, packets: Iterator[Any]) -> Iterator[Any]:
+        """The packets, as long as they are not more than the frames a video may have."""
+        most, context = self._source.limits.video_frames, self._stream.codec_context
+        for count, packet in enumerate(packets):
+            if count > most or count % 1000 == 0:
+                size = context.height, context.width
+                self._source.limits.check_video(self._source.name, count, size, self._source.num_bytes)
+            yield packet
+
     def _to_rgb(self, frame: Any) -> np.ndarray:
         """The frame as upright RGB, converted by the filter that decord and torchcodec use too."""
         shape = (frame.width, frame.height, frame.format.name)
         if self._converter is None or self._converter[0] != shape:
             graph = self._av.filter.Graph()
+            scaled = [] if shape[:2] == self._size else [graph.add("scale", "{}:{}".format(*self._size))]
             stages = [
                 graph.add_buffer(
                     width=frame.width, height=frame.height, format=frame.format.name, time_base=self._stream.time_base
                 ),
+                *scaled,
                 graph.add("format", "pix_fmts=rgb24"),
                 graph.add("buffersink"),
             ]
@@ -614,10 +1106,15 @@ class _PyavReader(VideoReader):
                 stage.link_to(following)
             graph.configure()
             self._converter = (shape, graph)
-        quarter_turns = round(getattr(frame, "rotation", 0) / 90) % 4
         graph = self._converter[1]
         graph.push(frame)
-        return np.ascontiguousarray(np.rot90(_rgb_view(graph.pull()), k=quarter_turns))
+        return np.ascontiguousarray(upright(_rgb_view(graph.pull()), _display_matrix(frame)))
+
+
+def _display_matrix(frame: Any) -> Matrix:
+    """The display matrix of a frame of PyAV; that of an upright one where it has none."""
+    data = frame.side_data.get("DISPLAYMATRIX")
+    return (1, 0, 0, 1) if data is None else matrix_from_bytes(bytes(data))
 
 
 def _rgb_view(frame: Any) -> np.ndarray:
@@ -654,14 +1151,18 @@ class _PacketTable:
     @classmethod
     def from_packets(cls, stream: Any, packets: Iterator[Any]) -> "_PacketTable":
         """The table of all packets. Those that an edit list cuts off are needed for decoding but not shown."""
-        listed = [
-            (packet.pts, packet.duration, packet.is_keyframe, packet.is_discard) for packet in packets if packet.size
-        ]
+        listed, decoding_stamps = [], []
+        for packet in packets:
+            if packet.size:
+                listed.append((packet.pts, packet.duration, packet.is_keyframe, packet.is_discard))
+                decoding_stamps.append(packet.dts)
         has_stamps = all(pts is not None for pts, *_ in listed)
         file_stamps = [pts if has_stamps else place for place, (pts, *_) in enumerate(listed)]
         shown = {stamp: row for stamp, row in zip(file_stamps, listed, strict=True) if not row[3]}
         if not shown:
             raise VideoDecodeError("its video track has no frames")
+        if has_stamps:
+            _require_one_time_line(decoding_stamps, len(file_stamps) - len(set(file_stamps)), stream.time_base)
         place_of: dict[int, int] = {}
         for place, stamp in enumerate(file_stamps):
             place_of.setdefault(stamp, place)
@@ -701,6 +1202,24 @@ class _PacketTable:
             last_ticks = self.stamps[-1] - self.stamps[-2] if len(self.stamps) > 1 else 0
         ticks = np.array([*self.stamps, self.stamps[-1] + last_ticks], dtype=np.int64) - self.stamps[0]
         return ticks * self.tick_seconds.numerator / self.tick_seconds.denominator, rate
+
+
+def _require_one_time_line(stamps: list[int | None], num_lost: int, tick_seconds: Fraction) -> None:
+    """Refuse recordings that are joined without new time stamps: frames of the same time would hide each other.
+
+    Args:
+        stamps: when each packet is decoded, in ticks and file order; they ascend within a recording.
+        num_lost: packets whose time to be shown is that of another one.
+        tick_seconds: length of a tick.
+    """
+    known = [(place, stamp) for place, stamp in enumerate(stamps) if stamp is not None]
+    for (_, before), (place, stamp) in itertools.pairwise(known):
+        if stamp < before and (num_lost or (before - stamp) * tick_seconds > MAX_BACKWARD_SECONDS):
+            new, old = float(stamp * tick_seconds), float(before * tick_seconds)
+            raise VideoDecodeError(
+                f"its time stamps restart at frame {place} of {len(stamps)} ({new:.3f} s after {old:.3f} s), as if "
+                "recordings were joined; join them anew with ffmpeg's concat demuxer"
+            )
 
 
 def _frame_with(stamp: int, frames: Iterator[tuple[int | None, Any]]) -> Any:
@@ -765,32 +1284,41 @@ def brief(problem: object) -> str:
 Result = TypeVar("Result")
 
 
-def open_video(source: VideoSource, backend: str | None = None) -> VideoReader:
+def open_video(
+    source: VideoSource | Source, backend: str | None = None, limits: MediaLimits | None = None
+) -> VideoReader:
     """The reader of a video, opened by the first backend that can.
 
     Use `decode_video` where a failure in the middle of the file should move on to the next backend as well.
 
     Args:
         source: a path, the bytes of a file, or a file object opened for reading bytes.
+        limits: see `MediaLimits`; None for the default ones. A `Source` has its own.
         backend: "decord", "torchcodec" or "pyav" to use this one only; None tries them in this order.
 
     Raises:
         FileNotFoundError, IsADirectoryError: there is no such file.
+        MediaLimitError: it is over one of the limits.
         VideoDecodeError: no backend can open it; the message has the reason of each.
         ValueError: `backend` is not one of the three.
         TypeError: `source` is none of these.
     """
-    return _first_success(source, backend, lambda reader: reader)
+    return _first_success(source, backend, limits, lambda reader: reader)
 
 
-def decode_video(source: VideoSource, read: Callable[[VideoReader], Result], backend: str | None = None) -> Result:
+def decode_video(
+    source: VideoSource | Source,
+    read: Callable[[VideoReader], Result],
+    backend: str | None = None,
+    limits: MediaLimits | None = None,
+) -> Result:
     """The result of `read(reader)`, from the first backend that does not fail before its end.
 
     Backends differ in what they can read, and some notice a fault only in the middle of a file. `read` is therefore
     called again with each reader and must not keep anything from an earlier attempt.
 
     Args:
-        source, backend: as for `open_video`.
+        source, backend, limits: as for `open_video`.
         read: reads `timeline` and `frames` and returns the result.
 
     Raises:
@@ -801,14 +1329,19 @@ def decode_video(source: VideoSource, read: Callable[[VideoReader], Result], bac
         with reader:
             return read(reader)
 
-    return _first_success(source, backend, read_and_close)
+    return _first_success(source, backend, limits, read_and_close)
 
 
-def _first_success(source: VideoSource, backend: str | None, action: Callable[[VideoReader], Result]) -> Result:
+def _first_success(
+    source: VideoSource | Source,
+    backend: str | None,
+    limits: MediaLimits | None,
+    action: Callable[[VideoReader], Result],
+) -> Result:
     """The result of `action` with the first backend that raises no VideoDecodeError."""
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"Unknown video backend {backend!r}. Use one of {', '.join(BACKENDS)}, or None to try all.")
-    readable = Source.from_input(source)
+    readable = source if isinstance(source, Source) else Source.from_input(source, limits)
     failures: dict[str, VideoDecodeError] = {}
     for name in BACKENDS if backend is None else (backend,):
         try:
@@ -817,6 +1350,12 @@ def _first_success(source: VideoSource, backend: str | None, action: Callable[[V
             logger.info("Video backend %s failed: %s", name, error)
             failures[name] = error
     reasons = "\n".join(f"  {name}: {error.reason}" for name, error in failures.items())
+    if readable.image_format == "WEBP":
+        advice = (
+            "Animated WebP is read by no decoder here. Pass its frames, list(PIL.ImageSequence.Iterator(image)) with "
+            "copies of each, and their rate, or convert it to GIF or MP4."
+        )
+        raise VideoDecodeError(f"No video backend could read {readable.name}:\n{reasons}\n{advice}")
     raise VideoDecodeError(
         f"No video backend could read {readable.name}:\n{reasons}\n"
         "Check that the file is complete and has a video track; re-encoding it (ffmpeg -i in.mp4 out.mp4) often "
@@ -826,10 +1365,21 @@ def _first_success(source: VideoSource, backend: str | None, action: Callable[[V
 
 def _open_reader(name: str, source: Source, only_choice: bool) -> VideoReader:
     try:
-        return READERS[name](source, only_choice=only_choice)
+        reader = READERS[name](source, only_choice=only_choice)
+    except MediaLimitError:
+        raise
     except Exception as error:  # decoders raise nearly anything
         reason = error.reason if isinstance(error, VideoDecodeError) else brief(error)
         raise VideoDecodeError(f"{name} cannot read {source.name}: {reason}", reason) from error
+    timeline = reader.timeline
+    try:
+        source.limits.check_video(
+            source.name, timeline.num_frames, (timeline.height, timeline.width), source.num_bytes
+        )
+    except MediaLimitError:
+        reader.close()
+        raise
+    return reader
 
 
 # --- src/molmo2/video/sampling.py ------------------------------------------------------------------------------------
@@ -840,6 +1390,8 @@ UNIFORM_LAST_FRAME = "uniform_last_frame"
 FPS = "fps"
 FRAME_SAMPLE_MODES = (UNIFORM_LAST_FRAME, FPS)
 
+MIN_SAMPLING_FPS = 1e-5
+MAX_SPREAD_FRAMES = 10_000_000
 MAX_CANDIDATE_FPS = 8  # up to which the `fps` mode raises the sampling rate of short videos
 # 29.97 is meant as 30, 23.976 as 24: these broadcast rates are a factor of 1000/1001 slower than their name.
 NOMINAL_FPS_TOLERANCE = 0.0015
@@ -870,7 +1422,7 @@ class SamplingSettings:
             raise ValueError(
                 f"Unknown frame_sample_mode {self.frame_sample_mode!r}. Use one of {', '.join(FRAME_SAMPLE_MODES)}."
             )
-        if isinstance(self.num_frames, bool) or int(self.num_frames) != self.num_frames or self.num_frames < 1:
+        if not _is_positive(self.num_frames) or int(self.num_frames) != self.num_frames:
             raise ValueError(
                 f"num_frames is {self.num_frames!r}, but a video needs a whole number of frames, 1 or more."
             )
@@ -880,6 +1432,10 @@ class SamplingSettings:
             )
         if not _is_positive(self.sampling_fps):
             raise ValueError(f"sampling_fps is {self.sampling_fps!r}, but it has to be a positive number.")
+        if self.sampling_fps < MIN_SAMPLING_FPS:
+            raise ValueError(
+                f"sampling_fps is {self.sampling_fps!r}, but it has to be at least {MIN_SAMPLING_FPS}, a frame a day."
+            )
 
 
 def sample_times(duration_seconds: float, video_fps: float | None, settings: SamplingSettings) -> np.ndarray:
@@ -910,6 +1466,11 @@ def sample_times(duration_seconds: float, video_fps: float | None, settings: Sam
         return np.zeros(1)
     max_fps = settings.max_fps
     if max_fps is None or (settings.num_frames - 1) / max_fps < duration_seconds:
+        if settings.num_frames > MAX_SPREAD_FRAMES:
+            raise ValueError(
+                f"num_frames is {settings.num_frames:,}, as many as would be spread over {duration_seconds:g} s. Use "
+                f"at most {MAX_SPREAD_FRAMES:,}, or set max_fps."
+            )
         return np.linspace(0, duration_seconds, num=settings.num_frames, endpoint=True, dtype=np.float64)
     steps = np.arange(0.0, duration_seconds, step=1 / max_fps)
     # Rounding of 1/max_fps can yield one step too many, within a rounding error of the end.
@@ -972,7 +1533,8 @@ def _times_at_rate(duration_seconds: float, fps: float, settings: SamplingSettin
     for candidate in higher_rates:
         if settings.num_frames / candidate >= duration_seconds:
             rate = candidate
-    times = np.arange(settings.num_frames, dtype=np.float64) / rate
+    fitting = min(settings.num_frames, math.ceil(duration_seconds * rate) + 1)
+    times = np.arange(fitting, dtype=np.float64) / rate
     return times[: max(1, int(np.count_nonzero(times < duration_seconds)))]
 
 
@@ -985,7 +1547,8 @@ def _indices_at_rate(total_num_frames: int, fps: float, settings: SamplingSettin
     whole_fps = _whole_fps(fps, settings.sampling_fps)
     rates = _candidate_rates(fps, settings.sampling_fps)
     if whole_fps is None:  # no rate divides this video: take the frame on display at each sampled time
-        displayed = np.floor(np.arange(settings.num_frames) * (fps / rates[0]) + 1e-6).astype(np.int64)
+        fitting = min(settings.num_frames, math.ceil(total_num_frames * rates[0] / fps) + 1)
+        displayed = np.floor(np.arange(fitting) * (fps / rates[0]) + 1e-6).astype(np.int64)
         return displayed[displayed < total_num_frames]
     step, *smaller_steps = (max(1, round(whole_fps / rate)) for rate in rates)
     for candidate in smaller_steps:
@@ -1029,7 +1592,8 @@ def _divides(rate: float, whole_fps: int) -> bool:
 
 
 def _is_positive(value: float) -> bool:
-    return math.isfinite(value) and value > 0
+    is_number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+    return is_number and math.isfinite(value) and value > 0
 
 
 # --- src/molmo2/video/loading.py -------------------------------------------------------------------------------------
@@ -1038,7 +1602,6 @@ def _is_positive(value: float) -> bool:
 
 FrameConsumer = Callable[[Iterator[np.ndarray], int], Result]  # (frames, their number) -> result
 
-USER_AGENT = "Mozilla/5.0 (compatible; molmo2)"  # some servers refuse the default of urllib
 ACCEPTED_VIDEOS = (
     "a path, a URL (http, https, file, data), the bytes of a video file or an open one, an array or tensor of frames, "
     "a list of images, or a pair (frames, metadata)"
@@ -1093,6 +1656,7 @@ class ReadingOptions:
         input_data_format: "channels_last" or "channels_first", for arrays that could be either.
         sample_timestamps_fn: replaces the sampling of a file; called with `metadata=`, returns seconds.
         sample_indices_fn: the same, returning frame indices.
+        limits: what is refused of videos.
     """
 
     sampling: SamplingSettings
@@ -1102,6 +1666,7 @@ class ReadingOptions:
     input_data_format: str | None = None
     sample_timestamps_fn: Callable[..., Any] | None = None
     sample_indices_fn: Callable[..., Any] | None = None
+    limits: MediaLimits = field(default_factory=MediaLimits)
 
 
 def list_videos(videos: Any, video_metadata: Any = None) -> list[VideoItem]:
@@ -1158,7 +1723,7 @@ def read_video(
     return _read_frames(item, options, consume)
 
 
-def probe_video(item: VideoItem, backend: str | None) -> Callable[[ReadingOptions], list[float]]:
+def probe_video(item: VideoItem, backend: str | None, limits: MediaLimits) -> Callable[[ReadingOptions], list[float]]:
     """The sampled times of a video for any options; of a file only the first frame is decoded, for its size.
 
     Returns:
@@ -1169,7 +1734,7 @@ def probe_video(item: VideoItem, backend: str | None) -> Callable[[ReadingOption
     """
     if not is_encoded(item.video):
         return lambda options: _read_frames(item, options, lambda frames, count: None)[1].timestamps
-    with open_video(_local(item), backend) as reader:
+    with open_video(_source(item, limits), backend) as reader:
         timeline = reader.timeline
     about = VideoMetadata(total_num_frames=timeline.num_frames, fps=timeline.fps, duration=timeline.duration_seconds)
     return lambda options: _file_times(item, timeline, about, options).tolist()
@@ -1202,7 +1767,7 @@ def _read_file(
         metadata.source_first_timestamp = timeline.first_timestamp_seconds
         return consume(reader.frames(indices), len(indices)), metadata
 
-    return decode_video(_local(item), read, options.backend)
+    return decode_video(_source(item, options.limits), read, options.backend)
 
 
 def _file_times(
@@ -1238,27 +1803,19 @@ def _clip_within(
     return start, duration_seconds if end is None else min(end, duration_seconds)
 
 
-def _local(item: VideoItem) -> Any:
-    """The video as decoders take it: a path, bytes or a file object; URLs are downloaded into memory."""
-    if not isinstance(item.video, str):
-        return Path(item.video) if isinstance(item.video, os.PathLike) else item.video
-    scheme = item.video[:8].lower().partition(":")[0]
-    if scheme == "file":
-        return Path(url2pathname(urlsplit(item.video).path))
-    if scheme in ("http", "https", "data"):
-        return _download(item.video, item.where)
-    return item.video
-
-
-def _download(url: str, where: str) -> bytes:
-    try:
-        with urlopen(Request(url, headers={"User-Agent": USER_AGENT}), timeout=DOWNLOAD_TIMEOUT_SECONDS) as response:
-            return response.read()
-    except (OSError, ValueError) as error:  # URLError and timeouts are OSErrors; ValueError: malformed URL
-        raise ValueError(
-            f"{where}: {url[:200]} could not be downloaded ({type(error).__name__}: {error}). Check the address, or "
-            "download the video and pass its path."
-        ) from error
+def _source(item: VideoItem, limits: MediaLimits) -> Source:
+    """The video as decoders take it; URLs are downloaded."""
+    if not isinstance(item.video, (str, os.PathLike)):
+        return Source.from_input(item.video, limits)
+    text = os.fsdecode(item.video)
+    scheme = scheme_of(text)
+    if scheme in ("http", "https"):
+        with fetch(text, item.where, limits) as file:
+            return Source.from_input(file, limits, name=f"the answer to {masked(text)}")
+    if scheme == "data":
+        return Source.from_input(data_url_bytes(text, item.where, limits), limits)
+    limits.check_source(scheme or "path", item.where)
+    return Source.from_input(Path(url2pathname(urlsplit(text).path) if scheme == "file" else text), limits)
 
 
 # --- frames ----------------------------------------------------------------------------------------------------------
@@ -1375,7 +1932,7 @@ def _chosen_frames(item: VideoItem, times: _FrameTimes, options: ReadingOptions)
 def _rgb_frame(item: VideoItem, frame: Any, index: int, options: ReadingOptions) -> np.ndarray:
     """(H, W, 3); errors name the frame."""
     try:
-        (image,) = load_images(frame, input_data_format=options.input_data_format)
+        (image,) = load_images(frame, input_data_format=options.input_data_format, limits=options.limits)
     except (OSError, TypeError, ValueError) as error:
         raise type(error)(f"Frame {index} of {item.where}: {error}") from error
     return image
@@ -1557,6 +2114,7 @@ class Molmo2VideosKwargs(VideosKwargs, total=False):
         frame_encoder: `model.encode_frames`, to encode frames while the next are decoded. The output has
             `video_features` (T, text width) instead of pixel values and pooling indices, and the pixel values of a
             whole video are never in memory.
+        limits: a `MediaLimits`, what is refused of videos.
         return_metadata: also return a list `video_metadata`.
         return_tensors: "pt" for torch tensors, "np" or None for numpy arrays.
     """
@@ -1572,6 +2130,7 @@ class Molmo2VideosKwargs(VideosKwargs, total=False):
     between_pooling_size: list[int] | tuple[int, ...] | int | None
     pixel_dtype: str | None
     frame_encoder: Any
+    limits: Any
     return_tensors: str | None
 
 
@@ -1643,6 +2202,7 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
         "image_patch_size",
         "image_processor_type",
         "interpolation",
+        "limits",
         "min_frames",
         "pixel_dtype",
         "processor_class",
@@ -1750,7 +2310,7 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
         """
 
         def probe_one(item: VideoItem) -> Callable[..., tuple[VideoPlan, list[float]]]:
-            sampled_times = probe_video(item, self.video_backend)
+            sampled_times = probe_video(item, self.video_backend, self.limits)
 
             def plan(clip: Any = None, **overrides: Any) -> tuple[VideoPlan, list[float]]:
                 options = self._options(overrides)
@@ -1810,8 +2370,10 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
     ) -> VideoOptions:
         self._warn_about(overrides)
         values, given = self._values(), self._given(overrides)
-        fps = given.get("fps", values["fps"])
-        if isinstance(fps, (int, float)):  # lists come from snippets for other models and add nothing
+        fps = plain(given.get("fps", values["fps"]))
+        if fps is not None:
+            if not is_number(fps) or fps <= 0:
+                raise ValueError(f"fps is {fps!r:.80}. Pass one positive number, frames per second, for all videos.")
             given = {"max_fps": fps, "sampling_fps": fps} | given
         values = self._canonical(values | given)
         interpolation_mode(values["resample"])
@@ -1827,6 +2389,7 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
             input_data_format=overrides.get("input_data_format"),
             sample_timestamps_fn=sample_timestamps_fn,
             sample_indices_fn=sample_indices_fn,
+            limits=self._limits(overrides),
         )
         size, pooling_size = values["size"], values["pooling_size"]
         return VideoOptions(
@@ -1850,7 +2413,7 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
     @classmethod
     def _canonical_own(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         between = pair("between_pooling_size", values["between_pooling_size"], PATCH_ROWS_AND_COLS)
-        flags = {name: bool(values[name]) for name in ("do_sample_frames", "return_metadata")}
+        flags = {name: flag(name, values[name]) for name in ("do_sample_frames", "return_metadata")}
         return {"between_pooling_size": between, **flags}
 
 
@@ -1907,6 +2470,9 @@ def _cut(
         )
 
     def consume(frames: Iterator[np.ndarray], num_frames: int) -> torch.Tensor:
+        num_tokens = options.plan(num_frames).num_pooled_tokens
+        found = f"{item.where} would take {num_tokens:,} visual tokens in {num_frames:,} frames"
+        options.reading.limits.check("visual_tokens", num_tokens, found)
         if encoder is not None:
             return encode_frames(frames, options.plan(num_frames), to_pixel_values, encoder)
         with closing(read_ahead(frames, FRAMES_AHEAD)) as ahead:

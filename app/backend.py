@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from molmo2 import Answer, Grounding, MediaSession, annotate_video, contact_sheet, draw
+from molmo2 import Answer, Grounding, MediaLimitError, MediaLimits, MediaSession, annotate_video, contact_sheet, draw
 from molmo2.grounding import Point, export_grounding
+from molmo2.image.loading import fetch_images
 
 FILES = {"json": "points.json", "csv": "points.csv", "coco": "points_coco.json", "mot": "tracks_mot.txt"}
 # A table of our own, as those of `mimetypes` differ between systems; GIFs count as images.
@@ -28,6 +29,15 @@ VIDEO_SUFFIXES = frozenset(
         *(".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm", ".wmv"),
     }
 )
+# Uploads of strangers: narrower than what a program accepts of its own files. Nothing is fetched.
+LIMITS = MediaLimits(
+    image_pixels=50_000_000,
+    video_frames=200_000,
+    video_frame_pixels=9_000_000,
+    visual_tokens=32_768,
+    sources=("path",),
+)
+MAX_QUESTION_CHARACTERS = 4000
 SHEET_COLUMNS = 3
 SHEET_CELL_WIDTH = 180  # pixels; frames are stored no wider than this
 
@@ -66,6 +76,7 @@ class Backend:
         num_frames: Maximum number of frames of a video.
         max_new_tokens: Maximum number of tokens of an answer.
         notice: A text about the model, shown to all users.
+        limits: What is refused of uploads.
     """
 
     model: Any
@@ -73,6 +84,7 @@ class Backend:
     num_frames: int = 32
     max_new_tokens: int = 512
     notice: str = ""
+    limits: MediaLimits = LIMITS
 
     def open(self, paths: Sequence[str | Path] | None) -> "Conversation":
         """A conversation about images, or about one video.
@@ -92,14 +104,20 @@ class Backend:
 
     def _image(self, path: Path) -> Image.Image:
         try:
-            return self.processor.image_processor.fetch_images(str(path))
-        except ValueError as error:
+            return fetch_images(path, limits=self.limits)
+        except MediaLimitError as error:
+            raise UserError(f"“{path.name}” is too large for this app.") from error
+        except (OSError, ValueError) as error:
             raise UserError(f"“{path.name}” cannot be read as an image. Is the file complete?") from error
 
     def _frames(self, path: Path) -> tuple[Image.Image, ...]:
         """The sampled frames, scaled down for the sheet."""
         try:
-            frames, _ = self.processor.video_processor.fetch_videos(str(path), num_frames=self.num_frames)
+            frames, _ = self.processor.video_processor.fetch_videos(
+                str(path), num_frames=self.num_frames, limits=self.limits
+            )
+        except MediaLimitError as error:
+            raise UserError(f"“{path.name}” is too large for this app.") from error
         except Exception as error:  # decoders raise exceptions of many types
             raise UserError(f"“{path.name}” cannot be read as a video. Is the file complete?") from error
         images = [Image.fromarray(frame) for frame in frames]
@@ -135,8 +153,10 @@ class Conversation:
         """The answer to the next question, piece by piece. Closing the generator stops the model.
 
         Raises:
-            UserError: There is no question, or the prompt is too long for the model.
+            UserError: There is no question, or it or the prompt is too long.
         """
+        if len(question) > MAX_QUESTION_CHARACTERS:
+            raise UserError(f"The question has {len(question):,} characters. Use at most {MAX_QUESTION_CHARACTERS:,}.")
         if not question.strip():
             raise UserError("Write a question first, for example “Point to the red circles.”")
         self._stopped = Event()
@@ -180,7 +200,9 @@ class Conversation:
         if self._session is None:
             backend = self._backend
             images, video = (list(self.images), None) if self.video is None else (None, str(self.video))
-            options = {} if self.video is None else {"num_frames": backend.num_frames}
+            options: dict[str, Any] = {"limits": backend.limits}
+            if self.video is not None:
+                options["num_frames"] = backend.num_frames
             self._session = MediaSession(backend.model, backend.processor, images, video, processor_kwargs=options)
         return self._session
 

@@ -16,6 +16,7 @@ from molmo2.version import __version__
 if TYPE_CHECKING:
     from molmo2.grounding import prompts
     from molmo2.grounding.parse import Grounding, parse_grounding
+    from molmo2.image.limits import MediaLimitError, MediaLimits
     from molmo2.registration import load, register
     from molmo2.tools.ask import Answer, AnswerPiece, MediaSession, Timings, ask, ask_stream
     from molmo2.tools.draw import DrawingStyle, contact_sheet, draw
@@ -28,6 +29,8 @@ _HOMES = {
     "AnswerPiece": "molmo2.tools.ask",
     "DrawingStyle": "molmo2.tools.draw",
     "Grounding": "molmo2.grounding.parse",
+    "MediaLimitError": "molmo2.image.limits",
+    "MediaLimits": "molmo2.image.limits",
     "MediaSession": "molmo2.tools.ask",
     "RequestPlan": "molmo2.tools.plan",
     "Timings": "molmo2.tools.ask",
@@ -48,6 +51,8 @@ __all__ = [
     "AnswerPiece",
     "DrawingStyle",
     "Grounding",
+    "MediaLimitError",
+    "MediaLimits",
     "MediaSession",
     "RequestPlan",
     "Timings",

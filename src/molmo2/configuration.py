@@ -8,6 +8,7 @@ transformers; what is written is the published spelling in full, because all rea
 
 import copy
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from transformers.activations import ACT2FN
@@ -26,7 +27,13 @@ ROPE_TYPES = {
     "yarn": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
+# Those of their parameters that are numbers above 0.
+ROPE_NUMBERS = {
+    *("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "beta_fast", "beta_slow"),
+    *("attention_factor", "mscale", "mscale_all_dim"),
+}
 QK_NORM_TYPES = ("qwen3", "olmo")
+MAX_SIZE = 2**31 - 1  # of any size: more is damage, and would be allocated
 
 # The visual tokens follow the base vocabulary in one fixed order; a file that omits an id means this offset.
 TOKEN_ID_OFFSETS = {
@@ -39,6 +46,16 @@ TOKEN_ID_OFFSETS = {
     "frame_start_token_id": 7,
     "frame_end_token_id": 8,
 }
+
+
+def is_whole(value: Any) -> bool:
+    """Whether this is an integer; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Whether this is a finite number."""
+    return is_whole(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _settings(config: PretrainedConfig) -> dict[str, Any]:
@@ -82,11 +99,31 @@ class Molmo2BaseConfig(PretrainedConfig):
     def _refuse(self, found: str, expected: str) -> None:
         raise ValueError(f"{type(self).__name__}: {found}; {expected}.")
 
-    def _require_positive(self, *names: str) -> None:
+    def _require(self, names: Sequence[str], is_valid: Callable[[Any], bool], expected: str) -> None:
         for name in names:
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                self._refuse(f"`{name}` is {value!r}", "expected a positive integer")
+            if not is_valid(value):
+                other = "".join(f". Also called `{alias}`" for alias, own in self.attribute_map.items() if own == name)
+                self._refuse(f"`{name}` is {value!r:.80}", f"expected {expected}{other}")
+
+    def _require_positive(self, *names: str) -> None:
+        self._require(names, lambda value: is_whole(value) and value >= 1, "a positive integer")
+        self._require(names, lambda value: value <= MAX_SIZE, f"at most {MAX_SIZE}")
+
+    def _require_flags(self, *names: str) -> None:
+        self._require(names, lambda value: isinstance(value, bool), "true or false")
+
+    def _require_numbers(self, *names: str, most: float = math.inf, above: float = -math.inf) -> None:
+        """Numbers from 0 to `most`, and greater than `above`."""
+        expected = f"a number {'from' if above < 0 else 'above'} 0" + (f" to {most:g}" if most < math.inf else "")
+        self._require(
+            names, lambda value: is_number(value) and max(0, above) <= value <= most and value > above, expected
+        )
+
+    def _require_integers(self, *names: str) -> None:
+        self._require(
+            names, lambda value: isinstance(value, (list, tuple)) and all(map(is_whole, value)), "a list of integers"
+        )
 
     def _require_heads(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
@@ -96,7 +133,7 @@ class Molmo2BaseConfig(PretrainedConfig):
             )
 
     def _require_activation(self) -> None:
-        if self.hidden_act not in ACT2FN:
+        if not isinstance(self.hidden_act, str) or self.hidden_act not in ACT2FN:
             self._refuse(f"`hidden_act` is {self.hidden_act!r}", "expected an activation known to transformers")
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -177,11 +214,16 @@ class Molmo2VitConfig(Molmo2BaseConfig):
         self.initializer_range = initializer_range
         self.float32_attention = float32_attention
         self._take_aliases(kwargs)
+        self._require_integers("image_default_input_size")
         self.image_default_input_size = list(self.image_default_input_size)
         self._require_positive(
             "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"
         )
         self._require_positive("head_dim", "image_patch_size")
+        self._require_numbers("attention_dropout", "residual_dropout", most=1.0)
+        self._require_numbers("layer_norm_eps", above=0.0)
+        self._require_numbers("initializer_range")
+        self._require_flags("float32_attention")
         self._require_heads()
         self._require_activation()
         self._require_patch_grid()
@@ -195,6 +237,7 @@ class Molmo2VitConfig(Molmo2BaseConfig):
             )
         if self.image_num_pos is None:
             self.image_num_pos = math.prod(self.image_num_patch)
+        self._require_positive("image_num_pos")
         side = math.isqrt(self.image_num_pos)
         if side < 1 or (side * side != self.image_num_pos and self.image_num_pos != math.prod(self.image_num_patch)):
             self._refuse(
@@ -261,11 +304,15 @@ class Molmo2AdapterConfig(Molmo2BaseConfig):
         self.image_feature_dropout = image_feature_dropout
         self.initializer_range = initializer_range
         self._take_aliases(kwargs)
+        self._require_integers("vit_layers")
         self.vit_layers = list(self.vit_layers)
         if not self.vit_layers:
             self._refuse("`vit_layers` is empty", "expected at least one layer of the vision transformer")
         self._require_positive("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
         self._require_positive("intermediate_size", "text_hidden_size")
+        self._require_numbers("attention_dropout", "residual_dropout", "image_feature_dropout", most=1.0)
+        self._require_numbers("initializer_range")
+        self._require_flags("pooling_attention_mask", "float32_attention")
         self._require_heads()
         self._require_activation()
         super().__init__(**self._settable(kwargs))
@@ -355,27 +402,36 @@ class Molmo2TextConfig(Molmo2BaseConfig):
     def _merge_rope(
         rope_theta: float | None, rope_scaling: dict[str, Any] | None, rope_parameters: dict[str, Any] | None
     ) -> dict[str, Any]:
+        for name, given in (("rope_scaling", rope_scaling), ("rope_parameters", rope_parameters)):
+            if given is not None and not isinstance(given, dict):
+                raise ValueError(f"Molmo2TextConfig: `{name}` is {given!r:.80}; expected a dictionary of settings.")
         scaling = rope_parameters if rope_scaling is None else rope_scaling
         merged = {} if scaling is None else dict(scaling)
         unscaled = merged.keys() <= {"rope_theta"}
         merged["rope_type"] = merged.pop("type", merged.get("rope_type", "default" if unscaled else None))
         if rope_theta is None:
             rope_theta = merged.get("rope_theta", (rope_parameters or {}).get("rope_theta", 5_000_000.0))
-        merged["rope_theta"] = float(rope_theta)
+        merged["rope_theta"] = float(rope_theta) if is_whole(rope_theta) else rope_theta
         return merged
 
     def _require_valid(self) -> None:
         self._require_positive("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
         self._require_positive("num_hidden_layers", "intermediate_size", "max_position_embeddings")
+        self._require_numbers("embedding_dropout", "attention_dropout", "residual_dropout", most=1.0)
+        self._require_numbers("layer_norm_eps", "rope_theta", above=0.0)
+        self._require_numbers("initializer_range")
+        self._require_flags("qkv_bias", "use_qk_norm", "norm_after", "use_cache")
         self._require_heads()
         self._require_activation()
         if self.head_dim % 2:
             self._refuse(f"`head_dim` is {self.head_dim}", "rotary embeddings rotate pairs, so it must be even")
-        if self.additional_vocab_size < 0:
-            self._refuse(f"`additional_vocab_size` is {self.additional_vocab_size}", "expected zero or more")
+        extra = ["additional_vocab_size"]
+        self._require(extra, lambda value: is_whole(value) and 0 <= value <= MAX_SIZE, "zero or more")
         if self.use_qk_norm and self.qk_norm_type not in QK_NORM_TYPES:
             self._refuse(f"`qk_norm_type` is {self.qk_norm_type!r}", f"expected one of {QK_NORM_TYPES}")
         self._require_rope()
+        if self.rope_scaling_layers is not None:
+            self._require_integers("rope_scaling_layers")
         layers = [] if self.rope_scaling_layers is None else self.rope_scaling_layers
         outside = [layer for layer in layers if not 0 <= layer < self.num_hidden_layers]
         if outside:
@@ -387,11 +443,21 @@ class Molmo2TextConfig(Molmo2BaseConfig):
     def _require_rope(self) -> None:
         given = self.rope_parameters
         rope_type = given.get("rope_type")
-        if rope_type not in ROPE_TYPES:
-            self._refuse(f"the rotary scaling is of type {rope_type!r}", f"supported are {tuple(ROPE_TYPES)}")
+        if not isinstance(rope_type, str) or rope_type not in ROPE_TYPES:
+            self._refuse(
+                f"the rotary scaling is of type {rope_type!r:.80}",
+                f"supported are {tuple(ROPE_TYPES)}. It stands in `rope_scaling` as `rope_type`",
+            )
         missing = [name for name in ROPE_TYPES[rope_type] if given.get(name) is None]
         if missing:
-            self._refuse(f"the rotary scaling of type {rope_type!r} lacks {missing}", f"found {self.rope_scaling}")
+            self._refuse(
+                f"the rotary scaling of type {rope_type!r} lacks {missing}",
+                f"found {self.rope_scaling}. Add them to `rope_scaling`",
+            )
+        for name in ROPE_NUMBERS & given.keys():
+            value = given[name]
+            if value is not None and not (is_number(value) and value > 0):
+                self._refuse(f"`rope_scaling` has {name!r} = {value!r:.80}", "expected a number above 0")
 
     @property
     def rope_theta(self) -> float:
@@ -503,6 +569,13 @@ class Molmo2Config(Molmo2BaseConfig):
         self.image_patch_id = next((spelling for spelling in spellings if spelling is not None), None)
         for alias in self.attribute_map:
             kwargs.pop(alias, None)
+        different = [other for other in spellings if other is not None and other != self.image_patch_id]
+        if different:
+            self._refuse(
+                f"`image_patch_id` is {self.image_patch_id!r:.80}, but `image_token_id` or `image_high_res_id` is "
+                f"{different[0]!r:.80}",
+                "expected one id for all three",
+            )
         self._complete_token_ids()
         self.use_frame_special_tokens = use_frame_special_tokens
         self.initializer_range = initializer_range
@@ -523,6 +596,8 @@ class Molmo2Config(Molmo2BaseConfig):
         return chosen if chosen else None
 
     def _complete_token_ids(self) -> None:
+        given = [name for name in TOKEN_ID_OFFSETS if getattr(self, name) is not None]
+        self._require(given, is_whole, "the id of a token, an integer")
         first = self.image_start_token_id
         if first is None:
             first = self.text_config.vocab_size
@@ -531,9 +606,11 @@ class Molmo2Config(Molmo2BaseConfig):
                 setattr(self, name, first + offset)
 
     def _require_consistent(self, tie_word_embeddings: bool) -> None:
-        if tie_word_embeddings:
+        self._require_flags("use_frame_special_tokens", "use_cache")
+        self._require_numbers("initializer_range")
+        if tie_word_embeddings not in (False, None):
             self._refuse(
-                "`tie_word_embeddings` is True",
+                f"`tie_word_embeddings` is {tie_word_embeddings!r:.80}",
                 "Molmo2 never ties its output matrix, which covers fewer ids than the embedding; set it to False",
             )
         depth = self.vit_config.num_hidden_layers
@@ -557,7 +634,10 @@ class Molmo2Config(Molmo2BaseConfig):
         rows = self.text_config.vocab_size + self.text_config.additional_vocab_size
         outside = {name: getattr(self, name) for name in TOKEN_ID_OFFSETS if not 0 <= getattr(self, name) < rows}
         if outside:
-            self._refuse(f"token ids {outside} have no embedding", f"the two embedding tables hold ids 0..{rows - 1}")
+            self._refuse(
+                f"token ids {outside} have no embedding",
+                f"the two embedding tables hold ids 0..{rows - 1}. Their sizes: `vocab_size`, `additional_vocab_size`",
+            )
 
     def to_dict(self) -> dict[str, Any]:
         settings = super().to_dict()

@@ -10,6 +10,7 @@ from app.__main__ import arguments
 from app.backend import Backend, UserError, is_video, readable
 from app.models import MINIATURE, load_backend
 from app.samples import SAMPLES
+from molmo2 import MediaLimits
 from molmo2.grounding.files import from_coco, from_csv, from_json
 from molmo2.grounding.parse import parse_grounding
 from molmo2.tools.draw import DrawingStyle
@@ -234,3 +235,14 @@ def test_clips_are_told_from_images():
     assert is_video(REPOSITORY / "phone.M4V")
     assert not is_video(REPOSITORY / "animation.gif")
     assert not is_video(REPOSITORY / "no_suffix")
+
+
+def test_uploads_and_questions_have_limits(model, paths):
+    narrow = Backend(model, processor(), num_frames=6, limits=MediaLimits(image_pixels=100, video_frames=3))
+    with pytest.raises(UserError, match=r"“left.png” is too large for this app"):
+        narrow.open(paths)
+    with pytest.raises(UserError, match=r"“world_clip.mp4” is too large for this app"):
+        narrow.open([CLIP])
+    with pytest.raises(UserError, match=r"The question has 4,001 characters\. Use at most 4,000"):
+        next(Backend(model, processor()).open(paths).answer("a" * 4001))
+    assert processor().image_processor.limits == MediaLimits()

@@ -282,3 +282,16 @@ def test_a_session_needs_its_cache(model):
     session = MediaSession(model, processor(), images=[picture()])
     with pytest.raises(ValueError, match="needs its cache, but `use_cache` is False"):
         session.ask("What is it?", use_cache=False)
+
+
+@torch.no_grad()
+def test_a_session_counts_the_tokens_that_it_keeps(model, monkeypatch):
+    session = MediaSession(model, processor(), images=[picture()])
+    first = session.chat("What is it?", max_new_tokens=6, do_sample=False)
+    kept = first.timings.num_prompt_tokens + first.timings.num_new_tokens
+    monkeypatch.setattr(model.config.text_config, "max_position_embeddings", kept + 4)
+    with pytest.raises(ValueError, match=rf"more than the model's `max_position_embeddings` = {kept + 4}\."):
+        session.chat("Are you sure?", max_new_tokens=1)
+    with pytest.raises(ValueError, match=r"^The session would have \d+ tokens, those in its cache included, "):
+        session.ask("a " * kept, max_new_tokens=1)
+    assert session.ask("Why?", max_new_tokens=1).text is not None

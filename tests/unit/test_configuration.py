@@ -5,6 +5,7 @@ import importlib.util
 import inspect
 import json
 import logging
+import math
 import pickle
 import re
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from transformers.utils import logging as transformers_logging
 
 from molmo2.configuration import (
+    TOKEN_ID_OFFSETS,
     Molmo2AdapterConfig,
     Molmo2Config,
     Molmo2TextConfig,
@@ -664,3 +666,62 @@ def test_the_patch_token_under_every_spelling(spelling):
 def test_a_part_that_is_no_configuration():
     with pytest.raises(ValueError, match=r"`text_config` is 'x'; expected a dictionary of settings"):
         Molmo2Config(text_config="x")
+
+
+# --- wrong values ----------------------------------------------------------------------------------------------------
+
+WRONG = (None, "x", "1", -1, 0, 1.5, math.nan, 10**12, True, [], [1], {})
+# What may be in place of a value, for some fields: null for a default, 0 for an id or a probability, ...
+ALLOWED = {
+    "null": ({"rope_theta", "rope_scaling", "rope_scaling_layers", "num_key_value_heads", "image_num_pos"}, (None,)),
+    "ids": (set(TOKEN_ID_OFFSETS) - {"image_patch_id"}, (None, 0)),
+    "chances": ({"attention_dropout", "residual_dropout", "embedding_dropout", "image_feature_dropout"}, (0,)),
+    "scales": ({"initializer_range"}, (0, 1.5, 10**12)),
+    "positive": ({"layer_norm_eps", "rope_theta"}, (1.5, 10**12)),
+    "flags": ({"qkv_bias", "norm_after", "use_frame_special_tokens"}, (True,)),
+    "layers": ({"rope_scaling_layers"}, ([], [1])),
+    "places": ({"vit_layers"}, ([1],)),
+    "parts": ({"vit_config", "adapter_config", "text_config"}, (None, {})),
+    "spellings": ({"image_patch_id", "image_high_res_id"}, (None,)),
+    "untied": ({"tie_word_embeddings"}, (None, 0)),
+    "unscaled": ({"rope_scaling"}, ({},)),
+}
+LIBRARY = {*BOOKKEEPING, "model_type", "torch_dtype"}
+
+
+def wrong_settings():
+    settings = json.loads((PUBLISHED / "Molmo2-4B" / "config.json").read_text(encoding="utf-8"))
+    for part in (None, "vit_config", "adapter_config", "text_config"):
+        holder = settings if part is None else settings[part]
+        for name in sorted(holder.keys() - LIBRARY):
+            right = [holder[name], *(value for names, values in ALLOWED.values() if name in names for value in values)]
+            for value in WRONG:
+                if repr(value) not in map(repr, right):
+                    changed = {**holder, name: value}
+                    yield name, value, changed if part is None else {**settings, part: changed}
+
+
+def test_every_wrong_value_names_its_field():
+    cases, unnamed = list(wrong_settings()), []
+    for name, value, settings in cases:
+        try:
+            Molmo2Config(**settings)
+            unnamed.append((name, value, "accepted"))
+        except ValueError as error:
+            if name not in str(error):
+                unnamed.append((name, value, str(error)))
+    assert len(cases) > 500
+    assert unnamed == []
+
+
+def test_wrong_values_under_the_native_names():
+    with pytest.raises(
+        ValueError, match=re.escape("is 'x'; expected a list of integers. Also called `vision_feature_layer`.")
+    ):
+        Molmo2AdapterConfig(vision_feature_layer="x")
+    with pytest.raises(
+        ValueError, match=re.escape("`image_patch_id` is 3, but `image_token_id` or `image_high_res_id`")
+    ):
+        Molmo2Config(image_patch_id=3, image_token_id=4)
+    with pytest.raises(ValueError, match=re.escape("`rope_scaling` has 'factor' = 'x'; expected a number above 0.")):
+        Molmo2TextConfig(rope_scaling={"rope_type": "linear", "factor": "x"})

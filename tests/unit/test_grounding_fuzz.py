@@ -1,5 +1,6 @@
 """Answers made at random, damaged at random, and hostile: nothing raises, nothing is invented, time stays linear."""
 
+import itertools
 import re
 import sys
 import time
@@ -9,6 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from molmo2.grounding import format as grounding_format
+from molmo2.grounding import parse, structured
 from molmo2.grounding.parse import GroundingStream, parse_grounding
 from support.grounding_answers import answers, card_rows
 
@@ -218,3 +221,93 @@ def test_megabytes(repeated):
 def test_two_megabytes(start, repeated):
     found = parse_grounding(start + repeated * (2_000_000 // len(repeated)))
     assert found.truncated == ("points" in start + repeated or repeated == "<")
+
+
+# --- regular expressions ---------------------------------------------------------------------------------------------
+
+PATTERNS = {
+    f"{module.__name__.rpartition('.')[2]}.{name}": pattern
+    for module in (parse, grounding_format, structured)
+    for name, value in vars(module).items()
+    for pattern in (value.values() if isinstance(value, dict) else [value])
+    if isinstance(pattern, re.Pattern)
+}
+UNITS = [
+    " ",
+    "\n",
+    "\t",
+    "1",
+    "1 ",
+    "0.",
+    "a",
+    '"',
+    "'",
+    "\\",
+    "&",
+    "&quot;",
+    "<",
+    "</",
+    "<points ",
+    "=",
+    "/",
+    ",",
+    ":",
+    "[",
+]
+UNITS += [
+    "{",
+    "`",
+    "-",
+    "to",
+    "coords ",
+    "coords = ",
+    "there are ",
+    "1 \0",
+    "none ",
+    "shows a total of ",
+    "[' ",
+    ', "',
+    "1:",
+]
+UNIT_COUNT = 8_000
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_regular_expressions_are_linear(name):
+    """At this length anything quadratic takes 100 times the limit, and anything linear a 100th of it."""
+    started = time.process_time()
+    for unit in UNITS:
+        text = unit * UNIT_COUNT
+        for hostile in (text, text + "\0x", "there are" + text + "x", "[" + text + "x", 'coords="' + text):
+            PATTERNS[name].fullmatch(hostile)
+            for _ in PATTERNS[name].finditer(hostile):
+                pass
+    assert time.process_time() - started < 20
+
+
+@pytest.mark.parametrize("blanks", [" ", "\t", "\n"])
+def test_a_range_of_many_blanks(blanks):
+    answer = '{"events": [{"timestamp": "1:00' + blanks * 30_000 + '-  2:00", "description": "a"}]}'
+    started = time.process_time()
+    event = structured.parse_structured(answer).events[0]
+    assert (event.start, event.end) == (60.0, 120.0)
+    assert time.process_time() - started < 2
+
+
+@given(
+    st.sampled_from(["<points coords=", "<tracks coords= ", '<points coords="', "<points alt="]),
+    st.lists(st.tuples(PIECES | st.sampled_from("ax./&\\"), st.sampled_from([1, 2, 30, 64, 65, 90])), max_size=8),
+    st.lists(st.integers(1, 80), min_size=1, max_size=8),
+)
+@settings(max_examples=200)
+def test_long_words_in_tags_are_read_alike_however_they_come(start, runs, sizes):
+    text = start + "".join(piece * times for piece, times in runs)
+    whole = parse_grounding(text)
+    stream, points, place = GroundingStream(), [], 0
+    for size in itertools.cycle(sizes):
+        points += stream.feed(text[place : place + size])
+        place += size
+        if place >= len(text):
+            break
+    assert stream.close() == whole
+    assert bare(points) == bare(whole.points)[: len(points)]

@@ -467,20 +467,6 @@ def test_an_open_file_may_be_read_only_forwards(png, rgb):
     np.testing.assert_array_equal(load_images([Stream(png.read_bytes())])[0], rgb)
 
 
-def test_urls_are_downloaded(png, rgb, monkeypatch):
-    asked = []
-
-    def download(url, timeout):
-        assert timeout == 60
-        asked.append(url)
-        return Image.open(png)
-
-    monkeypatch.setattr(image_loading, "load_image", download)
-    for url in ("http://example.org/a.png", "HTTPS://example.org/a.png?size=2"):
-        np.testing.assert_array_equal(load_images(url)[0], rgb)
-    assert asked == ["http://example.org/a.png", "HTTPS://example.org/a.png?size=2"]
-
-
 def test_orientation_is_obeyed_in_files_only(rgb, tmp_path):
     stored = Image.fromarray(rgb)
     exif = stored.getexif()
@@ -593,16 +579,6 @@ def test_truncated_files_are_refused(png):
         load_images(content)
     with pytest.raises(ValueError, match=r"images\[0\] cannot be read as RGB \(.*truncated"):
         load_images([Image.open(io.BytesIO(content))])
-
-
-def test_downloads_that_fail_name_their_url(monkeypatch):
-    def fail(url, timeout):
-        raise ConnectionError("unreachable")
-
-    monkeypatch.setattr(image_loading, "load_image", fail)
-    message = r"images\[0\]: the answer to http://example.org/a.png cannot be decoded .*ConnectionError: unreachable"
-    with pytest.raises(ValueError, match=message):
-        load_images(["http://example.org/a.png"])
 
 
 def test_layout_errors():

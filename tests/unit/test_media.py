@@ -139,7 +139,7 @@ REFUSED = {
         "torchcodec": "no specified stream",
         "pyav": "it has no video track",
     },
-    "odd_aspect_16x200.mp4": {"decord": r"its frames have the shape \(200, 16, 12\), expected \(height, width, 3\)"},
+    "odd_aspect_16x200.mp4": {"decord": r"its frames have the shape \(200, 16, \d+\), expected \(height, width, 3\)"},
     "truncated_nasa.mp4": {
         "decord": "Error reading",
         "torchcodec": "Could not open input file",

@@ -468,3 +468,53 @@ def test_padding_takes_no_room():
     padded = batch("image", padding="max_length", max_length=length + 20)
     found = model(**padded).logits[padded["attention_mask"].bool()]
     torch.testing.assert_close(found, expected[0], atol=1e-5, rtol=0)
+
+
+# --- what would be silently wrong ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_visual_tokens_need_their_media(qwen3):
+    inputs = batch("image")
+    tokens = {name: inputs[name] for name in ("input_ids", "attention_mask", "token_type_ids")}
+    message = (
+        r"^The prompt has \d+ patch token\(s\), but no image or video was passed for them: expected `pixel_values`"
+    )
+    for call in (qwen3, qwen3.model):
+        with pytest.raises(ValueError, match=message):
+            call(**tokens)
+    with pytest.raises(ValueError, match=message):
+        qwen3.generate(**tokens, max_new_tokens=1)
+    cache = qwen3(**batch("text"), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match=message):
+        qwen3(input_ids=tokens["input_ids"], past_key_values=cache)
+    embeds = qwen3.get_input_embeddings()(tokens["input_ids"])
+    with pytest.raises(ValueError, match=message):
+        qwen3(inputs_embeds=embeds)
+
+
+@torch.no_grad()
+def test_media_enter_with_the_prefill_alone(qwen3):
+    inputs = batch("image")
+    cache = qwen3(**batch("text"), use_cache=True).past_key_values
+    held = cache.get_seq_length()
+    with pytest.raises(
+        ValueError, match=rf"^Images and videos belong to whole rows, but the cache holds {held} tokens"
+    ):
+        qwen3(**inputs, past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("pixel_value", "pixel_values"),
+        ("token_type_id", "token_type_ids"),
+        ("attention_masks", "attention_mask"),
+        ("image_sizes", "pixel_values, image_token_pooling, "),
+    ],
+)
+def test_misspelt_arguments(qwen3, name, meant):
+    for call in (qwen3, qwen3.model):
+        with pytest.raises(ValueError, match=rf"^`forward` has no argument '{name}'; did you mean {meant}"):
+            call(**batch("text"), **{name: torch.zeros(1)})
+    qwen3(**batch("text"), num_items_in_batch=None, output_router_logits=False)  # what trainers and the library pass

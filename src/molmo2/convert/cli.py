@@ -3,17 +3,18 @@
 import argparse
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from molmo2.convert.config_files import ATTENTION_CHOICES
 from molmo2.convert.conversion import ConversionOptions, plan_conversion, write_plan
-from molmo2.convert.errors import ConversionError, OutputError
+from molmo2.convert.errors import ConversionError, OutputError, printable
 from molmo2.convert.folder import read_folder
 from molmo2.convert.shards import GIGABYTE, INDEX_FILE, SAFETENSORS_DTYPES, SINGLE_FILE
 from molmo2.convert.source import NativeSource
-from molmo2.convert.staging import ensure_disjoint, ensure_replaceable
+from molmo2.convert.staging import ensure_disjoint, ensure_posix, ensure_replaceable
 
 DESCRIPTION = """\
 Convert a native training checkpoint of Molmo2 into a folder that transformers, vLLM and the Hub can load.
@@ -45,7 +46,7 @@ INSTALLED_NAME = "molmo2-convert"
 def parse_size(text: str) -> int:
     """Bytes of "5GB" (decimal), "500MB", "2GiB" or "1000"."""
     match = SIZE.fullmatch(text.strip())
-    if match is None or float(match.group(1)) <= 0:
+    if match is None or len(text) > 30 or float(match.group(1)) <= 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; write 5GB, 500MB or a number of bytes")
     base = 1024 if match.group(3) else 1000
     return int(float(match.group(1)) * base ** POWERS[match.group(2).upper()])
@@ -176,14 +177,14 @@ class _Command:
 
     def log(self, text: str) -> None:
         if not self.arguments.quiet:
-            print(text, flush=True)
+            print(printable(text), flush=True)
 
-    def warn(self, source: NativeSource) -> None:
-        for warning in source.config.warnings:
-            print(f"warning: {warning}", file=sys.stderr)
+    def warn(self, text: str) -> None:
+        print(f"warning: {printable(text)}", file=sys.stderr)
 
     def run(self) -> None:
         arguments = self.arguments
+        ensure_posix()
         if arguments.to_native:
             self.to_native()
             return
@@ -204,7 +205,8 @@ class _Command:
         plan = plan_conversion(arguments.checkpoint, self.options)
         ensure_disjoint([arguments.output], plan.inputs)
         self.log(plan.describe())
-        self.warn(plan.source)
+        for warning in plan.source.config.warnings:
+            self.warn(warning)
         if not arguments.dry_run:
             with _progress("converting", plan.output_bytes, arguments.quiet) as on_progress:
                 write_plan(
@@ -213,6 +215,7 @@ class _Command:
                     overwrite=arguments.overwrite,
                     resume=arguments.resume,
                     on_progress=on_progress,
+                    warn=self.warn,
                 )
             self.log(f"Wrote {arguments.output}.")
         return plan.source
@@ -247,7 +250,7 @@ class _Command:
                 private=arguments.private,
                 revision=arguments.revision,
                 log=self.log,
-                warn=lambda text: print(f"warning: {text}", file=sys.stderr),
+                warn=self.warn,
             )
             self.log(f"Uploaded: {address}")
 
@@ -256,7 +259,11 @@ class _Command:
 
         arguments = self.arguments
         total = sum(tensor.num_bytes for tensor in read_folder(arguments.checkpoint).values())
-        with _progress("converting", total, arguments.quiet) as on_progress:
+        with (
+            _progress("converting", total, arguments.quiet) as on_progress,
+            warnings.catch_warnings(record=True) as said,
+        ):
+            warnings.simplefilter("always")
             write_native(
                 arguments.checkpoint,
                 arguments.output,
@@ -267,6 +274,8 @@ class _Command:
                 overwrite=arguments.overwrite,
                 on_progress=on_progress,
             )
+        for warning in said:
+            self.warn(str(warning.message))
         self.log(f"Wrote the native checkpoint {arguments.output}.")
 
 
@@ -283,7 +292,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return OutputError.exit_code
     except KeyboardInterrupt:
         advice = "start again" if parsed.to_native else "continue with --resume"

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,10 @@ from typing import Any
 import yaml
 
 from molmo2.convert import config_files
-from molmo2.convert.errors import OutputError, UnsupportedError
+from molmo2.convert.errors import OutputError, UnsupportedError, listing
 from molmo2.convert.model_card import model_card
 from molmo2.convert.shards import GIGABYTE, INDEX_FILE, SAFETENSORS_DTYPES, Shard, index_content, plan_shards
+from molmo2.convert.small_files import read_json
 from molmo2.convert.source import NativeSource, open_source
 from molmo2.convert.staging import Staging, ensure_disjoint, ensure_replaceable
 from molmo2.convert.tokenizer import TokenizerFiles, build_tokenizer
@@ -188,16 +190,17 @@ def add_remote_code(folder: str | Path) -> None:
         folder: With `config.json`, and the processor's files if they are there; other files are not touched.
     Raises:
         OutputError: There is no `config.json` of Molmo2, or the code is missing here.
+        CheckpointError: A JSON file is damaged.
     """
     folder, code = Path(folder), remote_code_files()
     config = folder / "config.json"
-    if not config.is_file() or json.loads(config.read_text(encoding="utf-8")).get("model_type") != "molmo2":
+    if not config.is_file() or read_json(config).get("model_type") != "molmo2":
         raise OutputError(f"{folder} has no config.json of the model type 'molmo2'. Save the model there first.")
     for file in code:
         shutil.copyfile(file, folder / file.name)
     for name, auto_map in config_files.AUTO_MAPS.items():
         if (folder / name).is_file():
-            content = json.loads((folder / name).read_text(encoding="utf-8"))
+            content = read_json(folder / name)
             (folder / name).write_text(_json({**content, "auto_map": auto_map}), encoding="utf-8")
 
 
@@ -244,6 +247,7 @@ def convert_checkpoint(
     overwrite: bool = False,
     resume: bool = False,
     on_progress: Callable[[int], object] | None = None,
+    warn: Callable[[str], object] | None = None,
 ) -> ConversionPlan:
     """Convert a native checkpoint into a folder that transformers loads.
 
@@ -254,6 +258,7 @@ def convert_checkpoint(
         overwrite: Replace an output that has content, unless the conversion reads from it.
         resume: Continue an interrupted conversion with the same source and options.
         on_progress: Called with the number of bytes after each write.
+        warn: Called with each warning about the weights; None: `warnings.warn`.
     Returns:
         The plan that was carried out.
     Raises:
@@ -262,7 +267,7 @@ def convert_checkpoint(
     ensure_disjoint([Path(output)], [Path(checkpoint)])
     ensure_replaceable(Path(output), overwrite)
     plan = plan_conversion(checkpoint, options)
-    write_plan(plan, output, overwrite=overwrite, resume=resume, on_progress=on_progress)
+    write_plan(plan, output, overwrite=overwrite, resume=resume, on_progress=on_progress, warn=warn)
     return plan
 
 
@@ -273,18 +278,30 @@ def write_plan(
     overwrite: bool = False,
     resume: bool = False,
     on_progress: Callable[[int], object] | None = None,
+    warn: Callable[[str], object] | None = None,
 ) -> None:
     """Carry out a plan; see `convert_checkpoint`."""
     staging = Staging(Path(output), plan.fingerprint(), inputs=plan.inputs, overwrite=overwrite, resume=resume)
     contents, copies = text_files(plan), remote_code_files()
-    small_bytes = sum(len(text.encode()) for text in contents.values()) + sum(path.stat().st_size for path in copies)
-    staging.ensure_space(plan.output_bytes + small_bytes)
+    small_bytes = sum(len(text.encode("utf-8", "backslashreplace")) for text in contents.values()) + sum(
+        path.stat().st_size for path in copies
+    )
+    shards = {shard.file_name: shard.num_bytes for shard in plan.shards}
     with staging.cleanup_on_error():
-        staging.open()
+        staging.open(shards, small_bytes)
         for name, text in contents.items():
-            (staging.folder / name).write_text(text, encoding="utf-8", newline="\n")
+            staging.write_text(name, text)
         for path in copies:
-            shutil.copyfile(path, staging.folder / path.name)
+            staging.copy(path)
         on_progress = (lambda _: None) if on_progress is None else on_progress
         WeightWriter(staging, plan.source.tensors, plan.options.dtype, on_progress).write(plan.shards)
-        staging.commit()
+        notes = [note for shard in shards for note in staging.notes.get(shard, [])]
+        staging.commit({**dict.fromkeys((*contents, *(path.name for path in copies))), **shards})
+    report_weights(notes, warn)
+
+
+def report_weights(notes: list[str], warn: Callable[[str], object] | None = None) -> None:
+    """Warn of weights that are NaN or infinite: the model was written, but hardly works."""
+    if notes:
+        text = f"The weights were converted as they are, but some are no numbers:\n{listing(sorted(set(notes)))}"
+        warnings.warn(text, stacklevel=3) if warn is None else warn(text)

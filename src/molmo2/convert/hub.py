@@ -14,15 +14,19 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.utils import build_hf_headers, get_session, validate_repo_id
 
-from molmo2.convert.errors import CheckpointError, ConversionError, listing
-from molmo2.convert.folder import read_folder, read_json
+from molmo2.convert.deadlines import DeadlineExceeded, within_deadline
+from molmo2.convert.errors import CheckpointError, ConversionError, listing, printable
+from molmo2.convert.folder import read_folder
 from molmo2.convert.shards import INDEX_FILE, SINGLE_FILE
+from molmo2.convert.small_files import read_json
 from molmo2.convert.staging import STATE_FILE
 
 COMMIT_MESSAGE = "Upload the converted checkpoint"
@@ -40,7 +44,10 @@ REQUIRED_FILES = (
 # Names under which clients look for weights, and their indices.
 WEIGHT_FILE = re.compile(r"(model|pytorch_model)[^/]*\.(safetensors|bin)(\.index\.json)?")
 NO_SUCH_ROUTE = (404, 405, 501)  # answers of a server without Xet
+ANSWER_SECONDS = 120.0  # for a question without files, retries included
+SLOWEST_UPLOAD = 50_000.0  # bytes a second
 _XET_SWITCH = threading.Lock()
+Result = TypeVar("Result")
 
 
 class HubError(ConversionError):
@@ -76,7 +83,8 @@ def push_folder(
         Address of the commit that holds the folder.
     Raises:
         CheckpointError: If the folder is not a complete conversion.
-        HubError: If the Hub cannot be reached, refuses, or keeps an existing repository public in spite of `private`.
+        HubError: If the Hub cannot be reached, refuses, does not answer in time, or keeps an existing repository
+            public in spite of `private`.
     """
     folder = Path(folder)
     files = files_to_publish(folder)
@@ -85,12 +93,20 @@ def push_folder(
     with _explained(api, repo_id):
         if token is None and get_token() is None:
             raise HubError(f"There is no token for {api.endpoint}. {LOGIN_ADVICE}")
-        _prepare_repository(api, repo_id, private)
-        _prepare_branch(api, repo_id, revision)
+        _timely(lambda: _prepare_repository(api, repo_id, private))
+        _timely(lambda: _prepare_branch(api, repo_id, revision))
         with _without_unoffered_xet(api, repo_id, revision):
             address = _upload(api, repo_id, folder, files, revision, (lambda _: None) if log is None else log)
-        _review(api, repo_id, folder, files, revision, _warn if warn is None else warn)
+        warning = _timely(lambda: _review(api, repo_id, folder, files, revision))
+    if warning:
+        _warn(warning) if warn is None else warn(warning)
     return address
+
+
+def _timely(call: Callable[[], Result], num_bytes: int = 0) -> Result:
+    """The result of calls to the Hub that send so many bytes; the client library itself waits forever."""
+    seconds = ANSWER_SECONDS + num_bytes / SLOWEST_UPLOAD
+    return within_deadline(call, seconds, "The Hub did not answer")
 
 
 def files_to_publish(folder: Path) -> list[str]:
@@ -167,7 +183,7 @@ def _without_unoffered_xet(api: HfApi, repo_id: str, revision: str | None) -> It
     """
     branch = constants.DEFAULT_REVISION if revision is None else revision.replace("/", "%2F")
     address = f"{api.endpoint}/api/models/{repo_id}/xet-write-token/{branch}"
-    answer = get_session().get(address, headers=build_hf_headers(token=api.token))
+    answer = _timely(lambda: get_session().get(address, headers=build_hf_headers(token=api.token)))
     if answer.status_code not in NO_SUCH_ROUTE:
         yield
         return
@@ -187,19 +203,21 @@ def _upload(
     weights = [name for name in files if name.endswith(".safetensors")]
     operations = []
     for number, name in enumerate(weights, 1):
-        log(f"Uploading {name} ({(folder / name).stat().st_size:,} bytes), {number} of {len(weights)}.")
+        size = (folder / name).stat().st_size
+        log(f"Uploading {printable(name)} ({size:,} bytes), {number} of {len(weights)}.")
         operation = CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name)
-        api.preupload_lfs_files(repo_id, [operation], revision=revision, free_memory=False)
+        send = partial(api.preupload_lfs_files, repo_id, [operation], revision=revision, free_memory=False)
+        _timely(send, size)
         operations.append(operation)
     others = [name for name in files if name not in weights]
     operations += [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in others]
-    return api.create_commit(repo_id, operations, commit_message=COMMIT_MESSAGE, revision=revision).commit_url
+    size = sum((folder / name).stat().st_size for name in others)
+    commit = partial(api.create_commit, repo_id, operations, commit_message=COMMIT_MESSAGE, revision=revision)
+    return _timely(commit, size).commit_url
 
 
-def _review(
-    api: HfApi, repo_id: str, folder: Path, files: list[str], revision: str | None, warn: Callable[[str], object]
-) -> None:
-    """Compare what the repository holds now with the folder."""
+def _review(api: HfApi, repo_id: str, folder: Path, files: list[str], revision: str | None) -> str:
+    """Compare what the repository holds now with the folder; a warning, or ""."""
     entries = api.list_repo_tree(repo_id, recursive=True, revision=revision)
     sizes = {entry.path: entry.size for entry in entries if hasattr(entry, "size")}
     absent = [name for name in files if sizes.get(name) != (folder / name).stat().st_size]
@@ -209,16 +227,17 @@ def _review(
             f"{listing(absent)}"
         )
     stale = sorted(name for name in sizes if WEIGHT_FILE.fullmatch(name) and name not in files)
-    if stale:
-        where = repo_id if revision is None else f"{repo_id}, branch {revision},"
-        warn(
-            f"{where} also holds weight files of another model, which clients may mix with the new ones. If they are "
-            f"not needed, delete them on the website or with huggingface_hub.HfApi().delete_files:\n{listing(stale)}"
-        )
+    if not stale:
+        return ""
+    where = repo_id if revision is None else f"{repo_id}, branch {revision},"
+    return printable(
+        f"{where} also holds weight files of another model, which clients may mix with the new ones. If they are not "
+        f"needed, delete them on the website or with huggingface_hub.HfApi().delete_files:\n{listing(stale)}"
+    )
 
 
 def _warn(text: str) -> None:
-    warnings.warn(text, stacklevel=4)
+    warnings.warn(text, stacklevel=3)
 
 
 # Errors
@@ -236,7 +255,13 @@ def _explained(api: HfApi, repo_id: str) -> Iterator[None]:
     except ConversionError:
         raise
     except Exception as error:
-        raise HubError(_explanation(error, api.endpoint, repo_id)) from error
+        text = _explanation(error, api.endpoint, repo_id)
+        tokens = [token for token in (api.token, get_token()) if isinstance(token, str) and token]
+        for token in tokens:
+            text = text.replace(token, "...").replace(repr(token)[1:-1], "...")
+        # A traceback would show the message of its cause.
+        is_secret = any(token in str(cause) for token in tokens for cause in _causes(error))
+        raise HubError(text) from None if is_secret or printable(str(error)) != str(error) else error
 
 
 def _explanation(error: Exception, endpoint: str, repo_id: str) -> str:
@@ -246,6 +271,8 @@ def _explanation(error: Exception, endpoint: str, repo_id: str) -> str:
         return _explain_status(responses[0].status_code, _first_line(error), endpoint, repo_id)
     if any(isinstance(cause, OfflineModeIsEnabled) for cause in chain):
         return "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set, so nothing can be uploaded. Unset it."
+    if any(isinstance(cause, DeadlineExceeded) for cause in chain):
+        return f"{endpoint}: {chain[-1]}. Check the network, and HF_ENDPOINT if it is set. {CONTINUE_ADVICE}"
     reason = f"{type(chain[-1]).__name__}: {_first_line(chain[-1])}"
     is_transport = any(type(cause).__module__.partition(".")[0] in TRANSPORTS for cause in chain)
     if is_transport or any(isinstance(cause, ConnectionError | TimeoutError) for cause in chain):

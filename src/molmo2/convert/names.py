@@ -126,6 +126,22 @@ def switches(config: NativeConfig) -> set[str]:
     return found
 
 
+def ensure_layers(config: NativeConfig, num_tensors: int) -> None:
+    """Compare numbers of layers with the number of tensors there are, before anything is made for each layer.
+
+    Raises:
+        UnsupportedError: If there are more layers than tensors.
+    """
+    layers = {"llm.n_layers": config.llm["n_layers"], "vision_backbone.vit_layers": config.num_vit_layers}
+    problems = [
+        f"{name} asks for {number} layers, but there are {num_tensors} tensors in all"
+        for name, number in layers.items()
+        if number > num_tensors
+    ]
+    if problems:
+        raise UnsupportedError(f"The tensors do not fit `config.yaml`:\n{listing(problems)}")
+
+
 def expected_renames(config: NativeConfig) -> list[Rename]:
     """All tensors of the converted model, in module order."""
     sizes, on = dimensions(config), switches(config)
@@ -160,6 +176,7 @@ def match(found: Mapping[str, tuple[int, ...]], config: NativeConfig) -> list[Re
     Raises:
         UnsupportedError: If names or shapes differ from what the configuration says; all differences in one message.
     """
+    ensure_layers(config, len(found))
     renames = expected_renames(config)
     wanted = {rename.native: rename.shape for rename in renames}
     problems = [f"'{name}' is missing; expected shape {shape}" for name, shape in wanted.items() if name not in found]
@@ -177,6 +194,8 @@ def match(found: Mapping[str, tuple[int, ...]], config: NativeConfig) -> list[Re
 def _is_dropped(name: str, config: NativeConfig) -> bool:
     """Layers of the vision transformer past the deepest one that is used: stored by some runs, needed by none."""
     layer = LAYER_NUMBER.search(name)
+    if layer is not None and len(layer.group()) > 9:
+        return False
     known = {row.native for row in TABLE}
     if not name.startswith(VIT_LAYERS) or layer is None or LAYER_NUMBER.sub("{}", name) not in known:
         return False

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
-from molmo2.convert.errors import UnsupportedError, listing
+from molmo2.convert.errors import UnsupportedError, listing, shown
 
 REQUIRED = object()  # no default: sizes, and switches that decide which model this is
 
@@ -46,10 +46,26 @@ class Range:
     holds: Callable[[float], bool]
 
 
-ANY = Range("any number", lambda number: True)
-POSITIVE = Range("more than 0", lambda number: number > 0)
-NOT_NEGATIVE = Range("0 or more", lambda number: number >= 0)
+def _up_to(limit: float, *, above: float = -math.inf) -> Range:
+    """Numbers that a model can have, far beyond all that exist: more would be enumerated, or allocated."""
+    lowest = f"more than {above:g} and " if math.isfinite(above) else ""
+    return Range(f"{lowest}at most {limit:g}", lambda number: above < number <= limit)
+
+
+FACTOR = Range("between -1e9 and 1e9", lambda number: abs(number) <= 1e9)
+POSITIVE = _up_to(1e12, above=0)
 PROBABILITY = Range("0 to 1", lambda number: 0 <= number <= 1)
+EPSILON = Range("0 or more, at most 1", lambda number: 0 <= number <= 1)
+SIZE = _up_to(10_000_000)  # of a dimension; that it is positive is checked by group
+VOCABULARY = _up_to(1_000_000)
+DEPTH = _up_to(10_000)  # layers, heads
+TOKENS = _up_to(1_000_000_000)
+PIXELS = _up_to(16_384)  # of a side
+COUNT = _up_to(10_000)  # crops, patches of a window
+FRAMES = _up_to(1_000_000)
+RATE = _up_to(1_000, above=0)
+INITIAL = Range("0 or more, at most 1000", lambda number: 0 <= number <= 1_000)
+MARGIN = Range("0 or more, at most 10000", lambda number: 0 <= number <= 10_000)
 
 
 @dataclass(frozen=True)
@@ -69,7 +85,7 @@ class Field:
     default: Any = REQUIRED
     only: tuple = ()
     because: str = ""
-    within: Range = ANY
+    within: Range = FACTOR
 
     @property
     def nullable(self) -> bool:
@@ -95,15 +111,15 @@ MODEL_IGNORED = {"model_name", "data_formatter", "cp_enabled", "apply_cp_to_visi
 MODEL_IGNORED |= {"shared_low_high_embedding"}  # written by older trainers
 
 LLM = {
-    "d_model": Field(int),
-    "n_heads": Field(int),
-    "n_kv_heads": Field(int, None),
-    "head_dim": Field(int, None),
-    "n_layers": Field(int),
+    "d_model": Field(int, within=SIZE),
+    "n_heads": Field(int, within=DEPTH),
+    "n_kv_heads": Field(int, None, within=DEPTH),
+    "head_dim": Field(int, None, within=SIZE),
+    "n_layers": Field(int, within=DEPTH),
     "qkv_bias": Field(bool, False),
     "clip_qkv": _only(float, None, default=None, because="the target does not clip queries, keys and values"),
-    "mlp_ratio": Field(float, 4),
-    "mlp_hidden_size": Field(int, None),
+    "mlp_ratio": Field(float, 4, within=_up_to(1_000)),
+    "mlp_hidden_size": Field(int, None, within=SIZE),
     "activation_type": _only(str, "swiglu", default="swiglu", because="the target's feed-forward is gated with SiLU"),
     "block_type": _only(str, "sequential", default="sequential", because="the target has sequential blocks only"),
     "rope": _only(bool, True, because="the target has rotary position embeddings only"),
@@ -120,23 +136,23 @@ LLM = {
     "attention_layer_norm_with_affine": _only(bool, True, default=True, because="the target's norms have weights"),
     "layer_norm_type": _only(str, "rms", because="the target's text model has RMS norms"),
     "layer_norm_with_affine": _only(bool, True, default=True, because="the target's norms have weights"),
-    "layer_norm_eps": Field(float, None, within=NOT_NEGATIVE),
+    "layer_norm_eps": Field(float, None, within=EPSILON),
     "bias_for_layer_norm": _only(bool, None, False, default=None, because="the target's norms have no bias"),
     "include_bias": _only(bool, False, because="the target's text model has no biases but `qkv_bias`"),
     "norm_after": Field(bool, False),
-    "max_sequence_length": Field(int, None),
-    "max_position_embeddings": Field(int, None),
+    "max_sequence_length": Field(int, None, within=TOKENS),
+    "max_position_embeddings": Field(int, None, within=TOKENS),
     "scale_logits": _only(bool, False, default=False, because="the target does not scale its logits"),
     "normalize_input_embeds": _only(bool, False, default=False, because="the target does not norm its embeddings"),
     "can_predict_extra_tokens": _only(
         bool, False, default=False, because="the target's output covers the base vocabulary only"
     ),
-    "vocab_size": Field(int),
-    "embedding_size": Field(int, None),
-    "additional_vocab_size": Field(int),
+    "vocab_size": Field(int, within=VOCABULARY),
+    "embedding_size": Field(int, None, within=VOCABULARY),
+    "additional_vocab_size": Field(int, within=VOCABULARY),
     "weight_tying": Field(bool),
     "fix_pad_tokenizer": Field(bool, False),
-    "initializer_range": Field(float, 0.02, within=NOT_NEGATIVE),
+    "initializer_range": Field(float, 0.02, within=INITIAL),
 }
 LLM_IGNORED = {
     *("rope_full_precision", "attention_type", "float32_attention", "use_position_ids"),  # how it is computed
@@ -153,18 +169,18 @@ TOKENIZER_IGNORED = {"tokenizer_dir"}
 
 VIT = {
     "image_model_type": _only(str, "siglip", because="the target's vision transformer is of the SigLIP kind"),
-    "image_default_input_size": Field([int]),
-    "image_patch_size": Field(int),
-    "image_emb_dim": Field(int),
-    "image_num_heads": Field(int),
-    "image_num_key_value_heads": Field(int),
-    "image_num_layers": Field(int),
-    "image_head_dim": Field(int),
-    "image_mlp_dim": Field(int),
+    "image_default_input_size": Field([int], within=PIXELS),
+    "image_patch_size": Field(int, within=PIXELS),
+    "image_emb_dim": Field(int, within=SIZE),
+    "image_num_heads": Field(int, within=DEPTH),
+    "image_num_key_value_heads": Field(int, within=DEPTH),
+    "image_num_layers": Field(int, within=DEPTH),
+    "image_head_dim": Field(int, within=SIZE),
+    "image_mlp_dim": Field(int, within=SIZE),
     "image_mlp_activations": Field(str),
-    "image_num_pos": Field(int),
-    "image_norm_eps": Field(float, within=NOT_NEGATIVE),
-    "initializer_range": Field(float, 0.02, within=NOT_NEGATIVE),
+    "image_num_pos": Field(int, within=SIZE),
+    "image_norm_eps": Field(float, within=EPSILON),
+    "initializer_range": Field(float, 0.02, within=INITIAL),
     "float32_attention": Field(bool, True),
     "resize_mode": _only(str, "siglip", because="the target resizes images the SigLIP way"),
     "normalize": _only(str, "siglip", because="the target scales pixels to -1..1"),
@@ -196,13 +212,13 @@ BACKBONE_IGNORED = {
 
 IMAGE = {
     "crop_mode": _only(str, "overlap-and-resize-c2", because="the target cuts images this way only"),
-    "max_crops": Field(int),
-    "max_multi_image_crops": Field(int, None),
-    "overlap_margins": Field([int], (4, 4), within=NOT_NEGATIVE),
-    "pooling_h": Field(int, 2),
-    "pooling_w": Field(int, 2),
-    "multi_image_pooling_h": Field(int, None),
-    "multi_image_pooling_w": Field(int, None),
+    "max_crops": Field(int, within=COUNT),
+    "max_multi_image_crops": Field(int, None, within=COUNT),
+    "overlap_margins": Field([int], (4, 4), within=MARGIN),
+    "pooling_h": Field(int, 2, within=COUNT),
+    "pooling_w": Field(int, 2, within=COUNT),
+    "multi_image_pooling_h": Field(int, None, within=COUNT),
+    "multi_image_pooling_w": Field(int, None, within=COUNT),
     "use_col_tokens": Field(bool, True),
     "use_single_crop_col_tokens": Field(bool, None),
     "use_single_crop_start_token": Field(bool, True),
@@ -210,11 +226,11 @@ IMAGE = {
 IMAGE_IGNORED = {"high_res_max_crops", "p_high_res", "max_images"}
 
 VIDEO = {
-    "max_frames": Field(int),
+    "max_frames": Field(int, within=FRAMES),
     "frame_sample_mode": _only(str, "uniform_last_frame", "fps", because="the target knows these two ways"),
-    "max_fps": Field([float], within=POSITIVE),
-    "pooling_h": Field(int),
-    "pooling_w": Field(int),
+    "max_fps": Field([float], within=RATE),
+    "pooling_h": Field(int, within=COUNT),
+    "pooling_w": Field(int, within=COUNT),
     "time_mode": _only(str, "per-frame-compact", because="the target writes the time before each frame"),
     "use_frame_special_tokens": Field(bool),
     "per_frame_special_token": _only(bool, True, default=True, because="the target encloses every frame in tokens"),
@@ -357,10 +373,10 @@ def _first_not_none(*values: Any) -> Any:
 
 def _ensure_molmo2(model: dict[str, Any]) -> None:
     name = model.get("model_name")
-    if name in OTHER_MODELS:
+    if isinstance(name, str) and name in OTHER_MODELS:
         raise UnsupportedError(f"model_name is '{name}': {OTHER_MODELS[name]}.")
     if name != MODEL_NAME:
-        raise UnsupportedError(f"model_name is {name!r}; expected '{MODEL_NAME}', the trainer's name of Molmo2.")
+        raise UnsupportedError(f"model_name is {shown(name)}; expected '{MODEL_NAME}', the trainer's name of Molmo2.")
 
 
 def _warnings(model: dict[str, Any], top: dict[str, Any]) -> tuple[str, ...]:
@@ -376,7 +392,7 @@ def _warnings(model: dict[str, Any], top: dict[str, Any]) -> tuple[str, ...]:
     for name, expected in PROMPT_FORMAT.items():
         if formatter.get(name, expected) != expected:
             warnings.append(
-                f"data_formatter.{name} is {formatter[name]!r}, but the chat template writes '{expected}'. "
+                f"data_formatter.{name} is {shown(formatter[name])}, but the chat template writes '{expected}'. "
                 "Edit chat_template.jinja to what the model was trained on."
             )
     return tuple(warnings)
@@ -400,14 +416,15 @@ def _read_section(
 ) -> dict[str, Any]:
     """Values of all fields of one section; None for an invalid one, which is added to `problems`."""
     if not isinstance(section, dict):
-        problems.append(f"{path} is {'missing' if section is None else repr(section)}; expected a section")
+        problems.append(f"{path} is {'missing' if section is None else shown(section)}; expected a section")
         return dict.fromkeys(fields)
     prefix = f"{path}." if path else ""
     for name in section:
         if name not in fields and name not in known:
+            where = f"{prefix}{name if isinstance(name, str) and len(name) < 100 else shown(name)}"
             problems.append(
-                f"{prefix}{name} is unknown (value {str(section[name])[:60]}); "
-                f"if it does not affect the model, pass --ignore-field {prefix}{name}"
+                f"{where} is unknown (value {shown(section[name], 60)}); "
+                f"if it does not affect the model, pass --ignore-field {where}"
             )
     return {name: _read_field(section, name, prefix, field, problems) for name, field in fields.items()}
 
@@ -424,14 +441,14 @@ def _read_field(section: dict[str, Any], name: str, prefix: str, field: Field, p
     try:
         value = _typed(value, field.kind)
     except (TypeError, ValueError, OverflowError):
-        problems.append(f"{prefix}{name} is {value!r}; expected {_kind_name(field.kind)}")
+        problems.append(f"{prefix}{name} is {shown(value)}; expected {_kind_name(field.kind)}")
         return None
     if field.only and value not in field.only:
         allowed = " or ".join("null" if choice is None else repr(choice) for choice in field.only)
-        problems.append(f"{prefix}{name} is {value!r}; only {allowed} can be converted: {field.because}")
+        problems.append(f"{prefix}{name} is {shown(value)}; only {allowed} can be converted: {field.because}")
     numbers = value if isinstance(value, list) else [value]
-    if not all(field.within.holds(number) for number in numbers):
-        problems.append(f"{prefix}{name} is {value!r}; expected {field.within.words}")
+    if not all(field.within.holds(number) for number in numbers if isinstance(number, (int, float))):
+        problems.append(f"{prefix}{name} is {shown(value)}; expected {field.within.words}")
     return value
 
 
@@ -486,7 +503,9 @@ def _check_text(llm: Section, problems: list[str]) -> None:
     layers = _first_not_none(llm["full_attention_layers"], [])
     outside = [layer for layer in layers if not 0 <= layer < llm["n_layers"]]
     if outside:
-        problems.append(f"llm.full_attention_layers names {outside}; there are layers 0 to {llm['n_layers'] - 1}")
+        problems.append(
+            f"llm.full_attention_layers names {shown(outside)}; there are layers 0 to {llm['n_layers'] - 1}"
+        )
 
 
 def _check_vision(vit: Section, backbone: Section, problems: list[str]) -> None:
@@ -497,10 +516,12 @@ def _check_vision(vit: Section, backbone: Section, problems: list[str]) -> None:
         return
     size, patch, depth = vit["image_default_input_size"], vit["image_patch_size"], vit["image_num_layers"]
     if len(size) != 2 or any(side < patch or side % patch for side in size):
-        problems.append(f"{path}image_default_input_size is {size}; expected (height, width) in multiples of {patch}")
+        problems.append(
+            f"{path}image_default_input_size is {shown(size)}; expected (height, width) in multiples of {patch}"
+        )
     layers = backbone["vit_layers"]
     if not layers or any(not -depth <= layer < depth for layer in layers):
-        problems.append(f"vision_backbone.vit_layers is {layers}; expected layers from {-depth} to {depth - 1}")
+        problems.append(f"vision_backbone.vit_layers is {shown(layers)}; expected layers from {-depth} to {depth - 1}")
 
 
 def _check_media(image: Section, video: Section, problems: list[str]) -> None:
@@ -520,10 +541,11 @@ def _check_media(image: Section, video: Section, problems: list[str]) -> None:
                 "the target pools one and several images alike"
             )
     if len(image["overlap_margins"]) != 2:
-        problems.append(f"{path}overlap_margins is {image['overlap_margins']}; expected two numbers of patches")
+        problems.append(f"{path}overlap_margins is {shown(image['overlap_margins'])}; expected two numbers of patches")
     if len(video["max_fps"]) != 1:
         problems.append(
-            f"mm_preprocessor.video.max_fps is {video['max_fps']}; the target has exactly one densest frame rate"
+            f"mm_preprocessor.video.max_fps is {shown(video['max_fps'])}; "
+            "the target has exactly one densest frame rate"
         )
     _check_positive(image, path, ("max_crops", "pooling_h", "pooling_w"), problems)
     _check_positive(video, "mm_preprocessor.video.", ("max_frames", "pooling_h", "pooling_w"), problems)

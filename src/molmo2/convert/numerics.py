@@ -12,6 +12,22 @@ ROUND_HALF = np.uint32(0x7FFF)
 QUIET_BIT = np.uint16(0x40)
 
 
+def count_non_finite(block: memoryview | bytes, dtype: str) -> int:
+    """Number of NaN and infinite values among the bytes of float32 or bfloat16 numbers."""
+    if dtype == "bfloat16":
+        bits = np.frombuffer(block, np.uint16) & np.uint16(0x7FFF)
+        return int(np.count_nonzero(bits >= 0x7F80)) if bits.size and bits.max() >= 0x7F80 else 0
+    values = np.frombuffer(block, np.float32)
+    # Both are NaN if one value is.
+    is_finite = not values.size or (np.isfinite(values.max()) and np.isfinite(values.min()))
+    return 0 if is_finite else int(np.count_nonzero(~np.isfinite(values)))
+
+
+def non_finite_note(name: str, number: int) -> str:
+    """What to say about a tensor with such values."""
+    return f"'{name}' holds {number} NaN or infinite value(s)"
+
+
 class BlockConverter:
     """Streams tensors in another dtype. Each thread needs its own.
 

@@ -32,8 +32,11 @@ def probe_folder(source: NativeSource, folder: Path) -> float:
 
     with _must_work(f"{folder} does not load with transformers"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    inputs = probe_inputs(tokenizer, source.config)
-    length, longest = inputs["input_ids"].shape[1], source.config.max_positions
+    longest = source.config.max_positions
+    length = _least_length(source.config)
+    if length <= longest:
+        inputs = probe_inputs(tokenizer, source.config)
+        length = inputs["input_ids"].shape[1]
     if length > longest:
         raise VerificationError(
             f"{folder} is complete but was not probed: the probe's prompt has {length} tokens, and the longest "
@@ -64,6 +67,13 @@ def _must_work(failure: str) -> Iterator[None]:
         yield
     except Exception as error:
         raise VerificationError(f"{failure}: {type(error).__name__}: {error}") from error
+
+
+def _least_length(config: NativeConfig) -> int:
+    """Visual tokens of the probe's image."""
+    sides = [side // config.vit["image_patch_size"] for side in config.vit["image_default_input_size"]]
+    windows = [-(-side // config.image[f"pooling_{name}"]) for side, name in zip(sides, "hw", strict=True)]
+    return 2 * math.prod(windows)
 
 
 def probe_inputs(tokenizer: Any, config: NativeConfig) -> dict[str, Any]:

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from molmo2.convert.errors import CheckpointError, listing
+from molmo2.convert.errors import CheckpointError, listing, shown
+from molmo2.convert.small_files import read_bytes, read_model_section
 from molmo2.convert.torch_archive import TorchArchive
 from molmo2.convert.unpickling import (
+    LARGEST_PICKLE,
     METADATA_GLOBALS,
     BytesEntry,
     ChunkEntry,
@@ -32,6 +32,7 @@ from molmo2.convert.unpickling import (
 CONFIG_FILE, UNSHARDED_FILE, SHARDED_FOLDER, METADATA_FILE = "config.yaml", "model.pt", "model_and_optim", ".metadata"
 STEP_FOLDER = re.compile(r"step(\d+)(-unsharded)?")
 MODEL_PREFIX, OPTIMIZER_PREFIX = "model.", "optim."
+TENSOR_NAME = re.compile(r"[A-Za-z0-9_.\-]{1,300}")
 MODEL_DTYPES = ("float32", "bfloat16")
 
 
@@ -110,7 +111,7 @@ def find_checkpoint(path: str | Path) -> CheckpointLocation:
         if match is not None and child.is_dir():
             steps.append((int(match.group(1)), match.group(2) is None, child))
     if not steps:
-        found = ", ".join(sorted(child.name for child in folder.iterdir())[:10])
+        found = ", ".join(shown(name)[1:-1] for name in sorted(child.name for child in folder.iterdir())[:10])
         raise CheckpointError(
             f"{folder} is not a checkpoint: expected `{UNSHARDED_FILE}`, a filled `{SHARDED_FOLDER}` or children "
             f"`step<N>`; found {found if found else 'an empty directory'}."
@@ -125,22 +126,15 @@ def find_checkpoint(path: str | Path) -> CheckpointLocation:
 
 
 def read_config(location: CheckpointLocation) -> dict[str, Any]:
-    """`config.yaml` as plain data.
+    """The section `model` of `config.yaml`, as plain data.
 
     Raises:
-        CheckpointError: If it is absent, is no YAML, or has no `model` section.
+        CheckpointError: If the file is absent, is no YAML, or has no such section.
     """
     path = location.folder / CONFIG_FILE
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; the trainer writes it beside the weights. Copy it there.")
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not readable YAML: {error}") from None
-    if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
-        found = sorted(config) if isinstance(config, dict) else type(config).__name__
-        raise CheckpointError(f"{path} has no section `model`, which describes the network; found {found}.")
-    return config
+    return read_model_section(path)
 
 
 def read_tensors(location: CheckpointLocation) -> dict[str, SourceTensor]:
@@ -159,14 +153,21 @@ def read_tensors(location: CheckpointLocation) -> dict[str, SourceTensor]:
 def _read_unsharded(path: Path) -> dict[str, SourceTensor]:
     archive = TorchArchive(path)
     content, storages = archive.read()
-    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+    if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a dictionary of tensors by name.")
     tensors = {}
     for name, value in content.items():
+        _ensure_name(name, path)
         stored = archive.tensor(value, storages, name)
         piece = Piece(path, stored.start, stored.num_bytes, stored.crc32)
         tensors[name] = SourceTensor(name, stored.shape, stored.dtype, (piece,))
     return tensors
+
+
+def _ensure_name(name: Any, path: Path) -> None:
+    """Names are printed and compared; those of parameters are short paths with dots."""
+    if not isinstance(name, str) or TENSOR_NAME.fullmatch(name) is None:
+        raise CheckpointError(f"{path} names a tensor {shown(name)}; expected letters, digits, dots, `_` and `-`.")
 
 
 @dataclass(frozen=True)
@@ -187,17 +188,18 @@ def _read_sharded(location: CheckpointLocation) -> dict[str, SourceTensor]:
         raise CheckpointError(
             f"{path} is missing (a hidden file, easily lost in copying). Without it the pieces cannot be put together."
         )
-    metadata = load_pickle(path.read_bytes(), str(path), METADATA_GLOBALS)
+    metadata = load_pickle(read_bytes(path, LARGEST_PICKLE), str(path), METADATA_GLOBALS)
     entries = metadata.field("state_dict_metadata") if isinstance(metadata, Metadata) else None
     places = metadata.field("storage_data") if isinstance(metadata, Metadata) else None
     if not isinstance(entries, dict) or not isinstance(places, dict):
         raise CheckpointError(f"{path} does not hold the metadata of a sharded checkpoint. Copy the checkpoint again.")
     problems: list[str] = []
-    stored = _places_by_tensor(places, problems)
+    stored = _places_by_tensor(places, path, problems)
     tensors = {}
     for full_name, entry in entries.items():
         if not isinstance(full_name, str) or not full_name.startswith(MODEL_PREFIX) or isinstance(entry, BytesEntry):
             continue
+        _ensure_name(full_name, path)
         name = full_name[len(MODEL_PREFIX) :]
         try:
             size, dtype, chunks = _announced(entry, stored.get(full_name, {}))
@@ -215,24 +217,32 @@ class _Problem(Exception):
 
 def _int_tuple(value: Any) -> tuple[int, ...]:
     if not isinstance(value, tuple) or not all(type(item) is int and item >= 0 for item in value):
-        raise _Problem(f"{value!r} is not a shape")
+        raise _Problem(f"{shown(value)} is not a shape")
     return tuple(value)
 
 
-def _places_by_tensor(places: dict[Any, Any], problems: list[str]) -> dict[str, dict[tuple[int, ...], tuple]]:
+def _places_by_tensor(
+    places: dict[Any, Any], path: Path, problems: list[str]
+) -> dict[str, dict[tuple[int, ...], tuple]]:
     """Full name -> chunk offsets -> (file, byte offset, byte length), for the tensors of the model."""
     stored: dict[str, dict[tuple[int, ...], tuple]] = {}
     for index, info in places.items():
         name = index.field("fqn") if isinstance(index, IndexEntry) else None
         if not isinstance(name, str) or not name.startswith(MODEL_PREFIX):
             continue
+        _ensure_name(name, path)
         offset, info = index.field("offset"), info if isinstance(info, StorageEntry) else StorageEntry()
         place = (info.field("relative_path"), info.field("offset"), info.field("length"))
         is_plain = isinstance(place[0], str) and all(type(number) is int and number >= 0 for number in place[1:])
         if not is_plain or info.field("transform_descriptors"):
-            problems.append(f"'{name[len(MODEL_PREFIX) :]}': its place {place} cannot be read (compressed or damaged)")
+            problems.append(
+                f"'{name[len(MODEL_PREFIX) :]}': its place {shown(place)} cannot be read (compressed or damaged)"
+            )
             continue
         if not isinstance(offset, tuple):
+            continue
+        if not all(type(number) is int for number in offset):  # what is in it is hashed
+            problems.append(f"'{name[len(MODEL_PREFIX) :]}': a piece begins at {shown(offset)}; expected numbers")
             continue
         by_offset = stored.setdefault(name, {})
         if tuple(offset) in by_offset:
@@ -261,7 +271,7 @@ def _announced(entry: Any, places: dict[tuple[int, ...], tuple]) -> tuple[tuple[
     properties = entry.field("properties")
     dtype = properties.dtype if isinstance(properties, PropertiesEntry) else None
     if dtype not in MODEL_DTYPES:
-        raise _Problem(f"of dtype {dtype}; expected float32 or bfloat16")
+        raise _Problem(f"of dtype {dtype if isinstance(dtype, str) else shown(dtype)}; expected float32 or bfloat16")
     chunks, places, empty = [], dict(places), set()
     listed = entry.field("chunks")
     if not isinstance(listed, list) or not all(isinstance(chunk, ChunkEntry) for chunk in listed):
@@ -280,7 +290,7 @@ def _announced(entry: Any, places: dict[tuple[int, ...], tuple]) -> tuple[tuple[
         chunks.append(_Chunk(offsets[0] if offsets else 0, sizes, *places.pop(offsets)))
     places = {offsets: place for offsets, place in places.items() if offsets not in empty}
     if places:
-        raise _Problem(f"files hold pieces at {sorted(places)} that the metadata does not announce")
+        raise _Problem(f"files hold pieces at {shown(sorted(places))} that the metadata does not announce")
     return size, dtype, sorted(chunks, key=lambda chunk: chunk.first_row)
 
 
@@ -310,7 +320,7 @@ def _assemble(folder: Path, name: str, size: tuple[int, ...], dtype: str, chunks
 def _piece_file(folder: Path, file_name: str) -> Path:
     if file_name in ("", ".", "..") or any(character in file_name for character in "/\\\0:"):
         raise CheckpointError(
-            f"{folder / METADATA_FILE} names the file {file_name!r}; pieces lie in {folder} itself, under plain "
+            f"{folder / METADATA_FILE} names the file {shown(file_name)}; pieces lie in {folder} itself, under plain "
             "names. This looks like an attempt to read other files: do not use the checkpoint."
         )
     path = folder / file_name

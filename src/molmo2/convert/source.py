@@ -69,7 +69,7 @@ def open_source(
         UnsupportedError: If Molmo2 cannot express it.
     """
     location = find_checkpoint(checkpoint)
-    raw_config = read_config(location)["model"]
+    raw_config = read_config(location)
     config = parse_config(raw_config, max_positions=max_positions, ignored_fields=ignored_fields)
     tensors = read_tensors(location)
     renames = match({name: tensor.shape for name, tensor in tensors.items()}, config)

@@ -2,20 +2,22 @@
 
 import copy
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from molmo2.convert import config_files, native_config
-from molmo2.convert.conversion import NATIVE_CONFIG_FILE
-from molmo2.convert.errors import CheckpointError, UnsupportedError, listing
-from molmo2.convert.folder import read_folder, read_json
-from molmo2.convert.names import expected_renames
+from molmo2.convert.conversion import NATIVE_CONFIG_FILE, report_weights
+from molmo2.convert.errors import CheckpointError, UnsupportedError, listing, shown
+from molmo2.convert.folder import read_folder
+from molmo2.convert.names import ensure_layers, expected_renames
 from molmo2.convert.native_config import REQUIRED, SECTIONS, Field, NativeConfig, parse_config
 from molmo2.convert.numerics import BlockConverter
 from molmo2.convert.reader import CONFIG_FILE, UNSHARDED_FILE, SourceTensor
+from molmo2.convert.small_files import read_json, read_model_section
 from molmo2.convert.staging import Staging
 from molmo2.convert.tokenizer import EXTRA_TOKENS
 from molmo2.convert.torch_writer import stored_bytes, write_torch_file
@@ -74,25 +76,29 @@ def write_native(
         CheckpointError: If the folder cannot be read.
         UnsupportedError: If its settings or tensors have no native form.
         OutputError: If the output cannot be written.
+    Warns:
+        UserWarning: For tensors with values that are NaN or infinite.
     """
     folder = Path(folder)
     tensors = read_folder(folder)
     section = native_section(folder, _base_section(folder, native_config_path), tokenizer)
     section["llm"]["weight_tying"] = _is_tied(tensors, section["llm"].get("weight_tying"))
     config = parse_config(section, ignored_fields=ignored_fields)
-    _ensure_same_settings(folder, config)
+    ensure_layers(config, len(tensors))
+    with _readable(folder):
+        _ensure_same_settings(folder, config)
     native = _native_tensors(tensors, config)
     inputs = {folder, *(piece.path for tensor in tensors.values() for piece in tensor.pieces)}
     inputs |= set() if native_config_path is None else {Path(native_config_path)}
     staging = Staging(Path(output), fingerprint="", inputs=inputs, overwrite=overwrite)
-    staging.ensure_space(sum(stored_bytes(tensor, dtype) for tensor in native.values()))
+    num_bytes = sum(stored_bytes(tensor, dtype) for tensor in native.values())
     with staging.cleanup_on_error():
-        staging.open()
-        text = yaml.safe_dump({"model": section}, sort_keys=False)
-        (staging.folder / CONFIG_FILE).write_text(text, encoding="utf-8", newline="\n")
+        staging.open({}, num_bytes)
+        staging.write_text(CONFIG_FILE, yaml.safe_dump({"model": section}, sort_keys=False))
         on_progress = (lambda _: None) if on_progress is None else on_progress
-        write_torch_file(staging.folder / UNSHARDED_FILE, native, dtype, on_progress)
-        staging.commit()
+        notes = write_torch_file(staging.folder / UNSHARDED_FILE, native, dtype, on_progress)
+        staging.commit({CONFIG_FILE: None, UNSHARDED_FILE: None})
+    report_weights(notes)
     return section
 
 
@@ -103,12 +109,9 @@ def _base_section(folder: Path, path: str | Path | None) -> dict[str, Any]:
         return default_section()
     path = own if path is None else Path(path)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        return read_model_section(path)
+    except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise CheckpointError(f"{path} has no section `model`; expected a native config.yaml.")
-    return content["model"]
 
 
 def default_section() -> dict[str, Any]:
@@ -156,23 +159,34 @@ def native_section(folder: Path, base: dict[str, Any], tokenizer: str | None) ->
     text, vit, adapter = (config[name] for name in PARTS)
     image, video = read_json(folder / "preprocessor_config.json"), read_json(folder / "video_preprocessor_config.json")
     processor = read_json(folder / "processor_config.json")
-    connector = {name: adapter[name] for name in CONNECTOR if name in adapter}
     section = copy.deepcopy(base)
-    try:
+    with _readable(folder):
+        connector = {name: adapter[name] for name in CONNECTOR if name in adapter}
         _subsection(section, "llm").update(_llm_values(text))
         _subsection(section, "vision_backbone").update(connector, skip_unused_layers=True)
         _subsection(section, "vision_backbone.vit").update(_vit_values(vit))
         _subsection(section, "mm_preprocessor.image").update(_image_values(image, processor))
         _subsection(section, "mm_preprocessor.video").update(_video_values(video, processor))
+        if section["llm"].get("vocab_size") is None:
+            section["llm"]["vocab_size"] = text["vocab_size"]
+        if tokenizer is not None:
+            _subsection(section, "llm.tokenizer")["identifier"] = tokenizer
+    return section
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """Context that reads settings of any type, of which some may be missing."""
+    try:
+        yield
     except KeyError as error:
         raise CheckpointError(
             f"The JSON files of {folder} lack {error}; expected those of a published folder."
         ) from None
-    if section["llm"].get("vocab_size") is None:
-        section["llm"]["vocab_size"] = text["vocab_size"]
-    if tokenizer is not None:
-        _subsection(section, "llm.tokenizer")["identifier"] = tokenizer
-    return section
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise CheckpointError(
+            f"The JSON files of {folder} hold a wrong value ({error}); expected those of a published folder."
+        ) from None
 
 
 def _llm_values(text: dict[str, Any]) -> dict[str, Any]:
@@ -270,7 +284,7 @@ def _ensure_same_settings(folder: Path, config: NativeConfig) -> None:
     for name, wanted, found in pairs:
         for key, value in wanted.items():
             if key not in FREE_KEYS and key in found and not _same(value, found[key]):
-                problems.append(f"{name}.{key} is {found[key]!r}; natively it would be {value!r}")
+                problems.append(f"{name}.{key} is {shown(found[key])}; natively it would be {shown(value)}")
     if problems:
         raise UnsupportedError(f"{folder} has settings that no native configuration can express:\n{listing(problems)}")
 

@@ -4,13 +4,16 @@ The base files are edited as files: a tokenizer object would write them differen
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from molmo2.convert.config_files import PROCESSOR_CLASS, PROCESSOR_MAP
-from molmo2.convert.errors import CheckpointError, UnsupportedError
+from molmo2.convert.deadlines import within_deadline
+from molmo2.convert.errors import CheckpointError, ConversionError, UnsupportedError
+from molmo2.convert.small_files import read_bytes, read_json
 
 EXTRA_TOKENS = (
     *("<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<low_res_im_start>", "<|image|>", "<im_low>"),
@@ -34,6 +37,8 @@ REBUILT_PARTS: dict[str, dict[str, Any]] = {
     },
 }
 BATCH_TOKENS = 4096
+LARGEST_TOKENIZER = 128_000_000  # bytes; that of 150,000 tokens has 11,000,000
+DOWNLOAD_SECONDS = 600.0
 SAMPLES = (
     "Point to the technician in the lift. IT'S 3,141 or 1234567 m away!\n\n  Isn't it?\r\n",
     "def f(x):\n\treturn x  # na\u00efve caf\u00e9 \u6771\u4eac \U0001f642  \n\n",
@@ -67,10 +72,22 @@ def build_tokenizer(source: str, *, filled_size: int, embedding_rows: int) -> To
         CheckpointError: If the tokenizer cannot be found or read.
         UnsupportedError: If its ids would point at the wrong rows.
     """
-    base, settings = _load_base(source)
-    from tokenizers import AddedToken, Tokenizer  # not needed for --help
+    if filled_size > embedding_rows:
+        raise UnsupportedError(
+            f"llm.vocab_size asks for {filled_size} tokens, but `wte.embedding` has {embedding_rows} rows."
+        )
+    with _must_load(source):
+        backend, settings = within_deadline(lambda: _load_base(source), DOWNLOAD_SECONDS, "it did not arrive")
+    with _must_load(source):
+        return _extended(backend, settings, source, filled_size, embedding_rows)
 
-    backend: Any = Tokenizer.from_str(base)
+
+def _extended(
+    backend: Any, settings: dict[str, Any], source: str, filled_size: int, embedding_rows: int
+) -> TokenizerFiles:
+    """The tokenizer with placeholders and Molmo2's tokens."""
+    from tokenizers import AddedToken  # not needed for --help
+
     backend.no_truncation()
     backend.no_padding()
     size = backend.get_vocab_size(with_added_tokens=True)
@@ -101,30 +118,39 @@ def build_tokenizer(source: str, *, filled_size: int, embedding_rows: int) -> To
     )
 
 
-def _load_base(source: str) -> tuple[str, dict[str, Any]]:
-    """Contents of `tokenizer.json` and `tokenizer_config.json`; foreign code is not run."""
-    from transformers.utils.hub import cached_file
-
+@contextmanager
+def _must_load(source: str) -> Iterator[None]:
+    """Context for the loaders, which raise many kinds; a panic of tokenizers is no Exception."""
     try:
-        paths = [
-            cached_file(source, name, _raise_exceptions_for_missing_entries=False)
-            for name in (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE)
-        ]
-        if paths == [None, None]:
-            raise FileNotFoundError(f"there is neither {TOKENIZER_FILE} nor {TOKENIZER_CONFIG_FILE}")
-        if paths[0] is None:  # only the files of a slow tokenizer
-            from transformers import AutoTokenizer
-
-            base = AutoTokenizer.from_pretrained(source, trust_remote_code=False).backend_tokenizer.to_str()
-        else:
-            base = Path(paths[0]).read_text(encoding="utf-8")
-        settings = {} if paths[1] is None else json.loads(Path(paths[1]).read_text(encoding="utf-8"))
-    except Exception as error:  # the loaders raise many kinds
+        yield
+    except (ConversionError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
         raise CheckpointError(
             f"The tokenizer '{source}' cannot be loaded ({type(error).__name__}: {str(error)[:300]}). config.yaml "
             "names it as llm.tokenizer.identifier; without network pass a local folder: --tokenizer PATH."
-        ) from error
-    return base, settings
+        ) from None
+
+
+def _load_base(source: str) -> tuple[Any, dict[str, Any]]:
+    """The tokenizer in `tokenizer.json`, and `tokenizer_config.json`; foreign code is not run."""
+    from tokenizers import Tokenizer
+    from transformers.utils.hub import cached_file
+
+    paths = [
+        cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+        for name in (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE)
+    ]
+    if paths == [None, None]:
+        raise FileNotFoundError(f"there is neither {TOKENIZER_FILE} nor {TOKENIZER_CONFIG_FILE}")
+    settings = {} if paths[1] is None else read_json(Path(paths[1]))
+    if paths[0] is None:  # only the files of a slow tokenizer
+        from transformers import AutoTokenizer
+
+        base = AutoTokenizer.from_pretrained(source, trust_remote_code=False).backend_tokenizer.to_str()
+    else:
+        base = read_bytes(Path(paths[0]), LARGEST_TOKENIZER).decode("utf-8")
+    return Tokenizer.from_str(base), settings
 
 
 def _portable_class(stated: str, backend: Any) -> str:

@@ -11,12 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from molmo2.convert.errors import CheckpointError
-from molmo2.convert.unpickling import ARCHIVE_GLOBALS, TensorRecord, load_pickle
+from molmo2.convert.errors import CheckpointError, shown
+from molmo2.convert.unpickling import ARCHIVE_GLOBALS, MOST_ARGUMENTS, TensorRecord, load_pickle
 
 LOCAL_HEADER_BYTES = 30
 DIRECTORY_BUFFER = 4096
 LOCAL_HEADER_MAGIC = b"PK\x03\x04"
+LARGEST_DIRECTORY = 8_000_000  # bytes of the list of entries; a model of 1,000 tensors has 100,000
+LARGEST_DESCRIPTION = 16_000_000  # bytes of data.pkl; a model of 1,000 tensors has 200,000
+LARGEST_BYTEORDER = 16
+UTF8 = 0x800  # flag of an entry: the encoding of its name
 ITEM_BYTES = {
     **dict.fromkeys(("float64", "int64"), 8),
     **dict.fromkeys(("float32", "int32"), 4),
@@ -58,6 +62,7 @@ class _Window(io.RawIOBase):
 
     def __init__(self, file: io.RawIOBase, start: int, length: int):
         self._file, self._start, self._length, self._position = file, start, length, 0
+        self.left = LARGEST_DIRECTORY  # bytes that may be read
 
     def readable(self) -> bool:
         return True
@@ -79,8 +84,11 @@ class _Window(io.RawIOBase):
         room = max(0, min(len(buffer), self._length - self._position))
         self._file.seek(self._start + self._position)
         number = self._file.readinto(memoryview(buffer)[:room]) if room else 0
-        self._position += 0 if number is None else number
-        return 0 if number is None else number
+        number = 0 if number is None else number
+        self._position, self.left = self._position + number, self.left - number
+        if self.left < 0:
+            raise OSError("its directory is too long")
+        return number
 
 
 class TorchArchive:
@@ -123,36 +131,58 @@ class TorchArchive:
 
     def _read(self, archive: zipfile.ZipFile, window: _Window) -> tuple[Any, dict[str, _Storage]]:
         entries = {info.filename: info for info in archive.infolist()}
+        if len(entries) != len(archive.infolist()):
+            raise CheckpointError(f"{self.label} holds several entries of one name; it is not clear which counts.")
         roots = [name[: -len("data.pkl")] for name in entries if name.endswith("data.pkl") and name.count("/") == 1]
         if len(roots) != 1:
             raise CheckpointError(f"{self.label} holds {len(roots)} `data.pkl`; expected one, as `torch.save` writes.")
         root = roots[0]
-        if f"{root}byteorder" in entries and archive.read(f"{root}byteorder").strip() != b"little":
+        window.left = LARGEST_DESCRIPTION + LARGEST_DIRECTORY + len(entries) * DIRECTORY_BUFFER
+
+        def small(name: str, limit: int) -> bytes:
+            entry = entries[f"{root}{name}"]
+            self._ensure_plain(entry)
+            if entry.file_size > limit:
+                raise CheckpointError(
+                    f"{self.label}: {entry.filename} has {entry.file_size:,} bytes; expected {limit:,}."
+                )
+            return archive.read(entry)
+
+        if f"{root}byteorder" in entries and small("byteorder", LARGEST_BYTEORDER).strip() != b"little":
             raise CheckpointError(
                 f"{self.label} was written on a big-endian machine; only little-endian is supported."
             )
         storages: dict[str, _Storage] = {}
 
         def storage(pid: Any) -> str:
-            kind, dtype, key, _, num_items = pid
-            name = f"{root}data/{key}"
-            if kind != "storage" or not isinstance(dtype, str) or dtype not in ITEM_BYTES or name not in entries:
-                raise CheckpointError(f"{self.label} refers to {str(pid)[:120]}, which it does not hold.")
-            storages[str(key)] = self._locate(entries[name], window, dtype, int(num_items))
-            return str(key)
+            kind, dtype, key, _, num_items = pid if type(pid) is tuple and len(pid) == 5 else (None,) * 5
+            is_sound = kind == "storage" and all(isinstance(name, str) for name in (dtype, key))
+            entry = entries.get(f"{root}data/{key}") if is_sound else None
+            if entry is None or key is None or dtype not in ITEM_BYTES or type(num_items) is not int:
+                raise CheckpointError(f"{self.label} refers to {shown(pid)}, which it does not hold.")
+            if key not in storages:
+                storages[key] = self._locate(entry, window, dtype, num_items)
+            if (storages[key].dtype, storages[key].num_items) != (dtype, num_items):
+                raise CheckpointError(f"{self.label} describes storage {shown(key)} twice, and differently.")
+            return key
 
-        return load_pickle(archive.read(f"{root}data.pkl"), self.label, ARCHIVE_GLOBALS, storage), storages
+        return load_pickle(small("data.pkl", LARGEST_DESCRIPTION), self.label, ARCHIVE_GLOBALS, storage), storages
 
-    def _locate(self, entry: zipfile.ZipInfo, window: _Window, dtype: str, num_items: int) -> _Storage:
+    def _ensure_plain(self, entry: zipfile.ZipInfo) -> None:
         if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
             raise CheckpointError(
                 f"{self.label}: {entry.filename} is compressed or encrypted; torch stores it plainly."
             )
+
+    def _locate(self, entry: zipfile.ZipInfo, window: _Window, dtype: str, num_items: int) -> _Storage:
+        self._ensure_plain(entry)
         window.seek(entry.header_offset)
         header = window.read(LOCAL_HEADER_BYTES)
         name_bytes, extra_bytes = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
         offset = entry.header_offset + LOCAL_HEADER_BYTES + name_bytes + extra_bytes
-        if header[:4] != LOCAL_HEADER_MAGIC or offset + entry.file_size > self._length:
+        encoding = "utf-8" if entry.flag_bits & UTF8 else "cp437"
+        is_named = window.read(name_bytes) == entry.orig_filename.encode(encoding)
+        if header[:4] != LOCAL_HEADER_MAGIC or not is_named or offset + entry.file_size > self._length:
             raise CheckpointError(
                 f"{self.label}: {entry.filename} is not where the archive's directory says. Copy it again."
             )
@@ -170,12 +200,11 @@ class TorchArchive:
             CheckpointError: If `value` is not a tensor, or not a contiguous one.
         """
         if not isinstance(value, TensorRecord) or len(value.arguments) < 4:
-            raise CheckpointError(f"{self.label}: '{name}' is a {type(value).__name__}; expected a tensor.")
+            raise CheckpointError(f"{self.label}: '{name}' is {shown(value)}; expected a tensor.")
         key, first_item, shape, stride = value.arguments[:4]
-        numbers = [first_item, *shape, *stride] if isinstance(shape, tuple) and isinstance(stride, tuple) else [None]
-        is_sound = all(type(number) is int and number >= 0 for number in numbers) and len(numbers) == 1 + 2 * len(
-            shape
-        )
+        is_sound = isinstance(shape, tuple) and isinstance(stride, tuple) and len(shape) == len(stride)
+        numbers = [first_item, *shape, *stride] if is_sound and len(shape) <= MOST_ARGUMENTS else [None]
+        is_sound = all(type(number) is int and number >= 0 for number in numbers)
         if not is_sound or not isinstance(key, str) or key not in storages:
             raise CheckpointError(f"{self.label}: the description of '{name}' is damaged. Copy the checkpoint again.")
         storage = storages[key]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from molmo2.convert.numerics import BlockConverter
+from molmo2.convert.numerics import BlockConverter, count_non_finite, non_finite_note
 from molmo2.convert.reader import SourceTensor
 from molmo2.convert.torch_archive import ITEM_BYTES, LOCAL_HEADER_BYTES
 
@@ -73,27 +73,33 @@ def _description(tensors: Mapping[str, SourceTensor], dtype: str | None) -> byte
 
 def write_torch_file(
     path: Path, tensors: Mapping[str, SourceTensor], dtype: str | None, on_progress: Callable[[int], object]
-) -> None:
+) -> list[str]:
     """Write `tensors` under their keys; `torch.load` reads the file, with `weights_only=True` and `mmap=True` too.
 
     Args:
         dtype: Of the stored tensors; None keeps each one's own.
         on_progress: Called with the number of bytes after each write.
+    Returns:
+        A note about each tensor with values that are NaN or infinite.
     """
+    notes = []
     small = {"data.pkl": _description(tensors, dtype), "byteorder": b"little", "version": b"3\n"}
-    with open(path, "wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+    with open(path, "xb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for name, content in small.items():
             archive.writestr(zipfile.ZipInfo(f"{ROOT}/{name}", TIMESTAMP), content)
-        for number, tensor in enumerate(tensors.values()):
+        for number, (name, tensor) in enumerate(tensors.items()):
             entry = zipfile.ZipInfo(f"{ROOT}/data/{number}", TIMESTAMP)
             entry.file_size = stored_bytes(tensor, dtype)
             is_large = entry.file_size * 1.05 > zipfile.ZIP64_LIMIT
             _align(entry, file.tell(), ZIP64_EXTRA_BYTES if is_large else 0)
-            converter = BlockConverter(tensor.dtype if dtype is None else dtype)
+            converter, non_finite = BlockConverter(tensor.dtype if dtype is None else dtype), 0
             with archive.open(entry, "w", force_zip64=is_large) as target:
                 for block in converter.stream(tensor):
                     target.write(block)
+                    non_finite += count_non_finite(block, converter.dtype)
                     on_progress(len(block))
+            notes += [non_finite_note(name, non_finite)] if non_finite else []
+    return notes
 
 
 def _align(entry: zipfile.ZipInfo, position: int, other_extra_bytes: int) -> None:

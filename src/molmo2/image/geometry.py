@@ -52,13 +52,14 @@ class CropSettings:
                 below = length - length % self.patch_size
                 raise ValueError(
                     f"Crops of {name} {length} cannot be cut into patches of {self.patch_size} x {self.patch_size} "
-                    f"pixels. Set the {name} in `size` to a multiple of the patch size, such as "
+                    f"pixels. Set the {name} in `size` to a multiple of `patch_size`, such as "
                     f"{below + self.patch_size}."
                 )
         if min(self.window_height, self.window_width) < 1:
             raise ValueError(
                 f"Overlap margins of {self.margin_before} + {self.margin_after} patches leave nothing of a crop of "
-                f"{self.crop_patch_rows} x {self.crop_patch_cols} patches. Use smaller margins or a larger crop."
+                f"{self.crop_patch_rows} x {self.crop_patch_cols} patches. Use smaller `overlap_margins` or a larger "
+                "`size`."
             )
 
     @property

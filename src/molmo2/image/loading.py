@@ -5,21 +5,22 @@ of the list that it is about. Source of the PIL rules (PIL's own `convert("RGB")
 orientation tags applied to files but not to images that are already open): the training-time preprocessing of Molmo2.
 """
 
-import base64
-import binascii
 import os
+import stat
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
-from transformers.image_utils import load_image
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from transformers.utils import logging
+
+from molmo2.image.fetching import base64_bytes, data_url_bytes, fetch, masked, scheme_of
+from molmo2.image.limits import MediaLimitError, MediaLimits, checked_limits
 
 logger = logging.get_logger(__name__)
 
@@ -34,12 +35,17 @@ FRAME_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 IMAGE_SUFFIXES = (*FRAME_SUFFIXES, ".avif", ".gif", ".heic")  # a GIF among videos is a clip, not a frame
 CLIPPING_PIL_MODES = ("I", "F")  # modes (also "I;16" and its kin) with values above 255, which PIL's conversion clips
 FLOAT_TOLERANCE = 0.01  # how far a float image may exceed 0..1 (filters overshoot a little) without a warning
-DOWNLOAD_TIMEOUT_SECONDS = 60
 MAX_QUOTED_CHARACTERS = 80  # of a path or text in an error
 MIN_BASE64_CHARACTERS = 32  # no image file is smaller; shorter text is a path
 
 
-def load_images(images: Any, *, do_convert_rgb: bool = True, input_data_format: str | None = None) -> list[np.ndarray]:
+def load_images(
+    images: Any,
+    *,
+    do_convert_rgb: bool = True,
+    input_data_format: str | None = None,
+    limits: MediaLimits | None = None,
+) -> list[np.ndarray]:
     """The images in `images` as RGB arrays, nested lists and 4-D batches flattened, in order.
 
     Args:
@@ -51,22 +57,27 @@ def load_images(images: Any, *, do_convert_rgb: bool = True, input_data_format: 
         do_convert_rgb: False refuses images that are not RGB.
         input_data_format: "channels_last" or "channels_first"; None takes the last axis as channels if it has 1, 3
             or 4 entries, else the first.
+        limits: see `MediaLimits`; None for the default ones.
 
     Returns:
         (H, W, 3) arrays, uint8 or floating point.
 
     Raises:
         FileNotFoundError: there is no such file.
+        MediaLimitError: an image is over one of the limits; it is a ValueError too.
         TypeError: the type of an item is none of these.
         ValueError: an image cannot be decoded, is empty, or has the shape, dtype or values of no image.
     """
-    layout = _parse_layout(input_data_format)
-    items = _flatten(fetch_images(images), "images")
-    return [_rgb_array(item, where, do_convert_rgb, layout) for where, item in items]
+    layout, limits = _parse_layout(input_data_format), checked_limits(limits)
+    items = _flatten(fetch_images(images, limits=limits), "images")
+    return [_rgb_array(item, where, do_convert_rgb, layout, limits) for where, item in items]
 
 
 def fetch_images(
-    images: Any, where: str = "images", finish: Callable[[Image.Image], Any] = ImageOps.exif_transpose
+    images: Any,
+    where: str = "images",
+    finish: Callable[[Image.Image], Any] = ImageOps.exif_transpose,
+    limits: MediaLimits | None = None,
 ) -> Any:
     """`images` with paths, URLs, base64 text, bytes and open files loaded; other items and the nesting are kept.
 
@@ -74,6 +85,7 @@ def fetch_images(
         images: see `load_images`.
         where: name of `images` in errors.
         finish: makes the result from an opened file before that is closed.
+        limits: see `MediaLimits`; None for the default ones.
 
     Returns:
         `images` with an upright PIL image (orientation tag applied) in place of each encoded one.
@@ -82,22 +94,22 @@ def fetch_images(
         FileNotFoundError, TypeError, ValueError: as `load_images`.
     """
     if isinstance(images, (list, tuple)):
-        return [fetch_images(item, f"{where}[{index}]", finish) for index, item in enumerate(images)]
+        return [fetch_images(item, f"{where}[{index}]", finish, limits) for index, item in enumerate(images)]
     if is_encoded(images):
-        return _open(images, where, finish)
+        return _open(images, where, finish, checked_limits(limits))
     if isinstance(images, Image.Image) or hasattr(images, "__array__"):  # numpy, torch and similar
         return images
     found = f"{_shortened(repr(images))} of type {type(images).__name__}"
     raise TypeError(f"{where} is {found}, which is no image. Pass {ACCEPTED_IMAGES}.")
 
 
-def measure_images(images: Any) -> list[tuple[int, int]]:
+def measure_images(images: Any, limits: MediaLimits | None = None) -> list[tuple[int, int]]:
     """(height, width) of every image, in the order of `load_images`; of files only the header is read.
 
     Raises:
         FileNotFoundError, TypeError, ValueError: as `load_images`, as far as a header tells.
     """
-    items = _flatten(fetch_images(images, finish=_upright_placeholder), "images")
+    items = _flatten(fetch_images(images, finish=_upright_placeholder, limits=limits), "images")
     return [
         (item.height, item.width) if isinstance(item, Image.Image) else _channels_last(item, where, None).shape[:2]
         for where, item in items
@@ -145,76 +157,141 @@ def _shortened(text: str) -> str:
     return f"{text[:kept]}...{text[-kept:]} ({len(text)} characters)"
 
 
-def _open(reference: Any, where: str, finish: Callable[[Image.Image], Any]) -> Any:
+def _open(reference: Any, where: str, finish: Callable[[Image.Image], Any], limits: MediaLimits) -> Any:
     """The image of a path, URL, text, bytes or open file, in its own mode, passed through `finish`."""
 
-    def decode(source: str, open_image: Callable[[], Image.Image]) -> Any:
-        return _decode(where, source, open_image, finish)
-
-    def decode_base64(text: str, shown: str) -> Any:
-        content = _base64_bytes(text)
-        if content is None:
-            raise ValueError(f"{where} is '{shown}', which is not valid base64. Encode the bytes of an image file.")
-        return decode(f"'{shown}', read as base64,", lambda: Image.open(BytesIO(content)))
+    def decode(source: str, file: Path | IO[bytes]) -> Any:
+        return _decode(where, source, file, finish, limits)
 
     if isinstance(reference, (bytes, bytearray, memoryview)):
-        return decode(f"{len(reference)} bytes", lambda: Image.open(BytesIO(reference)))
+        return decode(f"{len(reference)} bytes", BytesIO(reference))
     if _is_open_file(reference):
-        return decode(f"the open file {reference!r}", lambda: Image.open(reference))
+        return decode(f"the open file {reference!r}", reference)
     text = os.fsdecode(reference)
-    scheme = text[:8].lower().partition(":")[0]
+    scheme = scheme_of(text)
     if scheme in ("http", "https"):
-        return decode(f"the answer to {_shortened(text)}", lambda: load_image(text, timeout=DOWNLOAD_TIMEOUT_SECONDS))
+        with fetch(text, where, limits) as file:
+            return decode(f"the answer to {masked(text)}", file)
     if scheme == "data":
-        return decode_base64(text.partition(",")[2], _shortened(text))
+        return decode(f"'{_shortened(text)}', read as base64,", BytesIO(data_url_bytes(text, where, limits)))
     path = Path(url2pathname(urlsplit(text).path)) if scheme == "file" else Path(text)
-    if _is_file_on_disk(path):
-        return decode(f"the file '{path}'", lambda: Image.open(path))
-    if isinstance(reference, str) and len(text) >= MIN_BASE64_CHARACTERS and _base64_bytes(text) is not None:
-        return decode_base64(text, _shortened(text))
+    if scheme == "file" or "path" in limits.sources:
+        limits.check_source(scheme or "path", where)
+        if is_file_on_disk(path):
+            return decode(f"the file '{path}'", path)
+    content = None
+    if isinstance(reference, str) and len(text) >= MIN_BASE64_CHARACTERS:
+        content = base64_bytes(text)
+    if content is not None:
+        limits.check_source("base64", where)
+        return decode(f"'{_shortened(text)}', read as base64,", BytesIO(content))
+    limits.check_source(scheme or "path", where)  # before anything is said about what is there
     raise FileNotFoundError(
         f"{where} is '{_shortened(text)}', but there is no such file. Check the path and the working folder; URLs "
         "start with http://, https://, file:// or data:."
     )
 
 
-def _is_file_on_disk(path: Path) -> bool:
+def is_file_on_disk(path: Path) -> bool:
+    """True for a file that has an end: no folder, device or pipe."""
     try:
-        return path.is_file()
+        return stat.S_ISREG(path.stat().st_mode)
     except (OSError, ValueError):  # base64 text is too long for a file name, or holds what no file name may hold
         return False
 
 
-def _base64_bytes(text: str) -> bytes | None:
-    """The decoded bytes, or None if `text` is not base64 (line breaks are allowed)."""
+def open_image(file: Path | IO[bytes], where: str, limits: MediaLimits) -> Image.Image:
+    """An image of an accepted format and size, of which only the header is read.
+
+    Raises:
+        MediaLimitError: it has more pixels than allowed.
+        UnidentifiedImageError: it is of no accepted format. Other errors of Pillow are passed on.
+    """
+    Image.init()  # registers all formats that Pillow has
+    if not isinstance(file, Path) and not _can_seek(file):
+        content = file.read(limits.fetch_bytes + 1)
+        limits.check("fetch_bytes", len(content), f"{where} is a stream of more than {limits.fetch_bytes:,} bytes")
+        file = BytesIO(content)
+    webp_pixels = _webp_pixels(file)  # Pillow takes the memory of a WebP as it opens it
+    limits.check("image_pixels", webp_pixels, f"{where} is a WebP image of {webp_pixels:,} pixels")
+    image = Image.open(file, formats=[name for name in limits.image_formats if name in Image.OPEN])
     try:
-        return base64.b64decode("".join(text.split()), validate=True) or None
-    except (binascii.Error, ValueError):
-        return None
+        _check_pixels(image, where, limits)
+    except MediaLimitError:
+        image.close()
+        raise
+    return image
+
+
+def _can_seek(file: IO[bytes]) -> bool:
+    try:
+        return file.seek(0) == 0
+    except (AttributeError, OSError):
+        return False
+
+
+def _check_pixels(image: Image.Image, where: str, limits: MediaLimits) -> None:
+    found = f"{where} is an image of {image.height} x {image.width} pixels"
+    limits.check("image_pixels", image.height * image.width, found)
+
+
+def _webp_pixels(file: Path | IO[bytes]) -> int:
+    """Pixels that the header of a WebP file announces; 0 for any other file. Layout: RFC 9649."""
+    if isinstance(file, Path):
+        with file.open("rb") as opened:
+            return _webp_pixels(opened)
+    file.seek(0)
+    head = file.read(30)
+    file.seek(0)
+    if head[:4] != b"RIFF" or head[8:12] != b"WEBP":
+        return 0
+    kind, data = head[12:16], head[20:]
+    if kind == b"VP8X":
+        return (1 + int.from_bytes(data[4:7], "little")) * (1 + int.from_bytes(data[7:10], "little"))
+    if kind == b"VP8L":
+        bits = int.from_bytes(data[1:5], "little")
+        return (1 + (bits & 0x3FFF)) * (1 + (bits >> 14 & 0x3FFF))
+    return (int.from_bytes(data[6:8], "little") & 0x3FFF) * (int.from_bytes(data[8:10], "little") & 0x3FFF)
 
 
 def _decode(
-    where: str, source: str, open_image: Callable[[], Image.Image], finish: Callable[[Image.Image], Any]
+    where: str, source: str, file: Path | IO[bytes], finish: Callable[[Image.Image], Any], limits: MediaLimits
 ) -> Any:
     """The finished image; any error of a decoder becomes one ValueError."""
     try:
-        with open_image() as image:
+        with open_image(file, where, limits) as image:
             return finish(image)
+    except MediaLimitError:
+        raise
     except Exception as error:  # decoders raise nearly anything: OSError, SyntaxError, struct.error, ...
+        advice = "Check that it is a complete file in a format that PIL reads."
+        if isinstance(error, UnidentifiedImageError):  # its text is the name of the file once more
+            error = UnidentifiedImageError("unknown format")
+            names = ", ".join(limits.image_formats)
+            advice = (
+                f"Check that it is a complete file in one of the formats {names}. Others have to be in "
+                "MediaLimits(image_formats=...)."
+            )
+        elif isinstance(error, Image.DecompressionBombError):
+            advice = "If it is to be trusted, raise Pillow's own limit, PIL.Image.MAX_IMAGE_PIXELS."
         raise ValueError(
-            f"{where}: {source} cannot be decoded as an image ({type(error).__name__}: {error}). "
-            "Check that it is a complete file in a format that PIL reads."
+            f"{where}: {source} cannot be decoded as an image ({type(error).__name__}: {error}). {advice}"
         ) from error
 
 
 # --- images to arrays ------------------------------------------------------------------------------------------------
 
 
-def _rgb_array(item: Image.Image | np.ndarray, where: str, do_convert_rgb: bool, layout: str | None) -> np.ndarray:
+def _rgb_array(
+    item: Image.Image | np.ndarray, where: str, do_convert_rgb: bool, layout: str | None, limits: MediaLimits
+) -> np.ndarray:
     """(H, W, 3), uint8 or native floating point."""
     if isinstance(item, Image.Image):
+        _check_pixels(item, where, limits)  # its file may be open and not yet decoded
         return _pil_to_rgb(item, where, do_convert_rgb)
     image = _channels_last(item, where, layout)
+    found = f"{where} is an array of {image.shape[0]} x {image.shape[1]} pixels"
+    limits.check("image_pixels", image.shape[0] * image.shape[1], found)
     channels = image.shape[2]
     if channels != 3 and not do_convert_rgb:
         raise ValueError(_not_rgb(where, f"an array with {channels} channel(s)"))
@@ -235,7 +312,7 @@ def _pil_to_rgb(image: Image.Image, where: str, do_convert_rgb: bool) -> np.ndar
             )
     try:
         return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:  # opened lazily by the caller, decoded only now
+    except Exception as error:  # opened lazily by the caller, decoded only now; decoders raise nearly anything
         raise ValueError(
             f"{where} cannot be read as RGB ({error}). Check that its file is complete, or convert it to RGB first."
         ) from error

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
-from molmo2.configuration import CHANNELS, UINT8_MEAN, UINT8_STD
+from molmo2.configuration import CHANNELS, UINT8_MEAN, UINT8_STD, is_number, is_whole
+from molmo2.image.limits import MediaLimits, checked_limits
 
 logger = logging.get_logger(__name__)
 
@@ -25,6 +26,7 @@ FIXED_STEPS = {
     "rescale_factor": 1 / 255,
 }
 NEAR_MISS = 0.85  # similarity (0..1) from which an unknown name counts as a misspelt option
+MAX_SIDE = 2**15  # of a crop in pixels, a window in patches: more is damage, and would be allocated
 PATCH_ROWS_AND_COLS = "(rows, cols) in patches"
 
 
@@ -33,9 +35,18 @@ def plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, np.generic) else value
 
 
+def listed(value: Any) -> list[Any]:
+    """One value or several, in a list, array or tensor, as a flat list; numpy's numbers become Python's."""
+    values = np.asarray(value.tolist() if hasattr(value, "tolist") else value, dtype=object)
+    return [plain(entry) for entry in np.ravel(values)]
+
+
 def per_channel(name: str, value: Any) -> list[float]:
     """Three numbers, one per channel, from three or from one for all."""
-    numbers = [float(number) for number in np.ravel(value)]
+    numbers = listed(value)
+    if not all(map(is_number, numbers)):
+        raise ValueError(f"{name} is {value!r:.80}. Use finite numbers, one for all channels or {CHANNELS}.")
+    numbers = [float(number) for number in numbers]
     if len(numbers) == 1:
         numbers = numbers * CHANNELS
     if len(numbers) != CHANNELS:
@@ -66,30 +77,49 @@ def pixel_dtype(value: Any, mean: list[float], std: list[float]) -> np.dtype:
     return dtype
 
 
-def pair(name: str, value: Any, meaning: str) -> list[int]:
-    """Two whole numbers, from two or from one for both; `meaning` completes the error message."""
-    numbers = np.ravel(value).tolist()
+def pair(name: str, value: Any, meaning: str, minimum: int = 1) -> list[int]:
+    """Two whole numbers from `minimum`, from two or from one for both; `meaning` completes the error message."""
+    numbers = listed(value)
     if len(numbers) == 1:
         numbers = numbers * 2
-    if len(numbers) != 2:
-        raise ValueError(f"{name} is {value!r}. Pass two whole numbers, {meaning}, or one for both.")
+    if len(numbers) != 2 or not all(is_whole(number) and minimum <= number <= MAX_SIDE for number in numbers):
+        raise ValueError(
+            f"{name} is {value!r:.80}. Pass two whole numbers, {meaning}, or one for both; each {minimum} or more."
+        )
     return numbers
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False, and nothing that Python would take for one of them."""
+    if not isinstance(plain(value), bool):
+        raise ValueError(f"{name} is {value!r:.80}. Use True or False.")
+    return bool(value)
+
+
+def resample_filter(value: Any) -> str | int:
+    """The filter that images are resized with, as name or number."""
+    value = plain(value)
+    if not isinstance(value, str) and not is_whole(value):
+        raise ValueError(f"resample is {value!r:.80}. Use the name of a filter, such as 'bilinear', or its number.")
+    return value if isinstance(value, str) else int(value)
 
 
 def size_dict(size: Any) -> dict[str, int]:
     """{"height": ..., "width": ...} from a dict (or the library's size object), a pair or one int."""
     size = plain(size)
-    if isinstance(size, int):
-        return {"height": size, "width": size}
+    if is_whole(size):
+        size = (size, size)
     if isinstance(size, (list, tuple)) and len(size) == 2:
-        return {"height": plain(size[0]), "width": plain(size[1])}
+        size = {"height": size[0], "width": size[1]}
     fields = size if isinstance(size, dict) else getattr(size, "__dict__", {})
     fields = {name: value for name, value in fields.items() if value is not None}
-    if set(fields) != {"height", "width"}:
+    sides = {name: plain(side) for name, side in fields.items()}
+    is_valid = set(sides) == {"height", "width"}
+    if not is_valid or not all(is_whole(side) and 1 <= side <= MAX_SIDE for side in sides.values()):
         raise ValueError(
-            f"size is {size!r}. Crops have a fixed size: pass {{'height': ..., 'width': ...}} or one int."
+            f"size is {size!r:.80}. Crops have a fixed size: pass {{'height': ..., 'width': ...}} or one int."
         )
-    return {"height": plain(fields["height"]), "width": plain(fields["width"])}
+    return {"height": sides["height"], "width": sides["width"]}
 
 
 class OptionsMixin:
@@ -104,16 +134,20 @@ class OptionsMixin:
         IGNORED: names that are known and no option, which are accepted without a warning: read elsewhere
             (`return_tensors`), or meant for other processors, whose snippets pass them.
         TYPE_KEY: the JSON key under which the name of the class is stored.
+        limits: what is refused of media. Never read from JSON, nor written to it: who offers a checkpoint does not
+            decide what a program accepts.
     """
 
     DEFAULTS: dict[str, Any]
     NULLABLE: frozenset[str] = frozenset()
     IGNORED: frozenset[str]
     TYPE_KEY: str
+    limits: MediaLimits
     _processor_class: str | None = None
 
     def __init__(self, **kwargs: Any):
         self._processor_class = kwargs.pop("processor_class", None)
+        self.limits = checked_limits(kwargs.pop("limits", None))
         base_options = {"processor_class": self._processor_class, "auto_map": kwargs.pop("auto_map", None)}
         if base_options["auto_map"] is None:
             del base_options["auto_map"]
@@ -126,7 +160,8 @@ class OptionsMixin:
     @classmethod
     def from_dict(cls, config: dict[str, Any], **kwargs: Any) -> Any:
         """The processor described by its JSON; options in `kwargs` win and are checked, whatever the release."""
-        options = {name: kwargs.pop(name) for name in cls.DEFAULTS if name in kwargs}
+        options = {name: kwargs.pop(name) for name in (*cls.DEFAULTS, "limits") if name in kwargs}
+        config = {name: value for name, value in config.items() if name != "limits"}
         cls._warn_about(kwargs, only_near_misses=True)
         return super().from_dict({**config, **options}, **kwargs)  # type: ignore[misc]  # of the second base class
 
@@ -146,6 +181,11 @@ class OptionsMixin:
     def _values(self) -> dict[str, Any]:
         """The options of the processor as they are now: users may set its attributes."""
         return {name: getattr(self, name) for name in self.DEFAULTS}
+
+    def _limits(self, overrides: Mapping[str, Any]) -> MediaLimits:
+        """The limits of one call."""
+        given = overrides.get("limits")
+        return checked_limits(self.limits if given is None else given)
 
     def _set_processor_class(self, processor_class: str) -> None:
         """Called by processors that own this one; recent releases only know it for tokenizers."""
@@ -173,11 +213,11 @@ class OptionsMixin:
         """
         return {
             **{name: plain(values[name]) for name in cls.DEFAULTS},
-            "do_convert_rgb": bool(values["do_convert_rgb"]),
+            "do_convert_rgb": flag("do_convert_rgb", values["do_convert_rgb"]),
             "image_mean": per_channel("image_mean", values["image_mean"]),
             "image_std": divisors_per_channel("image_std", values["image_std"]),
             "pooling_size": pair("pooling_size", values["pooling_size"], PATCH_ROWS_AND_COLS),
-            "resample": values["resample"] if isinstance(values["resample"], str) else int(values["resample"]),
+            "resample": resample_filter(values["resample"]),
             "size": size_dict(values["size"]),
             **cls._canonical_own(values),
         }

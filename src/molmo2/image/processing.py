@@ -14,10 +14,13 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 
 from molmo2.configuration import CHANNELS
 from molmo2.image.geometry import CropSettings, ImagePlan, image_token_pooling, plan_image
+from molmo2.image.limits import MediaLimits
 from molmo2.image.loading import fetch_images, load_images
 from molmo2.image.options import OptionsMixin, pair, pixel_dtype, plain
 from molmo2.image.pixels import as_output, empty_pixels, interpolation_mode, write_image_pixel_values
 from molmo2.media_features import MediaFeatures, image_media
+
+MOST_CROPS = 10_000  # an image of a million visual tokens; every tiling up to it is compared
 
 
 class Molmo2ImagesKwargs(ImagesKwargs, total=False):
@@ -34,6 +37,7 @@ class Molmo2ImagesKwargs(ImagesKwargs, total=False):
         pixel_dtype: "float32", or "uint8": a quarter of the memory, normalised by the model to the same numbers.
         device: device on which images are resized and normalised, the CPU by default; a GPU rounds a few pixels
             differently.
+        limits: a `MediaLimits`, what is refused of images.
         return_tensors: "pt" for torch tensors, "np" or None for numpy arrays.
     """
 
@@ -45,6 +49,7 @@ class Molmo2ImagesKwargs(ImagesKwargs, total=False):
     pixel_dtype: str | None
     image_mean: float | int | list[float | int] | tuple[float | int, ...] | None
     image_std: float | int | list[float | int] | tuple[float | int, ...] | None
+    limits: Any
     return_tensors: str | None
 
 
@@ -59,6 +64,7 @@ class ImageOptions:
     std: list[float]
     do_convert_rgb: bool
     pixel_dtype: np.dtype
+    limits: MediaLimits
 
 
 class Molmo2ImageProcessor(OptionsMixin, BaseImageProcessor):  # type: ignore[misc]  # two spellings of `from_dict`
@@ -103,6 +109,7 @@ class Molmo2ImageProcessor(OptionsMixin, BaseImageProcessor):  # type: ignore[mi
         "image_processor_type",
         "image_seq_length",
         "input_data_format",
+        "limits",
         "pixel_dtype",
         "processor_class",
         "return_metadata",
@@ -116,7 +123,7 @@ class Molmo2ImageProcessor(OptionsMixin, BaseImageProcessor):  # type: ignore[mi
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """`images` with paths, URLs, base64 text, bytes and open files loaded as PIL images, see `fetch_images`."""
-        return fetch_images(image_url_or_urls)
+        return fetch_images(image_url_or_urls, limits=self.limits)
 
     def plan(self, height: int, width: int, **overrides: Any) -> ImagePlan:
         """The plan of an image of this size: crops, grids and number of visual tokens, without any pixel.
@@ -158,9 +165,15 @@ class Molmo2ImageProcessor(OptionsMixin, BaseImageProcessor):  # type: ignore[mi
         """
         options = self._options(kwargs)
         loaded = load_images(
-            images, do_convert_rgb=options.do_convert_rgb, input_data_format=kwargs.get("input_data_format")
+            images,
+            do_convert_rgb=options.do_convert_rgb,
+            input_data_format=kwargs.get("input_data_format"),
+            limits=options.limits,
         )
         plans = [plan_image(image.shape[0], image.shape[1], options.crops, options.max_crops) for image in loaded]
+        for index, plan in enumerate(plans):
+            found = f"Image {index} would take {plan.num_pooled_tokens:,} visual tokens"
+            options.limits.check("visual_tokens", plan.num_pooled_tokens, found)
         data = {
             "pixel_values": _pixel_values(loaded, plans, options, kwargs.get("device")),
             "image_token_pooling": _token_pooling(plans, options.crops),
@@ -192,17 +205,19 @@ class Molmo2ImageProcessor(OptionsMixin, BaseImageProcessor):  # type: ignore[mi
             std=values["image_std"],
             do_convert_rgb=values["do_convert_rgb"],
             pixel_dtype=pixel_dtype(overrides.get("pixel_dtype"), values["image_mean"], values["image_std"]),
+            limits=self._limits(overrides),
         )
 
     @classmethod
     def _canonical_own(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         max_crops = plain(values["max_crops"])
-        if isinstance(max_crops, bool) or not isinstance(max_crops, int) or max_crops < 1:
+        if isinstance(max_crops, bool) or not isinstance(max_crops, int) or not 1 <= max_crops <= MOST_CROPS:
             raise ValueError(
                 f"max_crops is {max_crops!r}, but must be a whole number of at least 1: the maximum number of tiles "
-                "of an image. 1 gives one tile besides the low-resolution view; leave it out for the default."
+                f"of an image, up to {MOST_CROPS:,}. 1 gives one tile besides the low-resolution view; leave it out "
+                "for the default."
             )
-        margins = pair("overlap_margins", values["overlap_margins"], "(before, after) in patches")
+        margins = pair("overlap_margins", values["overlap_margins"], "(before, after) in patches", minimum=0)
         return {"max_crops": max_crops, "overlap_margins": margins}
 
 

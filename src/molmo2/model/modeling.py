@@ -10,6 +10,7 @@ Parameter names are those of the published checkpoints.
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
@@ -23,7 +24,7 @@ from molmo2.model.packing import packed_rows, require_packed_layout
 from molmo2.model.pretrained import Molmo2PreTrainedModel
 from molmo2.model.text import Molmo2Embedding, Molmo2TextModel
 from molmo2.model.vision import Molmo2VisionBackbone, is_distributed_training, zero_vision_loss
-from molmo2.model.vision_inputs import MEDIA_INPUTS, REPEAT_FACTOR, Molmo2VisionInputsMixin
+from molmo2.model.vision_inputs import MEDIA_INPUTS, REPEAT_FACTOR, Molmo2VisionInputsMixin, refuse_unknown_inputs
 
 
 @dataclass
@@ -107,9 +108,12 @@ class Molmo2Model(Molmo2PreTrainedModel, Molmo2VisionInputsMixin):
                 `get_video_features`. `image_features`, `video_features`: (T, D), what these two return, in the place
                 of pixels and pooling indices; the grids are still needed where images and videos come together.
         Raises:
-            ValueError: Neither or both of ids and embeddings, media that do not fit the prompts or each other, a
-                prompt longer than `max_position_embeddings`, or ids of examples and branches that fit no layout.
+            ValueError: Neither or both of ids and embeddings, media that do not fit the prompts or each other, or
+                come behind cached tokens, patch tokens without media, an unknown argument that looks like one of
+                these, a prompt longer than `max_position_embeddings`, or ids of examples and branches that fit no
+                layout.
         """
+        refuse_unknown_inputs(kwargs)
         if input_ids is not None and inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids.clamp(min=0))
         elif input_ids is not None or inputs_embeds is None:
@@ -121,19 +125,27 @@ class Molmo2Model(Molmo2PreTrainedModel, Molmo2VisionInputsMixin):
             token_types = token_type_ids if token_type_ids is not None else mm_token_type_ids
             is_visual = self.resolve_visual_mask(token_types, input_ids, inputs_embeds)
         media = {name: kwargs.get(name) for name in MEDIA_INPUTS}
+        if any(value is not None for value in media.values()):
+            require_empty_cache(past_key_values, "Images and videos", "Pass text alone, or all in one pass")
         repeats = kwargs.get(REPEAT_FACTOR, 1)
         first_ids = None if input_ids is None else input_ids[::repeats]
         first_examples = None if example_ids is None else example_ids[::repeats]
         vectors = self._media_features(first_ids, inputs_embeds[::repeats], media, first_examples)
         if vectors is not None:
             inputs_embeds = self._add_features(input_ids, inputs_embeds, vectors, repeats)
-        elif is_distributed_training(self.vision_backbone):
+        elif not torch.compiler.is_compiling() and (inputs_embeds.shape[1] > 1 or past_key_values is None):
+            self._require_media(input_ids, inputs_embeds)
+        if vectors is None and is_distributed_training(self.vision_backbone):
             inputs_embeds = inputs_embeds + zero_vision_loss(self.vision_backbone).to(inputs_embeds)
         if is_visual is not None:
             is_visual = is_visual if bool(is_visual.any()) else None
         packed = packed_rows(attention_mask, example_ids, branch_ids, inputs_embeds.shape[:2])
         if packed is not None:
-            require_empty_cache(past_key_values)
+            require_empty_cache(
+                past_key_values,
+                "`example_ids` and `branch_ids`",
+                "Run packed rows in one pass, without `past_key_values`; generate from unpacked prompts",
+            )
             require_packed_layout(attention_mask, example_ids, branch_ids, is_visual)
         outputs = self.transformer(
             attention_mask=attention_mask,
@@ -268,6 +280,7 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
             "image_features": image_features,
             "video_features": video_features,
         }
+        refuse_unknown_inputs(kwargs)
         passed_on = {name: kwargs.pop(name) for name in ("cache_position", REPEAT_FACTOR) if name in kwargs}
         outputs = self.model(
             input_ids=input_ids,

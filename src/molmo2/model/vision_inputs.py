@@ -8,8 +8,10 @@ video one per frame.
     0.0 <im_start> ■■■ <im_end> 0.5 <im_start> ■■■ <im_end> text      ->  groups [3, 3]: a video of two frames
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,8 +24,35 @@ ENCODED_INPUTS = {
 }
 # All arguments of `forward` that describe images and videos.
 MEDIA_INPUTS = (*ENCODED_INPUTS["image"], *ENCODED_INPUTS["video"], "image_features", "video_features")
+# Its arguments that have one entry per token.
+TOKEN_INPUTS = (
+    *("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids"),
+    *("example_ids", "branch_ids", "labels", "loss_weights"),
+)
+SIMILARITY = 0.85  # (0..1) from which an unknown name counts as a misspelt argument
 # Set by `generate` alone: the number of consecutive rows that share one set of media (beams, `num_return_sequences`).
 REPEAT_FACTOR = "images_repeat_factor"
+
+
+@lru_cache
+def _resembles_input(name: str) -> str | None:
+    """What an unknown argument of `forward` was meant to be, or may have been: its name looks like those of ours."""
+    similar = get_close_matches(name, (*MEDIA_INPUTS, *TOKEN_INPUTS), n=1, cutoff=SIMILARITY)
+    if similar:
+        return similar[0]
+    return ", ".join(MEDIA_INPUTS) if name.startswith(("pixel_", "image_", "video_")) else None
+
+
+def refuse_unknown_inputs(names: Iterable[str]) -> None:
+    """Refuse arguments of `forward` that would be ignored though they were meant for it; others are the library's.
+
+    Raises:
+        ValueError: One looks like an argument of ours.
+    """
+    for name in names:
+        meant = None if name in (*MEDIA_INPUTS, REPEAT_FACTOR) else _resembles_input(name)
+        if meant is not None:
+            raise ValueError(f"`forward` has no argument {name!r}; did you mean {meant}?")
 
 
 @dataclass(frozen=True)
@@ -329,6 +358,19 @@ class Molmo2VisionInputsMixin:
             raise ValueError(
                 f"{stated} {int(expected)}, but {holder} {len(tensor)} row(s). Pass the tensors of one call of the "
                 "processor, without dropping or repeating rows."
+            )
+
+    def _require_media(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> None:
+        """Refuses patch tokens without vectors to add, which read like any other token and mean nothing.
+
+        Single tokens after a cache are left unchecked, and compiled steps: `generate` writes no visual tokens.
+        """
+        num_patches = int(self.patch_token_mask(input_ids, inputs_embeds).sum())
+        if num_patches:
+            raise ValueError(
+                f"The prompt has {num_patches} patch token(s), but no image or video was passed for them: expected "
+                f"`{ENCODED_INPUTS['image'][0]}` or `{ENCODED_INPUTS['video'][0]}` with their companions. Pass all "
+                "that the processor returned, and no `<im_patch>` in the text."
             )
 
     def _media_features(

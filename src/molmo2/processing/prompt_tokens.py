@@ -58,9 +58,14 @@ class VisualTokenFormat:
     use_frame_special_tokens: bool = True
     use_low_res_token_for_global_crops: bool = False
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not isinstance(value, bool) and not (value is None and name == "use_single_crop_col_tokens"):
+                raise ValueError(f"`{name}` is {value!r:.80}; expected true or false.")
+
 
 def _grid_tokens(rows: int, cols: int, patch: str, has_columns: bool) -> list[str]:
-    return ([patch] * cols + [IMAGE_COLUMN] * has_columns) * rows
+    return ([patch] * cols + [IMAGE_COLUMN] * bool(has_columns)) * rows
 
 
 def image_tokens(grid: Sequence[int], token_format: VisualTokenFormat) -> list[str]:

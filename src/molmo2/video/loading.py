@@ -7,25 +7,26 @@ full resolution is never in memory.
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
-from urllib.request import Request, url2pathname, urlopen
+from urllib.request import url2pathname
 
 import numpy as np
 from PIL import Image
 from transformers.video_utils import VideoMetadata
 
-from molmo2.image.loading import DOWNLOAD_TIMEOUT_SECONDS, FRAME_SUFFIXES, is_encoded, load_images
+from molmo2.image.fetching import data_url_bytes, fetch, masked, scheme_of
+from molmo2.image.limits import MediaLimits
+from molmo2.image.loading import FRAME_SUFFIXES, is_encoded, load_images
 from molmo2.video.decoding.backends import Result, decode_video, open_video
-from molmo2.video.decoding.readers import VideoReader
+from molmo2.video.decoding.readers import Source, VideoReader
 from molmo2.video.decoding.timeline import VideoTimeline
 from molmo2.video.sampling import SamplingSettings, require_fps, sample_indices, sample_times
 
 FrameConsumer = Callable[[Iterator[np.ndarray], int], Result]  # (frames, their number) -> result
 
-USER_AGENT = "Mozilla/5.0 (compatible; molmo2)"  # some servers refuse the default of urllib
 ACCEPTED_VIDEOS = (
     "a path, a URL (http, https, file, data), the bytes of a video file or an open one, an array or tensor of frames, "
     "a list of images, or a pair (frames, metadata)"
@@ -80,6 +81,7 @@ class ReadingOptions:
         input_data_format: "channels_last" or "channels_first", for arrays that could be either.
         sample_timestamps_fn: replaces the sampling of a file; called with `metadata=`, returns seconds.
         sample_indices_fn: the same, returning frame indices.
+        limits: what is refused of videos.
     """
 
     sampling: SamplingSettings
@@ -89,6 +91,7 @@ class ReadingOptions:
     input_data_format: str | None = None
     sample_timestamps_fn: Callable[..., Any] | None = None
     sample_indices_fn: Callable[..., Any] | None = None
+    limits: MediaLimits = field(default_factory=MediaLimits)
 
 
 def list_videos(videos: Any, video_metadata: Any = None) -> list[VideoItem]:
@@ -145,7 +148,7 @@ def read_video(
     return _read_frames(item, options, consume)
 
 
-def probe_video(item: VideoItem, backend: str | None) -> Callable[[ReadingOptions], list[float]]:
+def probe_video(item: VideoItem, backend: str | None, limits: MediaLimits) -> Callable[[ReadingOptions], list[float]]:
     """The sampled times of a video for any options; of a file only the first frame is decoded, for its size.
 
     Returns:
@@ -156,7 +159,7 @@ def probe_video(item: VideoItem, backend: str | None) -> Callable[[ReadingOption
     """
     if not is_encoded(item.video):
         return lambda options: _read_frames(item, options, lambda frames, count: None)[1].timestamps
-    with open_video(_local(item), backend) as reader:
+    with open_video(_source(item, limits), backend) as reader:
         timeline = reader.timeline
     about = VideoMetadata(total_num_frames=timeline.num_frames, fps=timeline.fps, duration=timeline.duration_seconds)
     return lambda options: _file_times(item, timeline, about, options).tolist()
@@ -189,7 +192,7 @@ def _read_file(
         metadata.source_first_timestamp = timeline.first_timestamp_seconds
         return consume(reader.frames(indices), len(indices)), metadata
 
-    return decode_video(_local(item), read, options.backend)
+    return decode_video(_source(item, options.limits), read, options.backend)
 
 
 def _file_times(
@@ -225,27 +228,19 @@ def _clip_within(
     return start, duration_seconds if end is None else min(end, duration_seconds)
 
 
-def _local(item: VideoItem) -> Any:
-    """The video as decoders take it: a path, bytes or a file object; URLs are downloaded into memory."""
-    if not isinstance(item.video, str):
-        return Path(item.video) if isinstance(item.video, os.PathLike) else item.video
-    scheme = item.video[:8].lower().partition(":")[0]
-    if scheme == "file":
-        return Path(url2pathname(urlsplit(item.video).path))
-    if scheme in ("http", "https", "data"):
-        return _download(item.video, item.where)
-    return item.video
-
-
-def _download(url: str, where: str) -> bytes:
-    try:
-        with urlopen(Request(url, headers={"User-Agent": USER_AGENT}), timeout=DOWNLOAD_TIMEOUT_SECONDS) as response:
-            return response.read()
-    except (OSError, ValueError) as error:  # URLError and timeouts are OSErrors; ValueError: malformed URL
-        raise ValueError(
-            f"{where}: {url[:200]} could not be downloaded ({type(error).__name__}: {error}). Check the address, or "
-            "download the video and pass its path."
-        ) from error
+def _source(item: VideoItem, limits: MediaLimits) -> Source:
+    """The video as decoders take it; URLs are downloaded."""
+    if not isinstance(item.video, (str, os.PathLike)):
+        return Source.from_input(item.video, limits)
+    text = os.fsdecode(item.video)
+    scheme = scheme_of(text)
+    if scheme in ("http", "https"):
+        with fetch(text, item.where, limits) as file:
+            return Source.from_input(file, limits, name=f"the answer to {masked(text)}")
+    if scheme == "data":
+        return Source.from_input(data_url_bytes(text, item.where, limits), limits)
+    limits.check_source(scheme or "path", item.where)
+    return Source.from_input(Path(url2pathname(urlsplit(text).path) if scheme == "file" else text), limits)
 
 
 # --- frames ----------------------------------------------------------------------------------------------------------
@@ -362,7 +357,7 @@ def _chosen_frames(item: VideoItem, times: _FrameTimes, options: ReadingOptions)
 def _rgb_frame(item: VideoItem, frame: Any, index: int, options: ReadingOptions) -> np.ndarray:
     """(H, W, 3); errors name the frame."""
     try:
-        (image,) = load_images(frame, input_data_format=options.input_data_format)
+        (image,) = load_images(frame, input_data_format=options.input_data_format, limits=options.limits)
     except (OSError, TypeError, ValueError) as error:
         raise type(error)(f"Frame {index} of {item.where}: {error}") from error
     return image

@@ -15,9 +15,9 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.processing_utils import Unpack, VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
 
-from molmo2.configuration import CHANNELS
+from molmo2.configuration import CHANNELS, is_number
 from molmo2.image.geometry import CropSettings, VideoPlan, plan_video, stack_pooling, video_token_pooling
-from molmo2.image.options import FIXED_STEPS, PATCH_ROWS_AND_COLS, OptionsMixin, pair, pixel_dtype, plain
+from molmo2.image.options import FIXED_STEPS, PATCH_ROWS_AND_COLS, OptionsMixin, flag, pair, pixel_dtype, plain
 from molmo2.image.pixels import as_output, empty_pixels, frame_pixel_values, interpolation_mode
 from molmo2.video.decoding.timeline import VideoDecodeError
 from molmo2.video.frame_encoding import FrameEncoder, encode_frames, read_ahead
@@ -78,6 +78,7 @@ class Molmo2VideosKwargs(VideosKwargs, total=False):
         frame_encoder: `model.encode_frames`, to encode frames while the next are decoded. The output has
             `video_features` (T, text width) instead of pixel values and pooling indices, and the pixel values of a
             whole video are never in memory.
+        limits: a `MediaLimits`, what is refused of videos.
         return_metadata: also return a list `video_metadata`.
         return_tensors: "pt" for torch tensors, "np" or None for numpy arrays.
     """
@@ -93,6 +94,7 @@ class Molmo2VideosKwargs(VideosKwargs, total=False):
     between_pooling_size: list[int] | tuple[int, ...] | int | None
     pixel_dtype: str | None
     frame_encoder: Any
+    limits: Any
     return_tensors: str | None
 
 
@@ -164,6 +166,7 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
         "image_patch_size",
         "image_processor_type",
         "interpolation",
+        "limits",
         "min_frames",
         "pixel_dtype",
         "processor_class",
@@ -271,7 +274,7 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
         """
 
         def probe_one(item: VideoItem) -> Callable[..., tuple[VideoPlan, list[float]]]:
-            sampled_times = probe_video(item, self.video_backend)
+            sampled_times = probe_video(item, self.video_backend, self.limits)
 
             def plan(clip: Any = None, **overrides: Any) -> tuple[VideoPlan, list[float]]:
                 options = self._options(overrides)
@@ -331,8 +334,10 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
     ) -> VideoOptions:
         self._warn_about(overrides)
         values, given = self._values(), self._given(overrides)
-        fps = given.get("fps", values["fps"])
-        if isinstance(fps, (int, float)):  # lists come from snippets for other models and add nothing
+        fps = plain(given.get("fps", values["fps"]))
+        if fps is not None:
+            if not is_number(fps) or fps <= 0:
+                raise ValueError(f"fps is {fps!r:.80}. Pass one positive number, frames per second, for all videos.")
             given = {"max_fps": fps, "sampling_fps": fps} | given
         values = self._canonical(values | given)
         interpolation_mode(values["resample"])
@@ -348,6 +353,7 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
             input_data_format=overrides.get("input_data_format"),
             sample_timestamps_fn=sample_timestamps_fn,
             sample_indices_fn=sample_indices_fn,
+            limits=self._limits(overrides),
         )
         size, pooling_size = values["size"], values["pooling_size"]
         return VideoOptions(
@@ -371,7 +377,7 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
     @classmethod
     def _canonical_own(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         between = pair("between_pooling_size", values["between_pooling_size"], PATCH_ROWS_AND_COLS)
-        flags = {name: bool(values[name]) for name in ("do_sample_frames", "return_metadata")}
+        flags = {name: flag(name, values[name]) for name in ("do_sample_frames", "return_metadata")}
         return {"between_pooling_size": between, **flags}
 
 
@@ -428,6 +434,9 @@ def _cut(
         )
 
     def consume(frames: Iterator[np.ndarray], num_frames: int) -> torch.Tensor:
+        num_tokens = options.plan(num_frames).num_pooled_tokens
+        found = f"{item.where} would take {num_tokens:,} visual tokens in {num_frames:,} frames"
+        options.reading.limits.check("visual_tokens", num_tokens, found)
         if encoder is not None:
             return encode_frames(frames, options.plan(num_frames), to_pixel_values, encoder)
         with closing(read_ahead(frames, FRAMES_AHEAD)) as ahead:

@@ -17,6 +17,8 @@ UNIFORM_LAST_FRAME = "uniform_last_frame"
 FPS = "fps"
 FRAME_SAMPLE_MODES = (UNIFORM_LAST_FRAME, FPS)
 
+MIN_SAMPLING_FPS = 1e-5
+MAX_SPREAD_FRAMES = 10_000_000
 MAX_CANDIDATE_FPS = 8  # up to which the `fps` mode raises the sampling rate of short videos
 # 29.97 is meant as 30, 23.976 as 24: these broadcast rates are a factor of 1000/1001 slower than their name.
 NOMINAL_FPS_TOLERANCE = 0.0015
@@ -47,7 +49,7 @@ class SamplingSettings:
             raise ValueError(
                 f"Unknown frame_sample_mode {self.frame_sample_mode!r}. Use one of {', '.join(FRAME_SAMPLE_MODES)}."
             )
-        if isinstance(self.num_frames, bool) or int(self.num_frames) != self.num_frames or self.num_frames < 1:
+        if not _is_positive(self.num_frames) or int(self.num_frames) != self.num_frames:
             raise ValueError(
                 f"num_frames is {self.num_frames!r}, but a video needs a whole number of frames, 1 or more."
             )
@@ -57,6 +59,10 @@ class SamplingSettings:
             )
         if not _is_positive(self.sampling_fps):
             raise ValueError(f"sampling_fps is {self.sampling_fps!r}, but it has to be a positive number.")
+        if self.sampling_fps < MIN_SAMPLING_FPS:
+            raise ValueError(
+                f"sampling_fps is {self.sampling_fps!r}, but it has to be at least {MIN_SAMPLING_FPS}, a frame a day."
+            )
 
 
 def sample_times(duration_seconds: float, video_fps: float | None, settings: SamplingSettings) -> np.ndarray:
@@ -87,6 +93,11 @@ def sample_times(duration_seconds: float, video_fps: float | None, settings: Sam
         return np.zeros(1)
     max_fps = settings.max_fps
     if max_fps is None or (settings.num_frames - 1) / max_fps < duration_seconds:
+        if settings.num_frames > MAX_SPREAD_FRAMES:
+            raise ValueError(
+                f"num_frames is {settings.num_frames:,}, as many as would be spread over {duration_seconds:g} s. Use "
+                f"at most {MAX_SPREAD_FRAMES:,}, or set max_fps."
+            )
         return np.linspace(0, duration_seconds, num=settings.num_frames, endpoint=True, dtype=np.float64)
     steps = np.arange(0.0, duration_seconds, step=1 / max_fps)
     # Rounding of 1/max_fps can yield one step too many, within a rounding error of the end.
@@ -149,7 +160,8 @@ def _times_at_rate(duration_seconds: float, fps: float, settings: SamplingSettin
     for candidate in higher_rates:
         if settings.num_frames / candidate >= duration_seconds:
             rate = candidate
-    times = np.arange(settings.num_frames, dtype=np.float64) / rate
+    fitting = min(settings.num_frames, math.ceil(duration_seconds * rate) + 1)
+    times = np.arange(fitting, dtype=np.float64) / rate
     return times[: max(1, int(np.count_nonzero(times < duration_seconds)))]
 
 
@@ -162,7 +174,8 @@ def _indices_at_rate(total_num_frames: int, fps: float, settings: SamplingSettin
     whole_fps = _whole_fps(fps, settings.sampling_fps)
     rates = _candidate_rates(fps, settings.sampling_fps)
     if whole_fps is None:  # no rate divides this video: take the frame on display at each sampled time
-        displayed = np.floor(np.arange(settings.num_frames) * (fps / rates[0]) + 1e-6).astype(np.int64)
+        fitting = min(settings.num_frames, math.ceil(total_num_frames * rates[0] / fps) + 1)
+        displayed = np.floor(np.arange(fitting) * (fps / rates[0]) + 1e-6).astype(np.int64)
         return displayed[displayed < total_num_frames]
     step, *smaller_steps = (max(1, round(whole_fps / rate)) for rate in rates)
     for candidate in smaller_steps:
@@ -206,4 +219,5 @@ def _divides(rate: float, whole_fps: int) -> bool:
 
 
 def _is_positive(value: float) -> bool:
-    return math.isfinite(value) and value > 0
+    is_number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+    return is_number and math.isfinite(value) and value > 0

@@ -90,14 +90,11 @@ def starts_sequence(query_length: int, past_key_values: Cache | None) -> bool:
     return query_length > 1 and bool(cached_length(past_key_values) == 0)
 
 
-def require_empty_cache(past_key_values: Cache | None) -> None:
-    """Refuses packed rows behind cached tokens, which would belong to none of their examples."""
+def require_empty_cache(past_key_values: Cache | None, found: str, advice: str) -> None:
+    """Refuses what enters at the start of a sequence behind cached tokens, which would not belong to it."""
     past_length = int(cached_length(past_key_values))
     if past_length:
-        raise ValueError(
-            f"`example_ids` and `branch_ids` describe whole rows, but the cache holds {past_length} tokens already. "
-            "Run packed rows in one pass, without `past_key_values`; generate from unpacked prompts."
-        )
+        raise ValueError(f"{found} belong to whole rows, but the cache holds {past_length} tokens already. {advice}.")
 
 
 def attention_spec(is_visual: Tensor | None, packed_rows: PackedRows | None) -> AttentionSpec:

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from transformers.utils import logging
 
+from molmo2.image.limits import MediaLimitError, MediaLimits
 from molmo2.video.decoding.readers import BACKENDS, PACKAGES, READERS, Source, VideoReader, VideoSource, brief
 from molmo2.video.decoding.timeline import VideoDecodeError
 
@@ -21,32 +22,41 @@ logger = logging.get_logger(__name__)
 Result = TypeVar("Result")
 
 
-def open_video(source: VideoSource, backend: str | None = None) -> VideoReader:
+def open_video(
+    source: VideoSource | Source, backend: str | None = None, limits: MediaLimits | None = None
+) -> VideoReader:
     """The reader of a video, opened by the first backend that can.
 
     Use `decode_video` where a failure in the middle of the file should move on to the next backend as well.
 
     Args:
         source: a path, the bytes of a file, or a file object opened for reading bytes.
+        limits: see `MediaLimits`; None for the default ones. A `Source` has its own.
         backend: "decord", "torchcodec" or "pyav" to use this one only; None tries them in this order.
 
     Raises:
         FileNotFoundError, IsADirectoryError: there is no such file.
+        MediaLimitError: it is over one of the limits.
         VideoDecodeError: no backend can open it; the message has the reason of each.
         ValueError: `backend` is not one of the three.
         TypeError: `source` is none of these.
     """
-    return _first_success(source, backend, lambda reader: reader)
+    return _first_success(source, backend, limits, lambda reader: reader)
 
 
-def decode_video(source: VideoSource, read: Callable[[VideoReader], Result], backend: str | None = None) -> Result:
+def decode_video(
+    source: VideoSource | Source,
+    read: Callable[[VideoReader], Result],
+    backend: str | None = None,
+    limits: MediaLimits | None = None,
+) -> Result:
     """The result of `read(reader)`, from the first backend that does not fail before its end.
 
     Backends differ in what they can read, and some notice a fault only in the middle of a file. `read` is therefore
     called again with each reader and must not keep anything from an earlier attempt.
 
     Args:
-        source, backend: as for `open_video`.
+        source, backend, limits: as for `open_video`.
         read: reads `timeline` and `frames` and returns the result.
 
     Raises:
@@ -57,14 +67,19 @@ def decode_video(source: VideoSource, read: Callable[[VideoReader], Result], bac
         with reader:
             return read(reader)
 
-    return _first_success(source, backend, read_and_close)
+    return _first_success(source, backend, limits, read_and_close)
 
 
-def _first_success(source: VideoSource, backend: str | None, action: Callable[[VideoReader], Result]) -> Result:
+def _first_success(
+    source: VideoSource | Source,
+    backend: str | None,
+    limits: MediaLimits | None,
+    action: Callable[[VideoReader], Result],
+) -> Result:
     """The result of `action` with the first backend that raises no VideoDecodeError."""
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"Unknown video backend {backend!r}. Use one of {', '.join(BACKENDS)}, or None to try all.")
-    readable = Source.from_input(source)
+    readable = source if isinstance(source, Source) else Source.from_input(source, limits)
     failures: dict[str, VideoDecodeError] = {}
     for name in BACKENDS if backend is None else (backend,):
         try:
@@ -73,6 +88,12 @@ def _first_success(source: VideoSource, backend: str | None, action: Callable[[V
             logger.info("Video backend %s failed: %s", name, error)
             failures[name] = error
     reasons = "\n".join(f"  {name}: {error.reason}" for name, error in failures.items())
+    if readable.image_format == "WEBP":
+        advice = (
+            "Animated WebP is read by no decoder here. Pass its frames, list(PIL.ImageSequence.Iterator(image)) with "
+            "copies of each, and their rate, or convert it to GIF or MP4."
+        )
+        raise VideoDecodeError(f"No video backend could read {readable.name}:\n{reasons}\n{advice}")
     raise VideoDecodeError(
         f"No video backend could read {readable.name}:\n{reasons}\n"
         "Check that the file is complete and has a video track; re-encoding it (ffmpeg -i in.mp4 out.mp4) often "
@@ -82,7 +103,18 @@ def _first_success(source: VideoSource, backend: str | None, action: Callable[[V
 
 def _open_reader(name: str, source: Source, only_choice: bool) -> VideoReader:
     try:
-        return READERS[name](source, only_choice=only_choice)
+        reader = READERS[name](source, only_choice=only_choice)
+    except MediaLimitError:
+        raise
     except Exception as error:  # decoders raise nearly anything
         reason = error.reason if isinstance(error, VideoDecodeError) else brief(error)
         raise VideoDecodeError(f"{name} cannot read {source.name}: {reason}", reason) from error
+    timeline = reader.timeline
+    try:
+        source.limits.check_video(
+            source.name, timeline.num_frames, (timeline.height, timeline.width), source.num_bytes
+        )
+    except MediaLimitError:
+        reader.close()
+        raise
+    return reader

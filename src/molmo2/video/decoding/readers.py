@@ -1,10 +1,13 @@
 """The three decoders behind one interface: decord (or decord2), torchcodec and PyAV.
 
+decord runs in a process of its own, see `decord_process`.
+
 They differ in which of several streams they read, whether they turn a phone video upright, how precise their time
 stamps are, and whether a seek lands on the requested frame. The readers here give the same frames:
 
 - a frame is found by its time stamp, or by counting from the start, never by an unchecked seek;
-- frames are upright and converted to RGB by the same ffmpeg filter.
+- frames are upright, converted to RGB and, where a video changes its size, brought to the size that the file announces
+  by the same ffmpeg filter.
 
 A reader refuses what its decoder cannot read that way with a `VideoDecodeError`.
 """
@@ -14,17 +17,24 @@ import io
 import itertools
 import os
 import re
+import shutil
+import tempfile
+import weakref
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
+from molmo2.image.limits import MediaLimitError, MediaLimits, checked_limits
+from molmo2.image.loading import is_file_on_disk, open_image
+from molmo2.video.decoding.decord_process import DecordProcess, FrameError
+from molmo2.video.decoding.orientation import Matrix, matrix_from_bytes, mp4_matrices, quarter_turns, upright
 from molmo2.video.decoding.timeline import (
     CONSTANT_RATE_TOLERANCE_SECONDS,
     VideoDecodeError,
@@ -41,70 +51,127 @@ BACKENDS = tuple(PACKAGES)  # in the order they are tried
 # decord decodes and converts every frame to RGB, sampled or not: a clip with more pixels (20 seconds of 1080p) is left
 # to a backend that converts the sampled frames only.
 MAX_DECORD_PIXELS = 1_000_000_000
-# decord would repeat the last frame in place of missing ones; a fraction of the frames, 0 means "any number".
-FAULT_TOLERANCE = 1e-9
 # PyAV: a seek to a key frame pays off if it skips more packets than this.
 MIN_SEEK_PACKETS = 16
 # PyAV: decoder threads. More than cores, so that decoding continues while one core resizes a frame.
 THREADS_PER_CORE, MAX_THREADS = 3, 16
-# Formats of Pillow that can be animated; "MPEG" is a video, which Pillow only recognises.
+MAX_BACKWARD_SECONDS = 1.0  # PyAV: how far time stamps may go back where no frame hides another
+# Formats of Pillow that can be animated.
 ANIMATED_FORMATS = ("GIF", "PNG", "WEBP", "AVIF")
+HEAD_BYTES = 4096  # in which ffmpeg looks for the signs of a playlist
+PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"[playlist]", b"[Reference]", b"v=0", b"<?xml", b"<asx", b"<smil", b"RTSPtext")
+TEXT_BYTES = bytes([7, 8, 9, 10, 12, 13, 27, *range(32, 127), *range(128, 256)])
 
 
 @dataclass(frozen=True)
 class Source:
-    """A video in a file (`path`) or in memory (`data`). `name` is for errors."""
+    """A video in a file, which is temporary if the video was given in memory.
+
+    Attributes:
+        name: for errors.
+        path: absolute, or "a:b.mp4" would look like a protocol to ffmpeg.
+        num_bytes: size of the file.
+        limits: see `MediaLimits`.
+        image_format: the format of an animation, such as "GIF", by Pillow; "" for any other video.
+        keeps: what lives as long as the source, such as a temporary file.
+    """
 
     name: str
-    path: str = ""
-    data: bytes | None = None
+    path: str
+    num_bytes: int
+    limits: MediaLimits
+    image_format: str = ""
+    keeps: Any = None
 
     @classmethod
-    def from_input(cls, source: VideoSource) -> "Source":
+    def from_input(cls, source: VideoSource, limits: MediaLimits | None = None, name: str | None = None) -> "Source":
         """From a path, the bytes of a file or a file object.
+
+        What is in memory is written to a temporary file, which is removed with the last reference to the result: all
+        decoders read paths, so that a video decodes alike whatever the way in.
 
         Raises:
             FileNotFoundError, IsADirectoryError: there is no such file.
             TypeError: `source` is none of these.
-            VideoDecodeError: the file is empty or an image.
+            MediaLimitError: it is over a limit that shows in its header.
+            VideoDecodeError: the file is empty, an image, or a text that leads to other files.
         """
+        limits = checked_limits(limits)
         if isinstance(source, (str, Path)):
-            result = cls._from_path(Path(source))
+            result = cls._from_path(Path(source), limits)
         elif isinstance(source, (bytes, bytearray, memoryview)):
-            result = cls(name=f"a video of {len(source)} bytes", data=bytes(source))
+            result = cls._from_stream(io.BytesIO(source), name or f"a video of {len(source)} bytes", limits)
         elif hasattr(source, "read"):
             if hasattr(source, "seek"):
                 source.seek(0)
-            result = cls(name=repr(getattr(source, "name", "a file object")), data=source.read())
+            result = cls._from_stream(source, name or repr(getattr(source, "name", "a file object")), limits)
         else:
             raise TypeError(f"A video is a path, bytes or a file object, not {type(source).__name__}.")
-        result._require_video()
-        return result
+        return replace(result, image_format=result._animated_format())
 
     @classmethod
-    def _from_path(cls, path: Path) -> "Source":
+    def _from_path(cls, path: Path, limits: MediaLimits) -> "Source":
         if path.is_dir():
             raise IsADirectoryError(f"{str(path)!r} is a directory. Pass a video file, or a list of its frames.")
         if not path.exists():
             raise FileNotFoundError(f"There is no video file {str(path)!r}. Check the path.")
-        absolute = str(path.absolute())  # or "a:b.mp4" would look like a protocol to ffmpeg
-        return cls(name=repr(str(path)), path=absolute)
+        if not is_file_on_disk(path):
+            raise VideoDecodeError(f"{str(path)!r} is a device or pipe, not a file. Pass the path of a video file.")
+        return cls(repr(str(path)), str(path.absolute()), path.stat().st_size, limits)
 
-    def _require_video(self) -> None:
-        size = len(self.data) if self.data is not None else Path(self.path).stat().st_size
-        if size == 0:
+    @classmethod
+    def _from_stream(cls, stream: IO[bytes], name: str, limits: MediaLimits) -> "Source":
+        copy = _TemporaryCopy(stream)
+        return cls(name, copy.path, Path(copy.path).stat().st_size, limits, keeps=copy)
+
+    def _animated_format(self) -> str:
+        """The format of an animation; "" for any other video. Refuses what is no video by its first bytes."""
+        if self.num_bytes == 0:
             raise VideoDecodeError(f"{self.name} is empty (0 bytes). Check that it was written completely.")
+        with open(self.path, "rb") as file:
+            head = file.read(HEAD_BYTES)
+        if _leads_elsewhere(head):
+            raise VideoDecodeError(
+                f"{self.name} is a text, not a video. Playlists and other lists of addresses are not followed; pass "
+                "the video itself."
+            )
+        as_frame = replace(self.limits, image_pixels=self.limits.video_frame_pixels)
         try:
-            with Image.open(self.for_reading()) as image:
+            with open_image(Path(self.path), self.name, as_frame) as image:
                 kind, num_images = image.format, getattr(image, "n_frames", 1)
-        except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-            return
-        if kind != "MPEG" and not (kind in ANIMATED_FORMATS and num_images > 1):
+                size = (image.height, image.width)
+        except MediaLimitError as error:  # the limit has another name for videos
+            raise MediaLimitError(str(error).replace("image_pixels", "video_frame_pixels")) from None
+        except Exception:  # no image, or one that decoders of videos may understand better
+            return ""
+        if not (kind in ANIMATED_FORMATS and num_images > 1):
             raise VideoDecodeError(f"{self.name} is an image ({kind}), not a video. Pass it as an image.")
+        self.limits.check_video(self.name, num_images, size, self.num_bytes)
+        return kind
 
-    def for_reading(self) -> str | io.BytesIO:
-        """The path, or a new file object over the bytes."""
-        return self.path if self.data is None else io.BytesIO(self.data)
+
+class _TemporaryCopy:
+    """A temporary file with the content of a stream, removed with this object."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        handle, self.path = tempfile.mkstemp(prefix="molmo2_video_")
+        weakref.finalize(self, _remove, self.path)
+        with os.fdopen(handle, "wb") as file:
+            shutil.copyfileobj(stream, file, 1 << 20)
+
+
+def _remove(path: str) -> None:
+    with suppress(OSError):
+        os.unlink(path)
+
+
+def _leads_elsewhere(head: bytes) -> bool:
+    """True for the beginning of a text: ffmpeg opens the files and addresses that playlists name."""
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
+    if text.startswith(b"YUV4MPEG2 "):
+        return False
+    is_text = not head.translate(None, TEXT_BYTES)
+    return is_text or text.startswith(PLAYLISTS) or b"<mpd" in head.lower() or b"\nc=IN IP" in head
 
 
 class VideoReader(ABC):
@@ -140,7 +207,7 @@ class VideoReader(ABC):
                 f"{self.timeline.num_frames - 1}."
             )
         ascending = np.unique(indices)
-        decoded = zip(ascending.tolist(), self._decode(ascending.tolist()), strict=True)
+        decoded = zip(ascending.tolist(), self._checked(ascending.tolist()), strict=True)
         if np.all(np.diff(indices) >= 0):
             counts = np.unique(indices, return_counts=True)[1]
             for (_, frame), count in zip(decoded, counts.tolist(), strict=True):
@@ -149,6 +216,15 @@ class VideoReader(ABC):
             frames = dict(decoded)
             for index in indices.tolist():
                 yield frames[index]
+
+    def _checked(self, indices: list[int]) -> Iterator[np.ndarray]:
+        """The frames of `_decode`, which have one size."""
+        size = self.timeline.height, self.timeline.width
+        for index, frame in zip(indices, self._decode(indices), strict=True):
+            if frame.shape[:2] != size:
+                problem = f"it has {frame.shape[0]} x {frame.shape[1]} pixels, the first one {size[0]} x {size[1]}"
+                raise self._frame_error(index, problem)
+            yield frame
 
     @abstractmethod
     def close(self) -> None:
@@ -187,70 +263,68 @@ class _DecordReader(VideoReader):
     """
 
     backend = "decord"
-    _reader: Any = None
+    _process: DecordProcess | None = None
 
     def __init__(self, source: Source, only_choice: bool) -> None:
         super().__init__(source)
-        self._decord = _import_backend("decord", "decord")
-        self._open()
-        num_frames = len(self._reader)
-        starts, end = self._frame_times(num_frames)
-        fps = float(self._reader.get_avg_fps())
-        height, width = self._first_frame_size()
-        if num_frames * height * width > MAX_DECORD_PIXELS and not only_choice and _others_usable("decord"):
-            raise VideoDecodeError(f"it would have to convert all of its {num_frames} frames")
-        self.timeline = make_timeline(starts, end, fps, (height, width))
+        _require_plain_turns(source)
+        self._process = DecordProcess.borrow()
+        try:
+            spans, fps, shape = self._opened()
+            if len(shape) != 3 or shape[2] != 3:  # very narrow videos
+                raise VideoDecodeError(f"its frames have the shape {shape}, expected (height, width, 3)")
+            height, width = shape[:2]
+            num_frames = len(spans)
+            if num_frames * height * width > MAX_DECORD_PIXELS and not only_choice and _others_usable("decord"):
+                raise VideoDecodeError(f"it would have to convert all of its {num_frames} frames")
+            starts, end = _decord_times(spans)
+            self.timeline = make_timeline(starts, end, fps, (height, width))
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
-        self._reader = None
+        process, self._process = self._process, None
+        if process is not None:
+            process.give_back()
 
-    def _open(self) -> None:
+    def _opened(self) -> tuple[np.ndarray, float, tuple[int, ...]]:
         try:
-            self._reader = self._decord.VideoReader(
-                self._source.for_reading(), ctx=self._decord.cpu(0), fault_tol=FAULT_TOLERANCE
-            )
-        except Exception as error:
-            raise self._error(brief(error)) from error
-
-    def _frame_times(self, num_frames: int) -> tuple[np.ndarray, float]:
-        """Starts of the frames, (N,) float64, and the end of the last one, in seconds."""
-        spans = np.asarray(self._reader.get_frame_timestamp(list(range(num_frames))), dtype=np.float64)  # (N, 2)
-        if not np.all(np.isfinite(spans)):
-            raise VideoDecodeError("its frames have no time stamps")
-        spans = spans[spans[:, 0] >= 0]  # an edit list cuts off what comes before; decord lists it, but skips it
-        if not len(spans):
-            raise VideoDecodeError("it shows no frames")
-        times = undo_rounding(np.append(spans[:, 0], spans[-1, 1]))
-        return times[:-1], float(times[-1])
-
-    def _first_frame_size(self) -> tuple[int, int]:
-        shape = tuple(self._next_frame().shape)
-        self._reader = None  # `_decode` starts from the beginning
-        if len(shape) != 3 or shape[2] != 3:  # very narrow videos
-            raise VideoDecodeError(f"its frames have the shape {shape}, expected (height, width, 3)")
-        return shape[:2]
-
-    def _next_frame(self) -> np.ndarray:
-        frame = self._reader.next()
-        return frame.asnumpy() if hasattr(frame, "asnumpy") else np.asarray(frame)  # not native: `set_bridge`
+            return self._process.open(self._source.path)
+        except VideoDecodeError as error:
+            raise VideoDecodeError(brief(error.reason)) from None
 
     def _decode(self, indices: list[int]) -> Iterator[np.ndarray]:
-        self._open()
-        wanted = set(indices)
-        for index in range(self.timeline.num_frames):  # to the end: a frame missing anywhere shifts those after it
-            try:
-                frame = self._next_frame() if index in wanted else self._reader.next()
-            except StopIteration:
-                raise self._frame_error(index, "the file ends here, some frames were not decoded") from None
-            except Exception as error:
-                raise self._frame_error(index, error) from error
-            if index in wanted:
-                yield frame
+        if self._process is None or self._process.is_busy:  # closed, or an earlier iterator was not read to its end
+            self.close()
+            self._process = DecordProcess.borrow()
+            self._opened()
         try:
-            self._reader.next()
-        except Exception:  # StopIteration as expected, or damage after the last frame
-            return
-        raise self._error(f"it returns more frames than the {self.timeline.num_frames} it lists")
+            yield from self._process.decode(indices, self.timeline.num_frames)
+        except FrameError as error:
+            raise self._frame_error(error.index or 0, error.reason) from None
+        except VideoDecodeError as error:
+            raise self._error(error.reason) from None
+
+
+def _decord_times(spans: np.ndarray) -> tuple[np.ndarray, float]:
+    """Starts of the frames, (N,) float64, and the end of the last one, in seconds; spans are (N, 2)."""
+    if not np.all(np.isfinite(spans)):
+        raise VideoDecodeError("its frames have no time stamps")
+    spans = spans[spans[:, 0] >= 0]  # an edit list cuts off what comes before; decord lists it, but skips it
+    if not len(spans):
+        raise VideoDecodeError("it shows no frames")
+    end = spans[-1, 1]
+    if end <= spans[-1, 0] and len(spans) > 1:  # unknown, as in FLV: as long as the frame before it
+        end = 2 * spans[-1, 0] - spans[-2, 0]
+    times = undo_rounding(np.append(spans[:, 0], end))
+    return times[:-1], float(times[-1])
+
+
+def _require_plain_turns(source: Source) -> None:
+    """Leave mirrored videos to PyAV: decord and torchcodec turn by quarters and know nothing of mirrors."""
+    if any(quarter_turns(matrix) is None for matrix in mp4_matrices(source.path)):
+        raise VideoDecodeError("its display matrix mirrors it or turns it by no multiple of 90 degrees")
 
 
 # --- torchcodec ------------------------------------------------------------------------------------------------------
@@ -268,8 +342,9 @@ class _TorchcodecReader(VideoReader):
     def __init__(self, source: Source, only_choice: bool) -> None:
         super().__init__(source)
         decoders = _import_backend("torchcodec.decoders", "torchcodec")
+        _require_plain_turns(source)
         self._decoder = decoders.VideoDecoder(
-            source.path if source.data is None else source.data,
+            source.path,
             dimension_order="NHWC",
             num_ffmpeg_threads=0,
             device="cpu",
@@ -338,6 +413,7 @@ class _PyavReader(VideoReader):
     _container: Any = None
     _stream: Any = None
     _converter: tuple[Any, Any] | None = None
+    _size: tuple[int, int] = (0, 0)  # (width, height) as the file announces them, to which other frames are scaled
     _started: Iterator[tuple[int | None, Any]] | None = None  # all frames, the first of which is decoded already
     _last_stamp: int | None = None  # of the frame that the decoder returned last
 
@@ -345,7 +421,7 @@ class _PyavReader(VideoReader):
         super().__init__(source)
         self._av = _import_backend("av", "pyav")
         self._open()
-        self._packets = _PacketTable.from_packets(self._stream, self._demuxed())
+        self._packets = _PacketTable.from_packets(self._stream, self._counted(self._demuxed()))
         self._open()
         frames = self._decoded_from(0)
         stamp, first = next(frames, (None, None))  # tells rotation and size
@@ -363,12 +439,17 @@ class _PyavReader(VideoReader):
 
     def _open(self) -> None:
         self.close()
-        self._container = self._av.open(self._source.for_reading())
+        limits, name = self._source.limits, self._source.name
+        self._container = self._av.open(self._source.path, options={"protocol_whitelist": "file"})
         self._stream = self._container.streams.best("video")
         if self._stream is None:
             raise VideoDecodeError("it has no video track")
+        context = self._stream.codec_context
+        limits.check_video(name, 1, (context.height, context.width), self._source.num_bytes)
+        self._size = context.width, context.height
+        context.options = {"max_pixels": str(limits.video_frame_pixels)}  # for frames that are larger than announced
         self._stream.thread_type = "AUTO"
-        self._stream.codec_context.thread_count = min(MAX_THREADS, THREADS_PER_CORE * (os.cpu_count() or 1))
+        context.thread_count = min(MAX_THREADS, THREADS_PER_CORE * (os.cpu_count() or 1))
 
     def _decode(self, indices: list[int]) -> Iterator[np.ndarray]:
         frames: Iterator[tuple[int | None, Any]] | None = None
@@ -434,15 +515,26 @@ class _PyavReader(VideoReader):
             if packet.size or packet.dts is None:  # AVI stores a dropped frame as an empty packet
                 yield packet
 
+    def _counted(self, packets: Iterator[Any]) -> Iterator[Any]:
+        """The packets, as long as they are not more than the frames a video may have."""
+        most, context = self._source.limits.video_frames, self._stream.codec_context
+        for count, packet in enumerate(packets):
+            if count > most or count % 1000 == 0:
+                size = context.height, context.width
+                self._source.limits.check_video(self._source.name, count, size, self._source.num_bytes)
+            yield packet
+
     def _to_rgb(self, frame: Any) -> np.ndarray:
         """The frame as upright RGB, converted by the filter that decord and torchcodec use too."""
         shape = (frame.width, frame.height, frame.format.name)
         if self._converter is None or self._converter[0] != shape:
             graph = self._av.filter.Graph()
+            scaled = [] if shape[:2] == self._size else [graph.add("scale", "{}:{}".format(*self._size))]
             stages = [
                 graph.add_buffer(
                     width=frame.width, height=frame.height, format=frame.format.name, time_base=self._stream.time_base
                 ),
+                *scaled,
                 graph.add("format", "pix_fmts=rgb24"),
                 graph.add("buffersink"),
             ]
@@ -450,10 +542,15 @@ class _PyavReader(VideoReader):
                 stage.link_to(following)
             graph.configure()
             self._converter = (shape, graph)
-        quarter_turns = round(getattr(frame, "rotation", 0) / 90) % 4
         graph = self._converter[1]
         graph.push(frame)
-        return np.ascontiguousarray(np.rot90(_rgb_view(graph.pull()), k=quarter_turns))
+        return np.ascontiguousarray(upright(_rgb_view(graph.pull()), _display_matrix(frame)))
+
+
+def _display_matrix(frame: Any) -> Matrix:
+    """The display matrix of a frame of PyAV; that of an upright one where it has none."""
+    data = frame.side_data.get("DISPLAYMATRIX")
+    return (1, 0, 0, 1) if data is None else matrix_from_bytes(bytes(data))
 
 
 def _rgb_view(frame: Any) -> np.ndarray:
@@ -490,14 +587,18 @@ class _PacketTable:
     @classmethod
     def from_packets(cls, stream: Any, packets: Iterator[Any]) -> "_PacketTable":
         """The table of all packets. Those that an edit list cuts off are needed for decoding but not shown."""
-        listed = [
-            (packet.pts, packet.duration, packet.is_keyframe, packet.is_discard) for packet in packets if packet.size
-        ]
+        listed, decoding_stamps = [], []
+        for packet in packets:
+            if packet.size:
+                listed.append((packet.pts, packet.duration, packet.is_keyframe, packet.is_discard))
+                decoding_stamps.append(packet.dts)
         has_stamps = all(pts is not None for pts, *_ in listed)
         file_stamps = [pts if has_stamps else place for place, (pts, *_) in enumerate(listed)]
         shown = {stamp: row for stamp, row in zip(file_stamps, listed, strict=True) if not row[3]}
         if not shown:
             raise VideoDecodeError("its video track has no frames")
+        if has_stamps:
+            _require_one_time_line(decoding_stamps, len(file_stamps) - len(set(file_stamps)), stream.time_base)
         place_of: dict[int, int] = {}
         for place, stamp in enumerate(file_stamps):
             place_of.setdefault(stamp, place)
@@ -537,6 +638,24 @@ class _PacketTable:
             last_ticks = self.stamps[-1] - self.stamps[-2] if len(self.stamps) > 1 else 0
         ticks = np.array([*self.stamps, self.stamps[-1] + last_ticks], dtype=np.int64) - self.stamps[0]
         return ticks * self.tick_seconds.numerator / self.tick_seconds.denominator, rate
+
+
+def _require_one_time_line(stamps: list[int | None], num_lost: int, tick_seconds: Fraction) -> None:
+    """Refuse recordings that are joined without new time stamps: frames of the same time would hide each other.
+
+    Args:
+        stamps: when each packet is decoded, in ticks and file order; they ascend within a recording.
+        num_lost: packets whose time to be shown is that of another one.
+        tick_seconds: length of a tick.
+    """
+    known = [(place, stamp) for place, stamp in enumerate(stamps) if stamp is not None]
+    for (_, before), (place, stamp) in itertools.pairwise(known):
+        if stamp < before and (num_lost or (before - stamp) * tick_seconds > MAX_BACKWARD_SECONDS):
+            new, old = float(stamp * tick_seconds), float(before * tick_seconds)
+            raise VideoDecodeError(
+                f"its time stamps restart at frame {place} of {len(stamps)} ({new:.3f} s after {old:.3f} s), as if "
+                "recordings were joined; join them anew with ffmpeg's concat demuxer"
+            )
 
 
 def _frame_with(stamp: int, frames: Iterator[tuple[int | None, Any]]) -> Any:

@@ -1,0 +1,271 @@
+"""decord in a process of its own, which a hostile file may end without harm to this one.
+
+decord ends its process on some files: a seek past the end of memory is a segmentation fault, a header that announces
+two billion frames an exception of C++ that nobody catches. Here it runs in a child that is started with the first
+video, kept for the next ones, given up when it stops answering and replaced when it dies. It reads paths only.
+"""
+
+import importlib.util
+import inspect
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from molmo2.video.decoding.timeline import VideoDecodeError
+
+START_SECONDS = 60  # until a new child has to be ready: it imports numpy and decord
+# How long a child may be silent while it opens a file or decodes; opening reads the whole file.
+SILENT_SECONDS, READ_BYTES_PER_SECOND = 10, 5_000_000
+WATCH_SECONDS = 0.5  # between looks at the clock
+MAX_CHILD_BYTES = 8 << 30  # memory of a child, where the system can limit it
+PIPE_BYTES = 1 << 20  # most a system grants without privileges; where it has one size only, this is ignored
+MAX_IDLE_CHILDREN = 4  # kept for the next videos; threads of a program may decode as many at a time
+
+
+def _serve_decord(max_bytes: int) -> None:  # noqa: C901  # has to be one function: its source is all the child gets
+    """What the child runs, from its source alone: answers requests on stdin, each a line of JSON, until that ends.
+
+    {"open": path} is answered by {"count", "fps", "shape"} and the spans of the frames, (count, 2) float64 seconds;
+    {"decode": indices, "count": count} by {"index", "shape"} and the pixels of each frame, then by {"more": bool},
+    whether there are more frames than counted. {"error"} ends an answer, {"alive"} may come at any time between them.
+    """
+    import importlib
+    import json
+    import os
+    import signal
+    import sys
+    import time
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    output = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what libraries print does not mix with answers
+    try:
+        resource = importlib.import_module("resource")
+        resource.setrlimit(resource.RLIMIT_DATA, (max_bytes, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    except Exception:  # Windows has no limits, and a parent may have set narrower ones
+        pass
+
+    def send(answer: dict, data: "Any" = None) -> None:
+        output.write(json.dumps(answer).encode() + b"\n")
+        if data is not None:
+            output.write(memoryview(data).cast("B"))
+        output.flush()
+
+    try:
+        numpy = importlib.import_module("numpy")
+        decord = importlib.import_module("decord")
+    except Exception as error:
+        send({"error": f"{type(error).__name__}: {error}"})
+        return
+    send({"ready": True})
+
+    def opened(path: str) -> "Any":
+        # decord repeats the last frame in place of missing ones; this fraction of the frames allows none (0: any).
+        return decord.VideoReader(path, ctx=decord.cpu(0), fault_tol=1e-9)
+
+    path = ""
+    for line in sys.stdin.buffer:
+        request = json.loads(line)
+        index = None
+        try:
+            if "open" in request:
+                path = request["open"]
+                reader = opened(path)
+                count = len(reader)
+                spans = numpy.asarray(reader.get_frame_timestamp(list(range(count))), dtype=numpy.float64)
+                shape = reader.next().asnumpy().shape
+                send({"count": count, "fps": float(reader.get_avg_fps()), "shape": shape}, spans.reshape(-1, 2))
+                continue
+            reader, wanted, spoke = opened(path), set(request["decode"]), time.monotonic()
+            for index in range(request["count"]):  # to the end: a frame missing anywhere shifts those after it
+                try:
+                    frame = reader.next()
+                except StopIteration:
+                    raise EOFError("the file ends here, some frames were not decoded") from None
+                if index in wanted:
+                    pixels = numpy.ascontiguousarray(frame.asnumpy())
+                    send({"index": index, "shape": pixels.shape}, pixels)
+                    spoke = time.monotonic()
+                elif time.monotonic() - spoke > 1:
+                    send({"alive": index})
+                    spoke = time.monotonic()
+            try:
+                reader.next()
+            except Exception:  # StopIteration as expected, or damage after the last frame
+                send({"more": False})
+            else:
+                send({"more": True})
+        except Exception as error:
+            text = str(error) if isinstance(error, EOFError) else f"{type(error).__name__}: {error}"
+            send({"error": text, "index": index})
+        reader = None
+
+
+class DecordProcess:
+    """A child that decodes with decord; `borrow` one and `give_back` it when its last answer is read to the end."""
+
+    _idle: list["DecordProcess"] = []
+    _lock = threading.Lock()
+
+    def __init__(self) -> None:
+        if importlib.util.find_spec("decord") is None:
+            raise VideoDecodeError(
+                "decord cannot be loaded (there is no such package). Install it with `pip install decord2`."
+            )
+        code = (
+            f"import sys; sys.path[:] = {sys.path!r}\n"
+            f"{inspect.getsource(_serve_decord)}\n_serve_decord({MAX_CHILD_BYTES})"
+        )
+        self._parent = os.getpid()
+        self._child: Any = None
+        self._file_bytes = 0
+        self.is_busy = False  # an answer was begun and not read to its end
+        self._deadline: float | None = None
+        self._was_late = False
+        self._watch: threading.Thread | None = None
+        self._ended = threading.Event()
+        try:
+            self._child = subprocess.Popen(
+                [sys.executable, "-c", code],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                pipesize=PIPE_BYTES,
+            )
+        except OSError as error:
+            raise VideoDecodeError(f"no process could be started for decord ({error})") from error
+        answer = self._answer(START_SECONDS)
+        if "error" in answer:
+            self.kill()
+            raise VideoDecodeError(
+                f"decord cannot be loaded ({answer['error'][:200]}). Install it with `pip install decord2`."
+            )
+
+    @classmethod
+    def borrow(cls) -> "DecordProcess":
+        """An idle child of this process, or a new one."""
+        while True:
+            with cls._lock:
+                child = cls._idle.pop() if cls._idle else None
+            if child is None:
+                return cls()
+            if child._parent == os.getpid() and child._child.poll() is None:  # not that of a forked parent, alive
+                return child
+
+    def give_back(self) -> None:
+        """Keep this child for the next video, if it waits for requests; else end it."""
+        if not self.is_busy and self._child.poll() is None:
+            with self._lock:
+                if len(self._idle) < MAX_IDLE_CHILDREN:
+                    self._idle.append(self)
+                    return
+        self.kill()
+
+    def kill(self) -> None:
+        """End the child, whatever it does."""
+        self._ended.set()
+        self._child.kill()
+        for pipe in (self._child.stdin, self._child.stdout):
+            with suppress(OSError):
+                pipe.close()
+        self._child.wait()
+
+    def open(self, path: str) -> tuple[np.ndarray, float, tuple[int, ...]]:
+        """(N, 2) starts and ends of the frames in seconds, average rate, and shape of the first frame.
+
+        Raises:
+            VideoDecodeError: decord cannot open it, or ended or stopped while it tried.
+        """
+        self._file_bytes = Path(path).stat().st_size
+        self._ask({"open": path})
+        answer = self._answer(self._patience)
+        self.is_busy = False
+        if "error" in answer:
+            raise VideoDecodeError(answer["error"])
+        spans = np.empty((answer["count"], 2), dtype=np.float64)
+        self._read_into(spans)
+        return spans, answer["fps"], tuple(answer["shape"])
+
+    def decode(self, indices: list[int], count: int) -> Iterator[np.ndarray]:
+        """The frames with these ascending indices of the opened video, which has `count`; reads it to its end.
+
+        Raises:
+            VideoDecodeError: a frame cannot be decoded; the attribute `index` says which.
+        """
+        self._ask({"decode": indices, "count": count})
+        while True:
+            answer = self._answer(self._patience)
+            if "error" in answer:
+                self.is_busy = False
+                raise FrameError(answer["error"], answer["index"])
+            if "more" in answer:
+                self.is_busy = False
+                if answer["more"]:
+                    raise VideoDecodeError(f"it returns more frames than the {count} it lists")
+                return
+            if "index" in answer:
+                frame = np.empty(answer["shape"], dtype=np.uint8)
+                self._read_into(frame)
+                yield frame
+
+    @property
+    def _patience(self) -> float:
+        return SILENT_SECONDS + self._file_bytes / READ_BYTES_PER_SECOND
+
+    def _ask(self, request: dict[str, Any]) -> None:
+        self.is_busy = True
+        try:
+            self._child.stdin.write(json.dumps(request).encode() + b"\n")
+            self._child.stdin.flush()
+        except OSError:
+            raise self._death() from None
+
+    def _answer(self, seconds: float) -> dict[str, Any]:
+        """The next line of the child, which has to come within this time."""
+        self._deadline = time.monotonic() + seconds
+        if self._watch is None:
+            self._watch = threading.Thread(target=self._kill_at_deadline, daemon=True, name="molmo2-decord-watch")
+            self._watch.start()
+        line = self._child.stdout.readline()
+        self._deadline = None
+        if not line.endswith(b"\n"):
+            raise self._death()
+        return json.loads(line)
+
+    def _kill_at_deadline(self) -> None:
+        while not self._ended.wait(WATCH_SECONDS):
+            deadline = self._deadline
+            if deadline is not None and time.monotonic() > deadline:
+                self._was_late = True
+                self._child.kill()
+                return
+
+    def _read_into(self, array: np.ndarray) -> None:
+        if array.nbytes and self._child.stdout.readinto(memoryview(array.data).cast("B")) != array.nbytes:
+            raise self._death()
+
+    def _death(self) -> VideoDecodeError:
+        self.kill()
+        if self._was_late:
+            return VideoDecodeError("decord stopped answering and was ended; the file is damaged, or made to do this")
+        code = self._child.returncode
+        how = f"signal {-code}" if code < 0 else f"exit status {code}"
+        return VideoDecodeError(f"decord's process ended with {how}; the file is damaged, or made to do this")
+
+
+class FrameError(VideoDecodeError):
+    """A frame cannot be decoded; `index` says which."""
+
+    def __init__(self, reason: str, index: int | None) -> None:
+        super().__init__(reason)
+        self.index = index

@@ -1,0 +1,239 @@
+"""Downloads: where they may go, how long and how large they may be, and what is said about those that fail."""
+
+import gzip
+import socket
+import threading
+import time
+import zlib
+from contextlib import contextmanager
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+
+from molmo2 import MediaLimitError, MediaLimits
+from molmo2.image import fetching
+from molmo2.image.fetching import is_public, masked
+from molmo2.image.loading import load_images
+from molmo2.video.processing import load_video
+from support.hostile_media import clip, picture
+
+LOCAL = MediaLimits(allow_private_hosts=True, connect_seconds=2, read_seconds=0.4, total_seconds=5)
+IMAGE = picture("PNG")
+BOMB = gzip.compress(bytes(5_000_000))
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers what the path asks for."""
+
+    asked: list
+
+    def log_message(self, *args):
+        pass
+
+    def answer(self, content, status=200, **headers):
+        self.send_response(status)
+        for name, value in {"Content-Length": len(content), **headers}.items():
+            if value is not None:
+                self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def do_GET(self):  # noqa: C901  # a table of answers
+        self.asked.append((self.path, dict(self.headers)))
+        kind, _, argument = self.path[1:].partition("?")[0].partition("/")
+        if kind == "redirect":
+            count = int(argument)
+            self.answer(b"", 302, Location=f"/redirect/{count - 1}" if count else "/picture")
+        elif kind == "to":
+            self.answer(b"", 307, Location=argument)
+        elif kind == "status":
+            self.answer(IMAGE, int(argument))
+        elif kind == "encoded":
+            encode = {"gzip": gzip.compress, "deflate": zlib.compress, "bare": lambda data: zlib.compress(data)[2:-4]}
+            self.answer(encode[argument](IMAGE), Content_Encoding="deflate" if argument == "bare" else argument)
+        elif kind == "bomb":
+            self.answer(BOMB, Content_Encoding="gzip")
+        elif kind == "cut":
+            self.answer(IMAGE[: len(IMAGE) // 2], **{"Content-Length": len(IMAGE)})
+        elif kind == "cutgzip":
+            self.answer(gzip.compress(IMAGE)[:-20], Content_Encoding="gzip")
+        elif kind == "brotli":
+            self.answer(IMAGE, Content_Encoding="br")
+        elif kind == "endless":
+            self.send_response(200)
+            self.end_headers()
+            while True:
+                self.wfile.write(bytes(1 << 16))
+        elif kind == "drip":
+            self.send_response(200)
+            self.end_headers()
+            for byte in IMAGE:
+                self.wfile.write(bytes([byte]))
+                time.sleep(0.05)
+        elif kind == "silent":
+            time.sleep(0.8)
+        elif kind == "page":
+            self.answer(b"<html>Please log in</html>", Content_Type="image/png")
+        elif kind == "clip.mp4":
+            self.answer(clip())
+        else:
+            self.answer(IMAGE)
+
+
+@pytest.fixture(scope="module")
+def server():
+    class Quiet(ThreadingHTTPServer):
+        def handle_error(self, *args):
+            pass
+
+    Handler.asked = []
+    with Quiet(("127.0.0.1", 0), Handler) as http:
+        thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        yield f"http://127.0.0.1:{http.server_port}"
+        http.shutdown()
+        thread.join()
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch):
+    monkeypatch.setattr(fetching, "getproxies", dict)
+
+
+@contextmanager
+def refused(reason):
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=reason):
+        yield
+    assert time.monotonic() - start < 8
+
+
+def test_images_and_videos_are_downloaded(server):
+    expected = load_images(IMAGE)[0]
+    for path in ("picture", "redirect/4", "encoded/gzip", "encoded/deflate", "encoded/bare", "a b/ü.png?x=1&y=%20z"):
+        np.testing.assert_array_equal(load_images(f"{server}/{path}", limits=LOCAL)[0], expected)
+    np.testing.assert_array_equal(load_video(f"{server}/clip.mp4", limits=LOCAL)[0], load_video(clip())[0])
+    path, headers = Handler.asked[-2]
+    assert path == "/a%20b/%C3%BC.png?x=1&y=%20z"
+    assert headers["Host"] == server[7:]
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("status/404", "it answered 404 Not Found"),
+        ("status/500", "it answered 500"),
+        ("redirect/5", "it redirects more than 5 times"),
+        ("to/file:///etc/passwd", r"it redirects to .* whose scheme is not accepted"),
+        ("to/ftp://example.org/", r"it redirects to .* whose scheme is not accepted"),
+        ("cut", r"of [\d,]+ bytes came"),
+        ("cutgzip", "compressed content is cut off"),
+        ("brotli", "has the encoding 'br', which was not asked for"),
+        ("silent", "TimeoutError"),
+        ("page", "cannot be decoded as an image .*unknown format"),
+        ("to/http://[::1", "could not be downloaded"),
+    ],
+)
+def test_answers_that_are_no_media(server, path, reason):
+    with refused(reason):
+        load_images(f"{server}/{path}", limits=LOCAL)
+    with refused("could not be downloaded|No video backend|is a text"):
+        load_video(f"{server}/{path}", limits=LOCAL)
+
+
+def test_size_is_bounded_while_it_arrives(server):
+    for path in ("bomb", "endless", "picture"):
+        with pytest.raises(MediaLimitError, match=r"over the limit fetch_bytes=100\b"):
+            load_images(f"{server}/{path}", limits=replace(LOCAL, fetch_bytes=100))
+    with pytest.raises(MediaLimitError, match="fetch_bytes=1,000,000"):
+        load_video(f"{server}/bomb", limits=replace(LOCAL, fetch_bytes=1_000_000))
+
+
+def test_a_server_that_drips_meets_the_total_deadline(server):
+    with refused("it took longer than total_seconds=0.5"):
+        load_images(f"{server}/drip", limits=replace(LOCAL, total_seconds=0.5))
+
+
+def test_private_addresses_are_refused(server, monkeypatch):
+    limits = replace(LOCAL, allow_private_hosts=False)
+    port = server.rpartition(":")[2]
+    hosts = ("127.0.0.1", "localhost", "[::1]", "[::ffff:127.0.0.1]", "0.0.0.0", "2130706433", "0x7f.1", "127.1")
+    for host in hosts:
+        with refused(r"its address is private, .*allow_private_hosts=True|gaierror"):
+            load_images(f"http://{host}:{port}/picture", limits=limits)
+    # A name that is public at first and private later: the address that was checked is the one connected to.
+    resolved = []
+
+    def resolve(host, port, **kwargs):
+        resolved.append(host)
+        address = {"public.test": "203.0.113.1" if len(resolved) > 1 else "8.8.8.8"}.get(host, host)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port))]
+
+    connected = []
+
+    def connect(self, address):
+        connected.append(address)
+        raise ConnectionRefusedError("no")
+
+    monkeypatch.setattr(fetching.socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(fetching.socket.socket, "connect", connect)
+    with refused("ConnectionRefusedError: no"):
+        load_images("http://public.test/a.png", limits=limits)
+    assert (resolved, connected) == (["public.test"], [("8.8.8.8", 80)])
+
+
+def test_a_redirect_to_a_private_address_is_refused(server, monkeypatch):
+    monkeypatch.setattr(fetching, "is_public", lambda address: address == "127.0.0.1")
+    limits = replace(LOCAL, allow_private_hosts=False)
+    assert load_images(f"{server}/picture", limits=limits)
+    with refused("its address is private"):
+        load_images(f"{server}/to/http://169.254.169.254/latest/meta-data/", limits=limits)
+
+
+PRIVATE = """
+10.0.0.1 172.16.3.4 192.168.1.1 127.0.0.9 169.254.169.254 100.64.0.1 0.0.0.0 224.0.0.1 240.0.0.1 255.255.255.255
+::1 :: fe80::1%eth0 fc00::1 fec0::1 ff02::1 ::ffff:10.0.0.1 ::127.0.0.1 64:ff9b::7f00:1 2002:7f00:1:: 2001:db8::1
+"""
+
+
+@pytest.mark.parametrize("address", PRIVATE.split())
+def test_addresses_that_are_not_public(address):
+    assert not is_public(address)
+
+
+def test_addresses_that_are_public():
+    for address in ("8.8.8.8", "2606:4700:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"):
+        assert is_public(address)
+
+
+def test_user_and_query_are_masked_and_sent_where_they_belong(server):
+    url = server.replace("http://", "http://user:s%40cret@") + "/status/403?token=abc"
+    for load in (load_images, load_video):
+        with pytest.raises(ValueError, match="it answered 403") as caught:
+            load(url, limits=LOCAL)
+        chain = f"{caught.value!r} {caught.value.__cause__!r}"
+        assert "cret" not in chain
+        assert "abc" not in chain
+    assert Handler.asked[-1][1]["Authorization"] == "Basic dXNlcjpzQGNyZXQ="
+    assert masked("https://u:p@h.org:8/a?b#c") == "https://h.org:8/a?..."
+    assert masked("http://[::1/a?secret") == "http://... (a malformed address)"
+
+
+@pytest.mark.parametrize(
+    "url", ["http://", "http://a b/", "http://x:99999999/", "http://\r\nX: y/", "https://[1", "http://é" * 99]
+)
+def test_malformed_addresses(url):
+    for load in (load_images, load_video):
+        with refused("could not be downloaded"):
+            load(url, limits=LOCAL)
+
+
+def test_a_proxy_is_used_for_names_but_not_to_reach_private_addresses(server, monkeypatch):
+    monkeypatch.setattr(fetching, "getproxies", lambda: {"http": server})
+    limits = replace(LOCAL, allow_private_hosts=False)
+    with refused("its address is private"):
+        load_images("http://127.0.0.1/picture", limits=limits)
+    assert load_images("http://8.8.8.8/picture", limits=limits)[0].shape == (40, 60, 3)
+    assert Handler.asked[-1][0] == "http://8.8.8.8/picture"

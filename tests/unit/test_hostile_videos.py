@@ -1,0 +1,170 @@
+"""Videos made to end, stop or mislead a decoder: the process lives, and backends agree or refuse."""
+
+import base64
+import io
+import os
+import signal
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from molmo2.video.decoding import decord_process
+from molmo2.video.decoding.backends import VideoDecodeError, open_video
+from molmo2.video.decoding.decord_process import DecordProcess
+from molmo2.video.processing import Molmo2VideoProcessor, load_video
+from support.hostile_media import (
+    ROTATIONS,
+    clip,
+    mutated,
+    patched,
+    with_far_offset,
+    with_frame_count,
+    with_matrix,
+)
+
+pytest.importorskip("decord")
+
+
+def ways_in(content, tmp_path):
+    """A path, bytes, an open file and a data URL."""
+    file = tmp_path / "clip"
+    file.write_bytes(content)
+    return file, content, io.BytesIO(content), "data:video/mp4;base64," + base64.b64encode(content).decode()
+
+
+def all_frames(content, backend):
+    with open_video(content, backend) as reader:
+        return list(reader.frames(range(reader.timeline.num_frames))), reader.timeline
+
+
+@pytest.mark.parametrize("content", [with_frame_count(clip(kind), 2**31 - 1) for kind in ("mp4", "avi")])
+def test_a_frame_count_that_ends_decord(content, tmp_path):
+    with pytest.raises(VideoDecodeError, match="decord: decord's process ended with signal 6"):
+        open_video(content, "decord")
+    expected = all_frames(content, "pyav")[0]
+    for way in ways_in(content, tmp_path)[:2]:
+        frames, metadata = load_video(way, num_frames=12, max_fps=None)
+        assert metadata.video_backend != "decord"
+        np.testing.assert_array_equal(frames, np.stack(expected)[metadata.source_frame_indices])
+
+
+def test_an_offset_past_the_end(tmp_path):
+    for way in ways_in(with_far_offset(clip()), tmp_path):
+        with pytest.raises(VideoDecodeError, match="No video backend could read"):
+            load_video(way)
+
+
+def test_every_way_in_gives_the_same_and_leaves_no_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    for backend in ("decord", "pyav"):
+        first, *others = [load_video(way, backend=backend)[0] for way in ways_in(clip(), tmp_path)]
+        for other in others:
+            np.testing.assert_array_equal(first, other)
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+def test_a_dead_or_silent_child_is_replaced(monkeypatch):
+    expected = all_frames(clip(), "pyav")[0]
+    np.testing.assert_array_equal(all_frames(clip(), "decord")[0], expected)
+    child = DecordProcess.borrow()
+    child.give_back()
+    assert DecordProcess.borrow() is child  # kept
+    child.give_back()
+    os.kill(child._child.pid, signal.SIGKILL)
+    child._child.wait()
+    np.testing.assert_array_equal(all_frames(clip(), "decord")[0], expected)
+    monkeypatch.setattr(decord_process, "SILENT_SECONDS", 0.1)
+    monkeypatch.setattr(decord_process, "WATCH_SECONDS", 0.05)
+    child = DecordProcess()
+    os.kill(child._child.pid, signal.SIGSTOP)
+    with pytest.raises(VideoDecodeError, match="stopped answering"):
+        child.open(str(__file__))
+
+
+def test_threads_and_readers_that_were_left_early(tmp_path):
+    expected = all_frames(clip(), "pyav")[0]
+    results = []
+    threads = [threading.Thread(target=lambda: results.append(all_frames(clip(), "decord")[0])) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 3
+    with open_video(clip(), "decord") as reader:
+        next(iter(reader.frames([3, 5])))  # not read to its end
+        results.append(list(reader.frames(range(12))))
+    for frames in results:
+        np.testing.assert_array_equal(frames, expected)
+
+
+@pytest.mark.parametrize("matrix", ROTATIONS)
+def test_display_matrices_are_obeyed_as_by_ffmpeg(matrix):
+    plain = clip(num_frames=3, size=(64, 128))
+    expected = [ROTATIONS[matrix](frame) for frame in all_frames(plain, "pyav")[0]]
+    content = with_matrix(plain, matrix)
+    np.testing.assert_array_equal(all_frames(content, "pyav")[0], expected)
+    np.testing.assert_array_equal(all_frames(content, None)[0], expected)
+    if matrix[0] * matrix[3] - matrix[1] * matrix[2] < 0:
+        with pytest.raises(VideoDecodeError, match="display matrix mirrors it"):
+            open_video(content, "decord")
+    else:
+        np.testing.assert_array_equal(all_frames(content, "decord")[0], expected)
+
+
+def test_a_matrix_that_turns_by_other_angles_is_refused():
+    content = with_matrix(clip(), (0.8, 0.6, -0.6, 0.8))
+    with pytest.raises(VideoDecodeError, match=r"turns it by 37 degrees, which is no multiple of 90"):
+        load_video(content)
+
+
+def test_the_last_frame_of_flv_lasts_as_long_as_the_one_before():
+    durations = {backend: all_frames(clip("flv"), backend)[1].duration_seconds for backend in ("decord", "pyav")}
+    assert durations == pytest.approx({"decord": 1.2, "pyav": 1.2})
+
+
+def test_joined_recordings_are_refused():
+    joined = clip("ts", num_frames=8) + clip("ts", num_frames=8)
+    with pytest.raises(VideoDecodeError, match=r"pyav: its time stamps restart at frame 8 of 16 .*join them anew"):
+        load_video(joined)
+
+
+def test_a_change_of_size_is_scaled_away():
+    parts = [clip("ts", num_frames=4), clip("ts", num_frames=4, size=(96, 128), first=4)]
+    content = b"".join([*parts, clip("ts", num_frames=4, size=(32, 32), first=8)])
+    frames = [np.stack(all_frames(content, backend)[0]) for backend in ("decord", "pyav")]
+    np.testing.assert_array_equal(*frames)
+    assert load_video(content)[0].shape[1:] == frames[0].shape[1:]
+    assert Molmo2VideoProcessor()(content)["video_grids"].tolist() == [[4, 9, 9]]
+
+
+def test_texts_and_animations_without_decoder_are_named(tmp_path):
+    for text in (b"#EXTM3U\n#EXTINF:1,\n/etc/a.ts\n", b"ffconcat version 1.0\nfile a.mp4\n", b"<MPD></MPD>", b"words"):
+        for way in (text, io.BytesIO(text)):
+            with pytest.raises(VideoDecodeError, match="is a text, not a video"):
+                load_video(way)
+    file = io.BytesIO()
+    images = [Image.new("RGB", (60, 40), colour) for colour in ("red", "blue")]
+    images[0].save(file, "WEBP", save_all=True, append_images=images[1:])
+    with pytest.raises(VideoDecodeError, match=r"Animated WebP is read by no decoder here\. Pass its frames"):
+        load_video(file)
+
+
+@pytest.mark.parametrize("kind", ["mp4", "avi", "mkv", "flv", "ts", "gif"])
+def test_damaged_files_decode_or_are_refused(kind):
+    rng = np.random.default_rng(0)
+    for _ in range(6):
+        content = mutated(clip(kind), rng)
+        try:
+            frames, metadata = load_video(content, num_frames=4)
+        except ValueError:
+            continue
+        assert len(frames) == len(metadata.timestamps)
+
+
+def test_boxes_that_lead_nowhere_end():
+    content = patched(clip(), b"moov", 0, bytes(8))  # a box without length
+    with pytest.raises(ValueError, match="could read"):
+        load_video(content)

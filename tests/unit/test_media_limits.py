@@ -1,0 +1,142 @@
+"""Limits on media: what is over one is refused before it takes memory, by name, and can be let in."""
+
+import base64
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from molmo2 import MediaLimitError, MediaLimits
+from molmo2.image.loading import load_images, measure_images
+from molmo2.image.processing import Molmo2ImageProcessor
+from molmo2.video.processing import Molmo2VideoProcessor, load_video
+from molmo2.video.sampling import SamplingSettings, sample_indices, sample_times
+from support.hostile_media import (
+    POSTSCRIPT,
+    clip,
+    gif_of_size,
+    picture,
+    png_of_size,
+    tiff_of_size,
+    webp_of_size,
+)
+
+BOMBS = {
+    "png": png_of_size(13000, 13000),
+    "png with one bit a pixel": png_of_size(13000, 13000, bits=1, colour=0),
+    "gif": gif_of_size(13000, 13000),
+    "webp": webp_of_size(16383, 10900),
+    "tiff": tiff_of_size(13000, 13000),
+}
+
+
+@pytest.mark.parametrize("content", BOMBS.values(), ids=BOMBS)
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_huge_images_are_refused_by_their_header(content, tmp_path):
+    file = tmp_path / "image"
+    file.write_bytes(content)
+    for reference in (content, file, io.BytesIO(content), base64.b64encode(content).decode()):
+        with pytest.raises(
+            MediaLimitError, match=r"over the limit image_pixels=100,000,000\. .*MediaLimits\(image_pix"
+        ):
+            load_images([reference])
+    with pytest.raises(MediaLimitError, match="image_pixels"):
+        measure_images(file)
+    if content[:4] != b"RIFF":
+        with pytest.raises(MediaLimitError, match="image_pixels"):
+            load_images([Image.open(file)])
+
+
+def test_the_limit_on_pixels_can_be_set_anywhere():
+    image = np.zeros((30, 50, 3), np.uint8)
+    narrow = MediaLimits(image_pixels=1499)
+    for given in (image, Image.fromarray(image), picture("PNG")):
+        with pytest.raises(MediaLimitError, match="image_pixels=1,499"):
+            Molmo2ImageProcessor(limits=narrow)(given)
+        with pytest.raises(MediaLimitError, match="image_pixels=1,499"):
+            Molmo2ImageProcessor()(given, limits=narrow)
+        assert Molmo2ImageProcessor(limits=narrow)(given, limits=MediaLimits())["pixel_values"].shape[0] == 2
+    processor = Molmo2ImageProcessor()
+    processor.limits = narrow
+    with pytest.raises(MediaLimitError):
+        processor(image)
+
+
+@pytest.mark.parametrize("processor_class", [Molmo2ImageProcessor, Molmo2VideoProcessor])
+def test_limits_are_neither_saved_nor_taken_from_files(processor_class, tmp_path):
+    processor_class(limits=MediaLimits(image_pixels=5)).save_pretrained(tmp_path)
+    assert "limits" not in "".join(path.read_text() for path in tmp_path.iterdir())
+    config = {**processor_class().to_dict(), "limits": {"image_pixels": 10**12}}
+    assert processor_class.from_dict(config).limits == MediaLimits()
+    assert processor_class.from_pretrained(tmp_path, limits=MediaLimits(redirects=1)).limits.redirects == 1
+
+
+def test_limits_are_checked_themselves():
+    with pytest.raises(ValueError, match="redirects is -1"):
+        MediaLimits(redirects=-1)
+    with pytest.raises(ValueError, match="image_formats is 'PNG'"):
+        MediaLimits(image_formats="PNG")
+    with pytest.raises(ValueError, match=r"unknown source\(s\) \['ftp'\]"):
+        MediaLimits(sources=("ftp",))
+    with pytest.raises(TypeError, match=r"limits is 5 of type int. Pass a MediaLimits"):
+        load_images([], limits=5)
+
+
+def test_formats_come_from_a_list():
+    for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"):
+        assert load_images(picture(kind))[0].shape == (40, 60, 3)
+    for content in (POSTSCRIPT, picture("PPM"), picture("ICO"), b"not an image at all"):
+        with pytest.raises(ValueError, match=r"cannot be decoded as an image .*one of the formats PNG, JPEG"):
+            load_images(content)
+    assert load_images(picture("PPM"), limits=MediaLimits(image_formats=("PPM",)))[0].shape == (40, 60, 3)
+
+
+def test_servers_take_no_paths(tmp_path):
+    file = tmp_path / "a.png"
+    file.write_bytes(picture("PNG"))
+    limits = MediaLimits(sources=("data",))
+    for reference in (file, str(file), file.as_uri(), "/etc/passwd", "https://example.org/a.png"):
+        with pytest.raises(MediaLimitError, match="not among the accepted sources"):
+            load_images(reference, limits=limits)
+        with pytest.raises(MediaLimitError, match="not among the accepted sources"):
+            load_video(reference, limits=limits)
+    url = "data:image/png;base64," + base64.b64encode(picture("PNG")).decode()
+    assert load_images([url, picture("PNG")], limits=limits)[0].shape == (40, 60, 3)
+    with pytest.raises(MediaLimitError, match="fetch_bytes=9"):
+        load_images(url, limits=MediaLimits(fetch_bytes=9))
+
+
+def test_clips_have_limits():
+    with pytest.raises(MediaLimitError, match=r"video_frame_pixels=36,000,000"):
+        load_video(gif_of_size(10_000, 10_000, num_frames=300))
+    with pytest.raises(MediaLimitError, match=r"pixels per byte\), over the limit video_pixels_per_byte=250,000"):
+        load_video(gif_of_size(5_000, 5_000, num_frames=300))
+    for backend in ("decord", "pyav", None):
+        with pytest.raises(MediaLimitError, match="has 12 frames, over the limit video_frames=11"):
+            load_video(clip(), backend=backend, limits=MediaLimits(video_frames=11))
+        with pytest.raises(MediaLimitError, match="frames of 48 x 64 pixels, over the limit video_frame_pixels=3,071"):
+            load_video(clip(), backend=backend, limits=MediaLimits(video_frame_pixels=3071))
+
+
+def test_visual_tokens_have_a_limit():
+    limits = MediaLimits(visual_tokens=200)
+    with pytest.raises(
+        MediaLimitError, match=r"Image 0 would take .* visual tokens, over the limit visual_tokens=200"
+    ):
+        Molmo2ImageProcessor()(np.zeros((50, 50, 3), np.uint8), limits=limits)
+    with pytest.raises(MediaLimitError, match="would take 324 visual tokens in 4 frames"):
+        Molmo2VideoProcessor()(clip(), limits=limits)
+    assert Molmo2VideoProcessor()(clip(), num_frames=2, limits=limits)["video_grids"].tolist() == [[2, 9, 9]]
+
+
+def test_absurd_options_do_not_loop():
+    with pytest.raises(ValueError, match="sampling_fps is 1e-09, but it has to be at least 1e-05"):
+        Molmo2VideoProcessor(sampling_fps=1e-9)
+    with pytest.raises(ValueError, match=r"max_crops is 1000000000000, but must be .*up to 10,000"):
+        Molmo2ImageProcessor(max_crops=10**12)
+    many = SamplingSettings(num_frames=10**12, frame_sample_mode="fps", sampling_fps=2)
+    assert sample_times(3.0, 25.0, many).tolist() == [0.0, 0.5, 1.0, 1.5, 2.0, 2.5]
+    assert sample_indices(25, 25.0, many).tolist() == [0, 12]
+    with pytest.raises(ValueError, match=r"num_frames is 1,000,000,000,000, as many as would be spread over 3 s"):
+        sample_times(3.0, 25.0, SamplingSettings(num_frames=10**12))
