@@ -15,7 +15,8 @@ pytest.importorskip("playwright")
 from app.backend import Backend
 from app.page import Page
 from molmo2.tools.draw import DrawingStyle
-from support.app_browser import browser, expect, find_browser, free_port, look_at, visit
+from support.app_browser import expect, free_port, look_at, visit
+from support.browser import browser, require_browser
 from support.checkpoints import REPOSITORY, build_model, picture
 from support.model_inputs import processor
 from support.scripted_model import DictatedModel
@@ -52,13 +53,7 @@ class Gate:
 
 @pytest.fixture(scope="module")
 def running():
-    executable = find_browser()
-    if executable is None:
-        complaint = "There is no browser. Install chromium, or name one in $CHROMIUM."
-        if os.environ.get("MOLMO2_NEEDS_BROWSER"):
-            pytest.fail(complaint)
-        pytest.skip(complaint)
-    with browser(executable) as running:
+    with browser(require_browser()) as running:
         yield running
 
 

@@ -1,9 +1,7 @@
-"""A headless browser on the app: finding one, serving a page, and what tests and screenshots do there."""
+"""A headless browser on the app: serving a page, and what tests and screenshots do there."""
 
 import base64
 import io
-import os
-import shutil
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,11 +11,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from playwright.sync_api import Page as BrowserPage
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 
 from app.page import Page, launch
 
-COMMANDS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 TIMEOUT = 30_000  # milliseconds
 READ_PIXELS = """async picture => {
     if (picture.decode) await picture.decode();
@@ -29,30 +26,10 @@ READ_PIXELS = """async picture => {
 }"""
 
 
-def find_browser() -> str | None:
-    """A browser of the Chromium family: $CHROMIUM, one on the PATH, or the one that playwright installed."""
-    for command in (os.environ.get("CHROMIUM", ""), *COMMANDS):
-        found = shutil.which(command) if command else None
-        if found is not None:
-            return found
-    with sync_playwright() as playwright:
-        own = playwright.chromium.executable_path
-    return own if Path(own).is_file() else None
-
-
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-@contextmanager
-def browser(executable: str) -> Iterator[Any]:
-    with sync_playwright() as playwright:
-        # Root may not use the sandbox, and needs none for a page of our own.
-        running = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"] * (os.geteuid() == 0))
-        yield running
-        running.close()
 
 
 @contextmanager

@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from app.models import load_backend
 from app.page import Page
 from app.samples import SAMPLES
-from support.app_browser import browser, expect, find_browser, visit
+from support.app_browser import expect, visit
+from support.browser import browser, find_browser
 
 IMAGES = Path(__file__).resolve().parent.parent.parent / "docs" / "images"
 SHOTS = {  # name -> (label of the example, follow-up question)

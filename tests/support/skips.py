@@ -18,6 +18,7 @@ ALLOWED = {
     r"could not import '(gradio|playwright|nbclient|ipykernel|nbformat)'": "`make test-app` runs them",
     r"could not import '(ray|pyarrow.parquet|fastapi)'": "`make test-batch` runs them",
     r"quantisation has an environment of its own": "`make test-quantization` runs them",
+    r"metrics have an environment of their own": "`make test-metrics` runs them",
     r"browser": "`make test-app BROWSER=optional`; the page needs a browser, which not every machine can have",
     r"this release of TRL learns questions too": "a release of TRL that cannot do it",
     r"mounting is not permitted here|needs the right to mount": "needs root and a kernel that lets it",

@@ -211,6 +211,25 @@ def test_each_message_has_its_own_weight():
     assert row["loss_weights"].count_nonzero() == (row["labels"] != -100).sum()
 
 
+@pytest.mark.parametrize(
+    ("weighting", "scale", "branches"),
+    [(TokenWeighting.report(), 4, 1), (TokenWeighting.released_trainer(), 2, 3)],
+)
+def test_the_two_rules_in_a_tree(weighting, scale, branches):
+    """The released trainer divides by sqrt(branches) too, but not the fixed weights of points and long captions."""
+    tree = [
+        turn("Describe.", "A boat at sea.", IMAGE),
+        turn("Point.", "<points>", style="pointing"),
+        turn("Describe.", "Long.", style="video_long_caption"),
+    ]
+    row = example(tree, weighting=weighting)
+    found = [row["loss_weights"][(row["branch_ids"] == branch) & (row["labels"] != -100)] for branch in (1, 2, 3)]
+    expected = [scale / (len(found[0]) * branches) ** 0.5, 0.2, 0.1]
+    for weights, value in zip(found, expected):
+        torch.testing.assert_close(weights, torch.full_like(weights, value))
+    assert weighting.weight("A boat.", None, 16) == scale / 4  # a conversation is a tree of one branch
+
+
 def test_the_style_of_the_question_counts():
     parts = {"type": "text", "text": "Describe.", "style": "video_long_caption"}
     messages = [{"role": "user", "content": [CLIP, parts]}, {"role": "assistant", "content": "A boat."}]

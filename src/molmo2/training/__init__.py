@@ -15,7 +15,9 @@ from molmo2.training.finetuning import (
     parameter_groups,
     unfreeze,
 )
+from molmo2.training.packed_mixture import PackedMixture
 from molmo2.training.packer import Pack, PackedDataset, Packer, PackingReport
+from molmo2.training.resuming import SaveMixture, resume_mixture
 from molmo2.training.trainer import trainer_class
 from molmo2.training.weighting import TokenWeighting
 
@@ -24,8 +26,10 @@ __all__ = [
     "LearningRates",
     "Pack",
     "PackedDataset",
+    "PackedMixture",
     "Packer",
     "PackingReport",
+    "SaveMixture",
     "TokenWeighting",
     "build_training_example",
     "example_from_feature",
@@ -34,6 +38,7 @@ __all__ = [
     "lora_targets",
     "messages_from_row",
     "parameter_groups",
+    "resume_mixture",
     "trainer_class",
     "unfreeze",
 ]

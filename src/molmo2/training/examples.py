@@ -125,7 +125,7 @@ def build_training_example(
     features.pop("video_metadata", None)
     visual_ids = frozenset(processor.image_token_ids)
     rows = [
-        _with_labels(branch, ids, mask, visual_ids, weighting).truncated(max_length, visual_ids)
+        _with_labels(branch, ids, mask, visual_ids, (weighting, len(conversations))).truncated(max_length, visual_ids)
         for branch, ids, mask in zip(conversations, *encoded)
     ]
     tensors = {name: torch.as_tensor(value) for name, value in features.items()}
@@ -201,9 +201,13 @@ def _with_labels(
     ids: list[int],
     mask: list[int],
     visual_ids: frozenset[int],
-    weighting: TokenWeighting | None,
+    weighting: tuple[TokenWeighting | None, int],
 ) -> LabelledTokens:
-    """Labels and weights of a conversation; each answer is a run of ones in the mask, headers separate them."""
+    """Labels and weights of a conversation; each answer is a run of ones in the mask, headers separate them.
+
+    Args:
+        weighting: The rule, and the number of branches of the tree.
+    """
     edges = np.flatnonzero(np.diff([0, *mask, 0])).tolist()
     answers = list(zip(edges[::2], edges[1::2]))
     num_answers = sum(is_answer(message) for message in messages)
@@ -213,7 +217,7 @@ def _with_labels(
             "a template that encloses assistant messages in `{% generation %}` and `{% endgeneration %}`."
         )
     labels = [token if is_target and token not in visual_ids else IGNORED for token, is_target in zip(ids, mask)]
-    weights = message_weights(messages, [end - start for start, end in answers], weighting)
+    weights = message_weights(messages, [end - start for start, end in answers], *weighting)
     if weights is None:
         return LabelledTokens(ids, labels)
     token_weights = [0.0] * len(ids)

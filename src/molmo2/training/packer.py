@@ -17,6 +17,8 @@ from molmo2.training.examples import example_from_feature
 
 MAX_TOKEN_CELLS, MAX_CROP_CELLS = 256, 128  # size of the grid on which the knapsack is solved
 
+PoolEntry = tuple[int, int, Any]  # tokens, crops, example
+
 
 @dataclass(frozen=True)
 class Pack:
@@ -95,13 +97,15 @@ class Packer:
         self.skip_too_large = skip_too_large
         self.report = PackingReport(max_tokens, max_crops)
 
-    def pack(self, examples: Iterable[Any]) -> Iterator[Pack]:
+    def pack(self, examples: Iterable[Any], pool: list[PoolEntry] | None = None) -> Iterator[Pack]:
         """Rows of examples, yielded as soon as the pool is full; each example is in exactly one row.
 
+        Args:
+            pool: The waiting examples, kept up to date; pass those of an earlier stream to continue it.
         Raises:
             ValueError: For an example that is larger than a row, unless `skip_too_large`.
         """
-        pool: list[tuple[int, int, Any]] = []
+        pool = [] if pool is None else pool
         for example in examples:
             tokens, crops = num_tokens(example), num_crops(example)
             if tokens > self.max_tokens or crops > self.max_crops:
@@ -122,7 +126,7 @@ class Packer:
             )
         self.report.too_large += 1
 
-    def _take_row(self, pool: list[tuple[int, int, Any]]) -> Pack:
+    def _take_row(self, pool: list[PoolEntry]) -> Pack:
         """Remove the examples of one row from the pool, the oldest among them."""
         tokens, crops = (np.array([entry[column] for entry in pool]) for column in (0, 1))
         capacity = self.max_tokens - tokens[0], self.max_crops - crops[0]

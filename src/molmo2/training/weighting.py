@@ -13,26 +13,39 @@ POINT_TAGS = ("<points", "<tracks", "<point ")
 class TokenWeighting:
     """The loss weights of Molmo2's training, which keep long answers from dominating short ones.
 
-    All tokens of an answer, its closing token included, have the same weight. Source: the token weighting in Molmo2's
-    technical report.
+    All tokens of an answer, its closing token included, have the same weight. There are two rules: `report()`, the
+    default, is that of Molmo2's technical report; `released_trainer()` is what the released training code computes.
 
     Attributes:
         video_captions: Weight of answers in the style `video_long_caption`.
         pointing: Weight of answers in a pointing style, and of answers in other styles that contain points or tracks.
         scale: All other answers have the weight `scale / sqrt(number of tokens)`.
+        divide_by_branches: This weight of other answers is divided by sqrt(number of branches of the message tree).
     """
 
     video_captions: float = 0.1
     pointing: float = 0.2
     scale: float = 4.0
+    divide_by_branches: bool = False
 
-    def weight(self, answer: str, style: str | None, num_tokens: int) -> float:
-        """The weight of each token of an answer with `num_tokens` tokens."""
+    @classmethod
+    def report(cls) -> "TokenWeighting":
+        """The rule of the technical report: 0.1, 0.2, and 4 / sqrt(n)."""
+        return cls()
+
+    @classmethod
+    def released_trainer(cls) -> "TokenWeighting":
+        """The rule of the released training code: 0.1, 0.2, and 2 / sqrt(n) / sqrt(branches of the tree)."""
+        return cls(scale=2.0, divide_by_branches=True)
+
+    def weight(self, answer: str, style: str | None, num_tokens: int, num_branches: int = 1) -> float:
+        """The weight of each token of an answer with `num_tokens` tokens, in a tree of `num_branches`."""
         if style == LONG_VIDEO_CAPTION:
             return self.video_captions
         if is_pointing_style(style) or any(tag in answer for tag in POINT_TAGS):
             return self.pointing
-        return self.scale / max(num_tokens, 1) ** 0.5
+        divisor = max(num_tokens, 1) * (num_branches if self.divide_by_branches else 1)
+        return self.scale / divisor**0.5
 
 
 def is_pointing_style(style: str | None) -> bool:
@@ -56,13 +69,17 @@ def text_of(message: Mapping[str, Any]) -> str:
 
 
 def message_weights(
-    messages: list[Mapping[str, Any]], answer_lengths: list[int], weighting: TokenWeighting | None
+    messages: list[Mapping[str, Any]],
+    answer_lengths: list[int],
+    weighting: TokenWeighting | None,
+    num_branches: int = 1,
 ) -> list[float] | None:
     """The weight of each answer of a conversation; None if neither the messages nor `weighting` set any.
 
     Args:
         answer_lengths: Number of tokens of each assistant message.
         weighting: For answers whose message has no `loss_weight`. None gives them 1.
+        num_branches: Of the message tree that the conversation is part of.
     Raises:
         ValueError: For a `loss_weight` that is not a finite number from 0, and for a class instead of an instance.
     """
@@ -76,7 +93,7 @@ def message_weights(
         own = message.get("loss_weight")
         if own is None:
             style = style_of(message) or (style_of(messages[number - 1]) if number else None)
-            own = 1.0 if weighting is None else weighting.weight(text_of(message), style, length)
+            own = 1.0 if weighting is None else weighting.weight(text_of(message), style, length, num_branches)
         if isinstance(own, str) or not 0 <= own < math.inf:
             raise ValueError(
                 f"Message {number} has `loss_weight` {own!r}: use 0 for an answer that is context only, otherwise "

@@ -1,0 +1,217 @@
+"""The examples of a data set: its rows, grouped by their media, as conversations and message trees."""
+
+import logging
+import random
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from molmo2.data import pointing, questions, tracks
+from molmo2.data.media import MediaReference, Resolver, urls
+from molmo2.data.queries import Draw, Family, Row, Settings, conversations
+
+logger = logging.getLogger(__name__)
+
+ACADEMIC_TRACKS = ("mevis", "burst", "ref-yt-vos", "lv-vis", "vicas", "revos", "ref-davis17", "yt-vis", "moca")
+DATASETS: dict[str, Family] = {
+    "allenai/Molmo2-Cap": questions.VIDEO_CAPTIONS,
+    "allenai/Molmo2-VideoCapQA": questions.VIDEO_CHOICES,
+    "allenai/Molmo2-VideoSubtitleQA": questions.SUBTITLE_CHOICES,
+    "allenai/Molmo2-AskModelAnything": questions.VIDEO_QUESTIONS,
+    "allenai/Molmo2-VideoPoint": pointing.VIDEO_POINTS,
+    "allenai/Molmo2-VideoTrack": tracks.VIDEO_TRACKS,
+    "allenai/Molmo2-MultiImageQA": questions.IMAGE_SET_QUESTIONS,
+    "allenai/Molmo2-SynMultiImageQA": questions.SYNTHETIC_QUESTIONS,
+    "allenai/Molmo2-MultiImagePoint": pointing.IMAGE_SET_POINTS,
+    "allenai/molmo2-track-instruction": tracks.ACADEMIC_TRACKS,
+    **{f"allenai/molmo2-{name}": tracks.ACADEMIC_TRACKS for name in ACADEMIC_TRACKS},
+    "allenai/molmo2-single-object-track": tracks.ACADEMIC_TRACKS,
+    "allenai/MolmoPoint-TrackAny": tracks.ACADEMIC_TRACKS,
+    "allenai/MolmoPoint-TrackSyn": tracks.ACADEMIC_TRACKS,
+    "allenai/pixmo-cap": questions.IMAGE_CAPTIONS,
+    "allenai/pixmo-points": pointing.IMAGE_POINTS,
+    "allenai/pixmo-cap-qa": questions.CAPTION_QUESTIONS,
+    "allenai/pixmo-ask-model-anything": questions.IMAGE_QUESTIONS,
+    "allenai/CoSyn-400K": questions.SYNTHETIC_QUESTIONS,
+    "allenai/CoSyn-point": pointing.COSYN_POINTS,
+    "allenai/molmo2-tulu4-classified": questions.TEXT,
+    "allenai/molmo2-hardcodes": questions.FIXED_ANSWERS,
+}
+MISSING = "an image or a video is missing"
+MAX_NAMED = 20  # missing media that a report names
+
+
+@dataclass
+class ReadingReport:
+    """What became of the rows of a data set.
+
+    Attributes:
+        rows: Rows that were read.
+        examples: Examples that they make.
+        left_out: Rows that were left out, by reason.
+        missing: The first missing images and videos.
+    """
+
+    name: str
+    rows: int = 0
+    examples: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
+    missing: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        reasons = "; ".join(f"{number} because {reason}" for reason, number in self.left_out.most_common())
+        missing = f" (the first: {', '.join(self.missing[:3])})" if self.missing else ""
+        left_out = f", {self.left_out.total()} left out: {reasons}{missing}" if self.left_out else ""
+        return f"{self.name}: {self.rows} rows, {self.examples} examples{left_out}"
+
+
+class Examples(Sequence[dict[str, Any]]):
+    """The examples of a published data set, as rows for `DataCollator`, `PackedDataset` or a trainer.
+
+        examples = Examples("allenai/Molmo2-VideoPoint", rows, Folder("videos"))
+        print(examples.report)
+
+    Rows are read once, to group them and to look for their media. What cannot be used is left out and counted in
+    `report`, which is logged if anything was left out. An example is drawn when it is taken: by the seed, the epoch
+    and its index, so that it is the same in every process and after a restart.
+
+    Args:
+        name: A key of `DATASETS`.
+        rows: A sequence of rows: a `datasets.Dataset`, or a list of dictionaries.
+        media: From a `MediaReference` to a path, URL or image, None where it is missing. Without it URLs are used.
+        settings: How rows become examples.
+        seed: Of everything that is drawn.
+        missing: "report", or "raise" to fail where images or videos are missing.
+    Attributes:
+        report: A `ReadingReport`.
+        epoch: Other numbers draw other styles, templates and subsets.
+    Raises:
+        FileNotFoundError: Media are missing and `missing` says "raise".
+        ValueError: There is no such data set, a column is missing, or an option has no such value.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        rows: Sequence[Row],
+        media: Resolver = urls,
+        settings: Settings | None = None,
+        *,
+        seed: int = 0,
+        missing: str = "report",
+    ):
+        if name not in DATASETS:
+            raise ValueError(f"There is no reader for {name!r}. There are readers for {', '.join(DATASETS)}.")
+        if missing not in ("report", "raise"):
+            raise ValueError(f"`missing` is {missing!r}; expected 'report' or 'raise'.")
+        self.name, self.family = name, DATASETS[name]
+        self.rows, self.media, self.seed, self.epoch = rows, media, seed, 0
+        self.settings = Settings() if settings is None else settings
+        self.report = ReadingReport(name)
+        self._groups = self._group()
+        self.report.examples = len(self._groups)
+        if self.report.missing and missing == "raise":
+            raise FileNotFoundError(str(self.report))
+        if self.report.left_out:
+            logger.warning("%s", self.report)
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def __getitem__(self, index: Any) -> Any:
+        """The example: `messages`, a conversation or a tree of them, `dataset` and `rows`, the indices of its rows."""
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        number = range(len(self))[index]  # IndexError past the end, also for negative ones
+        indices = self._groups[number]
+        rows = [self.rows[place] for place in indices]
+        references = list(self.family.media(rows[0]))
+        sources = [self._source(reference) for reference in references]
+        draw = Draw(
+            random.Random(f"{self.seed} {self.epoch} {self.name} {number}"),
+            self.settings,
+            bool(getattr(self.media, "has_cut_clips", False)),
+            self._frame_times(references, sources),
+        )
+        item = self.family.read(rows, draw)
+        kept = range(len(sources)) if item.kept is None else item.kept
+        parts = [self._part(references[place], sources[place], rows[0]) for place in kept]
+        first, *others = conversations(item)
+        return {
+            "messages": [_with_media(first, parts), *others] if others else _with_media(first, parts),
+            "dataset": self.name,
+            "rows": indices,
+        }
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[index] for index in range(len(self)))
+
+    def _group(self) -> list[list[int]]:
+        """Indices of the usable rows of each example, in order of the first one."""
+        groups: dict[Any, list[int]] = {}
+        known: dict[Any, bool] = {}
+        for index, row in enumerate(_undecoded(self.rows)):
+            self.report.rows += 1
+            try:
+                reason = self.family.problem(row, self.settings)
+                absent = [] if reason else [each for each in self.family.media(row) if self._is_missing(each, known)]
+            except KeyError as error:
+                raise ValueError(f"Row {index} of {self.name} has no column {error}; it has {sorted(row)}.") from None
+            if absent:
+                reason = MISSING
+                self.report.missing += [each.name for each in absent if each.name not in self.report.missing]
+                del self.report.missing[MAX_NAMED:]
+            if reason:
+                self.report.left_out[reason] += 1
+            else:
+                values = tuple(row.get(column) for column in self.family.group_by)
+                key = index if not values or values[0] is None else values
+                groups.setdefault(key, []).append(index)
+        return list(groups.values())
+
+    def _is_missing(self, reference: Any, known: dict[Any, bool]) -> bool:
+        if not isinstance(reference, MediaReference):
+            return reference is None
+        key = (reference.kind, reference.name, reference.clip)
+        if key not in known:
+            known[key] = self.media(reference) is None
+        return known[key]
+
+    def _source(self, reference: Any) -> Any:
+        if not isinstance(reference, MediaReference):
+            return reference
+        source = self.media(reference)
+        if source is None:
+            raise FileNotFoundError(f"{reference.name}, an image or a video of {self.name}, has gone missing.")
+        return source
+
+    def _part(self, reference: Any, source: Any, row: Row) -> dict[str, Any]:
+        """The part of a message that shows an image or a video."""
+        if not isinstance(reference, MediaReference) or reference.kind == "image":
+            return {"type": "image", "image": source}
+        part = {"type": "video", "video": source, **self.family.video_options(row, self.settings)}
+        if reference.clip is not None and not getattr(self.media, "has_cut_clips", False):
+            part["clip"] = reference.clip
+        return part
+
+    def _frame_times(self, references: Sequence[Any], sources: Sequence[Any]) -> Sequence[float] | None:
+        frame_times = self.settings.frame_times
+        is_video = len(references) == 1 and getattr(references[0], "kind", "") == "video"
+        return frame_times(references[0], sources[0]) if frame_times is not None and is_video else None
+
+
+def _undecoded(rows: Any) -> Iterator[Row]:
+    """The rows of a sequence; images of a `datasets.Dataset` stay bytes."""
+    if hasattr(rows, "with_format") and hasattr(rows, "iter"):
+        for table in rows.with_format("arrow").iter(batch_size=256):
+            yield from table.to_pylist()
+    else:
+        yield from rows
+
+
+def _with_media(messages: list[dict[str, Any]], parts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The conversation with its media at the head of its first question."""
+    place = next(index for index, message in enumerate(messages) if message["role"] == "user")
+    asked = {**messages[place], "content": [*parts, *messages[place]["content"]]}
+    return [*messages[:place], asked, *messages[place + 1 :]]

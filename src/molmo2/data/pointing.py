@@ -1,0 +1,188 @@
+"""Rows with points: VideoPoint, MultiImagePoint, PixMo's points, CoSyn-point. Coordinates are per cent of the size."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from molmo2.data.media import MediaReference
+from molmo2.data.queries import Draw, Family, Item, Query, Row, Settings, images_of, label_problem, records
+from molmo2.data.styles import COUNT_FORMS, draw_prompt
+from molmo2.grounding.format import NO_POINTS, format_points
+
+GRID_SECONDS = 0.5  # points of videos are at two frames a second
+VIDEO_STYLES = ("video_point", "video_point_count", "video_count", "video_count_point")
+IMAGE_SET_STYLES = (
+    "multi_image_pointing",
+    "multi_image_point_then_count",
+    "multi_image_counting",
+    "multi_image_count_then_point",
+)
+OUTSIDE = "a point lies outside of its image"
+
+Position = tuple[float, float]
+
+
+def positions(points: Any) -> list[Position]:
+    """Points in per cent, a list of {"x", "y"} or {"x": list, "y": list}, as fractions sorted by (x, y)."""
+    if isinstance(points, Mapping):
+        pairs = (
+            list(zip(points["x"], points["y"])) if isinstance(points["x"], Sequence) else [(points["x"], points["y"])]
+        )
+    else:
+        pairs = [(point["x"], point["y"]) for point in points or []]
+    return sorted((x / 100, y / 100) for x, y in pairs)
+
+
+def are_inside(points: list[Position]) -> bool:
+    """Whether all points lie in the image, given as fractions."""
+    return all(0 <= x <= 1 and 0 <= y <= 1 for x, y in points)
+
+
+def point_answer(style: str, points: Mapping[Any, Sequence[Position]], label: str) -> str:
+    """The answer of a pointing or counting style; "There are none." without points."""
+    total = sum(map(len, points.values()))
+    if COUNT_FORMS[style] == "only":
+        return str(total) if total else NO_POINTS
+    return format_points(points, label, count=COUNT_FORMS[style])
+
+
+def _plain(label: str) -> str:
+    """A label as it stands in tags and prompts: on one line, without blanks at its ends."""
+    return " ".join(label.split())
+
+
+# --- videos ----------------------------------------------------------------------------------------------------------
+
+
+def clip_of(row: Row) -> tuple[float, float | None] | None:
+    """The clip of a row of VideoPoint; it starts on the grid of two frames a second."""
+    start, end = row.get("clip_start"), row.get("clip_end")
+    if start is None and end is None:
+        return None
+    return math.ceil((start or 0.0) / GRID_SECONDS - 1e-6) * GRID_SECONDS, end
+
+
+def _video(row: Row) -> list[MediaReference]:
+    return [MediaReference("video", row["video_id"], clip_of(row), row)]
+
+
+def _video_problem(row: Row, settings: Settings) -> str | None:
+    start, end = clip_of(row) or (0.0, None)
+    end = row["video_duration"] if end is None else end
+    times = row["two_fps_timestamps"] or []
+    if row.get("annotator_unsure") and not settings.use_unsure:
+        return "the annotator was unsure"
+    if end - start > settings.max_clip_seconds + 1e-6:
+        return f"the clip is longer than {settings.max_clip_seconds:g} s"
+    if len(times) != len(row["points"] or []):
+        return "there are not as many times as lists of points"
+    if any(abs(time / GRID_SECONDS - round(time / GRID_SECONDS)) > 1e-6 for time in times):
+        return "a time is not on the grid of two frames a second"
+    if any(not start <= time <= end for time in times):
+        return "a time lies outside of the clip"
+    if not are_inside([at for points in row["points"] or [] for at in positions(points)]):
+        return OUTSIDE
+    return label_problem(row["label"])
+
+
+def _video_query(row: Row, draw: Draw) -> Query:
+    style, label = draw.rng.choice(VIDEO_STYLES), _plain(row["label"])
+    clip = clip_of(row)
+    start = clip[0] if clip is not None and draw.has_cut_clips else 0.0
+    points = {time - start: positions(at) for time, at in zip(row["two_fps_timestamps"] or [], row["points"] or [])}
+    written = row.get("question") if style != "video_point" else None
+    return Query(style, written or draw_prompt(style, draw.rng, label=label), point_answer(style, points, label))
+
+
+def _read_video_points(rows: Sequence[Row], draw: Draw) -> Item:
+    queries = [_video_query(row, draw) for row in rows]
+    draw.rng.shuffle(queries)
+    return as_turns_or_branches(queries, draw)
+
+
+def as_turns_or_branches(queries: list[Query], draw: Draw) -> Item:
+    """Questions about one clip: branches, or now and then turns of one conversation."""
+    if draw.rng.random() < draw.settings.p_multi_turn:
+        return Item([queries])
+    return Item([[query] for query in queries])
+
+
+def _two_fps(row: Row, settings: Settings) -> dict[str, Any]:
+    return {"max_fps": 1 / GRID_SECONDS}
+
+
+# --- images ----------------------------------------------------------------------------------------------------------
+
+
+def _image_problem(row: Row, settings: Settings) -> str | None:
+    return label_problem(row["label"]) if are_inside(positions(row["points"])) else OUTSIDE
+
+
+def _read_image_points(rows: Sequence[Row], draw: Draw) -> Item:
+    branches = []
+    for row in rows:
+        label = _plain(row["label"])
+        style = "point_count" if row.get("collection_method") == "counting" else "pointing"
+        answer = point_answer(style, {1: positions(row["points"])}, label)
+        branches.append([Query(style, draw_prompt(style, draw.rng, label=label), answer)])
+    return Item(branches)
+
+
+def _read_cosyn_points(rows: Sequence[Row], draw: Draw) -> Item:
+    return Item(
+        [
+            [Query("cosyn_point", question, point_answer("cosyn_point", {1: positions(points)}, _plain(name)))]
+            for row in rows
+            for question, points, name in zip(row["questions"], records(row["answer_points"]), row["names"])
+        ]
+    )
+
+
+def _cosyn_problem(row: Row, settings: Settings) -> str | None:
+    if not len(row["questions"]) == len(records(row["answer_points"])) == len(row["names"]) > 0:
+        return "there are not as many questions as answers and names"
+    if not all(are_inside(positions(points)) for points in records(row["answer_points"])):
+        return OUTSIDE
+    return next(filter(None, map(label_problem, row["names"])), None)
+
+
+def _same_label(label: str) -> str:
+    """A label without what tells "the dogs" from "Dog"."""
+    return re.sub(r"^(?:the|a|an) ", "", _plain(label).lower()).removesuffix("s")
+
+
+def _matching_images(row: Row, label: str) -> list[int]:
+    """Images that were annotated under this label; labels are those of the images, or names of one kind."""
+    labels, number = row["labels"], len(row["points"])
+    if len(labels) != number:
+        return list(range(number))
+    return [image for image in range(number) if _same_label(labels[image]) == _same_label(label)]
+
+
+def _image_set_problem(row: Row, settings: Settings) -> str | None:
+    if not row["labels"] or len(row["image_urls"]) != len(row["points"]):
+        return "there is no label, or not one list of points per image"
+    if len(max((_matching_images(row, label) for label in row["labels"]), key=len)) < 2:
+        return "no two images share a label"
+    if not all(are_inside(positions(points)) for points in row["points"]):
+        return OUTSIDE
+    return next(filter(None, map(label_problem, row["labels"])), None)
+
+
+def _read_image_set_points(rows: Sequence[Row], draw: Draw) -> Item:
+    (row,) = rows
+    rng, style = draw.rng, draw.rng.choice(IMAGE_SET_STYLES)
+    label = rng.choice([label for label in row["labels"] if len(_matching_images(row, label)) > 1])
+    matching = _matching_images(row, label)
+    most = max(2, min(len(matching), draw.settings.max_images))
+    kept = sorted(rng.sample(matching, rng.randint(2, most)))
+    points = {number: positions(row["points"][image]) for number, image in enumerate(kept, 1)}
+    question = draw_prompt(style, rng, label=_plain(label))
+    return Item([[Query(style, question, point_answer(style, points, _plain(label)))]], kept=kept)
+
+
+VIDEO_POINTS = Family(_read_video_points, _video, ("video_id", "clip_start", "clip_end"), _video_problem, _two_fps)
+IMAGE_POINTS = Family(_read_image_points, images_of, ("image_url",), _image_problem)
+IMAGE_SET_POINTS = Family(_read_image_set_points, images_of, (), _image_set_problem)
+COSYN_POINTS = Family(_read_cosyn_points, images_of, (), _cosyn_problem)

@@ -1,0 +1,205 @@
+"""Rows with questions and answers, captions and plain text."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+from molmo2.data.queries import Draw, Family, Item, Query, Row, Settings, images_of, no_media, records, video_of
+from molmo2.data.styles import NO_POINTING, draw_length_prompt, draw_multiple_choice, draw_prompt
+from molmo2.data.subtitles import read_subtitles, subtitle_text
+
+CAPTION_COLUMNS = {
+    "video_caption": "video_short_caption",
+    "merged_caption": "video_merged_caption",
+    "video_frame_merged_caption": "video_long_caption",
+}
+COUNTING = re.compile(r"\s*(?:how many|count|what is the (?:total )?number)\b", re.I)
+TURN = re.compile(r"\[(USER|ASSISTANT)\]")
+EMPTY = "there is no answer"
+
+
+def _is_excluded(row: Row, settings: Settings) -> str | None:
+    return "the video is excluded" if row.get("video_id") in settings.excluded_ids else None
+
+
+# --- captions --------------------------------------------------------------------------------------------------------
+
+
+def _caption_problem(row: Row, settings: Settings) -> str | None:
+    score = row.get("annotation_score")
+    if score is not None and score < settings.min_score:
+        return f"the score is below {settings.min_score:g}"
+    return _is_excluded(row, settings) or (None if any(row.get(name) for name in CAPTION_COLUMNS) else EMPTY)
+
+
+def _read_video_captions(rows: Sequence[Row], draw: Draw) -> Item:
+    queries = [
+        Query(style, draw_prompt(style, draw.rng), row[column])
+        for row in rows
+        for column, style in CAPTION_COLUMNS.items()
+        if row.get(column)
+    ]
+    chosen = draw.rng.sample(queries, min(len(queries), draw.settings.max_captions))
+    return Item([[query] for query in chosen])
+
+
+def _read_image_captions(rows: Sequence[Row], draw: Draw) -> Item:
+    """A caption and one of the transcripts, their length in the prompt, as in pre-training."""
+    branches = []
+    for row in rows:
+        texts = [("long_caption", row["caption"])] if row.get("caption") else []
+        if row.get("transcripts"):
+            texts.append(("transcript", draw.rng.choice(row["transcripts"])))
+        for style, text in texts:
+            branches.append([Query(style, draw_length_prompt(style, text, draw.rng), text, is_styled=True)])
+    return Item(branches)
+
+
+def _image_caption_problem(row: Row, settings: Settings) -> str | None:
+    return None if row.get("caption") or any(row.get("transcripts") or []) else EMPTY
+
+
+# --- questions about videos ------------------------------------------------------------------------------------------
+
+
+def _choice_problem(row: Row, settings: Settings) -> str | None:
+    if not row["Answer"] or not row["NegativeAnswers"]:
+        return "there is no answer, or no other option"
+    return _is_excluded(row, settings)
+
+
+def _read_video_choices(rows: Sequence[Row], draw: Draw) -> Item:
+    branches = []
+    for row in rows:
+        options = list(row["NegativeAnswers"])
+        correct = draw.rng.randint(0, len(options))
+        options.insert(correct, row["Answer"])
+        question, answer = draw_multiple_choice(row["Question"], options, correct, draw.rng)
+        branches.append([Query("video_multiple_choice", question, answer)])
+    return Item(branches)
+
+
+def _read_subtitle_choices(rows: Sequence[Row], draw: Draw) -> Item:
+    subtitles = read_subtitles(rows[0].get("subtitle") or [])
+    item = _read_video_choices(rows, draw)
+    branches = [
+        [replace(query, style="video_multiple_choice_w_subtitle") for query in turns] for turns in item.branches
+    ]
+    return Item(branches, subtitle=subtitle_text(subtitles, draw.times, draw.settings.subtitle_mode))
+
+
+def _answer_problem(row: Row, settings: Settings) -> str | None:
+    return _is_excluded(row, settings) or (None if (row["answer"] or "").strip() else EMPTY)
+
+
+def _read_user_questions(rows: Sequence[Row], draw: Draw) -> Item:
+    return Item([[Query("user_qa", row["question"], row["answer"])] for row in rows])
+
+
+# --- questions about images ------------------------------------------------------------------------------------------
+
+
+def _image_set_problem(row: Row, settings: Settings) -> str | None:
+    number = len(images_of(row))
+    if not 1 <= number <= settings.max_images:
+        return f"there are not 1 to {settings.max_images} images"
+    return None if any(row["qa_pairs"]["answer"]) else EMPTY
+
+
+def _multi_image_problem(row: Row, settings: Settings) -> str | None:
+    return "there is only one image" if len(images_of(row)) == 1 else _image_set_problem(row, settings)
+
+
+def _read_image_set_questions(rows: Sequence[Row], draw: Draw) -> Item:
+    (row,) = rows
+    pairs = zip(row["qa_pairs"]["question"], row["qa_pairs"]["answer"])
+    return Item(
+        [
+            [Query("correction_qa", f"{NO_POINTING if COUNTING.match(question) else ''}{question}", answer)]
+            for question, answer in pairs
+            if answer
+        ]
+    )
+
+
+def _read_synthetic_questions(rows: Sequence[Row], draw: Draw) -> Item:
+    """Answers with their explanation before them."""
+    (row,) = rows
+    pairs, style = row["qa_pairs"], f"cosyn_{draw.settings.config}_exp"
+    explanations = pairs.get("explanation") or [""] * len(pairs["question"])
+    return Item(
+        [
+            [Query(style, question, f"{explanation} Answer: {answer}" if explanation else answer)]
+            for question, explanation, answer in zip(pairs["question"], explanations, pairs["answer"])
+            if answer
+        ]
+    )
+
+
+def _synthetic_problem(row: Row, settings: Settings) -> str | None:
+    if not settings.config:
+        raise ValueError("This data set has several configurations; pass `Settings(config='chart')`, for instance.")
+    return _image_set_problem(row, settings)
+
+
+def _read_caption_questions(rows: Sequence[Row], draw: Draw) -> Item:
+    """Conversations of pixmo-cap-qa: `[USER] ... [ASSISTANT] ... [USER] ...` and the last answer."""
+    branches = []
+    for row in rows:
+        texts = [text.strip() for text in TURN.split(row["question"])]
+        said = list(zip(texts[1::2], texts[2::2])) if len(texts) > 1 else [("USER", texts[0])]
+        asked = [text for role, text in said if role == "USER" and text]
+        answers = [*(text for role, text in said if role == "ASSISTANT" and text), row["answer"].strip()]
+        branches.append([Query("synthetic_qa", *pair) for pair in zip(asked, answers)])
+    return Item(branches)
+
+
+def _caption_question_problem(row: Row, settings: Settings) -> str | None:
+    texts = TURN.split(row["question"])
+    roles = [role for role, text in zip(texts[1::2], texts[2::2]) if text.strip()]
+    is_alternating = roles == ["USER", "ASSISTANT"] * (len(roles) // 2) + ["USER"]
+    if len(texts) > 1 and (texts[0].strip() or not is_alternating):
+        return "its turns do not alternate"
+    return _answer_problem(row, settings)
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+
+
+def _text_problem(row: Row, settings: Settings) -> str | None:
+    roles = [message["role"] for message in records(row["messages"])]
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
+        return "its turns do not alternate"
+    if row.get("has_special_token"):
+        return "it contains a special token"
+    return EMPTY if not all((message["content"] or "").strip() for message in records(row["messages"])) else None
+
+
+def _read_text(rows: Sequence[Row], draw: Draw) -> Item:
+    (row,) = rows
+    texts = [message["content"] for message in records(row["messages"])]
+    system = texts.pop(0) if records(row["messages"])[0]["role"] == "system" else ""
+    return Item([[Query("text_sft", *pair) for pair in zip(texts[::2], texts[1::2])]], system=system)
+
+
+def _read_fixed_answers(rows: Sequence[Row], draw: Draw) -> Item:
+    (row,) = rows
+    return Item([[Query("demo", question, row["response"])] for question in row["questions"]])
+
+
+def _held_images(row: Row) -> list[object]:
+    return list(row.get("images") or [])
+
+
+VIDEO_CAPTIONS = Family(_read_video_captions, video_of, (), _caption_problem)
+VIDEO_CHOICES = Family(_read_video_choices, video_of, ("video_id",), _choice_problem)
+SUBTITLE_CHOICES = Family(_read_subtitle_choices, video_of, ("video_id",), _choice_problem)
+VIDEO_QUESTIONS = Family(_read_user_questions, video_of, ("video_id",), _answer_problem)
+IMAGE_QUESTIONS = Family(_read_user_questions, images_of, ("image_url",), _answer_problem)
+IMAGE_SET_QUESTIONS = Family(_read_image_set_questions, images_of, (), _multi_image_problem)
+SYNTHETIC_QUESTIONS = Family(_read_synthetic_questions, images_of, (), _synthetic_problem)
+IMAGE_CAPTIONS = Family(_read_image_captions, images_of, (), _image_caption_problem)
+CAPTION_QUESTIONS = Family(_read_caption_questions, images_of, ("image_url",), _caption_question_problem)
+TEXT = Family(_read_text, no_media, (), _text_problem)
+FIXED_ANSWERS = Family(_read_fixed_answers, _held_images)

@@ -1,0 +1,65 @@
+"""The state of a packed mixture in the checkpoints of a `Trainer`, so that a run continues with the very next row."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from molmo2.training.packed_mixture import PackedMixture
+
+STATE_FILE = "mixture_state.json"
+
+
+class SaveMixture(TrainerCallback):
+    """Writes the state of a `PackedMixture` into each checkpoint.
+
+        arguments = TrainingArguments(..., ignore_data_skip=True, accelerator_config={"dispatch_batches": False})
+        trainer = Trainer(model, arguments, collator, stream, callbacks=[SaveMixture(stream)])
+        resume_mixture(stream, "run/checkpoint-100")
+        trainer.train(resume_from_checkpoint="run/checkpoint-100")
+
+    The state is that behind the rows that were trained on, not behind those that were read ahead. All processes have
+    the same stream, of which accelerate gives each its part.
+
+    Args:
+        stream: The `PackedMixture` that the trainer trains on.
+    """
+
+    def __init__(self, stream: PackedMixture):
+        self.stream = stream
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Refuse settings under which the state would be another one.
+
+        Raises:
+            ValueError: Rows are made in workers, divided twice, or would be skipped on resuming.
+        """
+        problems = {
+            "dataloader_num_workers=0: the state of workers is unknown here": args.dataloader_num_workers != 0,
+            "ignore_data_skip=True: the stream goes on by itself": not args.ignore_data_skip,
+            "a stream with num_processes=1: accelerate divides its rows": self.stream.num_processes != 1,
+        }
+        found = [text for text, is_problem in problems.items() if is_problem]
+        if found:
+            raise ValueError(f"To continue a run with the very next row, set {'; and '.join(found)}.")
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the state beside the weights."""
+        if state.is_world_process_zero:
+            rows = state.global_step * args.gradient_accumulation_steps * args.train_batch_size * args.world_size
+            path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE_FILE
+            path.write_text(json.dumps(self.stream.state_dict(rows)), encoding="utf-8")
+
+
+def resume_mixture(stream: PackedMixture, checkpoint: str | Path) -> None:
+    """Continue a stream from the state in a checkpoint.
+
+    Raises:
+        FileNotFoundError: The checkpoint has none.
+        ValueError: It is the state of another stream.
+    """
+    path = Path(checkpoint) / STATE_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: the run was saved without `SaveMixture`.")
+    stream.load_state_dict(json.loads(path.read_text(encoding="utf-8")))

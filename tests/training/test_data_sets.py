@@ -1,0 +1,79 @@
+"""From rows as `datasets` gives them to training batches: every column type survives arrow and parquet."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from molmo2.data import Examples, Folder, Settings
+from molmo2.training import DataCollator, TokenWeighting, build_training_example
+from support import data_rows
+from support.model_inputs import processor
+
+CLIPS = Path(__file__).resolve().parents[2] / "examples" / "data"
+POINTS = {
+    **data_rows.VIDEO_POINT,
+    "video_id": "nasa_clip",
+    "clip_start": 0.5,
+    "clip_end": 2.0,
+    "two_fps_timestamps": [1.0, 1.5],
+}
+
+
+def decoded(example):
+    return processor().tokenizer.decode(example["input_ids"])
+
+
+def test_points_are_at_times_that_the_prompt_prints():
+    """Frames of a clip are printed with the times of the whole video, which the answer repeats."""
+    (row,) = Examples("allenai/Molmo2-VideoPoint", [POINTS], Folder(CLIPS), seed=3)
+    answer = row["messages"][-1]["content"][0]["text"]
+    assert "<points" in answer
+    example = build_training_example(processor(), row["messages"], weighting=TokenWeighting())
+    text = decoded(example)
+    printed = [float(time) for time in re.findall(r"(\d+\.\d)(?= ?<)", text.split("<|im_start|>")[0])]
+    assert printed == [0.5, 1.0, 1.5, 2.0]
+    assert {1.0, 1.5} <= set(printed)
+    assert answer in text
+    assert example["loss_weights"].unique().tolist() == pytest.approx([0.0, 0.2])
+
+
+def test_trees_share_their_video():
+    rows = [{**data_rows.USER_QA, "video_id": "nasa_clip", "question": text} for text in ("Why?", "Where?")]
+    examples = Examples("allenai/Molmo2-AskModelAnything", rows, Folder(CLIPS))
+    batch = DataCollator(processor(), options={"num_frames": 2})(list(examples))
+    assert batch["branch_ids"].max() == 2
+    assert len(batch["video_grids"]) == 1
+
+
+@pytest.mark.parametrize("form", ["arrow", "parquet"])
+@pytest.mark.parametrize("name", data_rows.ROWS)
+def test_rows_of_datasets(name, form, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    row = {key: value for key, value in data_rows.ROWS[name].items() if value not in (None, [])}
+    rows = datasets.Dataset.from_list([row, row])
+    if form == "parquet":
+        rows.to_parquet(tmp_path / "rows.parquet")
+        rows = datasets.Dataset.from_parquet(str(tmp_path / "rows.parquet"), cache_dir=str(tmp_path))
+    settings = Settings(config="chart")
+    found = list(Examples(name, rows, lambda reference: reference.name, settings))
+    assert found == list(Examples(name, [row, row], lambda reference: reference.name, settings))
+
+
+def test_rows_of_lists_and_decoded_images(tmp_path):
+    """A list of rows may be stored as a row of lists; images are decoded when an example is taken, not before."""
+    datasets = pytest.importorskip("datasets")
+    picture = Image.fromarray(np.full((4, 4, 3), 200, dtype=np.uint8))
+    row = {**data_rows.COSYN_POINT, "image": picture, "answer_points": [{"x": [50.0, 10.0], "y": [25.0, 20.0]}]}
+    rows = datasets.Dataset.from_list([row]).cast_column("image", datasets.Image())
+    (example,) = Examples("allenai/CoSyn-point", rows)
+    image, _ = example["messages"][0]["content"]
+    assert image["image"].size == (4, 4)
+    assert example["messages"][1]["content"][0]["text"] == '<points coords="1 1 100 200 2 500 250">bar</points>'
+    points = {"x": [50.0], "y": [20.0]}
+    as_lists = {**data_rows.PIXMO_POINTS, "points": points}
+    as_rows = {**data_rows.PIXMO_POINTS, "points": [{"x": 50.0, "y": 20.0}]}
+    first, second = (list(Examples("allenai/pixmo-points", [each])) for each in (as_lists, as_rows))
+    assert first == second

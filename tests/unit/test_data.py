@@ -1,0 +1,682 @@
+"""Rows of the published data sets become conversations: contents by hand, draws by statistics, all losses counted."""
+
+import hashlib
+import json
+import logging
+import random
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from molmo2 import data, prompts
+from molmo2.data.evaluation import EVALUATION_SETS, evaluation_examples
+from molmo2.data.media import MediaReference
+from molmo2.data.styles import COUNT_FORMS, NO_POINTING, TEMPLATES
+from molmo2.evaluate import METRICS
+from molmo2.grounding import parse_grounding
+from support import data_rows as rows_of
+
+
+def everywhere(reference):
+    """A resolver that finds everything."""
+    return f"/media/{reference.name}"
+
+
+def examples(name, *rows, media=everywhere, seed=0, **settings):
+    return data.Examples(f"allenai/{name}", list(rows), media, data.Settings(**settings), seed=seed)
+
+
+def branches(example):
+    messages = example["messages"]
+    return messages if isinstance(messages[0], list) else [messages]
+
+
+def turns(conversation):
+    """(style, question, answer) of each turn."""
+    pairs = [message for message in conversation if message["role"] in ("user", "assistant")]
+    found = []
+    for user, assistant in zip(pairs[::2], pairs[1::2]):
+        part = user["content"][-1]
+        found.append((part.get("style", user.get("style")), part["text"], assistant["content"][0]["text"]))
+    return found
+
+
+def drawn(name, *rows, number=60, **settings):
+    """All turns of the only example, with many seeds."""
+    found = []
+    for seed in range(number):
+        (example,) = examples(name, *rows, seed=seed, **settings)
+        found += [turn for branch in branches(example) for turn in turns(branch)]
+    return found
+
+
+def media_parts(example):
+    return [part for message in branches(example)[0] for part in message["content"] if part["type"] != "text"]
+
+
+# --- every set -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", rows_of.ROWS)
+def test_every_set_gives_conversations(name):
+    row = rows_of.ROWS[name]
+    found = data.Examples(name, [row], everywhere, data.Settings(config="chart"))
+    assert len(found) == found.report.examples == found.report.rows == 1
+    assert not found.report.left_out
+    (example,) = found
+    assert example == found[0] == found[-1]
+    assert (example["dataset"], example["rows"]) == (name, [0])
+    for branch in branches(example):
+        for style, question, answer in turns(branch):
+            assert style
+            assert question
+            assert answer
+    with pytest.raises(IndexError):
+        found[1]
+
+
+def test_every_reader_has_a_row_of_its_own():
+    academic = {name for name, family in data.DATASETS.items() if family is data.DATASETS["allenai/molmo2-mevis"]}
+    assert set(data.DATASETS) - set(rows_of.ROWS) == academic - {"allenai/molmo2-mevis"}
+
+
+@pytest.mark.parametrize("name", ["allenai/Molmo2-VideoPoint", "allenai/Molmo2-VideoTrack", "allenai/pixmo-points"])
+def test_a_missing_column_is_named(name):
+    row = {key: value for key, value in rows_of.ROWS[name].items() if key != "points"}
+    with pytest.raises(ValueError, match=f"Row 0 of {name} has no column 'points'"):
+        data.Examples(name, [row], everywhere)
+
+
+def test_draws_depend_on_seed_epoch_and_index_alone():
+    several = [{**rows_of.VIDEO_POINT, "video_id": f"v{number}"} for number in range(20)]
+    one, other = examples("Molmo2-VideoPoint", *several), examples("Molmo2-VideoPoint", *several)
+    backwards = [other[number] for number in reversed(range(20))][::-1]
+    assert list(one) == backwards == one[:20]
+    assert list(examples("Molmo2-VideoPoint", *several, seed=1)) != backwards
+    other.epoch = 1
+    assert list(other) != backwards
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: data.Examples("allenai/pixmo", []), "no reader for 'allenai/pixmo'"),
+        (lambda: data.Examples("allenai/pixmo-cap", [], missing="skip"), "`missing` is 'skip'"),
+        (lambda: data.Settings(p_multi_turn=2), "`p_multi_turn` from 0 to 1"),
+        (lambda: data.Settings(sampling_fps=12), "up to 10"),
+        (lambda: data.Settings(subtitle_mode="frame_1"), "needs `frame_times`"),
+        (lambda: examples("CoSyn-400K", rows_of.SYNTHETIC_QA), "several configurations"),
+        (lambda: evaluation_examples("allenai/x", []), "no reader for 'allenai/x'"),
+    ],
+)
+def test_what_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+# --- points ----------------------------------------------------------------------------------------------------------
+
+
+def test_video_points():
+    """Per cent become thousandths, sorted by (x, y) in a frame; times stay those of the video, whose clip is shown."""
+    tag = '<points coords="4.5 1 100 900 2 500 200\t6.0 3 999 000">red cups</points>'
+    answers = {
+        "video_point": tag,
+        "video_point_count": f"Counting the {tag} shows a total of 3.",
+        "video_count": "3",
+        "video_count_point": f"There are 3 {tag}.",
+    }
+    found = drawn("Molmo2-VideoPoint", rows_of.VIDEO_POINT)
+    assert {style for style, *_ in found} == set(answers)
+    for style, question, answer in found:
+        assert answer == answers[style]
+        assert (question == rows_of.VIDEO_POINT["question"]) == (style != "video_point")
+    (example,) = examples("Molmo2-VideoPoint", rows_of.VIDEO_POINT)
+    assert media_parts(example) == [{"type": "video", "video": "/media/vid1", "max_fps": 2, "clip": (4.0, 12.0)}]
+
+
+def test_cut_clips_begin_at_zero(tmp_path):
+    (tmp_path / "vid1_4.0_12.0.mp4").touch()
+    folder = data.Folder(tmp_path, has_cut_clips=True)
+    answers = set()
+    for seed in range(20):
+        (example,) = examples("Molmo2-VideoPoint", rows_of.VIDEO_POINT, media=folder, seed=seed)
+        assert media_parts(example) == [{"type": "video", "video": tmp_path / "vid1_4.0_12.0.mp4", "max_fps": 2}]
+        answers |= {answer for *_, answer in turns(branches(example)[0])}
+    assert '<points coords="0.5 1 100 900 2 500 200\t2.0 3 999 000">red cups</points>' in answers
+
+
+def test_a_clip_begins_on_the_grid():
+    row = {**rows_of.VIDEO_POINT, "clip_start": 4.2}
+    (example,) = examples("Molmo2-VideoPoint", row)
+    assert media_parts(example)[0]["clip"] == (4.5, 12.0)
+
+
+def test_nothing_to_point_at():
+    empty = {**rows_of.VIDEO_POINT, "count": 0, "points": [], "two_fps_timestamps": []}
+    assert {answer for *_, answer in drawn("Molmo2-VideoPoint", empty)} == {"There are none."}
+
+
+def test_questions_about_a_clip_form_a_tree_and_sometimes_turns():
+    same = [{**rows_of.VIDEO_POINT, "label": label} for label in ("cups", "cats", "dogs")]
+    other = {**rows_of.VIDEO_POINT, "clip_start": 8.0, "two_fps_timestamps": [8.0, 9.0]}
+    shapes = Counter()
+    for seed in range(300):
+        first, second = examples("Molmo2-VideoPoint", *same, other, seed=seed)
+        assert (first["rows"], second["rows"]) == ([0, 1, 2], [3])
+        shapes[tuple(len(turns(branch)) for branch in branches(first))] += 1
+    assert set(shapes) == {(1, 1, 1), (3,)}
+    assert 0.13 < shapes[3,] / 300 < 0.27  # p_multi_turn is 0.2
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"annotator_unsure": True}, "the annotator was unsure"),
+        ({"clip_start": None, "clip_end": None, "video_duration": 64.0}, "longer than 63 s"),
+        ({"two_fps_timestamps": [4.5]}, "not as many times"),
+        ({"two_fps_timestamps": [4.5, 6.1]}, "not on the grid"),
+        ({"two_fps_timestamps": [3.5, 6.0]}, "outside of the clip"),
+        ({"points": [[], [{"x": 100.1, "y": 0.0}]]}, "outside of its image"),
+        ({"label": " "}, "no label"),
+        ({"label": "<points>"}, "contains a tag"),
+    ],
+)
+def test_rows_that_are_left_out_are_counted(changes, reason, caplog):
+    with caplog.at_level(logging.WARNING):
+        found = examples("Molmo2-VideoPoint", {**rows_of.VIDEO_POINT, **changes}, rows_of.VIDEO_POINT)
+    assert len(found) == 1
+    assert found.report.left_out.total() == 1
+    assert reason in str(found.report)
+    assert "2 rows, 1 examples, 1 left out" in caplog.text
+
+
+def test_unsure_annotators_may_be_used():
+    assert len(examples("Molmo2-VideoPoint", {**rows_of.VIDEO_POINT, "annotator_unsure": True}, use_unsure=True)) == 1
+
+
+def test_points_in_image_sets():
+    """Images of the drawn label alone, two to five; points are those of the images that are shown."""
+    numbers = Counter()
+    for seed in range(80):
+        (example,) = examples("Molmo2-MultiImagePoint", rows_of.MULTI_IMAGE_POINT, seed=seed)
+        ((style, question, answer),) = turns(example["messages"])
+        shown = [int(part["image"][-5]) for part in media_parts(example)]
+        assert shown == sorted(set(shown))
+        assert 5 not in shown  # the cat
+        numbers[len(shown)] += 1
+        total = sum(number % 3 for number in shown)
+        grounding = parse_grounding(answer)
+        if COUNT_FORMS[style] == "only":
+            assert answer == (str(total) if total else "There are none.")
+        else:
+            assert [(point.image_index, point.x_norm) for point in grounding] == [
+                (place, number / 10) for place, number in enumerate(shown) for _ in range(number % 3)
+            ]
+            assert grounding.count == (total if COUNT_FORMS[style] or not total else None)
+    assert set(numbers) == {2, 3, 4, 5}
+
+
+def test_labels_that_differ():
+    row = {**rows_of.MULTI_IMAGE_POINT, "labels": list("abcdefg")}
+    assert "no two images share a label" in examples("Molmo2-MultiImagePoint", row).report.left_out
+    names = {**rows_of.MULTI_IMAGE_POINT, "labels": ["dog", "hound"]}  # names of one kind, not one per image
+    assert len(examples("Molmo2-MultiImagePoint", names)) == 1
+
+
+def test_points_in_images():
+    pointing = {**rows_of.PIXMO_POINTS, "collection_method": "pointing", "label": "sails"}
+    (example,) = examples("pixmo-points", rows_of.PIXMO_POINTS, pointing)
+    (first,), (second,) = map(turns, branches(example))
+    tag = '<points coords="1 1 100 900 2 500 200">{}</points>'
+    assert (first[0], first[2]) == ("point_count", f"Counting the {tag.format('boats')} shows a total of 2.")
+    assert (second[0], second[2]) == ("pointing", tag.format("sails"))
+    assert "boats" in first[1]
+
+
+def test_rows_with_images_of_their_own_are_not_one_group():
+    row = {key: value for key, value in rows_of.PIXMO_POINTS.items() if key != "image_url"}
+    found = examples("pixmo-points", {**row, "image": "one"}, {**row, "image": "two"})
+    assert [media_parts(example)[0]["image"] for example in found] == ["one", "two"]
+
+
+def test_cosyn_points():
+    expected = ("cosyn_point", "Where is the bar?", '<points coords="1 1 500 250">bar</points>')
+    assert drawn("CoSyn-point", rows_of.COSYN_POINT, number=1) == [expected]
+
+
+# --- tracks ----------------------------------------------------------------------------------------------------------
+
+
+def test_video_tracks():
+    """Of 4 frames a second every other one; objects are numbered by `mask_id`; hidden ones are left out of a frame."""
+    found = drawn("Molmo2-VideoTrack", rows_of.VIDEO_TRACK)
+    tag = '<tracks coords="0.0 0 500 500\t0.5 0 600 500 1 100 100\t1.0 1 200 200">two dogs</tracks>'
+    assert {(style, answer) for style, _, answer in found} == {("video_point_track_per_frame", tag)}
+    with_rate = sum("2" in question for _, question, _ in found) / len(found)
+    assert 0.3 < with_rate < 0.7
+    (example,) = examples("Molmo2-VideoTrack", rows_of.VIDEO_TRACK)
+    assert media_parts(example) == [
+        {"type": "video", "video": "/media/c.mp4", "frame_sample_mode": "fps", "sampling_fps": 2}
+    ]
+
+
+def test_other_rates_are_always_said():
+    found = drawn("Molmo2-VideoTrack", rows_of.VIDEO_TRACK, number=20, sampling_fps=4)
+    assert all("4 FPS" in question or "4 p" in question or "4 times" in question for _, question, _ in found)
+    assert found[0][2].startswith('<tracks coords="0.0 0 500 500\t0.2 0 005 010\t0.5 ')
+    left_out = examples("Molmo2-VideoTrack", rows_of.VIDEO_TRACK, sampling_fps=3).report.left_out
+    assert left_out == {"3 FPS do not divide the frame rate": 1}
+
+
+def test_no_frame_of_a_track():
+    row = {**rows_of.VIDEO_TRACK, "points": [{"object_id": "m0", "points": [None, [1.0, 1.0]]}]}
+    assert drawn("Molmo2-VideoTrack", row, number=1)[0][2] == "No tracks available."
+
+
+@pytest.mark.parametrize(
+    ("row", "style", "answer"),
+    [
+        (
+            rows_of.ACADEMIC,
+            "video_point_track_per_frame",
+            '<tracks coords="0.0 0 500 500\t0.5 0 600 500\t1.0 0 700 500 1 200 200">the dogs</tracks>',
+        ),
+        (
+            {**rows_of.ACADEMIC, "task": "ground"},
+            "video_point_track_start_end",
+            '<tracks coords="0.0 0 500 500\t1.0 0 700 500 1 200 200">the dogs</tracks>',
+        ),
+        (
+            rows_of.SINGLE,
+            "video_single_point_track_start_end",
+            '<tracks coords="0.5 7 600 500\t1.0 7 700 500">the dogs</tracks>',
+        ),
+    ],
+)
+def test_academic_tracks(row, style, answer):
+    ((own_style, question, own_answer),) = drawn("molmo2-mevis", row, number=1)
+    assert (own_style, own_answer) == (style, answer)
+    assert ('<points coords="0.5 1 600 500">the dogs</points>' in question) == (row is rows_of.SINGLE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"task": "other"}, "the task is none of"),
+        ({"sampling_fps": 4}, "does not divide"),
+        ({"task": "single_point_track"}, "not one object"),
+        ({"width": 90}, "outside of its image"),
+        ({"expression": ""}, "no label"),
+    ],
+)
+def test_academic_rows_that_are_left_out(changes, reason):
+    assert reason in str(examples("molmo2-mevis", {**rows_of.ACADEMIC, **changes}).report)
+
+
+# --- questions, captions, text ---------------------------------------------------------------------------------------
+
+
+def test_video_captions():
+    found = drawn("Molmo2-Cap", rows_of.CAPTION, number=10)
+    texts = {"video_short_caption": "Short.", "video_merged_caption": "Merged.", "video_long_caption": "Long."}
+    assert {style: answer for style, _, answer in found} == texts
+    assert len(drawn("Molmo2-Cap", rows_of.CAPTION, number=10, max_captions=2)) == 20
+    (example,) = examples("Molmo2-Cap", rows_of.CAPTION)
+    assert media_parts(example)[0]["clip"] == (0.0, 10.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "changes", "settings", "reason"),
+    [
+        ("Molmo2-Cap", rows_of.CAPTION, {"annotation_score": 2}, {}, "the score is below 3"),
+        ("Molmo2-Cap", rows_of.CAPTION, {}, {"excluded_ids": frozenset({"vid1"})}, "the video is excluded"),
+        ("Molmo2-AskModelAnything", rows_of.USER_QA, {"answer": " "}, {}, "there is no answer"),
+        ("Molmo2-VideoCapQA", rows_of.CAPTION_QA, {"NegativeAnswers": []}, {}, "no other option"),
+        ("Molmo2-MultiImageQA", rows_of.MULTI_IMAGE_QA, {"image_urls": ["http://a"]}, {}, "only one image"),
+        ("Molmo2-MultiImageQA", rows_of.MULTI_IMAGE_QA, {}, {"max_images": 1}, "not 1 to 1 images"),
+        ("pixmo-cap-qa", rows_of.PIXMO_CAP_QA, {"question": "[USER] a [USER] b"}, {}, "do not alternate"),
+        ("molmo2-tulu4-classified", rows_of.TULU, {"has_special_token": True}, {}, "a special token"),
+        ("molmo2-tulu4-classified", rows_of.TULU, {"messages": rows_of.TULU["messages"][:2]}, {}, "do not alternate"),
+    ],
+)
+def test_questions_that_are_left_out(name, row, changes, settings, reason):
+    found = examples(name, {**row, **changes}, **settings)
+    assert len(found) == 0
+    assert reason in str(found.report)
+
+
+def test_multiple_choice():
+    places, forms = Counter(), Counter()
+    for style, question, answer in drawn("Molmo2-VideoCapQA", rows_of.CAPTION_QA, number=200):
+        assert style == "video_multiple_choice"
+        lines = question.split("\n")
+        assert "What is it?" in lines
+        assert len(lines) == 6
+        has_letters = len(answer) == 1
+        forms[has_letters] += 1
+        if has_letters:
+            assert f"{answer}. A cup" in lines
+            places[answer] += 1
+        else:
+            assert answer == "A cup"
+            assert {"A cup", "A car", "A cat", "A cow"} < set(lines)
+    assert 70 < forms[True] < 130
+    assert set(places) == set("ABCD")
+
+
+def test_questions_about_a_video_form_a_tree():
+    (example,) = examples("Molmo2-AskModelAnything", rows_of.USER_QA, {**rows_of.USER_QA, "question": "Where?"})
+    assert [turns(branch) for branch in branches(example)] == [
+        [("user_qa", "Why?", "Because.")],
+        [("user_qa", "Where?", "Because.")],
+    ]
+    assert "video" not in json.dumps(branches(example)[1])
+
+
+def test_subtitles_precede_the_question():
+    (example,) = examples("Molmo2-VideoSubtitleQA", rows_of.SUBTITLE_QA, rows_of.SUBTITLE_QA)
+    for branch in branches(example):
+        assert branch[0] == {"role": "subtitle", "content": "subtitle\n0.0 - 1.5 Hello.\n60.0 - 61.0 Bye.\n"}
+    assert turns(branches(example)[0])[0][0] == "video_multiple_choice_w_subtitle"
+    (example,) = examples(
+        "Molmo2-VideoSubtitleQA", rows_of.SUBTITLE_QA, subtitle_mode="frame_1", frame_times=lambda *_: [0.0, 2.5, 5.0]
+    )
+    assert example["messages"][0]["content"] == "subtitle\n0.0 - 1.5 Hello.\n"
+
+
+def test_questions_about_images():
+    assert drawn("Molmo2-MultiImageQA", rows_of.MULTI_IMAGE_QA, number=1) == [
+        ("correction_qa", f"{NO_POINTING}How many cups?", "3"),
+        ("correction_qa", "Which is larger?", "The second."),
+    ]
+    assert drawn("Molmo2-SynMultiImageQA", rows_of.SYNTHETIC_QA, number=1, config="chart") == [
+        ("cosyn_chart_exp", "Which?", "It is higher. Answer: The first")
+    ]
+    (example,) = examples("Molmo2-SynMultiImageQA", rows_of.SYNTHETIC_QA, config="chart")
+    assert [part["image"] for part in media_parts(example)] == ["chart one", "chart two"]
+    assert drawn("pixmo-cap-qa", rows_of.PIXMO_CAP_QA, number=1) == [
+        ("synthetic_qa", "What is it?", "A boat."),
+        ("synthetic_qa", "Which colour?", "Red."),
+    ]
+    plain = {**rows_of.PIXMO_CAP_QA, "question": "What is it?"}
+    assert drawn("pixmo-cap-qa", plain, number=1) == [("synthetic_qa", "What is it?", "Red.")]
+
+
+def test_captions_say_about_how_long_they_are():
+    found = [turn for turn in drawn("pixmo-cap", rows_of.PIXMO_CAP, number=400) if turn[0] == "long_caption"]
+    numbers = [int(question[len("long_caption ") : -1]) for _, question, _ in found if question != "long_caption:"]
+    assert 0.05 < 1 - len(numbers) / len(found) < 0.16  # one time in ten without
+    assert np.mean(numbers) == pytest.approx(100, abs=5)  # 1500 / 15
+    assert np.std(numbers) == pytest.approx(25, abs=4)
+
+
+def test_text():
+    (example,) = examples("molmo2-tulu4-classified", rows_of.TULU)
+    assert example["messages"][0] == {"role": "system", "content": "Be brief."}
+    assert turns(example["messages"]) == [("text_sft", "Hi", "Hello"), ("text_sft", "Bye", "See you")]
+    assert [turn[2] for turn in drawn("molmo2-hardcodes", rows_of.HARDCODES, number=1)] == ["Molmo2.", "Molmo2."]
+
+
+# --- media -----------------------------------------------------------------------------------------------------------
+
+
+def test_missing_media_are_reported_not_dropped(caplog):
+    several = [{**rows_of.USER_QA, "video_id": name} for name in ("here", "gone", "gone", "away")]
+
+    def media(reference):
+        return "file" if reference.name == "here" else None
+
+    with caplog.at_level(logging.WARNING):
+        found = examples("Molmo2-AskModelAnything", *several, media=media)
+    assert len(found) == 1
+    assert found.report.missing == ["gone", "away"]
+    assert (
+        "4 rows, 1 examples, 3 left out: 3 because an image or a video is missing (the first: gone, away)"
+        in caplog.text
+    )
+    with pytest.raises(FileNotFoundError, match="3 because"):
+        data.Examples("allenai/Molmo2-AskModelAnything", several, media, missing="raise")
+
+
+def test_media_that_disappear():
+    places = {"vid1": "file"}
+    found = examples("Molmo2-AskModelAnything", rows_of.USER_QA, media=lambda reference: places.get(reference.name))
+    places.clear()
+    with pytest.raises(FileNotFoundError, match="vid1"):
+        found[0]
+
+
+def reference(name, kind="video", clip=None):
+    return MediaReference(kind, name, clip)
+
+
+def test_folders(tmp_path):
+    folder = tmp_path / "media"
+    folder.mkdir()
+    url = "http://images/1.jpg"
+    (tmp_path / "secret.mp4").touch()
+    for name in ("a.mp4", "b.webm", "c.jpg"):
+        (folder / name).touch()
+    find = data.Folder(folder)
+    assert find(reference("a")) == find(reference("a.mp4")) == folder / "a.mp4"
+    assert find(reference("b")) == folder / "b.webm"
+    assert find(reference("c")) is None  # an image is no video
+    assert find(reference("c", "image")) == folder / "c.jpg"
+    assert find(reference("../secret")) is None
+    assert find(reference("a/../../secret.mp4")) is None
+    assert find(reference(str(tmp_path / "secret.mp4"))) is None
+    assert find(reference("")) is None
+    (folder / "linked.mp4").symlink_to(tmp_path / "secret.mp4")
+    assert find(reference("linked")) == folder / "linked.mp4"
+    (folder / f"{hashlib.sha256(url.encode()).hexdigest()}.png").touch()
+    assert find(reference(url, "image")).suffix == ".png"
+    assert data.clip_name(reference("x", clip=(1.0, None))) == "x_1.0_end"
+
+
+def test_url_mappings(tmp_path):
+    gcs = "https://storage.googleapis.com/bucket/a.mp4"
+    mapping = {
+        "a": {"youtube": "https://www.youtube.com/watch?v=a", "gcs": gcs},
+        "b": gcs,
+        "c": ["https://youtu.be/c"],
+        "d": None,
+    }
+    path = tmp_path / "youtube_id_to_urls_mapping.json"
+    path.write_text(json.dumps(mapping))
+    find = data.UrlMapping(path)
+    assert [find(reference(name)) for name in "abcde"] == [gcs, gcs, None, None, None]
+    both = data.first_of(data.Folder(tmp_path), find)
+    (tmp_path / "e.mp4").touch()
+    assert [both(reference(name)) for name in "ade"] == [gcs, None, tmp_path / "e.mp4"]
+    with pytest.raises(ValueError, match="one kind"):
+        data.first_of(data.Folder(tmp_path, has_cut_clips=True), find)
+
+
+def test_urls_are_used_as_they_are():
+    (example,) = data.Examples("allenai/pixmo-points", [rows_of.PIXMO_POINTS])
+    assert media_parts(example) == [{"type": "image", "image": "http://images/1.jpg"}]
+    assert data.urls(reference("vid1")) is None
+
+
+# --- styles and subtitles --------------------------------------------------------------------------------------------
+
+FIELDS = {"label": "cups", "fps": "2", "points": "<points ...>", "start_time": "1.0", "end_time": "2.0"}
+
+
+@pytest.mark.parametrize("style", TEMPLATES)
+def test_templates(style):
+    texts = [text.format(**FIELDS) for text in TEMPLATES[style]]
+    assert len(set(texts)) == len(texts) >= 3
+    named = {name for name in FIELDS if f"{{{name}}}" in TEMPLATES[style][0]}
+    assert all({name for name in FIELDS if f"{{{name}}}" in text} == named for text in TEMPLATES[style])
+    found = {data.draw_prompt(style, random.Random(seed), **FIELDS) for seed in range(400)}
+    assert found <= set(texts)
+    assert len(found) > 0.7 * len(texts)
+
+
+def test_prompts_that_users_see_are_among_them():
+    assert prompts.point("cups").text in [text.format(**FIELDS) for text in TEMPLATES["pointing"]]
+    assert prompts.count("cups").text in [text.format(**FIELDS) for text in TEMPLATES["point_count"]]
+    assert prompts.track("cups").text in [text.format(**FIELDS) for text in TEMPLATES["video_point_track_per_frame"]]
+    with_rate = TEMPLATES["video_point_track_per_frame_fps"]
+    assert prompts.track("cups", 2).text in [text.format(**FIELDS) for text in with_rate]
+
+
+def test_braces_in_labels_are_text():
+    assert "{label}" in data.draw_prompt("pointing", random.Random(0), label="{label}")
+    with pytest.raises(ValueError, match="'poem' has no templates"):
+        data.draw_prompt("poem", random.Random(0))
+    with pytest.raises(ValueError, match="need 'label'"):
+        data.draw_prompt("pointing", random.Random(0))
+    with pytest.raises(ValueError, match="Option 2 of 2"):
+        data.draw_multiple_choice("?", ["a", "b"], 2, random.Random(0))
+
+
+def test_times_in_prompts():
+    times = Counter(data.draw_time(3725.25, random.Random(seed)) for seed in range(200))
+    assert set(times) == {"3725.2", "01:02:05"}
+    assert 70 < times["01:02:05"] < 130
+    assert data.draw_time(3725.25, random.Random(0), in_seconds=True) == "3725.2"
+
+
+SRT = (
+    "1\r\n00:00:01,000 --> 00:00:02,500\r\n<i>Hello</i>\r\nthere.\r\n\r\n"
+    "2\r\n01:00:00,000 --> 01:00:01,000\r\nBye &amp; on.\r\n"
+)
+VTT = (
+    "WEBVTT\n\nNOTE nothing\n\nfirst\n00:01.000 --> 00:02.500 align:start\nHello there.\n\n"
+    "01:00:00.000 --> 01:00:01.000\nBye & on.\n"
+)
+SUBTITLES = {(1.0, 2.5): "Hello there.", (3600.0, 3601.0): "Bye & on."}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        SRT,
+        VTT,
+        SUBTITLES,
+        [{"start": start, "end": end, "text": text} for (start, end), text in SUBTITLES.items()],
+        [(3600, 3601, "Bye & on."), (1, 2.5, "Hello there.")],
+    ],
+)
+def test_every_form_of_subtitles(source):
+    found = data.read_subtitles(source)
+    assert found == SUBTITLES
+    assert list(found) == list(SUBTITLES)
+
+
+def test_subtitle_text():
+    assert data.subtitle_text(SUBTITLES, mode="all") == "subtitle\n1.0 - 2.5 Hello there.\n3600.0 - 3601.0 Bye & on.\n"
+    for times, is_near in (([0.0], True), ([3.5], True), ([3.6], False), ([2.0], True), ([], False)):
+        assert bool(data.subtitle_text(SUBTITLES, times)) == is_near
+    assert data.subtitle_text("Plain.") == "subtitle\nPlain."
+    assert data.subtitle_text("") == data.subtitle_text({}, [0.0]) == ""
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: data.read_subtitles("Some text"), "neither SRT nor WebVTT"),
+        (lambda: data.read_subtitles([(2, 1, "a")]), "expected 0 <= start <= end"),
+        (lambda: data.subtitle_text({}, [], "some"), "'some'; expected 'frame_1' or 'all'"),
+        (lambda: data.subtitle_text(SUBTITLES), "needs the times"),
+    ],
+)
+def test_subtitles_that_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+# --- evaluation sets -------------------------------------------------------------------------------------------------
+
+MASK = np.zeros((10, 20), dtype=bool)
+MASK[4:6, 8:12] = True
+RLE = {"size": [10, 20], "counts": [84, 2, 8, 2, 8, 2, 8, 2, 84]}
+EVALUATED = {
+    "allenai/Molmo2-VideoPointEval": (
+        {
+            "video_id": "v",
+            "video_source": "youtube",
+            "label": "cups",
+            "height": 10,
+            "width": 20,
+            "video_duration": 9.0,
+            "two_fps_timestamps": [1.5],
+            "points": [{"x": 10.0, "y": 5.0}],
+            "masks": [[{"frame_id": 3, "rle": RLE}]],
+        },
+        '<points coords="1.5 1 500 500">cups</points>',
+    ),
+    "allenai/Molmo2-VideoCountEval": (
+        {
+            "video_id": "v",
+            "label": "cups",
+            "question": "How many?",
+            "count": 4,
+            "category": "object",
+            "clip_start": 1.0,
+        }
+        | {"clip_end": 9.0, "video_duration": 20.0},
+        "4",
+    ),
+    "allenai/Molmo2-VideoTrackEval": (
+        {**rows_of.VIDEO_TRACK, "w": 20, "h": 10, "mask_id": ["m"]}
+        | {
+            "points": [{"object_id": "m", "points": [[10.0, 5.0]] * 3}],
+            "masks": [{"object_id": "m", "masks": [RLE] * 3}],
+        },
+        '<tracks coords="0.0 0 500 500\t0.5 0 500 500">dogs</tracks>',
+    ),
+    "allenai/pixmo-points-eval": (
+        {"image_url": "http://a", "label": "cups", "points": [{"x": 50.0, "y": 50.0}], "masks": [MASK.tolist()]},
+        '<points coords="1 1 500 500">cups</points>',
+    ),
+    "allenai/pixmo-count": ({"image_url": "http://a", "label": "cups", "count": 2}, "2"),
+    "PointArena/pointarena-data": (
+        {"user_input": "The cup.", "category": "spatial", "image": "picture", "mask": MASK},
+        '<points coords="1 1 500 500">cup</points>',
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EVALUATED)
+def test_evaluation_sets(name):
+    """The right answer has full marks, and another one has not."""
+    row, answer = EVALUATED[name]
+    (example,), report = evaluation_examples(name, [row], everywhere)
+    assert (report.rows, report.examples) == (1, 1)
+    scores = METRICS[example.metric](answer, **example.truth)
+    assert min(scores.values()) == pytest.approx(1)
+    assert max(METRICS[example.metric]("No idea.", **example.truth).values()) < 1 or example.metric == "image_counting"
+    assert len(media_parts({"messages": example.messages})) == 1
+    assert example.messages[0]["content"][-1]["text"]
+
+
+def test_every_evaluation_set_is_tested():
+    assert set(EVALUATED) == set(EVALUATION_SETS)
+
+
+def test_details_of_evaluation_sets():
+    names = ["Molmo2-VideoCountEval", "Molmo2-VideoTrackEval"]
+    (count,), (track,) = (
+        evaluation_examples(f"allenai/{name}", [EVALUATED[f"allenai/{name}"][0]], everywhere)[0] for name in names
+    )
+    assert count.messages[0]["content"][0]["clip"] == (1.0, 9.0)
+    assert (count.groups, count.max_new_tokens) == ({"category": "object"}, 2048)
+    assert (track.groups, sorted(track.truth["points"])) == ({"group": "animal"}, [0, 2])
+
+
+def test_missing_media_of_evaluation_sets():
+    row, _ = EVALUATED["allenai/pixmo-count"]
+    found, report = evaluation_examples("allenai/pixmo-count", [row], lambda reference: None)
+    assert (found, report.missing, report.left_out.total()) == ([], ["http://a"], 1)
+
+
+def test_it_needs_neither_torch_nor_transformers():
+    script = "import sys, molmo2.data; print(sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
+    assert subprocess.check_output([sys.executable, "-c", script], text=True).strip() == "[]"
