@@ -17,7 +17,7 @@ from transformers.utils.generic import can_return_tuple
 
 from molmo2.configuration import Molmo2Config
 from molmo2.model.attention.mask import require_empty_cache, starts_sequence
-from molmo2.model.generation import Molmo2GenerationMixin
+from molmo2.model.generation import Molmo2GenerationMixin, can_copy_rows, every_nth_row
 from molmo2.model.loss import IGNORED, kept_label_fraction, shift_labels, weighted_loss
 from molmo2.model.packing import packed_rows, require_packed_layout
 from molmo2.model.pretrained import Molmo2PreTrainedModel
@@ -269,14 +269,21 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
             "video_features": video_features,
         }
         passed_on = {name: kwargs.pop(name) for name in ("cache_position", REPEAT_FACTOR) if name in kwargs}
+        rows = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+            "token_type_ids": token_type_ids,
+            "mm_token_type_ids": mm_token_type_ids,
+        }
+        copies = 1
+        if use_cache is not False and can_copy_rows(past_key_values):
+            copies = passed_on.pop(REPEAT_FACTOR, 1)
+            rows = every_nth_row(rows, copies)
         outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
+            **rows,
             past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            token_type_ids=token_type_ids,
-            mm_token_type_ids=mm_token_type_ids,
             example_ids=example_ids,
             branch_ids=branch_ids,
             use_cache=use_cache,
@@ -288,6 +295,13 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        if copies > 1:
+            outputs.past_key_values.batch_repeat_interleave(copies)
+            outputs.hidden_states, outputs.attentions = (
+                states if states is None else tuple(state.repeat_interleave(copies, dim=0) for state in states)
+                for states in (outputs.hidden_states, outputs.attentions)
+            )
+            logits = logits.repeat_interleave(copies, dim=0)
         loss = None
         if labels is not None:
             if logits.shape[1] != labels.shape[1]:
