@@ -15,7 +15,8 @@ and refused, with the words of CUDA, where tensors of both devices meet. Not sim
 inference mode (which is `no_grad` here) and what the compiler would fuse.
 """
 
-import traceback
+import functools
+import sys
 from collections import Counter
 from typing import Any
 from unittest import mock
@@ -63,6 +64,10 @@ class PretendTensor(torch.Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         device = _active[-1] if _active else PretendDevice()
         return device.run(func, args, kwargs or {})
+
+
+def _tensors(args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
 
 
 def on_device(value: Tensor) -> Tensor:
@@ -116,15 +121,15 @@ class PretendDevice:
         _active.remove(self)
 
     def count(self, kind: str, name: str) -> None:
-        frames = traceback.StackSummary.extract(traceback.walk_stack(None), lookup_lines=False)
-        outside = (f for f in frames if "/torch/" not in f.filename and f.filename != __file__)
-        frame = next(outside)
+        frame: Any = sys._getframe(1)
+        while "/torch/" in frame.f_code.co_filename or frame.f_code.co_filename == __file__:
+            frame = frame.f_back
         self.counts[kind] += 1
-        self.places[kind, name, f"{'/'.join(frame.filename.split('/')[-2:])}:{frame.lineno}"] += 1
+        self.places[kind, name, f"{'/'.join(frame.f_code.co_filename.split('/')[-2:])}:{frame.f_lineno}"] += 1
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """An operation of the backend on tensors of one device, or a copy from one to the other."""
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = _tensors(args, kwargs)
         is_here = any(isinstance(tensor, PretendTensor) for tensor in tensors)
         target = kwargs.get("device")
         if target is not None:
@@ -132,7 +137,7 @@ class PretendDevice:
         goes_here = is_here if target is None else torch.device(target) == META
         if not is_here and not goes_here:
             return func(*args, **kwargs)
-        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+        if _is_composite(func):
             return func.decompose(*args, **({**kwargs, "device": target} if target is not None else kwargs))
         self._account(func, args, kwargs, tensors, goes_here)
         originals = {id(t.data_on_cpu): t for t in tensors if isinstance(t, PretendTensor)}
@@ -221,13 +226,18 @@ class _Functions(TorchFunctionMode):
 
     def _fused(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
         """A kernel that takes an operation as it is; a bool mask is turned into numbers for it first."""
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = _tensors(args, kwargs)
         if not all(isinstance(tensor, PretendTensor) for tensor in tensors):
             raise RuntimeError(f"Expected all tensors to be on the same device (in {func.__name__})")
         for _ in range(1 + any(tensor.dtype == torch.bool for tensor in tensors)):
             self.owner.count("launch", func.__name__)
         with torch._C.DisableTorchFunction():
             return PretendTensor(func(*tree_map(on_cpu, args), **tree_map(on_cpu, kwargs)))
+
+
+@functools.cache
+def _is_composite(func: Any) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
 
 
 def _is_cuda(device: Any) -> bool:

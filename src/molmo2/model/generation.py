@@ -250,8 +250,12 @@ class Molmo2GenerationMixin(GenerationMixin):
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         vocab_size = self.config.get_text_config().vocab_size
-        if isinstance(kwargs.get("encoder_input_ids"), Tensor) and not kwargs["encoder_input_ids"].is_floating_point():
-            kwargs["encoder_input_ids"] = kwargs["encoder_input_ids"].clamp(max=vocab_size - 1)
+        prompt, settings = kwargs.get("encoder_input_ids"), kwargs.get("generation_config")
+        names = "encoder_repetition_penalty", "encoder_no_repeat_ngram_size"
+        if settings is not None and all(getattr(settings, name, None) in (None, 0, 1.0) for name in names):
+            kwargs["encoder_input_ids"] = None  # looking for negative ids in it would be a wait for the device
+        elif isinstance(prompt, Tensor) and not prompt.is_floating_point():
+            kwargs["encoder_input_ids"] = prompt.clamp(max=vocab_size - 1)
         library: Any = super()
         processors = library._get_logits_processor(*args, **kwargs)
         return BaseVocabularyProcessors(processors, vocab_size) if len(processors) else processors

@@ -126,11 +126,12 @@ class Molmo2Model(Molmo2PreTrainedModel, Molmo2VisionInputsMixin):
         first_examples = None if example_ids is None else example_ids[::repeats]
         vectors = self._media_features(first_ids, inputs_embeds[::repeats], media, first_examples)
         if vectors is not None:
-            inputs_embeds = self._add_features(input_ids, inputs_embeds, vectors, repeats)
-        elif is_distributed_training(self.vision_backbone):
-            inputs_embeds = inputs_embeds + zero_vision_loss(self.vision_backbone).to(inputs_embeds)
-        if is_visual is not None:
-            is_visual = is_visual if bool(is_visual.any()) else None
+            inputs_embeds, has_visual = self._add_features(input_ids, inputs_embeds, vectors, repeats, is_visual)
+        else:
+            has_visual = is_visual is not None and bool(is_visual.any())
+            if is_distributed_training(self.vision_backbone):
+                inputs_embeds = inputs_embeds + zero_vision_loss(self.vision_backbone).to(inputs_embeds)
+        is_visual = is_visual if has_visual else None
         packed = packed_rows(attention_mask, example_ids, branch_ids, inputs_embeds.shape[:2])
         if packed is not None:
             require_empty_cache(past_key_values)

@@ -381,10 +381,22 @@ class Molmo2VisionInputsMixin:
             raise ValueError(f"{', '.join(missing)} missing: pass all of {list(given)} that the processor returned.")
         return encode(**given)
 
-    def _add_features(self, input_ids: Tensor | None, inputs_embeds: Tensor, vectors: Tensor, repeats: int) -> Tensor:
-        """(B, S, D) with vectors (T, D) added to the patch tokens; `repeats` consecutive rows share theirs."""
+    def _add_features(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor,
+        vectors: Tensor,
+        repeats: int,
+        is_visual: Tensor | None,
+    ) -> tuple[Tensor, bool]:
+        """(B, S, D) with vectors (T, D) added to the patch tokens; `repeats` consecutive rows share theirs.
+
+        And whether any token is visual, which is read with the numbers of patch tokens: one wait for the device.
+        """
         is_patch = self.patch_token_mask(input_ids, inputs_embeds)
-        counts = is_patch[::repeats].sum(-1).tolist()
+        numbers = is_patch[::repeats].sum(-1)
+        any_visual = numbers.new_zeros(1) if is_visual is None else is_visual.any()[None].to(numbers)
+        *counts, has_visual = torch.cat((numbers, any_visual)).tolist()
         expected = sum(counts)
         if expected != len(vectors):
             raise ValueError(
@@ -398,4 +410,4 @@ class Molmo2VisionInputsMixin:
         # The first places in a stable order are those of the patch tokens: `nonzero` would wait for their number.
         places = is_patch.flatten().int().argsort(stable=True, descending=True)[: len(vectors)]
         flat = inputs_embeds.flatten(0, 1).index_add(0, places.to(inputs_embeds.device), vectors)
-        return flat.unflatten(0, inputs_embeds.shape[:2])
+        return flat.unflatten(0, inputs_embeds.shape[:2]), bool(has_visual)
