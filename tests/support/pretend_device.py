@@ -1,4 +1,4 @@
-"""A CUDA device where there is none: tensors that say `cuda:0`, hold their data on the CPU and count what they would cost.
+"""A CUDA device where there is none: tensors say `cuda:0`, hold their data on the CPU and count what they would cost.
 
     model, inputs = moved(model), {name: on_device(value) for name, value in inputs.items()}
     with PretendDevice() as device:
@@ -18,6 +18,7 @@ inference mode (which is `no_grad` here) and what the compiler would fuse.
 import functools
 import sys
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -25,7 +26,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 CUDA, META, CPU = torch.device("cuda:0"), torch.device("meta"), torch.device("cpu")
 aten = torch.ops.aten
@@ -66,8 +66,22 @@ class PretendTensor(torch.Tensor):
         return device.run(func, args, kwargs or {})
 
 
-def _tensors(args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+def _each(change: Callable[[Tensor], Any], value: Any) -> Any:
+    """The value with each tensor in it changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {name: _each(change, entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        entries = [_each(change, entry) for entry in value]
+        return entries if isinstance(value, list) else tuple(entries)
+    return value
+
+
+def _tensors(*values: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    _each(found.append, values)
+    return found
 
 
 def on_device(value: Tensor) -> Tensor:
@@ -141,15 +155,13 @@ class PretendDevice:
             return func.decompose(*args, **({**kwargs, "device": target} if target is not None else kwargs))
         self._account(func, args, kwargs, tensors, goes_here)
         originals = {id(t.data_on_cpu): t for t in tensors if isinstance(t, PretendTensor)}
-        result = func(*tree_map(on_cpu, args), **tree_map(on_cpu, kwargs))
+        result = func(*_each(on_cpu, args), **_each(on_cpu, kwargs))
         is_placed = goes_here if not func.name().startswith("aten::copy_") else isinstance(args[0], PretendTensor)
 
-        def placed(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            return originals.get(id(value)) if id(value) in originals else PretendTensor(value)
+        def placed(value: Tensor) -> Tensor:
+            return originals[id(value)] if id(value) in originals else PretendTensor(value)
 
-        return tree_map(placed, result) if is_placed else result
+        return _each(placed, result) if is_placed else result
 
     def _account(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], goes_here: bool) -> None:
         is_here = any(isinstance(tensor, PretendTensor) for tensor in tensors)
@@ -232,7 +244,7 @@ class _Functions(TorchFunctionMode):
         for _ in range(1 + any(tensor.dtype == torch.bool for tensor in tensors)):
             self.owner.count("launch", func.__name__)
         with torch._C.DisableTorchFunction():
-            return PretendTensor(func(*tree_map(on_cpu, args), **tree_map(on_cpu, kwargs)))
+            return PretendTensor(func(*_each(on_cpu, args), **_each(on_cpu, kwargs)))
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""What a GPU would be asked to do, on a pretend one: kernels, waits of the host, copies, and nothing on both devices."""
+"""What a GPU would be asked to do, on a pretend one: kernels, waits of the host, copies, nothing on both devices."""
 
 import functools
 
@@ -59,8 +59,8 @@ def counted(model, inputs, tokens: int) -> PretendDevice:
 
 
 def per_token(model, inputs) -> dict[str, float]:
-    short, long = counted(model, inputs, 2), counted(model, inputs, 6)
-    return {kind: (long.counts[kind] - short.counts[kind]) / 4 for kind in ("launch", "wait", "copy")}
+    short, long = counted(model, inputs, 2), counted(model, inputs, 4)
+    return {kind: (long.counts[kind] - short.counts[kind]) / 2 for kind in ("launch", "wait", "copy")}
 
 
 @pytest.mark.parametrize("names", [("image",), ("text", "image")], ids=["alone", "padded"])
@@ -127,7 +127,10 @@ def test_a_session_keeps_to_the_device():
 def test_packed_training_keeps_to_the_device():
     inputs = {name: on_cpu(value) for name, value in placed("image").items()}
     length = inputs["input_ids"].shape[1]
-    ids = {"example_ids": (torch.arange(length) >= length - 4).long()[None], "labels": inputs["input_ids"].clamp(max=999)}
+    ids = {
+        "example_ids": (torch.arange(length) >= length - 4).long()[None],
+        "labels": inputs["input_ids"].clamp(max=999),
+    }
     losses, gradients = [], []
     for model, is_moved in ((moved(build_model("qwen3").train()), True), (build_model("qwen3").train(), False)):
         given = {name: on_device(value) if is_moved else value for name, value in {**inputs, **ids}.items()}
@@ -140,7 +143,7 @@ def test_packed_training_keeps_to_the_device():
     torch.testing.assert_close(*gradients)
 
 
-# --- the device itself ------------------------------------------------------------------------------------------------
+# --- the device itself -----------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -149,10 +152,14 @@ def test_tensors_of_two_devices_do_not_meet():
     with PretendDevice() as device:
         assert here.device == CUDA
         assert torch.arange(3, device="cuda").device == CUDA
-        for mixed in (lambda: here + there, lambda: torch.cat((here, there)), lambda: torch.where(here > 0, here, there)):
+        for mixed in (
+            lambda: here + there,
+            lambda: torch.cat((here, there)),
+            lambda: torch.where(here > 0, here, there),
+        ):
             with pytest.raises(RuntimeError, match="same device"):
                 mixed()
-        with pytest.raises(TypeError, match="Tensor.cpu"):
+        with pytest.raises(TypeError, match="to numpy"):
             here.numpy()
         device.counts.clear()
         assert (here * 2 + there.to("cuda"))[1:].tolist() == [3, 3]

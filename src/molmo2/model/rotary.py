@@ -70,7 +70,7 @@ class Molmo2RotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     def forward(self, position_ids: Tensor, dtype: torch.dtype) -> list[Tensor]:
-        """A table for each layer, (B, S, 2, 2, head_dim / 2) in `dtype`, for `rotate`; layers with equal ones share it.
+        """A table for each layer, (B, S, 2, 2, head_dim / 2) in `dtype`; layers with equal ones share it.
 
         Args:
             position_ids: (B, S) or (1, S) integers.

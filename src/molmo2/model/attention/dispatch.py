@@ -173,9 +173,10 @@ def make_attention_mask(
     spec = spec.to(inputs_embeds.device)
     if is_blockwise(implementation, inputs_embeds.shape[1]):
         return _blockwise_mask(inputs_embeds, attention_mask, past_key_values, spec)
-    if implementation == "sdpa" and spec.is_empty() and _has_a_column_for_each_key(attention_mask, past_key_values):
-        if inputs_embeds.shape[1] == 1:  # one new token sees all that is no padding; whether any is would be a wait
-            return attention_mask.to(inputs_embeds.device)[:, None, None].bool()
+    is_one_token = inputs_embeds.shape[1] == 1 and implementation == "sdpa" and spec.is_empty()
+    if is_one_token and _has_a_column_for_each_key(attention_mask, past_key_values):
+        # It sees all that is no padding; asking whether there is any would be a wait for the device.
+        return attention_mask.to(inputs_embeds.device)[:, None, None].bool()
     if config._attn_implementation != implementation:
         config = copy.copy(config)
         config._attn_implementation_internal = implementation
