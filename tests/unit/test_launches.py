@@ -22,6 +22,7 @@ from support.checkpoints import (
 from support.model_inputs import batch, processor
 from support.pretend_device import CUDA, PretendDevice, PretendTensor, moved, on_cpu, on_device
 
+IS_RECENT = "molmo2" in CONFIG_MAPPING
 GREEDY = {"do_sample": False, "eos_token_id": None}
 
 
@@ -67,11 +68,11 @@ def per_token(model, inputs) -> dict[str, float]:
 def test_a_token_waits_once_and_copies_nothing(names):
     found = per_token(model_of(4, torch.float32), placed(*names))
     assert found["copy"] == 0
-    assert found["wait"] <= 1  # `generate` asks whether all rows have ended
+    assert found["wait"] <= (1 if IS_RECENT else 2)  # `generate` asks whether all rows have ended; early ones twice
     assert found["launch"] <= 120
 
 
-@pytest.mark.skipif("molmo2" not in CONFIG_MAPPING, reason="this release has no native Molmo2")
+@pytest.mark.skipif(not IS_RECENT, reason="this release has no native Molmo2")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_token_launches_half_as_much_as_in_the_library(dtype, tmp_path):
     text = placed("text")
@@ -104,6 +105,8 @@ MODES = {
 
 @pytest.mark.parametrize("mode", MODES)
 def test_generate_keeps_to_the_device(mode):
+    if mode == "static cache" and not IS_RECENT:
+        pytest.skip("masks of early releases go through vmap, which the pretend device does not follow")
     names = ("image",) if mode == "prompt lookup" else ("text", "image and video", "two images")
     settings = {"max_new_tokens": 4, "eos_token_id": None, **MODES[mode]}
     with PretendDevice():
