@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from transformers import DynamicCache, TextIteratorStreamer
+from transformers import DynamicCache, StaticCache, TextIteratorStreamer
 
 from molmo2.model import generation
 from molmo2.model.generation import LatestMatchLookup, latest_continuation
@@ -398,3 +398,51 @@ def test_a_clip_in_pixels_of_another_dtype(qwen3):
     expected = answer(qwen3, inputs)
     inputs["pixel_values_videos"] = inputs["pixel_values_videos"].double()
     assert torch.equal(answer(qwen3, inputs), expected)
+
+
+@pytest.mark.parametrize("names", [("image",), ("text", "two images")], ids=["alone", "padded"])
+@torch.no_grad()
+def test_several_answers_read_their_prompt_once(names, monkeypatch):
+    """One row per prompt in the prefill; the tokens are those of beams whose rows were all read."""
+    model, rows = without_stopping(build_model("qwen3")), []
+    model.model.transformer.blocks[0].register_forward_hook(lambda _, given, output: rows.append(given[0].shape[:2]))
+    inputs, settings = batch(*names), {"max_new_tokens": 5, "num_beams": 3, "num_return_sequences": 2}
+    settings |= {"do_sample": False, "return_dict_in_generate": True, "output_hidden_states": True}
+    found = model.generate(**inputs, **settings)
+    assert rows[0] == inputs["input_ids"].shape
+    assert {size[0] for size in rows[1:]} == {3 * len(names)}
+    assert {len(states) for states in found.hidden_states[0]} == {3 * len(names)}
+    monkeypatch.setattr("molmo2.model.modeling.can_copy_rows", lambda cache: False)
+    rows.clear()
+    expected = model.generate(**inputs, **settings)
+    assert rows[0][0] == 3 * len(names)
+    assert torch.equal(found.sequences, expected.sequences)
+    torch.testing.assert_close(found.sequences_scores, expected.sequences_scores)
+
+
+@torch.no_grad()
+def test_a_step_of_decoding_is_one_graph_for_all_lengths():
+    """No recompilation over lengths, images and sessions, with a cache of fixed size."""
+    model = build_model("qwen3")
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    step = torch.compile(model.forward, fullgraph=True, backend=backend)
+    for names in (("text",), ("image",), ("video",)):
+        cache = StaticCache(config=model.config.get_text_config(), max_cache_len=256)
+        inputs = batch(*names)
+        model(**inputs, past_key_values=cache)
+        length = inputs["input_ids"].shape[1]
+        for place in range(length, length + 3):
+            position = torch.tensor([place])
+            mask = (torch.arange(256) <= place)[None, None, None]
+            token = {"input_ids": torch.tensor([[place]]), "attention_mask": mask, "position_ids": position[None]}
+            token |= {"past_key_values": cache, "cache_position": position, "use_cache": True}
+            token |= {"logits_to_keep": 1}
+            found = step(**token).logits
+            assert torch.isfinite(found).all()
+    assert len(graphs) == 1

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin, LogitsProcessorList
 from transformers.generation.candidate_generator import CandidateGenerator, PromptLookupCandidateGenerator
 
@@ -39,12 +39,16 @@ def latest_continuation(ids: Tensor, max_ngram: int, max_tokens: int) -> Tensor:
     Returns:
         (drafted,) int64, `max_tokens` at most; empty where not even the last token occurs again.
     """
-    for length in range(min(max_ngram, len(ids) - 1), 0, -1):
-        matches = (ids[:-1].unfold(0, length, 1) == ids[-length:]).all(-1).nonzero()
-        if len(matches):
-            start = int(matches[-1]) + length
-            return ids[start : start + max(0, max_tokens)]
-    return ids[:0]
+    ends, length = (ids[:-1] == ids[-1:]).nonzero()[:, 0], 1  # where the last token occurs, then the last two, ...
+    while len(ends) and length < max_ngram:
+        longer = ends[ends >= length]
+        longer = longer[ids[longer - length] == ids[-1 - length]]
+        if not len(longer):
+            break
+        ends, length = longer, length + 1
+    if not len(ends) or max_ngram < 1:
+        return ids[:0]
+    return ids[ends[-1] + 1 :][: max(0, max_tokens)]
 
 
 class LatestMatchLookup(PromptLookupCandidateGenerator):
@@ -75,7 +79,7 @@ class LatestMatchLookup(PromptLookupCandidateGenerator):
         """
         capacity = self.max_length - input_ids.shape[1] - 1  # the model adds a token of its own
         draft = latest_continuation(
-            input_ids[0], self.max_matching_ngram_size, min(self.num_output_tokens, capacity)
+            input_ids[0].cpu(), self.max_matching_ngram_size, min(self.num_output_tokens, capacity)
         ).tolist()
         ends = () if self.eos_token_id is None else torch.as_tensor(self.eos_token_id).flatten().tolist()
         vocab_size = float("inf") if self.vocab_size is None else self.vocab_size
@@ -112,6 +116,16 @@ def _drop_extrapolated_types(token_types: Tensor, by_id: Tensor) -> Tensor:
     agrees = ~token_types | by_id
     precedes_agreement = agrees.flip(-1).cumsum(-1).flip(-1) > 0
     return token_types & precedes_agreement
+
+
+def can_copy_rows(cache: Cache | None) -> bool:
+    """Whether a cache is empty and grows by rows too, so that equal prompts can be read once and copied."""
+    return type(cache) is DynamicCache and not cache.offloading and cache.get_seq_length() == 0
+
+
+def every_nth_row(tensors: dict[str, Tensor | None], step: int) -> dict[str, Tensor | None]:
+    """Rows 0, step, 2 * step, ... of tensors (B, ...); those of one row, which holds for all, stay."""
+    return {name: rows if rows is None or len(rows) == 1 else rows[::step] for name, rows in tensors.items()}
 
 
 class Molmo2GenerationMixin(GenerationMixin):
@@ -206,7 +220,7 @@ class Molmo2GenerationMixin(GenerationMixin):
         input_ids: Any = None,
         **model_kwargs: Any,
     ) -> tuple[Any, dict[str, Any]]:
-        """Repeat every row `expand_size` times (beams, several answers); its media are still encoded once."""
+        """Repeat every row `expand_size` times (beams, several answers); its prompt and media are still read once."""
         self._require_cached_media(input_ids, model_kwargs)
         media = {name: model_kwargs.pop(name, None) for name in MEDIA_INPUTS}
         library: Any = super()
@@ -214,7 +228,7 @@ class Molmo2GenerationMixin(GenerationMixin):
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
         media = {name: value for name, value in media.items() if value is not None}
-        if media and expand_size > 1:
+        if expand_size > 1:
             media[REPEAT_FACTOR] = expand_size
         model_kwargs.update(media)
         return input_ids, model_kwargs
@@ -236,8 +250,12 @@ class Molmo2GenerationMixin(GenerationMixin):
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         vocab_size = self.config.get_text_config().vocab_size
-        if isinstance(kwargs.get("encoder_input_ids"), Tensor) and not kwargs["encoder_input_ids"].is_floating_point():
-            kwargs["encoder_input_ids"] = kwargs["encoder_input_ids"].clamp(max=vocab_size - 1)
+        prompt, settings = kwargs.get("encoder_input_ids"), kwargs.get("generation_config")
+        names = "encoder_repetition_penalty", "encoder_no_repeat_ngram_size"
+        if settings is not None and all(getattr(settings, name, None) in (None, 0, 1.0) for name in names):
+            kwargs["encoder_input_ids"] = None  # looking for negative ids in it would be a wait for the device
+        elif isinstance(prompt, Tensor) and not prompt.is_floating_point():
+            kwargs["encoder_input_ids"] = prompt.clamp(max=vocab_size - 1)
         library: Any = super()
         processors = library._get_logits_processor(*args, **kwargs)
         return BaseVocabularyProcessors(processors, vocab_size) if len(processors) else processors

@@ -18,7 +18,7 @@ from transformers.utils.generic import can_return_tuple
 
 from molmo2.configuration import Molmo2Config
 from molmo2.model.attention.mask import require_empty_cache, starts_sequence
-from molmo2.model.generation import Molmo2GenerationMixin
+from molmo2.model.generation import Molmo2GenerationMixin, can_copy_rows, every_nth_row
 from molmo2.model.loss import IGNORED, kept_label_fraction, shift_labels, weighted_loss
 from molmo2.model.packing import packed_rows, require_packed_layout
 from molmo2.model.pretrained import Molmo2PreTrainedModel
@@ -132,13 +132,14 @@ class Molmo2Model(Molmo2PreTrainedModel, Molmo2VisionInputsMixin):
         first_examples = None if example_ids is None else example_ids[::repeats]
         vectors = self._media_features(first_ids, inputs_embeds[::repeats], media, first_examples)
         if vectors is not None:
-            inputs_embeds = self._add_features(input_ids, inputs_embeds, vectors, repeats)
-        elif not torch.compiler.is_compiling() and (inputs_embeds.shape[1] > 1 or past_key_values is None):
-            self._require_media(input_ids, inputs_embeds)
-        if vectors is None and is_distributed_training(self.vision_backbone):
-            inputs_embeds = inputs_embeds + zero_vision_loss(self.vision_backbone).to(inputs_embeds)
-        if is_visual is not None:
-            is_visual = is_visual if bool(is_visual.any()) else None
+            inputs_embeds, has_visual = self._add_features(input_ids, inputs_embeds, vectors, repeats, is_visual)
+        else:
+            if not torch.compiler.is_compiling() and (inputs_embeds.shape[1] > 1 or past_key_values is None):
+                self._require_media(input_ids, inputs_embeds)
+            has_visual = is_visual is not None and bool(is_visual.any())
+            if is_distributed_training(self.vision_backbone):
+                inputs_embeds = inputs_embeds + zero_vision_loss(self.vision_backbone).to(inputs_embeds)
+        is_visual = is_visual if has_visual else None
         packed = packed_rows(attention_mask, example_ids, branch_ids, inputs_embeds.shape[:2])
         if packed is not None:
             require_empty_cache(
@@ -282,14 +283,21 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
         }
         refuse_unknown_inputs(kwargs)
         passed_on = {name: kwargs.pop(name) for name in ("cache_position", REPEAT_FACTOR) if name in kwargs}
+        rows = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+            "token_type_ids": token_type_ids,
+            "mm_token_type_ids": mm_token_type_ids,
+        }
+        copies = 1
+        if use_cache is not False and can_copy_rows(past_key_values):
+            copies = passed_on.pop(REPEAT_FACTOR, 1)
+            rows = every_nth_row(rows, copies)
         outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
+            **rows,
             past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            token_type_ids=token_type_ids,
-            mm_token_type_ids=mm_token_type_ids,
             example_ids=example_ids,
             branch_ids=branch_ids,
             use_cache=use_cache,
@@ -301,6 +309,13 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        if copies > 1:
+            outputs.past_key_values.batch_repeat_interleave(copies)
+            outputs.hidden_states, outputs.attentions = (
+                states if states is None else tuple(state.repeat_interleave(copies, dim=0) for state in states)
+                for states in (outputs.hidden_states, outputs.attentions)
+            )
+            logits = logits.repeat_interleave(copies, dim=0)
         loss = None
         if labels is not None:
             if logits.shape[1] != labels.shape[1]:

@@ -16,20 +16,20 @@ def plain_inverse_frequencies(head_dim: int, theta: float) -> Tensor:
         return 1.0 / (theta**exponents)
 
 
-def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + head_dim / 2) of `states`.
+def rotate(states: Tensor, table: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + head_dim / 2) of `states`, of all heads in two kernels.
 
     Args:
-        states: (B, heads, S, head_dim).
-        cos, sin: (B, S, head_dim), the two halves alike.
+        states: (B, S, heads, head_dim).
+        table: (B, S, 2, 2, head_dim / 2) rotation matrices [[cos, -sin], [sin, cos]], one for each pair.
     """
-    first, second = states.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return states * cos[:, None] + turned * sin[:, None]
+    halves = states.unflatten(-1, (1, 2, -1))
+    from_first, from_second = (halves * table[:, :, None]).unbind(-2)
+    return (from_first + from_second).flatten(-2)
 
 
 class Molmo2RotaryEmbedding(nn.Module):
-    """Computes cos and sin for every layer of the text model.
+    """Computes the rotation matrices for every layer of the text model.
 
     With `rope_scaling_layers`, the layers it names use the scaled frequencies (and, for yarn, the factor on cos and
     sin), the rest the plain ones of the same theta; without it every layer is scaled. The tables are not stored in
@@ -69,22 +69,23 @@ class Molmo2RotaryEmbedding(nn.Module):
         return self
 
     @torch.no_grad()
-    def forward(self, position_ids: Tensor, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-        """(cos, sin) for each layer, each (B, S, head_dim) in `dtype`; layers with equal tables share them.
+    def forward(self, position_ids: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        """A table for each layer, (B, S, 2, 2, head_dim / 2) in `dtype`; layers with equal ones share it.
 
         Args:
             position_ids: (B, S) or (1, S) integers.
         """
-        plain = self._tables(position_ids, self.inv_freq, 1.0, dtype)
+        plain = self._table(position_ids, self.inv_freq, 1.0, dtype)
         if self.scaled_inv_freq is None:
             return [plain] * self.config.num_hidden_layers
-        scaled = self._tables(position_ids, self.scaled_inv_freq, self.scaling_factor, dtype)
+        scaled = self._table(position_ids, self.scaled_inv_freq, self.scaling_factor, dtype)
         return [scaled if layer in self.scaled_layers else plain for layer in range(self.config.num_hidden_layers)]
 
     @staticmethod
-    def _tables(position_ids: Tensor, inv_freq: Tensor, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _table(position_ids: Tensor, inv_freq: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
         inv_freq = inv_freq.to(position_ids.device)
         # An outer product by broadcasting: exact in float32 also under autocast.
         angles = position_ids[..., None].float() * inv_freq
-        angles = torch.cat((angles, angles), dim=-1)
-        return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
+        cos, sin = angles.cos(), angles.sin()
+        matrices = torch.stack((cos, -sin, sin, cos), dim=-2)
+        return (matrices if factor == 1.0 else matrices * factor).to(dtype).unflatten(-2, (2, 2))

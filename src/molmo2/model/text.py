@@ -25,7 +25,7 @@ from molmo2.model.rotary import Molmo2RotaryEmbedding, rotate
 
 
 class Molmo2RMSNorm(nn.Module):
-    """Root-mean-square norm in float32, cast back before the weight (Zhang & Sennrich 2019)."""
+    """Root-mean-square norm in float32, cast back before the weight (Zhang & Sennrich 2019); one kernel on a GPU."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -33,9 +33,11 @@ class Molmo2RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, states: Tensor) -> Tensor:
-        wide = states.float()
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(states.dtype)
+        size = self.weight.shape
+        if states.dtype == self.weight.dtype == torch.float32:
+            return nn.functional.rms_norm(states, size, self.weight, self.eps)
+        wide = states.float() if states.dtype == torch.float64 else states  # narrower types are widened inside
+        return self.weight * nn.functional.rms_norm(wide, size, None, self.eps).to(states.dtype)
 
 
 class Molmo2Embedding(nn.Module):
@@ -94,15 +96,19 @@ class Molmo2Attention(Molmo2AttentionBase):
             self.q_norm = Molmo2RMSNorm(query_size, config.layer_norm_eps)
             self.k_norm = Molmo2RMSNorm(key_size, config.layer_norm_eps)
 
-    def _norm(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    def _normed(self, query_key: Tensor) -> Tensor:
+        """Queries and keys side by side, (B, S, width of both), with their norms."""
         if self.q_norm is None or self.k_norm is None:
-            return query, key
-        return self.q_norm(query), self.k_norm(key)
+            return query_key
+        query, key = query_key.split(self.widths[:2], dim=-1)
+        if self.norms_heads:
+            query, key = (states.unflatten(-1, (-1, self.head_dim)) for states in (query, key))
+        return torch.cat((self.q_norm(query), self.k_norm(key)), dim=2)
 
     def forward(
         self,
         hidden_states: Tensor,
-        rotary: tuple[Tensor, Tensor],
+        rotary: Tensor,
         attention_mask: Any,
         past_key_values: Cache | None,
         cache_position: Tensor,
@@ -110,14 +116,11 @@ class Molmo2Attention(Molmo2AttentionBase):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """(B, S, D) to (B, S, D) and the attention weights where they were computed."""
-        query, key, value = self.att_proj(hidden_states).split(self.widths, dim=-1)
-        if not self.norms_heads:
-            query, key = self._norm(query, key)
-        query, key, value = (states.unflatten(-1, (-1, self.head_dim)) for states in (query, key, value))
-        if self.norms_heads:
-            query, key = self._norm(query, key)
-        query, key, value = (states.transpose(1, 2) for states in (query, key, value))  # (B, heads, S, head_dim)
-        query, key = rotate(query, *rotary), rotate(key, *rotary)
+        query_key, value = self.att_proj(hidden_states).split((sum(self.widths[:2]), self.widths[2]), dim=-1)
+        query_key = self._normed(query_key).flatten(2).unflatten(-1, (-1, self.head_dim))
+        heads = rotate(query_key, rotary), value.unflatten(-1, (-1, self.head_dim))
+        query_key, value = (states.transpose(1, 2) for states in heads)  # (B, heads, S, head_dim)
+        query, key = query_key.split((self.num_heads, self.num_key_value_heads), dim=1)
         if past_key_values is not None:
             key, value = update_cache(past_key_values, key, value, self.layer_idx, cache_position)
         attended, weights = self.attend(query, key, value, attention_mask, implementation, **kwargs)
@@ -205,8 +208,8 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
         packed_rows: PackedRows | None,
         wants_weights: bool,
         cache_position: Tensor | None,
-    ) -> tuple[dict, list[tuple[Tensor, Tensor]]]:
-        """What every layer is called with, and the rotary tables of each."""
+    ) -> tuple[dict, list[Tensor]]:
+        """What every layer is called with, and the rotary table of each."""
         query_length = inputs_embeds.shape[1]
         past_length = cached_length(past_key_values)
         spec = attention_spec(is_visual, packed_rows)
@@ -293,8 +296,8 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
         )
         hidden_states = self.emb_drop(inputs_embeds)
         all_states, all_weights = [hidden_states], []
-        for layer, tables in zip(self.blocks, rotary):
-            hidden_states, weights = layer(hidden_states, rotary=tables, **arguments)
+        for layer, table in zip(self.blocks, rotary):
+            hidden_states, weights = layer(hidden_states, rotary=table, **arguments)
             all_weights.append(weights)
             if output_hidden_states:
                 all_states.append(hidden_states)

@@ -224,7 +224,6 @@ class PoolingSchedule:
             token_pooling: (T, K) int64, -1 for none, at least one patch in each row.
             chunk_ends: Crops encoded after each chunk.
         """
-        token_pooling = token_pooling.cpu()
         last = token_pooling.amax(-1) // patches_per_crop
         first = torch.where(token_pooling >= 0, token_pooling, token_pooling.amax(-1, keepdim=True)).amin(-1)
         last, order = last.sort(stable=True)
@@ -287,6 +286,8 @@ class Molmo2VisionBackbone(Molmo2PreTrainedModel):
             ValueError: For an index past the last patch.
         """
         patches = pixel_values.shape[1]
+        # Planned on the CPU, to which the table is copied once; the parts that chunks need are moved back with them.
+        token_pooling = token_pooling.cpu()
         token_pooling = token_pooling[(token_pooling >= 0).any(-1)]
         if token_pooling.numel() and bool(token_pooling.max() >= len(pixel_values) * patches):
             raise ValueError(
@@ -294,11 +295,11 @@ class Molmo2VisionBackbone(Molmo2PreTrainedModel):
                 f"{len(pixel_values) * patches} patches. Pass the pooling table that was made with these pixels."
             )
         if not token_pooling.numel():
-            return torch.zeros(0, self.config.text_hidden_size, device=token_pooling.device, dtype=self.dtype)
+            return torch.zeros(0, self.config.text_hidden_size, device=self.device, dtype=self.dtype)
         chunks = self._chunks(pixel_values, self.crops_per_chunk)
         ends = list(itertools.accumulate(len(chunk) for chunk in chunks))
         schedule = PoolingSchedule.from_table(token_pooling, patches, ends)
-        token_pooling = token_pooling[schedule.order.to(token_pooling.device)]
+        token_pooling = token_pooling[schedule.order]
         held, held_from, done, vectors = None, 0, 0, []
         for number, chunk in enumerate(chunks):
             held = self.encode_crops(chunk) if held is None else torch.cat((held, self.encode_crops(chunk)))

@@ -105,6 +105,15 @@ class MediaGrids:
         return [[r * c] * frames for frames, r, c in ([] if self.video_grids is None else self.video_grids.tolist())]
 
 
+def on_host(*tables: Tensor) -> list[Tensor]:
+    """Integer tensors on the CPU, all of them with one copy: each would be a wait for the device."""
+    if all(table.device.type == "cpu" for table in tables):
+        return list(tables)
+    joined = torch.cat([table.flatten().long() for table in tables]).cpu()
+    pieces = joined.split([table.numel() for table in tables])
+    return [piece.view(table.shape) for piece, table in zip(pieces, tables)]
+
+
 def flat_pooling(token_pooling: Tensor, tokens: Tensor, crops: Tensor, patches_per_crop: int) -> Tensor:
     """Turn indices into an item's own patches into indices into the patches of all items.
 
@@ -113,7 +122,7 @@ def flat_pooling(token_pooling: Tensor, tokens: Tensor, crops: Tensor, patches_p
         tokens, crops: (items,) rows of `token_pooling` and crops of each item.
     """
     first_patch = (crops.cumsum(0) - crops) * patches_per_crop
-    shift = first_patch.repeat_interleave(tokens)[:, None]
+    shift = first_patch.repeat_interleave(tokens, output_size=len(token_pooling))[:, None]
     return torch.where(token_pooling >= 0, token_pooling + shift, token_pooling)
 
 
@@ -315,6 +324,7 @@ class Molmo2VisionInputsMixin:
         Raises:
             ValueError: If these tensors contradict each other, naming both numbers.
         """
+        image_token_pooling, image_grids, image_num_crops = on_host(image_token_pooling, image_grids, image_num_crops)
         tokens = MediaGrids(image_grids=image_grids).image_tokens()
         self._require_equal("`image_num_crops` adds up to", image_num_crops.sum(), "`pixel_values` has", pixel_values)
         self._require_equal("`image_grids` adds up to", tokens.sum(), "`image_token_pooling` has", image_token_pooling)
@@ -335,6 +345,7 @@ class Molmo2VisionInputsMixin:
         Raises:
             ValueError: If these tensors contradict each other, naming both numbers.
         """
+        video_token_pooling, video_grids = on_host(video_token_pooling, video_grids)
         tokens, frames = MediaGrids(video_grids=video_grids).video_tokens(), video_grids[:, 0]
         self._require_equal("`video_grids` counts", frames.sum(), "`pixel_values_videos` has", pixel_values_videos)
         self._require_equal("`video_grids` adds up to", tokens.sum(), "`video_token_pooling` has", video_token_pooling)
@@ -395,7 +406,11 @@ class Molmo2VisionInputsMixin:
                 "Images and videos together need `image_grids`, `image_num_crops` and `video_grids` besides their "
                 "features, to tell which tokens belong to which. Pass all that the processor returned."
             )
-        groups = self.token_groups(input_ids, inputs_embeds, example_ids)
+        ids, *examples = on_host(
+            self._special_ids(input_ids, inputs_embeds), *([] if example_ids is None else [example_ids])
+        )
+        grids = MediaGrids(*on_host(grids.image_grids, grids.image_num_crops, grids.video_grids))
+        groups = self.token_groups(ids, None, *examples)
         order = prompt_order(assign_media(groups, grids), grids)
         return torch.cat(parts)[order.to(parts[0].device)]
 
@@ -408,10 +423,22 @@ class Molmo2VisionInputsMixin:
             raise ValueError(f"{', '.join(missing)} missing: pass all of {list(given)} that the processor returned.")
         return encode(**given)
 
-    def _add_features(self, input_ids: Tensor | None, inputs_embeds: Tensor, vectors: Tensor, repeats: int) -> Tensor:
-        """(B, S, D) with vectors (T, D) added to the patch tokens; `repeats` consecutive rows share theirs."""
+    def _add_features(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor,
+        vectors: Tensor,
+        repeats: int,
+        is_visual: Tensor | None,
+    ) -> tuple[Tensor, bool]:
+        """(B, S, D) with vectors (T, D) added to the patch tokens; `repeats` consecutive rows share theirs.
+
+        And whether any token is visual, which is read with the numbers of patch tokens: one wait for the device.
+        """
         is_patch = self.patch_token_mask(input_ids, inputs_embeds)
-        counts = is_patch[::repeats].sum(-1).tolist()
+        numbers = is_patch[::repeats].sum(-1)
+        any_visual = numbers.new_zeros(1) if is_visual is None else is_visual.any()[None].to(numbers)
+        *counts, has_visual = torch.cat((numbers, any_visual)).tolist()
         expected = sum(counts)
         if expected != len(vectors):
             raise ValueError(
@@ -422,6 +449,7 @@ class Molmo2VisionInputsMixin:
         if repeats > 1:
             vectors = torch.cat([of_row.repeat(repeats, 1) for of_row in vectors.split(counts)])
         vectors = vectors.to(inputs_embeds.device, inputs_embeds.dtype)
-        places = is_patch.flatten().nonzero()[:, 0]
+        # The first places in a stable order are those of the patch tokens: `nonzero` would wait for their number.
+        places = is_patch.flatten().int().argsort(stable=True, descending=True)[: len(vectors)]
         flat = inputs_embeds.flatten(0, 1).index_add(0, places.to(inputs_embeds.device), vectors)
-        return flat.unflatten(0, inputs_embeds.shape[:2])
+        return flat.unflatten(0, inputs_embeds.shape[:2]), bool(has_visual)

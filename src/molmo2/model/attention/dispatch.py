@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from molmo2.model.attention.blockwise import BlockwiseMask, blockwise_attention
 from molmo2.model.attention.mask import AttentionSpec, cached_length, mask_mod
+from molmo2.model.cache import PreallocatedLayer
 from molmo2.model.compat import make_causal_mask
 
 MAX_GROUPED_QUERIES = 15  # per head; more are as fast in the function of transformers
@@ -172,11 +173,23 @@ def make_attention_mask(
     spec = spec.to(inputs_embeds.device)
     if is_blockwise(implementation, inputs_embeds.shape[1]):
         return _blockwise_mask(inputs_embeds, attention_mask, past_key_values, spec)
+    is_one_token = inputs_embeds.shape[1] == 1 and implementation == "sdpa" and spec.is_empty()
+    if is_one_token and _has_a_column_for_each_key(attention_mask, past_key_values):
+        # It sees all that is no padding; asking whether there is any would be a wait for the device.
+        return attention_mask.to(inputs_embeds.device)[:, None, None].bool()
     if config._attn_implementation != implementation:
         config = copy.copy(config)
         config._attn_implementation_internal = implementation
     function = None if spec.is_empty() else mask_mod(spec)
     return make_causal_mask(config, inputs_embeds, attention_mask, past_key_values, cache_position, function)
+
+
+def _has_a_column_for_each_key(attention_mask: Any, cache: Cache | None) -> bool:
+    """Whether a (B, keys) mask describes all that a growing cache holds, and one token more."""
+    layers = getattr(cache, "layers", None)
+    if attention_mask is None or not layers or type(layers[0]) not in (DynamicLayer, PreallocatedLayer):
+        return False
+    return attention_mask.shape[1] == cached_length(cache) + 1
 
 
 def _blockwise_mask(
