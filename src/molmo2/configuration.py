@@ -76,7 +76,10 @@ class Molmo2BaseConfig(PretrainedConfig):
     def _settable(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Without keys that are computed from others: no key that is not known may keep a file from loading."""
         own = {name: getattr(type(self), name, None) for name in kwargs}
-        computed = {name for name, found in own.items() if isinstance(found, property) and found.fset is None}
+        views = own if hasattr(self, "text_config") else {}  # of the text model, which states its own values
+        computed = {
+            name for name, found in own.items() if isinstance(found, property) and (name in views or not found.fset)
+        }
         return {name: value for name, value in kwargs.items() if name not in computed}
 
     def _refuse(self, found: str, expected: str) -> None:
@@ -108,12 +111,15 @@ class Molmo2BaseConfig(PretrainedConfig):
         kept = {"model_type", "transformers_version"}
         differing = {k: v for k, v in self.to_dict().items() if k in kept or k not in noise or v != noise[k]}
         differing.pop("_name_or_path", None)  # a place on this machine
+        for name in getattr(self, "sub_configs", {}):
+            differing[name] = getattr(self, name).to_diff_dict()
+            differing[name].pop("transformers_version", None)
         return differing
 
     def to_dict(self) -> dict[str, Any]:
         settings = super().to_dict()
         for name in getattr(self, "sub_configs", {}):
-            settings[name] = getattr(self, name).to_diff_dict()
+            settings[name] = getattr(self, name).to_dict()
             settings[name].pop("transformers_version", None)
         return settings
 
@@ -424,7 +430,11 @@ class Molmo2TextConfig(Molmo2BaseConfig):
 
 
 def _text_attribute(name: str) -> property:
-    return property(lambda config: getattr(config.text_config, name), doc=f"`text_config.{name}`.")
+    return property(
+        lambda config: getattr(config.text_config, name),
+        lambda config, value: setattr(config.text_config, name, value),
+        doc=f"`text_config.{name}`.",
+    )
 
 
 class Molmo2Config(Molmo2BaseConfig):

@@ -17,7 +17,7 @@ from molmo2.image import loading as image_loading
 from molmo2.image.bilinear import MAX_BLOCK_ELEMENTS, MAX_INLINE_ELEMENTS, BilinearTables, resize_rows
 from molmo2.image.geometry import CropSettings
 from molmo2.image.loading import fetch_images, load_images
-from molmo2.image.pixels import frame_pixel_values, normalize, resize, write_patches
+from molmo2.image.pixels import Normalization, frame_pixel_values, normalize, resize, write_patches
 from molmo2.image.processing import Molmo2ImageProcessor
 from support.generated import generated
 from support.golden_cases import pattern, processor_cases, to_numpy
@@ -202,16 +202,17 @@ def test_normalize_is_per_channel_in_float32():
     pixels = np.arange(256 * 3, dtype=np.uint16).reshape(16, 16, 3).astype(np.uint8)
     mean, std = [0.48, 0.45, 0.4], [0.26, 0.27, 0.28]
     values = torch.from_numpy(pixels).float()
-    normalized = normalize(values.clone(), mean, std, np.dtype(np.uint8))
+    steps = Normalization(tuple(mean), tuple(std))
+    normalized = normalize(values.clone(), steps, np.dtype(np.uint8))
     assert normalized.dtype == torch.float32
     np.testing.assert_array_equal(normalized, normalized_by_hand(pixels, mean, std))
-    floats = normalize(values.double() / 255, mean, std, np.dtype(np.float64))
+    floats = normalize(values.double() / 255, steps, np.dtype(np.float64))
     np.testing.assert_allclose(floats, normalized, rtol=0, atol=1e-6)
 
 
 def test_normalize_needs_a_number_per_channel():
     with pytest.raises(ValueError, match="1 numbers"):
-        normalize(torch.zeros(2, 2, 3), [0.5], [0.5] * 3, np.dtype(np.uint8))
+        normalize(torch.zeros(2, 2, 3), Normalization((0.5,), (0.5,) * 3), np.dtype(np.uint8))
 
 
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic", "nearest"])
@@ -277,13 +278,13 @@ def test_resized_blocks_are_whole_rows_of_patches():
 def test_frames_are_one_crop_each(rgb):
     settings = CropSettings(28, 42, 14, 3, 3)
     frames = [rgb, rgb[::-1], rgb[:7]]
-    values = frame_pixel_values(frames, settings, resample=2, mean=[0.5] * 3, std=[0.5] * 3)
+    options = {"resample": 2, "steps": Normalization((0.5,) * 3, (0.5,) * 3)}
+    values = frame_pixel_values(frames, settings, **options)
     assert values.shape == (3, 6, 588)
     for frame, found in zip(frames, values, strict=True):
         expected = normalized_by_hand(resize(frame, 28, 42, 2)[None], [0.5] * 3, [0.5] * 3)
         expected = patches_by_hand(expected, 14)[0]
         np.testing.assert_array_equal(found, expected)
-    options = {"resample": 2, "mean": [0.5] * 3, "std": [0.5] * 3}
     np.testing.assert_array_equal(frame_pixel_values(iter(frames), settings, **options), values)
     np.testing.assert_array_equal(frame_pixel_values(iter(frames), settings, **options, num_frames=3), values)
     with pytest.raises(ValueError, match=r"num_frames is 4, but the iterable gave 3"):
@@ -781,10 +782,10 @@ def test_misspelt_and_pointless_options_are_warned_about(rgb, warnings_logged):
     assert small_processor(max_crop=1).max_crops == 2
     assert "ignores the unknown option 'max_crop'. Did you mean 'max_crops'?" in warnings_logged()
     processor = small_processor()
-    assert_same_output(processor(rgb, overlap_margin=1, colour=3, do_normalize=False), processor(rgb))
+    assert_same_output(processor(rgb, overlap_margin=1, colour=3, do_pad=True), processor(rgb))
     assert "ignores the unknown option 'overlap_margin'. Did you mean 'overlap_margins'?" in warnings_logged()
-    assert "ignores the unknown option 'colour'. It knows do_convert_rgb, image_mean," in warnings_logged()
-    assert "do_normalize=False has no effect: Molmo2 always works with do_normalize=True" in warnings_logged()
+    assert "ignores the unknown option 'colour'. It knows do_normalize, do_rescale," in warnings_logged()
+    assert "do_pad=True has no effect: Molmo2 always works with do_pad=False" in warnings_logged()
     Molmo2ImageProcessor.from_dict(PUBLISHED, pooling_sizes=3, padding_side="left")
     assert "ignores the unknown option 'pooling_sizes'. Did you mean 'pooling_size'?" in warnings_logged()
     assert "padding_side" not in warnings_logged()

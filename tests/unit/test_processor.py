@@ -937,8 +937,15 @@ def test_decoding(processor):
 
 # --- errors ----------------------------------------------------------------------------------------------------------
 
-IMAGE_ADVICE = "Put one `<|image|>` where each image belongs, or let `apply_chat_template` write the prompt."
-VIDEO_ADVICE = "Put one `<|video|>` where each video belongs, or let `apply_chat_template` write the prompt."
+RULE = "The number of `<|{0}|>` tokens in the prompts should be the same as the number of {0}s. "
+IMAGE_ADVICE = (
+    RULE.format("image")
+    + "Put one `<|image|>` where each image belongs, or let `apply_chat_template` write the prompt."
+)
+VIDEO_ADVICE = (
+    RULE.format("video")
+    + "Put one `<|video|>` where each video belongs, or let `apply_chat_template` write the prompt."
+)
 TWO_FRAMES = {"total_num_frames": 2, "fps": 5.0}
 ONE_VIDEO = {"videos": [video(2)], "video_metadata": [TWO_FRAMES]}
 
@@ -975,7 +982,10 @@ ONE_VIDEO = {"videos": [video(2)], "video_metadata": [TWO_FRAMES]}
             f"Prompt 0 has 0 `<|video|>`, but 1 video(s) were passed for it. {VIDEO_ADVICE}",
         ),
         ({"text": "<|image|>a", "images": [image()], **ONE_VIDEO}, "0 `<|video|>` in the text, but 1 video(s)"),
-        ({"text": "<|video|>a", "videos": [video(2)]}, "videos[0]: The video has no usable frame rate (fps is None)"),
+        (
+            {"text": "<|video|>a", "videos": [video(2)], "video_metadata": [{"fps": 0}]},
+            "videos[0]: The video has no usable frame rate (fps is 0)",
+        ),
         ({"text": "a", "padding": "short"}, "`padding` is 'short'; expected True, 'longest', 'max_length' or False."),
         ({"text": "a", "padding": "max_length"}, '`padding="max_length"` needs `max_length`'),
         ({"text": ["a", "b c"], "padding": True, "padding_side": "up"}, "`padding_side` is 'up'; expected 'left' or"),
