@@ -6,7 +6,7 @@ TEST := scripts/pytest python
 MINIATURE := $(IN) dev env -C examples python -m miniature
 
 .DEFAULT_GOAL := help
-.PHONY: help demo app test nightly mutate check style bundle matrix test-app test-fiftyone test-training test-quantization docs wheel browser benchmarks miniature miniature-scores notebooks screenshots clean
+.PHONY: help demo app test nightly mutate check style bundle matrix test-app test-fiftyone test-training test-quantization test-common docs wheel browser benchmarks miniature miniature-scores notebooks screenshots clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,6 +55,10 @@ test-training: ## runs with TRL, PEFT and two processes, and the example of fine
 test-quantization: ## bitsandbytes, torchao, quanto and torch's own, on the oldest and the newest transformers
 	$(IN) quantization@4.57.1 $(TEST) tests/clients/test_quantization.py
 	$(IN) quantization $(TEST) tests/clients/test_quantization.py
+
+test-common: ## transformers' own common tests of models and processors, on the oldest and the newest transformers
+	$(IN) common@4.57.1 scripts/common_tests.py python $(OPTIONS)
+	$(IN) common scripts/common_tests.py python $(OPTIONS)
 
 docs: ## builds the documentation site into site/; to see it while writing: make docs DOCS=serve
 	$(IN) docs mkdocs $(or $(DOCS),build --strict)

@@ -778,6 +778,43 @@ def test_options_of_other_processors_are_passed_over(rgb, warnings_logged):
     assert_same_output(output, small_processor()(rgb))
 
 
+@pytest.mark.parametrize("at_init", [True, False])
+def test_steps_of_pixels(rgb, at_init):
+    """Each is obeyed, at construction and in a call; a floating point image is scaled as the same uint8 image."""
+
+    def values(image=rgb, **options):
+        processor = small_processor(**options) if at_init else small_processor()
+        return processor(image, **({} if at_init else options))["pixel_values"]
+
+    plain = values(do_rescale=False, do_normalize=False)
+    assert plain.dtype == np.float32
+    assert_array_equal = np.testing.assert_array_equal
+    assert_array_equal(plain, plain.round())
+    assert_array_equal(values(do_normalize=False), plain / 255)
+    assert_array_equal(values(do_rescale=False), (plain - 0.5) / 0.5)
+    assert_array_equal(values(do_normalize=False, rescale_factor=-1), -plain)
+    assert_array_equal(values(image_mean=0, image_std=[1, 2, 4], do_normalize=False), plain / 255)
+    floats = (rgb / 255).astype(np.float32)
+    np.testing.assert_allclose(
+        values(floats, do_normalize=False, rescale_factor=2), plain * 2, rtol=0, atol=1.01
+    )  # not rounded
+    assert values(floats, do_normalize=False, do_rescale=False).max() <= 1
+    for options in ({"do_normalize": False}, {"do_rescale": False}, {"rescale_factor": 1}):
+        with pytest.raises(ValueError, match="pixel_dtype is uint8, which the model normalises"):
+            small_processor(**options)(rgb, pixel_dtype="uint8")
+
+
+def test_an_image_that_has_its_size(rgb):
+    """`do_resize=False` gives what resizing to the same size gives, and refuses other sizes."""
+    canvas = resize(rgb, 28, 56, 2)
+    processor = small_processor(do_resize=False)
+    assert_same_output(processor(canvas), small_processor()(canvas))
+    with pytest.raises(ValueError, match=r"do_resize is False, but an image has 20 x 30 pixels .* needs 28 x 56"):
+        processor(rgb)
+    with pytest.raises(ValueError, match=r"rescale_factor is 0, but pixels are multiplied by it"):
+        small_processor(rescale_factor=0)
+
+
 def test_misspelt_and_pointless_options_are_warned_about(rgb, warnings_logged):
     assert small_processor(max_crop=1).max_crops == 2
     assert "ignores the unknown option 'max_crop'. Did you mean 'max_crops'?" in warnings_logged()

@@ -385,7 +385,8 @@ def test_resizing_makes_one_table_and_as_many_logits(qwen3, tmp_path):
     torch.testing.assert_close(rows[1024:].mean(0), rows[:1024].mean(0), atol=1e-3, rtol=0)
     model.save_pretrained(tmp_path)
     loaded, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
-    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
     for found in (model, loaded.eval()):
         logits = found(**inputs).logits
         assert logits.shape[-1] == 1155
@@ -416,7 +417,7 @@ def test_features_come_as_the_library_s_output(qwen3):
     tokens = tokens + inputs["image_grids"][:, 2] * inputs["image_grids"][:, 3]
     assert [len(vectors) for vectors in features.pooler_output] == tokens.tolist()
     depth = len(qwen3.vision_backbone.image_vit.transformer.resblocks)
-    assert len(features.hidden_states) == depth + 1 and len(features.attentions) == depth
+    assert (len(features.hidden_states), len(features.attentions)) == (depth + 1, depth)
     assert features.last_hidden_state.shape[:2] == inputs["pixel_values"].shape[:2]
     assert torch.equal(features.hidden_states[-1], features.last_hidden_state)
     assert isinstance(as_tuple, tuple)

@@ -154,7 +154,8 @@ ADVICE = f"{RULE} Put one `<|image|>` where each image belongs, or let `apply_ch
         (
             [1, 1],
             [1],
-            f"There are 2 prompt(s), but images for 1. {RULE} Pass one list of images per prompt, or one flat list for all.",
+            f"There are 2 prompt(s), but images for 1. {RULE} Pass one list of images per prompt, or one flat list "
+            "for all.",
         ),
     ],
 )

@@ -66,8 +66,8 @@ def pixel_dtype(value: Any, steps: Normalization) -> np.dtype:
         raise ValueError(f"pixel_dtype is {value!r}. Use 'float32', or 'uint8' to let the model normalise.")
     if dtype == np.uint8 and steps != Normalization((UINT8_MEAN,) * CHANNELS, (UINT8_STD,) * CHANNELS):
         raise ValueError(
-            f"pixel_dtype is uint8, which the model rescales by 1/255 and normalises with mean {UINT8_MEAN} and std "
-            f"{UINT8_STD}, but the processor has image_mean {list(steps.mean)}, image_std {list(steps.std)} and "
+            f"pixel_dtype is uint8, which the model normalises with mean {UINT8_MEAN} and std {UINT8_STD} after "
+            f"scaling by 1/255, but the processor has image_mean {list(steps.mean)}, image_std {list(steps.std)} and "
             f"rescale_factor {steps.rescale_factor} (after do_normalize and do_rescale). Use pixel_dtype='float32'."
         )
     return dtype
