@@ -424,6 +424,31 @@ def test_features_come_as_the_library_s_output(qwen3):
     assert torch.equal(found.logits, expected.logits)
 
 
+@torch.no_grad()
+def test_vectors_past_float16_are_an_error(qwen3):
+    """Not NaN logits and an answer of exclamation marks."""
+    model = copy.deepcopy(qwen3).half()
+    model.vision_backbone.image_projector.w2.weight.mul_(1e5)
+    with pytest.raises(ValueError, match=r"not finite in float16, .* Load the model in bfloat16"):
+        model(**batch("image"))
+    assert torch.isfinite(model.float()(**batch("image")).logits).all()
+
+
+def test_a_frozen_tower_stays_out_of_the_backward_pass(qwen3):
+    """Also where adapters ask for gradients of the inputs; one that learns is in it."""
+    model, inputs = copy.deepcopy(qwen3).train(), batch("image")
+    model.vision_backbone.requires_grad_(False)
+    model.enable_input_require_grads()
+    tower = model.vision_backbone.image_vit
+    kept = []
+    tower.transformer.resblocks[0].register_forward_hook(lambda _module, _args, output: kept.append(output))
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    tower.positional_embedding.requires_grad_(True)
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert [output.requires_grad for output in kept] == [False, True]
+    assert tower.positional_embedding.grad.abs().max() > 0
+
+
 def test_pooling_indices_over_all_images_are_read(qwen3):
     """As transformers' own processor counts them."""
     inputs = batch("two images")

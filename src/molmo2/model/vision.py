@@ -272,8 +272,14 @@ class Molmo2VisionBackbone(Molmo2PreTrainedModel):
         return (tensor,) if size is None or len(tensor) <= size else tensor.split(size)
 
     def encode_crops(self, pixel_values: Tensor) -> Tensor:
-        """(C, P, pixels) to the concatenated features of the chosen layers, (C * P, layers * D), in one go."""
-        return torch.cat(self.image_vit(pixel_values), dim=-1).flatten(0, 1)
+        """(C, P, pixels) to the concatenated features of the chosen layers, (C * P, layers * D), in one go.
+
+        Nothing is kept for a backward pass where nothing of the tower is trained, even if hooks on its embedding
+        (`enable_input_require_grads`, as adapters on the text model call it) ask for gradients.
+        """
+        trains = pixel_values.requires_grad or any(own.requires_grad for own in self.image_vit.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
+            return torch.cat(self.image_vit(pixel_values), dim=-1).flatten(0, 1)
 
     def forward(self, pixel_values: Tensor, token_pooling: Tensor) -> Tensor:
         """Encode crops and pool them into tokens of the text model.
@@ -288,7 +294,7 @@ class Molmo2VisionBackbone(Molmo2PreTrainedModel):
         Returns:
             (valid rows of `token_pooling`, text width): rows without any patch are dropped.
         Raises:
-            ValueError: For an index past the last patch.
+            ValueError: For an index past the last patch, and for vectors that float16 cannot hold.
         """
         patches = pixel_values.shape[1]
         token_pooling = token_pooling[(token_pooling >= 0).any(-1)]
@@ -313,6 +319,11 @@ class Molmo2VisionBackbone(Molmo2PreTrainedModel):
             held = held[(first_crop - held_from) * patches :].clone() if first_crop < ends[number] else None
             held_from, done = first_crop, ready
         joined = torch.cat(vectors)
+        if joined.dtype == torch.float16 and not bool(joined.isfinite().all()):
+            raise ValueError(
+                "Vectors of an image are not finite in float16, whose largest number is 65504; every token after them "
+                "would be nonsense. Load the model in bfloat16 or float32: `dtype=torch.bfloat16`."
+            )
         return joined if schedule.is_in_order() else joined[schedule.order.argsort().to(joined.device)]
 
     def _pooled(self, features: Tensor, token_pooling: Tensor, first_patch: int) -> list[Tensor]:
