@@ -19,7 +19,7 @@ if SUITES:
 ROPE_LENGTH = "prompts longer than `max_position_embeddings` are refused, and `dynamic` scaling has no checkpoint"
 ROPE_TABLES = "the rotary module makes the tables of all layers in one call, because `rope_scaling_layers` differ"
 ONE_BOS = "as in training, every row of the processor begins with one BOS; that of the tokenizer does not"
-COLOURS = "Molmo2 sees three channels: an array with four is refused rather than cut"
+COLOURS = "Molmo2 sees three channels: a fourth is dropped, as PIL does, and crops come flat"
 EXCEPTIONS = {
     "test_model_rope_scaling_from_config": ROPE_LENGTH,
     "test_model_rope_scaling_frequencies": ROPE_TABLES,

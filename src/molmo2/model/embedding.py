@@ -13,7 +13,8 @@ logger = logging.get_logger(__name__)
 class Molmo2Embedding(nn.Embedding):
     """One lookup table in two pieces: the base vocabulary, then the ids that were added for Molmo2.
 
-    An `nn.Embedding` for tools that ask; `weight` is a copy, so tools that write to it in place change nothing.
+    An `nn.Embedding` for tools that ask. Tools that write to `weight`, such as a merge of adapters, need one piece:
+    `resize_token_embeddings` joins the two.
     """
 
     def __init__(self, vocab_size: int, additional_vocab_size: int, hidden_size: int):
@@ -34,8 +35,11 @@ class Molmo2Embedding(nn.Embedding):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """Both pieces as one (rows, D) tensor: a copy, for tools that inspect it; `forward` never makes it."""
-        return torch.cat((self.embedding, self.new_embedding))
+        """Both pieces as one (rows, D) tensor: a copy, for tools that inspect it; `forward` never makes it.
+
+        After resizing there is one piece, and this is its parameter.
+        """
+        return torch.cat((self.embedding, self.new_embedding)) if len(self.new_embedding) else self.embedding
 
     def reset_parameters(self) -> None:
         """Draws both pieces anew, as `nn.Embedding` does with its table."""

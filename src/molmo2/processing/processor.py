@@ -630,9 +630,8 @@ class Molmo2Processor(ProcessorMixin):
         """
         folder = Path(save_directory)
         tokenizer_class = self.tokenizer.init_kwargs.get("tokenizer_class")
-        super().save_pretrained(
-            folder, **{name: value for name, value in kwargs.items() if name == "legacy_serialization"}
-        )
+        forms = ("legacy_serialization", "save_jinja_files")
+        super().save_pretrained(folder, **{name: kwargs[name] for name in forms if name in kwargs})
         auto_map = {} if self._auto_class is None else AUTO_MAP
         for part, own in ((self.image_processor, "AutoImageProcessor"), (self.video_processor, "AutoVideoProcessor")):
             (saved,) = part.save_pretrained(folder)
@@ -651,7 +650,7 @@ class Molmo2Processor(ProcessorMixin):
             {
                 **_portable_tokenizer_keys(tokenizer_file),
                 "tokenizer_class": _portable_tokenizer_class(tokenizer_class, self.tokenizer),
-                "chat_template": self.chat_template,
+                **({"chat_template": self.chat_template} if kwargs.get("save_jinja_files", True) else {}),
                 "auto_map": chosen,
             },
         )
