@@ -49,6 +49,10 @@ def _same_settings(config: PretrainedConfig, other: object) -> bool:
     return type(config) is type(other) and _settings(config) == _settings(other)
 
 
+class _TextView(property):
+    """A setting of the text model at the top level; a file states it in `text_config` alone."""
+
+
 class Molmo2BaseConfig(PretrainedConfig):
     """Base of the four configurations: aliases, validation helpers and complete serialisation."""
 
@@ -76,9 +80,10 @@ class Molmo2BaseConfig(PretrainedConfig):
     def _settable(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Without keys that are computed from others: no key that is not known may keep a file from loading."""
         own = {name: getattr(type(self), name, None) for name in kwargs}
-        views = own if hasattr(self, "text_config") else {}  # of the text model, which states its own values
         computed = {
-            name for name, found in own.items() if isinstance(found, property) and (name in views or not found.fset)
+            name
+            for name, found in own.items()
+            if isinstance(found, _TextView) or (isinstance(found, property) and found.fset is None)
         }
         return {name: value for name, value in kwargs.items() if name not in computed}
 
@@ -429,8 +434,8 @@ class Molmo2TextConfig(Molmo2BaseConfig):
         return settings
 
 
-def _text_attribute(name: str) -> property:
-    return property(
+def _text_attribute(name: str) -> _TextView:
+    return _TextView(
         lambda config: getattr(config.text_config, name),
         lambda config, value: setattr(config.text_config, name, value),
         doc=f"`text_config.{name}`.",

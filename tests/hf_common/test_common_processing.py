@@ -131,7 +131,7 @@ class Molmo2ImageProcessorTest(tiny.WithoutAutoMap, image_suite.ImageProcessingT
     image_processing_class = Molmo2ImageProcessor
     fast_image_processing_class = None
     image_processor_tester_class = staticmethod(lambda parent: parent)  # its two methods stand below
-    image_processing_classes = {"pil": Molmo2ImageProcessor, "torchvision": Molmo2ImageProcessor}
+    image_processing_classes = {"torchvision": Molmo2ImageProcessor}
     image_processor_dict = {**IMAGE_OPTIONS, "image_mean": MEAN, "image_std": MEAN, "do_convert_rgb": True}
     test_slow_image_processor, test_fast_image_processor = True, False
     test_cast_dtype = True

@@ -4,10 +4,13 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import logging
 
 from molmo2.configuration import TOKEN_ID_OFFSETS, Molmo2Config
 from molmo2.model.embedding import Molmo2Embedding, warn_about_lost_rows
 from molmo2.model.rotary import Molmo2RotaryEmbedding
+
+logger = logging.get_logger(__name__)
 
 
 def checkpointing_settings(given: dict[str, Any] | None) -> dict[str, Any]:
@@ -56,6 +59,12 @@ class Molmo2PreTrainedModel(PreTrainedModel):
 
     def _setting(self, name: str, value: bool | None) -> bool:
         return bool(getattr(self.config, name)) if value is None else value
+
+    def _tie_or_clone_weights(self, output_embeddings: nn.Module, input_embeddings: nn.Module) -> None:
+        """Asked by older releases where a configuration was set to tie after it was made; newer ones do not ask."""
+        logger.warning_once(
+            "Molmo2 never ties its output matrix: a configuration's `tie_word_embeddings` is ignored."
+        )
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
         """As in transformers: the model reads `new_num_tokens` ids, and predicts as many.
