@@ -74,6 +74,10 @@ def _same_settings(config: PretrainedConfig, other: object) -> bool:
     return type(config) is type(other) and _settings(config) == _settings(other)
 
 
+class _TextView(property):
+    """A setting of the text model at the top level; a file states it in `text_config` alone."""
+
+
 class Molmo2BaseConfig(PretrainedConfig):
     """Base of the four configurations: aliases, validation helpers and complete serialisation."""
 
@@ -101,7 +105,11 @@ class Molmo2BaseConfig(PretrainedConfig):
     def _settable(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Without keys that are computed from others: no key that is not known may keep a file from loading."""
         own = {name: getattr(type(self), name, None) for name in kwargs}
-        computed = {name for name, found in own.items() if isinstance(found, property) and found.fset is None}
+        computed = {
+            name
+            for name, found in own.items()
+            if isinstance(found, _TextView) or (isinstance(found, property) and found.fset is None)
+        }
         return {name: value for name, value in kwargs.items() if name not in computed}
 
     def _refuse(self, found: str, expected: str) -> None:
@@ -153,12 +161,15 @@ class Molmo2BaseConfig(PretrainedConfig):
         kept = {"model_type", "transformers_version"}
         differing = {k: v for k, v in self.to_dict().items() if k in kept or k not in noise or v != noise[k]}
         differing.pop("_name_or_path", None)  # a place on this machine
+        for name in getattr(self, "sub_configs", {}):
+            differing[name] = getattr(self, name).to_diff_dict()
+            differing[name].pop("transformers_version", None)
         return differing
 
     def to_dict(self) -> dict[str, Any]:
         settings = super().to_dict()
         for name in getattr(self, "sub_configs", {}):
-            settings[name] = getattr(self, name).to_diff_dict()
+            settings[name] = getattr(self, name).to_dict()
             settings[name].pop("transformers_version", None)
         return settings
 
@@ -497,8 +508,12 @@ class Molmo2TextConfig(Molmo2BaseConfig):
         return settings
 
 
-def _text_attribute(name: str) -> property:
-    return property(lambda config: getattr(config.text_config, name), doc=f"`text_config.{name}`.")
+def _text_attribute(name: str) -> _TextView:
+    return _TextView(
+        lambda config: getattr(config.text_config, name),
+        lambda config, value: setattr(config.text_config, name, value),
+        doc=f"`text_config.{name}`.",
+    )
 
 
 class Molmo2Config(Molmo2BaseConfig):

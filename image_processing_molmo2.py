@@ -15,6 +15,7 @@ import difflib
 import http.client
 import importlib
 import ipaddress
+import json
 import math
 import os
 import socket
@@ -1413,19 +1414,318 @@ def _checked_values(image: np.ndarray, where: str) -> np.ndarray:
     return image.astype(image.dtype.newbyteorder("="), copy=False)
 
 
+# --- src/molmo2/image/pixels.py --------------------------------------------------------------------------------------
+# Pixel values: images are resized, cut into patches and normalised.
+
+
+FLOAT_DTYPES = (np.float16, np.float32, np.float64)
+
+# PIL's numbers for resampling filters, as processor configs store them -> torch's names
+INTERPOLATION_MODES = {0: "nearest", 2: "bilinear", 3: "bicubic"}
+UNSUPPORTED_FILTERS = {1: "lanczos", 4: "box", 5: "hamming"}
+RESCALE_FACTOR = 1 / 255  # from uint8 to 0..1
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """What pixels go through after resizing: `(pixels * rescale_factor - mean) / std`.
+
+    Attributes:
+        mean, std: one number per channel.
+        rescale_factor: for pixels of 0..255; floating point images, of 0..1, are scaled as the same picture would be.
+            None leaves the values of both kinds as they are.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    rescale_factor: float | None = RESCALE_FACTOR
+
+
+def interpolation_mode(resample: int) -> str:
+    """Torch's name of a PIL resampling filter: 0 nearest, 2 bilinear, 3 bicubic.
+
+    Raises:
+        ValueError: torch has no such filter without antialiasing, or `resample` is no number of a filter.
+    """
+    mode = INTERPOLATION_MODES.get(resample)
+    if mode is None:
+        name = UNSUPPORTED_FILTERS.get(resample)
+        found = repr(resample) if name is None else f"{int(resample)} ({name})"
+        raise ValueError(
+            f"resample is {found}, which is not supported. Use 2 (bilinear, what the published checkpoints expect), "
+            "3 (bicubic) or 0 (nearest)."
+        )
+    return mode
+
+
+def resize(image: np.ndarray, height: int, width: int, resample: int) -> np.ndarray:
+    """A resized image: half-pixel centres, no antialiasing.
+
+    Args:
+        image: (H, W, 3), uint8 or floating point.
+        height, width: size of the result.
+        resample: PIL's number of the filter, see `interpolation_mode`.
+
+    Returns:
+        (height, width, 3) in the dtype of `image`. uint8 is resized in float32, rounded and clamped to 0..255; floats
+        are clipped to 0..1 (float64 is resized in float64, smaller floats in float32).
+
+    Raises:
+        ValueError: the filter is not supported, or `image` is no such array.
+    """
+    _require_image(image)
+    if _can_gather_resize(image, resample):
+        pixels = torch.cat([rows for _, rows in resize_rows(image, (height, width), 1)])
+    else:
+        pixels = _resized(_planes(image), (height, width), resample, image.dtype)
+    return pixels.numpy().astype(image.dtype, order="C")
+
+
+def require_size(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The image itself, for `do_resize=False`; ValueError unless it has this size already."""
+    if image.shape[:2] != (height, width):
+        raise ValueError(
+            f"do_resize is False, but an image has {image.shape[0]} x {image.shape[1]} pixels (height x width) where "
+            f"the model needs {height} x {width}. Resize it before, or leave do_resize at True."
+        )
+    return image
+
+
+def normalize(pixels: Tensor, steps: Normalization, dtype: np.dtype) -> Tensor:
+    """Rescaled and normalised pixels in float32.
+
+    Args:
+        pixels: (H, W, 3), overwritten if it is float32.
+        dtype: dtype of the image that the pixels come from.
+    Returns:
+        (H, W, 3) float32.
+    """
+    with torch.inference_mode():
+        pixels = pixels.float()
+        if steps.rescale_factor is not None:
+            scale = steps.rescale_factor * (1 if dtype == np.uint8 else 255)
+            if scale == RESCALE_FACTOR:
+                pixels.div_(255)  # as in training; a multiplication rounds differently
+            elif scale != 1:
+                pixels.mul_(scale)
+        rows = pixels.view(len(pixels), -1)  # ten times faster than with a channel axis
+        width = rows.shape[1] // CHANNELS
+        rows.sub_(_per_value(steps.mean, width, rows.device)).div_(_per_value(steps.std, width, rows.device))
+        return pixels
+
+
+@lru_cache(maxsize=16)
+def _per_value(per_channel: tuple[float, ...], width: int, device: torch.device) -> Tensor:
+    """A number per channel, repeated for each pixel of a row: (width * 3,) float32."""
+    if len(per_channel) != CHANNELS:
+        raise ValueError(f"There are {len(per_channel)} numbers, {list(per_channel)}, for {CHANNELS} channels.")
+    return torch.tensor(per_channel, dtype=torch.float32, device=device).repeat(width)
+
+
+def write_patches(crops: Tensor, out: Tensor, patch_size: int) -> None:
+    """Cuts crops into square patches, row by row; the values of a patch run over row, column, channel.
+
+    Args:
+        crops: (..., H, W, 3); H and W are multiples of `patch_size`.
+        out: (..., P, patch_size * patch_size * 3), or with P as two axes, rows and columns; filled.
+            P = H // patch_size * (W // patch_size).
+    """
+    cut = crops.unflatten(-2, (-1, patch_size)).unflatten(-4, (-1, patch_size)).transpose(-4, -3)
+    with torch.inference_mode():
+        out.view(cut.shape).copy_(cut)
+
+
+def write_image_pixel_values(
+    image: np.ndarray, plan: Any, out: Tensor, *, resample: int, steps: Normalization
+) -> None:
+    """Writes the pixel values of one image: the low-resolution view, then the tiles of the canvas row by row.
+
+    Rows of the canvas are normalised before they are cut, so that overlaps of the tiles are computed once.
+
+    Args:
+        image: (H, W, 3), uint8 or float.
+        plan: the `ImagePlan` of the image.
+        out: (plan.num_crops, P, patch_size * patch_size * 3), filled in place; float32, or uint8 for pixels that are
+            not normalised. The image is resized on its device.
+        resample, steps: see `resize` and `Normalization`.
+    """
+    settings = plan.settings
+    patch = settings.patch_size
+    resizer = _Resizer(image, out, resample, steps)
+    rows, columns = plan.tile_rows, plan.tile_cols
+    views = out.unflatten(1, (settings.crop_height // patch, -1))
+    for top, pixels in resizer.row_blocks((settings.crop_height, settings.crop_width), patch):
+        write_patches(pixels, views[0, top // patch : (top + len(pixels)) // patch], patch)
+    for start, pixels in resizer.row_blocks((plan.canvas_height, plan.canvas_width), patch):
+        for row in range(rows):
+            top, crop = row * settings.window_height, 1 + row * columns
+            first, last = max(start, top), min(start + len(pixels), top + settings.crop_height)
+            if first < last:
+                tiles = pixels[first - start : last - start].unfold(1, settings.crop_width, settings.window_width)
+                own = views[crop : crop + columns, (first - top) // patch : (last - top) // patch]
+                write_patches(tiles.permute(1, 0, 3, 2), own, patch)
+
+
+def empty_pixels(shape: tuple[int, ...], dtype: Any, device: Any = None) -> Tensor:
+    """An uninitialised tensor for pixels; `dtype` is numpy's.
+
+    On the CPU numpy allocates it: it asks for huge pages, which saves most of the page faults.
+    """
+    if device is None or torch.device(device).type == "cpu":
+        return torch.from_numpy(np.empty(shape, dtype=dtype))
+    return torch.empty(shape, dtype=getattr(torch, np.dtype(dtype).name), device=device)
+
+
+def as_output(pixels: Tensor) -> np.ndarray | Tensor:
+    """Pixels on the CPU as an array over the same memory; others unchanged."""
+    return pixels.numpy() if pixels.device.type == "cpu" else pixels
+
+
+def frame_pixel_values(
+    frames: Iterable[np.ndarray],
+    settings: Any,
+    *,
+    resample: int,
+    steps: Normalization,
+    num_frames: int | None = None,
+    dtype: Any = np.float32,
+    device: Any = None,
+) -> Tensor:
+    """The pixel values of video frames, one crop each; one frame is in memory at a time besides the result.
+
+    Args:
+        frames: (H, W, 3) arrays, uint8 or float; any iterable, a generator of decoded frames included.
+        settings: the `CropSettings` of the video.
+        resample, steps: see `resize` and `Normalization`.
+        num_frames: length of `frames` if it has none; otherwise the frames would be collected in a list first.
+        dtype: float32, or uint8 for pixels that are not normalised.
+        device: device of the resizing and of the result; None for the CPU.
+
+    Returns:
+        (F, P, patch_size * patch_size * 3) in `dtype`.
+
+    Raises:
+        ValueError: `num_frames` is wrong, or floating point frames are asked for as uint8.
+    """
+    if num_frames is None:
+        frames = frames if isinstance(frames, Sized) else list(frames)
+        num_frames = len(frames)
+    patch_length = settings.patch_size * settings.patch_size * CHANNELS
+    out = empty_pixels((num_frames, settings.patches_per_crop, patch_length), dtype, device)
+    found, buffer = 0, None
+    patch, size = settings.patch_size, (settings.crop_height, settings.crop_width)
+    views = out.unflatten(1, (size[0] // patch, -1))
+    for found, frame in enumerate(frames, start=1):
+        if found > num_frames:
+            break
+        resizer = _Resizer(frame, out, resample, steps, buffer)
+        for top, pixels in resizer.row_blocks(size, patch, MAX_INLINE_ELEMENTS):
+            write_patches(pixels, views[found - 1, top // patch : (top + len(pixels)) // patch], patch)
+        buffer = resizer.planes
+    if found != num_frames:
+        raise ValueError(
+            f"num_frames is {num_frames}, but the iterable gave {'more' if found > num_frames else found}. Pass the "
+            "number of frames that it really yields."
+        )
+    return out
+
+
+def _keeps_uint8(output: torch.dtype, source: np.dtype) -> bool:
+    """True if pixels stay 0..255 for the model to normalise."""
+    if output == torch.uint8 and source != np.uint8:
+        raise ValueError(
+            f"pixel_dtype is uint8, but there is an image of dtype {source}. Pass uint8 images, or leave "
+            "pixel_dtype at float32."
+        )
+    return output == torch.uint8
+
+
+def _can_gather_resize(image: np.ndarray, resample: int) -> bool:
+    """True if `resize_rows` gives the result, with less work."""
+    return image.dtype == np.uint8 and interpolation_mode(resample) == "bilinear"
+
+
+class _Resizer:
+    """An image to be resized, once or twice, to pixel values on the device of `out`.
+
+    uint8 is resized in blocks of rows by gathering where that gives the same values, which is less work; otherwise
+    torch resizes the whole image as floating point.
+
+    Attributes:
+        planes: the image as floating point where torch resizes, else None; may be the `buffer` of the next image.
+    """
+
+    def __init__(
+        self,
+        image: np.ndarray,
+        out: Tensor,
+        resample: int,
+        steps: Normalization,
+        buffer: Tensor | None = None,
+    ):
+        _require_image(image)
+        self.image, self.resample, self.steps = image, resample, steps
+        self.keeps_uint8 = _keeps_uint8(out.dtype, image.dtype)
+        gathers = out.device.type == "cpu" and _can_gather_resize(image, resample)
+        self.planes = None if gathers else _planes(image, buffer, out.device)
+
+    def row_blocks(
+        self, size: tuple[int, int], multiple: int, max_elements: int = MAX_BLOCK_ELEMENTS
+    ) -> Iterator[tuple[int, Tensor]]:
+        """The image at this (height, width) as (index of the first row, (rows, width, 3)); see `resize_rows`."""
+        if self.planes is None:
+            blocks = resize_rows(self.image, size, multiple, max_elements)
+        else:
+            blocks = iter([(0, _resized(self.planes, size, self.resample, self.image.dtype))])
+        for row, pixels in blocks:
+            yield row, pixels if self.keeps_uint8 else normalize(pixels, self.steps, self.image.dtype)
+
+
+def _require_image(image: np.ndarray) -> None:
+    if image.ndim != 3 or image.shape[2] != CHANNELS or image.dtype not in (np.uint8, *FLOAT_DTYPES):
+        raise ValueError(
+            f"An image of shape {image.shape} and dtype {image.dtype} cannot be resized. Pass (height, width, 3), as "
+            f"uint8 or one of {', '.join(dtype.__name__ for dtype in FLOAT_DTYPES)}."
+        )
+
+
+def _planes(image: np.ndarray, buffer: Tensor | None = None, device: Any = None) -> Tensor:
+    """An image as (1, 3, H, W) floating point: float64 stays, everything else becomes float32, of the same range.
+
+    Its memory layout is (H, W, 3), which torch resizes several times faster, to the same values. The memory of
+    `buffer`, planes of an earlier image, is reused if dtype and size are equal.
+    """
+    _require_image(image)
+    source = torch_view(image)
+    dtype = np.dtype(np.float64 if image.dtype == np.float64 else np.float32)
+    if buffer is not None and (buffer.dtype, buffer.shape[2:]) == (getattr(torch, dtype.name), source.shape[:2]):
+        planes = buffer
+    else:
+        planes = empty_pixels((1, *source.shape), dtype, device).permute(0, 3, 1, 2)
+    planes[0].permute(1, 2, 0).copy_(source)
+    return planes
+
+
+def _resized(planes: Tensor, size: tuple[int, int], resample: int, dtype: np.dtype) -> Tensor:
+    """`resize` of (1, 3, H, W) planes: (height, width, 3), rounded or clipped to the value range of `dtype`."""
+    mode = interpolation_mode(resample)
+    with torch.inference_mode():
+        align_corners = None if mode == "nearest" else False
+        pixels = F.interpolate(planes, size=size, mode=mode, align_corners=align_corners)[0].permute(1, 2, 0)
+        if dtype == np.uint8:
+            return pixels.round_().clamp_(0, 255)
+        return pixels.clamp_(0, 1).to(torch.float16 if dtype == np.float16 else pixels.dtype)
+
+
 # --- src/molmo2/image/options.py -------------------------------------------------------------------------------------
 # Options of the image and the video processor in the one form they are stored, saved and compared in.
 
 
-# Steps that are part of what the model was trained on. They are not configurable: another value is warned about.
-FIXED_STEPS = {
-    "do_resize": True,
-    "do_rescale": True,
-    "do_normalize": True,
-    "do_center_crop": False,
-    "do_pad": False,
-    "rescale_factor": 1 / 255,
-}
+# Steps of other processors that Molmo2 does not have: asking for one is warned about.
+FIXED_STEPS = {"do_center_crop": False, "do_pad": False}
+# Steps of every processor; files of published checkpoints leave them out or have these values.
+PIXEL_STEPS = {"do_normalize": True, "do_rescale": True, "do_resize": True, "rescale_factor": RESCALE_FACTOR}
+FLAGS = ("do_convert_rgb", "do_normalize", "do_rescale", "do_resize")
 NEAR_MISS = 0.85  # similarity (0..1) from which an unknown name counts as a misspelt option
 MAX_SIDE = 2**15  # of a crop in pixels, a window in patches: more is damage, and would be allocated
 PATCH_ROWS_AND_COLS = "(rows, cols) in patches"
@@ -1465,17 +1765,34 @@ def divisors_per_channel(name: str, value: Any) -> list[float]:
     return numbers
 
 
-def pixel_dtype(value: Any, mean: list[float], std: list[float]) -> np.dtype:
+def normalization(values: Mapping[str, Any]) -> Normalization:
+    """What pixels go through after resizing, from the canonical options of a processor."""
+    mean, std = values["image_mean"], values["image_std"]
+    if not values["do_normalize"]:
+        mean, std = [0.0] * CHANNELS, [1.0] * CHANNELS
+    return Normalization(tuple(mean), tuple(std), values["rescale_factor"] if values["do_rescale"] else None)
+
+
+def pixel_dtype(value: Any, steps: Normalization) -> np.dtype:
     """dtype of the pixels handed to the model: "float32" (normalised), or "uint8", which the model normalises."""
     dtype = np.dtype("float32") if value is None else np.dtype(str(value).removeprefix("torch."))
     if dtype not in (np.float32, np.uint8):
         raise ValueError(f"pixel_dtype is {value!r}. Use 'float32', or 'uint8' to let the model normalise.")
-    if dtype == np.uint8 and ({*mean} != {UINT8_MEAN} or {*std} != {UINT8_STD}):
+    if dtype == np.uint8 and steps != Normalization((UINT8_MEAN,) * CHANNELS, (UINT8_STD,) * CHANNELS):
         raise ValueError(
-            f"pixel_dtype is uint8, which the model normalises with mean {UINT8_MEAN} and std {UINT8_STD}, but the "
-            f"processor has image_mean {mean} and image_std {std}. Use pixel_dtype='float32'."
+            f"pixel_dtype is uint8, which the model normalises with mean {UINT8_MEAN} and std {UINT8_STD} after "
+            f"scaling by 1/255, but the processor has image_mean {list(steps.mean)}, image_std {list(steps.std)} and "
+            f"rescale_factor {steps.rescale_factor} (after do_normalize and do_rescale). Use pixel_dtype='float32'."
         )
     return dtype
+
+
+def nonzero(name: str, value: Any) -> float:
+    """A finite number other than 0."""
+    number = plain(value)
+    if not is_number(number) or number == 0:
+        raise ValueError(f"{name} is {value!r:.80}, but pixels are multiplied by it. Use a number other than 0.")
+    return float(number)
 
 
 def pair(name: str, value: Any, meaning: str, minimum: int = 1) -> list[int]:
@@ -1544,15 +1861,13 @@ class OptionsMixin:
     IGNORED: frozenset[str]
     TYPE_KEY: str
     limits: MediaLimits
-    _processor_class: str | None = None
+    _owner_class: str | None = None  # the library's own name for it must not exist on recent releases
 
     def __init__(self, **kwargs: Any):
-        self._processor_class = kwargs.pop("processor_class", None)
+        self._owner_class = kwargs.pop("processor_class", None)
         self.limits = checked_limits(kwargs.pop("limits", None))
-        base_options = {"processor_class": self._processor_class, "auto_map": kwargs.pop("auto_map", None)}
-        if base_options["auto_map"] is None:
-            del base_options["auto_map"]
-        super().__init__(**base_options)
+        auto_map = kwargs.pop("auto_map", None)
+        super().__init__(**({} if auto_map is None else {"auto_map": auto_map}))
         self._warn_about(kwargs, only_near_misses=True)
         for name, value in self._canonical(self.DEFAULTS | self._given(kwargs)).items():
             setattr(self, name, value)
@@ -1568,12 +1883,16 @@ class OptionsMixin:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of the processor's JSON file, the same on every release."""
-        identity = {"auto_map": getattr(self, "auto_map", None), "processor_class": self._processor_class}
+        identity = {"auto_map": getattr(self, "auto_map", None), "processor_class": self._owner_class}
         return {
             **self._stored_options(),
             self.TYPE_KEY: type(self).__name__,
             **{name: value for name, value in identity.items() if value is not None},
         }
+
+    def __repr__(self) -> str:
+        """The options alone, alike for a processor that a file named its owner to and for one that was built."""
+        return f"{type(self).__name__} {json.dumps(self._stored_options(), indent=2, sort_keys=True)}"
 
     def _stored_options(self) -> dict[str, Any]:
         """The options as they are written to JSON."""
@@ -1590,7 +1909,7 @@ class OptionsMixin:
 
     def _set_processor_class(self, processor_class: str) -> None:
         """Called by processors that own this one; recent releases only know it for tokenizers."""
-        self._processor_class = processor_class
+        self._owner_class = processor_class
 
     def _options(self, overrides: Mapping[str, Any]) -> Any:
         """The processor's options with those of one call over them, checked."""
@@ -1614,7 +1933,11 @@ class OptionsMixin:
         """
         return {
             **{name: plain(values[name]) for name in cls.DEFAULTS},
-            "do_convert_rgb": flag("do_convert_rgb", values["do_convert_rgb"]),
+            **{
+                name: flag(name, values[name])
+                for name in ("do_convert_rgb", "do_normalize", "do_rescale", "do_resize")
+            },
+            "rescale_factor": nonzero("rescale_factor", values["rescale_factor"]),
             "image_mean": per_channel("image_mean", values["image_mean"]),
             "image_std": divisors_per_channel("image_std", values["image_std"]),
             "pooling_size": pair("pooling_size", values["pooling_size"], PATCH_ROWS_AND_COLS),
@@ -1652,283 +1975,6 @@ class OptionsMixin:
             elif not only_near_misses:
                 known = ", ".join(cls.DEFAULTS)
                 logger.warning_once(f"{cls.__name__} ignores the unknown option '{name}'. It knows {known}.")
-
-
-# --- src/molmo2/image/pixels.py --------------------------------------------------------------------------------------
-# Pixel values: images are resized, cut into patches and normalised.
-
-
-FLOAT_DTYPES = (np.float16, np.float32, np.float64)
-
-# PIL's numbers for resampling filters, as processor configs store them -> torch's names
-INTERPOLATION_MODES = {0: "nearest", 2: "bilinear", 3: "bicubic"}
-UNSUPPORTED_FILTERS = {1: "lanczos", 4: "box", 5: "hamming"}
-
-
-def interpolation_mode(resample: int) -> str:
-    """Torch's name of a PIL resampling filter: 0 nearest, 2 bilinear, 3 bicubic.
-
-    Raises:
-        ValueError: torch has no such filter without antialiasing, or `resample` is no number of a filter.
-    """
-    mode = INTERPOLATION_MODES.get(resample)
-    if mode is None:
-        name = UNSUPPORTED_FILTERS.get(resample)
-        found = repr(resample) if name is None else f"{int(resample)} ({name})"
-        raise ValueError(
-            f"resample is {found}, which is not supported. Use 2 (bilinear, what the published checkpoints expect), "
-            "3 (bicubic) or 0 (nearest)."
-        )
-    return mode
-
-
-def resize(image: np.ndarray, height: int, width: int, resample: int) -> np.ndarray:
-    """A resized image: half-pixel centres, no antialiasing.
-
-    Args:
-        image: (H, W, 3), uint8 or floating point.
-        height, width: size of the result.
-        resample: PIL's number of the filter, see `interpolation_mode`.
-
-    Returns:
-        (height, width, 3) in the dtype of `image`. uint8 is resized in float32, rounded and clamped to 0..255; floats
-        are clipped to 0..1 (float64 is resized in float64, smaller floats in float32).
-
-    Raises:
-        ValueError: the filter is not supported, or `image` is no such array.
-    """
-    _require_image(image)
-    if _can_gather_resize(image, resample):
-        pixels = torch.cat([rows for _, rows in resize_rows(image, (height, width), 1)])
-    else:
-        pixels = _resized(_planes(image), (height, width), resample, image.dtype)
-    return pixels.numpy().astype(image.dtype, order="C")
-
-
-def normalize(pixels: Tensor, mean: Sequence[float], std: Sequence[float], dtype: np.dtype) -> Tensor:
-    """`(pixels - mean) / std` per channel in float32; uint8 values are divided by 255 before.
-
-    Args:
-        pixels: (H, W, 3), overwritten if it is float32.
-        mean, std: one number per channel.
-        dtype: dtype of the image that the pixels come from.
-    Returns:
-        (H, W, 3) float32.
-    """
-    with torch.inference_mode():
-        pixels = pixels.float()
-        if dtype == np.uint8:
-            pixels.div_(255)
-        rows = pixels.view(len(pixels), -1)  # ten times faster than with a channel axis
-        width = rows.shape[1] // CHANNELS
-        rows.sub_(_per_value(tuple(mean), width, rows.device)).div_(_per_value(tuple(std), width, rows.device))
-        return pixels
-
-
-@lru_cache(maxsize=16)
-def _per_value(per_channel: tuple[float, ...], width: int, device: torch.device) -> Tensor:
-    """A number per channel, repeated for each pixel of a row: (width * 3,) float32."""
-    if len(per_channel) != CHANNELS:
-        raise ValueError(f"There are {len(per_channel)} numbers, {list(per_channel)}, for {CHANNELS} channels.")
-    return torch.tensor(per_channel, dtype=torch.float32, device=device).repeat(width)
-
-
-def write_patches(crops: Tensor, out: Tensor, patch_size: int) -> None:
-    """Cuts crops into square patches, row by row; the values of a patch run over row, column, channel.
-
-    Args:
-        crops: (..., H, W, 3); H and W are multiples of `patch_size`.
-        out: (..., P, patch_size * patch_size * 3), or with P as two axes, rows and columns; filled.
-            P = H // patch_size * (W // patch_size).
-    """
-    cut = crops.unflatten(-2, (-1, patch_size)).unflatten(-4, (-1, patch_size)).transpose(-4, -3)
-    with torch.inference_mode():
-        out.view(cut.shape).copy_(cut)
-
-
-def write_image_pixel_values(
-    image: np.ndarray, plan: Any, out: Tensor, *, resample: int, mean: Sequence[float], std: Sequence[float]
-) -> None:
-    """Writes the pixel values of one image: the low-resolution view, then the tiles of the canvas row by row.
-
-    Rows of the canvas are normalised before they are cut, so that overlaps of the tiles are computed once.
-
-    Args:
-        image: (H, W, 3), uint8 or float.
-        plan: the `ImagePlan` of the image.
-        out: (plan.num_crops, P, patch_size * patch_size * 3), filled in place; float32, or uint8 for pixels that are
-            not normalised. The image is resized on its device.
-        resample: see `resize`.
-        mean, std: see `normalize`.
-    """
-    settings = plan.settings
-    patch = settings.patch_size
-    resizer = _Resizer(image, out, resample, mean, std)
-    rows, columns = plan.tile_rows, plan.tile_cols
-    views = out.unflatten(1, (settings.crop_height // patch, -1))
-    for top, pixels in resizer.row_blocks((settings.crop_height, settings.crop_width), patch):
-        write_patches(pixels, views[0, top // patch : (top + len(pixels)) // patch], patch)
-    for start, pixels in resizer.row_blocks((plan.canvas_height, plan.canvas_width), patch):
-        for row in range(rows):
-            top, crop = row * settings.window_height, 1 + row * columns
-            first, last = max(start, top), min(start + len(pixels), top + settings.crop_height)
-            if first < last:
-                tiles = pixels[first - start : last - start].unfold(1, settings.crop_width, settings.window_width)
-                own = views[crop : crop + columns, (first - top) // patch : (last - top) // patch]
-                write_patches(tiles.permute(1, 0, 3, 2), own, patch)
-
-
-def empty_pixels(shape: tuple[int, ...], dtype: Any, device: Any = None) -> Tensor:
-    """An uninitialised tensor for pixels; `dtype` is numpy's.
-
-    On the CPU numpy allocates it: it asks for huge pages, which saves most of the page faults.
-    """
-    if device is None or torch.device(device).type == "cpu":
-        return torch.from_numpy(np.empty(shape, dtype=dtype))
-    return torch.empty(shape, dtype=getattr(torch, np.dtype(dtype).name), device=device)
-
-
-def as_output(pixels: Tensor) -> np.ndarray | Tensor:
-    """Pixels on the CPU as an array over the same memory; others unchanged."""
-    return pixels.numpy() if pixels.device.type == "cpu" else pixels
-
-
-def frame_pixel_values(
-    frames: Iterable[np.ndarray],
-    settings: Any,
-    *,
-    resample: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    num_frames: int | None = None,
-    dtype: Any = np.float32,
-    device: Any = None,
-) -> Tensor:
-    """The pixel values of video frames, one crop each; one frame is in memory at a time besides the result.
-
-    Args:
-        frames: (H, W, 3) arrays, uint8 or float; any iterable, a generator of decoded frames included.
-        settings: the `CropSettings` of the video.
-        resample, mean, std: see `resize` and `normalize`.
-        num_frames: length of `frames` if it has none; otherwise the frames would be collected in a list first.
-        dtype: float32, or uint8 for pixels that are not normalised.
-        device: device of the resizing and of the result; None for the CPU.
-
-    Returns:
-        (F, P, patch_size * patch_size * 3) in `dtype`.
-
-    Raises:
-        ValueError: `num_frames` is wrong, or floating point frames are asked for as uint8.
-    """
-    if num_frames is None:
-        frames = frames if isinstance(frames, Sized) else list(frames)
-        num_frames = len(frames)
-    patch_length = settings.patch_size * settings.patch_size * CHANNELS
-    out = empty_pixels((num_frames, settings.patches_per_crop, patch_length), dtype, device)
-    found, buffer = 0, None
-    patch, size = settings.patch_size, (settings.crop_height, settings.crop_width)
-    views = out.unflatten(1, (size[0] // patch, -1))
-    for found, frame in enumerate(frames, start=1):
-        if found > num_frames:
-            break
-        resizer = _Resizer(frame, out, resample, mean, std, buffer)
-        for top, pixels in resizer.row_blocks(size, patch, MAX_INLINE_ELEMENTS):
-            write_patches(pixels, views[found - 1, top // patch : (top + len(pixels)) // patch], patch)
-        buffer = resizer.planes
-    if found != num_frames:
-        raise ValueError(
-            f"num_frames is {num_frames}, but the iterable gave {'more' if found > num_frames else found}. Pass the "
-            "number of frames that it really yields."
-        )
-    return out
-
-
-def _keeps_uint8(output: torch.dtype, source: np.dtype) -> bool:
-    """True if pixels stay 0..255 for the model to normalise."""
-    if output == torch.uint8 and source != np.uint8:
-        raise ValueError(
-            f"pixel_dtype is uint8, but there is an image of dtype {source}. Pass uint8 images, or leave "
-            "pixel_dtype at float32."
-        )
-    return output == torch.uint8
-
-
-def _can_gather_resize(image: np.ndarray, resample: int) -> bool:
-    """True if `resize_rows` gives the result, with less work."""
-    return image.dtype == np.uint8 and interpolation_mode(resample) == "bilinear"
-
-
-class _Resizer:
-    """An image to be resized, once or twice, to pixel values on the device of `out`.
-
-    uint8 is resized in blocks of rows by gathering where that gives the same values, which is less work; otherwise
-    torch resizes the whole image as floating point.
-
-    Attributes:
-        planes: the image as floating point where torch resizes, else None; may be the `buffer` of the next image.
-    """
-
-    def __init__(
-        self,
-        image: np.ndarray,
-        out: Tensor,
-        resample: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-        buffer: Tensor | None = None,
-    ):
-        _require_image(image)
-        self.image, self.resample, self.mean, self.std = image, resample, mean, std
-        self.keeps_uint8 = _keeps_uint8(out.dtype, image.dtype)
-        gathers = out.device.type == "cpu" and _can_gather_resize(image, resample)
-        self.planes = None if gathers else _planes(image, buffer, out.device)
-
-    def row_blocks(
-        self, size: tuple[int, int], multiple: int, max_elements: int = MAX_BLOCK_ELEMENTS
-    ) -> Iterator[tuple[int, Tensor]]:
-        """The image at this (height, width) as (index of the first row, (rows, width, 3)); see `resize_rows`."""
-        if self.planes is None:
-            blocks = resize_rows(self.image, size, multiple, max_elements)
-        else:
-            blocks = iter([(0, _resized(self.planes, size, self.resample, self.image.dtype))])
-        for row, pixels in blocks:
-            yield row, pixels if self.keeps_uint8 else normalize(pixels, self.mean, self.std, self.image.dtype)
-
-
-def _require_image(image: np.ndarray) -> None:
-    if image.ndim != 3 or image.shape[2] != CHANNELS or image.dtype not in (np.uint8, *FLOAT_DTYPES):
-        raise ValueError(
-            f"An image of shape {image.shape} and dtype {image.dtype} cannot be resized. Pass (height, width, 3), as "
-            f"uint8 or one of {', '.join(dtype.__name__ for dtype in FLOAT_DTYPES)}."
-        )
-
-
-def _planes(image: np.ndarray, buffer: Tensor | None = None, device: Any = None) -> Tensor:
-    """An image as (1, 3, H, W) floating point: float64 stays, everything else becomes float32, of the same range.
-
-    Its memory layout is (H, W, 3), which torch resizes several times faster, to the same values. The memory of
-    `buffer`, planes of an earlier image, is reused if dtype and size are equal.
-    """
-    _require_image(image)
-    source = torch_view(image)
-    dtype = np.dtype(np.float64 if image.dtype == np.float64 else np.float32)
-    if buffer is not None and (buffer.dtype, buffer.shape[2:]) == (getattr(torch, dtype.name), source.shape[:2]):
-        planes = buffer
-    else:
-        planes = empty_pixels((1, *source.shape), dtype, device).permute(0, 3, 1, 2)
-    planes[0].permute(1, 2, 0).copy_(source)
-    return planes
-
-
-def _resized(planes: Tensor, size: tuple[int, int], resample: int, dtype: np.dtype) -> Tensor:
-    """`resize` of (1, 3, H, W) planes: (height, width, 3), rounded or clipped to the value range of `dtype`."""
-    mode = interpolation_mode(resample)
-    with torch.inference_mode():
-        align_corners = None if mode == "nearest" else False
-        pixels = F.interpolate(planes, size=size, mode=mode, align_corners=align_corners)[0].permute(1, 2, 0)
-        if dtype == np.uint8:
-            return pixels.round_().clamp_(0, 255)
-        return pixels.clamp_(0, 1).to(torch.float16 if dtype == np.float16 else pixels.dtype)
 
 
 # --- src/molmo2/media_features.py ------------------------------------------------------------------------------------
@@ -2083,7 +2129,7 @@ def _is_nested(row: Any) -> bool:
 MOST_CROPS = 10_000  # an image of a million visual tokens; every tiling up to it is compared
 
 
-class Molmo2ImagesKwargs(ImagesKwargs, total=False):
+class Molmo2ImageProcessorKwargs(ImagesKwargs, total=False):
     """Options of one call; an option that is not passed keeps the value of the processor.
 
     Attributes:
@@ -2093,6 +2139,10 @@ class Molmo2ImagesKwargs(ImagesKwargs, total=False):
         pooling_size: (rows, cols) of patches that become one token.
         do_convert_rgb: False refuses images that are not RGB.
         image_mean, image_std: one number per channel, or one for all.
+        do_resize: False refuses images that do not have the size of their canvas; the low-resolution view of an image
+            of several tiles is made in any case.
+        do_rescale, rescale_factor, do_normalize: whether pixels are multiplied by the factor (floating point images,
+            of 0..1, by 255 times it), and whether mean and std are applied.
         input_data_format: "channels_last" or "channels_first", for arrays that could be either.
         pixel_dtype: "float32", or "uint8": a quarter of the memory, normalised by the model to the same numbers.
         device: device on which images are resized and normalised, the CPU by default; a GPU rounds a few pixels
@@ -2115,13 +2165,13 @@ class Molmo2ImagesKwargs(ImagesKwargs, total=False):
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """The checked options of one call, see `Molmo2ImagesKwargs`."""
+    """The checked options of one call, see `Molmo2ImageProcessorKwargs`."""
 
     crops: CropSettings
     max_crops: int
     resample: int
-    mean: list[float]
-    std: list[float]
+    steps: Normalization
+    do_resize: bool
     do_convert_rgb: bool
     pixel_dtype: np.dtype
     limits: MediaLimits
@@ -2144,9 +2194,10 @@ class Molmo2ImageProcessor(OptionsMixin, BaseImageProcessor):  # type: ignore[mi
     """
 
     model_input_names = ["pixel_values", "image_token_pooling", "image_grids", "image_num_crops"]
-    valid_kwargs = Molmo2ImagesKwargs
+    valid_kwargs = Molmo2ImageProcessorKwargs
     TYPE_KEY = "image_processor_type"
     DEFAULTS = {
+        **PIXEL_STEPS,
         "do_convert_rgb": True,
         "image_mean": [0.5, 0.5, 0.5],
         "image_std": [0.5, 0.5, 0.5],
@@ -2178,7 +2229,7 @@ class Molmo2ImageProcessor(OptionsMixin, BaseImageProcessor):  # type: ignore[mi
         "use_fast",
     }
 
-    def __init__(self, **kwargs: Unpack[Molmo2ImagesKwargs]):
+    def __init__(self, **kwargs: Unpack[Molmo2ImageProcessorKwargs]):
         super().__init__(**kwargs)
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
@@ -2205,7 +2256,7 @@ class Molmo2ImageProcessor(OptionsMixin, BaseImageProcessor):  # type: ignore[mi
         """
         return self.plan(height, width, **({} if images_kwargs is None else images_kwargs)).num_crops
 
-    def preprocess(self, images: Any, **kwargs: Unpack[Molmo2ImagesKwargs]) -> BatchFeature:
+    def preprocess(self, images: Any, **kwargs: Unpack[Molmo2ImageProcessorKwargs]) -> BatchFeature:
         """The crops of images, and which patches each visual token pools.
 
         Args:
@@ -2234,6 +2285,9 @@ class Molmo2ImageProcessor(OptionsMixin, BaseImageProcessor):  # type: ignore[mi
         for index, plan in enumerate(plans):
             found = f"Image {index} would take {plan.num_pooled_tokens:,} visual tokens"
             options.limits.check("visual_tokens", plan.num_pooled_tokens, found)
+        if not options.do_resize:
+            for image, plan in zip(loaded, plans, strict=True):
+                require_size(image, plan.canvas_height, plan.canvas_width)
         data = {
             "pixel_values": _pixel_values(loaded, plans, options, kwargs.get("device")),
             "image_token_pooling": _token_pooling(plans, options.crops),
@@ -2250,6 +2304,7 @@ class Molmo2ImageProcessor(OptionsMixin, BaseImageProcessor):  # type: ignore[mi
         self._warn_about(overrides)
         values = self._canonical(self._values() | self._given(overrides))
         interpolation_mode(values["resample"])
+        steps = normalization(values)
         crops = CropSettings(
             values["size"]["height"],
             values["size"]["width"],
@@ -2261,12 +2316,16 @@ class Molmo2ImageProcessor(OptionsMixin, BaseImageProcessor):  # type: ignore[mi
             crops=crops,
             max_crops=values["max_crops"],
             resample=values["resample"],
-            mean=values["image_mean"],
-            std=values["image_std"],
+            steps=steps,
+            do_resize=values["do_resize"],
             do_convert_rgb=values["do_convert_rgb"],
-            pixel_dtype=pixel_dtype(overrides.get("pixel_dtype"), values["image_mean"], values["image_std"]),
+            pixel_dtype=pixel_dtype(overrides.get("pixel_dtype"), steps),
             limits=self._limits(overrides),
         )
+
+    def _stored_options(self) -> dict[str, Any]:
+        stored = super()._stored_options()  # without the steps that published files leave out, unless they differ
+        return {name: value for name, value in stored.items() if PIXEL_STEPS.get(name) != value}
 
     @classmethod
     def _canonical_own(cls, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -2289,7 +2348,7 @@ def _pixel_values(images: list[np.ndarray], plans: list[ImagePlan], options: Ima
     first_crop = 0
     for image, plan in zip(images, plans, strict=True):
         out = pixel_values[first_crop : first_crop + plan.num_crops]
-        write_image_pixel_values(image, plan, out, resample=options.resample, mean=options.mean, std=options.std)
+        write_image_pixel_values(image, plan, out, resample=options.resample, steps=options.steps)
         first_crop += plan.num_crops
     return as_output(pixel_values)
 

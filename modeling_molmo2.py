@@ -15,7 +15,8 @@ Parameter names are those of the published checkpoints.
 import copy
 import inspect
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import lru_cache
@@ -33,14 +34,15 @@ from transformers.generation.candidate_generator import CandidateGenerator, Prom
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_molmo2 import (
     PAD_SLOT,
+    TOKEN_ID_OFFSETS,
     UINT8_MEAN,
     UINT8_STD,
     Molmo2AdapterConfig,
@@ -48,6 +50,8 @@ from .configuration_molmo2 import (
     Molmo2TextConfig,
     Molmo2VitConfig,
 )
+
+logger = logging.get_logger(__name__)
 
 # --- src/molmo2/model/packing.py -------------------------------------------------------------------------------------
 # Several examples in one row, several branches under one prefix: reading their ids, checks and positions.
@@ -483,6 +487,132 @@ def blockwise_attention(
     return torch.cat([part.transpose(1, 2) for part in parts], dim=1)
 
 
+# --- src/molmo2/model/cache.py ---------------------------------------------------------------------------------------
+# Cache layers that append new tokens in place, in memory that is allocated ahead.
+
+
+MIN_SPARE_TOKENS = 64
+SPARE_FRACTION = 8  # an eighth of what is cached
+
+
+def capacity_for(length: int) -> int:
+    """The number of tokens that memory is allocated for when `length` tokens have to fit."""
+    return length + max(MIN_SPARE_TOKENS, length // SPARE_FRACTION)
+
+
+@dataclass
+class _Buffer:
+    """The memory behind the keys and values of a layer; copies of the layer share it.
+
+    Only the keys and values themselves keep the memory alive.
+
+    Attributes:
+        pointers: Addresses of the first key and the first value.
+        capacity: Tokens that fit.
+        written: Tokens that some layer has written. Only a layer that holds exactly these may append here: a cropped
+            one, or a copy of one that has appended since, would overwrite tokens that another layer still reads.
+    """
+
+    pointers: tuple[int, int]
+    capacity: int
+    written: int
+
+    def can_append(self, keys: Tensor, values: Tensor, count: int) -> bool:
+        """Whether these are all that is written here, and `count` tokens may be written behind them."""
+        is_locked = keys.is_inference() and not torch.is_inference_mode_enabled()  # torch forbids in-place updates
+        is_stored = all(
+            _is_stored_at(states, place, self.capacity) for states, place in zip((keys, values), self.pointers)
+        )
+        return is_stored and not is_locked and keys.shape[2] == self.written and self.written + count <= self.capacity
+
+
+def _is_stored_at(states: Tensor, pointer: int, capacity: int) -> bool:
+    """Whether states, (B, heads, S, head_dim), are the beginning of a buffer of `capacity` tokens at this address."""
+    _, heads, _, head_dim = states.shape
+    strides = (heads * capacity * head_dim, capacity * head_dim, head_dim, 1)
+    steps = zip(states.shape, states.stride(), strides)
+    return states.data_ptr() == pointer and all(size == 1 or stride == expected for size, stride, expected in steps)
+
+
+class PreallocatedLayer(DynamicLayer):
+    """Keys and values of a layer, (B, heads, S, head_dim) each, as views of memory with spare capacity.
+
+    Whatever else is done to a layer (crop, reorder, repeat, move) gives it other tensors, or shorter ones; the next
+    tokens then allocate a new buffer. Where gradients are recorded, in compiled and traced graphs, and for tokens of
+    another batch size or dtype, `DynamicLayer` does the work. Earlier keys and values are views of the memory that is
+    written to: copy them before recording gradients of them.
+    """
+
+    keys: Any  # tensors, once tokens are cached
+    values: Any
+    _buffer: _Buffer | None = None
+
+    @classmethod
+    def from_layer(cls, layer: DynamicLayer) -> "PreallocatedLayer":
+        """A layer with the content of another."""
+        own = cls()
+        vars(own).update(vars(layer))
+        return own
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Appends tokens, (B, heads, new, head_dim), and returns all."""
+        length, count = self.get_seq_length(), key_states.shape[2]
+        if length == 0 or _is_recorded() or not self._matches(key_states, value_states):
+            self._buffer = None
+            return super().update(key_states, value_states, *args, **kwargs)
+        if self._buffer is None or not self._buffer.can_append(self.keys, self.values, count):
+            capacity = capacity_for(length + count)
+            self.keys = _copy_to_buffer(self.keys, capacity)
+            self.values = _copy_to_buffer(self.values, capacity)
+            self._buffer = _Buffer((self.keys.data_ptr(), self.values.data_ptr()), capacity, length)
+        self._buffer.written += count
+        self.keys = _append(self.keys, key_states)
+        self.values = _append(self.values, value_states)
+        return self.keys, self.values
+
+    def _matches(self, *new: Tensor) -> bool:
+        """Whether new keys and values have the batch size, heads, dtype and device of the cached ones."""
+        return all(
+            type(states) is Tensor  # not distributed over devices, nor otherwise without memory of its own
+            and (states.dtype, states.device) == (cached.dtype, cached.device)
+            and (*states.shape[:2], states.shape[3]) == (*cached.shape[:2], cached.shape[3])
+            for states, cached in zip(new, (self.keys, self.values), strict=True)
+        )
+
+
+def _is_recorded() -> bool:
+    """Whether operations are being recorded (autograd, compiler, tracer), which would miss in-place updates."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def use_preallocated_layers(cache: Any) -> Any:
+    """The same cache; a plain `DynamicCache` has `PreallocatedLayer`s from here on, others stay as they are.
+
+    So do caches that are made in compiled graphs, which would break at it.
+    """
+    if type(cache) is DynamicCache and not cache.offloading and not torch.compiler.is_compiling():
+        cache.layers = [
+            PreallocatedLayer.from_layer(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers
+        ]
+        if cache.layer_class_to_replicate is DynamicLayer:
+            cache.layer_class_to_replicate = PreallocatedLayer
+    return cache
+
+
+def _copy_to_buffer(states: Tensor, capacity: int) -> Tensor:
+    """States, (B, heads, S, head_dim), at the beginning of new memory for `capacity` tokens."""
+    memory = states.new_empty((*states.shape[:2], capacity, states.shape[3]))
+    return memory[:, :, : states.shape[2]].copy_(states)
+
+
+def _append(states: Tensor, new: Tensor) -> Tensor:
+    """States with new ones written behind them, (B, heads, S + new, head_dim), in the same memory."""
+    length = states.shape[2]
+    longer = states.as_strided((*states.shape[:2], length + new.shape[2], states.shape[3]), states.stride())
+    longer[:, :, length:].copy_(new)
+    return longer
+
+
 # --- src/molmo2/model/compat.py --------------------------------------------------------------------------------------
 # The one place for calls whose signature changed between the supported releases of transformers (4.57.1 .. 5.23).
 
@@ -726,11 +856,23 @@ def make_attention_mask(
     spec = spec.to(inputs_embeds.device)
     if is_blockwise(implementation, inputs_embeds.shape[1]):
         return _blockwise_mask(inputs_embeds, attention_mask, past_key_values, spec)
+    is_one_token = inputs_embeds.shape[1] == 1 and implementation == "sdpa" and spec.is_empty()
+    if is_one_token and _has_a_column_for_each_key(attention_mask, past_key_values):
+        # It sees all that is no padding; asking whether there is any would be a wait for the device.
+        return attention_mask.to(inputs_embeds.device)[:, None, None].bool()
     if config._attn_implementation != implementation:
         config = copy.copy(config)
         config._attn_implementation_internal = implementation
     function = None if spec.is_empty() else mask_mod(spec)
     return make_causal_mask(config, inputs_embeds, attention_mask, past_key_values, cache_position, function)
+
+
+def _has_a_column_for_each_key(attention_mask: Any, cache: Cache | None) -> bool:
+    """Whether a (B, keys) mask describes all that a growing cache holds, and one token more."""
+    layers = getattr(cache, "layers", None)
+    if attention_mask is None or not layers or type(layers[0]) not in (DynamicLayer, PreallocatedLayer):
+        return False
+    return attention_mask.shape[1] == cached_length(cache) + 1
 
 
 def _blockwise_mask(
@@ -820,130 +962,622 @@ class Molmo2AttentionBase(nn.Module):
         return sdpa_grouped_decode if is_shared_by_heads else sdpa_attention_forward
 
 
-# --- src/molmo2/model/cache.py ---------------------------------------------------------------------------------------
-# Cache layers that append new tokens in place, in memory that is allocated ahead.
+# --- src/molmo2/model/embedding.py -----------------------------------------------------------------------------------
+# The embedding table in two pieces, and what resizing makes of it.
 
 
-MIN_SPARE_TOKENS = 64
-SPARE_FRACTION = 8  # an eighth of what is cached
+class Molmo2Embedding(nn.Embedding):
+    """One lookup table in two pieces: the base vocabulary, then the ids that were added for Molmo2.
+
+    An `nn.Embedding` for tools that ask. Tools that write to `weight`, such as a merge of adapters, need one piece:
+    `resize_token_embeddings` joins the two.
+    """
+
+    def __init__(self, vocab_size: int, additional_vocab_size: int, hidden_size: int):
+        nn.Module.__init__(self)  # that of nn.Embedding would make one table
+        self.padding_idx = self.max_norm = None
+        self.norm_type, self.scale_grad_by_freq, self.sparse = 2.0, False, False
+        self.embedding = nn.Parameter(torch.empty(vocab_size, hidden_size))
+        self.new_embedding = nn.Parameter(torch.empty(additional_vocab_size, hidden_size))
+
+    @property
+    def num_embeddings(self) -> int:  # type: ignore[override]  # attributes of nn.Embedding
+        """Rows of both pieces."""
+        return self.embedding.shape[0] + self.new_embedding.shape[0]
+
+    @property
+    def embedding_dim(self) -> int:  # type: ignore[override]
+        return self.embedding.shape[1]
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """Both pieces as one (rows, D) tensor: a copy, for tools that inspect it; `forward` never makes it.
+
+        After resizing there is one piece, and this is its parameter.
+        """
+        return torch.cat((self.embedding, self.new_embedding)) if len(self.new_embedding) else self.embedding
+
+    def reset_parameters(self) -> None:
+        """Draws both pieces anew, as `nn.Embedding` does with its table."""
+        nn.init.normal_(self.embedding)
+        nn.init.normal_(self.new_embedding)
+
+    def join(self, table: Tensor) -> None:
+        """Takes (rows, D) as the base vocabulary; the second piece, kept for the names on disk, has no rows then."""
+        trains = self.embedding.requires_grad
+        self.embedding = nn.Parameter(table.detach(), requires_grad=trains)
+        self.new_embedding = nn.Parameter(table.new_empty(0, table.shape[1]), requires_grad=trains)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """(B, S) ids to (B, S, D); only the rows asked for are touched."""
+        base_size = self.embedding.shape[0]
+        if not self.new_embedding.shape[0]:
+            return nn.functional.embedding(input_ids, self.embedding)
+        is_new = input_ids >= base_size
+        base = nn.functional.embedding(input_ids.masked_fill(is_new, 0), self.embedding)
+        new = nn.functional.embedding((input_ids - base_size).clamp(min=0), self.new_embedding)
+        return torch.where(is_new[..., None], new, base)
 
 
-def capacity_for(length: int) -> int:
-    """The number of tokens that memory is allocated for when `length` tokens have to fit."""
-    return length + max(MIN_SPARE_TOKENS, length // SPARE_FRACTION)
+def warn_about_lost_rows(config: Any, names: Iterable[str], num_rows: int | None) -> None:
+    """Warns where visual tokens of the configuration have ids past the rows that an embedding is to have."""
+    ids = {name: getattr(config, name) for name in names if hasattr(config, name)}
+    lost = {name: token_id for name, token_id in ids.items() if num_rows is not None and token_id >= num_rows}
+    if lost:
+        logger.warning(
+            f"The embedding is cut to {num_rows} rows, which leaves visual tokens without one: {lost}. The model can "
+            f"not read images any more, nor be loaded again. Keep {max(lost.values()) + 1} rows or more; "
+            "`len(processor.tokenizer)` counts these tokens."
+        )
 
 
-@dataclass
-class _Buffer:
-    """The memory behind the keys and values of a layer; copies of the layer share it.
+# --- src/molmo2/model/rotary.py --------------------------------------------------------------------------------------
+# Rotary position embeddings: float32 tables, scaled on some layers and plain on the others.
 
-    Only the keys and values themselves keep the memory alive.
+
+def plain_inverse_frequencies(head_dim: int, theta: float) -> Tensor:
+    """`theta ** (-2i / head_dim)` for i = 0 .. head_dim / 2 - 1, float32 (Su et al. 2021, RoFormer)."""
+    with torch.device("cpu"):
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+        return 1.0 / (theta**exponents)
+
+
+def rotate(states: Tensor, table: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + head_dim / 2) of `states`, of all heads in two kernels.
+
+    Args:
+        states: (B, S, heads, head_dim).
+        table: (B, S, 2, 2, head_dim / 2) rotation matrices [[cos, -sin], [sin, cos]], one for each pair.
+    """
+    halves = states.unflatten(-1, (1, 2, -1))
+    from_first, from_second = (halves * table[:, :, None]).unbind(-2)
+    return (from_first + from_second).flatten(-2)
+
+
+class Molmo2RotaryEmbedding(nn.Module):
+    """Computes the rotation matrices for every layer of the text model.
+
+    With `rope_scaling_layers`, the layers it names use the scaled frequencies (and, for yarn, the factor on cos and
+    sin), the rest the plain ones of the same theta; without it every layer is scaled. The tables are not stored in
+    checkpoints: `restore` recomputes them after anything that may have left them empty or rounded, because loaders
+    build modules without memory and `.to(dtype)` would cast them.
+    """
+
+    inv_freq: Tensor
+    scaled_inv_freq: Tensor | None
+
+    def __init__(self, config: PretrainedConfig):
+        super().__init__()
+        self.config = config
+        is_scaled = config.rope_parameters["rope_type"] != "default"
+        every_layer = range(config.num_hidden_layers)
+        chosen = every_layer if config.rope_scaling_layers is None else config.rope_scaling_layers
+        self.scaled_layers = frozenset(chosen) if is_scaled else frozenset()
+        self.scaling_factor = 1.0
+        self.register_buffer("inv_freq", None, persistent=False)
+        self.register_buffer("scaled_inv_freq", None, persistent=False)
+        self.restore()
+
+    def restore(self) -> None:
+        """Recompute the tables, on the device where they were."""
+        device = torch.device("cpu") if self.inv_freq is None else self.inv_freq.device
+        if device.type == "meta":
+            device = torch.device("cpu")
+        self.inv_freq = plain_inverse_frequencies(self.config.head_dim, self.config.rope_theta).to(device)
+        if self.scaled_layers:
+            scaled, self.scaling_factor = scaled_rope(self.config)
+            self.scaled_inv_freq = scaled.to(device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Molmo2RotaryEmbedding":
+        super()._apply(fn, recurse)
+        if self.inv_freq.device.type != "meta":
+            self.restore()
+        return self
+
+    @torch.no_grad()
+    def forward(self, position_ids: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        """A table for each layer, (B, S, 2, 2, head_dim / 2) in `dtype`; layers with equal ones share it.
+
+        Args:
+            position_ids: (B, S) or (1, S) integers.
+        """
+        plain = self._table(position_ids, self.inv_freq, 1.0, dtype)
+        if self.scaled_inv_freq is None:
+            return [plain] * self.config.num_hidden_layers
+        scaled = self._table(position_ids, self.scaled_inv_freq, self.scaling_factor, dtype)
+        return [scaled if layer in self.scaled_layers else plain for layer in range(self.config.num_hidden_layers)]
+
+    @staticmethod
+    def _table(position_ids: Tensor, inv_freq: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
+        inv_freq = inv_freq.to(position_ids.device)
+        # An outer product by broadcasting: exact in float32 also under autocast.
+        angles = position_ids[..., None].float() * inv_freq
+        cos, sin = angles.cos(), angles.sin()
+        matrices = torch.stack((cos, -sin, sin, cos), dim=-2)
+        return (matrices if factor == 1.0 else matrices * factor).to(dtype).unflatten(-2, (2, 2))
+
+
+# --- src/molmo2/model/pretrained.py ----------------------------------------------------------------------------------
+# Base class: capability flags for transformers, weight initialisation.
+
+
+def checkpointing_settings(given: dict[str, Any] | None) -> dict[str, Any]:
+    """Settings of `torch.utils.checkpoint`, with `use_reentrant=False` unless given.
+
+    Reentrant checkpointing, the default before transformers 5, passes no gradient to a layer whose input has none:
+    adapters in an otherwise frozen vision transformer, whose input is pixels, would not be trained.
+    """
+    return {"use_reentrant": False, **({} if given is None else given)}
+
+
+class Molmo2PreTrainedModel(PreTrainedModel):
+    """Base of the text model, the vision transformer, the connector and the models made of them."""
+
+    config_class: Any = Molmo2Config
+    base_model_prefix = "model"
+    input_modalities: Any = ("image", "video", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Molmo2DecoderLayer", "Molmo2VisionBlock", "Molmo2Pooling", "Molmo2Projector"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_flash_attn_2 = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    # Releases with `activation_checkpointing_enable` call it from `gradient_checkpointing_enable`.
+    if hasattr(PreTrainedModel, "activation_checkpointing_enable"):
+
+        def activation_checkpointing_enable(  # type: ignore[override]
+            self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+        ) -> None:
+            """As in transformers, with `checkpointing_settings`."""
+            settings = checkpointing_settings(activation_checkpointing_kwargs)
+            super().activation_checkpointing_enable(activation_checkpointing_kwargs=settings, **options)
+
+    else:
+
+        def gradient_checkpointing_enable(
+            self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+        ) -> None:
+            """As in transformers, with `checkpointing_settings`."""
+            settings = checkpointing_settings(gradient_checkpointing_kwargs)
+            super().gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings, **options)
+
+    def _setting(self, name: str, value: bool | None) -> bool:
+        return bool(getattr(self.config, name)) if value is None else value
+
+    def _tie_or_clone_weights(self, output_embeddings: nn.Module, input_embeddings: nn.Module) -> None:
+        """Asked by older releases where a configuration was set to tie after it was made; newer ones do not ask."""
+        logger.warning_once("Molmo2 never ties its output matrix: a configuration's `tie_word_embeddings` is ignored.")
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As in transformers: the model reads `new_num_tokens` ids, and predicts as many.
+
+        The ids of visual tokens lie behind the base vocabulary, and added tokens behind them, so the two tables of a
+        published checkpoint become one, and the output matrix grows by the rows between. Rows that are new start at
+        the mean of the old ones, where visual tokens, which no answer contains, are less likely than an average token.
+        `vocab_size` and `additional_vocab_size`, 0 afterwards, describe the result to every reader of `config.json`.
+        """
+        warn_about_lost_rows(self.config, TOKEN_ID_OFFSETS, new_num_tokens)
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+
+    def _get_resized_embeddings(
+        self, old_embeddings: Any, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
+    ) -> nn.Embedding:
+        library: Any = super()
+        if not isinstance(old_embeddings, Molmo2Embedding):
+            return library._get_resized_embeddings(old_embeddings, new_num_tokens, *args, **kwargs)
+        joined = nn.Embedding.from_pretrained(old_embeddings.weight.detach(), freeze=False)
+        resized = library._get_resized_embeddings(joined, new_num_tokens, *args, **kwargs)
+        if new_num_tokens is not None or resized.num_embeddings != old_embeddings.num_embeddings:
+            old_embeddings.join(resized.weight)
+            self.config.get_text_config().additional_vocab_size = 0
+        return old_embeddings
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise what a checkpoint did not contain; never touch a tensor that was loaded.
+
+        Some releases of transformers call this for modules whose tensors are partly or wholly loaded, with a mark on
+        the loaded ones, and with rotary buffers that were allocated but never computed.
+        """
+        if isinstance(module, Molmo2RotaryEmbedding):
+            module.restore()
+            return
+        is_norm = isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm")
+        for name, parameter in module.named_parameters(recurse=False):
+            if getattr(parameter, "_is_hf_initialized", False):
+                continue
+            self._fill(parameter, is_bias=name == "bias", is_norm=is_norm)
+
+    def _fill(self, parameter: Tensor, is_bias: bool, is_norm: bool) -> None:
+        if is_bias:
+            nn.init.zeros_(parameter)
+        elif is_norm:
+            nn.init.ones_(parameter)
+        else:
+            nn.init.normal_(parameter, mean=0.0, std=self.config.initializer_range)
+
+
+# --- src/molmo2/model/vision.py --------------------------------------------------------------------------------------
+# From pixel patches to vectors of the text model: vision transformer, attention pooling, projector.
+
+
+def normalize_on_device(pixels: Tensor) -> Tensor:
+    """uint8 patches normalised to float32 as the processor does it, on their device."""
+    return pixels.float().div_(255).sub_(UINT8_MEAN).div_(UINT8_STD)
+
+
+class Molmo2VisionAttention(Molmo2AttentionBase):
+    """Multi-head attention without causality; queries and keys may come from different tokens."""
+
+    def __init__(self, config: Molmo2VitConfig | Molmo2AdapterConfig, input_size: int):
+        super().__init__(config, float32_attention=config.float32_attention)
+        key_value_size = self.num_key_value_heads * self.head_dim
+        self.wq = nn.Linear(input_size, self.num_heads * self.head_dim)
+        self.wk = nn.Linear(input_size, key_value_size)
+        self.wv = nn.Linear(input_size, key_value_size)
+        self.wo = nn.Linear(self.num_heads * self.head_dim, config.hidden_size)
+        self.dropout = nn.Dropout(config.residual_dropout)
+
+    def forward(
+        self, queries: Tensor, keys: Tensor, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """(N, queries, input) attending to (N, keys, input): (N, queries, D), and the weights where computed.
+
+        Args:
+            attention_mask: (N, 1, 1, keys) bool, True where a key is present; None when all are.
+        """
+        query, key, value = self.wq(queries), self.wk(keys), self.wv(keys)
+        query, key, value = (
+            states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for states in (query, key, value)
+        )
+        implementation = self.config._attn_implementation
+        if attention_mask is not None and implementation is not None and "flash" in implementation:
+            implementation = "sdpa"  # flash attention takes no mask of this form
+        if attention_mask is not None and implementation == "flex_attention":
+            # A tensor is added to the scores there.
+            attention_mask = torch.zeros(attention_mask.shape, device=query.device).masked_fill(
+                ~attention_mask, torch.finfo(torch.float32).min
+            )
+        is_causal = {} if implementation in ("eager", "flex_attention") else {"is_causal": False}
+        attended, weights = self.attend(query, key, value, attention_mask, implementation, **is_causal)
+        return self.dropout(self.wo(attended)), weights
+
+
+class Molmo2VisionMLP(nn.Module):
+    """Two linear layers with an activation in between."""
+
+    def __init__(self, config: Molmo2VitConfig):
+        super().__init__()
+        self.w1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.w2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.act = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.w2(self.act(self.w1(hidden_states)))
+
+
+class Molmo2VisionBlock(GradientCheckpointingLayer):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: Molmo2VitConfig):
+        super().__init__()
+        self.attention = Molmo2VisionAttention(config, config.hidden_size)
+        self.feed_forward = Molmo2VisionMLP(config)
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.ffn_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        normed = self.attention_norm(hidden_states)
+        hidden_states = hidden_states + self.attention(normed, normed)[0]
+        return hidden_states + self.feed_forward(self.ffn_norm(hidden_states))
+
+
+class Molmo2VisionBlocks(nn.Module):
+    """Holds the blocks under the name they have on disk."""
+
+    def __init__(self, config: Molmo2VitConfig, num_layers: int):
+        super().__init__()
+        self.resblocks = nn.ModuleList([Molmo2VisionBlock(config) for _ in range(num_layers)])
+
+
+class Molmo2VisionTransformer(Molmo2PreTrainedModel):
+    """The vision tower up to the last layer whose output is wanted.
+
+    Args:
+        feature_layers: Layers whose outputs are returned; negative values count from `config.num_hidden_layers`.
+            By default the last one.
+    """
+
+    config_class = Molmo2VitConfig
+    config: Molmo2VitConfig
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+
+    def __init__(self, config: Molmo2VitConfig, feature_layers: list[int] | tuple[int, ...] = (-1,)):
+        super().__init__(config)
+        depth = config.num_hidden_layers
+        self.feature_layers = [layer % depth for layer in feature_layers]
+        num_positions: Any = config.image_num_pos  # the configuration fills it in where it is None
+        self.positional_embedding = nn.Parameter(torch.empty(num_positions, config.hidden_size))
+        self.patch_embedding = nn.Linear(config.image_patch_size**2 * 3, config.hidden_size)
+        self.transformer = Molmo2VisionBlocks(config, max(self.feature_layers) + 1)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.patch_embedding
+
+    def _positions(self) -> Tensor:
+        """(P, D) position vectors; a stored grid of another size is resized (bicubic, antialiased)."""
+        table = self.positional_embedding
+        rows, cols = self.config.image_num_patch
+        side = round(table.shape[0] ** 0.5)
+        if (rows, cols) == (side, side) or table.shape[0] == rows * cols != side * side:
+            return table
+        grid = table.reshape(1, side, side, -1).permute(0, 3, 1, 2)
+        grid = nn.functional.interpolate(
+            grid.float(), size=(rows, cols), mode="bicubic", align_corners=False, antialias=True
+        )
+        return grid.permute(0, 2, 3, 1).reshape(rows * cols, -1).to(table.dtype)
+
+    def forward(self, pixel_values: Tensor) -> list[Tensor]:
+        """Encode crops.
+
+        Args:
+            pixel_values: (C, P, patch * patch * 3), patch pixels flattened row, column, channel.
+        Returns:
+            For each of the feature layers, in their order, (C, P, D).
+        """
+        # Device and dtype of this module's own tensor: a submodule's may be elsewhere while weights are offloaded.
+        positions = self.positional_embedding
+        pixel_values = pixel_values.to(positions.device)
+        if pixel_values.dtype == torch.uint8:
+            pixel_values = normalize_on_device(pixel_values)
+        hidden_states = self.patch_embedding(pixel_values.to(positions.dtype))
+        hidden_states = hidden_states + self._positions().to(hidden_states.dtype)
+        kept: dict[int, Tensor] = {}
+        for index, block in enumerate(self.transformer.resblocks):
+            hidden_states = block(hidden_states)
+            if index in self.feature_layers:
+                kept[index] = hidden_states
+        return [kept[layer] for layer in self.feature_layers]
+
+
+class Molmo2Pooling(Molmo2VisionAttention):
+    """One query per token, the mean of its patches, attending to these patches."""
+
+    def __init__(self, config: Molmo2AdapterConfig):
+        super().__init__(config, input_size=config.hidden_size * len(config.vit_layers))
+        self.masks_missing = config.pooling_attention_mask
+        self.feature_dropout = nn.Dropout(config.image_feature_dropout)
+
+    def forward(self, features: Tensor, token_pooling: Tensor) -> Tensor:  # type: ignore[override]  # no weights
+        """Pool patches into tokens.
+
+        Args:
+            features: (patches, layers * D) of all crops, flat.
+            token_pooling: (T, K) int64 rows of `features`, -1 where a window has no patch, -2 behind its end.
+        Returns:
+            (T, D).
+        """
+        present = token_pooling >= 0  # (T, K)
+        gathered = self.feature_dropout(features[token_pooling.clamp(min=0)])
+        gathered = gathered * present[..., None].to(gathered.dtype)
+        counted = present if self.masks_missing else token_pooling > PAD_SLOT
+        if not self.masks_missing and bool(counted.all()):
+            return super().forward(gathered.mean(1, keepdim=True), gathered)[0][:, 0]
+        count = counted.sum(-1, keepdim=True).clamp(min=1).to(gathered.dtype)
+        query = (gathered.sum(1) / count)[:, None]
+        return super().forward(query, gathered, counted[:, None, None])[0][:, 0]
+
+
+class Molmo2Projector(nn.Module):
+    """Gated feed-forward into the width of the text model."""
+
+    def __init__(self, config: Molmo2AdapterConfig):
+        super().__init__()
+        self.w1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.w2 = nn.Linear(config.intermediate_size, config.text_hidden_size, bias=False)
+        self.w3 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.act = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.w2(self.act(self.w1(hidden_states)) * self.w3(hidden_states))
+
+
+@dataclass(frozen=True)
+class PoolingSchedule:
+    """Which tokens can be pooled after which crops, so that features can be freed early.
 
     Attributes:
-        pointers: Addresses of the first key and the first value.
-        capacity: Tokens that fit.
-        written: Tokens that some layer has written. Only a layer that holds exactly these may append here: a cropped
-            one, or a copy of one that has appended since, would overwrite tokens that another layer still reads.
+        order: (T,) tokens in the order in which they are ready.
+        ready: How many of them are ready after each chunk of crops.
+        first_crop: First crop that tokens still need after each chunk.
     """
 
-    pointers: tuple[int, int]
-    capacity: int
-    written: int
+    order: Tensor
+    ready: tuple[int, ...]
+    first_crop: tuple[int, ...]
 
-    def can_append(self, keys: Tensor, values: Tensor, count: int) -> bool:
-        """Whether these are all that is written here, and `count` tokens may be written behind them."""
-        is_locked = keys.is_inference() and not torch.is_inference_mode_enabled()  # torch forbids in-place updates
-        is_stored = all(
-            _is_stored_at(states, place, self.capacity) for states, place in zip((keys, values), self.pointers)
-        )
-        return is_stored and not is_locked and keys.shape[2] == self.written and self.written + count <= self.capacity
-
-
-def _is_stored_at(states: Tensor, pointer: int, capacity: int) -> bool:
-    """Whether states, (B, heads, S, head_dim), are the beginning of a buffer of `capacity` tokens at this address."""
-    _, heads, _, head_dim = states.shape
-    strides = (heads * capacity * head_dim, capacity * head_dim, head_dim, 1)
-    steps = zip(states.shape, states.stride(), strides)
-    return states.data_ptr() == pointer and all(size == 1 or stride == expected for size, stride, expected in steps)
-
-
-class PreallocatedLayer(DynamicLayer):
-    """Keys and values of a layer, (B, heads, S, head_dim) each, as views of memory with spare capacity.
-
-    Whatever else is done to a layer (crop, reorder, repeat, move) gives it other tensors, or shorter ones; the next
-    tokens then allocate a new buffer. Where gradients are recorded, in compiled and traced graphs, and for tokens of
-    another batch size or dtype, `DynamicLayer` does the work. Earlier keys and values are views of the memory that is
-    written to: copy them before recording gradients of them.
-    """
-
-    keys: Any  # tensors, once tokens are cached
-    values: Any
-    _buffer: _Buffer | None = None
+    def is_in_order(self) -> bool:
+        return bool((self.order[1:] > self.order[:-1]).all())
 
     @classmethod
-    def from_layer(cls, layer: DynamicLayer) -> "PreallocatedLayer":
-        """A layer with the content of another."""
-        own = cls()
-        vars(own).update(vars(layer))
-        return own
+    def from_table(cls, token_pooling: Tensor, patches_per_crop: int, chunk_ends: list[int]) -> "PoolingSchedule":
+        """The schedule of a pooling table.
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Appends tokens, (B, heads, new, head_dim), and returns all."""
-        length, count = self.get_seq_length(), key_states.shape[2]
-        if length == 0 or _is_recorded() or not self._matches(key_states, value_states):
-            self._buffer = None
-            return super().update(key_states, value_states, *args, **kwargs)
-        if self._buffer is None or not self._buffer.can_append(self.keys, self.values, count):
-            capacity = capacity_for(length + count)
-            self.keys = _copy_to_buffer(self.keys, capacity)
-            self.values = _copy_to_buffer(self.values, capacity)
-            self._buffer = _Buffer((self.keys.data_ptr(), self.values.data_ptr()), capacity, length)
-        self._buffer.written += count
-        self.keys = _append(self.keys, key_states)
-        self.values = _append(self.values, value_states)
-        return self.keys, self.values
-
-    def _matches(self, *new: Tensor) -> bool:
-        """Whether new keys and values have the batch size, heads, dtype and device of the cached ones."""
-        return all(
-            type(states) is Tensor  # not distributed over devices, nor otherwise without memory of its own
-            and (states.dtype, states.device) == (cached.dtype, cached.device)
-            and (*states.shape[:2], states.shape[3]) == (*cached.shape[:2], cached.shape[3])
-            for states, cached in zip(new, (self.keys, self.values), strict=True)
-        )
+        Args:
+            token_pooling: (T, K) int64, -1 for none, at least one patch in each row.
+            chunk_ends: Crops encoded after each chunk.
+        """
+        last = token_pooling.amax(-1) // patches_per_crop
+        first = torch.where(token_pooling >= 0, token_pooling, token_pooling.amax(-1, keepdim=True)).amin(-1)
+        last, order = last.sort(stable=True)
+        ends = torch.tensor(chunk_ends)
+        ready = torch.searchsorted(last, ends)
+        # The smallest first crop of this token and all later ones; after the last token nothing is needed.
+        needed = (first // patches_per_crop)[order].flip(0).cummin(0).values.flip(0)
+        needed = torch.cat((needed, ends[-1:]))[ready]
+        return cls(order, tuple(ready.tolist()), tuple(torch.minimum(needed, ends).tolist()))
 
 
-def _is_recorded() -> bool:
-    """Whether operations are being recorded (autograd, compiler, tracer), which would miss in-place updates."""
-    return torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
+class Molmo2VisionBackbone(Molmo2PreTrainedModel):
+    """Vision transformer and connector.
 
-
-def use_preallocated_layers(cache: Any) -> Any:
-    """The same cache; a plain `DynamicCache` has `PreallocatedLayer`s from here on, others stay as they are.
-
-    So do caches that are made in compiled graphs, which would break at it.
+    `crops_per_chunk` and `tokens_per_chunk`, the numbers of crops encoded and of tokens pooled at a time,
+    bound the working memory, which does not grow with the number of crops. None means all at once. The result does not
+    depend on them.
     """
-    if type(cache) is DynamicCache and not cache.offloading and not torch.compiler.is_compiling():
-        cache.layers = [
-            PreallocatedLayer.from_layer(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers
-        ]
-        if cache.layer_class_to_replicate is DynamicLayer:
-            cache.layer_class_to_replicate = PreallocatedLayer
-    return cache
+
+    config_class = Molmo2AdapterConfig
+    config: Molmo2AdapterConfig
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+
+    def __init__(self, vit_config: Molmo2VitConfig, adapter_config: Molmo2AdapterConfig):
+        super().__init__(adapter_config)
+        self.image_vit = Molmo2VisionTransformer(vit_config, adapter_config.vit_layers)
+        self.image_pooling_2d = Molmo2Pooling(adapter_config)
+        self.image_projector = Molmo2Projector(adapter_config)
+        self.crops_per_chunk: int | None = 16
+        self.tokens_per_chunk: int | None = 4096
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.image_vit.patch_embedding
+
+    @staticmethod
+    def _chunks(tensor: Tensor, size: int | None) -> tuple[Tensor, ...]:
+        if size is not None and size < 1:
+            raise ValueError(f"A chunk of {size} was asked for; expected at least 1, or None for all at once.")
+        return (tensor,) if size is None or len(tensor) <= size else tensor.split(size)
+
+    def encode_crops(self, pixel_values: Tensor) -> Tensor:
+        """(C, P, pixels) to the concatenated features of the chosen layers, (C * P, layers * D), in one go.
+
+        Nothing is kept for a backward pass where nothing of the tower is trained, even if hooks on its embedding
+        (`enable_input_require_grads`, as adapters on the text model call it) ask for gradients.
+        """
+        trains = pixel_values.requires_grad or any(own.requires_grad for own in self.image_vit.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
+            return torch.cat(self.image_vit(pixel_values), dim=-1).flatten(0, 1)
+
+    def forward(self, pixel_values: Tensor, token_pooling: Tensor) -> Tensor:
+        """Encode crops and pool them into tokens of the text model.
+
+        Features are held only until the last token that needs them is pooled: a chunk of crops and, for large images,
+        the crops before it that share a token with it.
+
+        Args:
+            pixel_values: (C, P, patch * patch * 3) float, or uint8 not normalised yet; crops of all images, one after
+                the other. They may be on another device; a chunk is moved at a time.
+            token_pooling: (T, K) int64; patches of each token as indices into the C * P patches, -1 for none.
+        Returns:
+            (valid rows of `token_pooling`, text width): rows without any patch are dropped.
+        Raises:
+            ValueError: For an index past the last patch, and for vectors that float16 cannot hold.
+        """
+        patches = pixel_values.shape[1]
+        # Planned on the CPU, to which the table is copied once; the parts that chunks need are moved back with them.
+        token_pooling = token_pooling.cpu()
+        token_pooling = token_pooling[(token_pooling >= 0).any(-1)]
+        if token_pooling.numel() and bool(token_pooling.max() >= len(pixel_values) * patches):
+            raise ValueError(
+                f"`token_pooling` points at patch {int(token_pooling.max())}, but {len(pixel_values)} crop(s) hold "
+                f"{len(pixel_values) * patches} patches. Pass the pooling table that was made with these pixels."
+            )
+        if not token_pooling.numel():
+            return torch.zeros(0, self.config.text_hidden_size, device=self.device, dtype=self.dtype)
+        chunks = self._chunks(pixel_values, self.crops_per_chunk)
+        ends = list(itertools.accumulate(len(chunk) for chunk in chunks))
+        schedule = PoolingSchedule.from_table(token_pooling, patches, ends)
+        token_pooling = token_pooling[schedule.order]
+        held, held_from, done, vectors = None, 0, 0, []
+        for number, chunk in enumerate(chunks):
+            held = self.encode_crops(chunk) if held is None else torch.cat((held, self.encode_crops(chunk)))
+            ready, first_crop = schedule.ready[number], schedule.first_crop[number]
+            if ready > done:
+                vectors += self._pooled(held, token_pooling[done:ready], held_from * patches)
+            # A copy, so that the memory of what is no longer needed is freed.
+            held = held[(first_crop - held_from) * patches :].clone() if first_crop < ends[number] else None
+            held_from, done = first_crop, ready
+        joined = torch.cat(vectors)
+        if joined.dtype == torch.float16 and not bool(joined.isfinite().all()):
+            raise ValueError(
+                "Vectors of an image are not finite in float16, whose largest number is 65504; every token after them "
+                "would be nonsense. Load the model in bfloat16 or float32: `dtype=torch.bfloat16`."
+            )
+        return joined if schedule.is_in_order() else joined[schedule.order.argsort().to(joined.device)]
+
+    def _pooled(self, features: Tensor, token_pooling: Tensor, first_patch: int) -> list[Tensor]:
+        """Vectors of tokens, chunk by chunk; `features` begin at patch `first_patch`."""
+        token_pooling = token_pooling.to(features.device)
+        token_pooling = torch.where(token_pooling >= 0, token_pooling - first_patch, token_pooling)
+        chunks = self._chunks(token_pooling, self.tokens_per_chunk)
+        return [self.image_projector(self.image_pooling_2d(features, chunk)) for chunk in chunks]
 
 
-def _copy_to_buffer(states: Tensor, capacity: int) -> Tensor:
-    """States, (B, heads, S, head_dim), at the beginning of new memory for `capacity` tokens."""
-    memory = states.new_empty((*states.shape[:2], capacity, states.shape[3]))
-    return memory[:, :, : states.shape[2]].copy_(states)
+@contextmanager
+def record_calls(modules: Iterable[nn.Module]) -> Iterator[list[list[tuple[Any, Any]]]]:
+    """While open, keeps (first input, output) of every call of these modules; one list for each."""
+    calls: list[list[tuple[Any, Any]]] = []
+    handles = []
+    for module in modules:
+        own: list[tuple[Any, Any]] = []
+        calls.append(own)
+        handles.append(
+            module.register_forward_hook(lambda _module, args, output, own=own: own.append((args[0], output)))
+        )
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
-def _append(states: Tensor, new: Tensor) -> Tensor:
-    """States with new ones written behind them, (B, heads, S + new, head_dim), in the same memory."""
-    length = states.shape[2]
-    longer = states.as_strided((*states.shape[:2], length + new.shape[2], states.shape[3]), states.stride())
-    longer[:, :, length:].copy_(new)
-    return longer
+def is_distributed_training(module: nn.Module) -> bool:
+    """Whether this module is being trained by several processes."""
+    if not (module.training and torch.is_grad_enabled() and torch.distributed.is_available()):
+        return False
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() < 2:
+        return False
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def zero_vision_loss(vision_backbone: Any) -> Tensor:
+    """A dummy forward pass for DDP: zero, computed from all vision parameters with one black crop.
+
+    Processes average their gradients tensor by tensor, so each must have one for every tensor, also the process whose
+    batch has no image.
+    """
+    config = vision_backbone.image_vit.config
+    device, dtype = vision_backbone.image_vit.device, vision_backbone.image_vit.dtype
+    rows, cols = config.image_num_patch
+    crop = torch.zeros(1, rows * cols, 3 * config.image_patch_size**2, device=device, dtype=dtype)
+    return 0.0 * vision_backbone(crop, torch.zeros(1, 1, dtype=torch.int64, device=device)).sum()
 
 
 # --- src/molmo2/model/vision_inputs.py -------------------------------------------------------------------------------
@@ -1038,15 +1672,27 @@ class MediaGrids:
         return [[r * c] * frames for frames, r, c in ([] if self.video_grids is None else self.video_grids.tolist())]
 
 
+def on_host(*tables: Tensor) -> list[Tensor]:
+    """Integer tensors on the CPU, all of them with one copy: each would be a wait for the device."""
+    if all(table.device.type == "cpu" for table in tables):
+        return list(tables)
+    joined = torch.cat([table.flatten().long() for table in tables]).cpu()
+    pieces = joined.split([table.numel() for table in tables])
+    return [piece.view(table.shape) for piece, table in zip(pieces, tables)]
+
+
 def flat_pooling(token_pooling: Tensor, tokens: Tensor, crops: Tensor, patches_per_crop: int) -> Tensor:
     """Turn indices into an item's own patches into indices into the patches of all items.
 
     Args:
-        token_pooling: (T, K) int64, -1 where there is no patch, restarting at 0 for every image or video.
+        token_pooling: (T, K) int64, -1 where there is no patch, restarting at 0 for every image or video; or counted
+            over all of them already, as transformers' own processor does, and then returned as it is.
         tokens, crops: (items,) rows of `token_pooling` and crops of each item.
     """
     first_patch = (crops.cumsum(0) - crops) * patches_per_crop
-    shift = first_patch.repeat_interleave(tokens)[:, None]
+    shift = first_patch.repeat_interleave(tokens, output_size=len(token_pooling))[:, None]
+    if len(crops) > 1 and bool(((token_pooling >= shift) | (token_pooling < 0)).all()):
+        return token_pooling
     return torch.where(token_pooling >= 0, token_pooling + shift, token_pooling)
 
 
@@ -1162,6 +1808,17 @@ def prompt_order(assigned: list[list[tuple[str, int]]], grids: MediaGrids) -> Te
     return torch.cat(pieces) if pieces else torch.zeros(0, dtype=torch.int64)
 
 
+def joined_features(features: Any) -> Tensor | None:
+    """(T, D) of what `get_image_features` or `get_video_features` returned, or of such vectors themselves."""
+    vectors = getattr(features, "pooler_output", features)
+    return torch.cat(tuple(vectors)) if isinstance(vectors, (list, tuple)) else vectors
+
+
+def _of_all_chunks(parts: list[Any]) -> Tensor | None:
+    """What was computed for each chunk of crops, in one tensor; None where nothing was."""
+    return None if not parts or parts[0] is None else torch.cat(parts)
+
+
 class Molmo2VisionInputsMixin:
     """The part of `Molmo2Model` that handles images and videos; the model has config, backbone and embeddings."""
 
@@ -1228,14 +1885,17 @@ class Molmo2VisionInputsMixin:
         ends = (config.image_end_token_id, config.frame_end_token_id)
         return token_groups(ids, self.patch_ids, *ends, config.low_res_image_start_token_id, example_ids)
 
+    @can_return_tuple
     def get_image_features(
         self,
         pixel_values: Tensor,
         image_token_pooling: Tensor,
         image_grids: Tensor,
         image_num_crops: Tensor,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         **kwargs: Any,
-    ) -> Tensor:
+    ) -> BaseModelOutputWithPooling:
         """Encode images.
 
         Args:
@@ -1243,20 +1903,38 @@ class Molmo2VisionInputsMixin:
             image_token_pooling: (T, 4) int64, relative to each image's own crops.
             image_grids: (images, 4) int64 rows, cols of the low-res view, rows, cols of the high-res crops, in tokens.
             image_num_crops: (images,) int64, the low-res view counted.
+            output_hidden_states, output_attentions: Also return what each layer of the vision transformer gave;
+                attention weights are None for implementations that compute none. By default as in the configuration.
         Returns:
-            (T, text width): one vector per patch token, image after image.
+            `pooler_output`: for each image (tokens, text width), one vector per patch token; `last_hidden_state`:
+            (C, P, D) of the last layer that the connector needs; `hidden_states`, `attentions`: one entry per layer up
+            to this one, hidden states with their input before. A tuple under `return_dict=False`.
         Raises:
             ValueError: If these tensors contradict each other, naming both numbers.
         """
+        media = self._images(pixel_values, image_token_pooling, image_grids, image_num_crops)
+        return self._encoded_output(*media, output_hidden_states, output_attentions)
+
+    def _images(
+        self, pixel_values: Tensor, image_token_pooling: Tensor, image_grids: Tensor, image_num_crops: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Crops, pooling indices over all of them and (images,) tokens of each image."""
+        image_token_pooling, image_grids, image_num_crops = on_host(image_token_pooling, image_grids, image_num_crops)
         tokens = MediaGrids(image_grids=image_grids).image_tokens()
         self._require_equal("`image_num_crops` adds up to", image_num_crops.sum(), "`pixel_values` has", pixel_values)
         self._require_equal("`image_grids` adds up to", tokens.sum(), "`image_token_pooling` has", image_token_pooling)
-        pooling = flat_pooling(image_token_pooling, tokens, image_num_crops, pixel_values.shape[1])
-        return self.vision_backbone(pixel_values, pooling)
+        return pixel_values, flat_pooling(image_token_pooling, tokens, image_num_crops, pixel_values.shape[1]), tokens
 
+    @can_return_tuple
     def get_video_features(
-        self, pixel_values_videos: Tensor, video_token_pooling: Tensor, video_grids: Tensor, **kwargs: Any
-    ) -> Tensor:
+        self,
+        pixel_values_videos: Tensor,
+        video_token_pooling: Tensor,
+        video_grids: Tensor,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
         """Encode videos.
 
         Args:
@@ -1264,26 +1942,61 @@ class Molmo2VisionInputsMixin:
             video_token_pooling: (T, 9) int64, relative to each video's own frames.
             video_grids: (videos, 3) int64 frames, rows, cols in tokens.
         Returns:
-            (T, text width): one vector per patch token, video after video, frame after frame.
+            As `get_image_features`, with one entry of `pooler_output` per row of `video_grids`. The hidden states of
+            all frames are in memory at once; `encode_frames` returns the vectors alone.
         Raises:
             ValueError: If these tensors contradict each other, naming both numbers.
         """
+        media = self._videos(pixel_values_videos, video_token_pooling, video_grids)
+        return self._encoded_output(*media, output_hidden_states, output_attentions)
+
+    def _videos(
+        self, pixel_values_videos: Tensor, video_token_pooling: Tensor, video_grids: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Frames, pooling indices over all of them and tokens for each row of `video_grids`."""
+        video_token_pooling, video_grids = on_host(video_token_pooling, video_grids)
         tokens, frames = MediaGrids(video_grids=video_grids).video_tokens(), video_grids[:, 0]
         self._require_equal("`video_grids` counts", frames.sum(), "`pixel_values_videos` has", pixel_values_videos)
         self._require_equal("`video_grids` adds up to", tokens.sum(), "`video_token_pooling` has", video_token_pooling)
         pooling = flat_pooling(video_token_pooling, tokens, frames, pixel_values_videos.shape[1])
-        return self.vision_backbone(pixel_values_videos, pooling)
+        return pixel_values_videos, pooling, tokens
+
+    def _encoded_output(
+        self, pixels: Tensor, pooling: Tensor, tokens: Tensor, wants_states: bool | None, wants_weights: bool | None
+    ) -> BaseModelOutputWithPooling:
+        """The vectors of each image or video, and the states of the vision transformer that led to them."""
+        model: Any = self
+        wants_states = model._setting("output_hidden_states", wants_states)
+        wants_weights = model._setting("output_attentions", wants_weights)
+        blocks = list(self.vision_backbone.image_vit.transformer.resblocks)
+        recorded = [*(blocks if wants_states else blocks[-1:])]
+        if wants_weights:
+            recorded += [block.attention for block in blocks]
+        with record_calls(recorded) as calls:
+            vectors = self.vision_backbone(pixels, pooling)
+        num_states = len(recorded) - len(blocks) * wants_weights
+        states = [_of_all_chunks([output for _, output in own]) for own in calls[:num_states]]
+        weights = [_of_all_chunks([output[1] for _, output in own]) for own in calls[num_states:]]
+        embedded = _of_all_chunks([states_in for states_in, _ in calls[0]])
+        found = (pooling >= 0).any(-1).split(tokens.tolist())  # tokens without a patch have no vector
+        return BaseModelOutputWithPooling(
+            last_hidden_state=states[-1],
+            pooler_output=vectors.split([int(own.sum()) for own in found]),  # type: ignore[arg-type]  # as the library
+            hidden_states=(embedded, *states) if wants_states else None,  # type: ignore[arg-type]
+            attentions=tuple(weights) if wants_weights else None,  # type: ignore[arg-type]
+        )
 
     @torch.inference_mode()
     def encode_frames(self, pixel_values_videos: Tensor, video_token_pooling: Tensor, video_grids: Tensor) -> Tensor:
-        """`get_video_features` of tensors on another device: the `frame_encoder` of the processor.
+        """(T, text width): the vectors of videos on any device, frame after frame: the processor's `frame_encoder`.
 
         The transfer to a GPU is asynchronous (from pinned memory).
         """
         device = self.vision_backbone.device
         if device.type == "cuda" and pixel_values_videos.device.type == "cpu":
             pixel_values_videos = pixel_values_videos.pin_memory().to(device, non_blocking=True)
-        return self.get_video_features(pixel_values_videos, video_token_pooling, video_grids)
+        pixels, pooling, _ = self._videos(pixel_values_videos, video_token_pooling, video_grids)
+        return self.vision_backbone(pixels, pooling)
 
     @staticmethod
     def _require_equal(stated: str, expected: Tensor, holder: str, tensor: Tensor) -> None:
@@ -1311,11 +2024,11 @@ class Molmo2VisionInputsMixin:
     ) -> Tensor | None:
         """(T, D) vectors of all patch tokens in the order of the prompts; None without media."""
         parts = []
-        for kind, encode in (("image", self.get_image_features), ("video", self.get_video_features)):
-            vectors = media[f"{kind}_features"]
+        for kind, prepare in (("image", self._images), ("video", self._videos)):
+            vectors = joined_features(media[f"{kind}_features"])
             given = {name: media[name] for name in ENCODED_INPUTS[kind]}
             if vectors is None:
-                vectors = self._encoded(given, encode)
+                vectors = self._encoded(given, prepare)
             elif given[ENCODED_INPUTS[kind][0]] is not None:
                 raise ValueError(f"Pass either `{kind}_features` or `{ENCODED_INPUTS[kind][0]}`: found both.")
             if vectors is not None:
@@ -1328,23 +2041,39 @@ class Molmo2VisionInputsMixin:
                 "Images and videos together need `image_grids`, `image_num_crops` and `video_grids` besides their "
                 "features, to tell which tokens belong to which. Pass all that the processor returned."
             )
-        groups = self.token_groups(input_ids, inputs_embeds, example_ids)
+        ids, *examples = on_host(
+            self._special_ids(input_ids, inputs_embeds), *([] if example_ids is None else [example_ids])
+        )
+        grids = MediaGrids(*on_host(grids.image_grids, grids.image_num_crops, grids.video_grids))
+        groups = self.token_groups(ids, None, *examples)
         order = prompt_order(assign_media(groups, grids), grids)
         return torch.cat(parts)[order.to(parts[0].device)]
 
-    @staticmethod
-    def _encoded(given: dict[str, Tensor | None], encode: Callable[..., Tensor]) -> Tensor | None:
+    def _encoded(self, given: dict[str, Tensor | None], prepare: Callable[..., Any]) -> Tensor | None:
         missing = [name for name, value in given.items() if value is None]
         if len(missing) == len(given):
             return None
         if missing:
             raise ValueError(f"{', '.join(missing)} missing: pass all of {list(given)} that the processor returned.")
-        return encode(**given)
+        pixels, pooling, _ = prepare(**given)
+        return self.vision_backbone(pixels, pooling)
 
-    def _add_features(self, input_ids: Tensor | None, inputs_embeds: Tensor, vectors: Tensor, repeats: int) -> Tensor:
-        """(B, S, D) with vectors (T, D) added to the patch tokens; `repeats` consecutive rows share theirs."""
+    def _add_features(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor,
+        vectors: Tensor,
+        repeats: int,
+        is_visual: Tensor | None,
+    ) -> tuple[Tensor, bool]:
+        """(B, S, D) with vectors (T, D) added to the patch tokens; `repeats` consecutive rows share theirs.
+
+        And whether any token is visual, which is read with the numbers of patch tokens: one wait for the device.
+        """
         is_patch = self.patch_token_mask(input_ids, inputs_embeds)
-        counts = is_patch[::repeats].sum(-1).tolist()
+        numbers = is_patch[::repeats].sum(-1)
+        any_visual = numbers.new_zeros(1) if is_visual is None else is_visual.any()[None].to(numbers)
+        *counts, has_visual = torch.cat((numbers, any_visual)).tolist()
         expected = sum(counts)
         if expected != len(vectors):
             raise ValueError(
@@ -1355,9 +2084,10 @@ class Molmo2VisionInputsMixin:
         if repeats > 1:
             vectors = torch.cat([of_row.repeat(repeats, 1) for of_row in vectors.split(counts)])
         vectors = vectors.to(inputs_embeds.device, inputs_embeds.dtype)
-        places = is_patch.flatten().nonzero()[:, 0]
+        # The first places in a stable order are those of the patch tokens: `nonzero` would wait for their number.
+        places = is_patch.flatten().int().argsort(stable=True, descending=True)[: len(vectors)]
         flat = inputs_embeds.flatten(0, 1).index_add(0, places.to(inputs_embeds.device), vectors)
-        return flat.unflatten(0, inputs_embeds.shape[:2])
+        return flat.unflatten(0, inputs_embeds.shape[:2]), bool(has_visual)
 
 
 # --- src/molmo2/model/generation.py ----------------------------------------------------------------------------------
@@ -1389,12 +2119,16 @@ def latest_continuation(ids: Tensor, max_ngram: int, max_tokens: int) -> Tensor:
     Returns:
         (drafted,) int64, `max_tokens` at most; empty where not even the last token occurs again.
     """
-    for length in range(min(max_ngram, len(ids) - 1), 0, -1):
-        matches = (ids[:-1].unfold(0, length, 1) == ids[-length:]).all(-1).nonzero()
-        if len(matches):
-            start = int(matches[-1]) + length
-            return ids[start : start + max(0, max_tokens)]
-    return ids[:0]
+    ends, length = (ids[:-1] == ids[-1:]).nonzero()[:, 0], 1  # where the last token occurs, then the last two, ...
+    while len(ends) and length < max_ngram:
+        longer = ends[ends >= length]
+        longer = longer[ids[longer - length] == ids[-1 - length]]
+        if not len(longer):
+            break
+        ends, length = longer, length + 1
+    if not len(ends) or max_ngram < 1:
+        return ids[:0]
+    return ids[ends[-1] + 1 :][: max(0, max_tokens)]
 
 
 class LatestMatchLookup(PromptLookupCandidateGenerator):
@@ -1425,7 +2159,7 @@ class LatestMatchLookup(PromptLookupCandidateGenerator):
         """
         capacity = self.max_length - input_ids.shape[1] - 1  # the model adds a token of its own
         draft = latest_continuation(
-            input_ids[0], self.max_matching_ngram_size, min(self.num_output_tokens, capacity)
+            input_ids[0].cpu(), self.max_matching_ngram_size, min(self.num_output_tokens, capacity)
         ).tolist()
         ends = () if self.eos_token_id is None else torch.as_tensor(self.eos_token_id).flatten().tolist()
         vocab_size = float("inf") if self.vocab_size is None else self.vocab_size
@@ -1462,6 +2196,16 @@ def _drop_extrapolated_types(token_types: Tensor, by_id: Tensor) -> Tensor:
     agrees = ~token_types | by_id
     precedes_agreement = agrees.flip(-1).cumsum(-1).flip(-1) > 0
     return token_types & precedes_agreement
+
+
+def can_copy_rows(cache: Cache | None) -> bool:
+    """Whether a cache is empty and grows by rows too, so that equal prompts can be read once and copied."""
+    return type(cache) is DynamicCache and not cache.offloading and cache.get_seq_length() == 0
+
+
+def every_nth_row(tensors: dict[str, Tensor | None], step: int) -> dict[str, Tensor | None]:
+    """Rows 0, step, 2 * step, ... of tensors (B, ...); those of one row, which holds for all, stay."""
+    return {name: rows if rows is None or len(rows) == 1 else rows[::step] for name, rows in tensors.items()}
 
 
 class Molmo2GenerationMixin(GenerationMixin):
@@ -1556,7 +2300,7 @@ class Molmo2GenerationMixin(GenerationMixin):
         input_ids: Any = None,
         **model_kwargs: Any,
     ) -> tuple[Any, dict[str, Any]]:
-        """Repeat every row `expand_size` times (beams, several answers); its media are still encoded once."""
+        """Repeat every row `expand_size` times (beams, several answers); its prompt and media are still read once."""
         self._require_cached_media(input_ids, model_kwargs)
         media = {name: model_kwargs.pop(name, None) for name in MEDIA_INPUTS}
         library: Any = super()
@@ -1564,7 +2308,7 @@ class Molmo2GenerationMixin(GenerationMixin):
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
         media = {name: value for name, value in media.items() if value is not None}
-        if media and expand_size > 1:
+        if expand_size > 1:
             media[REPEAT_FACTOR] = expand_size
         model_kwargs.update(media)
         return input_ids, model_kwargs
@@ -1586,8 +2330,12 @@ class Molmo2GenerationMixin(GenerationMixin):
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         vocab_size = self.config.get_text_config().vocab_size
-        if isinstance(kwargs.get("encoder_input_ids"), Tensor) and not kwargs["encoder_input_ids"].is_floating_point():
-            kwargs["encoder_input_ids"] = kwargs["encoder_input_ids"].clamp(max=vocab_size - 1)
+        prompt, settings = kwargs.get("encoder_input_ids"), kwargs.get("generation_config")
+        names = "encoder_repetition_penalty", "encoder_no_repeat_ngram_size"
+        if settings is not None and all(getattr(settings, name, None) in (None, 0, 1.0) for name in names):
+            kwargs["encoder_input_ids"] = None  # looking for negative ids in it would be a wait for the device
+        elif isinstance(prompt, Tensor) and not prompt.is_floating_point():
+            kwargs["encoder_input_ids"] = prompt.clamp(max=vocab_size - 1)
         library: Any = super()
         processors = library._get_logits_processor(*args, **kwargs)
         return BaseVocabularyProcessors(processors, vocab_size) if len(processors) else processors
@@ -1667,169 +2415,12 @@ def weighted_loss(
     return total / num_items_in_batch
 
 
-# --- src/molmo2/model/rotary.py --------------------------------------------------------------------------------------
-# Rotary position embeddings: float32 tables, scaled on some layers and plain on the others.
-
-
-def plain_inverse_frequencies(head_dim: int, theta: float) -> Tensor:
-    """`theta ** (-2i / head_dim)` for i = 0 .. head_dim / 2 - 1, float32 (Su et al. 2021, RoFormer)."""
-    with torch.device("cpu"):
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
-        return 1.0 / (theta**exponents)
-
-
-def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + head_dim / 2) of `states`.
-
-    Args:
-        states: (B, heads, S, head_dim).
-        cos, sin: (B, S, head_dim), the two halves alike.
-    """
-    first, second = states.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return states * cos[:, None] + turned * sin[:, None]
-
-
-class Molmo2RotaryEmbedding(nn.Module):
-    """Computes cos and sin for every layer of the text model.
-
-    With `rope_scaling_layers`, the layers it names use the scaled frequencies (and, for yarn, the factor on cos and
-    sin), the rest the plain ones of the same theta; without it every layer is scaled. The tables are not stored in
-    checkpoints: `restore` recomputes them after anything that may have left them empty or rounded, because loaders
-    build modules without memory and `.to(dtype)` would cast them.
-    """
-
-    inv_freq: Tensor
-    scaled_inv_freq: Tensor | None
-
-    def __init__(self, config: PretrainedConfig):
-        super().__init__()
-        self.config = config
-        is_scaled = config.rope_parameters["rope_type"] != "default"
-        every_layer = range(config.num_hidden_layers)
-        chosen = every_layer if config.rope_scaling_layers is None else config.rope_scaling_layers
-        self.scaled_layers = frozenset(chosen) if is_scaled else frozenset()
-        self.scaling_factor = 1.0
-        self.register_buffer("inv_freq", None, persistent=False)
-        self.register_buffer("scaled_inv_freq", None, persistent=False)
-        self.restore()
-
-    def restore(self) -> None:
-        """Recompute the tables, on the device where they were."""
-        device = torch.device("cpu") if self.inv_freq is None else self.inv_freq.device
-        if device.type == "meta":
-            device = torch.device("cpu")
-        self.inv_freq = plain_inverse_frequencies(self.config.head_dim, self.config.rope_theta).to(device)
-        if self.scaled_layers:
-            scaled, self.scaling_factor = scaled_rope(self.config)
-            self.scaled_inv_freq = scaled.to(device)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Molmo2RotaryEmbedding":
-        super()._apply(fn, recurse)
-        if self.inv_freq.device.type != "meta":
-            self.restore()
-        return self
-
-    @torch.no_grad()
-    def forward(self, position_ids: Tensor, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-        """(cos, sin) for each layer, each (B, S, head_dim) in `dtype`; layers with equal tables share them.
-
-        Args:
-            position_ids: (B, S) or (1, S) integers.
-        """
-        plain = self._tables(position_ids, self.inv_freq, 1.0, dtype)
-        if self.scaled_inv_freq is None:
-            return [plain] * self.config.num_hidden_layers
-        scaled = self._tables(position_ids, self.scaled_inv_freq, self.scaling_factor, dtype)
-        return [scaled if layer in self.scaled_layers else plain for layer in range(self.config.num_hidden_layers)]
-
-    @staticmethod
-    def _tables(position_ids: Tensor, inv_freq: Tensor, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        inv_freq = inv_freq.to(position_ids.device)
-        # An outer product by broadcasting: exact in float32 also under autocast.
-        angles = position_ids[..., None].float() * inv_freq
-        angles = torch.cat((angles, angles), dim=-1)
-        return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
-
-
-# --- src/molmo2/model/pretrained.py ----------------------------------------------------------------------------------
-# Base class: capability flags for transformers, weight initialisation.
-
-
-def checkpointing_settings(given: dict[str, Any] | None) -> dict[str, Any]:
-    """Settings of `torch.utils.checkpoint`, with `use_reentrant=False` unless given.
-
-    Reentrant checkpointing, the default before transformers 5, passes no gradient to a layer whose input has none:
-    adapters in an otherwise frozen vision transformer, whose input is pixels, would not be trained.
-    """
-    return {"use_reentrant": False, **({} if given is None else given)}
-
-
-class Molmo2PreTrainedModel(PreTrainedModel):
-    """Base of the text model, the vision transformer, the connector and the models made of them."""
-
-    config_class: Any = Molmo2Config
-    base_model_prefix = "model"
-    input_modalities: Any = ("image", "video", "text")
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["Molmo2DecoderLayer", "Molmo2VisionBlock", "Molmo2Pooling", "Molmo2Projector"]
-    _skip_keys_device_placement = ["past_key_values"]
-    _supports_flash_attn = True
-    _supports_flash_attn_2 = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
-
-    # Releases with `activation_checkpointing_enable` call it from `gradient_checkpointing_enable`.
-    if hasattr(PreTrainedModel, "activation_checkpointing_enable"):
-
-        def activation_checkpointing_enable(  # type: ignore[override]
-            self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
-        ) -> None:
-            """As in transformers, with `checkpointing_settings`."""
-            settings = checkpointing_settings(activation_checkpointing_kwargs)
-            super().activation_checkpointing_enable(activation_checkpointing_kwargs=settings, **options)
-
-    else:
-
-        def gradient_checkpointing_enable(
-            self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
-        ) -> None:
-            """As in transformers, with `checkpointing_settings`."""
-            settings = checkpointing_settings(gradient_checkpointing_kwargs)
-            super().gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings, **options)
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """Initialise what a checkpoint did not contain; never touch a tensor that was loaded.
-
-        Some releases of transformers call this for modules whose tensors are partly or wholly loaded, with a mark on
-        the loaded ones, and with rotary buffers that were allocated but never computed.
-        """
-        if isinstance(module, Molmo2RotaryEmbedding):
-            module.restore()
-            return
-        is_norm = isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm")
-        for name, parameter in module.named_parameters(recurse=False):
-            if getattr(parameter, "_is_hf_initialized", False):
-                continue
-            self._fill(parameter, is_bias=name == "bias", is_norm=is_norm)
-
-    def _fill(self, parameter: Tensor, is_bias: bool, is_norm: bool) -> None:
-        if is_bias:
-            nn.init.zeros_(parameter)
-        elif is_norm:
-            nn.init.ones_(parameter)
-        else:
-            nn.init.normal_(parameter, mean=0.0, std=self.config.initializer_range)
-
-
 # --- src/molmo2/model/text.py ----------------------------------------------------------------------------------------
 # The text model: a decoder with fused projections and an embedding table in two pieces.
 
 
 class Molmo2RMSNorm(nn.Module):
-    """Root-mean-square norm in float32, cast back before the weight (Zhang & Sennrich 2019)."""
+    """Root-mean-square norm in float32, cast back before the weight (Zhang & Sennrich 2019); one kernel on a GPU."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -1837,42 +2428,11 @@ class Molmo2RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, states: Tensor) -> Tensor:
-        wide = states.float()
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(states.dtype)
-
-
-class Molmo2Embedding(nn.Module):
-    """One lookup table in two pieces: the base vocabulary, then the ids that were added for Molmo2."""
-
-    def __init__(self, vocab_size: int, additional_vocab_size: int, hidden_size: int):
-        super().__init__()
-        self.embedding = nn.Parameter(torch.empty(vocab_size, hidden_size))
-        self.new_embedding = nn.Parameter(torch.empty(additional_vocab_size, hidden_size))
-
-    @property
-    def num_embeddings(self) -> int:
-        """Rows of both pieces."""
-        return self.embedding.shape[0] + self.new_embedding.shape[0]
-
-    @property
-    def embedding_dim(self) -> int:
-        return self.embedding.shape[1]
-
-    @property
-    def weight(self) -> Tensor:
-        """Both pieces as one (rows, D) tensor: a copy, for tools that inspect it; `forward` never makes it."""
-        return torch.cat((self.embedding, self.new_embedding))
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """(B, S) ids to (B, S, D); only the rows asked for are touched."""
-        base_size = self.embedding.shape[0]
-        if not self.new_embedding.shape[0]:
-            return nn.functional.embedding(input_ids, self.embedding)
-        is_new = input_ids >= base_size
-        base = nn.functional.embedding(input_ids.masked_fill(is_new, 0), self.embedding)
-        new = nn.functional.embedding((input_ids - base_size).clamp(min=0), self.new_embedding)
-        return torch.where(is_new[..., None], new, base)
+        size = self.weight.shape
+        if states.dtype == self.weight.dtype == torch.float32:
+            return nn.functional.rms_norm(states, size, self.weight, self.eps)
+        wide = states.float() if states.dtype == torch.float64 else states  # narrower types are widened inside
+        return self.weight * nn.functional.rms_norm(wide, size, None, self.eps).to(states.dtype)
 
 
 class Molmo2Attention(Molmo2AttentionBase):
@@ -1898,15 +2458,19 @@ class Molmo2Attention(Molmo2AttentionBase):
             self.q_norm = Molmo2RMSNorm(query_size, config.layer_norm_eps)
             self.k_norm = Molmo2RMSNorm(key_size, config.layer_norm_eps)
 
-    def _norm(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    def _normed(self, query_key: Tensor) -> Tensor:
+        """Queries and keys side by side, (B, S, width of both), with their norms."""
         if self.q_norm is None or self.k_norm is None:
-            return query, key
-        return self.q_norm(query), self.k_norm(key)
+            return query_key
+        query, key = query_key.split(self.widths[:2], dim=-1)
+        if self.norms_heads:
+            query, key = (states.unflatten(-1, (-1, self.head_dim)) for states in (query, key))
+        return torch.cat((self.q_norm(query), self.k_norm(key)), dim=2)
 
     def forward(
         self,
         hidden_states: Tensor,
-        rotary: tuple[Tensor, Tensor],
+        rotary: Tensor,
         attention_mask: Any,
         past_key_values: Cache | None,
         cache_position: Tensor,
@@ -1914,14 +2478,11 @@ class Molmo2Attention(Molmo2AttentionBase):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """(B, S, D) to (B, S, D) and the attention weights where they were computed."""
-        query, key, value = self.att_proj(hidden_states).split(self.widths, dim=-1)
-        if not self.norms_heads:
-            query, key = self._norm(query, key)
-        query, key, value = (states.unflatten(-1, (-1, self.head_dim)) for states in (query, key, value))
-        if self.norms_heads:
-            query, key = self._norm(query, key)
-        query, key, value = (states.transpose(1, 2) for states in (query, key, value))  # (B, heads, S, head_dim)
-        query, key = rotate(query, *rotary), rotate(key, *rotary)
+        query_key, value = self.att_proj(hidden_states).split((sum(self.widths[:2]), self.widths[2]), dim=-1)
+        query_key = self._normed(query_key).flatten(2).unflatten(-1, (-1, self.head_dim))
+        heads = rotate(query_key, rotary), value.unflatten(-1, (-1, self.head_dim))
+        query_key, value = (states.transpose(1, 2) for states in heads)  # (B, heads, S, head_dim)
+        query, key = query_key.split((self.num_heads, self.num_key_value_heads), dim=1)
         if past_key_values is not None:
             key, value = update_cache(past_key_values, key, value, self.layer_idx, cache_position)
         attended, weights = self.attend(query, key, value, attention_mask, implementation, **kwargs)
@@ -2009,8 +2570,8 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
         packed_rows: PackedRows | None,
         wants_weights: bool,
         cache_position: Tensor | None,
-    ) -> tuple[dict, list[tuple[Tensor, Tensor]]]:
-        """What every layer is called with, and the rotary tables of each."""
+    ) -> tuple[dict, list[Tensor]]:
+        """What every layer is called with, and the rotary table of each."""
         query_length = inputs_embeds.shape[1]
         past_length = cached_length(past_key_values)
         spec = attention_spec(is_visual, packed_rows)
@@ -2044,6 +2605,7 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
         }
         return arguments, rotary
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -2078,6 +2640,8 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
                 "Pass either `input_ids` or `inputs_embeds` to the text model: "
                 f"found {'neither' if input_ids is None else 'both'}."
             )
+        output_attentions = self._setting("output_attentions", output_attentions)
+        output_hidden_states = self._setting("output_hidden_states", output_hidden_states)
         if use_cache is None:
             use_cache = self.config.use_cache and packed_rows is None
         if self.gradient_checkpointing and self.training:
@@ -2092,13 +2656,13 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
             past_key_values,
             is_visual,
             packed_rows,
-            bool(output_attentions),
+            output_attentions,
             kwargs.get("cache_position"),
         )
         hidden_states = self.emb_drop(inputs_embeds)
         all_states, all_weights = [hidden_states], []
-        for layer, tables in zip(self.blocks, rotary):
-            hidden_states, weights = layer(hidden_states, rotary=tables, **arguments)
+        for layer, table in zip(self.blocks, rotary):
+            hidden_states, weights = layer(hidden_states, rotary=table, **arguments)
             all_weights.append(weights)
             if output_hidden_states:
                 all_states.append(hidden_states)
@@ -2110,334 +2674,6 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
             hidden_states=tuple(all_states) if output_hidden_states else None,
             attentions=tuple(all_weights) if output_attentions else None,
         )
-
-
-# --- src/molmo2/model/vision.py --------------------------------------------------------------------------------------
-# From pixel patches to vectors of the text model: vision transformer, attention pooling, projector.
-
-
-def normalize_on_device(pixels: Tensor) -> Tensor:
-    """uint8 patches normalised to float32 as the processor does it, on their device."""
-    return pixels.float().div_(255).sub_(UINT8_MEAN).div_(UINT8_STD)
-
-
-class Molmo2VisionAttention(Molmo2AttentionBase):
-    """Multi-head attention without causality; queries and keys may come from different tokens."""
-
-    def __init__(self, config: Molmo2VitConfig | Molmo2AdapterConfig, input_size: int):
-        super().__init__(config, float32_attention=config.float32_attention)
-        key_value_size = self.num_key_value_heads * self.head_dim
-        self.wq = nn.Linear(input_size, self.num_heads * self.head_dim)
-        self.wk = nn.Linear(input_size, key_value_size)
-        self.wv = nn.Linear(input_size, key_value_size)
-        self.wo = nn.Linear(self.num_heads * self.head_dim, config.hidden_size)
-        self.dropout = nn.Dropout(config.residual_dropout)
-
-    def forward(self, queries: Tensor, keys: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """(N, queries, input) attending to (N, keys, input), giving (N, queries, D).
-
-        Args:
-            attention_mask: (N, 1, 1, keys) bool, True where a key is present; None when all are.
-        """
-        query, key, value = self.wq(queries), self.wk(keys), self.wv(keys)
-        query, key, value = (
-            states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for states in (query, key, value)
-        )
-        implementation = self.config._attn_implementation
-        if attention_mask is not None and implementation is not None and "flash" in implementation:
-            implementation = "sdpa"  # flash attention takes no mask of this form
-        if attention_mask is not None and implementation == "flex_attention":
-            # A tensor is added to the scores there.
-            attention_mask = torch.zeros(attention_mask.shape, device=query.device).masked_fill(
-                ~attention_mask, torch.finfo(torch.float32).min
-            )
-        is_causal = {} if implementation in ("eager", "flex_attention") else {"is_causal": False}
-        attended, _ = self.attend(query, key, value, attention_mask, implementation, **is_causal)
-        return self.dropout(self.wo(attended))
-
-
-class Molmo2VisionMLP(nn.Module):
-    """Two linear layers with an activation in between."""
-
-    def __init__(self, config: Molmo2VitConfig):
-        super().__init__()
-        self.w1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.w2 = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.act = ACT2FN[config.hidden_act]
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.w2(self.act(self.w1(hidden_states)))
-
-
-class Molmo2VisionBlock(GradientCheckpointingLayer):
-    """Pre-norm transformer block."""
-
-    def __init__(self, config: Molmo2VitConfig):
-        super().__init__()
-        self.attention = Molmo2VisionAttention(config, config.hidden_size)
-        self.feed_forward = Molmo2VisionMLP(config)
-        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.ffn_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        normed = self.attention_norm(hidden_states)
-        hidden_states = hidden_states + self.attention(normed, normed)
-        return hidden_states + self.feed_forward(self.ffn_norm(hidden_states))
-
-
-class Molmo2VisionBlocks(nn.Module):
-    """Holds the blocks under the name they have on disk."""
-
-    def __init__(self, config: Molmo2VitConfig, num_layers: int):
-        super().__init__()
-        self.resblocks = nn.ModuleList([Molmo2VisionBlock(config) for _ in range(num_layers)])
-
-
-class Molmo2VisionTransformer(Molmo2PreTrainedModel):
-    """The vision tower up to the last layer whose output is wanted.
-
-    Args:
-        feature_layers: Layers whose outputs are returned; negative values count from `config.num_hidden_layers`.
-            By default the last one.
-    """
-
-    config_class = Molmo2VitConfig
-    config: Molmo2VitConfig
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-
-    def __init__(self, config: Molmo2VitConfig, feature_layers: list[int] | tuple[int, ...] = (-1,)):
-        super().__init__(config)
-        depth = config.num_hidden_layers
-        self.feature_layers = [layer % depth for layer in feature_layers]
-        num_positions: Any = config.image_num_pos  # the configuration fills it in where it is None
-        self.positional_embedding = nn.Parameter(torch.empty(num_positions, config.hidden_size))
-        self.patch_embedding = nn.Linear(config.image_patch_size**2 * 3, config.hidden_size)
-        self.transformer = Molmo2VisionBlocks(config, max(self.feature_layers) + 1)
-        self.gradient_checkpointing = False
-        self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.patch_embedding
-
-    def _positions(self) -> Tensor:
-        """(P, D) position vectors; a stored grid of another size is resized (bicubic, antialiased)."""
-        table = self.positional_embedding
-        rows, cols = self.config.image_num_patch
-        side = round(table.shape[0] ** 0.5)
-        if (rows, cols) == (side, side) or table.shape[0] == rows * cols != side * side:
-            return table
-        grid = table.reshape(1, side, side, -1).permute(0, 3, 1, 2)
-        grid = nn.functional.interpolate(
-            grid.float(), size=(rows, cols), mode="bicubic", align_corners=False, antialias=True
-        )
-        return grid.permute(0, 2, 3, 1).reshape(rows * cols, -1).to(table.dtype)
-
-    def forward(self, pixel_values: Tensor) -> list[Tensor]:
-        """Encode crops.
-
-        Args:
-            pixel_values: (C, P, patch * patch * 3), patch pixels flattened row, column, channel.
-        Returns:
-            For each of the feature layers, in their order, (C, P, D).
-        """
-        # Device and dtype of this module's own tensor: a submodule's may be elsewhere while weights are offloaded.
-        positions = self.positional_embedding
-        pixel_values = pixel_values.to(positions.device)
-        if pixel_values.dtype == torch.uint8:
-            pixel_values = normalize_on_device(pixel_values)
-        hidden_states = self.patch_embedding(pixel_values.to(positions.dtype))
-        hidden_states = hidden_states + self._positions().to(hidden_states.dtype)
-        kept: dict[int, Tensor] = {}
-        for index, block in enumerate(self.transformer.resblocks):
-            hidden_states = block(hidden_states)
-            if index in self.feature_layers:
-                kept[index] = hidden_states
-        return [kept[layer] for layer in self.feature_layers]
-
-
-class Molmo2Pooling(Molmo2VisionAttention):
-    """One query per token, the mean of its patches, attending to these patches."""
-
-    def __init__(self, config: Molmo2AdapterConfig):
-        super().__init__(config, input_size=config.hidden_size * len(config.vit_layers))
-        self.masks_missing = config.pooling_attention_mask
-        self.feature_dropout = nn.Dropout(config.image_feature_dropout)
-
-    def forward(self, features: Tensor, token_pooling: Tensor) -> Tensor:  # type: ignore[override]
-        """Pool patches into tokens.
-
-        Args:
-            features: (patches, layers * D) of all crops, flat.
-            token_pooling: (T, K) int64 rows of `features`, -1 where a window has no patch, -2 behind its end.
-        Returns:
-            (T, D).
-        """
-        present = token_pooling >= 0  # (T, K)
-        gathered = self.feature_dropout(features[token_pooling.clamp(min=0)])
-        gathered = gathered * present[..., None].to(gathered.dtype)
-        counted = present if self.masks_missing else token_pooling > PAD_SLOT
-        if not self.masks_missing and bool(counted.all()):
-            return super().forward(gathered.mean(1, keepdim=True), gathered)[:, 0]
-        count = counted.sum(-1, keepdim=True).clamp(min=1).to(gathered.dtype)
-        query = (gathered.sum(1) / count)[:, None]
-        return super().forward(query, gathered, counted[:, None, None])[:, 0]
-
-
-class Molmo2Projector(nn.Module):
-    """Gated feed-forward into the width of the text model."""
-
-    def __init__(self, config: Molmo2AdapterConfig):
-        super().__init__()
-        self.w1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.w2 = nn.Linear(config.intermediate_size, config.text_hidden_size, bias=False)
-        self.w3 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.act = ACT2FN[config.hidden_act]
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.w2(self.act(self.w1(hidden_states)) * self.w3(hidden_states))
-
-
-@dataclass(frozen=True)
-class PoolingSchedule:
-    """Which tokens can be pooled after which crops, so that features can be freed early.
-
-    Attributes:
-        order: (T,) tokens in the order in which they are ready.
-        ready: How many of them are ready after each chunk of crops.
-        first_crop: First crop that tokens still need after each chunk.
-    """
-
-    order: Tensor
-    ready: tuple[int, ...]
-    first_crop: tuple[int, ...]
-
-    def is_in_order(self) -> bool:
-        return bool((self.order[1:] > self.order[:-1]).all())
-
-    @classmethod
-    def from_table(cls, token_pooling: Tensor, patches_per_crop: int, chunk_ends: list[int]) -> "PoolingSchedule":
-        """The schedule of a pooling table.
-
-        Args:
-            token_pooling: (T, K) int64, -1 for none, at least one patch in each row.
-            chunk_ends: Crops encoded after each chunk.
-        """
-        token_pooling = token_pooling.cpu()
-        last = token_pooling.amax(-1) // patches_per_crop
-        first = torch.where(token_pooling >= 0, token_pooling, token_pooling.amax(-1, keepdim=True)).amin(-1)
-        last, order = last.sort(stable=True)
-        ends = torch.tensor(chunk_ends)
-        ready = torch.searchsorted(last, ends)
-        # The smallest first crop of this token and all later ones; after the last token nothing is needed.
-        needed = (first // patches_per_crop)[order].flip(0).cummin(0).values.flip(0)
-        needed = torch.cat((needed, ends[-1:]))[ready]
-        return cls(order, tuple(ready.tolist()), tuple(torch.minimum(needed, ends).tolist()))
-
-
-class Molmo2VisionBackbone(Molmo2PreTrainedModel):
-    """Vision transformer and connector.
-
-    `crops_per_chunk` and `tokens_per_chunk`, the numbers of crops encoded and of tokens pooled at a time,
-    bound the working memory, which does not grow with the number of crops. None means all at once. The result does not
-    depend on them.
-    """
-
-    config_class = Molmo2AdapterConfig
-    config: Molmo2AdapterConfig
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-
-    def __init__(self, vit_config: Molmo2VitConfig, adapter_config: Molmo2AdapterConfig):
-        super().__init__(adapter_config)
-        self.image_vit = Molmo2VisionTransformer(vit_config, adapter_config.vit_layers)
-        self.image_pooling_2d = Molmo2Pooling(adapter_config)
-        self.image_projector = Molmo2Projector(adapter_config)
-        self.crops_per_chunk: int | None = 16
-        self.tokens_per_chunk: int | None = 4096
-        self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.image_vit.patch_embedding
-
-    @staticmethod
-    def _chunks(tensor: Tensor, size: int | None) -> tuple[Tensor, ...]:
-        if size is not None and size < 1:
-            raise ValueError(f"A chunk of {size} was asked for; expected at least 1, or None for all at once.")
-        return (tensor,) if size is None or len(tensor) <= size else tensor.split(size)
-
-    def encode_crops(self, pixel_values: Tensor) -> Tensor:
-        """(C, P, pixels) to the concatenated features of the chosen layers, (C * P, layers * D), in one go."""
-        return torch.cat(self.image_vit(pixel_values), dim=-1).flatten(0, 1)
-
-    def forward(self, pixel_values: Tensor, token_pooling: Tensor) -> Tensor:
-        """Encode crops and pool them into tokens of the text model.
-
-        Features are held only until the last token that needs them is pooled: a chunk of crops and, for large images,
-        the crops before it that share a token with it.
-
-        Args:
-            pixel_values: (C, P, patch * patch * 3) float, or uint8 not normalised yet; crops of all images, one after
-                the other. They may be on another device; a chunk is moved at a time.
-            token_pooling: (T, K) int64; patches of each token as indices into the C * P patches, -1 for none.
-        Returns:
-            (valid rows of `token_pooling`, text width): rows without any patch are dropped.
-        Raises:
-            ValueError: For an index past the last patch.
-        """
-        patches = pixel_values.shape[1]
-        token_pooling = token_pooling[(token_pooling >= 0).any(-1)]
-        if token_pooling.numel() and bool(token_pooling.max() >= len(pixel_values) * patches):
-            raise ValueError(
-                f"`token_pooling` points at patch {int(token_pooling.max())}, but {len(pixel_values)} crop(s) hold "
-                f"{len(pixel_values) * patches} patches. Pass the pooling table that was made with these pixels."
-            )
-        if not token_pooling.numel():
-            return torch.zeros(0, self.config.text_hidden_size, device=token_pooling.device, dtype=self.dtype)
-        chunks = self._chunks(pixel_values, self.crops_per_chunk)
-        ends = list(itertools.accumulate(len(chunk) for chunk in chunks))
-        schedule = PoolingSchedule.from_table(token_pooling, patches, ends)
-        token_pooling = token_pooling[schedule.order.to(token_pooling.device)]
-        held, held_from, done, vectors = None, 0, 0, []
-        for number, chunk in enumerate(chunks):
-            held = self.encode_crops(chunk) if held is None else torch.cat((held, self.encode_crops(chunk)))
-            ready, first_crop = schedule.ready[number], schedule.first_crop[number]
-            if ready > done:
-                vectors += self._pooled(held, token_pooling[done:ready], held_from * patches)
-            # A copy, so that the memory of what is no longer needed is freed.
-            held = held[(first_crop - held_from) * patches :].clone() if first_crop < ends[number] else None
-            held_from, done = first_crop, ready
-        joined = torch.cat(vectors)
-        return joined if schedule.is_in_order() else joined[schedule.order.argsort().to(joined.device)]
-
-    def _pooled(self, features: Tensor, token_pooling: Tensor, first_patch: int) -> list[Tensor]:
-        """Vectors of tokens, chunk by chunk; `features` begin at patch `first_patch`."""
-        token_pooling = token_pooling.to(features.device)
-        token_pooling = torch.where(token_pooling >= 0, token_pooling - first_patch, token_pooling)
-        chunks = self._chunks(token_pooling, self.tokens_per_chunk)
-        return [self.image_projector(self.image_pooling_2d(features, chunk)) for chunk in chunks]
-
-
-def is_distributed_training(module: nn.Module) -> bool:
-    """Whether this module is being trained by several processes."""
-    if not (module.training and torch.is_grad_enabled() and torch.distributed.is_available()):
-        return False
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() < 2:
-        return False
-    return any(parameter.requires_grad for parameter in module.parameters())
-
-
-def zero_vision_loss(vision_backbone: Any) -> Tensor:
-    """A dummy forward pass for DDP: zero, computed from all vision parameters with one black crop.
-
-    Processes average their gradients tensor by tensor, so each must have one for every tensor, also the process whose
-    batch has no image.
-    """
-    config = vision_backbone.image_vit.config
-    device, dtype = vision_backbone.image_vit.device, vision_backbone.image_vit.dtype
-    rows, cols = config.image_num_patch
-    crop = torch.zeros(1, rows * cols, 3 * config.image_patch_size**2, device=device, dtype=dtype)
-    return 0.0 * vision_backbone(crop, torch.zeros(1, 1, dtype=torch.int64, device=device)).sum()
 
 
 # --- src/molmo2/model/modeling.py ------------------------------------------------------------------------------------
@@ -2521,8 +2757,8 @@ class Molmo2Model(Molmo2PreTrainedModel, Molmo2VisionInputsMixin):
                 see this prefix and themselves and continue its positions. See `molmo2.model.packing`.
             kwargs: `MEDIA_INPUTS`. `pixel_values`, `image_token_pooling`, `image_grids`, `image_num_crops`: see
                 `get_image_features`. `pixel_values_videos`, `video_token_pooling`, `video_grids`: see
-                `get_video_features`. `image_features`, `video_features`: (T, D), what these two return, in the place
-                of pixels and pooling indices; the grids are still needed where images and videos come together.
+                `get_video_features`. `image_features`, `video_features`: what these two return, or their vectors,
+                (T, D), in the place of pixels and pooling indices; grids are needed where both come together.
         Raises:
             ValueError: Neither or both of ids and embeddings, media that do not fit the prompts or each other, or
                 come behind cached tokens, patch tokens without media, an unknown argument that looks like one of
@@ -2548,13 +2784,14 @@ class Molmo2Model(Molmo2PreTrainedModel, Molmo2VisionInputsMixin):
         first_examples = None if example_ids is None else example_ids[::repeats]
         vectors = self._media_features(first_ids, inputs_embeds[::repeats], media, first_examples)
         if vectors is not None:
-            inputs_embeds = self._add_features(input_ids, inputs_embeds, vectors, repeats)
-        elif not torch.compiler.is_compiling() and (inputs_embeds.shape[1] > 1 or past_key_values is None):
-            self._require_media(input_ids, inputs_embeds)
-        if vectors is None and is_distributed_training(self.vision_backbone):
-            inputs_embeds = inputs_embeds + zero_vision_loss(self.vision_backbone).to(inputs_embeds)
-        if is_visual is not None:
-            is_visual = is_visual if bool(is_visual.any()) else None
+            inputs_embeds, has_visual = self._add_features(input_ids, inputs_embeds, vectors, repeats, is_visual)
+        else:
+            if not torch.compiler.is_compiling() and (inputs_embeds.shape[1] > 1 or past_key_values is None):
+                self._require_media(input_ids, inputs_embeds)
+            has_visual = is_visual is not None and bool(is_visual.any())
+            if is_distributed_training(self.vision_backbone):
+                inputs_embeds = inputs_embeds + zero_vision_loss(self.vision_backbone).to(inputs_embeds)
+        is_visual = is_visual if has_visual else None
         packed = packed_rows(attention_mask, example_ids, branch_ids, inputs_embeds.shape[:2])
         if packed is not None:
             require_empty_cache(
@@ -2574,11 +2811,15 @@ class Molmo2Model(Molmo2PreTrainedModel, Molmo2VisionInputsMixin):
             is_visual=is_visual,
             packed_rows=packed,
             cache_position=kwargs.get("cache_position"),
+            return_dict=True,
         )
-        return Molmo2ModelOutputWithPast(**outputs, image_hidden_states=vectors)
-
-    def _setting(self, name: str, value: bool | None) -> bool:
-        return getattr(self.config, name) if value is None else value
+        return Molmo2ModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=vectors,
+        )
 
 
 class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixin):
@@ -2611,37 +2852,17 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
     def vision_backbone(self) -> Molmo2VisionBackbone:
         return self.model.vision_backbone
 
-    def get_image_features(self, *args: Any, **kwargs: Any) -> Tensor:
+    def get_image_features(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
         """See `Molmo2Model.get_image_features`."""
         return self.model.get_image_features(*args, **kwargs)
 
-    def get_video_features(self, *args: Any, **kwargs: Any) -> Tensor:
+    def get_video_features(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
         """See `Molmo2Model.get_video_features`."""
         return self.model.get_video_features(*args, **kwargs)
 
     def encode_frames(self, *args: Any, **kwargs: Any) -> Tensor:
         """See `Molmo2Model.encode_frames`."""
         return self.model.encode_frames(*args, **kwargs)
-
-    def resize_token_embeddings(  # type: ignore[override]
-        self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
-    ) -> Molmo2Embedding:
-        """Check that `new_num_tokens` ids have an embedding; the tables themselves keep their size.
-
-        The published tables hold more rows than the tokenizer has entries, so tokens can be added up to that.
-
-        Raises:
-            ValueError: If more rows are asked for. Ids past `vocab_size` sit in a table of their own and have no
-                logits, so growing it would make tokens that can be read and never be written.
-        """
-        embeddings = self.get_input_embeddings()
-        if new_num_tokens is not None and new_num_tokens > embeddings.num_embeddings:
-            raise ValueError(
-                f"The embedding of Molmo2 has {embeddings.num_embeddings} rows ({self.config.vocab_size} predicted "
-                f"ids and {embeddings.new_embedding.shape[0]} that are only read); {new_num_tokens} were asked for. "
-                "Rename one of the tokenizer's unused `|<EXTRA_TOKENS_i>|` entries instead of adding a token."
-            )
-        return embeddings
 
     @can_return_tuple
     def forward(
@@ -2675,9 +2896,10 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
         """Logits, and the loss when labels are given. The other arguments are those of `Molmo2Model.forward`.
 
         Args:
-            labels: (B, S) ids to predict, shifted inside; -100 is ignored, and so are ids past `vocab_size` (visual
-                tokens), for which there are no logits; where `num_items_in_batch` counted them, it shrinks by their
-                share. First tokens of packed examples are not predicted; first tokens of branches must be -100.
+            labels: (B, S) ids to predict, shifted inside; -100 is ignored, and so are visual tokens, which no answer
+                contains, and ids past `vocab_size`, for which there are no logits; where `num_items_in_batch` counted
+                them, it shrinks by their share. First tokens of packed examples are not predicted; first tokens of
+                branches must be -100.
             loss_weights: (B, S) weights of the labels at the same places; the loss is `sum(weight * cross entropy)`
                 over their sum, or over `num_items_in_batch` where that is given (the sum over an accumulated step).
             logits_to_keep: Number of last positions (0: all), or a tensor of positions.
@@ -2698,14 +2920,21 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
         }
         refuse_unknown_inputs(kwargs)
         passed_on = {name: kwargs.pop(name) for name in ("cache_position", REPEAT_FACTOR) if name in kwargs}
+        rows = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+            "token_type_ids": token_type_ids,
+            "mm_token_type_ids": mm_token_type_ids,
+        }
+        copies = 1
+        if use_cache is not False and can_copy_rows(past_key_values):
+            copies = passed_on.pop(REPEAT_FACTOR, 1)
+            rows = every_nth_row(rows, copies)
         outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
+            **rows,
             past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            token_type_ids=token_type_ids,
-            mm_token_type_ids=mm_token_type_ids,
             example_ids=example_ids,
             branch_ids=branch_ids,
             use_cache=use_cache,
@@ -2717,6 +2946,13 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        if copies > 1:
+            outputs.past_key_values.batch_repeat_interleave(copies)
+            outputs.hidden_states, outputs.attentions = (
+                states if states is None else tuple(state.repeat_interleave(copies, dim=0) for state in states)
+                for states in (outputs.hidden_states, outputs.attentions)
+            )
+            logits = logits.repeat_interleave(copies, dim=0)
         loss = None
         if labels is not None:
             if logits.shape[1] != labels.shape[1]:
@@ -2725,7 +2961,8 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
                     "`logits_to_keep` at 0 when passing labels."
                 )
             vocab_size = self.config.text_config.vocab_size
-            targets = labels.masked_fill(labels >= vocab_size, IGNORED)
+            visual_ids = torch.tensor(self.model.visual_ids, device=labels.device)
+            targets = labels.masked_fill((labels >= vocab_size) | torch.isin(labels, visual_ids), IGNORED)
             if kwargs.get("num_items_in_batch") is not None and loss_weights is None:
                 kwargs["num_items_in_batch"] = kwargs["num_items_in_batch"] * kept_label_fraction(targets, labels)
             labels = targets

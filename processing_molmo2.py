@@ -35,7 +35,7 @@ from .image_processing_molmo2 import (
     IMAGE_SUFFIXES,
     MediaFeatures,
     Molmo2ImageProcessor,
-    Molmo2ImagesKwargs,
+    Molmo2ImageProcessorKwargs,
     as_output,
     ground_answers,
     is_encoded,
@@ -43,7 +43,7 @@ from .image_processing_molmo2 import (
     split_runs,
     stack_pooling,
 )
-from .video_processing_molmo2 import Molmo2VideoProcessor, Molmo2VideosKwargs, clips_per_video, list_videos
+from .video_processing_molmo2 import Molmo2VideoProcessor, Molmo2VideoProcessorKwargs, clips_per_video, list_videos
 
 logger = logging.get_logger(__name__)
 
@@ -538,10 +538,13 @@ class ExpandedPrompt:
     Attributes:
         text: The expanded prompt.
         moves: (end in the original, shift) for each replaced placeholder, ascending.
+        replacements: One for each placeholder, in the form of transformers: its type, "image" or "video", `span` and
+            `text` in the original, `new_span` and `replacement` in the expanded prompt; spans count characters.
     """
 
     text: str
     moves: tuple[tuple[int, int], ...] = ()
+    replacements: tuple[dict[str, Any], ...] = ()
 
     def position(self, original: int) -> int:
         """Index in the expanded prompt of a character of the original one, outside of placeholders."""
@@ -557,14 +560,19 @@ def expand(prompt: str, replacements: Mapping[str, Sequence[str]]) -> ExpandedPr
     waiting = {placeholder: iter(texts) for placeholder, texts in replacements.items()}
     pieces: list[str] = []
     moves: list[tuple[int, int]] = []
-    done = 0
+    replaced: list[dict[str, Any]] = []
+    done = new_start = 0
     while found := [(start, mark) for mark in waiting if (start := prompt.find(mark, done)) >= 0]:
         start, mark = min(found)
         text = next(waiting[mark])
         pieces += [prompt[done:start], text]
+        new_start += start - done
         done = start + len(mark)
         moves.append((done, len(text) - len(mark)))
-    return ExpandedPrompt("".join([*pieces, prompt[done:]]), tuple(moves))
+        spans = {"span": (start, done), "new_span": (new_start, new_start + len(text))}
+        replaced.append({"type": mark.strip("<|>"), **spans, "text": mark, "replacement": text})
+        new_start += len(text)
+    return ExpandedPrompt("".join([*pieces, prompt[done:]]), tuple(moves), tuple(replaced))
 
 
 def require_placeholders(counts: Sequence[int], passed: Sequence[int] | int, placeholder: str, noun: str) -> None:
@@ -577,7 +585,10 @@ def require_placeholders(counts: Sequence[int], passed: Sequence[int] | int, pla
     Raises:
         ValueError: The numbers differ; the message names both, and the prompt where it is known.
     """
-    advice = f"Put one `{placeholder}` where each {noun} belongs, or let `apply_chat_template` write the prompt"
+    rule = f"The number of `{placeholder}` tokens in the prompts should be the same as the number of {noun}s"
+    advice = (
+        f"{rule}. Put one `{placeholder}` where each {noun} belongs, or let `apply_chat_template` write the prompt"
+    )
     if isinstance(passed, int):
         if sum(counts) != passed:
             raise ValueError(
@@ -586,8 +597,8 @@ def require_placeholders(counts: Sequence[int], passed: Sequence[int] | int, pla
         return
     if len(counts) != len(passed):
         raise ValueError(
-            f"There are {len(counts)} prompt(s), but {noun}s for {len(passed)}. Pass one list of {noun}s per prompt, "
-            "or one flat list for all."
+            f"There are {len(counts)} prompt(s), but {noun}s for {len(passed)}. {rule}. Pass one list of {noun}s per "
+            "prompt, or one flat list for all."
         )
     for index, (count, number) in enumerate(zip(counts, passed)):
         if count != number:
@@ -671,6 +682,8 @@ class Molmo2TextKwargs(TextKwargs, total=False):
 
     Attributes:
         return_mm_token_type_ids: False leaves `token_type_ids` out.
+        return_text_replacement_offsets: True adds `text_replacement_offsets`: for each prompt what its placeholders
+            were replaced by, see `ExpandedPrompt`; `new_span` counts characters of the row, its BOS included.
         assistant_spans: For each prompt the (start, end) characters that the assistant wrote; adds `assistant_masks`.
         allow_special_tokens: Special tokens in the text of messages count as if the template had written them.
         split_special_tokens: Special tokens in prompts are text too, but for the placeholders of images and videos.
@@ -678,13 +691,14 @@ class Molmo2TextKwargs(TextKwargs, total=False):
 
     return_tensors: str | None
     return_mm_token_type_ids: bool | None
+    return_text_replacement_offsets: bool | None
     assistant_spans: list[list[tuple[int, int]]] | None
     allow_special_tokens: bool | None
     split_special_tokens: bool | None
 
 
 CALL_DEFAULTS: dict[str, dict[str, Any]] = {
-    "text_kwargs": {"padding": False, "return_mm_token_type_ids": True},
+    "text_kwargs": {"return_mm_token_type_ids": True},
     "images_kwargs": {},
     "videos_kwargs": {"return_metadata": False},
 }
@@ -694,12 +708,14 @@ class Molmo2ProcessorKwargs(ProcessingKwargs, total=False):
     """Options of one call of the processor."""
 
     text_kwargs: Molmo2TextKwargs  # type: ignore[misc]  # the library narrows these fields in its own processors too
-    images_kwargs: Molmo2ImagesKwargs  # type: ignore[misc]
-    videos_kwargs: Molmo2VideosKwargs  # type: ignore[misc]
+    images_kwargs: Molmo2ImageProcessorKwargs  # type: ignore[misc]
+    videos_kwargs: Molmo2VideoProcessorKwargs  # type: ignore[misc]
     _defaults = CALL_DEFAULTS  # type: ignore[misc]
 
 
 BLANK = re.compile(r"\s")
+# Options that a tokenizer may bring along from its own construction, for every call.
+TOKENIZER_DEFAULTS = ("add_special_tokens", "padding", "truncation", "max_length", "pad_to_multiple_of")
 # Options of tokenizers without a meaning for rows with visual tokens.
 UNUSED_TEXT_OPTIONS = {"text_pair", "text_target", "text_pair_target", "stride", "is_split_into_words"} | {
     f"return_{name}" for name in ("overflowing_tokens", "special_tokens_mask", "offsets_mapping", "length")
@@ -708,7 +724,11 @@ UNUSED_TEXT_OPTIONS = {"text_pair", "text_target", "text_pair_target", "stride",
 IMAGE_ONLY_KWARGS = frozenset({"resample"})
 # Options that choose which frames of a video are taken.
 SAMPLING_OPTIONS = frozenset({"num_frames", "frame_sample_mode", "max_fps", "sampling_fps", "fps", "clip"})
-SECTIONS = {"text_kwargs": Molmo2TextKwargs, "images_kwargs": Molmo2ImagesKwargs, "videos_kwargs": Molmo2VideosKwargs}
+SECTIONS = {
+    "text_kwargs": Molmo2TextKwargs,
+    "images_kwargs": Molmo2ImageProcessorKwargs,
+    "videos_kwargs": Molmo2VideoProcessorKwargs,
+}
 
 
 class Molmo2Processor(ProcessorMixin):
@@ -803,6 +823,17 @@ class Molmo2Processor(ProcessorMixin):
         """Tokens of one image, given its row of `image_grids`; see `molmo2.processing.prompt_tokens.image_tokens`."""
         return image_tokens(image_grid, self.visual_token_format)
 
+    # The hooks of transformers 5, from the outputs of image and video processor.
+
+    def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
+        """Text that one `<|image|>` is replaced by; `image_inputs` hold `image_grids`."""
+        return "".join(self.get_image_tokens(image_inputs["image_grids"][image_idx]))
+
+    def replace_video_token(self, video_inputs: dict[str, Any], video_idx: int, **kwargs: Any) -> str:
+        """Text that one `<|video|>` is replaced by; `video_inputs` hold `video_grids` and `video_metadata`."""
+        videos = timed_grids(np.asarray(video_inputs["video_grids"]).tolist(), video_inputs["video_metadata"])
+        return self.get_video_string(*videos[video_idx])
+
     def get_video_string(self, video_grid: Sequence[int], timestamps: Sequence[float]) -> str:
         """Text of one video, given its rows of `video_grids`; see `molmo2.processing.prompt_tokens.video_string`."""
         return video_string(video_grid, timestamps, self.visual_token_format)
@@ -812,7 +843,6 @@ class Molmo2Processor(ProcessorMixin):
         images: Any = None,
         text: str | list[str] | None = None,
         videos: Any = None,
-        audio: Any = None,
         **kwargs: Unpack[Molmo2ProcessorKwargs],
     ) -> BatchFeature:
         """Prepare prompts with their images and videos.
@@ -836,7 +866,7 @@ class Molmo2Processor(ProcessorMixin):
             ValueError: The placeholders do not match the images and videos; truncation would cut visual tokens; rows
                 of different lengths would become a tensor without padding; there is no input at all; audio.
         """
-        if audio is not None:
+        if kwargs.pop("audio", None) is not None:  # no argument of its own: the library would list it as an input
             raise ValueError(
                 "Molmo2 has no audio input: `audio` must be None. Speech can be passed as text (role `subtitle`)."
             )
@@ -867,9 +897,12 @@ class Molmo2Processor(ProcessorMixin):
             videos = timed_grids(media.get("video_grids", []), metadata or [])
             expanded = self._expand(prompts, media.get("image_grids", []), videos)
             data = {**self._tokenize(expanded, stand_ins, options["text_kwargs"]), **media}
+        offsets = data.pop("text_replacement_offsets", None)
         features = MediaFeatures(data, return_tensors, _media_of_rows(prompts, sizes, metadata))
         if metadata is not None and options["videos_kwargs"].get("return_metadata"):
             features["video_metadata"] = metadata
+        if offsets is not None:
+            features["text_replacement_offsets"] = offsets
         return features
 
     @staticmethod
@@ -1001,6 +1034,8 @@ class Molmo2Processor(ProcessorMixin):
     def _tokenize(
         self, prompts: list[ExpandedPrompt], stand_ins: list[Mapping[str, str]], options: dict[str, Any]
     ) -> dict[str, Any]:
+        defaults = self.tokenizer.init_kwargs
+        options = {**{name: defaults[name] for name in TOKENIZER_DEFAULTS if name in defaults}, **options}
         spans = options.get("assistant_spans")
         with_offsets = spans is not None
         texts = [prompt.text for prompt in prompts]
@@ -1049,6 +1084,13 @@ class Molmo2Processor(ProcessorMixin):
             outputs["token_type_ids"] = [[token in visual for token in row] for row in outputs["input_ids"]]
         if masks is not None:
             outputs["assistant_masks"] = padded(masks, 0)
+        if options.get("return_text_replacement_offsets"):
+            bos = self.tokenizer.convert_ids_to_tokens(self.bos_token_id)
+            added = [len(bos) * (list(ids)[:1] != [self.bos_token_id]) for own in ids]
+            outputs["text_replacement_offsets"] = [
+                [{**own, "new_span": tuple(place + shift for place in own["new_span"])} for own in prompt.replacements]
+                for prompt, shift in zip(prompts, added)
+            ]
         return outputs
 
     def apply_chat_template(  # type: ignore[override]  # the library's types name its own messages
@@ -1286,9 +1328,8 @@ class Molmo2Processor(ProcessorMixin):
         """
         folder = Path(save_directory)
         tokenizer_class = self.tokenizer.init_kwargs.get("tokenizer_class")
-        super().save_pretrained(
-            folder, **{name: value for name, value in kwargs.items() if name == "legacy_serialization"}
-        )
+        forms = ("legacy_serialization", "save_jinja_files")
+        super().save_pretrained(folder, **{name: kwargs[name] for name in forms if name in kwargs})
         auto_map = {} if self._auto_class is None else AUTO_MAP
         for part, own in ((self.image_processor, "AutoImageProcessor"), (self.video_processor, "AutoVideoProcessor")):
             (saved,) = part.save_pretrained(folder)
@@ -1307,7 +1348,7 @@ class Molmo2Processor(ProcessorMixin):
             {
                 **_portable_tokenizer_keys(tokenizer_file),
                 "tokenizer_class": _portable_tokenizer_class(tokenizer_class, self.tokenizer),
-                "chat_template": self.chat_template,
+                **({"chat_template": self.chat_template} if kwargs.get("save_jinja_files", True) else {}),
                 "auto_map": chosen,
             },
         )

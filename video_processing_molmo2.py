@@ -56,10 +56,12 @@ from .image_processing_molmo2 import (
     FIXED_STEPS,
     FRAME_SUFFIXES,
     PATCH_ROWS_AND_COLS,
+    PIXEL_STEPS,
     CropSettings,
     FrameRun,
     MediaLimitError,
     MediaLimits,
+    Normalization,
     OptionsMixin,
     VideoPlan,
     as_output,
@@ -74,11 +76,13 @@ from .image_processing_molmo2 import (
     is_file_on_disk,
     load_images,
     masked,
+    normalization,
     open_image,
     pair,
     pixel_dtype,
     plain,
     plan_video,
+    require_size,
     scheme_of,
     stack_pooling,
     video_token_pooling,
@@ -1602,6 +1606,8 @@ def _is_positive(value: float) -> bool:
 
 FrameConsumer = Callable[[Iterator[np.ndarray], int], Result]  # (frames, their number) -> result
 
+
+DEFAULT_FPS = 24.0  # of frames without a rate, as processors of transformers assume
 ACCEPTED_VIDEOS = (
     "a path, a URL (http, https, file, data), the bytes of a video file or an open one, an array or tensor of frames, "
     "a list of images, or a pair (frames, metadata)"
@@ -1884,6 +1890,12 @@ def _frame_times(item: VideoItem, num_frames: int, are_all: bool) -> _FrameTimes
         indices = range(num_frames)
     indices = np.asarray(indices)
     if stamps is None:
+        if fps is None:
+            logger.warning_once(
+                f"{item.where} has no frame rate: its times in the prompt assume {DEFAULT_FPS:.0f} frames per second. "
+                'Pass the rate, video_metadata={"fps": 30.0}, or times in seconds, {"timestamps": [0.0, 0.5]}.'
+            )
+            fps = DEFAULT_FPS
         try:
             fps = require_fps(fps)
         except ValueError as error:
@@ -2078,18 +2090,14 @@ UNUSED_KEYS = {
     "default_to_square": True,
     "device": None,
     "do_center_crop": None,
-    "do_normalize": True,
-    "do_rescale": True,
-    "do_resize": True,
     "input_data_format": None,
     "pad_size": None,
-    "rescale_factor": 1 / 255,
     "video_metadata": None,
 }
 FRAMES_AHEAD = 3  # decoded while an earlier one is resized
 
 
-class Molmo2VideosKwargs(VideosKwargs, total=False):
+class Molmo2VideoProcessorKwargs(VideosKwargs, total=False):
     """Options of one call; an option that is not passed keeps the value of the processor.
 
     Attributes:
@@ -2108,6 +2116,9 @@ class Molmo2VideosKwargs(VideosKwargs, total=False):
             key frame as well. Key frames are pooled by `pooling_size`, the others by `between_pooling_size`. 1, the
             default, makes every frame a key frame.
         between_pooling_size: (rows, cols) of patches that become one token of a frame between key frames.
+        do_resize: False refuses frames that do not have the size of a crop.
+        do_rescale, rescale_factor, do_normalize: whether pixels are multiplied by the factor (floating point frames,
+            of 0..1, by 255 times it), and whether mean and std are applied.
         pixel_dtype: "float32", or "uint8": a quarter of the memory, normalised by the model to the same numbers.
         device: device on which frames are resized and normalised, the CPU by default; a GPU rounds a few pixels
             differently.
@@ -2136,15 +2147,15 @@ class Molmo2VideosKwargs(VideosKwargs, total=False):
 
 @dataclass(frozen=True)
 class VideoOptions:
-    """The checked options of one call, see `Molmo2VideosKwargs`."""
+    """The checked options of one call, see `Molmo2VideoProcessorKwargs`."""
 
     reading: ReadingOptions
     crops: CropSettings
     between: CropSettings
     key_frame_interval: int
     resample: int
-    mean: list[float]
-    std: list[float]
+    steps: Normalization
+    do_resize: bool
     pixel_dtype: np.dtype
     return_metadata: bool
     device: Any = None
@@ -2161,7 +2172,7 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
         size: height and width of a frame for the model; an int for a square one.
         resample: the filter by PIL's number: 2 bilinear, 3 bicubic, 0 nearest.
         image_mean, image_std: per channel, or one number for all, applied after scaling to 0..1.
-        num_frames, frame_sample_mode, max_fps, sampling_fps: sampling of frames, see `Molmo2VideosKwargs`.
+        num_frames, frame_sample_mode, max_fps, sampling_fps: sampling of frames, see `Molmo2VideoProcessorKwargs`.
         patch_size, pooling_size: side of a patch; rows and columns of patches that become one token.
 
     Raises:
@@ -2169,10 +2180,11 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
     """
 
     model_input_names = ["pixel_values_videos", "video_token_pooling", "video_grids"]
-    valid_kwargs = Molmo2VideosKwargs  # type: ignore[assignment]  # the library declares options of images here
+    valid_kwargs = Molmo2VideoProcessorKwargs  # type: ignore[assignment]  # the library declares options of images here
     video_backend: str | None  # an option
     TYPE_KEY = "video_processor_type"
     DEFAULTS = {
+        **PIXEL_STEPS,
         "between_pooling_size": [9, 9],
         "do_convert_rgb": True,
         "do_sample_frames": True,
@@ -2213,7 +2225,7 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
         "video_processor_type",
     }
 
-    def __init__(self, **kwargs: Unpack[Molmo2VideosKwargs]):
+    def __init__(self, **kwargs: Unpack[Molmo2VideoProcessorKwargs]):
         super().__init__(**kwargs)
 
     def _stored_options(self) -> dict[str, Any]:
@@ -2249,19 +2261,19 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
         video_metadata: Any = None,
         do_sample_frames: bool | None = None,
         return_metadata: bool | None = None,
-        **kwargs: Unpack[Molmo2VideosKwargs],
+        **kwargs: Unpack[Molmo2VideoProcessorKwargs],
     ) -> BatchFeature:
         """The sampled frames of videos as patches, and which patches each visual token pools.
 
         Args:
             videos: one video or a (nested) list of them; see `list_videos` for what counts as one.
-            video_metadata: a dict or `VideoMetadata` per video. Frames need their rate (`fps`) or the times of all
-                frames in seconds (`timestamps`); files need nothing.
+            video_metadata: a dict or `VideoMetadata` per video: of frames their rate (`fps`) or the times of all in
+                seconds (`timestamps`), else 24 frames per second are assumed; files need nothing.
             do_sample_frames: False takes all frames of a decoded video, whose indices in the source may be given as
                 `frames_indices` in the metadata. Files are sampled in any case, as in training.
             return_metadata: also return a list `video_metadata`, a `SampledVideoMetadata` per video.
-            kwargs: options of this call, see `Molmo2VideosKwargs`. None keeps the processor's value, except for
-                `max_fps`, where it lifts the limit.
+            kwargs: options of this call, see `Molmo2VideoProcessorKwargs`. None keeps the processor's value, except
+                for `max_fps`, where it lifts the limit.
 
         Returns:
             Frames and tokens of all videos one after the other, numpy arrays or, with `return_tensors="pt"`, tensors:
@@ -2391,16 +2403,16 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
             sample_indices_fn=sample_indices_fn,
             limits=self._limits(overrides),
         )
-        size, pooling_size = values["size"], values["pooling_size"]
+        size, pooling_size, steps = values["size"], values["pooling_size"], normalization(values)
         return VideoOptions(
             reading=reading,
             crops=CropSettings(size["height"], size["width"], values["patch_size"], *pooling_size),
             between=CropSettings(size["height"], size["width"], values["patch_size"], *values["between_pooling_size"]),
             key_frame_interval=values["key_frame_interval"],
             resample=values["resample"],
-            mean=values["image_mean"],
-            std=values["image_std"],
-            pixel_dtype=pixel_dtype(overrides.get("pixel_dtype"), values["image_mean"], values["image_std"]),
+            steps=steps,
+            do_resize=values["do_resize"],
+            pixel_dtype=pixel_dtype(overrides.get("pixel_dtype"), steps),
             return_metadata=values["return_metadata"],
         )
 
@@ -2456,14 +2468,16 @@ def _cut(
     item: VideoItem, options: VideoOptions, clip: tuple[float, float | None] | None, encoder: FrameEncoder | None
 ) -> tuple[Any, SampledVideoMetadata]:
     """The sampled frames of a video as pixel values, (F, P, values), or as features; one is decoded at a time."""
+    size = options.crops.crop_height, options.crops.crop_width
 
     def to_pixel_values(frames: Iterator[np.ndarray], num_frames: int) -> torch.Tensor:
+        if not options.do_resize:
+            frames = (require_size(frame, *size) for frame in frames)
         return frame_pixel_values(
             frames,
             options.crops,
             resample=options.resample,
-            mean=options.mean,
-            std=options.std,
+            steps=options.steps,
             num_frames=num_frames,
             dtype=options.pixel_dtype,
             device=options.device,
@@ -2517,4 +2531,10 @@ def _checked_clip(clip: Any) -> tuple[float, float | None] | None:
     return start, end
 
 
-__all__ = ["Molmo2VideoProcessor", "Molmo2VideosKwargs", "SampledVideoMetadata", "VideoDecodeError", "load_video"]
+__all__ = [
+    "Molmo2VideoProcessor",
+    "Molmo2VideoProcessorKwargs",
+    "SampledVideoMetadata",
+    "VideoDecodeError",
+    "load_video",
+]

@@ -234,7 +234,8 @@ class Molmo2FiftyOneModel(fom.SamplesMixin, fom.EmbeddingsMixin, fom.Model):
             return hidden[torch.arange(len(hidden), device=hidden.device), last]
         features = base.get_image_features if self.media_type == "image" else base.get_video_features
         counts = base.patch_token_mask(inputs["input_ids"], None).sum(1).tolist()
-        return torch.stack([own.float().mean(0) for own in features(**inputs).split(counts)])
+        vectors = torch.cat(features(**inputs).pooler_output)
+        return torch.stack([own.float().mean(0) for own in vectors.split(counts)])
 
     def _media_of(self, batch: Sequence[Any]) -> list[Any]:
         images = self.media_type == "image"

@@ -395,10 +395,10 @@ def test_embeddings_are_the_mean_of_the_visual_tokens(images, dataset, loaded, o
     path = samples.values("filepath")[1]
     if media_type == "image":
         inputs = loaded.processor(images=[path], return_tensors="pt")
-        tokens = loaded.model.model.get_image_features(**inputs)
+        tokens = torch.cat(loaded.model.model.get_image_features(**inputs).pooler_output)
     else:
         inputs = loaded.processor(videos=[path], return_tensors="pt")
-        tokens = loaded.model.model.get_video_features(**inputs)
+        tokens = torch.cat(loaded.model.model.get_video_features(**inputs).pooler_output)
     np.testing.assert_allclose(samples.values("vector")[1], tokens.mean(0).detach().numpy(), atol=1e-5)
 
 

@@ -326,8 +326,13 @@ def shows_every_frame(case: GoldenCase) -> None:
     )
 
 
+def assumes_24_fps(case: GoldenCase) -> None:
+    assert_same(repeat(case), repeat(case, video_metadata=[{"fps": 24.0}]))
+
+
 # --- departures: table -----------------------------------------------------------------------------------------------
 
+DEFAULT_RATE = "frames without a rate are taken as 24 per second, with a warning, as processors of transformers do"
 NO_STRAY_BLANK = "no blank in front of an assistant turn: training never saw it"
 PER_ROW_BOS = "BOS once per row, put in before truncation and padding; pads are never attended to"
 SAME_PICTURE = "the same picture in another layout or dtype is the same picture"
@@ -408,11 +413,11 @@ DEPARTURES: dict[str, tuple[Check, str]] = {
     "array_bool_hwc": (equals_call(images=lambda images: [images[0] * np.uint8(255)]), "True is white"),
     # videos given as arrays
     "varray_chw": (equals_case("varray_pil_list"), SAME_PICTURE),
-    "varray_metadata_fps_none": (raises("fps"), CLEAR_ERROR),
+    "varray_metadata_fps_none": (assumes_24_fps, DEFAULT_RATE),
     "varray_metadata_zero_fps": (raises("fps"), CLEAR_ERROR),
     "varray_metadata_total_too_big": (raises("50"), CLEAR_ERROR),
-    "varray_no_metadata": (raises("fps"), CLEAR_ERROR),
-    "varray_no_metadata_no_sampling": (raises("fps"), CLEAR_ERROR),
+    "varray_no_metadata": (assumes_24_fps, DEFAULT_RATE),
+    "varray_no_metadata_no_sampling": (assumes_24_fps, DEFAULT_RATE),
     "varray_unknown_mode": (raises("'uniform'"), CLEAR_ERROR),
     "varray_no_sampling": (shows_every_frame, "frames that are not sampled are numbered 0, 1, 2, ..."),
     "varray_n8_fps_mode_2997": (gives_times("0.0", "0.5", "1.0", "1.5"), FRACTIONAL_FPS),

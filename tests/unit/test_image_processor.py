@@ -17,7 +17,7 @@ from molmo2.image import loading as image_loading
 from molmo2.image.bilinear import MAX_BLOCK_ELEMENTS, MAX_INLINE_ELEMENTS, BilinearTables, resize_rows
 from molmo2.image.geometry import CropSettings
 from molmo2.image.loading import fetch_images, load_images
-from molmo2.image.pixels import frame_pixel_values, normalize, resize, write_patches
+from molmo2.image.pixels import Normalization, frame_pixel_values, normalize, resize, write_patches
 from molmo2.image.processing import Molmo2ImageProcessor
 from support.generated import generated
 from support.golden_cases import pattern, processor_cases, to_numpy
@@ -202,16 +202,17 @@ def test_normalize_is_per_channel_in_float32():
     pixels = np.arange(256 * 3, dtype=np.uint16).reshape(16, 16, 3).astype(np.uint8)
     mean, std = [0.48, 0.45, 0.4], [0.26, 0.27, 0.28]
     values = torch.from_numpy(pixels).float()
-    normalized = normalize(values.clone(), mean, std, np.dtype(np.uint8))
+    steps = Normalization(tuple(mean), tuple(std))
+    normalized = normalize(values.clone(), steps, np.dtype(np.uint8))
     assert normalized.dtype == torch.float32
     np.testing.assert_array_equal(normalized, normalized_by_hand(pixels, mean, std))
-    floats = normalize(values.double() / 255, mean, std, np.dtype(np.float64))
+    floats = normalize(values.double() / 255, steps, np.dtype(np.float64))
     np.testing.assert_allclose(floats, normalized, rtol=0, atol=1e-6)
 
 
 def test_normalize_needs_a_number_per_channel():
     with pytest.raises(ValueError, match="1 numbers"):
-        normalize(torch.zeros(2, 2, 3), [0.5], [0.5] * 3, np.dtype(np.uint8))
+        normalize(torch.zeros(2, 2, 3), Normalization((0.5,), (0.5,) * 3), np.dtype(np.uint8))
 
 
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic", "nearest"])
@@ -277,13 +278,13 @@ def test_resized_blocks_are_whole_rows_of_patches():
 def test_frames_are_one_crop_each(rgb):
     settings = CropSettings(28, 42, 14, 3, 3)
     frames = [rgb, rgb[::-1], rgb[:7]]
-    values = frame_pixel_values(frames, settings, resample=2, mean=[0.5] * 3, std=[0.5] * 3)
+    options = {"resample": 2, "steps": Normalization((0.5,) * 3, (0.5,) * 3)}
+    values = frame_pixel_values(frames, settings, **options)
     assert values.shape == (3, 6, 588)
     for frame, found in zip(frames, values, strict=True):
         expected = normalized_by_hand(resize(frame, 28, 42, 2)[None], [0.5] * 3, [0.5] * 3)
         expected = patches_by_hand(expected, 14)[0]
         np.testing.assert_array_equal(found, expected)
-    options = {"resample": 2, "mean": [0.5] * 3, "std": [0.5] * 3}
     np.testing.assert_array_equal(frame_pixel_values(iter(frames), settings, **options), values)
     np.testing.assert_array_equal(frame_pixel_values(iter(frames), settings, **options, num_frames=3), values)
     with pytest.raises(ValueError, match=r"num_frames is 4, but the iterable gave 3"):
@@ -753,14 +754,51 @@ def test_options_of_other_processors_are_passed_over(rgb, warnings_logged):
     assert_same_output(output, small_processor()(rgb))
 
 
+@pytest.mark.parametrize("at_init", [True, False])
+def test_steps_of_pixels(rgb, at_init):
+    """Each is obeyed, at construction and in a call; a floating point image is scaled as the same uint8 image."""
+
+    def values(image=rgb, **options):
+        processor = small_processor(**options) if at_init else small_processor()
+        return processor(image, **({} if at_init else options))["pixel_values"]
+
+    plain = values(do_rescale=False, do_normalize=False)
+    assert plain.dtype == np.float32
+    assert_array_equal = np.testing.assert_array_equal
+    assert_array_equal(plain, plain.round())
+    assert_array_equal(values(do_normalize=False), plain / 255)
+    assert_array_equal(values(do_rescale=False), (plain - 0.5) / 0.5)
+    assert_array_equal(values(do_normalize=False, rescale_factor=-1), -plain)
+    assert_array_equal(values(image_mean=0, image_std=[1, 2, 4], do_normalize=False), plain / 255)
+    floats = (rgb / 255).astype(np.float32)
+    np.testing.assert_allclose(
+        values(floats, do_normalize=False, rescale_factor=2), plain * 2, rtol=0, atol=1.01
+    )  # not rounded
+    assert values(floats, do_normalize=False, do_rescale=False).max() <= 1
+    for options in ({"do_normalize": False}, {"do_rescale": False}, {"rescale_factor": 1}):
+        with pytest.raises(ValueError, match="pixel_dtype is uint8, which the model normalises"):
+            small_processor(**options)(rgb, pixel_dtype="uint8")
+
+
+def test_an_image_that_has_its_size(rgb):
+    """`do_resize=False` gives what resizing to the same size gives, and refuses other sizes."""
+    canvas = resize(rgb, 28, 56, 2)
+    processor = small_processor(do_resize=False)
+    assert_same_output(processor(canvas), small_processor()(canvas))
+    with pytest.raises(ValueError, match=r"do_resize is False, but an image has 20 x 30 pixels .* needs 28 x 56"):
+        processor(rgb)
+    with pytest.raises(ValueError, match=r"rescale_factor is 0, but pixels are multiplied by it"):
+        small_processor(rescale_factor=0)
+
+
 def test_misspelt_and_pointless_options_are_warned_about(rgb, warnings_logged):
     assert small_processor(max_crop=1).max_crops == 2
     assert "ignores the unknown option 'max_crop'. Did you mean 'max_crops'?" in warnings_logged()
     processor = small_processor()
-    assert_same_output(processor(rgb, overlap_margin=1, colour=3, do_normalize=False), processor(rgb))
+    assert_same_output(processor(rgb, overlap_margin=1, colour=3, do_pad=True), processor(rgb))
     assert "ignores the unknown option 'overlap_margin'. Did you mean 'overlap_margins'?" in warnings_logged()
-    assert "ignores the unknown option 'colour'. It knows do_convert_rgb, image_mean," in warnings_logged()
-    assert "do_normalize=False has no effect: Molmo2 always works with do_normalize=True" in warnings_logged()
+    assert "ignores the unknown option 'colour'. It knows do_normalize, do_rescale," in warnings_logged()
+    assert "do_pad=True has no effect: Molmo2 always works with do_pad=False" in warnings_logged()
     Molmo2ImageProcessor.from_dict(PUBLISHED, pooling_sizes=3, padding_side="left")
     assert "ignores the unknown option 'pooling_sizes'. Did you mean 'pooling_size'?" in warnings_logged()
     assert "padding_side" not in warnings_logged()

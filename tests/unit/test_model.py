@@ -88,7 +88,8 @@ def test_chunked_vision_equals_unchunked(model, crops, tokens):
         other._modules = {**model.model._modules, "vision_backbone": backbone}
         backbone.crops_per_chunk, backbone.tokens_per_chunk = crops, tokens
         found = other.get_image_features(**{name: inputs[name] for name in names})
-    torch.testing.assert_close(found, expected, atol=ATOL, rtol=0)
+    for name in ("last_hidden_state", "pooler_output"):
+        torch.testing.assert_close(found[name], expected[name], atol=ATOL, rtol=0)
 
 
 def test_a_chunk_of_nothing_is_refused(qwen3):
@@ -156,7 +157,8 @@ def test_a_video_before_an_image(model):
     image = {name: inputs[name] for name in ("pixel_values", "image_token_pooling", "image_grids", "image_num_crops")}
     video = {name: inputs[name] for name in ("pixel_values_videos", "video_token_pooling", "video_grids")}
     with torch.no_grad():
-        expected = torch.cat([model.get_video_features(**video), model.get_image_features(**image)])
+        features = [model.get_video_features(**video), model.get_image_features(**image)]
+        expected = torch.cat([vectors for own in features for vectors in own.pooler_output])
         assert torch.equal(model(**inputs).image_hidden_states, expected)
 
 
@@ -367,12 +369,96 @@ def test_the_embedding_is_one_table_in_two_pieces(qwen3):
     assert torch.equal(table.weight[ids], table(ids))
 
 
-def test_resizing_within_the_table_and_past_it(qwen3):
-    assert qwen3.resize_token_embeddings(1034) is qwen3.get_input_embeddings()
-    assert qwen3.resize_token_embeddings() is qwen3.get_input_embeddings()
-    message = r"has 1152 rows \(1024 predicted ids and 128 that are only read\); 1153 were asked for"
-    with pytest.raises(ValueError, match=message):
-        qwen3.resize_token_embeddings(1153)
+@torch.no_grad()
+def test_resizing_makes_one_table_and_as_many_logits(qwen3, tmp_path):
+    """Added tokens follow the visual ones; ids, embeddings and logits of the rest stay, also after loading."""
+    model, inputs = copy.deepcopy(qwen3), batch("image", "text")
+    assert model.resize_token_embeddings() is model.get_input_embeddings()
+    assert model.config.text_config.additional_vocab_size == 128
+    before, table = model(**inputs).logits, model.get_input_embeddings().weight
+    model.resize_token_embeddings(1155)
+    assert isinstance(model.get_input_embeddings(), torch.nn.Embedding)
+    assert (model.config.vocab_size, model.config.text_config.additional_vocab_size) == (1155, 0)
+    assert torch.equal(model.get_input_embeddings().weight[:1152], table)
+    assert model.lm_head.weight.shape[0] == 1155
+    rows = model.lm_head.weight
+    torch.testing.assert_close(rows[1024:].mean(0), rows[:1024].mean(0), atol=1e-3, rtol=0)
+    model.save_pretrained(tmp_path)
+    loaded, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    for found in (model, loaded.eval()):
+        logits = found(**inputs).logits
+        assert logits.shape[-1] == 1155
+        torch.testing.assert_close(logits[..., :1024], before, atol=ATOL, rtol=0)
+    added = {"input_ids": torch.tensor([[5, 1154, 7]]), "labels": torch.tensor([[5, 1154, 7]])}
+    assert torch.isfinite(loaded(**added).loss)
+
+
+def test_shrinking_below_the_visual_tokens_is_warned_about(qwen3, caplog):
+    model = copy.deepcopy(qwen3)
+    with caplog.at_level("WARNING", logger="molmo2"):
+        model.resize_token_embeddings(1026)
+    assert "cut to 1026 rows, which leaves visual tokens without one: {'image_patch_id': 1026" in caplog.text
+
+
+def test_features_come_as_the_library_s_output(qwen3):
+    """Vectors of each image, and the states of the vision transformer; forward takes the whole object."""
+    inputs = batch("two images")
+    names = ("pixel_values", "image_token_pooling", "image_grids", "image_num_crops")
+    given = {name: inputs[name] for name in names}
+    with torch.no_grad():
+        features = qwen3.get_image_features(**given, output_hidden_states=True, output_attentions=True)
+        as_tuple = qwen3.get_image_features(**given, return_dict=False)
+        expected = qwen3(**inputs)
+        rest = {name: value for name, value in inputs.items() if name not in names[:2]}
+        found = qwen3(**rest, image_features=features)
+    tokens = inputs["image_grids"][:, 0] * inputs["image_grids"][:, 1]
+    tokens = tokens + inputs["image_grids"][:, 2] * inputs["image_grids"][:, 3]
+    assert [len(vectors) for vectors in features.pooler_output] == tokens.tolist()
+    depth = len(qwen3.vision_backbone.image_vit.transformer.resblocks)
+    assert (len(features.hidden_states), len(features.attentions)) == (depth + 1, depth)
+    assert features.last_hidden_state.shape[:2] == inputs["pixel_values"].shape[:2]
+    assert torch.equal(features.hidden_states[-1], features.last_hidden_state)
+    assert isinstance(as_tuple, tuple)
+    assert torch.equal(found.logits, expected.logits)
+
+
+@torch.no_grad()
+def test_vectors_past_float16_are_an_error(qwen3):
+    """Not NaN logits and an answer of exclamation marks."""
+    model = copy.deepcopy(qwen3).half()
+    model.vision_backbone.image_projector.w2.weight.mul_(1e5)
+    with pytest.raises(ValueError, match=r"not finite in float16, .* Load the model in bfloat16"):
+        model(**batch("image"))
+    assert torch.isfinite(model.float()(**batch("image")).logits).all()
+
+
+def test_a_frozen_tower_stays_out_of_the_backward_pass(qwen3):
+    """Also where adapters ask for gradients of the inputs; one that learns is in it."""
+    model, inputs = copy.deepcopy(qwen3).train(), batch("image")
+    model.vision_backbone.requires_grad_(False)
+    model.enable_input_require_grads()
+    tower = model.vision_backbone.image_vit
+    kept = []
+    tower.transformer.resblocks[0].register_forward_hook(lambda _module, _args, output: kept.append(output))
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    tower.positional_embedding.requires_grad_(True)
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert [output.requires_grad for output in kept] == [False, True]
+    assert tower.positional_embedding.grad.abs().max() > 0
+
+
+def test_pooling_indices_over_all_images_are_read(qwen3):
+    """As transformers' own processor counts them."""
+    inputs = batch("two images")
+    tokens = inputs["image_grids"][:, 0] * inputs["image_grids"][:, 1]
+    tokens = tokens + inputs["image_grids"][:, 2] * inputs["image_grids"][:, 3]
+    pooling, first = inputs["image_token_pooling"], inputs["image_num_crops"][0] * inputs["pixel_values"].shape[1]
+    counted = torch.cat([pooling[: tokens[0]], torch.where(pooling >= 0, pooling + first, pooling)[tokens[0] :]])
+    with torch.no_grad():
+        expected, found = qwen3(**inputs).logits, qwen3(**{**inputs, "image_token_pooling": counted}).logits
+    assert torch.equal(found, expected)
 
 
 def test_the_vision_backbone_alone(qwen3):
@@ -381,7 +467,7 @@ def test_the_vision_backbone_alone(qwen3):
     names = ("pixel_values", "image_token_pooling", "image_grids", "image_num_crops")
     with torch.no_grad():
         found = backbone(inputs["pixel_values"], inputs["image_token_pooling"])
-        expected = qwen3.get_image_features(**{name: inputs[name] for name in names})
+        expected = torch.cat(qwen3.get_image_features(**{name: inputs[name] for name in names}).pooler_output)
     torch.testing.assert_close(found, expected, atol=ATOL, rtol=0)
     empty_rows = torch.full((3, 4), -1)
     with torch.no_grad():

@@ -938,8 +938,11 @@ def test_decoding(processor):
 
 # --- errors ----------------------------------------------------------------------------------------------------------
 
-IMAGE_ADVICE = "Put one `<|image|>` where each image belongs, or let `apply_chat_template` write the prompt."
-VIDEO_ADVICE = "Put one `<|video|>` where each video belongs, or let `apply_chat_template` write the prompt."
+IMAGE_ADVICE, VIDEO_ADVICE = (
+    f"The number of `<|{noun}|>` tokens in the prompts should be the same as the number of {noun}s. Put one "
+    f"`<|{noun}|>` where each {noun} belongs, or let `apply_chat_template` write the prompt."
+    for noun in ("image", "video")
+)
 TWO_FRAMES = {"total_num_frames": 2, "fps": 5.0}
 ONE_VIDEO = {"videos": [video(2)], "video_metadata": [TWO_FRAMES]}
 
@@ -976,7 +979,10 @@ ONE_VIDEO = {"videos": [video(2)], "video_metadata": [TWO_FRAMES]}
             f"Prompt 0 has 0 `<|video|>`, but 1 video(s) were passed for it. {VIDEO_ADVICE}",
         ),
         ({"text": "<|image|>a", "images": [image()], **ONE_VIDEO}, "0 `<|video|>` in the text, but 1 video(s)"),
-        ({"text": "<|video|>a", "videos": [video(2)]}, "videos[0]: The video has no usable frame rate (fps is None)"),
+        (
+            {"text": "<|video|>a", "videos": [video(2)], "video_metadata": [{"fps": 0}]},
+            "videos[0]: The video has no usable frame rate (fps is 0)",
+        ),
         ({"text": "a", "padding": "short"}, "`padding` is 'short'; expected True, 'longest', 'max_length' or False."),
         ({"text": "a", "padding": "max_length"}, '`padding="max_length"` needs `max_length`'),
         ({"text": ["a", "b c"], "padding": True, "padding_side": "up"}, "`padding_side` is 'up'; expected 'left' or"),
@@ -985,6 +991,28 @@ ONE_VIDEO = {"videos": [video(2)], "video_metadata": [TWO_FRAMES]}
 def test_calls_that_make_no_sense(processor, arguments, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         processor(**arguments)
+
+
+def test_what_placeholders_were_replaced_by(processor):
+    """The places count characters of the row as it is decoded, with its BOS; the hooks give the same texts."""
+    call = {"videos": [video(2)], "video_metadata": [TWO_FRAMES], "return_tensors": "pt", "return_metadata": True}
+    outputs = processor(text=["a<|image|>b<|video|>"], images=[image()], return_text_replacement_offsets=True, **call)
+    (row,) = outputs["text_replacement_offsets"]
+    assert [(own["type"], own["text"]) for own in row] == [("image", "<|image|>"), ("video", "<|video|>")]
+    assert [own["span"] for own in row] == [(1, 10), (11, 20)]
+    decoded = processor.tokenizer.decode(outputs["input_ids"][0])
+    assert [decoded[slice(*own["new_span"])] for own in row] == [own["replacement"] for own in row]
+    hooks = [processor.replace_image_token(outputs, 0), processor.replace_video_token(outputs, 0)]
+    assert hooks == [own["replacement"] for own in row]
+
+
+def test_options_of_the_tokenizer_s_construction_hold_for_every_call(processor):
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    tokenizer.init_kwargs.update(padding="max_length", max_length=9)
+    own = Molmo2Processor(processor.image_processor, processor.video_processor, tokenizer)
+    assert own(text="a", return_tensors="pt")["input_ids"].shape == (1, 9)
+    assert own(text="a", return_tensors="pt", max_length=11)["input_ids"].shape == (1, 11)
+    assert len(own(text="a", padding=False)["input_ids"][0]) < 9
 
 
 def test_a_placeholder_that_counts_needs_its_image(processor):

@@ -140,7 +140,8 @@ def test_matching_placeholders(counts, passed):
     require_placeholders(counts, passed, "<|image|>", "image")
 
 
-ADVICE = "Put one `<|image|>` where each image belongs, or let `apply_chat_template` write the prompt."
+RULE = "The number of `<|image|>` tokens in the prompts should be the same as the number of images."
+ADVICE = f"{RULE} Put one `<|image|>` where each image belongs, or let `apply_chat_template` write the prompt."
 
 
 @pytest.mark.parametrize(
@@ -153,7 +154,8 @@ ADVICE = "Put one `<|image|>` where each image belongs, or let `apply_chat_templ
         (
             [1, 1],
             [1],
-            "There are 2 prompt(s), but images for 1. Pass one list of images per prompt, or one flat list for all.",
+            f"There are 2 prompt(s), but images for 1. {RULE} Pass one list of images per prompt, or one flat list "
+            "for all.",
         ),
     ],
 )

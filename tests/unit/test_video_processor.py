@@ -524,14 +524,39 @@ def test_clip_outside_an_array():
         processed([clip()], video_metadata=FPS3, clip=(9, 10))
 
 
-@pytest.mark.parametrize(
-    "metadata", [None, {}, {"fps": None}, {"fps": 0.0}, VideoMetadata(total_num_frames=6)], ids=str
-)
+@pytest.mark.parametrize("metadata", [None, {}, {"fps": None}, VideoMetadata(total_num_frames=6)], ids=str)
 @pytest.mark.parametrize("do_sample_frames", [True, False])
-def test_frames_without_times(metadata, do_sample_frames):
+def test_frames_without_times_are_taken_as_24_per_second(metadata, do_sample_frames, monkeypatch):
+    """As processors of transformers do, with a warning."""
+    warnings = []
+    monkeypatch.setattr(loading.logger, "warning_once", warnings.append)
+    options = {"do_sample_frames": do_sample_frames, "return_metadata": True}
+    found = processed([clip()], video_metadata=[metadata], **options)
+    assert [text.partition(":")[0] for text in warnings] == ["videos[0] has no frame rate"]
+    expected = processed([clip()], video_metadata=[{"fps": 24.0}], **options)
+    assert len(warnings) == 1
+    assert found["video_metadata"][0].timestamps == expected["video_metadata"][0].timestamps
+    np.testing.assert_array_equal(found["pixel_values_videos"], expected["pixel_values_videos"])
+
+
+@pytest.mark.parametrize("do_sample_frames", [True, False])
+def test_frames_with_an_impossible_rate(do_sample_frames):
     message = r'videos\[0\]: The video has no usable frame rate .*video_metadata={"fps": 30.0}'
     with pytest.raises(ValueError, match=message):
-        processed([clip()], video_metadata=[metadata], do_sample_frames=do_sample_frames)
+        processed([clip()], video_metadata=[{"fps": 0.0}], do_sample_frames=do_sample_frames)
+
+
+def test_steps_of_pixels():
+    """The processor's options and those of a call; frames are cut as images are."""
+    frames = [clip()]
+    plain = {"do_normalize": False, "do_rescale": False}
+    values = processed(frames, video_metadata=[{"fps": 3.0}], **plain)["pixel_values_videos"]
+    assert values.dtype == np.float32
+    assert values.max() > 1
+    scaled = processed(frames, video_metadata=[{"fps": 3.0}], do_normalize=False, rescale_factor=2)
+    np.testing.assert_array_equal(scaled["pixel_values_videos"], values * 2)
+    with pytest.raises(ValueError, match=r"do_resize is False, but an image has \d+ x \d+ pixels"):
+        processed(frames, video_metadata=[{"fps": 3.0}], do_resize=False)
 
 
 @pytest.mark.parametrize(
@@ -587,7 +612,7 @@ def test_unusable_frames():
     with pytest.raises(FileNotFoundError, match=r"Frame 0 of videos \('/a/0.png', ...\): .*'/a/0.png'"):
         processed(["/a/0.png", "/a/1.png"], video_metadata=FPS3)
     with pytest.raises(ValueError, match=r"videos \('/a/0.png', ...\): The video has no usable frame rate"):
-        processed(["/a/0.png", "/a/1.png"])
+        processed(["/a/0.png", "/a/1.png"], video_metadata={"fps": -1})
 
 
 def test_unusable_files(tmp_path):

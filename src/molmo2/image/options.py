@@ -5,6 +5,7 @@ The result is plain JSON; a value that makes no sense is refused by name, an opt
 """
 
 import difflib
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,18 +14,15 @@ from transformers.utils import logging
 
 from molmo2.configuration import CHANNELS, UINT8_MEAN, UINT8_STD, is_number, is_whole
 from molmo2.image.limits import MediaLimits, checked_limits
+from molmo2.image.pixels import RESCALE_FACTOR, Normalization
 
 logger = logging.get_logger(__name__)
 
-# Steps that are part of what the model was trained on. They are not configurable: another value is warned about.
-FIXED_STEPS = {
-    "do_resize": True,
-    "do_rescale": True,
-    "do_normalize": True,
-    "do_center_crop": False,
-    "do_pad": False,
-    "rescale_factor": 1 / 255,
-}
+# Steps of other processors that Molmo2 does not have: asking for one is warned about.
+FIXED_STEPS = {"do_center_crop": False, "do_pad": False}
+# Steps of every processor; files of published checkpoints leave them out or have these values.
+PIXEL_STEPS = {"do_normalize": True, "do_rescale": True, "do_resize": True, "rescale_factor": RESCALE_FACTOR}
+FLAGS = ("do_convert_rgb", "do_normalize", "do_rescale", "do_resize")
 NEAR_MISS = 0.85  # similarity (0..1) from which an unknown name counts as a misspelt option
 MAX_SIDE = 2**15  # of a crop in pixels, a window in patches: more is damage, and would be allocated
 PATCH_ROWS_AND_COLS = "(rows, cols) in patches"
@@ -64,17 +62,34 @@ def divisors_per_channel(name: str, value: Any) -> list[float]:
     return numbers
 
 
-def pixel_dtype(value: Any, mean: list[float], std: list[float]) -> np.dtype:
+def normalization(values: Mapping[str, Any]) -> Normalization:
+    """What pixels go through after resizing, from the canonical options of a processor."""
+    mean, std = values["image_mean"], values["image_std"]
+    if not values["do_normalize"]:
+        mean, std = [0.0] * CHANNELS, [1.0] * CHANNELS
+    return Normalization(tuple(mean), tuple(std), values["rescale_factor"] if values["do_rescale"] else None)
+
+
+def pixel_dtype(value: Any, steps: Normalization) -> np.dtype:
     """dtype of the pixels handed to the model: "float32" (normalised), or "uint8", which the model normalises."""
     dtype = np.dtype("float32") if value is None else np.dtype(str(value).removeprefix("torch."))
     if dtype not in (np.float32, np.uint8):
         raise ValueError(f"pixel_dtype is {value!r}. Use 'float32', or 'uint8' to let the model normalise.")
-    if dtype == np.uint8 and ({*mean} != {UINT8_MEAN} or {*std} != {UINT8_STD}):
+    if dtype == np.uint8 and steps != Normalization((UINT8_MEAN,) * CHANNELS, (UINT8_STD,) * CHANNELS):
         raise ValueError(
-            f"pixel_dtype is uint8, which the model normalises with mean {UINT8_MEAN} and std {UINT8_STD}, but the "
-            f"processor has image_mean {mean} and image_std {std}. Use pixel_dtype='float32'."
+            f"pixel_dtype is uint8, which the model normalises with mean {UINT8_MEAN} and std {UINT8_STD} after "
+            f"scaling by 1/255, but the processor has image_mean {list(steps.mean)}, image_std {list(steps.std)} and "
+            f"rescale_factor {steps.rescale_factor} (after do_normalize and do_rescale). Use pixel_dtype='float32'."
         )
     return dtype
+
+
+def nonzero(name: str, value: Any) -> float:
+    """A finite number other than 0."""
+    number = plain(value)
+    if not is_number(number) or number == 0:
+        raise ValueError(f"{name} is {value!r:.80}, but pixels are multiplied by it. Use a number other than 0.")
+    return float(number)
 
 
 def pair(name: str, value: Any, meaning: str, minimum: int = 1) -> list[int]:
@@ -143,15 +158,13 @@ class OptionsMixin:
     IGNORED: frozenset[str]
     TYPE_KEY: str
     limits: MediaLimits
-    _processor_class: str | None = None
+    _owner_class: str | None = None  # the library's own name for it must not exist on recent releases
 
     def __init__(self, **kwargs: Any):
-        self._processor_class = kwargs.pop("processor_class", None)
+        self._owner_class = kwargs.pop("processor_class", None)
         self.limits = checked_limits(kwargs.pop("limits", None))
-        base_options = {"processor_class": self._processor_class, "auto_map": kwargs.pop("auto_map", None)}
-        if base_options["auto_map"] is None:
-            del base_options["auto_map"]
-        super().__init__(**base_options)
+        auto_map = kwargs.pop("auto_map", None)
+        super().__init__(**({} if auto_map is None else {"auto_map": auto_map}))
         self._warn_about(kwargs, only_near_misses=True)
         for name, value in self._canonical(self.DEFAULTS | self._given(kwargs)).items():
             setattr(self, name, value)
@@ -167,12 +180,16 @@ class OptionsMixin:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of the processor's JSON file, the same on every release."""
-        identity = {"auto_map": getattr(self, "auto_map", None), "processor_class": self._processor_class}
+        identity = {"auto_map": getattr(self, "auto_map", None), "processor_class": self._owner_class}
         return {
             **self._stored_options(),
             self.TYPE_KEY: type(self).__name__,
             **{name: value for name, value in identity.items() if value is not None},
         }
+
+    def __repr__(self) -> str:
+        """The options alone, alike for a processor that a file named its owner to and for one that was built."""
+        return f"{type(self).__name__} {json.dumps(self._stored_options(), indent=2, sort_keys=True)}"
 
     def _stored_options(self) -> dict[str, Any]:
         """The options as they are written to JSON."""
@@ -189,7 +206,7 @@ class OptionsMixin:
 
     def _set_processor_class(self, processor_class: str) -> None:
         """Called by processors that own this one; recent releases only know it for tokenizers."""
-        self._processor_class = processor_class
+        self._owner_class = processor_class
 
     def _options(self, overrides: Mapping[str, Any]) -> Any:
         """The processor's options with those of one call over them, checked."""
@@ -213,7 +230,11 @@ class OptionsMixin:
         """
         return {
             **{name: plain(values[name]) for name in cls.DEFAULTS},
-            "do_convert_rgb": flag("do_convert_rgb", values["do_convert_rgb"]),
+            **{
+                name: flag(name, values[name])
+                for name in ("do_convert_rgb", "do_normalize", "do_rescale", "do_resize")
+            },
+            "rescale_factor": nonzero("rescale_factor", values["rescale_factor"]),
             "image_mean": per_channel("image_mean", values["image_mean"]),
             "image_std": divisors_per_channel("image_std", values["image_std"]),
             "pooling_size": pair("pooling_size", values["pooling_size"], PATCH_ROWS_AND_COLS),

@@ -5,7 +5,8 @@ preprocessing of Molmo2, which resized with torch and **without** antialiasing: 
 unlike those of training.
 """
 
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sized
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -22,6 +23,22 @@ FLOAT_DTYPES = (np.float16, np.float32, np.float64)
 # PIL's numbers for resampling filters, as processor configs store them -> torch's names
 INTERPOLATION_MODES = {0: "nearest", 2: "bilinear", 3: "bicubic"}
 UNSUPPORTED_FILTERS = {1: "lanczos", 4: "box", 5: "hamming"}
+RESCALE_FACTOR = 1 / 255  # from uint8 to 0..1
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """What pixels go through after resizing: `(pixels * rescale_factor - mean) / std`.
+
+    Attributes:
+        mean, std: one number per channel.
+        rescale_factor: for pixels of 0..255; floating point images, of 0..1, are scaled as the same picture would be.
+            None leaves the values of both kinds as they are.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    rescale_factor: float | None = RESCALE_FACTOR
 
 
 def interpolation_mode(resample: int) -> str:
@@ -64,23 +81,36 @@ def resize(image: np.ndarray, height: int, width: int, resample: int) -> np.ndar
     return pixels.numpy().astype(image.dtype, order="C")
 
 
-def normalize(pixels: Tensor, mean: Sequence[float], std: Sequence[float], dtype: np.dtype) -> Tensor:
-    """`(pixels - mean) / std` per channel in float32; uint8 values are divided by 255 before.
+def require_size(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The image itself, for `do_resize=False`; ValueError unless it has this size already."""
+    if image.shape[:2] != (height, width):
+        raise ValueError(
+            f"do_resize is False, but an image has {image.shape[0]} x {image.shape[1]} pixels (height x width) where "
+            f"the model needs {height} x {width}. Resize it before, or leave do_resize at True."
+        )
+    return image
+
+
+def normalize(pixels: Tensor, steps: Normalization, dtype: np.dtype) -> Tensor:
+    """Rescaled and normalised pixels in float32.
 
     Args:
         pixels: (H, W, 3), overwritten if it is float32.
-        mean, std: one number per channel.
         dtype: dtype of the image that the pixels come from.
     Returns:
         (H, W, 3) float32.
     """
     with torch.inference_mode():
         pixels = pixels.float()
-        if dtype == np.uint8:
-            pixels.div_(255)
+        if steps.rescale_factor is not None:
+            scale = steps.rescale_factor * (1 if dtype == np.uint8 else 255)
+            if scale == RESCALE_FACTOR:
+                pixels.div_(255)  # as in training; a multiplication rounds differently
+            elif scale != 1:
+                pixels.mul_(scale)
         rows = pixels.view(len(pixels), -1)  # ten times faster than with a channel axis
         width = rows.shape[1] // CHANNELS
-        rows.sub_(_per_value(tuple(mean), width, rows.device)).div_(_per_value(tuple(std), width, rows.device))
+        rows.sub_(_per_value(steps.mean, width, rows.device)).div_(_per_value(steps.std, width, rows.device))
         return pixels
 
 
@@ -106,7 +136,7 @@ def write_patches(crops: Tensor, out: Tensor, patch_size: int) -> None:
 
 
 def write_image_pixel_values(
-    image: np.ndarray, plan: Any, out: Tensor, *, resample: int, mean: Sequence[float], std: Sequence[float]
+    image: np.ndarray, plan: Any, out: Tensor, *, resample: int, steps: Normalization
 ) -> None:
     """Writes the pixel values of one image: the low-resolution view, then the tiles of the canvas row by row.
 
@@ -117,12 +147,11 @@ def write_image_pixel_values(
         plan: the `ImagePlan` of the image.
         out: (plan.num_crops, P, patch_size * patch_size * 3), filled in place; float32, or uint8 for pixels that are
             not normalised. The image is resized on its device.
-        resample: see `resize`.
-        mean, std: see `normalize`.
+        resample, steps: see `resize` and `Normalization`.
     """
     settings = plan.settings
     patch = settings.patch_size
-    resizer = _Resizer(image, out, resample, mean, std)
+    resizer = _Resizer(image, out, resample, steps)
     rows, columns = plan.tile_rows, plan.tile_cols
     views = out.unflatten(1, (settings.crop_height // patch, -1))
     for top, pixels in resizer.row_blocks((settings.crop_height, settings.crop_width), patch):
@@ -157,8 +186,7 @@ def frame_pixel_values(
     settings: Any,
     *,
     resample: int,
-    mean: Sequence[float],
-    std: Sequence[float],
+    steps: Normalization,
     num_frames: int | None = None,
     dtype: Any = np.float32,
     device: Any = None,
@@ -168,7 +196,7 @@ def frame_pixel_values(
     Args:
         frames: (H, W, 3) arrays, uint8 or float; any iterable, a generator of decoded frames included.
         settings: the `CropSettings` of the video.
-        resample, mean, std: see `resize` and `normalize`.
+        resample, steps: see `resize` and `Normalization`.
         num_frames: length of `frames` if it has none; otherwise the frames would be collected in a list first.
         dtype: float32, or uint8 for pixels that are not normalised.
         device: device of the resizing and of the result; None for the CPU.
@@ -190,7 +218,7 @@ def frame_pixel_values(
     for found, frame in enumerate(frames, start=1):
         if found > num_frames:
             break
-        resizer = _Resizer(frame, out, resample, mean, std, buffer)
+        resizer = _Resizer(frame, out, resample, steps, buffer)
         for top, pixels in resizer.row_blocks(size, patch, MAX_INLINE_ELEMENTS):
             write_patches(pixels, views[found - 1, top // patch : (top + len(pixels)) // patch], patch)
         buffer = resizer.planes
@@ -232,12 +260,11 @@ class _Resizer:
         image: np.ndarray,
         out: Tensor,
         resample: int,
-        mean: Sequence[float],
-        std: Sequence[float],
+        steps: Normalization,
         buffer: Tensor | None = None,
     ):
         _require_image(image)
-        self.image, self.resample, self.mean, self.std = image, resample, mean, std
+        self.image, self.resample, self.steps = image, resample, steps
         self.keeps_uint8 = _keeps_uint8(out.dtype, image.dtype)
         gathers = out.device.type == "cpu" and _can_gather_resize(image, resample)
         self.planes = None if gathers else _planes(image, buffer, out.device)
@@ -251,7 +278,7 @@ class _Resizer:
         else:
             blocks = iter([(0, _resized(self.planes, size, self.resample, self.image.dtype))])
         for row, pixels in blocks:
-            yield row, pixels if self.keeps_uint8 else normalize(pixels, self.mean, self.std, self.image.dtype)
+            yield row, pixels if self.keeps_uint8 else normalize(pixels, self.steps, self.image.dtype)
 
 
 def _require_image(image: np.ndarray) -> None:

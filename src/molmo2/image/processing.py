@@ -16,14 +16,21 @@ from molmo2.configuration import CHANNELS
 from molmo2.image.geometry import CropSettings, ImagePlan, image_token_pooling, plan_image
 from molmo2.image.limits import MediaLimits
 from molmo2.image.loading import fetch_images, load_images
-from molmo2.image.options import OptionsMixin, pair, pixel_dtype, plain
-from molmo2.image.pixels import as_output, empty_pixels, interpolation_mode, write_image_pixel_values
+from molmo2.image.options import PIXEL_STEPS, OptionsMixin, normalization, pair, pixel_dtype, plain
+from molmo2.image.pixels import (
+    Normalization,
+    as_output,
+    empty_pixels,
+    interpolation_mode,
+    require_size,
+    write_image_pixel_values,
+)
 from molmo2.media_features import MediaFeatures, image_media
 
 MOST_CROPS = 10_000  # an image of a million visual tokens; every tiling up to it is compared
 
 
-class Molmo2ImagesKwargs(ImagesKwargs, total=False):
+class Molmo2ImageProcessorKwargs(ImagesKwargs, total=False):
     """Options of one call; an option that is not passed keeps the value of the processor.
 
     Attributes:
@@ -33,6 +40,10 @@ class Molmo2ImagesKwargs(ImagesKwargs, total=False):
         pooling_size: (rows, cols) of patches that become one token.
         do_convert_rgb: False refuses images that are not RGB.
         image_mean, image_std: one number per channel, or one for all.
+        do_resize: False refuses images that do not have the size of their canvas; the low-resolution view of an image
+            of several tiles is made in any case.
+        do_rescale, rescale_factor, do_normalize: whether pixels are multiplied by the factor (floating point images,
+            of 0..1, by 255 times it), and whether mean and std are applied.
         input_data_format: "channels_last" or "channels_first", for arrays that could be either.
         pixel_dtype: "float32", or "uint8": a quarter of the memory, normalised by the model to the same numbers.
         device: device on which images are resized and normalised, the CPU by default; a GPU rounds a few pixels
@@ -55,13 +66,13 @@ class Molmo2ImagesKwargs(ImagesKwargs, total=False):
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """The checked options of one call, see `Molmo2ImagesKwargs`."""
+    """The checked options of one call, see `Molmo2ImageProcessorKwargs`."""
 
     crops: CropSettings
     max_crops: int
     resample: int
-    mean: list[float]
-    std: list[float]
+    steps: Normalization
+    do_resize: bool
     do_convert_rgb: bool
     pixel_dtype: np.dtype
     limits: MediaLimits
@@ -84,9 +95,10 @@ class Molmo2ImageProcessor(OptionsMixin, BaseImageProcessor):  # type: ignore[mi
     """
 
     model_input_names = ["pixel_values", "image_token_pooling", "image_grids", "image_num_crops"]
-    valid_kwargs = Molmo2ImagesKwargs
+    valid_kwargs = Molmo2ImageProcessorKwargs
     TYPE_KEY = "image_processor_type"
     DEFAULTS = {
+        **PIXEL_STEPS,
         "do_convert_rgb": True,
         "image_mean": [0.5, 0.5, 0.5],
         "image_std": [0.5, 0.5, 0.5],
@@ -118,7 +130,7 @@ class Molmo2ImageProcessor(OptionsMixin, BaseImageProcessor):  # type: ignore[mi
         "use_fast",
     }
 
-    def __init__(self, **kwargs: Unpack[Molmo2ImagesKwargs]):
+    def __init__(self, **kwargs: Unpack[Molmo2ImageProcessorKwargs]):
         super().__init__(**kwargs)
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
@@ -145,7 +157,7 @@ class Molmo2ImageProcessor(OptionsMixin, BaseImageProcessor):  # type: ignore[mi
         """
         return self.plan(height, width, **({} if images_kwargs is None else images_kwargs)).num_crops
 
-    def preprocess(self, images: Any, **kwargs: Unpack[Molmo2ImagesKwargs]) -> BatchFeature:
+    def preprocess(self, images: Any, **kwargs: Unpack[Molmo2ImageProcessorKwargs]) -> BatchFeature:
         """The crops of images, and which patches each visual token pools.
 
         Args:
@@ -174,6 +186,9 @@ class Molmo2ImageProcessor(OptionsMixin, BaseImageProcessor):  # type: ignore[mi
         for index, plan in enumerate(plans):
             found = f"Image {index} would take {plan.num_pooled_tokens:,} visual tokens"
             options.limits.check("visual_tokens", plan.num_pooled_tokens, found)
+        if not options.do_resize:
+            for image, plan in zip(loaded, plans, strict=True):
+                require_size(image, plan.canvas_height, plan.canvas_width)
         data = {
             "pixel_values": _pixel_values(loaded, plans, options, kwargs.get("device")),
             "image_token_pooling": _token_pooling(plans, options.crops),
@@ -190,6 +205,7 @@ class Molmo2ImageProcessor(OptionsMixin, BaseImageProcessor):  # type: ignore[mi
         self._warn_about(overrides)
         values = self._canonical(self._values() | self._given(overrides))
         interpolation_mode(values["resample"])
+        steps = normalization(values)
         crops = CropSettings(
             values["size"]["height"],
             values["size"]["width"],
@@ -201,12 +217,16 @@ class Molmo2ImageProcessor(OptionsMixin, BaseImageProcessor):  # type: ignore[mi
             crops=crops,
             max_crops=values["max_crops"],
             resample=values["resample"],
-            mean=values["image_mean"],
-            std=values["image_std"],
+            steps=steps,
+            do_resize=values["do_resize"],
             do_convert_rgb=values["do_convert_rgb"],
-            pixel_dtype=pixel_dtype(overrides.get("pixel_dtype"), values["image_mean"], values["image_std"]),
+            pixel_dtype=pixel_dtype(overrides.get("pixel_dtype"), steps),
             limits=self._limits(overrides),
         )
+
+    def _stored_options(self) -> dict[str, Any]:
+        stored = super()._stored_options()  # without the steps that published files leave out, unless they differ
+        return {name: value for name, value in stored.items() if PIXEL_STEPS.get(name) != value}
 
     @classmethod
     def _canonical_own(cls, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -229,7 +249,7 @@ def _pixel_values(images: list[np.ndarray], plans: list[ImagePlan], options: Ima
     first_crop = 0
     for image, plan in zip(images, plans, strict=True):
         out = pixel_values[first_crop : first_crop + plan.num_crops]
-        write_image_pixel_values(image, plan, out, resample=options.resample, mean=options.mean, std=options.std)
+        write_image_pixel_values(image, plan, out, resample=options.resample, steps=options.steps)
         first_crop += plan.num_crops
     return as_output(pixel_values)
 

@@ -13,16 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from molmo2.configuration import Molmo2Config
 from molmo2.model.attention.mask import require_empty_cache, starts_sequence
+from molmo2.model.embedding import Molmo2Embedding
 from molmo2.model.generation import Molmo2GenerationMixin, can_copy_rows, every_nth_row
 from molmo2.model.loss import IGNORED, kept_label_fraction, shift_labels, weighted_loss
 from molmo2.model.packing import packed_rows, require_packed_layout
 from molmo2.model.pretrained import Molmo2PreTrainedModel
-from molmo2.model.text import Molmo2Embedding, Molmo2TextModel
+from molmo2.model.text import Molmo2TextModel
 from molmo2.model.vision import Molmo2VisionBackbone, is_distributed_training, zero_vision_loss
 from molmo2.model.vision_inputs import MEDIA_INPUTS, REPEAT_FACTOR, Molmo2VisionInputsMixin, refuse_unknown_inputs
 
@@ -105,8 +107,8 @@ class Molmo2Model(Molmo2PreTrainedModel, Molmo2VisionInputsMixin):
                 see this prefix and themselves and continue its positions. See `molmo2.model.packing`.
             kwargs: `MEDIA_INPUTS`. `pixel_values`, `image_token_pooling`, `image_grids`, `image_num_crops`: see
                 `get_image_features`. `pixel_values_videos`, `video_token_pooling`, `video_grids`: see
-                `get_video_features`. `image_features`, `video_features`: (T, D), what these two return, in the place
-                of pixels and pooling indices; the grids are still needed where images and videos come together.
+                `get_video_features`. `image_features`, `video_features`: what these two return, or their vectors,
+                (T, D), in the place of pixels and pooling indices; grids are needed where both come together.
         Raises:
             ValueError: Neither or both of ids and embeddings, media that do not fit the prompts or each other, or
                 come behind cached tokens, patch tokens without media, an unknown argument that looks like one of
@@ -159,11 +161,15 @@ class Molmo2Model(Molmo2PreTrainedModel, Molmo2VisionInputsMixin):
             is_visual=is_visual,
             packed_rows=packed,
             cache_position=kwargs.get("cache_position"),
+            return_dict=True,
         )
-        return Molmo2ModelOutputWithPast(**outputs, image_hidden_states=vectors)
-
-    def _setting(self, name: str, value: bool | None) -> bool:
-        return getattr(self.config, name) if value is None else value
+        return Molmo2ModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=vectors,
+        )
 
 
 class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixin):
@@ -196,37 +202,17 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
     def vision_backbone(self) -> Molmo2VisionBackbone:
         return self.model.vision_backbone
 
-    def get_image_features(self, *args: Any, **kwargs: Any) -> Tensor:
+    def get_image_features(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
         """See `Molmo2Model.get_image_features`."""
         return self.model.get_image_features(*args, **kwargs)
 
-    def get_video_features(self, *args: Any, **kwargs: Any) -> Tensor:
+    def get_video_features(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
         """See `Molmo2Model.get_video_features`."""
         return self.model.get_video_features(*args, **kwargs)
 
     def encode_frames(self, *args: Any, **kwargs: Any) -> Tensor:
         """See `Molmo2Model.encode_frames`."""
         return self.model.encode_frames(*args, **kwargs)
-
-    def resize_token_embeddings(  # type: ignore[override]
-        self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
-    ) -> Molmo2Embedding:
-        """Check that `new_num_tokens` ids have an embedding; the tables themselves keep their size.
-
-        The published tables hold more rows than the tokenizer has entries, so tokens can be added up to that.
-
-        Raises:
-            ValueError: If more rows are asked for. Ids past `vocab_size` sit in a table of their own and have no
-                logits, so growing it would make tokens that can be read and never be written.
-        """
-        embeddings = self.get_input_embeddings()
-        if new_num_tokens is not None and new_num_tokens > embeddings.num_embeddings:
-            raise ValueError(
-                f"The embedding of Molmo2 has {embeddings.num_embeddings} rows ({self.config.vocab_size} predicted "
-                f"ids and {embeddings.new_embedding.shape[0]} that are only read); {new_num_tokens} were asked for. "
-                "Rename one of the tokenizer's unused `|<EXTRA_TOKENS_i>|` entries instead of adding a token."
-            )
-        return embeddings
 
     @can_return_tuple
     def forward(
@@ -260,9 +246,10 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
         """Logits, and the loss when labels are given. The other arguments are those of `Molmo2Model.forward`.
 
         Args:
-            labels: (B, S) ids to predict, shifted inside; -100 is ignored, and so are ids past `vocab_size` (visual
-                tokens), for which there are no logits; where `num_items_in_batch` counted them, it shrinks by their
-                share. First tokens of packed examples are not predicted; first tokens of branches must be -100.
+            labels: (B, S) ids to predict, shifted inside; -100 is ignored, and so are visual tokens, which no answer
+                contains, and ids past `vocab_size`, for which there are no logits; where `num_items_in_batch` counted
+                them, it shrinks by their share. First tokens of packed examples are not predicted; first tokens of
+                branches must be -100.
             loss_weights: (B, S) weights of the labels at the same places; the loss is `sum(weight * cross entropy)`
                 over their sum, or over `num_items_in_batch` where that is given (the sum over an accumulated step).
             logits_to_keep: Number of last positions (0: all), or a tensor of positions.
@@ -324,7 +311,8 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
                     "`logits_to_keep` at 0 when passing labels."
                 )
             vocab_size = self.config.text_config.vocab_size
-            targets = labels.masked_fill(labels >= vocab_size, IGNORED)
+            visual_ids = torch.tensor(self.model.visual_ids, device=labels.device)
+            targets = labels.masked_fill((labels >= vocab_size) | torch.isin(labels, visual_ids), IGNORED)
             if kwargs.get("num_items_in_batch") is not None and loss_weights is None:
                 kwargs["num_items_in_batch"] = kwargs["num_items_in_batch"] * kept_label_fraction(targets, labels)
             labels = targets

@@ -4,9 +4,13 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import logging
 
-from molmo2.configuration import Molmo2Config
+from molmo2.configuration import TOKEN_ID_OFFSETS, Molmo2Config
+from molmo2.model.embedding import Molmo2Embedding, warn_about_lost_rows
 from molmo2.model.rotary import Molmo2RotaryEmbedding
+
+logger = logging.get_logger(__name__)
 
 
 def checkpointing_settings(given: dict[str, Any] | None) -> dict[str, Any]:
@@ -52,6 +56,37 @@ class Molmo2PreTrainedModel(PreTrainedModel):
             """As in transformers, with `checkpointing_settings`."""
             settings = checkpointing_settings(gradient_checkpointing_kwargs)
             super().gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings, **options)
+
+    def _setting(self, name: str, value: bool | None) -> bool:
+        return bool(getattr(self.config, name)) if value is None else value
+
+    def _tie_or_clone_weights(self, output_embeddings: nn.Module, input_embeddings: nn.Module) -> None:
+        """Asked by older releases where a configuration was set to tie after it was made; newer ones do not ask."""
+        logger.warning_once("Molmo2 never ties its output matrix: a configuration's `tie_word_embeddings` is ignored.")
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As in transformers: the model reads `new_num_tokens` ids, and predicts as many.
+
+        The ids of visual tokens lie behind the base vocabulary, and added tokens behind them, so the two tables of a
+        published checkpoint become one, and the output matrix grows by the rows between. Rows that are new start at
+        the mean of the old ones, where visual tokens, which no answer contains, are less likely than an average token.
+        `vocab_size` and `additional_vocab_size`, 0 afterwards, describe the result to every reader of `config.json`.
+        """
+        warn_about_lost_rows(self.config, TOKEN_ID_OFFSETS, new_num_tokens)
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+
+    def _get_resized_embeddings(
+        self, old_embeddings: Any, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
+    ) -> nn.Embedding:
+        library: Any = super()
+        if not isinstance(old_embeddings, Molmo2Embedding):
+            return library._get_resized_embeddings(old_embeddings, new_num_tokens, *args, **kwargs)
+        joined = nn.Embedding.from_pretrained(old_embeddings.weight.detach(), freeze=False)
+        resized = library._get_resized_embeddings(joined, new_num_tokens, *args, **kwargs)
+        if new_num_tokens is not None or resized.num_embeddings != old_embeddings.num_embeddings:
+            old_embeddings.join(resized.weight)
+            self.config.get_text_config().additional_vocab_size = 0
+        return old_embeddings
 
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise what a checkpoint did not contain; never touch a tensor that was loaded.

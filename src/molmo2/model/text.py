@@ -8,6 +8,7 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils.generic import can_return_tuple
 
 from molmo2.configuration import Molmo2TextConfig
 from molmo2.model.attention.dispatch import Molmo2AttentionBase, attention_implementation, make_attention_mask
@@ -19,6 +20,7 @@ from molmo2.model.attention.mask import (
 )
 from molmo2.model.cache import use_preallocated_layers
 from molmo2.model.compat import update_cache
+from molmo2.model.embedding import Molmo2Embedding
 from molmo2.model.packing import PackedRows
 from molmo2.model.pretrained import Molmo2PreTrainedModel
 from molmo2.model.rotary import Molmo2RotaryEmbedding, rotate
@@ -38,39 +40,6 @@ class Molmo2RMSNorm(nn.Module):
             return nn.functional.rms_norm(states, size, self.weight, self.eps)
         wide = states.float() if states.dtype == torch.float64 else states  # narrower types are widened inside
         return self.weight * nn.functional.rms_norm(wide, size, None, self.eps).to(states.dtype)
-
-
-class Molmo2Embedding(nn.Module):
-    """One lookup table in two pieces: the base vocabulary, then the ids that were added for Molmo2."""
-
-    def __init__(self, vocab_size: int, additional_vocab_size: int, hidden_size: int):
-        super().__init__()
-        self.embedding = nn.Parameter(torch.empty(vocab_size, hidden_size))
-        self.new_embedding = nn.Parameter(torch.empty(additional_vocab_size, hidden_size))
-
-    @property
-    def num_embeddings(self) -> int:
-        """Rows of both pieces."""
-        return self.embedding.shape[0] + self.new_embedding.shape[0]
-
-    @property
-    def embedding_dim(self) -> int:
-        return self.embedding.shape[1]
-
-    @property
-    def weight(self) -> Tensor:
-        """Both pieces as one (rows, D) tensor: a copy, for tools that inspect it; `forward` never makes it."""
-        return torch.cat((self.embedding, self.new_embedding))
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """(B, S) ids to (B, S, D); only the rows asked for are touched."""
-        base_size = self.embedding.shape[0]
-        if not self.new_embedding.shape[0]:
-            return nn.functional.embedding(input_ids, self.embedding)
-        is_new = input_ids >= base_size
-        base = nn.functional.embedding(input_ids.masked_fill(is_new, 0), self.embedding)
-        new = nn.functional.embedding((input_ids - base_size).clamp(min=0), self.new_embedding)
-        return torch.where(is_new[..., None], new, base)
 
 
 class Molmo2Attention(Molmo2AttentionBase):
@@ -243,6 +212,7 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
         }
         return arguments, rotary
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -277,6 +247,8 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
                 "Pass either `input_ids` or `inputs_embeds` to the text model: "
                 f"found {'neither' if input_ids is None else 'both'}."
             )
+        output_attentions = self._setting("output_attentions", output_attentions)
+        output_hidden_states = self._setting("output_hidden_states", output_hidden_states)
         if use_cache is None:
             use_cache = self.config.use_cache and packed_rows is None
         if self.gradient_checkpointing and self.training:
@@ -291,7 +263,7 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
             past_key_values,
             is_visual,
             packed_rows,
-            bool(output_attentions),
+            output_attentions,
             kwargs.get("cache_position"),
         )
         hidden_states = self.emb_drop(inputs_embeds)

@@ -4,6 +4,8 @@ Everything is flat: the crops of all images and frames one after the other, and 
 """
 
 import itertools
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,8 +36,10 @@ class Molmo2VisionAttention(Molmo2AttentionBase):
         self.wo = nn.Linear(self.num_heads * self.head_dim, config.hidden_size)
         self.dropout = nn.Dropout(config.residual_dropout)
 
-    def forward(self, queries: Tensor, keys: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """(N, queries, input) attending to (N, keys, input), giving (N, queries, D).
+    def forward(
+        self, queries: Tensor, keys: Tensor, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """(N, queries, input) attending to (N, keys, input): (N, queries, D), and the weights where computed.
 
         Args:
             attention_mask: (N, 1, 1, keys) bool, True where a key is present; None when all are.
@@ -53,8 +57,8 @@ class Molmo2VisionAttention(Molmo2AttentionBase):
                 ~attention_mask, torch.finfo(torch.float32).min
             )
         is_causal = {} if implementation in ("eager", "flex_attention") else {"is_causal": False}
-        attended, _ = self.attend(query, key, value, attention_mask, implementation, **is_causal)
-        return self.dropout(self.wo(attended))
+        attended, weights = self.attend(query, key, value, attention_mask, implementation, **is_causal)
+        return self.dropout(self.wo(attended)), weights
 
 
 class Molmo2VisionMLP(nn.Module):
@@ -82,7 +86,7 @@ class Molmo2VisionBlock(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         normed = self.attention_norm(hidden_states)
-        hidden_states = hidden_states + self.attention(normed, normed)
+        hidden_states = hidden_states + self.attention(normed, normed)[0]
         return hidden_states + self.feed_forward(self.ffn_norm(hidden_states))
 
 
@@ -165,7 +169,7 @@ class Molmo2Pooling(Molmo2VisionAttention):
         self.masks_missing = config.pooling_attention_mask
         self.feature_dropout = nn.Dropout(config.image_feature_dropout)
 
-    def forward(self, features: Tensor, token_pooling: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, features: Tensor, token_pooling: Tensor) -> Tensor:  # type: ignore[override]  # no weights
         """Pool patches into tokens.
 
         Args:
@@ -179,10 +183,10 @@ class Molmo2Pooling(Molmo2VisionAttention):
         gathered = gathered * present[..., None].to(gathered.dtype)
         counted = present if self.masks_missing else token_pooling > PAD_SLOT
         if not self.masks_missing and bool(counted.all()):
-            return super().forward(gathered.mean(1, keepdim=True), gathered)[:, 0]
+            return super().forward(gathered.mean(1, keepdim=True), gathered)[0][:, 0]
         count = counted.sum(-1, keepdim=True).clamp(min=1).to(gathered.dtype)
         query = (gathered.sum(1) / count)[:, None]
-        return super().forward(query, gathered, counted[:, None, None])[:, 0]
+        return super().forward(query, gathered, counted[:, None, None])[0][:, 0]
 
 
 class Molmo2Projector(nn.Module):
@@ -267,8 +271,14 @@ class Molmo2VisionBackbone(Molmo2PreTrainedModel):
         return (tensor,) if size is None or len(tensor) <= size else tensor.split(size)
 
     def encode_crops(self, pixel_values: Tensor) -> Tensor:
-        """(C, P, pixels) to the concatenated features of the chosen layers, (C * P, layers * D), in one go."""
-        return torch.cat(self.image_vit(pixel_values), dim=-1).flatten(0, 1)
+        """(C, P, pixels) to the concatenated features of the chosen layers, (C * P, layers * D), in one go.
+
+        Nothing is kept for a backward pass where nothing of the tower is trained, even if hooks on its embedding
+        (`enable_input_require_grads`, as adapters on the text model call it) ask for gradients.
+        """
+        trains = pixel_values.requires_grad or any(own.requires_grad for own in self.image_vit.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
+            return torch.cat(self.image_vit(pixel_values), dim=-1).flatten(0, 1)
 
     def forward(self, pixel_values: Tensor, token_pooling: Tensor) -> Tensor:
         """Encode crops and pool them into tokens of the text model.
@@ -283,7 +293,7 @@ class Molmo2VisionBackbone(Molmo2PreTrainedModel):
         Returns:
             (valid rows of `token_pooling`, text width): rows without any patch are dropped.
         Raises:
-            ValueError: For an index past the last patch.
+            ValueError: For an index past the last patch, and for vectors that float16 cannot hold.
         """
         patches = pixel_values.shape[1]
         # Planned on the CPU, to which the table is copied once; the parts that chunks need are moved back with them.
@@ -310,6 +320,11 @@ class Molmo2VisionBackbone(Molmo2PreTrainedModel):
             held = held[(first_crop - held_from) * patches :].clone() if first_crop < ends[number] else None
             held_from, done = first_crop, ready
         joined = torch.cat(vectors)
+        if joined.dtype == torch.float16 and not bool(joined.isfinite().all()):
+            raise ValueError(
+                "Vectors of an image are not finite in float16, whose largest number is 65504; every token after them "
+                "would be nonsense. Load the model in bfloat16 or float32: `dtype=torch.bfloat16`."
+            )
         return joined if schedule.is_in_order() else joined[schedule.order.argsort().to(joined.device)]
 
     def _pooled(self, features: Tensor, token_pooling: Tensor, first_patch: int) -> list[Tensor]:
@@ -318,6 +333,24 @@ class Molmo2VisionBackbone(Molmo2PreTrainedModel):
         token_pooling = torch.where(token_pooling >= 0, token_pooling - first_patch, token_pooling)
         chunks = self._chunks(token_pooling, self.tokens_per_chunk)
         return [self.image_projector(self.image_pooling_2d(features, chunk)) for chunk in chunks]
+
+
+@contextmanager
+def record_calls(modules: Iterable[nn.Module]) -> Iterator[list[list[tuple[Any, Any]]]]:
+    """While open, keeps (first input, output) of every call of these modules; one list for each."""
+    calls: list[list[tuple[Any, Any]]] = []
+    handles = []
+    for module in modules:
+        own: list[tuple[Any, Any]] = []
+        calls.append(own)
+        handles.append(
+            module.register_forward_hook(lambda _module, args, output, own=own: own.append((args[0], output)))
+        )
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def is_distributed_training(module: nn.Module) -> bool:

@@ -16,6 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils.generic import can_return_tuple
+
+from molmo2.model.vision import record_calls
 
 # What images and videos are encoded from, as the processor returns it; pixels first.
 ENCODED_INPUTS = {
@@ -118,11 +122,14 @@ def flat_pooling(token_pooling: Tensor, tokens: Tensor, crops: Tensor, patches_p
     """Turn indices into an item's own patches into indices into the patches of all items.
 
     Args:
-        token_pooling: (T, K) int64, -1 where there is no patch, restarting at 0 for every image or video.
+        token_pooling: (T, K) int64, -1 where there is no patch, restarting at 0 for every image or video; or counted
+            over all of them already, as transformers' own processor does, and then returned as it is.
         tokens, crops: (items,) rows of `token_pooling` and crops of each item.
     """
     first_patch = (crops.cumsum(0) - crops) * patches_per_crop
     shift = first_patch.repeat_interleave(tokens, output_size=len(token_pooling))[:, None]
+    if len(crops) > 1 and bool(((token_pooling >= shift) | (token_pooling < 0)).all()):
+        return token_pooling
     return torch.where(token_pooling >= 0, token_pooling + shift, token_pooling)
 
 
@@ -238,6 +245,17 @@ def prompt_order(assigned: list[list[tuple[str, int]]], grids: MediaGrids) -> Te
     return torch.cat(pieces) if pieces else torch.zeros(0, dtype=torch.int64)
 
 
+def joined_features(features: Any) -> Tensor | None:
+    """(T, D) of what `get_image_features` or `get_video_features` returned, or of such vectors themselves."""
+    vectors = getattr(features, "pooler_output", features)
+    return torch.cat(tuple(vectors)) if isinstance(vectors, (list, tuple)) else vectors
+
+
+def _of_all_chunks(parts: list[Any]) -> Tensor | None:
+    """What was computed for each chunk of crops, in one tensor; None where nothing was."""
+    return None if not parts or parts[0] is None else torch.cat(parts)
+
+
 class Molmo2VisionInputsMixin:
     """The part of `Molmo2Model` that handles images and videos; the model has config, backbone and embeddings."""
 
@@ -304,14 +322,17 @@ class Molmo2VisionInputsMixin:
         ends = (config.image_end_token_id, config.frame_end_token_id)
         return token_groups(ids, self.patch_ids, *ends, config.low_res_image_start_token_id, example_ids)
 
+    @can_return_tuple
     def get_image_features(
         self,
         pixel_values: Tensor,
         image_token_pooling: Tensor,
         image_grids: Tensor,
         image_num_crops: Tensor,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         **kwargs: Any,
-    ) -> Tensor:
+    ) -> BaseModelOutputWithPooling:
         """Encode images.
 
         Args:
@@ -319,21 +340,38 @@ class Molmo2VisionInputsMixin:
             image_token_pooling: (T, 4) int64, relative to each image's own crops.
             image_grids: (images, 4) int64 rows, cols of the low-res view, rows, cols of the high-res crops, in tokens.
             image_num_crops: (images,) int64, the low-res view counted.
+            output_hidden_states, output_attentions: Also return what each layer of the vision transformer gave;
+                attention weights are None for implementations that compute none. By default as in the configuration.
         Returns:
-            (T, text width): one vector per patch token, image after image.
+            `pooler_output`: for each image (tokens, text width), one vector per patch token; `last_hidden_state`:
+            (C, P, D) of the last layer that the connector needs; `hidden_states`, `attentions`: one entry per layer up
+            to this one, hidden states with their input before. A tuple under `return_dict=False`.
         Raises:
             ValueError: If these tensors contradict each other, naming both numbers.
         """
+        media = self._images(pixel_values, image_token_pooling, image_grids, image_num_crops)
+        return self._encoded_output(*media, output_hidden_states, output_attentions)
+
+    def _images(
+        self, pixel_values: Tensor, image_token_pooling: Tensor, image_grids: Tensor, image_num_crops: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Crops, pooling indices over all of them and (images,) tokens of each image."""
         image_token_pooling, image_grids, image_num_crops = on_host(image_token_pooling, image_grids, image_num_crops)
         tokens = MediaGrids(image_grids=image_grids).image_tokens()
         self._require_equal("`image_num_crops` adds up to", image_num_crops.sum(), "`pixel_values` has", pixel_values)
         self._require_equal("`image_grids` adds up to", tokens.sum(), "`image_token_pooling` has", image_token_pooling)
-        pooling = flat_pooling(image_token_pooling, tokens, image_num_crops, pixel_values.shape[1])
-        return self.vision_backbone(pixel_values, pooling)
+        return pixel_values, flat_pooling(image_token_pooling, tokens, image_num_crops, pixel_values.shape[1]), tokens
 
+    @can_return_tuple
     def get_video_features(
-        self, pixel_values_videos: Tensor, video_token_pooling: Tensor, video_grids: Tensor, **kwargs: Any
-    ) -> Tensor:
+        self,
+        pixel_values_videos: Tensor,
+        video_token_pooling: Tensor,
+        video_grids: Tensor,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
         """Encode videos.
 
         Args:
@@ -341,27 +379,61 @@ class Molmo2VisionInputsMixin:
             video_token_pooling: (T, 9) int64, relative to each video's own frames.
             video_grids: (videos, 3) int64 frames, rows, cols in tokens.
         Returns:
-            (T, text width): one vector per patch token, video after video, frame after frame.
+            As `get_image_features`, with one entry of `pooler_output` per row of `video_grids`. The hidden states of
+            all frames are in memory at once; `encode_frames` returns the vectors alone.
         Raises:
             ValueError: If these tensors contradict each other, naming both numbers.
         """
+        media = self._videos(pixel_values_videos, video_token_pooling, video_grids)
+        return self._encoded_output(*media, output_hidden_states, output_attentions)
+
+    def _videos(
+        self, pixel_values_videos: Tensor, video_token_pooling: Tensor, video_grids: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Frames, pooling indices over all of them and tokens for each row of `video_grids`."""
         video_token_pooling, video_grids = on_host(video_token_pooling, video_grids)
         tokens, frames = MediaGrids(video_grids=video_grids).video_tokens(), video_grids[:, 0]
         self._require_equal("`video_grids` counts", frames.sum(), "`pixel_values_videos` has", pixel_values_videos)
         self._require_equal("`video_grids` adds up to", tokens.sum(), "`video_token_pooling` has", video_token_pooling)
         pooling = flat_pooling(video_token_pooling, tokens, frames, pixel_values_videos.shape[1])
-        return self.vision_backbone(pixel_values_videos, pooling)
+        return pixel_values_videos, pooling, tokens
+
+    def _encoded_output(
+        self, pixels: Tensor, pooling: Tensor, tokens: Tensor, wants_states: bool | None, wants_weights: bool | None
+    ) -> BaseModelOutputWithPooling:
+        """The vectors of each image or video, and the states of the vision transformer that led to them."""
+        model: Any = self
+        wants_states = model._setting("output_hidden_states", wants_states)
+        wants_weights = model._setting("output_attentions", wants_weights)
+        blocks = list(self.vision_backbone.image_vit.transformer.resblocks)
+        recorded = [*(blocks if wants_states else blocks[-1:])]
+        if wants_weights:
+            recorded += [block.attention for block in blocks]
+        with record_calls(recorded) as calls:
+            vectors = self.vision_backbone(pixels, pooling)
+        num_states = len(recorded) - len(blocks) * wants_weights
+        states = [_of_all_chunks([output for _, output in own]) for own in calls[:num_states]]
+        weights = [_of_all_chunks([output[1] for _, output in own]) for own in calls[num_states:]]
+        embedded = _of_all_chunks([states_in for states_in, _ in calls[0]])
+        found = (pooling >= 0).any(-1).split(tokens.tolist())  # tokens without a patch have no vector
+        return BaseModelOutputWithPooling(
+            last_hidden_state=states[-1],
+            pooler_output=vectors.split([int(own.sum()) for own in found]),  # type: ignore[arg-type]  # as the library
+            hidden_states=(embedded, *states) if wants_states else None,  # type: ignore[arg-type]
+            attentions=tuple(weights) if wants_weights else None,  # type: ignore[arg-type]
+        )
 
     @torch.inference_mode()
     def encode_frames(self, pixel_values_videos: Tensor, video_token_pooling: Tensor, video_grids: Tensor) -> Tensor:
-        """`get_video_features` of tensors on another device: the `frame_encoder` of the processor.
+        """(T, text width): the vectors of videos on any device, frame after frame: the processor's `frame_encoder`.
 
         The transfer to a GPU is asynchronous (from pinned memory).
         """
         device = self.vision_backbone.device
         if device.type == "cuda" and pixel_values_videos.device.type == "cpu":
             pixel_values_videos = pixel_values_videos.pin_memory().to(device, non_blocking=True)
-        return self.get_video_features(pixel_values_videos, video_token_pooling, video_grids)
+        pixels, pooling, _ = self._videos(pixel_values_videos, video_token_pooling, video_grids)
+        return self.vision_backbone(pixels, pooling)
 
     @staticmethod
     def _require_equal(stated: str, expected: Tensor, holder: str, tensor: Tensor) -> None:
@@ -389,11 +461,11 @@ class Molmo2VisionInputsMixin:
     ) -> Tensor | None:
         """(T, D) vectors of all patch tokens in the order of the prompts; None without media."""
         parts = []
-        for kind, encode in (("image", self.get_image_features), ("video", self.get_video_features)):
-            vectors = media[f"{kind}_features"]
+        for kind, prepare in (("image", self._images), ("video", self._videos)):
+            vectors = joined_features(media[f"{kind}_features"])
             given = {name: media[name] for name in ENCODED_INPUTS[kind]}
             if vectors is None:
-                vectors = self._encoded(given, encode)
+                vectors = self._encoded(given, prepare)
             elif given[ENCODED_INPUTS[kind][0]] is not None:
                 raise ValueError(f"Pass either `{kind}_features` or `{ENCODED_INPUTS[kind][0]}`: found both.")
             if vectors is not None:
@@ -414,14 +486,14 @@ class Molmo2VisionInputsMixin:
         order = prompt_order(assign_media(groups, grids), grids)
         return torch.cat(parts)[order.to(parts[0].device)]
 
-    @staticmethod
-    def _encoded(given: dict[str, Tensor | None], encode: Callable[..., Tensor]) -> Tensor | None:
+    def _encoded(self, given: dict[str, Tensor | None], prepare: Callable[..., Any]) -> Tensor | None:
         missing = [name for name, value in given.items() if value is None]
         if len(missing) == len(given):
             return None
         if missing:
             raise ValueError(f"{', '.join(missing)} missing: pass all of {list(given)} that the processor returned.")
-        return encode(**given)
+        pixels, pooling, _ = prepare(**given)
+        return self.vision_backbone(pixels, pooling)
 
     def _add_features(
         self,

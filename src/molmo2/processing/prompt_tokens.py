@@ -136,10 +136,13 @@ class ExpandedPrompt:
     Attributes:
         text: The expanded prompt.
         moves: (end in the original, shift) for each replaced placeholder, ascending.
+        replacements: One for each placeholder, in the form of transformers: its type, "image" or "video", `span` and
+            `text` in the original, `new_span` and `replacement` in the expanded prompt; spans count characters.
     """
 
     text: str
     moves: tuple[tuple[int, int], ...] = ()
+    replacements: tuple[dict[str, Any], ...] = ()
 
     def position(self, original: int) -> int:
         """Index in the expanded prompt of a character of the original one, outside of placeholders."""
@@ -155,14 +158,19 @@ def expand(prompt: str, replacements: Mapping[str, Sequence[str]]) -> ExpandedPr
     waiting = {placeholder: iter(texts) for placeholder, texts in replacements.items()}
     pieces: list[str] = []
     moves: list[tuple[int, int]] = []
-    done = 0
+    replaced: list[dict[str, Any]] = []
+    done = new_start = 0
     while found := [(start, mark) for mark in waiting if (start := prompt.find(mark, done)) >= 0]:
         start, mark = min(found)
         text = next(waiting[mark])
         pieces += [prompt[done:start], text]
+        new_start += start - done
         done = start + len(mark)
         moves.append((done, len(text) - len(mark)))
-    return ExpandedPrompt("".join([*pieces, prompt[done:]]), tuple(moves))
+        spans = {"span": (start, done), "new_span": (new_start, new_start + len(text))}
+        replaced.append({"type": mark.strip("<|>"), **spans, "text": mark, "replacement": text})
+        new_start += len(text)
+    return ExpandedPrompt("".join([*pieces, prompt[done:]]), tuple(moves), tuple(replaced))
 
 
 def require_placeholders(counts: Sequence[int], passed: Sequence[int] | int, placeholder: str, noun: str) -> None:
@@ -175,7 +183,10 @@ def require_placeholders(counts: Sequence[int], passed: Sequence[int] | int, pla
     Raises:
         ValueError: The numbers differ; the message names both, and the prompt where it is known.
     """
-    advice = f"Put one `{placeholder}` where each {noun} belongs, or let `apply_chat_template` write the prompt"
+    rule = f"The number of `{placeholder}` tokens in the prompts should be the same as the number of {noun}s"
+    advice = (
+        f"{rule}. Put one `{placeholder}` where each {noun} belongs, or let `apply_chat_template` write the prompt"
+    )
     if isinstance(passed, int):
         if sum(counts) != passed:
             raise ValueError(
@@ -184,8 +195,8 @@ def require_placeholders(counts: Sequence[int], passed: Sequence[int] | int, pla
         return
     if len(counts) != len(passed):
         raise ValueError(
-            f"There are {len(counts)} prompt(s), but {noun}s for {len(passed)}. Pass one list of {noun}s per prompt, "
-            "or one flat list for all."
+            f"There are {len(counts)} prompt(s), but {noun}s for {len(passed)}. {rule}. Pass one list of {noun}s per "
+            "prompt, or one flat list for all."
         )
     for index, (count, number) in enumerate(zip(counts, passed)):
         if count != number:

@@ -15,6 +15,7 @@ from urllib.request import url2pathname
 
 import numpy as np
 from PIL import Image
+from transformers.utils import logging
 from transformers.video_utils import VideoMetadata
 
 from molmo2.image.fetching import data_url_bytes, fetch, masked, scheme_of
@@ -27,6 +28,9 @@ from molmo2.video.sampling import SamplingSettings, require_fps, sample_indices,
 
 FrameConsumer = Callable[[Iterator[np.ndarray], int], Result]  # (frames, their number) -> result
 
+logger = logging.get_logger(__name__)
+
+DEFAULT_FPS = 24.0  # of frames without a rate, as processors of transformers assume
 ACCEPTED_VIDEOS = (
     "a path, a URL (http, https, file, data), the bytes of a video file or an open one, an array or tensor of frames, "
     "a list of images, or a pair (frames, metadata)"
@@ -309,6 +313,12 @@ def _frame_times(item: VideoItem, num_frames: int, are_all: bool) -> _FrameTimes
         indices = range(num_frames)
     indices = np.asarray(indices)
     if stamps is None:
+        if fps is None:
+            logger.warning_once(
+                f"{item.where} has no frame rate: its times in the prompt assume {DEFAULT_FPS:.0f} frames per second. "
+                'Pass the rate, video_metadata={"fps": 30.0}, or times in seconds, {"timestamps": [0.0, 0.5]}.'
+            )
+            fps = DEFAULT_FPS
         try:
             fps = require_fps(fps)
         except ValueError as error:

@@ -17,8 +17,25 @@ from transformers.video_processing_utils import BaseVideoProcessor
 
 from molmo2.configuration import CHANNELS, is_number
 from molmo2.image.geometry import CropSettings, VideoPlan, plan_video, stack_pooling, video_token_pooling
-from molmo2.image.options import FIXED_STEPS, PATCH_ROWS_AND_COLS, OptionsMixin, flag, pair, pixel_dtype, plain
-from molmo2.image.pixels import as_output, empty_pixels, frame_pixel_values, interpolation_mode
+from molmo2.image.options import (
+    FIXED_STEPS,
+    PATCH_ROWS_AND_COLS,
+    PIXEL_STEPS,
+    OptionsMixin,
+    flag,
+    normalization,
+    pair,
+    pixel_dtype,
+    plain,
+)
+from molmo2.image.pixels import (
+    Normalization,
+    as_output,
+    empty_pixels,
+    frame_pixel_values,
+    interpolation_mode,
+    require_size,
+)
 from molmo2.video.decoding.timeline import VideoDecodeError
 from molmo2.video.frame_encoding import FrameEncoder, encode_frames, read_ahead
 from molmo2.video.loading import (
@@ -33,7 +50,13 @@ from molmo2.video.loading import (
 )
 from molmo2.video.sampling import SamplingSettings, sample_indices
 
-__all__ = ["Molmo2VideoProcessor", "Molmo2VideosKwargs", "SampledVideoMetadata", "VideoDecodeError", "load_video"]
+__all__ = [
+    "Molmo2VideoProcessor",
+    "Molmo2VideoProcessorKwargs",
+    "SampledVideoMetadata",
+    "VideoDecodeError",
+    "load_video",
+]
 
 # Keys of the published video_preprocessor_config.json that have no effect; written so that other readers find them.
 UNUSED_KEYS = {
@@ -42,18 +65,14 @@ UNUSED_KEYS = {
     "default_to_square": True,
     "device": None,
     "do_center_crop": None,
-    "do_normalize": True,
-    "do_rescale": True,
-    "do_resize": True,
     "input_data_format": None,
     "pad_size": None,
-    "rescale_factor": 1 / 255,
     "video_metadata": None,
 }
 FRAMES_AHEAD = 3  # decoded while an earlier one is resized
 
 
-class Molmo2VideosKwargs(VideosKwargs, total=False):
+class Molmo2VideoProcessorKwargs(VideosKwargs, total=False):
     """Options of one call; an option that is not passed keeps the value of the processor.
 
     Attributes:
@@ -72,6 +91,9 @@ class Molmo2VideosKwargs(VideosKwargs, total=False):
             key frame as well. Key frames are pooled by `pooling_size`, the others by `between_pooling_size`. 1, the
             default, makes every frame a key frame.
         between_pooling_size: (rows, cols) of patches that become one token of a frame between key frames.
+        do_resize: False refuses frames that do not have the size of a crop.
+        do_rescale, rescale_factor, do_normalize: whether pixels are multiplied by the factor (floating point frames,
+            of 0..1, by 255 times it), and whether mean and std are applied.
         pixel_dtype: "float32", or "uint8": a quarter of the memory, normalised by the model to the same numbers.
         device: device on which frames are resized and normalised, the CPU by default; a GPU rounds a few pixels
             differently.
@@ -100,15 +122,15 @@ class Molmo2VideosKwargs(VideosKwargs, total=False):
 
 @dataclass(frozen=True)
 class VideoOptions:
-    """The checked options of one call, see `Molmo2VideosKwargs`."""
+    """The checked options of one call, see `Molmo2VideoProcessorKwargs`."""
 
     reading: ReadingOptions
     crops: CropSettings
     between: CropSettings
     key_frame_interval: int
     resample: int
-    mean: list[float]
-    std: list[float]
+    steps: Normalization
+    do_resize: bool
     pixel_dtype: np.dtype
     return_metadata: bool
     device: Any = None
@@ -125,7 +147,7 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
         size: height and width of a frame for the model; an int for a square one.
         resample: the filter by PIL's number: 2 bilinear, 3 bicubic, 0 nearest.
         image_mean, image_std: per channel, or one number for all, applied after scaling to 0..1.
-        num_frames, frame_sample_mode, max_fps, sampling_fps: sampling of frames, see `Molmo2VideosKwargs`.
+        num_frames, frame_sample_mode, max_fps, sampling_fps: sampling of frames, see `Molmo2VideoProcessorKwargs`.
         patch_size, pooling_size: side of a patch; rows and columns of patches that become one token.
 
     Raises:
@@ -133,10 +155,11 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
     """
 
     model_input_names = ["pixel_values_videos", "video_token_pooling", "video_grids"]
-    valid_kwargs = Molmo2VideosKwargs  # type: ignore[assignment]  # the library declares options of images here
+    valid_kwargs = Molmo2VideoProcessorKwargs  # type: ignore[assignment]  # the library declares options of images here
     video_backend: str | None  # an option
     TYPE_KEY = "video_processor_type"
     DEFAULTS = {
+        **PIXEL_STEPS,
         "between_pooling_size": [9, 9],
         "do_convert_rgb": True,
         "do_sample_frames": True,
@@ -177,7 +200,7 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
         "video_processor_type",
     }
 
-    def __init__(self, **kwargs: Unpack[Molmo2VideosKwargs]):
+    def __init__(self, **kwargs: Unpack[Molmo2VideoProcessorKwargs]):
         super().__init__(**kwargs)
 
     def _stored_options(self) -> dict[str, Any]:
@@ -213,19 +236,19 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
         video_metadata: Any = None,
         do_sample_frames: bool | None = None,
         return_metadata: bool | None = None,
-        **kwargs: Unpack[Molmo2VideosKwargs],
+        **kwargs: Unpack[Molmo2VideoProcessorKwargs],
     ) -> BatchFeature:
         """The sampled frames of videos as patches, and which patches each visual token pools.
 
         Args:
             videos: one video or a (nested) list of them; see `list_videos` for what counts as one.
-            video_metadata: a dict or `VideoMetadata` per video. Frames need their rate (`fps`) or the times of all
-                frames in seconds (`timestamps`); files need nothing.
+            video_metadata: a dict or `VideoMetadata` per video: of frames their rate (`fps`) or the times of all in
+                seconds (`timestamps`), else 24 frames per second are assumed; files need nothing.
             do_sample_frames: False takes all frames of a decoded video, whose indices in the source may be given as
                 `frames_indices` in the metadata. Files are sampled in any case, as in training.
             return_metadata: also return a list `video_metadata`, a `SampledVideoMetadata` per video.
-            kwargs: options of this call, see `Molmo2VideosKwargs`. None keeps the processor's value, except for
-                `max_fps`, where it lifts the limit.
+            kwargs: options of this call, see `Molmo2VideoProcessorKwargs`. None keeps the processor's value, except
+                for `max_fps`, where it lifts the limit.
 
         Returns:
             Frames and tokens of all videos one after the other, numpy arrays or, with `return_tensors="pt"`, tensors:
@@ -355,16 +378,16 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
             sample_indices_fn=sample_indices_fn,
             limits=self._limits(overrides),
         )
-        size, pooling_size = values["size"], values["pooling_size"]
+        size, pooling_size, steps = values["size"], values["pooling_size"], normalization(values)
         return VideoOptions(
             reading=reading,
             crops=CropSettings(size["height"], size["width"], values["patch_size"], *pooling_size),
             between=CropSettings(size["height"], size["width"], values["patch_size"], *values["between_pooling_size"]),
             key_frame_interval=values["key_frame_interval"],
             resample=values["resample"],
-            mean=values["image_mean"],
-            std=values["image_std"],
-            pixel_dtype=pixel_dtype(overrides.get("pixel_dtype"), values["image_mean"], values["image_std"]),
+            steps=steps,
+            do_resize=values["do_resize"],
+            pixel_dtype=pixel_dtype(overrides.get("pixel_dtype"), steps),
             return_metadata=values["return_metadata"],
         )
 
@@ -420,14 +443,16 @@ def _cut(
     item: VideoItem, options: VideoOptions, clip: tuple[float, float | None] | None, encoder: FrameEncoder | None
 ) -> tuple[Any, SampledVideoMetadata]:
     """The sampled frames of a video as pixel values, (F, P, values), or as features; one is decoded at a time."""
+    size = options.crops.crop_height, options.crops.crop_width
 
     def to_pixel_values(frames: Iterator[np.ndarray], num_frames: int) -> torch.Tensor:
+        if not options.do_resize:
+            frames = (require_size(frame, *size) for frame in frames)
         return frame_pixel_values(
             frames,
             options.crops,
             resample=options.resample,
-            mean=options.mean,
-            std=options.std,
+            steps=options.steps,
             num_frames=num_frames,
             dtype=options.pixel_dtype,
             device=options.device,

@@ -1,0 +1,75 @@
+"""The embedding table in two pieces, and what resizing makes of it."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+
+class Molmo2Embedding(nn.Embedding):
+    """One lookup table in two pieces: the base vocabulary, then the ids that were added for Molmo2.
+
+    An `nn.Embedding` for tools that ask. Tools that write to `weight`, such as a merge of adapters, need one piece:
+    `resize_token_embeddings` joins the two.
+    """
+
+    def __init__(self, vocab_size: int, additional_vocab_size: int, hidden_size: int):
+        nn.Module.__init__(self)  # that of nn.Embedding would make one table
+        self.padding_idx = self.max_norm = None
+        self.norm_type, self.scale_grad_by_freq, self.sparse = 2.0, False, False
+        self.embedding = nn.Parameter(torch.empty(vocab_size, hidden_size))
+        self.new_embedding = nn.Parameter(torch.empty(additional_vocab_size, hidden_size))
+
+    @property
+    def num_embeddings(self) -> int:  # type: ignore[override]  # attributes of nn.Embedding
+        """Rows of both pieces."""
+        return self.embedding.shape[0] + self.new_embedding.shape[0]
+
+    @property
+    def embedding_dim(self) -> int:  # type: ignore[override]
+        return self.embedding.shape[1]
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """Both pieces as one (rows, D) tensor: a copy, for tools that inspect it; `forward` never makes it.
+
+        After resizing there is one piece, and this is its parameter.
+        """
+        return torch.cat((self.embedding, self.new_embedding)) if len(self.new_embedding) else self.embedding
+
+    def reset_parameters(self) -> None:
+        """Draws both pieces anew, as `nn.Embedding` does with its table."""
+        nn.init.normal_(self.embedding)
+        nn.init.normal_(self.new_embedding)
+
+    def join(self, table: Tensor) -> None:
+        """Takes (rows, D) as the base vocabulary; the second piece, kept for the names on disk, has no rows then."""
+        trains = self.embedding.requires_grad
+        self.embedding = nn.Parameter(table.detach(), requires_grad=trains)
+        self.new_embedding = nn.Parameter(table.new_empty(0, table.shape[1]), requires_grad=trains)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """(B, S) ids to (B, S, D); only the rows asked for are touched."""
+        base_size = self.embedding.shape[0]
+        if not self.new_embedding.shape[0]:
+            return nn.functional.embedding(input_ids, self.embedding)
+        is_new = input_ids >= base_size
+        base = nn.functional.embedding(input_ids.masked_fill(is_new, 0), self.embedding)
+        new = nn.functional.embedding((input_ids - base_size).clamp(min=0), self.new_embedding)
+        return torch.where(is_new[..., None], new, base)
+
+
+def warn_about_lost_rows(config: Any, names: Iterable[str], num_rows: int | None) -> None:
+    """Warns where visual tokens of the configuration have ids past the rows that an embedding is to have."""
+    ids = {name: getattr(config, name) for name in names if hasattr(config, name)}
+    lost = {name: token_id for name, token_id in ids.items() if num_rows is not None and token_id >= num_rows}
+    if lost:
+        logger.warning(
+            f"The embedding is cut to {num_rows} rows, which leaves visual tokens without one: {lost}. The model can "
+            f"not read images any more, nor be loaded again. Keep {max(lost.values()) + 1} rows or more; "
+            "`len(processor.tokenizer)` counts these tokens."
+        )
