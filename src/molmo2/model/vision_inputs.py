@@ -418,7 +418,7 @@ class Molmo2VisionInputsMixin:
         found = (pooling >= 0).any(-1).split(tokens.tolist())  # tokens without a patch have no vector
         return BaseModelOutputWithPooling(
             last_hidden_state=states[-1],
-            pooler_output=vectors.split([int(own.sum()) for own in found]),  # type: ignore[arg-type]  # as the library
+            pooler_output=vectors.split([int(own.sum()) for own in found]),  # a tuple, as the library has it
             hidden_states=(embedded, *states) if wants_states else None,  # type: ignore[arg-type]
             attentions=tuple(weights) if wants_weights else None,  # type: ignore[arg-type]
         )
@@ -481,7 +481,8 @@ class Molmo2VisionInputsMixin:
         ids, *examples = on_host(
             self._special_ids(input_ids, inputs_embeds), *([] if example_ids is None else [example_ids])
         )
-        grids = MediaGrids(*on_host(grids.image_grids, grids.image_num_crops, grids.video_grids))
+        image_grids, video_grids = on_host(grids.image_grids, grids.video_grids)
+        grids = MediaGrids(image_grids, video_grids=video_grids)
         groups = self.token_groups(ids, None, *examples)
         order = prompt_order(assign_media(groups, grids), grids)
         return torch.cat(parts)[order.to(parts[0].device)]

@@ -223,7 +223,7 @@ class Molmo2Processor(ProcessorMixin):
         videos = timed_grids(np.asarray(video_inputs["video_grids"]).tolist(), video_inputs["video_metadata"])
         return self.get_video_string(*videos[video_idx])
 
-    def get_video_string(self, video_grid: Sequence[int], timestamps: Sequence[float]) -> str:
+    def get_video_string(self, video_grid: Sequence[Any], timestamps: Sequence[float]) -> str:
         """Text of one video, given its rows of `video_grids`; see `molmo2.processing.prompt_tokens.video_string`."""
         return video_string(video_grid, timestamps, self.visual_token_format)
 
@@ -465,7 +465,7 @@ class Molmo2Processor(ProcessorMixin):
         def padded(values: list[list[int]], filler: int) -> list[list[int]]:
             return [pad(row, target, filler, padding_side) for row in values] if target else values
 
-        outputs = {
+        outputs: dict[str, Any] = {
             "input_ids": padded(rows, self.tokenizer.pad_token_id),
             "attention_mask": padded([[1] * length for length in lengths], 0),
         }
@@ -475,9 +475,9 @@ class Molmo2Processor(ProcessorMixin):
             outputs["assistant_masks"] = padded(masks, 0)
         if options.get("return_text_replacement_offsets"):
             bos = self.tokenizer.convert_ids_to_tokens(self.bos_token_id)
-            added = [len(bos) * (list(ids)[:1] != [self.bos_token_id]) for own in ids]
+            added = [len(bos) * (list(own)[:1] != [self.bos_token_id]) for own in ids]
             outputs["text_replacement_offsets"] = [
-                [{**own, "new_span": tuple(place + shift for place in own["new_span"])} for own in prompt.replacements]
+                [{**one, "new_span": tuple(place + shift for place in one["new_span"])} for one in prompt.replacements]
                 for prompt, shift in zip(prompts, added)
             ]
         return outputs
