@@ -465,6 +465,7 @@ def test_an_empty_answer_is_learnt_where_it_is_meant():
         assert learnt(example(turn("What is there?", empty))) == "<|im_end|>"
 
 
-def test_null_beside_text_is_left_out():
+def test_a_text_part_without_text_is_refused():
     parts = [{"type": "text", "text": "A boat."}, {"type": "text", "text": None}]
-    assert learnt(example(turn("What is this?", parts))) == "A boat.<|im_end|>"
+    with pytest.raises(ValueError, match=r"Part 1 of message 1 is of type 'text' with the keys \['type'\]"):
+        example(turn("What is this?", parts))
