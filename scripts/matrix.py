@@ -2,7 +2,7 @@
 """Runs the test-suite on releases of transformers: scripts/matrix.py [--workers N] [RELEASE...], by default on all.
 
 The releases that constraints/environments.toml lists under `full_suite` run everything, the others what is not marked
-slow in the folders of `core_suite`. Ends with 1 when one of them failed, after all have run.
+slow in the folders of `core_suite`, without the files of `release_independent`. Ends with 1 when one of them failed, after all have run.
 """
 
 import argparse
@@ -22,9 +22,11 @@ def main() -> int:
     options = parser.parse_args()
     chosen = options.releases or releases["older"] + ([] if options.older else [releases["newest"]])
 
+    core = ["-m", "not slow", *releases["core_suite"]]
+    core += [f"--ignore={path}" for path in releases["release_independent"]]
     failed = []
     for release in chosen:
-        selection = [] if release in releases["full_suite"] else ["-m", "not slow", *releases["core_suite"]]
+        selection = [] if release in releases["full_suite"] else core
         print(f"=== transformers {release} {' '.join(selection) or '(full suite)'}", flush=True)
         begin = time.monotonic()
         tests = ["scripts/pytest", "python", "-q", "-n", options.workers, *selection]

@@ -21,6 +21,7 @@ def releases():
     tomllib = pytest.importorskip("tomllib", reason="part of Python from 3.11 on")
     table = tomllib.loads(text_of("constraints/environments.toml"))["transformers"]
     assert set(table["full_suite"]) <= {*table["older"], table["newest"]}
+    assert [path for path in table["release_independent"] if not (REPOSITORY / path).is_file()] == []
     return [*table["older"], table["newest"]]
 
 
