@@ -2,7 +2,8 @@
 """Runs the test-suite on releases of transformers: scripts/matrix.py [--workers N] [RELEASE...], by default on all.
 
 The releases that constraints/environments.toml lists under `full_suite` run everything, the others what is not marked
-slow in the folders of `core_suite`, without the files of `release_independent`. Ends with 1 when one of them failed, after all have run.
+slow in the folders of `core_suite`, without the files of `release_independent`. Ends with 1 when one of them failed,
+after all have run.
 """
 
 import argparse
