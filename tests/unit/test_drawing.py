@@ -216,6 +216,9 @@ def test_one_image_or_a_list_with_options_of_the_style():
     first, second = draw([ground, ground], answer((1, 250, 600), key="2"), BARE)
     assert changed(ground, first).size == 0
     assert second.getpixel((25, 30)) == BARE.color("cup", 1)
+    wide = draw(ground, answer((1, 250, 600)), BARE, radius=9)  # options count beside a style, too
+    assert changed(wide, draw_points(ground, answer((1, 250, 600)), replace(BARE, radius=9))).size == 0
+    assert changed(wide, drawn).size > 0
 
 
 def test_drawing_needs_no_torch():

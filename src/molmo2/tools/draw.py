@@ -108,11 +108,12 @@ def draw(images: Any, grounding: Any, style: DrawingStyle | None = None, **style
 
     Args:
         images: The image of the prompt, or the list of its images; see `draw_points`.
-        style, style_options: A `DrawingStyle`, or its attributes: `draw(image, grounding, radius=8)`.
+        style: A `DrawingStyle`.
+        style_options: Its attributes, instead of those of `style`: `draw(image, grounding, radius=8)`.
     Returns:
         A PIL image, or a list of them.
     """
-    style = DrawingStyle(**style_options) if style is None else style
+    style = replace(DrawingStyle() if style is None else style, **style_options)
     if isinstance(images, (list, tuple)):
         return draw_images(images, grounding, style)
     return draw_points(images, grounding, style)
