@@ -10,7 +10,7 @@ from transformers import Trainer, TrainingArguments
 
 from molmo2.data import Mixture, MixtureState, Source, mixture_rates
 from molmo2.data.mixture import SFT_GROUPS
-from molmo2.training import DataCollator, PackedMixture, Packer, SaveMixture, resume_mixture
+from molmo2.training import DataCollator, PackedMixture, Packer, SaveMixture, packed_mixture, resume_mixture
 from support.checkpoints import build_model
 from support.model_inputs import processor
 from support.training_cases import turn
@@ -203,14 +203,13 @@ def test_a_trainer_continues_with_the_very_next_row(tmp_path):
     assert own.state_dict(8) == stream.state_dict(8)
 
 
-def test_large_steps_keep_more_states(tmp_path):
-    run, stream = trainer(tmp_path, per_device_train_batch_size=8, gradient_accumulation_steps=16)
-    callback = run.callback_handler.callbacks[-1]
-    callback.on_train_begin(run.args, run.state, run.control)
-    rows = iter(stream)
-    for _ in range(300):
-        next(rows)
-    assert stream.state_dict(1)["rows"] == 1  # 512 are known
+def test_large_steps_keep_more_states(tmp_path, monkeypatch):
+    monkeypatch.setattr(packed_mixture, "KEPT_STATES", 2)
+    run, stream = trainer(tmp_path, gradient_accumulation_steps=2)
+    SaveMixture(stream).on_train_begin(run.args, run.state, run.control)
+    for _ in zip(range(8), stream):
+        pass
+    assert stream.state_dict(1)["rows"] == 1
 
 
 @pytest.mark.parametrize(

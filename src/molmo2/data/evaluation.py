@@ -125,10 +125,10 @@ def _pointbench(row: Row, sources: Sequence[Any]) -> _Asked:
             f"The mask {repr(sources[1])[:80]} is a {type(sources[1]).__name__}; expected an image or an array (H, W) "
             "or (H, W, channels). `media` has to open masks: it is asked for them with the kind 'mask'."
         )
-    if pixels.ndim == 3:
-        num_colors = pixels.shape[-1] - (pixels.shape[-1] in (2, 4))  # without alpha
-        pixels = pixels[..., :num_colors].any(axis=-1)
-    mask = pixels.astype(bool)
+    if pixels.ndim == 2:
+        pixels = pixels[..., None]
+    num_colors = pixels.shape[-1] - (pixels.shape[-1] in (2, 4))  # without alpha
+    mask = np.any(pixels[..., :num_colors], axis=-1)
     truth = {"size": mask.shape[::-1], "mask": mask}
     return _Asked(row["user_input"], truth, {"category": row["category"]})
 
