@@ -6,7 +6,8 @@ import re
 import numpy as np
 import pytest
 import torch
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError, nodes
+from jinja2.ext import Extension
 from transformers import AutoTokenizer
 
 from support.golden_cases import pattern
@@ -39,6 +40,58 @@ def assistant(content):
 
 def render(*messages, **options):
     return build_processor(SMALL).apply_chat_template(list(messages), **options)
+
+
+# --- how servers read it ---------------------------------------------------------------------------------------------
+
+
+def reads_content(node, variable):
+    """Whether an expression is `variable['content']` or `variable.content`, filtered, tested or sliced at will."""
+    if isinstance(node, (nodes.Filter, nodes.Test)):
+        return node.node is not None and reads_content(node.node, variable)
+    if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice):
+        return reads_content(node.node, variable)
+    key = node.arg.value if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const) else None
+    key = node.attr if isinstance(node, nodes.Getattr) else key
+    return key == "content" and isinstance(node.node, nodes.Name) and node.node.name == variable
+
+
+def names_in(expression):
+    return {node.name for node in (expression, *expression.find_all(nodes.Name)) if isinstance(node, nodes.Name)}
+
+
+def loops_over_content(source, variables=None):
+    """Whether a template goes through the parts of a message: that of a loop over `messages`, or one called so."""
+    loops = list(Environment(extensions=["jinja2.ext.loopcontrols", Generation]).parse(source).find_all(nodes.For))
+    if variables is None:
+        over_messages = [loop for loop in loops if "messages" in names_in(loop.iter)]
+        variables = {loop.target.name for loop in over_messages if isinstance(loop.target, nodes.Name)}
+    return any(reads_content(loop.iter, variable) for loop in loops for variable in variables)
+
+
+class Generation(Extension):
+    """`{% generation %}`, of which the servers' parsers know that it encloses a body."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+        return nodes.Scope(body, lineno=line)
+
+
+@pytest.mark.parametrize("variables", [None, {"message"}], ids=["vllm", "sglang"])
+def test_servers_see_that_content_may_be_a_list(variables):
+    source = build_processor(SMALL).chat_template
+    assert loops_over_content(source, variables)
+    # Otherwise a server joins the parts to one string, and pictures land behind "user".
+    assert not loops_over_content(source.replace("| default([], true)", "or []"), variables)
+
+
+def test_parts_as_transformers_serve_passes_them_on():
+    # It maps `image_url` and `video_url` to `image` and `video` with a `url`, and text parts stay as they are.
+    content = [{"type": "image", "url": "a.png"}, {"type": "video", "url": "a.mp4"}, text("Hi")]
+    assert render(user(*content)) == "<|image|><|video|><|im_start|>user\nHi<|im_end|>\n"
 
 
 # --- one turn --------------------------------------------------------------------------------------------------------

@@ -232,3 +232,46 @@ def test_messages_are_left_as_they_were():
     conversation = user(part)
     find_media(conversation)
     assert conversation == user({"type": "video", "video": "a.mp4", "fps": 2.0, "video_metadata": {"duration": 1.0}})
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (5, r"^The content of message 1, from 'user', is 5; expected text or a list of parts\."),
+        ([5], r"^Part 0 of message 1, from 'user', is 5; expected text or \{'type': 'text', 'text': \.\.\.\}, "),
+        (["a", None], r"^Part 1 of message 1, from 'user', is None;"),
+        ([["a"]], r"^Part 0 of message 1, from 'user', is \['a'\];"),
+        ([{"type": "audio", "audio": "a.mp3"}], r"^Part 0 of message 1 is of type 'audio' with the keys \['type', 'a"),
+        ([{"type": "document", "text": "a"}], r"^Part 0 of message 1 is of type 'document'"),
+        ([{"type": "text"}], r"^Part 0 of message 1 is of type 'text' with the keys \['type'\]; expected"),
+        ([{"type": "text", "text": None}], r"^Part 0 of message 1 is of type 'text' with the keys \['type'\]"),
+        ([{}], r"^Part 0 of message 1 is of type None"),
+        (
+            [{"image": "a.png", "max_crops": 2}],
+            r"^Part 0 of message 1 has the option 'max_crops', which image parts do",
+        ),
+        (
+            [{"image": "a.png", "num_frames": 2}],
+            r"^Part 0 of message 1 has the option 'num_frames', which image parts",
+        ),
+        (
+            [{"video": "a.mp4", "max_crops": 2}],
+            r"^Part 0 of message 1 has the option 'max_crops', which video parts do",
+        ),
+        ([{"text": "a", "fps": 2}], r"^Part 0 of message 1 has the option 'fps', which text parts do not have\."),
+    ],
+)
+def test_parts_that_would_vanish(content, message):
+    conversation = [{"role": "system", "content": "a"}, {"role": "user", "content": content}]
+    with pytest.raises(ValueError, match=message):
+        processor().apply_chat_template(conversation, tokenize=True)
+
+
+@pytest.mark.parametrize("name", ["tools", "documents"])
+def test_a_template_has_to_read_what_it_is_given(name):
+    with pytest.raises(ValueError, match=rf"^`{name}` was given, but the chat template has no place for it\."):
+        processor().apply_chat_template(user({"text": "a"}), **{name: [{"text": "b"}]})
+    assert processor().apply_chat_template(user({"text": "a"}), **{name: []}) == "<|im_start|>user\na<|im_end|>\n"

@@ -25,6 +25,9 @@ VIDEO_OPTIONS = {
     "backend": "video_backend",
     "video_backend": "video_backend",
 }
+VIDEO_PART_OPTIONS = frozenset({*VIDEO_OPTIONS, "fps"})
+PART_OPTIONS = VIDEO_PART_OPTIONS | {"max_crops", "overlap_margins", "pooling_size", "key_frame_interval"}
+PART_EXAMPLES = "{'type': 'text', 'text': ...}, {'type': 'image', 'image': ...} or {'type': 'video', 'video': ...}"
 
 
 @dataclass
@@ -53,14 +56,42 @@ def messages_of(conversation: Any) -> list[Mapping[str, Any]]:
     """The messages of a conversation: a list, or an object with `messages`, such as the `Chat` of a pipeline.
 
     Raises:
-        ValueError: It is neither.
+        ValueError: It is neither, or a message has content that is neither text nor a list of parts.
     """
     messages = getattr(conversation, "messages", conversation)
     if not isinstance(messages, (list, tuple)) or not all(isinstance(message, Mapping) for message in messages):
         raise ValueError(
             f"A conversation is a list of messages such as {{'role': 'user', 'content': ...}}; found {messages!r:.80}."
         )
+    for number, message in enumerate(messages):
+        _require_content(message, f"message {number}, from {message.get('role')!r:.40},")
     return list(messages)
+
+
+def _require_content(message: Mapping[str, Any], where: str) -> None:
+    """Refuses content that a template would drop; what it says about null and single objects is more to the point."""
+    content = message.get("content", "")
+    if not isinstance(content, (str, list, tuple, Mapping)) and content is not None:
+        raise ValueError(f"The content of {where} is {content!r:.80}; expected text or a list of parts.")
+    for index, part in enumerate(content if isinstance(content, (list, tuple)) else []):
+        if not isinstance(part, (str, Mapping)):
+            raise ValueError(f"Part {index} of {where} is {part!r:.80}; expected text or {PART_EXAMPLES}.")
+
+
+def _require_known(part: Mapping[str, Any], kind: str | None, where: str) -> None:
+    """Refuses a part without text, image or video, and options that a part of its kind does not have."""
+    if kind is None and (part.get("type") not in (None, "text") or part.get("text") is None):
+        keys = [key for key in part if part[key] is not None]
+        raise ValueError(
+            f"{where} is of type {part.get('type')!r:.40} with the keys {keys!r:.80}; expected {PART_EXAMPLES}."
+        )
+    options = [key for key in PART_OPTIONS if key in part and part[key] is not None]
+    misplaced = sorted(option for option in options if kind != "video" or option not in VIDEO_PART_OPTIONS)
+    if misplaced:
+        raise ValueError(
+            f"{where} has the option {misplaced[0]!r}, which {kind or 'text'} parts do not have. Pass it to the call, "
+            "where it holds for all images or videos."
+        )
 
 
 def media_kind(part: Mapping[str, Any]) -> str | None:
@@ -111,14 +142,18 @@ def find_media(conversation: Any) -> ConversationMedia:
     """Collect the images and videos of one conversation.
 
     Raises:
-        ValueError: An image or video part has no source; the message says where, and which keys may hold it.
+        ValueError: An image or video part has no source, a part is neither text nor image nor video, or has an option
+            that it cannot have; the message says where, and what was expected.
     """
     media = ConversationMedia()
     for number, message in enumerate(messages_of(conversation)):
         content = message.get("content")
         parts = content if isinstance(content, (list, tuple)) else []
         for index, part in enumerate(parts):
-            kind = media_kind(part) if isinstance(part, Mapping) else None
+            if isinstance(part, str):
+                continue
+            kind = media_kind(part)
+            _require_known(part, kind, f"Part {index} of message {number}")
             if kind is None:
                 continue
             source = media_source(part, kind)

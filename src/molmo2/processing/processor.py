@@ -7,7 +7,7 @@ and the media that they name.
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from os import PathLike
 from pathlib import Path
@@ -28,6 +28,14 @@ from molmo2.image.pixels import as_output
 from molmo2.image.processing import Molmo2ImageProcessor, Molmo2ImagesKwargs
 from molmo2.media_features import MediaFeatures, ground_answers, media_of_rows
 from molmo2.processing.chat import find_media, is_batch, media_arguments, messages_of
+from molmo2.processing.plain_text import (
+    RenderedPrompt,
+    SpecialTokens,
+    encode_plain,
+    hide,
+    split_pieces,
+    without_surrogates,
+)
 from molmo2.processing.prompt_tokens import (
     IMAGE_PLACEHOLDER,
     VIDEO_PLACEHOLDER,
@@ -64,11 +72,15 @@ class Molmo2TextKwargs(TextKwargs, total=False):
     Attributes:
         return_mm_token_type_ids: False leaves `token_type_ids` out.
         assistant_spans: For each prompt the (start, end) characters that the assistant wrote; adds `assistant_masks`.
+        allow_special_tokens: Special tokens in the text of messages count as if the template had written them.
+        split_special_tokens: Special tokens in prompts are text too, but for the placeholders of images and videos.
     """
 
     return_tensors: str | None
     return_mm_token_type_ids: bool | None
     assistant_spans: list[list[tuple[int, int]]] | None
+    allow_special_tokens: bool | None
+    split_special_tokens: bool | None
 
 
 CALL_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -234,7 +246,7 @@ class Molmo2Processor(ProcessorMixin):
         own_options = kwargs.pop("per_video_options", None)
         options = self.sort_options(kwargs)
         return_tensors = options["text_kwargs"].get("return_tensors")
-        prompts = None if text is None else _as_prompts(text)
+        prompts, stand_ins = (None, []) if text is None else self._hidden(_as_prompts(text), options["text_kwargs"])
 
         media: dict[str, Any] = {}
         sizes: list[MediaInfo] = []
@@ -253,7 +265,7 @@ class Molmo2Processor(ProcessorMixin):
         if prompts is not None:
             videos = timed_grids(media.get("video_grids", []), metadata or [])
             expanded = self._expand(prompts, media.get("image_grids", []), videos)
-            data = {**self._tokenize(expanded, options["text_kwargs"]), **media}
+            data = {**self._tokenize(expanded, stand_ins, options["text_kwargs"]), **media}
         features = MediaFeatures(data, return_tensors, _media_of_rows(prompts, sizes, metadata))
         if metadata is not None and options["videos_kwargs"].get("return_metadata"):
             features["video_metadata"] = metadata
@@ -333,21 +345,77 @@ class Molmo2Processor(ProcessorMixin):
             for prompt in prompts
         ]
 
-    def _tokenize(self, prompts: list[ExpandedPrompt], options: dict[str, Any]) -> dict[str, Any]:
-        spans = options.get("assistant_spans")
+    @property
+    def _special_tokens(self) -> SpecialTokens:
+        return SpecialTokens.of(self.tokenizer, (IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, *VISUAL_TOKENS))
+
+    def _hidden(self, prompts: list[str], options: dict[str, Any]) -> tuple[list[str], list[Mapping[str, str]]]:
+        """The prompts with stand-ins for special tokens that are mere text, and what these stand for."""
+        texts: list[str] = []
+        stand_ins: list[Mapping[str, str]] = []
+        split = options.get("split_special_tokens")
+        split = getattr(self.tokenizer, "split_special_tokens", False) if split is None else split
+        for prompt in prompts:
+            text, own = str(prompt), {}
+            if isinstance(prompt, RenderedPrompt):
+                text, own = (text, {}) if options.get("allow_special_tokens") else (prompt.hidden, prompt.stand_ins)
+            elif split:
+                text, own = hide(text, self._special_tokens, kept=frozenset({IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER}))
+            texts.append(text)
+            stand_ins.append(own)
+        return texts, stand_ins
+
+    def _encode(self, texts: list[str], with_offsets: bool, add_special_tokens: bool) -> tuple[list[Any], list[Any]]:
+        """Ids, and on request the (start, end) characters of each."""
         encoded = self.tokenizer(
-            [prompt.text for prompt in prompts],
-            add_special_tokens=options.get("add_special_tokens", True),
+            [without_surrogates(text) for text in texts],
+            add_special_tokens=add_special_tokens,
+            split_special_tokens=False,  # the visual tokens must not be
             return_attention_mask=False,
             return_token_type_ids=False,
-            return_offsets_mapping=spans is not None,
+            return_offsets_mapping=with_offsets,
         )
-        rows = [insert_bos(list(ids), self.bos_token_id) for ids in encoded["input_ids"]]
+        return encoded["input_ids"], encoded["offset_mapping"] if with_offsets else []
+
+    def _encode_around_text(
+        self, text: str, stand_ins: Mapping[str, str], with_offsets: bool
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """`_encode` for one prompt with stand-ins, whose text is encoded as if no token were special."""
+        row: list[int] = []
+        places: list[tuple[int, int]] = []
+        done = 0
+        for piece, is_text in split_pieces(text, stand_ins, self._special_tokens):
+            if is_text:
+                ids, offsets = encode_plain(self.tokenizer, without_surrogates(piece))
+            else:
+                (ids,), offsets = self._encode([piece], with_offsets, add_special_tokens=False)
+                offsets = offsets[0] if with_offsets else []
+            row += ids
+            places += [(start + done, end + done) for start, end in offsets]
+            done += len(piece)
+        return row, places
+
+    def _tokenize(
+        self, prompts: list[ExpandedPrompt], stand_ins: list[Mapping[str, str]], options: dict[str, Any]
+    ) -> dict[str, Any]:
+        spans = options.get("assistant_spans")
+        with_offsets = spans is not None
+        texts = [prompt.text for prompt in prompts]
+        ids, offsets = self._encode(
+            ["" if own else text for text, own in zip(texts, stand_ins)],
+            with_offsets,
+            options.get("add_special_tokens", True),
+        )
+        for index, own in enumerate(stand_ins):
+            if own:
+                ids[index], places = self._encode_around_text(texts[index], own, with_offsets)
+                offsets[index : index + 1] = [places] if with_offsets else []
+        rows = [insert_bos(list(own), self.bos_token_id) for own in ids]
         masks = None
         if spans is not None:
             masks = [
-                _assistant_mask(prompt, own, offsets, len(row))
-                for prompt, own, offsets, row in zip(prompts, spans, encoded["offset_mapping"], rows)
+                _assistant_mask(prompt, own, places, len(row))
+                for prompt, own, places, row in zip(prompts, spans, offsets, rows)
             ]
         visual = frozenset(self.image_token_ids)
         max_length, side = options.get("max_length"), self.tokenizer.truncation_side
@@ -404,11 +472,14 @@ class Molmo2Processor(ProcessorMixin):
                 `clip`, `num_frames`, `max_fps`, `frame_sample_mode`, `sampling_fps`, `timestamps`, `video_metadata`.
             return_assistant_tokens_mask: With `tokenize` and `return_dict`, add `assistant_masks` (B, S): 1 on the
                 tokens of the assistant, the closing token included.
-            processor_kwargs, kwargs: Options of `__call__`; `kwargs` are passed to the template too.
+            processor_kwargs, kwargs: Options of `__call__`; `kwargs` are passed to the template too. Special tokens in
+                the text of messages are encoded as text, unless `allow_special_tokens=True`.
         Returns:
             The prompt, a list of prompts for a batch; with `tokenize` the ids, with `return_dict` too a BatchFeature.
+            A prompt remembers which special tokens in it are text; `__call__` reads that, no other tokenizer does.
         Raises:
-            ValueError: An image or video part without a source, a missing template, and whatever `__call__` raises.
+            ValueError: A missing template, or one that does not read `tools`; with `tokenize` a part that is no text,
+                image or video, or one without its source, and whatever `__call__` raises.
             jinja2.TemplateError: Roles out of order, an empty conversation.
         """
         if return_assistant_tokens_mask and not (tokenize and return_dict):
@@ -426,6 +497,8 @@ class Molmo2Processor(ProcessorMixin):
             **kwargs,
         )
         if not tokenize:
+            is_plain = kwargs.get("allow_special_tokens")
+            prompts = [str(prompt) if is_plain or not prompt.stand_ins else prompt for prompt in prompts]
             return prompts if batched else prompts[0]
         options = {**kwargs, **(processor_kwargs or {})}
         if return_tensors not in (None, "auto"):
@@ -437,16 +510,17 @@ class Molmo2Processor(ProcessorMixin):
 
     def render_conversations(
         self, conversations: list[Any], chat_template: str | None = None, **options: Any
-    ) -> tuple[list[str], list[list[tuple[int, int]]]]:
+    ) -> tuple[list[RenderedPrompt], list[list[tuple[int, int]]]]:
         """Write conversations as prompts with placeholders; the first step of `apply_chat_template`.
 
         Args:
             options: `add_generation_prompt`, `return_assistant_tokens_mask`, ... and variables of the template.
         Returns:
-            The prompts; for each, under `return_assistant_tokens_mask`, the (start, end) characters that the assistant
-            wrote, as `encode_prompts` takes them.
+            The prompts, which remember the special tokens that are text of a message; for each, under
+            `return_assistant_tokens_mask`, the (start, end) characters that the assistant wrote, as `encode_prompts`
+            takes them.
         Raises:
-            ValueError: There is no template.
+            ValueError: There is no template, or none that reads `tools` or `documents`.
         """
         template = self.chat_template if chat_template is None else chat_template
         if isinstance(template, dict):
@@ -455,11 +529,19 @@ class Molmo2Processor(ProcessorMixin):
             raise ValueError(
                 "The processor has no chat template. Put `chat_template.jinja` beside its files, or pass one."
             )
+        unread = [name for name in ("tools", "documents") if options.get(name) and not re.search(name, template)]
+        if unread:
+            raise ValueError(
+                f"`{unread[0]}` was given, but the chat template has no place for it. Write it into the system "
+                "message, or pass a `chat_template` that reads it."
+            )
         messages: list[Any] = [messages_of(conversation) for conversation in conversations]
-        rendered: Any = render_jinja_template(
+        written = (messages, options.get("tools"), options.get("documents"))
+        (messages, options["tools"], options["documents"]), stand_ins = hide(written, self._special_tokens, template)
+        prompts, spans = render_jinja_template(
             messages, chat_template=template, **{**self.tokenizer.special_tokens_map, **options}
         )
-        return rendered
+        return [RenderedPrompt(prompt, stand_ins) for prompt in prompts], spans
 
     def encode_prompts(
         self,
@@ -484,7 +566,8 @@ class Molmo2Processor(ProcessorMixin):
             `input_ids`, `attention_mask`, `token_type_ids` and `assistant_masks`, as the call would give them.
         """
         options = {**CALL_DEFAULTS["text_kwargs"], **options, "assistant_spans": assistant_spans}
-        data = self._tokenize(self._expand(prompts, image_grids, videos), options)
+        texts, stand_ins = self._hidden(prompts, options)
+        data = self._tokenize(self._expand(texts, image_grids, videos), stand_ins, options)
         return BatchFeature(data, tensor_type=options.get("return_tensors"))
 
     def post_process_grounding(

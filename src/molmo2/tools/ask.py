@@ -190,6 +190,7 @@ class MediaSession:
                 "A session caches images and videos, but there are none. Pass `images` or `videos`, or use `ask`."
             )
         options = {**({} if processor_kwargs is None else processor_kwargs), "return_metadata": True}
+        self._allow_special_tokens = bool(options.get("allow_special_tokens"))
         inputs = _prepare_inputs(model, processor, [_conversation("", self._images, self._videos)], options)
         self.media: MediaInfo = inputs.media[0]
         timestamps = [metadata.timestamps for metadata in inputs.pop("video_metadata", [])]
@@ -259,7 +260,9 @@ class MediaSession:
         conversation = _conversation(turns[0]["content"] if turns else str(question), self._images, self._videos)
         conversation += [*turns[1:], {"role": "user", "content": str(question)}] if turns else []
         prompt = self.processor.apply_chat_template(conversation, add_generation_prompt=True)
-        inputs = self.processor.encode_prompts([prompt], *self._grids, return_tensors="pt")
+        inputs = self.processor.encode_prompts(
+            [prompt], *self._grids, return_tensors="pt", allow_special_tokens=self._allow_special_tokens
+        )
         ids, cache = prefix
         new = inputs["input_ids"]
         shorter = min(ids.shape[1], new.shape[1] - 1)  # `generate` needs at least one token that is not cached

@@ -16,6 +16,9 @@ from molmo2.processing.prompt_tokens import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
 from molmo2.tools.memory import MemoryEstimate, RequestShape, estimate_memory
 from molmo2.video.processing import clips_per_video
 
+# Options of the call that change how many tokens a prompt has.
+TEXT_OPTIONS = ("add_special_tokens", "allow_special_tokens", "split_special_tokens")
+
 
 @dataclass(frozen=True)
 class RequestPlan:
@@ -202,7 +205,7 @@ class RequestPlanner:
             self.prompts,
             [plan.grid for plan in images],
             [(plan.grids, times) for plan, times in videos],
-            add_special_tokens=self.options["text_kwargs"].get("add_special_tokens", True),
+            **{name: value for name, value in self.options["text_kwargs"].items() if name in TEXT_OPTIONS},
         )
         plan = RequestPlan(
             row_tokens=tuple(len(ids) for ids in encoded["input_ids"]),
@@ -255,8 +258,13 @@ def plan(
         raise ValueError("`max_memory` needs `model`, whose shapes decide how much a request takes.")
     sorted_options = processor.sort_options(options)
     planner = RequestPlanner.from_call(processor, text, images, videos, sorted_options)
-    num_frames = sorted_options["videos_kwargs"].pop("num_frames", None) or processor.video_processor.num_frames
-    max_crops = sorted_options["images_kwargs"].pop("max_crops", None) or processor.image_processor.max_crops
+
+    def chosen(section: str, part: Any, name: str) -> int:
+        value = sorted_options[section].pop(name, None)
+        return getattr(part, name) if value is None else value
+
+    num_frames = chosen("videos_kwargs", processor.video_processor, "num_frames")
+    max_crops = chosen("images_kwargs", processor.image_processor, "max_crops")
 
     def plan_for(chosen: dict[str, int]) -> RequestPlan:
         return planner.plan(chosen, model, max_new_tokens)

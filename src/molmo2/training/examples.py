@@ -92,7 +92,8 @@ def build_training_example(
             its tokens (0: it is context only), and any message a `style`.
         weighting: Loss weights of answers; None weighs all tokens equally.
         max_length: Maximum number of tokens of a conversation; longer ones are truncated at the end.
-        options: Of the image and the video processor: `max_crops`, `num_frames`, ...
+        options: Of the image and the video processor: `max_crops`, `num_frames`, ...; `allow_special_tokens` as for
+            `apply_chat_template`.
     Returns:
         (S,) `input_ids`, `labels` (-100 on tokens that are not targets) int64, `token_type_ids` bool; with weights
         `loss_weights` float32; for a tree `branch_ids` int64; and the media tensors that the processor's call
@@ -118,8 +119,9 @@ def build_training_example(
                 f"A conversation of {len(branch)} message(s) has none from the assistant, so there is nothing to "
                 "learn. Add the answer, as a message with the role `assistant`."
             )
+    text_options = {"chat_template": chat_template, "allow_special_tokens": options.pop("allow_special_tokens", False)}
     features = _process_media(processor, media, options)
-    encoded = _encode(processor, conversations, features, chat_template)
+    encoded = _encode(processor, conversations, features, **text_options)
     features.pop("video_metadata", None)
     visual_ids = frozenset(processor.image_token_ids)
     rows = [
@@ -175,16 +177,21 @@ def _process_media(processor: Any, media: ConversationMedia, options: dict[str, 
 
 
 def _encode(
-    processor: Any, conversations: list[Conversation], features: Mapping[str, Any], template: str | None
+    processor: Any,
+    conversations: list[Conversation],
+    features: Mapping[str, Any],
+    chat_template: str | None,
+    allow_special_tokens: bool,
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Token ids of each conversation, and a mask that is 1 on answers; all conversations have the same media."""
-    prompts, spans = processor.render_conversations(conversations, template, return_assistant_tokens_mask=True)
+    prompts, spans = processor.render_conversations(conversations, chat_template, return_assistant_tokens_mask=True)
     repeats = len(conversations)
     encoded = processor.encode_prompts(
         prompts,
         [*features.get("image_grids", [])] * repeats,
         timed_grids(features.get("video_grids", []), features.get("video_metadata", [])) * repeats,
         assistant_spans=spans,
+        allow_special_tokens=allow_special_tokens,
     )
     return encoded["input_ids"], encoded["assistant_masks"]
 
