@@ -16,6 +16,7 @@ ALLOWED = {
     r"needs FiftyOne and a database": "`make test-fiftyone` runs them",
     r"could not import '(peft|trl|datasets)'|No module named '(peft|trl|datasets)'": "`make test-training` runs them",
     r"could not import '(gradio|playwright|nbclient|ipykernel|nbformat)'": "`make test-app` runs them",
+    r"needs vLLM": "`make test-vllm` runs them",
     r"quantisation has an environment of its own": "`make test-quantization` runs them",
     r"browser": "`make test-app BROWSER=optional`; the page needs a browser, which not every machine can have",
     r"this release of TRL learns questions too": "a release of TRL that cannot do it",
