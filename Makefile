@@ -6,7 +6,7 @@ TEST := scripts/pytest python
 MINIATURE := $(IN) dev env -C examples python -m miniature
 
 .DEFAULT_GOAL := help
-.PHONY: help demo app test test-slow nightly mutate check style bundle matrix test-app test-fiftyone test-training test-quantization docs wheel browser benchmarks miniature miniature-scores notebooks screenshots clean
+.PHONY: help demo app test test-slow nightly mutate check style bundle matrix test-app test-fiftyone test-training test-quantization test-vllm docs wheel browser benchmarks miniature miniature-scores notebooks screenshots clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +58,9 @@ test-training: ## runs with TRL, PEFT and two processes, and the example of fine
 test-quantization: ## bitsandbytes, torchao, quanto and torch's own, on the oldest and the newest transformers
 	$(IN) quantization@4.57.1 $(TEST) tests/clients/test_quantization.py
 	$(IN) quantization $(TEST) tests/clients/test_quantization.py
+
+test-vllm: ## vLLM for CPUs with the plugin molmo2.vllm: answers token by token, server, hostile requests
+	$(IN) vllm $(TEST) tests/clients/test_vllm.py
 
 docs: ## builds the documentation site into site/; to see it while writing: make docs DOCS=serve
 	$(IN) docs mkdocs $(or $(DOCS),build --strict)

@@ -5,6 +5,7 @@ from typing import Any
 
 import vllm.model_executor.models.molmo2 as original
 from torch import Tensor
+from torch.nn.functional import pad
 from vllm.config import CUDAGraphMode
 from vllm.model_executor.layers.attention import Attention
 from vllm.multimodal import MULTIMODAL_REGISTRY
@@ -33,8 +34,8 @@ class Molmo2ForConditionalGeneration(original.Molmo2ForConditionalGeneration):  
             if isinstance(layer, Attention):
                 if getattr(layer, "query_quant", None) is not None:
                     raise ValueError(
-                        f"The KV cache is {layer.kv_cache_dtype}, with which queries are quantised too, and the mask of "
-                        "the training cannot be computed. Use --kv-cache-dtype auto."
+                        f"The KV cache is {layer.kv_cache_dtype}, with which queries are quantised too, so that the "
+                        "mask of the training cannot be computed. Use --kv-cache-dtype auto."
                     )
                 self._mask.apply_to(layer)
 
@@ -44,6 +45,12 @@ class Molmo2ForConditionalGeneration(original.Molmo2ForConditionalGeneration):  
         """As vLLM's; called once for each step, so this is where the mask learns which tokens are visual."""
         self._mask.begin_step(is_multimodal)
         return super().embed_input_ids(input_ids, multimodal_embeddings, is_multimodal=is_multimodal)
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        """As vLLM's, with a column for each visual token, which is never written; see `count_visual_tokens`."""
+        logits = super().compute_logits(hidden_states)
+        text = self.config.text_config
+        return None if logits is None else pad(logits, (0, text.additional_vocab_size), value=float("-inf"))
 
     def _process_image_input(self, image_input: Any) -> Iterable[Tensor]:
         return self._add_patches(super()._process_image_input(image_input), image_input["image_tokens"])

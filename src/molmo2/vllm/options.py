@@ -29,8 +29,8 @@ def sorted_options(options: Mapping[str, Any], longest: int) -> dict[str, dict[s
     unknown += [f"{name}.{option}" for name, own in nested.items() for option in own if option not in OPTIONS[name]]
     if unknown:
         raise ValueError(
-            f"mm_processor_kwargs has {sorted(unknown)}; expected some of {sorted(IMAGE_OPTIONS | VIDEO_OPTIONS)}. What "
-            "else a processor can do is set in the files of the checkpoint."
+            f"mm_processor_kwargs has {sorted(unknown)}; expected some of {sorted(IMAGE_OPTIONS | VIDEO_OPTIONS)}. "
+            "What else a processor can do is set in the files of the checkpoint."
         )
     by_modality = Molmo2Processor.sort_options({**options, **nested})
     for own in by_modality.values():

@@ -1,6 +1,7 @@
 """Settings of the engine without which the mask of the training cannot be kept."""
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 from molmo2.vllm import SUPPORTED
@@ -21,6 +22,17 @@ def broken_mask(vllm_config: Any) -> str | None:
     return None
 
 
+def count_visual_tokens(model_config: Any) -> None:
+    """Make the vocabulary of the engine that of the prompts, in place.
+
+    Ids of visual tokens follow those that can be written. A penalty for repetitions counts the ids of the prompt, and
+    one that lies past the vocabulary ends the engine.
+    """
+    text = model_config.hf_config.text_config
+    counted = replace(model_config.model_arch_config, vocab_size=text.vocab_size + text.additional_vocab_size)
+    model_config.model_arch_config = counted
+
+
 class EngineSettings:
     """A prompt is computed in one step, and nothing of it is taken from another prompt.
 
@@ -35,6 +47,7 @@ class EngineSettings:
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
         """Called while an engine's configuration is made; changes it in place."""
+        count_visual_tokens(vllm_config.model_config)
         reason = broken_mask(vllm_config)
         if reason is not None:
             logger.warning(

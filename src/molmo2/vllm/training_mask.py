@@ -74,8 +74,8 @@ class TrainingMask:
                 continue
             if length != end - start:
                 logger.error(
-                    "molmo2.vllm: a prompt of %d tokens reached the model in pieces, the last of %d. Its visual tokens "
-                    "do not see each other as in training. Please report the options that the engine has.",
+                    "molmo2.vllm: a prompt of %d tokens reached the model in pieces, the last of %d. Its visual "
+                    "tokens do not see each other as in training. Please report the options that the engine has.",
                     length,
                     end - start,
                 )
