@@ -275,6 +275,11 @@ def test_answers_are_those_of_generate_token_by_token(engine, questions, expecte
     assert chat(engine, [asked.endpoint for asked in questions]) == expected
 
 
+def test_prompts_without_images(engine, reference):
+    own, endpoint = ask("How many red circles are there?")
+    assert chat(engine, [endpoint]) == [generate(reference, own)]
+
+
 def test_nothing_else_in_the_batch_changes_an_answer(engine, questions, expected):
     """One request alone; in the batch above prompts share steps with each other and with answers."""
     for index in (0, NUMBER, -1):
@@ -347,6 +352,14 @@ def test_server_answers_and_scores_with_sixteen_at_once(server, reference, quest
     assert found == wanted
     own = [asked.example for asked in questions]
     assert judge(reference[1], own, found) == pytest.approx(judge(reference[1], own, wanted), abs=0.01)
+
+
+def test_server_without_images(server, reference):
+    own, endpoint = ask("How many red circles are there?")
+    prompt, answer = generate(reference, own)
+    found = server.create(endpoint)
+    assert found.usage.prompt_tokens == len(prompt)
+    assert found.choices[0].message.content == reference[1].decode(answer, skip_special_tokens=True)
 
 
 def test_server_streams_the_same(server, reference, questions, expected):

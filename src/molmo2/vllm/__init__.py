@@ -37,8 +37,10 @@ def register() -> None:
         return
     from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
 
+    from molmo2.vllm.bos import begin_prompts
     from molmo2.vllm.video import UndecodedVideo
 
+    begin_prompts()
     register_auto_classes()  # no code of the checkpoint is needed
     ModelRegistry.register_model(ARCHITECTURE, f"molmo2.vllm.model:{ARCHITECTURE}")
     MODELS_CONFIG_MAP[ARCHITECTURE] = EngineSettings
