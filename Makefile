@@ -60,7 +60,7 @@ test-quantization: ## bitsandbytes, torchao, quanto and torch's own, on the olde
 	$(IN) quantization $(TEST) tests/clients/test_quantization.py
 
 test-vllm: ## vLLM for CPUs with the plugin molmo2.vllm: answers token by token, server, hostile requests
-	$(IN) vllm $(TEST) tests/clients/test_vllm.py
+	$(IN) vllm timeout 900 $(TEST) tests/clients/test_vllm.py
 
 docs: ## builds the documentation site into site/; to see it while writing: make docs DOCS=serve
 	$(IN) docs mkdocs $(or $(DOCS),build --strict)
