@@ -16,7 +16,7 @@ from molmo2.vllm.training_mask import TrainingMask
 
 
 @MULTIMODAL_REGISTRY.register_processor(PromptProcessor, info=ProcessingInfo, dummy_inputs=DummyInputs)
-class Molmo2ForConditionalGeneration(original.Molmo2ForConditionalGeneration):  # type: ignore[misc]
+class Molmo2ForConditionalGeneration(original.Molmo2ForConditionalGeneration):
     """vLLM's model, exact."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = ""):

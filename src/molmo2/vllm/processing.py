@@ -56,7 +56,7 @@ def _processor(folder_or_repo: str, revision: str | None, options: str) -> Molmo
     return Molmo2Processor.from_pretrained(folder_or_repo, revision=revision or "main", **own)
 
 
-class ProcessingInfo(original.Molmo2ProcessingInfo):  # type: ignore[misc]  # vLLM is not there when types are checked
+class ProcessingInfo(original.Molmo2ProcessingInfo):
     """What vLLM wants to know about the processor."""
 
     def get_hf_processor(self, **kwargs: object) -> Molmo2Processor:
@@ -69,11 +69,11 @@ class ProcessingInfo(original.Molmo2ProcessingInfo):  # type: ignore[misc]  # vL
         return {"image": None, "video": None}
 
 
-class DummyInputs(original.Molmo2DummyInputsBuilder):  # type: ignore[misc]
+class DummyInputs(original.Molmo2DummyInputsBuilder):
     """Inputs of the largest size, to measure memory with."""
 
 
-class PromptProcessor(BaseMultiModalProcessor):  # type: ignore[misc]
+class PromptProcessor(BaseMultiModalProcessor):
     """From the images and videos of a prompt to tokens and model inputs."""
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> BatchFeature:

@@ -82,7 +82,7 @@ class RefusedSettings(EngineSettings):
     version = "of another version"
 
     @classmethod
-    def verify_and_update_config(cls, vllm_config: Any) -> None:  # type: ignore[override]  # it names the version
+    def verify_and_update_config(cls, vllm_config: Any) -> None:
         """Called while an engine's configuration is made.
 
         Raises:

@@ -16,7 +16,7 @@ logger = logging.getLogger("vllm.molmo2")  # vLLM shows what is below "vllm"
 UNASKED_NUM_FRAMES = inspect.signature(VideoMediaIO).parameters["num_frames"].default
 
 
-class UndecodedVideo(VideoLoader):  # type: ignore[misc]  # vLLM is not there when types are checked
+class UndecodedVideo(VideoLoader):
     """Takes the place of vLLM's loader, which decodes a whole file to take some frames by index."""
 
     @classmethod
