@@ -24,7 +24,6 @@ from support.hostile_media import (
 )
 from support.model_inputs import processor
 
-
 BOMBS = {
     "png": png_of_size(13000, 13000),
     "png with one bit a pixel": png_of_size(13000, 13000, bits=1, colour=0),
@@ -82,7 +81,7 @@ def test_limits_are_checked_themselves():
         with pytest.raises(ValueError, match=f"{name} is .*Pass a"):
             MediaLimits(**{name: value})
     for value in (float("inf"), float("nan"), "3", True, None):
-        with pytest.raises(ValueError, match="total_seconds is .*Pass a finite number"):
+        with pytest.raises(ValueError, match=r"total_seconds is .*Pass a finite number"):
             MediaLimits(total_seconds=value)
     whole = MediaLimits(fetch_bytes=1e9, read_seconds=0.5)
     assert (whole.fetch_bytes, type(whole.fetch_bytes), whole.read_seconds) == (10**9, int, 0.5)

@@ -2,8 +2,8 @@
 
 Everything is written to `.<name>.partial` beside the output, which is renamed at the very end, under the lock
 `.<name>.lock`. A killed conversion leaves these behind; in the folder is a record of the finished shards, from which
-`--resume` continues. A folder that is replaced waits inside `.<name>.replaced` until the new one is in its place, whose
-identity is recorded there: the old one is deleted only then.
+`--resume` continues. A folder that is replaced waits inside `.<name>.replaced`, and is deleted only once the new one,
+whose identity is recorded there, is in its place.
 
 Others may write to the same place. So links are never followed, and nothing is deleted but folders with our mark: the
 record of the conversion, or, between its removal and the rename, the folder's identity in the lock file.

@@ -203,8 +203,8 @@ class _Download:
             via = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
             if via.scheme != "http" or not via.hostname:
                 raise _Refused(
-                    f"the proxy that {scheme}_proxy names is no http:// address of a host, which is the only kind that "
-                    "is supported; set another one, or name this host in no_proxy"
+                    f"the proxy that {scheme}_proxy names is no http:// address of a host, the only kind used here; "
+                    "set another one, or name this host in no_proxy"
                 )
             addresses = self._resolve(via.hostname, via.port or PORTS["http"])
             to_proxy = _authorization("Proxy-Authorization", via)

@@ -36,7 +36,8 @@ def _serve_decord(max_bytes: int) -> None:  # noqa: C901  # has to be one functi
     """What the child runs, from its source alone: answers requests on stdin, each a line of JSON, until that ends.
 
     {"open": path, "most": count} is answered by {"count", "fps", "shape"} and the spans of the frames, (count, 2)
-    float64 seconds, or, where it announces more frames than that, by {"count"} alone; {"decode": indices, "count": count} by {"index", "shape"} and the pixels of each frame, then by {"more": bool},
+    float64 seconds, or by {"count"} alone where it announces more than `most`;
+    {"decode": indices, "count": count} by {"index", "shape"} and the pixels of each frame, then by {"more": bool},
     whether there are more frames than counted. {"error"} ends an answer, {"alive"} may come at any time between them.
     """
     import importlib
