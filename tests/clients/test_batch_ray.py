@@ -1,5 +1,6 @@
 """`molmo2.batch` on a local Ray cluster, and Parquet: `make test-batch`."""
 
+import datetime
 import json
 import os
 import sys
@@ -12,6 +13,7 @@ parquet = pytest.importorskip("pyarrow.parquet", reason="could not import 'pyarr
 
 from molmo2.batch import EngineSettings, WorkerPool, open_source, run_batch  # noqa: E402
 from molmo2.batch import rows as batch_rows  # noqa: E402
+from molmo2.batch.journal import Journal  # noqa: E402
 from molmo2.batch.ray_data import RayEngine  # noqa: E402
 
 COMMAND = (sys.executable, str(Path(__file__).resolve().parents[1] / "support" / "batch_worker.py"))
@@ -95,6 +97,43 @@ def test_parquet_in_and_out(tmp_path):
     assert results[3]["text"] == "Q3"
     chunks = list(source.chunks())
     assert [(chunk.first, chunk.count) for chunk in chunks] == [(0, 6), (6, 6), (12, 6), (18, 2)]
+    small = list(source.chunks(4))
+    assert [(chunk.place, chunk.skipped, chunk.count) for chunk in small[:3]] == [(0, 0, 4), (0, 4, 2), (1, 0, 4)]
+    for chunk in [*small, *small[::-1]]:  # forwards, and from the beginning of a group again
+        assert [row.question for row in source.read(chunk)] == [
+            f"q{number}" for number in range(chunk.first, chunk.first + chunk.count)
+        ]
     (tmp_path / "bad.parquet").write_bytes(b"no table")
     with pytest.raises(batch_rows.SourceError, match="cannot be read as Parquet"):
         list(open_source(tmp_path / "bad.parquet").chunks())
+
+
+def test_parquet_decodes_a_group_once(tmp_path, monkeypatch):
+    import pyarrow
+
+    parquet.write_table(pyarrow.table({"question": ["q"] * 3000}), tmp_path / "in.parquet")
+    source = open_source(tmp_path / "in.parquet")
+    opened = []
+    monkeypatch.setattr(
+        batch_rows.ParquetSource, "_open", lambda self: opened.append(1) or parquet.ParquetFile(self.path)
+    )
+    assert len(list(batch_rows.all_rows(source))) == 3000
+    assert len(opened) == 2  # for the chunks and for the rows
+
+
+def test_values_that_json_and_parquet_do_not_have(tmp_path):
+    """Dates as ids, and halves of surrogate pairs in names."""
+    import pyarrow
+
+    date = datetime.date(2024, 2, 29)
+    parquet.write_table(pyarrow.table({"question": ["q"], "id": [date]}), tmp_path / "in.parquet")
+    pool = WorkerPool(EngineSettings(window=4), command=COMMAND)
+    run_batch(open_source(tmp_path / "in.parquet"), tmp_path / "out.jsonl", pool)
+    assert json.loads((tmp_path / "out.jsonl").read_text())["id"] == "2024-02-29"
+    answer = {"text": "\udcff", "points": [{"label": "\ud800", "id": 1}]}
+    with Journal(tmp_path / "names.parquet", {}) as journal:
+        journal.write(batch_rows.Row(0, "q", ["\udcfe.png"]).result(answer))
+        journal.finish(ordered=True, summary={})
+    (result,) = parquet.read_table(tmp_path / "names.parquet").to_pylist()
+    assert (result["text"], result["images"]) == ("\\udcff", ["\\udcfe.png"])
+    assert result["points"][0]["label"] == "\\ud800"

@@ -203,6 +203,16 @@ def test_a_trainer_continues_with_the_very_next_row(tmp_path):
     assert own.state_dict(8) == stream.state_dict(8)
 
 
+def test_large_steps_keep_more_states(tmp_path):
+    run, stream = trainer(tmp_path, per_device_train_batch_size=8, gradient_accumulation_steps=16)
+    callback = run.callback_handler.callbacks[-1]
+    callback.on_train_begin(run.args, run.state, run.control)
+    rows = iter(stream)
+    for _ in range(300):
+        next(rows)
+    assert stream.state_dict(1)["rows"] == 1  # 512 are known
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

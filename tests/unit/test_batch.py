@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -14,10 +13,12 @@ import pytest
 from PIL import Image
 
 from molmo2.batch import EngineError, EngineSettings, OutputError, SourceError, WorkerPool, open_source, run_batch
+from molmo2.batch import engines as batch_engines
 from molmo2.batch import rows as batch_rows
 from molmo2.batch.engines import LocalEngine
 from molmo2.batch.journal import Journal
 from molmo2.batch.run import Shard
+from molmo2.batch.worker import gpu_index
 from molmo2.cli.batches import shard_of, workers_of
 from support.model_inputs import processor
 from support.scripted_model import ScriptedModel
@@ -85,11 +86,24 @@ def test_chunks_are_read_from_their_places(tmp_path, monkeypatch, suffix):
             csv.writer(file).writerows([["question"], *([text] for text in questions)])
     else:
         table.write_text("".join(json.dumps({"question": text}) + "\n\n" for text in questions))
+    table.write_bytes(table.read_bytes().replace(b"4", "é".encode()))
+    questions[4] = questions[4].replace("4", "é")
     source = open_source(table)
     chunks = list(source.chunks())
     assert [(chunk.first, chunk.count) for chunk in chunks] == [(0, 3), (3, 3), (6, 2)]
+    assert [chunk.count for chunk in source.chunks(7)] == [7, 1]
+    assert all(chunk.place > 20 for chunk in chunks[1:])  # bytes
     rows = [row for chunk in reversed(chunks) for row in source.read(chunk)]
     assert sorted((row.number, row.question) for row in rows) == list(enumerate(questions))
+
+
+def test_no_csv_and_long_cells(tmp_path):
+    table = tmp_path / "table.csv"
+    table.write_text(f"question\n{'x' * 200_000}\n")
+    assert [len(row.question) for row in batch_rows.all_rows(open_source(table))] == [200_000]
+    table.write_bytes(b"question\nFa\xdfade?\n")
+    with pytest.raises(SourceError, match="cannot be read as CSV in UTF-8"):
+        list(open_source(table).chunks())
 
 
 def test_folders(tmp_path):
@@ -102,6 +116,10 @@ def test_folders(tmp_path):
         ([str(tmp_path / "b.png")], []),
         ([str(tmp_path / "in/c.png")], []),
     ]
+    source = open_source(tmp_path, "What?")
+    chunks = list(source.chunks())
+    (tmp_path / "a.png").write_bytes(b"")  # it would move the others
+    assert [row.images for row in source.read(chunks[0])] == [[], [str(tmp_path / "b.png")]]
     with pytest.raises(SourceError, match="Pass --question"):
         open_source(tmp_path)
 
@@ -187,25 +205,53 @@ run_batch(open_source(source), Path(output), pool, ordered=True)
 
 
 def test_killed_at_any_moment_it_continues(tmp_path):
-    """Kills at random moments, each followed by the same command; then nothing is lost and nothing there twice."""
+    """Kills behind random numbers of answers, each followed by the same command; nothing is lost or there twice."""
     number = 2000
     write_table(tmp_path / "in.jsonl", [f"q{place}" for place in range(number)])
-    output, kills, random_ = tmp_path / "out.jsonl", 0, random.Random(4)
+    output, journal, random_ = tmp_path / "out.jsonl", tmp_path / "out.jsonl.journal", random.Random(4)
     command = [sys.executable, "-c", RUN, str(tmp_path / "in.jsonl"), str(output), *COMMAND]
-    for _ in range(6):
-        process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
-        time.sleep(random_.uniform(0.1, 0.9))
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+
+    def lines():
+        return journal.read_bytes().count(b"\n") if journal.exists() else 0
+
+    amid_rows = 0
+    for _ in range(4):
+        process, enough = subprocess.Popen(command, env=environment), lines() + random_.randint(1, 150)
+        while process.poll() is None and lines() < enough:
+            time.sleep(0.005)
+        process.kill()
         process.wait()
-        if output.exists() and not (tmp_path / "out.jsonl.journal").exists():
-            break
-    subprocess.run(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, check=True)
+        amid_rows += 0 < lines() < number
+    subprocess.run(command, env=environment, check=True)
     results = results_of(output)
-    assert kills > 2
+    assert amid_rows >= 2
     assert [result["row"] for result in results] == list(range(number))
     assert [result["text"] for result in results] == [f"Q{place}" for place in range(number)]
+
+
+def test_a_pool_that_was_stopped_begins_anew(tmp_path):
+    """Rows, deaths and lines of workers of the first run mean nothing to the second."""
+
+    class Enough(Exception):
+        pass
+
+    def stop(result):
+        raise Enough
+
+    first = write_table(tmp_path / "first.jsonl", ["a", "die", *"bcdefgh"])
+    second = write_table(tmp_path / "second.jsonl", ["u", "v", "w"])
+    workers = pool(2, window=2)
+    with pytest.raises(Enough):
+        run_batch(first, tmp_path / "1.jsonl", workers, on_result=stop)
+    run_batch(second, tmp_path / "2.jsonl", workers, ordered=True)
+    assert [result["text"] for result in results_of(tmp_path / "2.jsonl")] == ["U", "V", "W"]
+
+
+def test_gpus_of_several_processes():
+    second_of_two = {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    assert [gpu_index(index, 4, second_of_two) for index in range(3)] == [1, 3, 1]
+    assert [gpu_index(index, 2, {}) for index in range(3)] == [0, 1, 0]
 
 
 # --- the journal -----------------------------------------------------------------------------------------------------
@@ -312,3 +358,21 @@ def test_a_batch_that_fails_is_answered_row_by_row(photo):
     results = {result["row"]: result for result in engine.run(iter(rows))}
     assert [results[number].get("text") for number in range(3)] == ["Yes.", None, "Yes."]
     assert results[1]["error"] == "RuntimeError: out of memory"
+
+
+def test_no_row_ends_a_run_but_a_lost_gpu_ends_a_worker(photo, monkeypatch):
+    def answer(prompt):
+        raise LookupError("no such thing") if "odd" in prompt else RuntimeError("CUDA error: an illegal access")
+
+    def end(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(batch_engines.os, "_exit", end)
+    rows = [batch_rows.Row(0, "odd", [photo]), batch_rows.Row(1, "lost " * 9, [photo])]
+    settings = EngineSettings(batch_size=1)
+    engine = LocalEngine(ScriptedModel(processor(), answer), processor(), settings)
+    assert [result["error"].partition(":")[0] for result in engine.run(iter(rows))] == ["LookupError", "RuntimeError"]
+    worker = LocalEngine(ScriptedModel(processor(), answer), processor(), settings, is_worker=True).run(iter(rows))
+    assert "LookupError" in next(worker)["error"]
+    with pytest.raises(SystemExit):
+        next(worker)

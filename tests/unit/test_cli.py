@@ -10,7 +10,7 @@ import sys
 import pytest
 from PIL import Image
 
-from molmo2.cli import commands, doctor, main, models, serving
+from molmo2.cli import commands, doctor, main, models, printing, serving
 from molmo2.grounding.parse import parse_grounding
 from molmo2.tools.answer import Answer, Timings
 from support.fake_openai import serve
@@ -113,13 +113,32 @@ def test_answers_into_a_file(stand, photos, capsys):
         (["ask", "Say it.", "{photos}/a.png", "--clip", "4:1"], "the start before the end"),
         (["ask", "Say it.", "{photos}/a.png", "--clip", "now"], "is not START:END in seconds"),
         (["ask", "Say it.", "{photos}/a.png", "clip.mp4", "--together"], "There is no file or folder 'clip.mp4'"),
+        (["ask", "Say it.", "{photos}/a.png", "-o", "{photos}/new/a.json"], "there is no folder '{photos}/new'"),
         (["paint", "{photos}/a.png"], "No such command 'paint'"),
     ],
 )
 def test_wrong_arguments(stand, photos, capsys, arguments, message):
     assert main([argument.format(photos=photos) for argument in arguments]) == 2
-    assert message in capsys.readouterr().err
+    assert message.format(photos=photos) in " ".join(capsys.readouterr().err.split())
     assert stand.calls == []
+
+
+def test_an_answer_that_cannot_be_drawn_stays_an_answer(stand, photos, capsys, monkeypatch):
+    def fail(*arguments):
+        raise LookupError("no pen")
+
+    monkeypatch.setattr(printing, "save_marks", fail)
+    assert main(["point", "boats", str(photos / "a.png"), "-f", "json", "--draw", str(photos / "marked")]) == 1
+    out, err = capsys.readouterr()
+    (record,) = (json.loads(line) for line in out.splitlines())
+    assert len(record["points"]) == 2
+    assert err == f"error: {photos / 'a.png'}: not drawn: no pen\n"
+
+
+def test_ray_that_is_missing_is_said(stand, photos, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert main(["batch", str(photos), str(photos / "out.jsonl"), "-q", "Say it.", "--engine", "ray"]) == 3
+    assert "pip install" in capsys.readouterr().err
 
 
 def test_without_a_model_it_says_how_to_name_one(stand, photos, capsys, monkeypatch):

@@ -1,6 +1,7 @@
 """`molmo2.client` against a small server: what is sent, how answers come back, and what happens when it fails."""
 
 import base64
+import json
 import socket
 import time
 from io import BytesIO
@@ -160,6 +161,9 @@ def test_a_busy_server_is_asked_again():
     [
         ((400, {}, '{"error": {"message": "too many images"}}'), "answers 400: too many images"),
         ((401, {}, '{"detail": "key s3cret is wrong"}'), r"key \*\*\* is wrong Set MOLMO2_API_KEY"),
+        ((401, {}, "x" * 496 + "s3cret"), r"x\*\*\*"),
+        ((200, {}, "x" * 76 + "s3cret"), r"x\*\*\*"),
+        ((200, {}, '"' + "x" * 196 + 's3cret"'), r"x\*\*\*"),
         ((307, {"Location": "http://elsewhere/"}, ""), "Redirects are not followed"),
         ((200, {}, "<html>hello</html>"), "which is no JSON"),
         ((200, {}, '{"choices": []}'), "which is no chat completion"),
@@ -169,6 +173,14 @@ def test_what_a_server_refuses_is_said_once_and_without_the_key(failure, message
     with serve(failures=[failure]) as server, pytest.raises(ServerError, match=message) as caught:
         Client(server.url, api_key="s3cret").ask("Is it?")
     assert len(server.requests) == 1
+    assert "s3c" not in str(caught.value)
+
+
+def test_a_key_in_json_or_an_address_is_not_repeated():
+    endpoint = Client("http://127.0.0.1:8000/v1", api_key='a"b').endpoint
+    assert endpoint.quoted(json.dumps({"key": 'a"b'})) == '{"key": "***"}'
+    with pytest.raises(ServerError) as caught:
+        Client(f"http://127.0.0.1:{closed_port()}/s3cret", api_key="s3cret", retries=0).ask("Is it?")
     assert "s3cret" not in str(caught.value)
 
 
@@ -224,6 +236,37 @@ def test_rows_of_a_batch(photo):
     by_row = {result["row"]: result for result in results}
     assert [point["x"] for point in by_row[0]["points"]] == [25.0, 75.0]
     assert "missing.jpg" in by_row[1]["error"]
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_what_all_rows_would_fail_of_ends_a_batch(status):
+    rows = [Row(0, "Is it?"), Row(1, "Is it?")]
+    refused = (status, {}, '{"error": {"message": "not you"}}')
+    with serve(failures=[refused]) as server:
+        with pytest.raises(EngineError, match=f"answers {status}: not you"):  # asked once, before the first row
+            list(ServerEngine(Client(server.url, "wrong"), EngineSettings()).run(iter(rows)))
+        assert len(server.requests) == 1
+        server.failures.append(refused)
+        with pytest.raises(EngineError, match=f"answers {status}: not you"):  # amid rows
+            list(ServerEngine(Client(server.url), EngineSettings(batch_size=1)).run(iter(rows)))
+        server.requests.clear()
+        assert len(list(ServerEngine(Client(server.url, "other name"), EngineSettings()).run(iter(rows)))) == 2
+        assert len(server.requests) == 3
+        server.models = ("a", "b")
+        with pytest.raises(EngineError, match="2 models"):
+            list(ServerEngine(Client(server.url), EngineSettings()).run(iter(rows)))
+
+
+def test_images_over_a_limit_are_said_and_not_sent(photo, capsys, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    rows = [Row(0, "Is it?", [str(photo)]), Row(1, "Is it?")]
+    with serve() as server:
+        results = {row["row"]: row for row in ServerEngine(Client(server.url), EngineSettings()).run(iter(rows))}
+        assert "MAX_IMAGE_PIXELS" in results[0]["error"]
+        assert results[1]["text"] == "Yes."
+        assert main(["ask", "Is it?", str(photo), "--server", server.url]) == 1
+    assert "MAX_IMAGE_PIXELS" in capsys.readouterr().err
+    assert len(server.requests) == 1
 
 
 def test_the_command_line_asks_a_server(photo, capsys, monkeypatch):

@@ -388,6 +388,22 @@ def test_subtitles_precede_the_question():
     assert example["messages"][0]["content"] == "subtitle\n0.0 - 1.5 Hello.\n"
 
 
+def test_subtitles_as_lists_and_damaged_ones():
+    rows = rows_of.SUBTITLE_QA["subtitle"]
+    lists = {name: [row[name] for row in rows] for name in rows[0]}
+    found = examples("Molmo2-VideoSubtitleQA", {**rows_of.SUBTITLE_QA, "subtitle": lists})
+    assert branches(found[0]) == branches(examples("Molmo2-VideoSubtitleQA", rows_of.SUBTITLE_QA)[0])
+    for damaged in ("no times", [{"start": 0.0}], 5):
+        found = examples("Molmo2-VideoSubtitleQA", {**rows_of.SUBTITLE_QA, "subtitle": damaged})
+        assert (len(found), found.report.left_out) == (0, {"the subtitle cannot be read": 1})
+
+
+def test_only_transcripts_that_say_something_are_drawn():
+    row = {**rows_of.PIXMO_CAP, "caption": "", "transcripts": ["", None, " ", "Spoken."]}
+    assert {answer for _, _, answer in drawn("pixmo-cap", row, number=20)} == {"Spoken."}
+    assert examples("pixmo-cap", {**row, "transcripts": ["", " "]}).report.left_out == {"there is no answer": 1}
+
+
 def test_questions_about_images():
     assert drawn("Molmo2-MultiImageQA", rows_of.MULTI_IMAGE_QA, number=1) == [
         ("correction_qa", f"{NO_POINTING}How many cups?", "3"),
@@ -583,6 +599,8 @@ def test_subtitle_text():
     [
         (lambda: data.read_subtitles("Some text"), "neither SRT nor WebVTT"),
         (lambda: data.read_subtitles([(2, 1, "a")]), "expected 0 <= start <= end"),
+        (lambda: data.read_subtitles([{"start": 1.0, "text": "a"}]), "no subtitles: .*KeyError: 'end'"),
+        (lambda: data.read_subtitles([(1, None, "a")]), "no subtitles: .*TypeError"),
         (lambda: data.subtitle_text({}, [], "some"), "'some'; expected 'frame_1' or 'all'"),
         (lambda: data.subtitle_text(SUBTITLES), "needs the times"),
     ],
@@ -669,6 +687,32 @@ def test_details_of_evaluation_sets():
     assert count.messages[0]["content"][0]["clip"] == (1.0, 9.0)
     assert (count.groups, count.max_new_tokens) == ({"category": "object"}, 2048)
     assert (track.groups, sorted(track.truth["points"])) == ({"group": "animal"}, [0, 2])
+
+
+@pytest.mark.parametrize("fps", [4, 25, 29.97, 7.5, 1])
+def test_tracks_at_rates_that_do_not_divide(fps):
+    """The right positions at 0.0, 0.5, 1.0, ... seconds have full marks."""
+    row = {
+        **EVALUATED["allenai/Molmo2-VideoTrackEval"][0],
+        "fps": fps,
+        "points": [{"object_id": "m", "points": [[10.0, 5.0]] * 90}],
+        "masks": [{"object_id": "m", "masks": [RLE] * 90}],
+    }
+    ((example,), _) = evaluation_examples("allenai/Molmo2-VideoTrackEval", [row], everywhere)
+    times = [place / 2 for place in range(180) if round(place / 2 * fps) < 90]
+    coordinates = "\t".join(f"{time:.1f} 0 500 500" for time in times)
+    scores = METRICS[example.metric](f'<tracks coords="{coordinates}">dogs</tracks>', **example.truth)
+    assert min(scores.values()) == pytest.approx(1)
+
+
+def test_masks_are_images():
+    row, answer = EVALUATED["PointArena/pointarena-data"]
+    grey_and_alpha = np.stack([MASK.astype(np.uint8), np.full_like(MASK, 255, dtype=np.uint8)], axis=-1)
+    for mask in (grey_and_alpha, grey_and_alpha[..., [0, 0, 0, 1]], MASK[..., None]):
+        ((example,), _) = evaluation_examples("PointArena/pointarena-data", [{**row, "mask": mask}], everywhere)
+        assert np.array_equal(example.truth["mask"], MASK)
+    with pytest.raises(ValueError, match=r"mask 'm\.png' is a str; expected an image"):
+        evaluation_examples("PointArena/pointarena-data", [{**row, "mask": "m.png"}], lambda reference: reference.name)
 
 
 def test_missing_media_of_evaluation_sets():

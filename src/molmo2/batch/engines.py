@@ -1,5 +1,7 @@
 """Engines that answer rows in the process they are in: a model, or a server. `pool` gives them processes."""
 
+import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing
@@ -10,13 +12,15 @@ from typing import Any
 
 from molmo2.batch.rows import Row
 from molmo2.batch.settings import EngineError, EngineSettings
+from molmo2.client.http import ServerError, ServerUnreachable
 from molmo2.tools.answer import answer_record
 from molmo2.tools.ask import Request, user_turn
 from molmo2.tools.plan import plan
 from molmo2.video.frame_encoding import read_ahead
 
 Watch = Callable[[Sequence[Row], bool], Any]
-ROW_ERRORS = (OSError, ValueError, TypeError, RuntimeError, ImportError, MemoryError)
+ROW_ERRORS = (Exception,)  # decoders raise nearly anything, and one bad row never ends a run
+REFUSED_TO_ALL = frozenset({401, 403, 404})  # the key, or the name of the model
 
 
 class LocalEngine:
@@ -25,6 +29,7 @@ class LocalEngine:
     Args:
         watch: Called with rows and True just before they are opened, decoded or answered, and with False behind that:
             if this process dies meanwhile, these are the suspects.
+        is_worker: The process is one that `WorkerPool` replaces: it ends where CUDA answers no more.
     """
 
     def __init__(
@@ -33,10 +38,11 @@ class LocalEngine:
         processor: Any,
         settings: EngineSettings | None = None,
         watch: Watch = lambda rows, busy: None,
+        is_worker: bool = False,
     ):
         self.model, self.processor = model, processor
         self.settings = EngineSettings() if settings is None else settings
-        self._watch = watch
+        self._watch, self._is_worker = watch, is_worker
 
     def run(self, rows: Iterator[Row]) -> Iterator[dict[str, Any]]:
         """Results of the rows, one window after the other."""
@@ -62,7 +68,7 @@ class LocalEngine:
                     planned = plan(self.processor, _messages(row), **self.settings.processor_kwargs)
                     lengths[row.number] = planned.num_tokens
                 except ROW_ERRORS as error:
-                    yield [row], [row.result(error=_described(error))]
+                    yield [row], [self._error_result(row, error)]
                 self._watch([row], False)
             fit = sorted((row for row in window if row.number in lengths), key=lambda row: lengths[row.number])
             for first in range(0, len(fit), self.settings.batch_size):
@@ -84,8 +90,9 @@ class LocalEngine:
                 ),
             )
         except ROW_ERRORS as error:
+            failed = self._error_result(batch[0], error)
             if len(batch) == 1:
-                yield batch, [batch[0].result(error=_described(error))]
+                yield batch, [failed]
                 return
             for row in batch:
                 yield from self._request([row])
@@ -94,16 +101,24 @@ class LocalEngine:
         self._watch(batch, True)
         try:
             generation = request.generate(self.model)
-            answers = [request.answer(index, generation) for index in range(len(batch))]
+            answers = [answer_record(request.answer(index, generation)) for index in range(len(batch))]
         except ROW_ERRORS as error:
+            failed = self._error_result(batch[0], error)
             if len(batch) == 1:
-                yield batch[0].result(error=_described(error))
+                yield failed
                 return
             for row in batch:  # such as one that does not fit into memory together with the others
                 for single, one in self._request([row]):
                     yield from one if isinstance(one, list) else self._answers(single, one)
             return
-        yield from (row.result(answer_record(answer)) for row, answer in zip(batch, answers))
+        yield from (row.result(answer) for row, answer in zip(batch, answers))
+
+    def _error_result(self, row: Row, error: Exception) -> dict[str, Any]:
+        """The result of a failed row. After an error of CUDA itself all others would fail too, see `is_worker`"""
+        if self._is_worker and ("CUDA error" in str(error) or type(error).__name__ == "AcceleratorError"):
+            print(f"{_described(error)}\nThis worker ends; another one takes its place.", file=sys.stderr, flush=True)
+            os._exit(1)
+        return row.result(error=_described(error))
 
 
 class ServerEngine:
@@ -120,8 +135,9 @@ class ServerEngine:
         """Results of the rows, as they come.
 
         Raises:
-            EngineError: The server cannot be reached.
+            EngineError: The server cannot be reached, or refuses the key or the model.
         """
+        self._check()
         with ThreadPoolExecutor(self.settings.batch_size, thread_name_prefix="molmo2-batch") as executor:
             pending: set[Future[dict[str, Any]]] = set()
             try:
@@ -139,6 +155,7 @@ class ServerEngine:
 
     def serve(self, windows: "Queue[list[Row]]", send: Callable[[dict[str, Any]], Any]) -> None:
         """Answer windows as they arrive, until the server cannot be reached."""
+        self._check()
         rows: Queue[Row] = Queue()
         failures: Queue[BaseException] = Queue()
 
@@ -158,9 +175,14 @@ class ServerEngine:
             Thread(target=target, name="molmo2-batch", daemon=True).start()
         raise failures.get()
 
-    def _answer(self, row: Row) -> dict[str, Any]:
-        from molmo2.client import ServerUnreachable
+    def _check(self) -> None:
+        """Find out once, before the first row, what every row would fail of."""
+        try:
+            self.client.check()
+        except (ServerError, ValueError) as error:
+            raise EngineError(str(error)) from error
 
+    def _answer(self, row: Row) -> dict[str, Any]:
         self._watch([row], True)
         try:
             answer = self.client.ask(
@@ -170,11 +192,12 @@ class ServerEngine:
                 processor_kwargs=self.settings.processor_kwargs,
                 **self.settings.generate_options,
             )
-        except ServerUnreachable as error:
-            raise EngineError(str(error)) from error
+            return row.result(answer_record(answer))
         except ROW_ERRORS as error:
+            is_for_all = isinstance(error, ServerError) and error.status in REFUSED_TO_ALL
+            if is_for_all or isinstance(error, ServerUnreachable):
+                raise EngineError(str(error)) from error
             return row.result(error=_described(error))
-        return row.result(answer_record(answer))
 
 
 def _messages(row: Row) -> list[dict[str, Any]]:

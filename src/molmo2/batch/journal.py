@@ -237,4 +237,14 @@ def _write_parquet(path: Path, lines: Iterator[bytes]) -> None:
 
 def _flat(result: dict[str, Any]) -> dict[str, Any]:
     as_text: dict[str, Any] = {name: json.dumps(result[name]) for name in ("structured", "timings") if name in result}
-    return {**result, **as_text, **({"id": str(result["id"])} if result.get("id") is not None else {})}
+    named = {"id": str(result["id"])} if result.get("id") is not None else {}
+    return _clean({**result, **as_text, **named})
+
+
+def _clean(value: Any) -> Any:
+    """A value whose texts can be encoded: halves of surrogate pairs are written as their numbers."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode("utf-8")
+    if isinstance(value, dict):
+        return {_clean(name): _clean(entry) for name, entry in value.items()}
+    return [_clean(entry) for entry in value] if isinstance(value, list) else value

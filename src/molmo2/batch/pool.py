@@ -28,7 +28,7 @@ STOP_SECONDS = 5.0
 POLL_SECONDS = 0.5
 
 
-@dataclass
+@dataclass(eq=False)
 class _Worker:
     """One process and the rows that it holds, by number.
 
@@ -95,6 +95,7 @@ class WorkerPool:
         finally:
             if not (is_complete and self._keep_workers):
                 self.close()
+            self._forget()
 
     def close(self) -> None:
         """End all workers."""
@@ -110,6 +111,14 @@ class WorkerPool:
                 worker.process.kill()
                 worker.process.wait()
         self._workers.clear()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Nothing of one run's rows belongs to the next: their numbers are the same."""
+        self._again.clear()
+        self._alone.clear()
+        self._deaths.clear()
+        self._idle_deaths = 0
 
     def _start(self, index: int) -> None:
         process = subprocess.Popen(
@@ -142,7 +151,8 @@ class WorkerPool:
             except Empty:
                 self._kill_the_slow()
                 continue
-            yield from self._bury(worker) if message is None else self._handle(worker, message)
+            if worker in self._workers:  # not one of an earlier run, or what it still said before its end
+                yield from self._bury(worker) if message is None else self._handle(worker, message)
 
     def _handle(self, worker: _Worker, message: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """What a line of a worker means; the result in it, if there is one."""

@@ -46,11 +46,7 @@ class RayEngine:
     def run(self, rows: Remaining) -> Iterator[dict[str, Any]]:
         """Results of the rows, as they come."""
         size = self._settings.window  # a block each: what an actor takes at a time, and loses if its machine dies
-        blocks = [
-            {"chunk": json.dumps([asdict(chunk), wanted[first : first + size]])}
-            for chunk, wanted in rows.chunks()
-            for first in range(0, len(wanted), size)
-        ]
+        blocks = [{"chunk": json.dumps([asdict(chunk), wanted])} for chunk, wanted in rows.chunks(size)]
         if not blocks:
             return
         if not self._ray.is_initialized():

@@ -122,9 +122,9 @@ class Remaining:
             self._keep(row.result(error=row.error))
         raise StopIteration
 
-    def chunks(self) -> Iterator[tuple[Chunk, list[int]]]:
-        """Chunks of the source with the numbers of their rows that remain; none without."""
-        for chunk in self.source.chunks():
+    def chunks(self, size: int) -> Iterator[tuple[Chunk, list[int]]]:
+        """Chunks of the source with the numbers of their rows that remain, at most `size`; none without."""
+        for chunk in self.source.chunks(size * self._shard.count):
             wanted = [number for number in range(chunk.first, chunk.first + chunk.count) if self._is_wanted(number)]
             if wanted:
                 yield chunk, wanted

@@ -13,7 +13,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from queue import Queue
 from threading import Lock, Thread
 from typing import Any
@@ -85,8 +85,15 @@ def _open_engine(settings: EngineSettings, index: int, watch: Watch) -> Any:
     model, processor = load(str(settings.model), dtype=settings.dtype)
     device = settings.device
     if device == "auto":
-        device = f"cuda:{index % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
-    return LocalEngine(model.to(device), processor, settings, watch)  # type: ignore[arg-type]
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        device = f"cuda:{gpu_index(index, gpus, os.environ)}" if gpus else "cpu"
+    return LocalEngine(model.to(device), processor, settings, watch, is_worker=True)  # type: ignore[arg-type]
+
+
+def gpu_index(index: int, gpus: int, environment: Mapping[str, str]) -> int:
+    """The GPU of worker number `index`; the processes of a launcher, each with such workers, take turns."""
+    local, count = int(environment.get("LOCAL_RANK", 0)), int(environment.get("LOCAL_WORLD_SIZE", 1))
+    return (local + index * count) % gpus
 
 
 if __name__ == "__main__":

@@ -28,15 +28,8 @@ def run_batch_command(source: str, output: Path, options: dict[str, Any]) -> int
     """
     models.require_one(options["model"], options["server"])
     shard_index, shard_count = shard_of(options["shard"], os.environ)
-    fewest, most = workers_of(options["workers"])
+    workers_of(options["workers"])  # wrong ones are said before anything is read
     settings = _settings(options)
-    engine: Any
-    if options["engine"] == "ray":
-        from molmo2.batch.ray_data import RayEngine
-
-        engine = RayEngine(settings, (fewest, most), row_seconds=options["row_timeout"])
-    else:
-        engine = WorkerPool(settings, most, row_seconds=options["row_timeout"])
     identity = {
         "question": options["question"],
         **{name: getattr(settings, name) for name in ("model", "server", "dtype", "generate_options")},
@@ -55,7 +48,7 @@ def run_batch_command(source: str, output: Path, options: dict[str, Any]) -> int
             summary: Summary = run_batch(
                 open_source(source, options["question"], recursive=options["recursive"]),
                 output,
-                engine,
+                _engine(options, settings),
                 identity=identity,
                 shard=Shard(shard_index, shard_count),
                 ordered=options["ordered"],
@@ -75,6 +68,15 @@ def run_batch_command(source: str, output: Path, options: dict[str, Any]) -> int
         err=True,
     )
     return SOME_FAILED if summary.errors else 0
+
+
+def _engine(options: Mapping[str, Any], settings: EngineSettings) -> Any:
+    fewest, most = workers_of(options["workers"])
+    if options["engine"] == "ray":
+        from molmo2.batch.ray_data import RayEngine
+
+        return RayEngine(settings, (fewest, most), row_seconds=options["row_timeout"])
+    return WorkerPool(settings, most, row_seconds=options["row_timeout"])
 
 
 def _settings(options: Mapping[str, Any]) -> EngineSettings:

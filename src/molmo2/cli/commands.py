@@ -189,11 +189,13 @@ class Job:
                 click.echo(",".join(printing.COLUMNS), file=stream)
             for files in _progress(self.requests, "asking"):
                 try:
-                    self._answer(files, stream)
-                except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
+                    answer = self._answer(files, stream)
+                except Exception as error:  # decoders raise nearly anything
                     self._end_if_hopeless(error)
                     failed += 1
                     self._report(files, error, stream)
+                else:
+                    failed += not self._draw(files, answer)
         return SOME_FAILED if failed else 0
 
     @staticmethod
@@ -206,7 +208,8 @@ class Job:
         if isinstance(error, ServerUnreachable):
             raise ModelError(str(error)) from error
 
-    def _answer(self, files: list[MediaFile], stream: Any) -> None:
+    def _answer(self, files: list[MediaFile], stream: Any) -> Any:
+        """The answer, which is written to the stream."""
         question = self.question(files)
         media = {
             "images": [file.path for file in files if not file.is_video],
@@ -225,12 +228,22 @@ class Job:
         else:
             write = printing.as_json if self.form == "json" else printing.as_csv
             click.echo(write(printing.as_record(files, str(question), answer)), file=stream)
-        if self.drawings is not None:
+        return answer
+
+    def _draw(self, files: list[MediaFile], answer: Any) -> bool:
+        """Save the marks, where they are wanted; False if that fails, which leaves the answer as it is."""
+        if self.drawings is None:
+            return True
+        try:
             saved = printing.save_marks(files, answer, self.drawings, self.saved)
-            for path in saved:
-                click.echo(f"wrote {path}", err=True)
-            if not saved:
-                click.echo(f"{files[0].path}: no points, so nothing to draw", err=True)
+        except Exception as error:  # decoders raise nearly anything
+            click.echo(f"error: {', '.join(file.path for file in files)}: not drawn: {error}", err=True)
+            return False
+        for path in saved:
+            click.echo(f"wrote {path}", err=True)
+        if not saved:
+            click.echo(f"{files[0].path}: no points, so nothing to draw", err=True)
+        return True
 
     def _report(self, files: list[MediaFile], error: Exception, stream: Any) -> None:
         """Name a question without an answer; programs find it in its own line."""
@@ -271,6 +284,7 @@ def _grouped(media: list[MediaFile], together: bool) -> list[list[MediaFile]]:
 def _ask(options: dict[str, Any], question: Callable[[list[MediaFile]], Any]) -> int:
     """What every asking command does once its question is known."""
     models.require_one(options["model"], options["server"])
+    _require_writable(options["output"])
     requests = _grouped(_find(options["files"], options["recursive"], options["kind"]), options["together"])
     for files in requests:
         question(files)  # a wrong one is reported before the model is loaded
@@ -287,6 +301,20 @@ def _ask(options: dict[str, Any], question: Callable[[list[MediaFile]], Any]) ->
         options["drawings"],
     )
     return job.run()
+
+
+def _require_writable(output: Path | None) -> None:
+    """Check before the model is loaded that answers can be written.
+
+    Raises:
+        UsageError: The folder of the output does not exist, or nothing can be written there.
+    """
+    if output is None or str(output) == "-":
+        return
+    if not output.parent.is_dir():
+        raise click.UsageError(f"'{output}' cannot be written: there is no folder '{output.parent}'. Make it first.")
+    if not os.access(output if output.exists() else output.parent, os.W_OK):
+        raise click.UsageError(f"'{output}' cannot be written: permission is denied. Name another output.")
 
 
 def _fixed(write: Callable[..., Any], *arguments: Any, **options: Any) -> Callable[[list[MediaFile]], Any]:
@@ -455,7 +483,7 @@ def plan(model: str | None, question: str, max_tokens: int | None, form: str, **
         names = ", ".join(file.path for file in files)
         try:
             planned = plan_request(processor, messages, max_tokens=max_tokens, **models.processor_options(options))
-        except (OSError, ValueError, TypeError, RuntimeError) as error:
+        except Exception as error:  # decoders raise nearly anything
             failed += 1
             click.echo(f"error: {names}: {error}", err=True)
             continue

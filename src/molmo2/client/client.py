@@ -18,6 +18,7 @@ from molmo2.tools.ask import MAX_NEW_TOKENS, as_list, per_question
 KEY_VARIABLES = ("MOLMO2_API_KEY", "OPENAI_API_KEY")
 VLLM, TRANSFORMERS, OPENAI = KINDS = ("vllm", "transformers", "openai")
 PROBE_SECONDS = 30.0
+MAX_QUOTED_CHARACTERS = 200  # of an answer that is none
 CHAT = "/chat/completions"
 
 
@@ -123,6 +124,29 @@ class Client:
         """Names of the models that the server lists."""
         return [str(entry.get("id")) for entry in self._models()]
 
+    def check(self) -> None:
+        """Find out whether the server takes the key and has the model, which every question needs.
+
+        A name that the server does not list may be another name of a model: then a short answer is asked for.
+
+        Raises:
+            ServerError: It cannot be reached, or refuses the key or the model.
+            ValueError: There are several models and none is named.
+        """
+        if self._model is None:
+            if self.kind != TRANSFORMERS:
+                self._only_model()
+            return
+        try:
+            is_listed = self._model in self.models()
+        except ServerUnreachable:
+            raise
+        except ServerError:  # it lists none
+            is_listed = False
+        if not is_listed:
+            asked = {"model": self._model, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 16}
+            self.endpoint.post(CHAT, asked, self.timeout)
+
     @property
     def kind(self) -> str:
         """What the server is: "vllm", "transformers" or "openai" for any other."""
@@ -158,6 +182,12 @@ class Client:
             self._listed = [entry for entry in entries or [] if isinstance(entry, dict)]
         return self._listed
 
+    def _only_model(self) -> str:
+        names = self.models()
+        if len(names) != 1:
+            raise ValueError(f"The server has {len(names)} models. Name one of {names[:20]} with `model`.")
+        return names[0]
+
     def _body(self, messages: list[dict[str, Any]], options: dict[str, Any], with_video: bool) -> dict[str, Any]:
         """A request without its stream and schema.
 
@@ -172,10 +202,7 @@ class Client:
         if self._model is not None:
             body["model"] = self._model
         elif self.kind != TRANSFORMERS:
-            names = self.models()
-            if len(names) != 1:
-                raise ValueError(f"The server has {len(names)} models. Name one of {names[:20]} with `model`.")
-            body["model"] = names[0]
+            body["model"] = self._only_model()
         if self.kind == VLLM and given:
             body["mm_processor_kwargs"] = given
         elif self.kind == TRANSFORMERS and with_video:  # it shows 32 frames unless told otherwise
@@ -268,7 +295,8 @@ class ClientSession:
             choice = response["choices"][0]
             text, reason = choice["message"]["content"] or "", choice.get("finish_reason")
         except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise ServerError(f"The server answers {str(response)[:200]}, which is no chat completion.") from error
+            found = self._client.endpoint.quoted(str(response), MAX_QUOTED_CHARACTERS)
+            raise ServerError(f"The server answers {found}, which is no chat completion.") from error
         return self._answer(question, text, reason, response.get("usage"), (0.0, seconds))
 
     def _stream(
@@ -283,7 +311,7 @@ class ClientSession:
         held_back = ""  # blanks around an answer are dropped: they wait for what follows them
         with self._client._slots, closing(self._client.endpoint.stream(CHAT, body, self._client.timeout)) as events:
             for event in events:
-                new, ended, counted = _delta(event)
+                new, ended, counted = self._delta(event)
                 reason, usage = ended or reason, counted or usage
                 if not new:
                     continue
@@ -321,16 +349,16 @@ class ClientSession:
         parsed = grounding if parse is None else parse(text, self.media)
         return Answer(text, grounding, parsed, reason == "length", timings)
 
+    def _delta(self, event: Any) -> tuple[str, Any, Any]:
+        """(text, finish reason, usage) of one event of a stream.
 
-def _delta(event: Any) -> tuple[str, Any, Any]:
-    """(text, finish reason, usage) of one event of a stream.
-
-    Raises:
-        ServerError: It is none.
-    """
-    try:
-        choices = event.get("choices") or [{}]
-        delta = choices[0].get("delta") or {}
-        return delta.get("content") or "", choices[0].get("finish_reason"), event.get("usage")
-    except (AttributeError, IndexError, TypeError, KeyError) as error:
-        raise ServerError(f"The server streams {str(event)[:200]}, which is no part of a chat completion.") from error
+        Raises:
+            ServerError: It is none.
+        """
+        try:
+            choices = event.get("choices") or [{}]
+            delta = choices[0].get("delta") or {}
+            return delta.get("content") or "", choices[0].get("finish_reason"), event.get("usage")
+        except (AttributeError, IndexError, TypeError, KeyError) as error:
+            found = self._client.endpoint.quoted(str(event), MAX_QUOTED_CHARACTERS)
+            raise ServerError(f"The server streams {found}, which is no part of a chat completion.") from error

@@ -64,7 +64,9 @@ class Endpoint:
         if parts.username is not None or parts.password is not None:
             raise ValueError("The address of the server holds a user or password. Pass `api_key` instead.")
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-            raise ValueError(f"{self.base_url!r} is no server. Pass an address such as http://127.0.0.1:8000/v1.")
+            raise ValueError(
+                f"{self.quoted(self.base_url)!r} is no server. Pass an address such as http://127.0.0.1:8000/v1."
+            )
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable()):
             raise ValueError("The API key has characters that no key has, such as a line break. Check how it is read.")
 
@@ -91,26 +93,26 @@ class Endpoint:
             for data in _events(exchange.pieces()):
                 if data == b"[DONE]":
                     return
-                event = _parsed(data)
+                event = self._parsed(data)
                 if isinstance(event, dict) and "error" in event:
-                    raise ServerError(self._hidden(f"The server broke off: {_message(event)}"))
+                    raise ServerError(f"The server broke off: {self.quoted(_message(event))}")
                 yield event
 
     def _whole(self, method: str, path: str, body: bytes | None, deadline: float) -> Any:
         for attempt in range(self.retries + 1):
             with closing(self._open(method, path, body, deadline, attempt)) as exchange:
                 try:
-                    return _parsed(b"".join(exchange.pieces()))
+                    return self._parsed(b"".join(exchange.pieces()))
                 except _Broken as error:
                     if attempt == self.retries:
-                        raise ServerError(self._hidden(str(error))) from error
+                        raise ServerError(str(error)) from error
             self._pause(attempt, None, deadline)
         raise ServerError("No attempt was allowed.")
 
     def _open(self, method: str, path: str, body: bytes | None, deadline: float, attempt: int = 0) -> "_Exchange":
         """A response that has begun well; attempts that fail for a while are repeated."""
         while True:
-            exchange = _Exchange(self.base_url, deadline)
+            exchange = _Exchange(self.base_url, self._shown, deadline)
             try:
                 status = exchange.begin(method, path, body, self._headers())
             except TimeoutError as error:
@@ -136,10 +138,9 @@ class Endpoint:
         return headers if self.api_key is None else {**headers, "Authorization": f"Bearer {self.api_key}"}
 
     def _error(self, status: int, failure: str) -> ServerError:
+        failure = self.quoted(failure)
         if not status:
-            return ServerUnreachable(
-                self._hidden(f"Nothing answers at {self.base_url} ({failure}). Is the server running there?")
-            )
+            return ServerUnreachable(f"Nothing answers at {self._shown} ({failure}). Is the server running there?")
         advice = {
             401: " Set MOLMO2_API_KEY, or pass `api_key`.",
             403: " The key may not do this.",
@@ -148,22 +149,37 @@ class Endpoint:
         }.get(status, "")
         if 300 <= status < 400:
             advice = " Redirects are not followed: pass the address that it leads to."
-        return ServerError(self._hidden(f"{self.base_url} answers {status}: {failure}{advice}"), status)
+        return ServerError(f"{self._shown} answers {status}: {failure}{advice}", status)
 
     def _pause(self, attempt: int, wait: float | None, deadline: float) -> None:
         """Wait before the next attempt, as long as the server asks for or longer each time."""
         seconds = min(FIRST_PAUSE_SECONDS * 2**attempt, LONGEST_PAUSE_SECONDS) * random.uniform(0.5, 1.0)
         seconds = seconds if wait is None else wait
         if time.monotonic() + seconds > deadline:
-            raise DeadlineExceeded(f"{self.base_url} gives no answer in time: it is busy or does not answer.")
+            raise DeadlineExceeded(f"{self._shown} gives no answer in time: it is busy or does not answer.")
         time.sleep(seconds)
 
     def _check(self, deadline: float, error: BaseException) -> None:
         if time.monotonic() >= deadline:
-            raise DeadlineExceeded(f"{self.base_url} gives no answer in time. Raise `timeout`.") from error
+            raise DeadlineExceeded(f"{self._shown} gives no answer in time. Raise `timeout`.") from error
 
-    def _hidden(self, text: str) -> str:
-        return text.replace(self.api_key, HIDDEN) if self.api_key else text
+    @property
+    def _shown(self) -> str:
+        """The address for messages."""
+        return self.quoted(self.base_url)
+
+    def quoted(self, text: str, length: int = MAX_QUOTED_CHARACTERS) -> str:
+        """A text for a message: without the key, as it is or as JSON and Python write it, and only then cut."""
+        for form in (self.api_key, json.dumps(self.api_key)[1:-1], repr(self.api_key)[1:-1]) if self.api_key else ():
+            text = text.replace(str(form), HIDDEN)
+        return text[:length]
+
+    def _parsed(self, content: bytes) -> Any:
+        try:
+            return json.loads(content)
+        except (ValueError, RecursionError):
+            shown = self.quoted(content.decode("utf-8", "replace"), 80)
+        raise ServerError(f"The server answers {shown!r}, which is no JSON. Does its address end in /v1?")
 
 
 class _Broken(ServerError):
@@ -173,9 +189,9 @@ class _Broken(ServerError):
 class _Exchange:
     """One request and its response, until a deadline."""
 
-    def __init__(self, base_url: str, deadline: float):
+    def __init__(self, base_url: str, shown: str, deadline: float):
         parts = urlsplit(base_url)
-        self._prefix, self._base_url, self._deadline = parts.path.rstrip("/"), base_url, deadline
+        self._prefix, self._shown, self._deadline = parts.path.rstrip("/"), shown, deadline
         kind: Any = http.client.HTTPConnection
         options: dict[str, Any] = {}
         if parts.scheme == "https":
@@ -218,16 +234,14 @@ class _Exchange:
             except TimeoutError as error:
                 raise self._too_late() from error
             except (OSError, http.client.HTTPException) as error:
-                raise _Broken(f"{self._base_url} broke off its answer ({type(error).__name__}).") from error
+                raise _Broken(f"{self._shown} broke off its answer ({type(error).__name__}).") from error
             if not piece:
                 if self._response.length:  # of those that were announced
-                    raise _Broken(f"{self._base_url} broke off its answer.")
+                    raise _Broken(f"{self._shown} broke off its answer.")
                 return
             total += len(piece)
             if total > MAX_RESPONSE_BYTES:
-                raise ServerError(
-                    f"{self._base_url} answers more than {MAX_RESPONSE_BYTES} bytes, which is no answer."
-                )
+                raise ServerError(f"{self._shown} answers more than {MAX_RESPONSE_BYTES} bytes, which is no answer.")
             yield piece
 
     def failure(self) -> str:
@@ -239,7 +253,7 @@ class _Exchange:
         try:
             return _message(json.loads(content))
         except ValueError:
-            return content.decode("utf-8", "replace")[:MAX_QUOTED_CHARACTERS]
+            return content.decode("utf-8", "replace")
 
     def close(self) -> None:
         """Close the connection, also amid a response."""
@@ -258,7 +272,7 @@ class _Exchange:
             self._socket.settimeout(self._seconds_left())
 
     def _too_late(self) -> DeadlineExceeded:
-        return DeadlineExceeded(f"{self._base_url} gives no answer in time. Raise `timeout`.")
+        return DeadlineExceeded(f"{self._shown} gives no answer in time. Raise `timeout`.")
 
 
 def _events(pieces: Iterator[bytes]) -> Iterator[bytes]:
@@ -273,18 +287,10 @@ def _events(pieces: Iterator[bytes]) -> Iterator[bytes]:
         yield rest[5:].strip()
 
 
-def _parsed(content: bytes) -> Any:
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:
-        shown = content[:80].decode("utf-8", "replace")
-        raise ServerError(f"The server answers {shown!r}, which is no JSON. Does its address end in /v1?") from error
-
-
 def _message(content: Any) -> str:
-    """What an error says: of OpenAI in error.message, of FastAPI in detail."""
+    """What an error says, uncut: of OpenAI in error.message, of FastAPI in detail."""
     found = content
     for name in ("error", "message", "detail"):
         if isinstance(found, dict) and found.get(name):
             found = found[name]
-    return (found if isinstance(found, str) else json.dumps(found))[:MAX_QUOTED_CHARACTERS]
+    return found if isinstance(found, str) else json.dumps(found)

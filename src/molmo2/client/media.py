@@ -10,7 +10,7 @@ from typing import Any
 from PIL import ExifTags, Image
 
 from molmo2.grounding.parse import IMAGE, MULTI_IMAGE, MediaInfo, media_info
-from molmo2.image.loading import is_encoded, load_images, measure_images
+from molmo2.image.loading import fetch_images, is_encoded, load_images, measure_images
 from molmo2.tools.media_files import is_url
 from molmo2.video.loading import ReadingOptions, SampledVideoMetadata, VideoItem, read_video
 from molmo2.video.processing import Molmo2VideoProcessor, clips_per_video
@@ -39,17 +39,26 @@ def message_parts(
 
 
 def image_url(image: Any) -> str:
-    """A data URL. Files that every server reads alike are sent as they are, all others as PNG, upright and in RGB."""
+    """A data URL. Files that every server reads alike are sent as they are, all others as PNG, upright and in RGB.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: As `load_images`; also what is over its limits is not sent.
+    """
     content = _file_content(image)
     if content is not None:
-        with Image.open(BytesIO(content)) as opened:
-            is_upright = opened.getexif().get(ExifTags.Base.Orientation, 1) == 1
-            if opened.format in SENT_AS_THEY_ARE and opened.mode == "RGB" and is_upright:
-                return _data_url(SENT_AS_THEY_ARE[opened.format], content)
+        media_type = fetch_images(image, finish=_type_to_send)
+        if media_type is not None:
+            return _data_url(media_type, content)
     (pixels,) = load_images([image])
     buffer = BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
     return _data_url("image/png", buffer.getvalue())
+
+
+def _type_to_send(image: Image.Image) -> str | None:
+    """The media type of a file that is sent as it is; None for others."""
+    is_upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+    return SENT_AS_THEY_ARE.get(image.format or "") if image.mode == "RGB" and is_upright else None
 
 
 def video_url(video: Any) -> str:

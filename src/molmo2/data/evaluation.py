@@ -10,7 +10,6 @@ from molmo2.data.examples import MAX_NAMED, MISSING, ReadingReport
 from molmo2.data.media import MediaReference, Resolver, urls
 from molmo2.data.pointing import positions
 from molmo2.data.queries import Row, images_of, records, video_of
-from molmo2.data.tracks import frame_step
 from molmo2.grounding import prompts
 
 TRACK_FPS = 2
@@ -86,14 +85,17 @@ def _video_count(row: Row, sources: Sequence[Any]) -> _Asked:
 
 
 def _video_tracks(row: Row, sources: Sequence[Any]) -> _Asked:
-    step = frame_step(row["fps"], TRACK_FPS) or 1
+    fps = row["fps"]
+    length = max((len(entry["points"]) for entry in records(row["points"])), default=0)
+    # Of times k / TRACK_FPS, as `frames_of` reads them from an answer, also where the rates do not divide.
+    sampled = {round(place / TRACK_FPS * fps) for place in range(int(length / fps * TRACK_FPS) + 2)}
     points: dict[int, dict[Any, tuple[float, float]]] = {}
     for entry in records(row["points"]):
         for frame, at in enumerate(entry["points"]):
-            if at is not None and frame % step == 0:
+            if at is not None and frame in sampled:
                 points.setdefault(frame, {})[entry["object_id"]] = (at[0], at[1])
     masks = {entry["object_id"]: dict(enumerate(entry["masks"])) for entry in records(row["masks"])}
-    truth = {"size": (row["w"], row["h"]), "fps": row["fps"], "points": points, "masks": masks}
+    truth = {"size": (row["w"], row["h"]), "fps": fps, "points": points, "masks": masks}
     group = TRACK_GROUPS.get(row.get("video_dataset", ""))
     options = {"frame_sample_mode": "fps", "sampling_fps": TRACK_FPS}
     return _Asked(prompts.track(row["exp"], TRACK_FPS).text, truth, {"group": group} if group else {}, options)
@@ -118,7 +120,15 @@ def _image_count(row: Row, sources: Sequence[Any]) -> _Asked:
 
 def _pointbench(row: Row, sources: Sequence[Any]) -> _Asked:
     pixels = np.asarray(sources[1])
-    mask = pixels[..., :3].any(axis=-1) if pixels.ndim == 3 else pixels.astype(bool)  # without alpha
+    if pixels.ndim not in (2, 3) or pixels.dtype.kind not in "buif":
+        raise ValueError(
+            f"The mask {repr(sources[1])[:80]} is a {type(sources[1]).__name__}; expected an image or an array (H, W) "
+            "or (H, W, channels). `media` has to open masks: it is asked for them with the kind 'mask'."
+        )
+    if pixels.ndim == 3:
+        num_colors = pixels.shape[-1] - (pixels.shape[-1] in (2, 4))  # without alpha
+        pixels = pixels[..., :num_colors].any(axis=-1)
+    mask = pixels.astype(bool)
     truth = {"size": mask.shape[::-1], "mask": mask}
     return _Asked(row["user_input"], truth, {"category": row["category"]})
 
@@ -163,7 +173,7 @@ def evaluation_examples(
         rows: As for `Examples`.
         media: As for `Examples`. Masks of PointBench are asked for with the kind "mask"; return an image or an array.
     Raises:
-        ValueError: There is no such set, or a column is missing.
+        ValueError: There is no such set, a column is missing, or a mask of PointBench is no image.
     """
     if name not in EVALUATION_SETS:
         raise ValueError(f"There is no reader for {name!r}. There are readers for {', '.join(EVALUATION_SETS)}.")

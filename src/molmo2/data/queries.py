@@ -46,7 +46,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Settings:
-    """How rows become examples; the defaults are those of Molmo2's training.
+    """How rows become examples; the defaults are those of Molmo2's training, but for `subtitle_mode`.
 
     Attributes:
         config: The configuration of a data set that has several, such as "chart" of SynMultiImageQA.
@@ -58,7 +58,8 @@ class Settings:
         max_images: Rows with more images are left out; of images with points a part is drawn.
         max_clip_seconds: Longer clips with points are left out.
         sampling_fps: Rate of tracks; rows whose frame rate it does not divide are left out.
-        subtitle_mode: "frame_1" or "all", see `subtitle_text`; "frame_1" needs `frame_times`.
+        subtitle_mode: "all", or "frame_1" as in Molmo2's training, see `subtitle_text`. "frame_1" is not the default
+            as it needs `frame_times`.
         frame_times: From the reference and the source of a video to the times of its sampled frames.
     Raises:
         ValueError: A value is out of its range.

@@ -48,15 +48,21 @@ def _read_image_captions(rows: Sequence[Row], draw: Draw) -> Item:
     branches = []
     for row in rows:
         texts = [("long_caption", row["caption"])] if row.get("caption") else []
-        if row.get("transcripts"):
-            texts.append(("transcript", draw.rng.choice(row["transcripts"])))
+        spoken = _spoken(row)
+        if spoken:
+            texts.append(("transcript", draw.rng.choice(spoken)))
         for style, text in texts:
             branches.append([Query(style, draw_length_prompt(style, text, draw.rng), text, is_styled=True)])
     return Item(branches)
 
 
+def _spoken(row: Row) -> list[str]:
+    """The transcripts that say something."""
+    return [text for text in row.get("transcripts") or [] if (text or "").strip()]
+
+
 def _image_caption_problem(row: Row, settings: Settings) -> str | None:
-    return None if row.get("caption") or any(row.get("transcripts") or []) else EMPTY
+    return None if row.get("caption") or _spoken(row) else EMPTY
 
 
 # --- questions about videos ------------------------------------------------------------------------------------------
@@ -77,6 +83,14 @@ def _read_video_choices(rows: Sequence[Row], draw: Draw) -> Item:
         question, answer = draw_multiple_choice(row["Question"], options, correct, draw.rng)
         branches.append([Query("video_multiple_choice", question, answer)])
     return Item(branches)
+
+
+def _subtitle_problem(row: Row, settings: Settings) -> str | None:
+    try:
+        read_subtitles(row.get("subtitle") or [])
+    except ValueError:
+        return "the subtitle cannot be read"
+    return _choice_problem(row, settings)
 
 
 def _read_subtitle_choices(rows: Sequence[Row], draw: Draw) -> Item:
@@ -194,7 +208,7 @@ def _held_images(row: Row) -> list[object]:
 
 VIDEO_CAPTIONS = Family(_read_video_captions, video_of, (), _caption_problem)
 VIDEO_CHOICES = Family(_read_video_choices, video_of, ("video_id",), _choice_problem)
-SUBTITLE_CHOICES = Family(_read_subtitle_choices, video_of, ("video_id",), _choice_problem)
+SUBTITLE_CHOICES = Family(_read_subtitle_choices, video_of, ("video_id",), _subtitle_problem)
 VIDEO_QUESTIONS = Family(_read_user_questions, video_of, ("video_id",), _answer_problem)
 IMAGE_QUESTIONS = Family(_read_user_questions, images_of, ("image_url",), _answer_problem)
 IMAGE_SET_QUESTIONS = Family(_read_image_set_questions, images_of, (), _multi_image_problem)

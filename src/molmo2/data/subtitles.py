@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from molmo2.data.queries import records
+
 Subtitles = dict[tuple[float, float], str]  # (start, end) in seconds -> text
 FRAME_REACH_SECONDS = 1.0
 FRAME, ALL = "frame_1", "all"
@@ -17,25 +19,35 @@ def read_subtitles(source: Any) -> Subtitles:
     """Subtitles from the text of an SRT or WebVTT file, from rows, or from a dictionary.
 
     Args:
-        source: Text; rows `{"start", "end", "text"}` or (start, end, text); or {(start, end): text}. Seconds.
+        source: Text; rows `{"start", "end", "text"}` or (start, end, text), the rows of names also as one row of
+            lists, as `datasets` may give them; or {(start, end): text}. Seconds.
     Raises:
-        ValueError: A time ends before it starts, or a text has no times.
+        ValueError: A time ends before it starts or is no number, a text has no times, or the source is none of these.
     """
-    if isinstance(source, str):
-        entries = _cues(source)
-    elif isinstance(source, Mapping):
-        entries = [(start, end, text) for (start, end), text in source.items()]
-    else:
-        entries = [
-            (row["start"], row["end"], row["text"]) if isinstance(row, Mapping) else tuple(row) for row in source
-        ]
     subtitles: Subtitles = {}
-    for start, end, text in entries:
+    for start, end, text in _cues(source) if isinstance(source, str) else _entries(source):
         if not 0 <= start <= end:
             raise ValueError(f"The subtitle {text!r:.60} lasts from {start} to {end} s; expected 0 <= start <= end.")
         key = (float(start), float(end))
         subtitles[key] = f"{subtitles[key]} {text}" if key in subtitles else str(text)
     return dict(sorted(subtitles.items(), key=lambda entry: entry[0]))
+
+
+def _entries(source: Any) -> list[tuple[float, float, Any]]:
+    """(start, end, text) of rows or a dictionary."""
+    try:
+        if isinstance(source, Mapping) and "start" not in source:
+            rows = [(start, end, text) for (start, end), text in source.items()]
+        else:
+            rows = [
+                (row["start"], row["end"], row["text"]) if isinstance(row, Mapping) else row for row in records(source)
+            ]
+        return [(float(start), float(end), text) for start, end, text in rows]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"These are no subtitles: {repr(source)[:60]} ({type(error).__name__}: {error}). Expected the text of an "
+            "SRT or WebVTT file, rows with start, end and text, or {(start, end): text}."
+        ) from error
 
 
 def _cues(text: str) -> list[tuple[float, float, str]]:

@@ -11,7 +11,7 @@ from molmo2.data.mixture import Drawn, Mixture, MixtureState
 from molmo2.training.examples import example_from_feature
 from molmo2.training.packer import Pack, Packer, PoolEntry, num_crops, num_tokens
 
-KEPT_STATES = 256  # rows that a trainer may have taken ahead of its checkpoint
+KEPT_STATES = 256  # rows that a trainer may have taken ahead of its checkpoint; `SaveMixture` knows better
 
 
 class PackedMixture(IterableDataset):
@@ -49,6 +49,7 @@ class PackedMixture(IterableDataset):
             raise ValueError(f"There is no process {process_index} of {num_processes}; the first is 0.")
         self.mixture, self.packer, self.processor, self.options = mixture, packer, processor, options
         self.process_index, self.num_processes = process_index, num_processes
+        self._num_kept = KEPT_STATES
         self.load_state_dict(None)
 
     def __iter__(self) -> Iterator[Pack]:
@@ -78,6 +79,11 @@ class PackedMixture(IterableDataset):
             )
         return found
 
+    def keep_states(self, rows: int) -> None:
+        """Know the states behind the last `rows` rows; 256 are known in any case."""
+        self._num_kept = max(KEPT_STATES, rows)
+        self._states = deque(self._states, maxlen=self._num_kept)
+
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Continue from a state; None starts anew.
 
@@ -95,7 +101,7 @@ class PackedMixture(IterableDataset):
         self._pool: list[PoolEntry] = [self._entry(Drawn(*drawn)) for drawn in state["pool"]]
         for name, value in state["report"].items():
             setattr(self.packer.report, name, value)
-        self._states: deque[dict[str, Any]] = deque([self._snapshot()], maxlen=KEPT_STATES)
+        self._states: deque[dict[str, Any]] = deque([self._snapshot()], maxlen=self._num_kept)
 
     def _snapshot(self) -> dict[str, Any]:
         return {

@@ -30,7 +30,7 @@ class SaveMixture(TrainerCallback):
         self.stream = stream
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Refuse settings under which the state would be another one.
+        """Keep enough states of the stream, and refuse settings under which the state would be another one.
 
         Raises:
             ValueError: Rows are made in workers, divided twice, or would be skipped on resuming.
@@ -43,13 +43,19 @@ class SaveMixture(TrainerCallback):
         found = [text for text, is_problem in problems.items() if is_problem]
         if found:
             raise ValueError(f"To continue a run with the very next row, set {'; and '.join(found)}.")
+        # accelerate reads batches ahead of the step whose state is saved
+        self.stream.keep_states(4 * _rows_per_step(args))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the state beside the weights."""
         if state.is_world_process_zero:
-            rows = state.global_step * args.gradient_accumulation_steps * args.train_batch_size * args.world_size
+            rows = state.global_step * _rows_per_step(args)
             path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE_FILE
             path.write_text(json.dumps(self.stream.state_dict(rows)), encoding="utf-8")
+
+
+def _rows_per_step(args: Any) -> int:
+    return args.gradient_accumulation_steps * args.train_batch_size * args.world_size
 
 
 def resume_mixture(stream: PackedMixture, checkpoint: str | Path) -> None:
