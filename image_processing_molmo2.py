@@ -205,13 +205,14 @@ class MediaLimits:
             "http" and "https". Bytes, open files, arrays and PIL images are always accepted. A server that passes on
             what its users write has no use for the first two.
         allow_private_hosts: also fetch from private, loopback and link-local addresses.
-        fetch_bytes: bytes of a download or a data URL, decompressed.
+        fetch_bytes: bytes of a download or a data URL, decompressed, and of an open file that is copied: a video, or
+            a stream that cannot seek.
         connect_seconds, read_seconds: longest wait for a connection, and for the next bytes.
         total_seconds: longest time of a download, redirects included.
         redirects: redirects that are followed.
 
     Raises:
-        ValueError: a limit is no positive number, or a source is unknown.
+        ValueError: a limit is no finite number of 0 or more, or of seconds apart no whole one, or a source is unknown.
     """
 
     image_pixels: int = 100_000_000
@@ -238,8 +239,12 @@ class MediaLimits:
             elif isinstance(field.default, bool):
                 if not isinstance(value, bool):
                     raise ValueError(f"MediaLimits: {field.name} is {value!r}. Pass True or False.")
-            elif isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
-                raise ValueError(f"MediaLimits: {field.name} is {value!r}. Pass a number of 0 or more.")
+            elif not is_number(value) or value < 0:
+                raise ValueError(f"MediaLimits: {field.name} is {value!r}. Pass a finite number of 0 or more.")
+            elif not field.name.endswith("_seconds"):
+                if value != int(value):
+                    raise ValueError(f"MediaLimits: {field.name} is {value!r}. Pass a whole number.")
+                object.__setattr__(self, field.name, int(value))
         unknown = sorted(set(self.sources) - set(SOURCES))
         if unknown:
             raise ValueError(f"MediaLimits: unknown source(s) {unknown}. Choose from {', '.join(SOURCES)}.")
@@ -262,11 +267,15 @@ class MediaLimits:
                 f"({', '.join(self.sources) or 'none'}). Pass the bytes of the file. {_advice('sources')}"
             )
 
+    def check_frames(self, where: str, num_frames: int) -> None:
+        """Refuse a video with too many frames."""
+        self.check("video_frames", num_frames, f"{where} has {num_frames:,} frames")
+
     def check_video(self, where: str, num_frames: int, size: tuple[int, int], num_bytes: int) -> None:
         """Refuse a video with too many frames or pixels; size is (height, width)."""
         height, width = size
         self.check("video_frame_pixels", height * width, f"{where} has frames of {height} x {width} pixels")
-        self.check("video_frames", num_frames, f"{where} has {num_frames:,} frames")
+        self.check_frames(where, num_frames)
         pixels = num_frames * height * width
         if pixels > FREE_VIDEO_PIXELS:
             ratio = pixels // max(1, num_bytes)
@@ -308,9 +317,11 @@ def checked_limits(value: Any) -> MediaLimits:
 USER_AGENT = "Mozilla/5.0 (compatible; molmo2)"  # some servers refuse the defaults of libraries
 REDIRECTS = (301, 302, 303, 307, 308)
 CHUNK_BYTES = 1 << 16
+MAX_SECONDS = 1_000_000  # of a download; sockets take no longer timeouts than twice that
 SPOOL_BYTES = 1 << 24  # of a download that are kept in memory; what is larger goes to a temporary file
 PORTS = {"http": 80, "https": 443}
 URL_CHARACTERS = "%/:=&?~#+!$,;'@()*[]"  # not quoted again
+GZIP_START = b"\x1f"
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
@@ -325,12 +336,22 @@ def scheme_of(text: str) -> str:
 
 
 def masked(url: str) -> str:
-    """An http(s) address as it may be printed: without user, password and query, which may hold secrets."""
+    """An http(s) address as it may be printed: without user, password and query, which may hold secrets.
+
+    A "/", "#" or "?" in a password that is not quoted ends the host too early for a parser: all before the last "@" is
+    dropped, and nothing is shown where it may be a password that looks like a port.
+    """
+    address, _, query = url.partition("?")
+    scheme, _, rest = address.partition(":")
+    if "@" in rest:
+        rest = "//" + rest.rpartition("@")[2]
+    elif "@" in query and ":" in rest:
+        return f"{scheme_of(url)}://..."
     try:
-        parts = urlsplit(url)
+        parts = urlsplit(f"{scheme}:{rest}")
         host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname or ""
         port = "" if parts.port is None else f":{parts.port}"
-        shown = f"{parts.scheme}://{host}{port}{parts.path}" + ("?..." if parts.query else "")
+        shown = f"{parts.scheme}://{host}{port}{parts.path}" + ("?..." if query else "")
     except ValueError:
         return f"{scheme_of(url)}://... (a malformed address)"
     printable = "".join(character if character.isprintable() else "?" for character in shown)
@@ -366,9 +387,9 @@ def fetch(url: str, where: str, limits: MediaLimits) -> IO[bytes]:
 
 
 def _without_address(error: Exception) -> str:
-    return (
-        "the address is malformed" if isinstance(error, (http.client.InvalidURL, UnicodeError)) else str(error)[:200]
-    )
+    # Of these, only errors of TLS (ValueErrors too) do not quote what they found.
+    quotes = isinstance(error, (http.client.InvalidURL, ValueError)) and not isinstance(error, OSError)
+    return "the address is malformed" if quotes else str(error)[:200]
 
 
 def data_url_bytes(url: str, where: str, limits: MediaLimits) -> bytes:
@@ -400,7 +421,8 @@ class _Download:
 
     def __init__(self, where: str, limits: MediaLimits) -> None:
         self._where, self._limits = where, limits
-        self._deadline = time.monotonic() + limits.total_seconds
+        self._seconds = min(limits.total_seconds, MAX_SECONDS)
+        self._deadline = time.monotonic() + self._seconds
         self._socket: socket.socket | None = None
 
     @property
@@ -408,11 +430,11 @@ class _Download:
         return time.monotonic() >= self._deadline
 
     def run(self, url: str) -> IO[bytes]:
-        timer = threading.Timer(self._limits.total_seconds, self._interrupt)
+        timer = threading.Timer(self._seconds, self._interrupt)
         timer.daemon = True
         timer.start()
         try:
-            for _ in range(int(self._limits.redirects) + 1):
+            for _ in range(self._limits.redirects + 1):
                 response = self._get(url)
                 with response:
                     if response.status not in REDIRECTS:
@@ -467,26 +489,32 @@ class _Download:
         headers = {"User-Agent": USER_AGENT, "Accept": "*/*", "Accept-Encoding": "identity", "Connection": "close"}
         headers |= _authorization("Authorization", parts)
         target = quote(f"{parts.path or '/'}{'?' if parts.query else ''}{parts.query}", safe=URL_CHARACTERS)
+        name = f"[{host}]" if ":" in host else host
         if proxy is not None:
             via = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-            addresses = self._resolve(via.hostname or "", via.port or PORTS["http"])
+            if via.scheme != "http" or not via.hostname:
+                raise _Refused(
+                    f"the proxy that {scheme}_proxy names is no http:// address of a host, the only kind used here; "
+                    "set another one, or name this host in no_proxy"
+                )
+            addresses = self._resolve(via.hostname, via.port or PORTS["http"])
             to_proxy = _authorization("Proxy-Authorization", via)
             if scheme == "http":
-                target, headers = f"http://{parts.netloc.rpartition('@')[2]}{target}", headers | to_proxy
+                named_port = "" if parts.port is None else f":{parts.port}"
+                target, headers = f"http://{name}{named_port}{target}", headers | to_proxy
         connection = http.client.HTTPConnection(host, port)
         connection.default_port = PORTS[scheme]  # decides whether the header `Host` names the port
         self._socket = self._connected(addresses)
         if scheme == "https":
             if proxy is not None:
-                self._open_tunnel(host, port, to_proxy)
+                self._open_tunnel(f"{name}:{port}", to_proxy)
             self._socket = _tls_context().wrap_socket(self._socket, server_hostname=host)
         connection.sock = self._stream()
         connection.request("GET", target, headers=headers)
         return connection.getresponse()
 
-    def _open_tunnel(self, host: str, port: int, headers: dict[str, str]) -> None:
-        """Ask the proxy for a connection to the host."""
-        name = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    def _open_tunnel(self, name: str, headers: dict[str, str]) -> None:
+        """Ask the proxy for a connection to "host:port"."""
         lines = [f"CONNECT {name} HTTP/1.1", f"Host: {name}", *(f"{key}: {value}" for key, value in headers.items())]
         stream = self._stream()
         stream.sendall("\r\n".join([*lines, "", ""]).encode("latin-1"))
@@ -560,15 +588,16 @@ class _Download:
             written = 0
             for chunk in self._decoded(response):
                 written += len(chunk)
-                self._limits.check(
-                    "fetch_bytes", written, f"{self._where} is a download of more than {written:,} bytes"
-                )
+                self._check_size(written)
                 file.write(chunk)
             file.seek(0)
             return file
         except BaseException:
             file.close()
             raise
+
+    def _check_size(self, num_bytes: int) -> None:
+        self._limits.check("fetch_bytes", num_bytes, f"{self._where} is a download of {num_bytes:,} bytes or more")
 
     def _decoded(self, response: http.client.HTTPResponse) -> Iterator[bytes]:
         """The body in small pieces, however far it is compressed."""
@@ -583,9 +612,14 @@ class _Download:
             if inflater is None:  # "deflate" is zlib's format, but some servers send it without the header
                 is_bare = encoding == "deflate" and (chunk[0] & 15 != 8 or int.from_bytes(chunk[:2], "big") % 31 != 0)
                 inflater = zlib.decompressobj(-zlib.MAX_WBITS if is_bare else zlib.MAX_WBITS | 32)
-            while chunk and not inflater.eof:
+            while chunk:
+                if inflater.eof:  # a file of gzip may have several members, with zeros between; the rest is ignored
+                    chunk = chunk.lstrip(b"\0")
+                    if encoding == "deflate" or chunk[:1] != GZIP_START:
+                        break
+                    inflater = zlib.decompressobj(zlib.MAX_WBITS | 32)
                 yield inflater.decompress(chunk, CHUNK_BYTES)
-                chunk = inflater.unconsumed_tail
+                chunk = inflater.unused_data if inflater.eof else inflater.unconsumed_tail
         if inflater is not None and not inflater.eof:
             yield inflater.flush()  # at most what one match repeats: no input is left
         if inflater is not None and not inflater.eof:
@@ -594,14 +628,14 @@ class _Download:
     def _raw(self, response: http.client.HTTPResponse) -> Iterator[bytes]:
         """The body as sent."""
         expected, received = response.length, 0
-        if expected is not None:
-            self._limits.check("fetch_bytes", expected, f"{self._where} is a download of {expected:,} bytes")
-        while True:
+        self._check_size(expected or 0)
+        while not response.isclosed():  # as it is, on recent versions of Python, once it has read all
             self._stream()
             chunk = response.read1(CHUNK_BYTES)
             if not chunk:
                 break
             received += len(chunk)
+            self._check_size(received)  # also of what decompresses to nothing
             yield chunk
         if (expected is not None and received < expected) or self.is_late:
             raise _Refused(f"{received:,} of {expected or 0:,} bytes came")

@@ -2551,6 +2551,11 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.wte = value  # type: ignore[assignment]
 
+    @property
+    def drops_cache(self) -> bool:
+        """Whether passes return no cache, whatever is asked for: checkpointing would write to it twice."""
+        return self.gradient_checkpointing and self.training
+
     def _require_positions(self, prompt_length: int, attention_mask: Any = None) -> None:
         """Refuses prompts beyond `max_position_embeddings`; padding does not count."""
         limit = self.config.max_position_embeddings
@@ -2647,7 +2652,7 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
         output_hidden_states = self._setting("output_hidden_states", output_hidden_states)
         if use_cache is None:
             use_cache = self.config.use_cache and packed_rows is None
-        if self.gradient_checkpointing and self.training:
+        if self.drops_cache:
             use_cache = False
         if use_cache and past_key_values is None:
             past_key_values = use_preallocated_layers(DynamicCache(config=self.config))
@@ -2932,7 +2937,8 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
             "mm_token_type_ids": mm_token_type_ids,
         }
         copies = 1
-        if use_cache is not False and can_copy_rows(past_key_values):
+        makes_cache = use_cache is not False and not self.get_decoder().drops_cache
+        if makes_cache and can_copy_rows(past_key_values):
             copies = passed_on.pop(REPEAT_FACTOR, 1)
             rows = every_nth_row(rows, copies)
         outputs = self.model(

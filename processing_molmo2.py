@@ -34,9 +34,11 @@ from .grounding_molmo2 import Grounding, MediaInfo
 from .image_processing_molmo2 import (
     IMAGE_SUFFIXES,
     MediaFeatures,
+    MediaLimits,
     Molmo2ImageProcessor,
     Molmo2ImageProcessorKwargs,
     as_output,
+    checked_limits,
     ground_answers,
     is_encoded,
     media_of_rows,
@@ -802,6 +804,15 @@ class Molmo2Processor(ProcessorMixin):
         if argument is None:
             raise ValueError(f"Molmo2Processor needs a `{argument_name}`; found None.")
         return type(argument)
+
+    @property
+    def limits(self) -> MediaLimits:
+        """What is refused of images and videos, see `MediaLimits`; set for both. Never saved, nor read from files."""
+        return self.image_processor.limits
+
+    @limits.setter
+    def limits(self, value: MediaLimits | None) -> None:
+        self.image_processor.limits = self.video_processor.limits = checked_limits(value)
 
     @property
     def visual_token_format(self) -> VisualTokenFormat:

@@ -18,7 +18,6 @@ import json
 import math
 import os
 import re
-import shutil
 import struct
 import subprocess
 import sys
@@ -234,7 +233,8 @@ MAX_IDLE_CHILDREN = 4  # kept for the next videos; threads of a program may deco
 def _serve_decord(max_bytes: int) -> None:  # noqa: C901  # has to be one function: its source is all the child gets
     """What the child runs, from its source alone: answers requests on stdin, each a line of JSON, until that ends.
 
-    {"open": path} is answered by {"count", "fps", "shape"} and the spans of the frames, (count, 2) float64 seconds;
+    {"open": path, "most": count} is answered by {"count", "fps", "shape"} and the spans of the frames, (count, 2)
+    float64 seconds, or by {"count"} alone where it announces more than `most`;
     {"decode": indices, "count": count} by {"index", "shape"} and the pixels of each frame, then by {"more": bool},
     whether there are more frames than counted. {"error"} ends an answer, {"alive"} may come at any time between them.
     """
@@ -243,8 +243,17 @@ def _serve_decord(max_bytes: int) -> None:  # noqa: C901  # has to be one functi
     import os
     import signal
     import sys
+    import threading
     import time
 
+    parent = os.getppid()
+
+    def follow_parent() -> None:  # a file may keep decord busy for ever, and a pipe may outlive its owner in a fork
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=follow_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
     output = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print does not mix with answers
@@ -282,6 +291,9 @@ def _serve_decord(max_bytes: int) -> None:  # noqa: C901  # has to be one functi
                 path = request["open"]
                 reader = opened(path)
                 count = len(reader)
+                if count > request["most"]:
+                    send({"count": count})
+                    continue
                 spans = numpy.asarray(reader.get_frame_timestamp(list(range(count))), dtype=numpy.float64)
                 shape = reader.next().asnumpy().shape
                 send({"count": count, "fps": float(reader.get_avg_fps()), "shape": shape}, spans.reshape(-1, 2))
@@ -359,8 +371,12 @@ class DecordProcess:
                 child = cls._idle.pop() if cls._idle else None
             if child is None:
                 return cls()
-            if child._parent == os.getpid() and child._child.poll() is None:  # not that of a forked parent, alive
+            if child._parent != os.getpid():  # that of a forked parent, which goes on using it
+                child._close_pipes()
+            elif child._child.poll() is None:
                 return child
+            else:
+                child.kill()  # it is dead: frees what belongs to it
 
     def give_back(self) -> None:
         """Keep this child for the next video, if it waits for requests; else end it."""
@@ -375,23 +391,31 @@ class DecordProcess:
         """End the child, whatever it does."""
         self._ended.set()
         self._child.kill()
+        self._close_pipes()
+        self._child.wait()
+
+    def _close_pipes(self) -> None:
         for pipe in (self._child.stdin, self._child.stdout):
             with suppress(OSError):
                 pipe.close()
-        self._child.wait()
 
-    def open(self, path: str) -> tuple[np.ndarray, float, tuple[int, ...]]:
+    def open(
+        self, path: str, limits: MediaLimits | None = None, name: str = "The video"
+    ) -> tuple[np.ndarray, float, tuple[int, ...]]:
         """(N, 2) starts and ends of the frames in seconds, average rate, and shape of the first frame.
 
         Raises:
+            MediaLimitError: it announces too many frames; nothing was done for each of them.
             VideoDecodeError: decord cannot open it, or ended or stopped while it tried.
         """
+        limits = checked_limits(limits)
         self._file_bytes = Path(path).stat().st_size
-        self._ask({"open": path})
+        self._ask({"open": path, "most": limits.video_frames})
         answer = self._answer(self._patience)
         self.is_busy = False
         if "error" in answer:
             raise VideoDecodeError(answer["error"])
+        limits.check_frames(name, answer["count"])
         spans = np.empty((answer["count"], 2), dtype=np.float64)
         self._read_into(spans)
         return spans, answer["fps"], tuple(answer["shape"])
@@ -626,6 +650,7 @@ THREADS_PER_CORE, MAX_THREADS = 3, 16
 MAX_BACKWARD_SECONDS = 1.0  # PyAV: how far time stamps may go back where no frame hides another
 # Formats of Pillow that can be animated.
 ANIMATED_FORMATS = ("GIF", "PNG", "WEBP", "AVIF")
+COPIED_BYTES = 1 << 20  # at a time, of a video in memory
 HEAD_BYTES = 4096  # in which ffmpeg looks for the signs of a playlist
 PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"[playlist]", b"[Reference]", b"v=0", b"<?xml", b"<asx", b"<smil", b"RTSPtext")
 TEXT_BYTES = bytes([7, 8, 9, 10, 12, 13, 27, *range(32, 127), *range(128, 256)])
@@ -668,7 +693,8 @@ class Source:
         if isinstance(source, (str, Path)):
             result = cls._from_path(Path(source), limits)
         elif isinstance(source, (bytes, bytearray, memoryview)):
-            result = cls._from_stream(io.BytesIO(source), name or f"a video of {len(source)} bytes", limits)
+            held = replace(limits, fetch_bytes=max(limits.fetch_bytes, len(source)))  # they are in memory already
+            result = cls._from_stream(io.BytesIO(source), name or f"a video of {len(source)} bytes", held)
         elif hasattr(source, "read"):
             if hasattr(source, "seek"):
                 source.seek(0)
@@ -689,7 +715,7 @@ class Source:
 
     @classmethod
     def _from_stream(cls, stream: IO[bytes], name: str, limits: MediaLimits) -> "Source":
-        copy = _TemporaryCopy(stream)
+        copy = _TemporaryCopy(stream, name, limits)
         return cls(name, copy.path, Path(copy.path).stat().st_size, limits, keeps=copy)
 
     def _animated_format(self) -> str:
@@ -719,13 +745,21 @@ class Source:
 
 
 class _TemporaryCopy:
-    """A temporary file with the content of a stream, removed with this object."""
+    """A temporary file with the content of a stream, removed with this object.
 
-    def __init__(self, stream: IO[bytes]) -> None:
+    Raises:
+        MediaLimitError: it is a stream of more than `fetch_bytes`; so many bytes are read, and no more.
+    """
+
+    def __init__(self, stream: IO[bytes], name: str, limits: MediaLimits) -> None:
         handle, self.path = tempfile.mkstemp(prefix="molmo2_video_")
         weakref.finalize(self, _remove, self.path)
+        num_bytes = 0
         with os.fdopen(handle, "wb") as file:
-            shutil.copyfileobj(stream, file, 1 << 20)
+            while chunk := stream.read(COPIED_BYTES):
+                num_bytes += len(chunk)
+                limits.check("fetch_bytes", num_bytes, f"{name} has {num_bytes:,} bytes or more")
+                file.write(chunk)
 
 
 def _remove(path: str) -> None:
@@ -858,7 +892,7 @@ class _DecordReader(VideoReader):
 
     def _opened(self, process: DecordProcess) -> tuple[np.ndarray, float, tuple[int, ...]]:
         try:
-            return process.open(self._source.path)
+            return process.open(self._source.path, self._source.limits, self._source.name)
         except VideoDecodeError as error:
             raise VideoDecodeError(brief(error.reason)) from None
 
@@ -2311,18 +2345,20 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
             features["video_metadata"] = [metadata for _, metadata in cut]
         return features
 
-    def probe(self, videos: Any, video_metadata: Any = None) -> list[Callable[..., tuple[VideoPlan, list[float]]]]:
+    def probe(
+        self, videos: Any, video_metadata: Any = None, limits: Any = None
+    ) -> list[Callable[..., tuple[VideoPlan, list[float]]]]:
         """Plans of videos without decoding them, to know the size of a request before it is made.
 
         Args:
-            videos, video_metadata: as for `preprocess`.
+            videos, video_metadata, limits: as for `preprocess`.
 
         Returns:
             For each video a function from options of `preprocess` to its plan and its sampled times in seconds.
         """
 
         def probe_one(item: VideoItem) -> Callable[..., tuple[VideoPlan, list[float]]]:
-            sampled_times = probe_video(item, self.video_backend, self.limits)
+            sampled_times = probe_video(item, self.video_backend, self._limits({"limits": limits}))
 
             def plan(clip: Any = None, **overrides: Any) -> tuple[VideoPlan, list[float]]:
                 options = self._options(overrides)

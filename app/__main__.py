@@ -20,13 +20,38 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--max-new-tokens", type=int, default=512, help="maximum number of tokens of an answer (%(default)s)"
     )
+    parser.add_argument(
+        "--max-seconds", type=float, default=300, help="longest time of an answer, in seconds (%(default)s)"
+    )
+    parser.add_argument(
+        "--login", type=Path, help="file with a line `user:password` for each user; default: everybody is let in"
+    )
     given = parser.parse_args()
+    try:
+        given.logins = [] if given.login is None else read_logins(given.login)
+    except (OSError, ValueError) as error:
+        parser.error(f"--login: {error}")
     if given.model is not None and not (given.model / "config.json").is_file():
         parser.error(
             f"'{given.model}' has no config.json. Pass a checkpoint folder for transformers; `molmo2-convert` makes "
             "one from a training checkpoint."
         )
     return given
+
+
+def read_logins(path: Path) -> list[tuple[str, str]]:
+    """Users and passwords of a file with a line `user:password` for each.
+
+    Raises:
+        OSError, ValueError: It cannot be read, holds none, or a line is of another form.
+    """
+    lines = [line.strip().partition(":") for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    for number, (user, _, password) in enumerate(lines, start=1):
+        if not (user and password):
+            raise ValueError(f"entry {number} of '{path}' is not of the form user:password")
+    if not lines:
+        raise ValueError(f"'{path}' holds no line user:password")
+    return [(user, password) for user, _, password in lines]
 
 
 def main() -> None:
@@ -36,9 +61,10 @@ def main() -> None:
     from .page import Page, launch
 
     with tempfile.TemporaryDirectory(prefix="molmo2_app_") as scratch:
-        options = {"num_frames": given.num_frames, "max_new_tokens": given.max_new_tokens}
+        names = ("num_frames", "max_new_tokens", "max_seconds")
+        options = {name: getattr(given, name) for name in names}
         backend = load_backend(given.model, Path(scratch), **options)
-        launch(Page(backend), given.host, given.port)
+        launch(Page(backend), given.host, given.port, logins=given.logins)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Invalid input is a `UserError`, whose message is shown to the user.
 """
 
 import tempfile
+import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -70,6 +71,7 @@ class Backend:
     Attributes:
         num_frames: Maximum number of frames of a video.
         max_new_tokens: Maximum number of tokens of an answer.
+        max_seconds: Longest time of an answer, after which it ends as if it had been stopped.
         notice: A text about the model, shown to all users.
         limits: What is refused of uploads.
     """
@@ -78,6 +80,7 @@ class Backend:
     processor: Any
     num_frames: int = 32
     max_new_tokens: int = 512
+    max_seconds: float = 300
     notice: str = ""
     limits: MediaLimits = LIMITS
 
@@ -169,11 +172,18 @@ class Conversation:
         raw = ""
         points: tuple[Point, ...] = ()
         answer: Answer | None = None
+        deadline = time.monotonic() + self._backend.max_seconds
+
+        def is_over(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+            if time.monotonic() >= deadline:
+                stopped.set()
+            return torch.full((len(ids),), stopped.is_set(), device=ids.device)
+
         pieces = session.chat_stream(
             question,
             max_new_tokens=self._backend.max_new_tokens,
             do_sample=False,
-            stopping_criteria=[lambda ids, scores, **_: torch.full((len(ids),), stopped.is_set(), device=ids.device)],
+            stopping_criteria=[is_over],
         )
         for piece in pieces:
             raw, points, answer = raw + piece.text, points + piece.points, piece.answer

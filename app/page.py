@@ -14,6 +14,9 @@ WELCOME = """# Molmo2
 Add **images** or **a video**, and ask. Points are drawn while the answer is generated; follow-up questions reuse the
 encoded images."""
 HINT = "Ask about your files: “Point to the red circles.”, “How many are there?”, “Track the red ring.”"
+MAX_FILE_SIZE = "1gb"  # of an upload; media have narrower limits
+MAX_QUESTIONS, MAX_WAITING = 4, 32  # at a time, of all visitors
+CLEANING = (600, 3600)  # every ten minutes, files that are older than an hour
 FAILED = "An internal error occurred. The terminal of the app has the details."
 EXPORTS = {"json": "↓ JSON", "csv": "↓ CSV", "coco": "↓ COCO", "mot": "↓ MOT"}
 
@@ -25,7 +28,7 @@ class Page:
 
     def __init__(self, backend: Backend):
         self.backend = backend
-        with gr.Blocks(title="Molmo2", analytics_enabled=False) as self.blocks:
+        with gr.Blocks(title="Molmo2", analytics_enabled=False, delete_cache=CLEANING) as self.blocks:
             gr.Markdown(WELCOME)
             if backend.notice:
                 gr.Markdown(backend.notice, elem_id="notice")
@@ -182,15 +185,19 @@ def _turn(role: str, text: str) -> dict[str, str]:
     return {"role": role, "content": html.escape(text, quote=False)}
 
 
-def launch(page: Page, host: str, port: int, *, wait: bool = True) -> str:
+def launch(page: Page, host: str, port: int, *, logins: list[tuple[str, str]] | None = None, wait: bool = True) -> str:
     """Serve a page.
 
     Args:
+        logins: Users and their passwords; without any, everybody is let in.
         wait: Block until the process is interrupted; otherwise serve in the background.
     Returns:
         Its address.
     """
+    page.blocks.queue(default_concurrency_limit=MAX_QUESTIONS, max_size=MAX_WAITING)
     _, address, _ = page.blocks.launch(
+        auth=logins or None,
+        max_file_size=MAX_FILE_SIZE,
         server_name=host,
         server_port=port,
         prevent_thread_lock=not wait,

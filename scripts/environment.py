@@ -36,13 +36,14 @@ def read_toml(path: Path) -> dict:
 
 @dataclass(frozen=True)
 class Environment:
-    """One virtual environment: what it holds, and the one whose packages it sees besides its own."""
+    """One virtual environment: what it holds, the one whose packages it sees besides its own, and what finishes it."""
 
     name: str
     folder: Path
     packages: list[str]
     constraints: list[str]
     base: Environment | None = None
+    after: str | None = None
 
     @classmethod
     def from_table(cls, name: str) -> Environment:
@@ -59,7 +60,7 @@ class Environment:
         if release in ("", newest):
             folder = REPOSITORY / row.get("folder", FOLDER / row_name)
             base = cls.from_table(row["base"]) if "base" in row else None
-            return cls(row_name, folder, row["packages"], row["constraints"], base)
+            return cls(row_name, folder, row["packages"], row["constraints"], base, row.get("after"))
         packages = [*(row["packages"] if "base" in row else []), f"transformers=={release}"]
         return cls(name, FOLDER / name, packages, row["constraints"], cls.from_table(row.get("base", row_name)))
 
@@ -80,6 +81,7 @@ class Environment:
         parts = [sys.version, self.packages, project["build-system"], project["project"], project["tool"]["hatch"]]
         parts += [(CONSTRAINTS / f"{name}.txt").read_text(encoding="utf-8") for name in self.constraints]
         parts += [(REPOSITORY / name).read_text(encoding="utf-8") for name in self.packages if name.endswith(".txt")]
+        parts += [(REPOSITORY / self.after).read_text(encoding="utf-8")] if self.after else []
         parts += [self.base.fingerprint()] if self.base else []
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
@@ -105,6 +107,8 @@ class Environment:
         options = [option for name in self.constraints for option in ("-c", CONSTRAINTS / f"{name}.txt")]
         pip = [self.python, "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
         subprocess.run([*pip, *options, *self.packages], check=True, cwd=REPOSITORY)
+        if self.after:
+            subprocess.run([self.python, REPOSITORY / self.after], check=True)
 
     @contextmanager
     def _lock(self) -> Iterator[None]:

@@ -1,9 +1,8 @@
 #!/usr/bin/env python3
 """Runs the test-suite on releases of transformers: scripts/matrix.py [--workers N] [RELEASE...], by default on all.
 
-The releases that constraints/environments.toml lists under `full_suite` run everything, the others what is not marked
-slow in the folders of `core_suite`, without the files of `release_independent`. Ends with 1 when one of them failed,
-after all have run.
+constraints/environments.toml says which releases run the whole suite, which a wide selection of it, and what the
+others run. Ends with 1 when one of them failed, after all have run.
 """
 
 import argparse
@@ -12,6 +11,15 @@ import sys
 import time
 
 from environment import CONSTRAINTS, REPOSITORY, read_toml
+
+
+def selected(release: str, releases: dict[str, list[str]]) -> list[str]:
+    """Arguments of pytest that select the tests for a release."""
+    if release in releases["full_suite"]:
+        return []
+    if release in releases["wide_suite"]:
+        return ["-m", "not slow", *releases["wide"], *(f"--ignore={path}" for path in releases["release_independent"])]
+    return ["-m", "not slow", *releases["core"]]
 
 
 def main() -> int:
@@ -23,11 +31,9 @@ def main() -> int:
     options = parser.parse_args()
     chosen = options.releases or releases["older"] + ([] if options.older else [releases["newest"]])
 
-    core = ["-m", "not slow", *releases["core_suite"]]
-    core += [f"--ignore={path}" for path in releases["release_independent"]]
     failed = []
     for release in chosen:
-        selection = [] if release in releases["full_suite"] else core
+        selection = selected(release, releases)
         print(f"=== transformers {release} {' '.join(selection) or '(full suite)'}", flush=True)
         begin = time.monotonic()
         tests = ["scripts/pytest", "python", "-q", "-n", options.workers, *selection]

@@ -179,6 +179,27 @@ def test_stopping_keeps_what_there_is(model, paths):
     assert 3 <= last.raw.count("word") < 6
 
 
+def test_an_answer_ends_when_its_time_is_over(model, paths):
+    endless = DictatedModel(model, processor(), lambda prompt: "word " * 300)
+    *_, last = Backend(endless, processor(), max_seconds=0).open(paths[:1]).answer("Tell a story.")
+    assert last.note.endswith("; stopped")
+    assert last.raw.count("word") < 3
+
+
+def test_logins_come_from_a_file(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "logins"
+    monkeypatch.setattr("sys.argv", ["app", "--login", str(file)])
+    for content in ("", "ann\n", ":secret\n", "ann:secret\nbob:\n", None):
+        file.unlink() if content is None else file.write_text(content)
+        with pytest.raises(SystemExit):
+            arguments()
+        message = capsys.readouterr().err
+        assert "--login: " in message
+        assert "secret" not in message
+    file.write_text("ann:se:cret\n\nbob:other\n")
+    assert arguments().logins == [("ann", "se:cret"), ("bob", "other")]
+
+
 # --- what users are told ---------------------------------------------------------------------------------------------
 
 

@@ -29,7 +29,7 @@ from molmo2.convert.hub import HubError, push_folder
 from molmo2.convert.native_config import parse_config
 from molmo2.convert.numerics import count_non_finite
 from molmo2.convert.small_files import DEEPEST_NODE, LARGEST_YAML, read_json, read_model_section
-from molmo2.convert.staging import STATE_FILE
+from molmo2.convert.staging import STATE_FILE, Staging
 from molmo2.convert.torch_archive import TorchArchive
 from molmo2.convert.unpickling import ARCHIVE_GLOBALS, METADATA_GLOBALS, load_pickle
 from support.native_checkpoints import native_section, native_tensors, write_base_tokenizer, write_unsharded
@@ -407,6 +407,90 @@ def test_killed_before_any_step(tmp_path, plan, step):
     write_plan(plan, tmp_path / "out", overwrite=True, resume=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert set(read_folder(tmp_path / "out")) == {rename.target for rename in plan.source.renames}
+
+
+def replace(output, content, overwrite=True, meanwhile=lambda: None):
+    """Put a folder with one file at `output`, as a conversion does."""
+    staging = Staging(output, "", overwrite=overwrite)
+    with staging.cleanup_on_error():
+        staging.open()
+        staging.write_text("model", content)
+        meanwhile()
+        staging.commit({"model": None})
+
+
+def test_what_others_put_at_the_output_meanwhile_is_kept(tmp_path):
+    output = tmp_path / "out"
+
+    def interfere():
+        output.mkdir()
+        (output / "theirs").write_text("keep me")
+
+    with pytest.raises(OutputError, match="out is not empty"):
+        replace(output, "new", overwrite=False, meanwhile=interfere)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "theirs"]
+
+
+@pytest.mark.parametrize("kill_at", ["folder", "out"])
+@pytest.mark.parametrize("present", ["nothing", "empty", "theirs", "theirs of the same number", "file"])
+def test_the_replaced_folder_survives_a_kill(tmp_path, monkeypatch, kill_at, present):
+    """A kill before the second rename or after it; then there is something else at the output, or not."""
+    output, old = tmp_path / "out", tmp_path / ".out.replaced" / "folder" / "model"
+    replace(output, "old")
+    renamed = Path.rename
+
+    def kill(self, target):
+        renamed(self, target)
+        if target.name == kill_at:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", kill)
+        with pytest.raises(KeyboardInterrupt):
+            replace(output, "new")
+    assert old.read_text() == "old"
+    if kill_at == "out" and present == "nothing":
+        replace(output, "newer")  # the new one was in its place
+        assert [path.name for path in tmp_path.rglob("*")] == ["out", "model"]
+        return
+    if output.exists():
+        output.rename(tmp_path / "moved")
+    if present == "file":
+        output.write_text("keep me")
+    elif present != "nothing":
+        output.mkdir()
+    if present.startswith("theirs"):
+        (output / "theirs").write_text("keep me")
+    if present == "theirs of the same number":
+        mark = old.parent.parent / STATE_FILE
+        status = output.stat()
+        mark.write_text(json.dumps({**json.loads(mark.read_text()), "new": [status.st_dev, status.st_ino]}))
+    if present in ("nothing", "empty"):
+        Staging(output, "", overwrite=True).open()
+        assert (output / "model").read_text() == "old"
+    else:
+        with pytest.raises(OutputError, match=r"replaced/folder is what was at .*Move one of the two away"):
+            replace(output, "newer")
+        assert old.read_text() == "old"
+        assert output.is_file() or (output / "theirs").read_text() == "keep me"
+
+
+def test_a_folder_that_appears_between_the_renames_stays_beside_the_replaced_one(tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    replace(output, "old")
+    renamed = Path.rename
+
+    def interfere(self, target):
+        renamed(self, target)
+        if target.name == "folder":
+            output.mkdir()
+            (output / "theirs").write_text("keep me")
+
+    monkeypatch.setattr(Path, "rename", interfere)
+    with pytest.raises(OutputError, match="replaced/folder is what was at"):
+        replace(output, "new")
+    assert (output / "theirs").read_text() == "keep me"
+    assert (tmp_path / ".out.replaced" / "folder" / "model").read_text() == "old"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

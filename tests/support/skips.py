@@ -17,6 +17,7 @@ ALLOWED = {
     r"could not import '(peft|trl|datasets)'|No module named '(peft|trl|datasets)'": "`make test-training` runs them",
     r"could not import '(gradio|playwright|nbclient|ipykernel|nbformat)'": "`make test-app` runs them",
     r"could not import '(ray|pyarrow.parquet|fastapi)'": "`make test-batch` runs them",
+    r"needs vLLM": "`make test-vllm` runs them",
     r"quantisation has an environment of its own": "`make test-quantization` runs them",
     r"metrics have an environment of their own": "`make test-metrics` runs them",
     r"browser": "`make test-app BROWSER=optional`; the page needs a browser, which not every machine can have",

@@ -214,7 +214,7 @@ def test_serving_prefers_vllm_and_says_what_is_missing(checkpoint, monkeypatch, 
     assert serving.choose_engine("transformers") == "transformers"
     installed.remove("vllm")
     assert serving.choose_engine() == "transformers"
-    with pytest.raises(serving.ServeError, match="pip install vllm"):
+    with pytest.raises(serving.ServeError, match=r"molmo2-transformers\[vllm\]"):
         serving.choose_engine("vllm")
     installed.remove("uvicorn")
     with pytest.raises(serving.ServeError, match=r"lacks uvicorn: pip install 'transformers\[serving\]'"):

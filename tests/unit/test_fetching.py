@@ -1,6 +1,7 @@
 """Downloads: where they may go, how long and how large they may be, and what is said about those that fail."""
 
 import gzip
+import http.client
 import socket
 import threading
 import time
@@ -22,6 +23,12 @@ from support.hostile_media import clip, picture
 LOCAL = MediaLimits(allow_private_hosts=True, connect_seconds=2, read_seconds=0.4, total_seconds=5)
 IMAGE = picture("PNG")
 BOMB = gzip.compress(bytes(5_000_000))
+
+
+def members(content):
+    """gzip in several members, one empty, then zeros and what does not belong to it."""
+    parts = [gzip.compress(content[:100]), gzip.compress(b""), gzip.compress(content[100:])]
+    return parts[0] + bytes(7) + parts[1] + parts[2] + bytes(9) + b"end"
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -51,10 +58,22 @@ class Handler(BaseHTTPRequestHandler):
         elif kind == "status":
             self.answer(IMAGE, int(argument))
         elif kind == "encoded":
-            encode = {"gzip": gzip.compress, "deflate": zlib.compress, "bare": lambda data: zlib.compress(data)[2:-4]}
-            self.answer(encode[argument](IMAGE), Content_Encoding="deflate" if argument == "bare" else argument)
+            encode = {
+                "gzip": gzip.compress,
+                "members": members,
+                "deflate": zlib.compress,
+                "bare": lambda data: zlib.compress(data)[2:-4],
+            }
+            name = {"bare": "deflate", "members": "gzip"}.get(argument, argument)
+            self.answer(encode[argument](IMAGE), Content_Encoding=name)
         elif kind == "bomb":
             self.answer(BOMB, Content_Encoding="gzip")
+        elif kind == "bombs":
+            self.answer(gzip.compress(bytes(60_000)) * 50, Content_Encoding="gzip")
+        elif kind == "nothings":
+            self.answer(gzip.compress(b"") * 50, Content_Encoding="gzip", **{"Content-Length": None})
+        elif kind == "cutmember":
+            self.answer(gzip.compress(IMAGE[:100]) + gzip.compress(IMAGE[100:])[:-20], Content_Encoding="gzip")
         elif kind == "cut":
             self.answer(IMAGE[: len(IMAGE) // 2], **{"Content-Length": len(IMAGE)})
         elif kind == "cutgzip":
@@ -112,7 +131,15 @@ def refused(reason):
 
 def test_images_and_videos_are_downloaded(server):
     expected = load_images(IMAGE)[0]
-    for path in ("picture", "redirect/4", "encoded/gzip", "encoded/deflate", "encoded/bare", "a b/ü.png?x=1&y=%20z"):
+    for path in (
+        "picture",
+        "redirect/4",
+        "encoded/gzip",
+        "encoded/members",
+        "encoded/deflate",
+        "encoded/bare",
+        "a b/ü.png?x=1&y=%20z",
+    ):
         np.testing.assert_array_equal(load_images(f"{server}/{path}", limits=LOCAL)[0], expected)
     np.testing.assert_array_equal(load_video(f"{server}/clip.mp4", limits=LOCAL)[0], load_video(clip())[0])
     path, headers = Handler.asked[-2]
@@ -130,6 +157,7 @@ def test_images_and_videos_are_downloaded(server):
         ("to/ftp://example.org/", r"it redirects to .* whose scheme is not accepted"),
         ("cut", r"of [\d,]+ bytes came"),
         ("cutgzip", "compressed content is cut off"),
+        ("cutmember", "compressed content is cut off"),
         ("brotli", "has the encoding 'br', which was not asked for"),
         ("silent", "TimeoutError"),
         ("page", "cannot be decoded as an image .*unknown format"),
@@ -147,8 +175,27 @@ def test_size_is_bounded_while_it_arrives(server):
     for path in ("bomb", "endless", "picture"):
         with pytest.raises(MediaLimitError, match=r"over the limit fetch_bytes=100\b"):
             load_images(f"{server}/{path}", limits=replace(LOCAL, fetch_bytes=100))
-    with pytest.raises(MediaLimitError, match="fetch_bytes=1,000,000"):
-        load_video(f"{server}/bomb", limits=replace(LOCAL, fetch_bytes=1_000_000))
+    for path in ("bomb", "bombs"):
+        with pytest.raises(MediaLimitError, match="fetch_bytes=1,000,000"):
+            load_video(f"{server}/{path}", limits=replace(LOCAL, fetch_bytes=1_000_000))
+    with pytest.raises(MediaLimitError, match="fetch_bytes=999"):
+        load_images(f"{server}/nothings", limits=replace(LOCAL, fetch_bytes=999))
+
+
+def test_an_answer_that_closes_with_its_last_byte(server, monkeypatch):
+    """As `read1` of newer versions of Python closes it."""
+    read1 = http.client.HTTPResponse.read1
+
+    def closing_read1(self, size):
+        chunk = read1(self, size)
+        if self.length == 0:
+            self.close()
+        return chunk
+
+    monkeypatch.setattr(http.client.HTTPResponse, "read1", closing_read1)
+    assert load_images(f"{server}/picture", limits=LOCAL)[0].shape == (40, 60, 3)
+    with refused(r"of [\d,]+ bytes came"):
+        load_images(f"{server}/cut", limits=LOCAL)
 
 
 def test_a_server_that_drips_meets_the_total_deadline(server):
@@ -221,6 +268,37 @@ def test_user_and_query_are_masked_and_sent_where_they_belong(server):
     assert masked("http://[::1/a?secret") == "http://... (a malformed address)"
 
 
+@pytest.mark.parametrize("scheme", ["http", "HTTPS"])
+@pytest.mark.parametrize(
+    "rest",
+    [
+        "//bob:hunter2/x@h/a",
+        "//bob:hunter2@x@h/a",
+        "//bob:123/hunter2@h/a?b",
+        "//bob:123#hunter2@h/a",
+        "//bob:1?hunter2@h/a",
+        "//bob:1/hunter2?x@h/a",
+        "//hunter2/x@h/a",
+        "/bob:hunter2@h/a",
+        "//bob:hunter2@[h/a",
+        "//bob:hunter2@h:port/a",
+        "//bob:hunter2\r\n@h/a",
+        "//bob:hunter2@/a",
+        "//bob:hunter2@[::1]x:80/",
+        "//h:hunter2/a",
+    ],
+)
+def test_passwords_are_not_repeated_whatever_the_address(scheme, rest, monkeypatch):
+    def resolve(*args, **kwargs):
+        raise socket.gaierror("unknown")
+
+    monkeypatch.setattr(fetching.socket, "getaddrinfo", resolve)
+    for load in (load_images, load_video):
+        with pytest.raises(ValueError, match="could not be downloaded") as caught:
+            load(f"{scheme}:{rest}", limits=LOCAL)
+        assert "hunter2" not in f"{caught.value!r} {caught.value.__cause__!r}"
+
+
 @pytest.mark.parametrize(
     "url", ["http://", "http://a b/", "http://x:99999999/", "http://\r\nX: y/", "https://[1", "http://é" * 99]
 )
@@ -237,3 +315,16 @@ def test_a_proxy_is_used_for_names_but_not_to_reach_private_addresses(server, mo
         load_images("http://127.0.0.1/picture", limits=limits)
     assert load_images("http://8.8.8.8/picture", limits=limits)[0].shape == (40, 60, 3)
     assert Handler.asked[-1][0] == "http://8.8.8.8/picture"
+    load_images("http://8.8.8.8:80/a?b", limits=limits)
+    assert Handler.asked[-1][0] == "http://8.8.8.8:80/a?b"
+    load_images("http://user:pw@Bücher.invalid:81/ü.png", limits=limits)
+    path, headers = Handler.asked[-1]
+    assert (path, headers["Host"]) == ("http://xn--bcher-kva.invalid:81/%C3%BC.png", "xn--bcher-kva.invalid:81")
+
+
+@pytest.mark.parametrize("proxy", ["https://bob:hunter2@p:1", "socks5://p:1", "http://", "ftp://p"])
+def test_proxies_of_other_kinds_are_refused(proxy, monkeypatch):
+    monkeypatch.setattr(fetching, "getproxies", lambda: {"http": proxy, "https": proxy})
+    for scheme in ("http", "https"):
+        with refused(f"the proxy that {scheme}_proxy names is no http:// address of a host"):
+            load_images(f"{scheme}://8.8.8.8/picture")

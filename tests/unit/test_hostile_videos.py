@@ -1,15 +1,20 @@
 """Videos made to end, stop or mislead a decoder: the process lives, and backends agree or refuse."""
 
 import base64
+import inspect
 import io
 import os
+import select
 import signal
+import subprocess
+import sys
 import threading
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from molmo2.image.limits import MediaLimitError, MediaLimits
 from molmo2.video.decoding import decord_process
 from molmo2.video.decoding.backends import VideoDecodeError, open_video
 from molmo2.video.decoding.decord_process import DecordProcess
@@ -76,12 +81,42 @@ def test_a_dead_or_silent_child_is_replaced(monkeypatch):
     os.kill(child._child.pid, signal.SIGKILL)
     child._child.wait()
     np.testing.assert_array_equal(all_frames(clip(), "decord")[0], expected)
+    assert child._child.stdin.closed
+    assert child._ended.is_set()  # its thread ends too
     monkeypatch.setattr(decord_process, "SILENT_SECONDS", 0.1)
     monkeypatch.setattr(decord_process, "WATCH_SECONDS", 0.05)
     child = DecordProcess()
     os.kill(child._child.pid, signal.SIGSTOP)
     with pytest.raises(VideoDecodeError, match="stopped answering"):
         child.open(str(__file__))
+
+
+def test_a_child_ends_with_its_parent():
+    """Though its input stays open and it never comes back to it."""
+    stubs = "import sys, types; sys.modules.update(numpy=types.ModuleType('n'), decord=types.ModuleType('d'))"
+    code = f"{stubs}\n{inspect.getsource(decord_process._serve_decord)}\n_serve_decord(1 << 40)"
+    parent = (
+        f"import subprocess, sys\nchild = subprocess.Popen([sys.executable, '-c', {code!r}], stdout=subprocess.PIPE)\n"
+        "assert b'ready' in child.stdout.readline()"
+    )
+    with subprocess.Popen([sys.executable, "-c", parent], stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        # The child holds the other end of this pipe as long as it lives.
+        assert select.select([process.stderr], [], [], 30)[0]
+        assert process.stderr.read(1000) == b""
+
+
+def test_the_limit_on_frames_comes_before_work_for_each(monkeypatch, tmp_path):
+    child = DecordProcess.borrow()
+    read = []
+    monkeypatch.setattr(child, "_read_into", read.append)
+    (tmp_path / "clip.mp4").write_bytes(clip())
+    with pytest.raises(MediaLimitError, match=r"The video has 12 frames, over the limit video_frames=11\."):
+        child.open(str(tmp_path / "clip.mp4"), MediaLimits(video_frames=11))
+    assert read == []
+    assert not child.is_busy
+    monkeypatch.undo()
+    child.give_back()
+    assert len(all_frames(clip(), "decord")[0]) == 12
 
 
 def test_threads_and_readers_that_were_left_early(tmp_path):

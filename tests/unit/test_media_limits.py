@@ -1,13 +1,14 @@
 """Limits on media: what is over one is refused before it takes memory, by name, and can be let in."""
 
 import base64
+import copy
 import io
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from molmo2 import MediaLimitError, MediaLimits
+from molmo2 import MediaLimitError, MediaLimits, plan
 from molmo2.image.loading import load_images, measure_images
 from molmo2.image.processing import Molmo2ImageProcessor
 from molmo2.video.processing import Molmo2VideoProcessor, load_video
@@ -21,6 +22,7 @@ from support.hostile_media import (
     tiff_of_size,
     webp_of_size,
 )
+from support.model_inputs import processor
 
 BOMBS = {
     "png": png_of_size(13000, 13000),
@@ -75,12 +77,65 @@ def test_limits_are_neither_saved_nor_taken_from_files(processor_class, tmp_path
 def test_limits_are_checked_themselves():
     with pytest.raises(ValueError, match="redirects is -1"):
         MediaLimits(redirects=-1)
+    for name, value in (("fetch_bytes", 1.5), ("image_pixels", float("inf")), ("redirects", float("nan"))):
+        with pytest.raises(ValueError, match=f"{name} is .*Pass a"):
+            MediaLimits(**{name: value})
+    for value in (float("inf"), float("nan"), "3", True, None):
+        with pytest.raises(ValueError, match=r"total_seconds is .*Pass a finite number"):
+            MediaLimits(total_seconds=value)
+    whole = MediaLimits(fetch_bytes=1e9, read_seconds=0.5)
+    assert (whole.fetch_bytes, type(whole.fetch_bytes), whole.read_seconds) == (10**9, int, 0.5)
     with pytest.raises(ValueError, match="image_formats is 'PNG'"):
         MediaLimits(image_formats="PNG")
     with pytest.raises(ValueError, match=r"unknown source\(s\) \['ftp'\]"):
         MediaLimits(sources=("ftp",))
     with pytest.raises(TypeError, match=r"limits is 5 of type int. Pass a MediaLimits"):
         load_images([], limits=5)
+
+
+def test_open_videos_are_copied_up_to_a_limit():
+    class Endless:
+        num_bytes = 0
+
+        def read(self, size):
+            self.num_bytes += size
+            return bytes(size)
+
+    endless = Endless()
+    for file in (endless, io.BytesIO(clip())):
+        with pytest.raises(MediaLimitError, match=r"bytes or more, over the limit fetch_bytes=1,000\."):
+            load_video(file, limits=MediaLimits(fetch_bytes=1000))
+    assert endless.num_bytes < 10_000_000
+    assert len(load_video(clip(), limits=MediaLimits(fetch_bytes=1000))[0])  # bytes are in memory anyway
+
+
+def test_limits_of_the_processor_are_those_of_both_parts(tmp_path):
+    both = copy.deepcopy(processor())
+    limits = MediaLimits(image_pixels=100, video_frames=11)
+    both.limits = limits
+    assert both.limits is both.image_processor.limits is both.video_processor.limits is limits
+    with pytest.raises(MediaLimitError, match="image_pixels=100"):
+        both(images=np.zeros((30, 50, 3), np.uint8))
+    with pytest.raises(MediaLimitError, match="video_frames=11"):
+        both(videos=clip())
+    both.save_pretrained(tmp_path)
+    assert not any("video_frames" in path.read_text() or "limits" in path.read_text() for path in tmp_path.iterdir())
+    with pytest.raises(TypeError, match="Pass a MediaLimits"):
+        both.limits = {"image_pixels": 5}
+    both.limits = None
+    assert both.limits == MediaLimits()
+
+
+def test_plans_obey_the_limits_of_the_call():
+    narrow, wide = MediaLimits(image_pixels=10, video_frames=11), MediaLimits()
+    for media in ({"images": picture("PNG")}, {"videos": clip()}):
+        both = copy.deepcopy(processor())
+        with pytest.raises(MediaLimitError):
+            plan(both, **media, limits=narrow)
+        both.limits = narrow
+        assert plan(both, **media, limits=wide).visual_tokens[0]
+        with pytest.raises(MediaLimitError):
+            plan(both, **media)
 
 
 def test_formats_come_from_a_list():

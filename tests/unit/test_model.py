@@ -231,6 +231,15 @@ def test_labels_need_all_logits(qwen3):
         qwen3(**inputs, labels=inputs["input_ids"], logits_to_keep=1)
 
 
+def test_copies_of_a_prompt_under_gradient_checkpointing():
+    """There is no cache to copy."""
+    model, inputs = build_model("qwen3").train(), batch("image")
+    model.gradient_checkpointing_enable()
+    ids, expanded = model._expand_inputs_for_generation(3, False, **inputs)
+    logits = model(input_ids=ids, **expanded, past_key_values=DynamicCache(), use_cache=True).logits
+    torch.testing.assert_close(logits, model(**inputs).logits.expand_as(logits), atol=2e-5, rtol=0)
+
+
 def test_gradient_checkpointing_in_both_towers():
     plain, saving = build_model("olmo3").train(), build_model("olmo3").train()
     saving.gradient_checkpointing_enable()

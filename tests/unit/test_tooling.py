@@ -21,7 +21,9 @@ def releases():
     tomllib = pytest.importorskip("tomllib", reason="part of Python from 3.11 on")
     table = tomllib.loads(text_of("constraints/environments.toml"))["transformers"]
     assert set(table["full_suite"]) <= {*table["older"], table["newest"]}
-    assert [path for path in table["release_independent"] if not (REPOSITORY / path).is_file()] == []
+    assert set(table["wide_suite"]) <= set(table["older"])
+    selected = [*table["wide"], *table["core"], *table["release_independent"]]
+    assert [path for path in selected if not (REPOSITORY / path).exists()] == []
     return [*table["older"], table["newest"]]
 
 

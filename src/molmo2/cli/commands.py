@@ -546,8 +546,8 @@ def doctor(model: str | None, server: str | None, form: str) -> int:
 def serve(engine: str | None, dry_run: bool, model: str | None, **options: Any) -> int:
     """Start a server with the flags that Molmo2 needs: vLLM, or else `transformers serve`.
 
-    Further arguments go to the engine as they are. vLLM executes the code in the checkpoint's folder
-    (--trust-remote-code); `transformers serve` runs with the classes of this package instead.
+    Further arguments go to the engine as they are. Both run with the classes of this package and execute no code of
+    the checkpoint.
 
     \b
     examples:

@@ -22,7 +22,7 @@ EXTRAS = {
     "json_repair": ("structured answers that were cut off", "pip install 'molmo2-transformers[structured]'"),
     "pyarrow": ("batches in Parquet", "pip install 'molmo2-transformers[parquet]'"),
     "ray": ("batches on a cluster", "pip install 'molmo2-transformers[ray]'"),
-    "vllm": ("many users at once: `molmo2 serve`", "pip install vllm"),
+    "vllm": ("many users at once: `molmo2 serve`", "pip install 'molmo2-transformers[vllm]'"),
 }
 OLD_TEMPLATE = "message['content'] or []"  # of folders converted by 0.1
 SAFE_SHARE = 0.9  # of the memory, that weights may take

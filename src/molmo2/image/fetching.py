@@ -26,9 +26,11 @@ from molmo2.image.limits import MediaLimitError, MediaLimits
 USER_AGENT = "Mozilla/5.0 (compatible; molmo2)"  # some servers refuse the defaults of libraries
 REDIRECTS = (301, 302, 303, 307, 308)
 CHUNK_BYTES = 1 << 16
+MAX_SECONDS = 1_000_000  # of a download; sockets take no longer timeouts than twice that
 SPOOL_BYTES = 1 << 24  # of a download that are kept in memory; what is larger goes to a temporary file
 PORTS = {"http": 80, "https": 443}
 URL_CHARACTERS = "%/:=&?~#+!$,;'@()*[]"  # not quoted again
+GZIP_START = b"\x1f"
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
@@ -43,12 +45,22 @@ def scheme_of(text: str) -> str:
 
 
 def masked(url: str) -> str:
-    """An http(s) address as it may be printed: without user, password and query, which may hold secrets."""
+    """An http(s) address as it may be printed: without user, password and query, which may hold secrets.
+
+    A "/", "#" or "?" in a password that is not quoted ends the host too early for a parser: all before the last "@" is
+    dropped, and nothing is shown where it may be a password that looks like a port.
+    """
+    address, _, query = url.partition("?")
+    scheme, _, rest = address.partition(":")
+    if "@" in rest:
+        rest = "//" + rest.rpartition("@")[2]
+    elif "@" in query and ":" in rest:
+        return f"{scheme_of(url)}://..."
     try:
-        parts = urlsplit(url)
+        parts = urlsplit(f"{scheme}:{rest}")
         host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname or ""
         port = "" if parts.port is None else f":{parts.port}"
-        shown = f"{parts.scheme}://{host}{port}{parts.path}" + ("?..." if parts.query else "")
+        shown = f"{parts.scheme}://{host}{port}{parts.path}" + ("?..." if query else "")
     except ValueError:
         return f"{scheme_of(url)}://... (a malformed address)"
     printable = "".join(character if character.isprintable() else "?" for character in shown)
@@ -84,9 +96,9 @@ def fetch(url: str, where: str, limits: MediaLimits) -> IO[bytes]:
 
 
 def _without_address(error: Exception) -> str:
-    return (
-        "the address is malformed" if isinstance(error, (http.client.InvalidURL, UnicodeError)) else str(error)[:200]
-    )
+    # Of these, only errors of TLS (ValueErrors too) do not quote what they found.
+    quotes = isinstance(error, (http.client.InvalidURL, ValueError)) and not isinstance(error, OSError)
+    return "the address is malformed" if quotes else str(error)[:200]
 
 
 def data_url_bytes(url: str, where: str, limits: MediaLimits) -> bytes:
@@ -118,7 +130,8 @@ class _Download:
 
     def __init__(self, where: str, limits: MediaLimits) -> None:
         self._where, self._limits = where, limits
-        self._deadline = time.monotonic() + limits.total_seconds
+        self._seconds = min(limits.total_seconds, MAX_SECONDS)
+        self._deadline = time.monotonic() + self._seconds
         self._socket: socket.socket | None = None
 
     @property
@@ -126,11 +139,11 @@ class _Download:
         return time.monotonic() >= self._deadline
 
     def run(self, url: str) -> IO[bytes]:
-        timer = threading.Timer(self._limits.total_seconds, self._interrupt)
+        timer = threading.Timer(self._seconds, self._interrupt)
         timer.daemon = True
         timer.start()
         try:
-            for _ in range(int(self._limits.redirects) + 1):
+            for _ in range(self._limits.redirects + 1):
                 response = self._get(url)
                 with response:
                     if response.status not in REDIRECTS:
@@ -185,26 +198,32 @@ class _Download:
         headers = {"User-Agent": USER_AGENT, "Accept": "*/*", "Accept-Encoding": "identity", "Connection": "close"}
         headers |= _authorization("Authorization", parts)
         target = quote(f"{parts.path or '/'}{'?' if parts.query else ''}{parts.query}", safe=URL_CHARACTERS)
+        name = f"[{host}]" if ":" in host else host
         if proxy is not None:
             via = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-            addresses = self._resolve(via.hostname or "", via.port or PORTS["http"])
+            if via.scheme != "http" or not via.hostname:
+                raise _Refused(
+                    f"the proxy that {scheme}_proxy names is no http:// address of a host, the only kind used here; "
+                    "set another one, or name this host in no_proxy"
+                )
+            addresses = self._resolve(via.hostname, via.port or PORTS["http"])
             to_proxy = _authorization("Proxy-Authorization", via)
             if scheme == "http":
-                target, headers = f"http://{parts.netloc.rpartition('@')[2]}{target}", headers | to_proxy
+                named_port = "" if parts.port is None else f":{parts.port}"
+                target, headers = f"http://{name}{named_port}{target}", headers | to_proxy
         connection = http.client.HTTPConnection(host, port)
         connection.default_port = PORTS[scheme]  # decides whether the header `Host` names the port
         self._socket = self._connected(addresses)
         if scheme == "https":
             if proxy is not None:
-                self._open_tunnel(host, port, to_proxy)
+                self._open_tunnel(f"{name}:{port}", to_proxy)
             self._socket = _tls_context().wrap_socket(self._socket, server_hostname=host)
         connection.sock = self._stream()
         connection.request("GET", target, headers=headers)
         return connection.getresponse()
 
-    def _open_tunnel(self, host: str, port: int, headers: dict[str, str]) -> None:
-        """Ask the proxy for a connection to the host."""
-        name = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    def _open_tunnel(self, name: str, headers: dict[str, str]) -> None:
+        """Ask the proxy for a connection to "host:port"."""
         lines = [f"CONNECT {name} HTTP/1.1", f"Host: {name}", *(f"{key}: {value}" for key, value in headers.items())]
         stream = self._stream()
         stream.sendall("\r\n".join([*lines, "", ""]).encode("latin-1"))
@@ -278,15 +297,16 @@ class _Download:
             written = 0
             for chunk in self._decoded(response):
                 written += len(chunk)
-                self._limits.check(
-                    "fetch_bytes", written, f"{self._where} is a download of more than {written:,} bytes"
-                )
+                self._check_size(written)
                 file.write(chunk)
             file.seek(0)
             return file
         except BaseException:
             file.close()
             raise
+
+    def _check_size(self, num_bytes: int) -> None:
+        self._limits.check("fetch_bytes", num_bytes, f"{self._where} is a download of {num_bytes:,} bytes or more")
 
     def _decoded(self, response: http.client.HTTPResponse) -> Iterator[bytes]:
         """The body in small pieces, however far it is compressed."""
@@ -301,9 +321,14 @@ class _Download:
             if inflater is None:  # "deflate" is zlib's format, but some servers send it without the header
                 is_bare = encoding == "deflate" and (chunk[0] & 15 != 8 or int.from_bytes(chunk[:2], "big") % 31 != 0)
                 inflater = zlib.decompressobj(-zlib.MAX_WBITS if is_bare else zlib.MAX_WBITS | 32)
-            while chunk and not inflater.eof:
+            while chunk:
+                if inflater.eof:  # a file of gzip may have several members, with zeros between; the rest is ignored
+                    chunk = chunk.lstrip(b"\0")
+                    if encoding == "deflate" or chunk[:1] != GZIP_START:
+                        break
+                    inflater = zlib.decompressobj(zlib.MAX_WBITS | 32)
                 yield inflater.decompress(chunk, CHUNK_BYTES)
-                chunk = inflater.unconsumed_tail
+                chunk = inflater.unused_data if inflater.eof else inflater.unconsumed_tail
         if inflater is not None and not inflater.eof:
             yield inflater.flush()  # at most what one match repeats: no input is left
         if inflater is not None and not inflater.eof:
@@ -312,14 +337,14 @@ class _Download:
     def _raw(self, response: http.client.HTTPResponse) -> Iterator[bytes]:
         """The body as sent."""
         expected, received = response.length, 0
-        if expected is not None:
-            self._limits.check("fetch_bytes", expected, f"{self._where} is a download of {expected:,} bytes")
-        while True:
+        self._check_size(expected or 0)
+        while not response.isclosed():  # as it is, on recent versions of Python, once it has read all
             self._stream()
             chunk = response.read1(CHUNK_BYTES)
             if not chunk:
                 break
             received += len(chunk)
+            self._check_size(received)  # also of what decompresses to nothing
             yield chunk
         if (expected is not None and received < expected) or self.is_late:
             raise _Refused(f"{received:,} of {expected or 0:,} bytes came")

@@ -1,13 +1,15 @@
 """Limits for media that come from strangers: what is fetched, opened and decoded, and what is refused instead.
 
     limits = MediaLimits(image_pixels=20_000_000, sources=("https", "data"))
-    processor(images=image, text=text, limits=limits)  # or processor.image_processor.limits = limits
+    processor(images=image, text=text, limits=limits)  # or processor.limits = limits
 
 They belong to a program, not to a model: no processor file holds them, and none can raise them.
 """
 
 from dataclasses import dataclass, fields
 from typing import Any
+
+from molmo2.configuration import is_number
 
 SOURCES = ("path", "file", "data", "base64", "http", "https")
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")  # Pillow's names
@@ -33,13 +35,14 @@ class MediaLimits:
             "http" and "https". Bytes, open files, arrays and PIL images are always accepted. A server that passes on
             what its users write has no use for the first two.
         allow_private_hosts: also fetch from private, loopback and link-local addresses.
-        fetch_bytes: bytes of a download or a data URL, decompressed.
+        fetch_bytes: bytes of a download or a data URL, decompressed, and of an open file that is copied: a video, or
+            a stream that cannot seek.
         connect_seconds, read_seconds: longest wait for a connection, and for the next bytes.
         total_seconds: longest time of a download, redirects included.
         redirects: redirects that are followed.
 
     Raises:
-        ValueError: a limit is no positive number, or a source is unknown.
+        ValueError: a limit is no finite number of 0 or more, or of seconds apart no whole one, or a source is unknown.
     """
 
     image_pixels: int = 100_000_000
@@ -66,8 +69,12 @@ class MediaLimits:
             elif isinstance(field.default, bool):
                 if not isinstance(value, bool):
                     raise ValueError(f"MediaLimits: {field.name} is {value!r}. Pass True or False.")
-            elif isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
-                raise ValueError(f"MediaLimits: {field.name} is {value!r}. Pass a number of 0 or more.")
+            elif not is_number(value) or value < 0:
+                raise ValueError(f"MediaLimits: {field.name} is {value!r}. Pass a finite number of 0 or more.")
+            elif not field.name.endswith("_seconds"):
+                if value != int(value):
+                    raise ValueError(f"MediaLimits: {field.name} is {value!r}. Pass a whole number.")
+                object.__setattr__(self, field.name, int(value))
         unknown = sorted(set(self.sources) - set(SOURCES))
         if unknown:
             raise ValueError(f"MediaLimits: unknown source(s) {unknown}. Choose from {', '.join(SOURCES)}.")
@@ -90,11 +97,15 @@ class MediaLimits:
                 f"({', '.join(self.sources) or 'none'}). Pass the bytes of the file. {_advice('sources')}"
             )
 
+    def check_frames(self, where: str, num_frames: int) -> None:
+        """Refuse a video with too many frames."""
+        self.check("video_frames", num_frames, f"{where} has {num_frames:,} frames")
+
     def check_video(self, where: str, num_frames: int, size: tuple[int, int], num_bytes: int) -> None:
         """Refuse a video with too many frames or pixels; size is (height, width)."""
         height, width = size
         self.check("video_frame_pixels", height * width, f"{where} has frames of {height} x {width} pixels")
-        self.check("video_frames", num_frames, f"{where} has {num_frames:,} frames")
+        self.check_frames(where, num_frames)
         pixels = num_frames * height * width
         if pixels > FREE_VIDEO_PIXELS:
             ratio = pixels // max(1, num_bytes)

@@ -23,6 +23,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from molmo2.grounding.parse import Grounding, MediaInfo
 from molmo2.image.geometry import stack_pooling
+from molmo2.image.limits import MediaLimits, checked_limits
 from molmo2.image.loading import IMAGE_SUFFIXES
 from molmo2.image.pixels import as_output
 from molmo2.image.processing import Molmo2ImageProcessor, Molmo2ImageProcessorKwargs
@@ -191,6 +192,15 @@ class Molmo2Processor(ProcessorMixin):
         if argument is None:
             raise ValueError(f"Molmo2Processor needs a `{argument_name}`; found None.")
         return type(argument)
+
+    @property
+    def limits(self) -> MediaLimits:
+        """What is refused of images and videos, see `MediaLimits`; set for both. Never saved, nor read from files."""
+        return self.image_processor.limits
+
+    @limits.setter
+    def limits(self, value: MediaLimits | None) -> None:
+        self.image_processor.limits = self.video_processor.limits = checked_limits(value)
 
     @property
     def visual_token_format(self) -> VisualTokenFormat:

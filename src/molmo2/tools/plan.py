@@ -181,8 +181,11 @@ class RequestPlanner:
             metadata = [entry for own in media for entry in own.video_metadata]
             own_options = [entry for own in media for entry in own.video_options]
             text = [processor.apply_chat_template(messages, add_generation_prompt=True) for messages in conversations]
-        image_sizes = [] if images is None else measure_images(images, processor.image_processor.limits)
-        video_plans = [] if videos is None else processor.video_processor.probe(videos, metadata)
+        limits = options["images_kwargs"].get("limits")
+        limits = processor.image_processor.limits if limits is None else limits
+        image_sizes = [] if images is None else measure_images(images, limits)
+        limits = options["videos_kwargs"].get("limits")
+        video_plans = [] if videos is None else processor.video_processor.probe(videos, metadata, limits)
         if text is None:
             text = IMAGE_PLACEHOLDER * len(image_sizes) + VIDEO_PLACEHOLDER * len(video_plans)
         clips = options["videos_kwargs"].pop("clip", None)

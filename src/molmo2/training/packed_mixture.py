@@ -50,6 +50,7 @@ class PackedMixture(IterableDataset):
         self.mixture, self.packer, self.processor, self.options = mixture, packer, processor, options
         self.process_index, self.num_processes = process_index, num_processes
         self._num_kept = KEPT_STATES
+        self._states: deque[dict[str, Any]] = deque()
         self.load_state_dict(None)
 
     def __iter__(self) -> Iterator[Pack]:
@@ -101,7 +102,7 @@ class PackedMixture(IterableDataset):
         self._pool: list[PoolEntry] = [self._entry(Drawn(*drawn)) for drawn in state["pool"]]
         for name, value in state["report"].items():
             setattr(self.packer.report, name, value)
-        self._states: deque[dict[str, Any]] = deque([self._snapshot()], maxlen=self._num_kept)
+        self._states = deque([self._snapshot()], maxlen=self._num_kept)
 
     def _snapshot(self) -> dict[str, Any]:
         return {

@@ -286,18 +286,20 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
             features["video_metadata"] = [metadata for _, metadata in cut]
         return features
 
-    def probe(self, videos: Any, video_metadata: Any = None) -> list[Callable[..., tuple[VideoPlan, list[float]]]]:
+    def probe(
+        self, videos: Any, video_metadata: Any = None, limits: Any = None
+    ) -> list[Callable[..., tuple[VideoPlan, list[float]]]]:
         """Plans of videos without decoding them, to know the size of a request before it is made.
 
         Args:
-            videos, video_metadata: as for `preprocess`.
+            videos, video_metadata, limits: as for `preprocess`.
 
         Returns:
             For each video a function from options of `preprocess` to its plan and its sampled times in seconds.
         """
 
         def probe_one(item: VideoItem) -> Callable[..., tuple[VideoPlan, list[float]]]:
-            sampled_times = probe_video(item, self.video_backend, self.limits)
+            sampled_times = probe_video(item, self.video_backend, self._limits({"limits": limits}))
 
             def plan(clip: Any = None, **overrides: Any) -> tuple[VideoPlan, list[float]]:
                 options = self._options(overrides)

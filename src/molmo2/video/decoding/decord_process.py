@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from molmo2.image.limits import MediaLimits, checked_limits
 from molmo2.video.decoding.timeline import VideoDecodeError
 
 START_SECONDS = 60  # until a new child has to be ready: it imports numpy and decord
@@ -34,7 +35,8 @@ MAX_IDLE_CHILDREN = 4  # kept for the next videos; threads of a program may deco
 def _serve_decord(max_bytes: int) -> None:  # noqa: C901  # has to be one function: its source is all the child gets
     """What the child runs, from its source alone: answers requests on stdin, each a line of JSON, until that ends.
 
-    {"open": path} is answered by {"count", "fps", "shape"} and the spans of the frames, (count, 2) float64 seconds;
+    {"open": path, "most": count} is answered by {"count", "fps", "shape"} and the spans of the frames, (count, 2)
+    float64 seconds, or by {"count"} alone where it announces more than `most`;
     {"decode": indices, "count": count} by {"index", "shape"} and the pixels of each frame, then by {"more": bool},
     whether there are more frames than counted. {"error"} ends an answer, {"alive"} may come at any time between them.
     """
@@ -43,8 +45,17 @@ def _serve_decord(max_bytes: int) -> None:  # noqa: C901  # has to be one functi
     import os
     import signal
     import sys
+    import threading
     import time
 
+    parent = os.getppid()
+
+    def follow_parent() -> None:  # a file may keep decord busy for ever, and a pipe may outlive its owner in a fork
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=follow_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
     output = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print does not mix with answers
@@ -82,6 +93,9 @@ def _serve_decord(max_bytes: int) -> None:  # noqa: C901  # has to be one functi
                 path = request["open"]
                 reader = opened(path)
                 count = len(reader)
+                if count > request["most"]:
+                    send({"count": count})
+                    continue
                 spans = numpy.asarray(reader.get_frame_timestamp(list(range(count))), dtype=numpy.float64)
                 shape = reader.next().asnumpy().shape
                 send({"count": count, "fps": float(reader.get_avg_fps()), "shape": shape}, spans.reshape(-1, 2))
@@ -159,8 +173,12 @@ class DecordProcess:
                 child = cls._idle.pop() if cls._idle else None
             if child is None:
                 return cls()
-            if child._parent == os.getpid() and child._child.poll() is None:  # not that of a forked parent, alive
+            if child._parent != os.getpid():  # that of a forked parent, which goes on using it
+                child._close_pipes()
+            elif child._child.poll() is None:
                 return child
+            else:
+                child.kill()  # it is dead: frees what belongs to it
 
     def give_back(self) -> None:
         """Keep this child for the next video, if it waits for requests; else end it."""
@@ -175,23 +193,31 @@ class DecordProcess:
         """End the child, whatever it does."""
         self._ended.set()
         self._child.kill()
+        self._close_pipes()
+        self._child.wait()
+
+    def _close_pipes(self) -> None:
         for pipe in (self._child.stdin, self._child.stdout):
             with suppress(OSError):
                 pipe.close()
-        self._child.wait()
 
-    def open(self, path: str) -> tuple[np.ndarray, float, tuple[int, ...]]:
+    def open(
+        self, path: str, limits: MediaLimits | None = None, name: str = "The video"
+    ) -> tuple[np.ndarray, float, tuple[int, ...]]:
         """(N, 2) starts and ends of the frames in seconds, average rate, and shape of the first frame.
 
         Raises:
+            MediaLimitError: it announces too many frames; nothing was done for each of them.
             VideoDecodeError: decord cannot open it, or ended or stopped while it tried.
         """
+        limits = checked_limits(limits)
         self._file_bytes = Path(path).stat().st_size
-        self._ask({"open": path})
+        self._ask({"open": path, "most": limits.video_frames})
         answer = self._answer(self._patience)
         self.is_busy = False
         if "error" in answer:
             raise VideoDecodeError(answer["error"])
+        limits.check_frames(name, answer["count"])
         spans = np.empty((answer["count"], 2), dtype=np.float64)
         self._read_into(spans)
         return spans, answer["fps"], tuple(answer["shape"])

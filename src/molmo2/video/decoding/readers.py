@@ -17,7 +17,6 @@ import io
 import itertools
 import os
 import re
-import shutil
 import tempfile
 import weakref
 from abc import ABC, abstractmethod
@@ -58,6 +57,7 @@ THREADS_PER_CORE, MAX_THREADS = 3, 16
 MAX_BACKWARD_SECONDS = 1.0  # PyAV: how far time stamps may go back where no frame hides another
 # Formats of Pillow that can be animated.
 ANIMATED_FORMATS = ("GIF", "PNG", "WEBP", "AVIF")
+COPIED_BYTES = 1 << 20  # at a time, of a video in memory
 HEAD_BYTES = 4096  # in which ffmpeg looks for the signs of a playlist
 PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"[playlist]", b"[Reference]", b"v=0", b"<?xml", b"<asx", b"<smil", b"RTSPtext")
 TEXT_BYTES = bytes([7, 8, 9, 10, 12, 13, 27, *range(32, 127), *range(128, 256)])
@@ -100,7 +100,8 @@ class Source:
         if isinstance(source, (str, Path)):
             result = cls._from_path(Path(source), limits)
         elif isinstance(source, (bytes, bytearray, memoryview)):
-            result = cls._from_stream(io.BytesIO(source), name or f"a video of {len(source)} bytes", limits)
+            held = replace(limits, fetch_bytes=max(limits.fetch_bytes, len(source)))  # they are in memory already
+            result = cls._from_stream(io.BytesIO(source), name or f"a video of {len(source)} bytes", held)
         elif hasattr(source, "read"):
             if hasattr(source, "seek"):
                 source.seek(0)
@@ -121,7 +122,7 @@ class Source:
 
     @classmethod
     def _from_stream(cls, stream: IO[bytes], name: str, limits: MediaLimits) -> "Source":
-        copy = _TemporaryCopy(stream)
+        copy = _TemporaryCopy(stream, name, limits)
         return cls(name, copy.path, Path(copy.path).stat().st_size, limits, keeps=copy)
 
     def _animated_format(self) -> str:
@@ -151,13 +152,21 @@ class Source:
 
 
 class _TemporaryCopy:
-    """A temporary file with the content of a stream, removed with this object."""
+    """A temporary file with the content of a stream, removed with this object.
 
-    def __init__(self, stream: IO[bytes]) -> None:
+    Raises:
+        MediaLimitError: it is a stream of more than `fetch_bytes`; so many bytes are read, and no more.
+    """
+
+    def __init__(self, stream: IO[bytes], name: str, limits: MediaLimits) -> None:
         handle, self.path = tempfile.mkstemp(prefix="molmo2_video_")
         weakref.finalize(self, _remove, self.path)
+        num_bytes = 0
         with os.fdopen(handle, "wb") as file:
-            shutil.copyfileobj(stream, file, 1 << 20)
+            while chunk := stream.read(COPIED_BYTES):
+                num_bytes += len(chunk)
+                limits.check("fetch_bytes", num_bytes, f"{name} has {num_bytes:,} bytes or more")
+                file.write(chunk)
 
 
 def _remove(path: str) -> None:
@@ -290,7 +299,7 @@ class _DecordReader(VideoReader):
 
     def _opened(self, process: DecordProcess) -> tuple[np.ndarray, float, tuple[int, ...]]:
         try:
-            return process.open(self._source.path)
+            return process.open(self._source.path, self._source.limits, self._source.name)
         except VideoDecodeError as error:
             raise VideoDecodeError(brief(error.reason)) from None
 
