@@ -2008,18 +2008,23 @@ class Molmo2VisionInputsMixin:
                 "processor, without dropping or repeating rows."
             )
 
-    def _require_media(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> None:
+    def _require_media(self, input_ids: Tensor | None, inputs_embeds: Tensor, is_prompt: bool) -> None:
         """Refuses patch tokens without vectors to add, which read like any other token and mean nothing.
 
-        Single tokens after a cache are left unchecked, and compiled steps: `generate` writes no visual tokens.
+        Single tokens after a cache are left unchecked, and compiled steps: `generate` writes no visual tokens. Bare
+        ids, neither of the processor nor of `generate`, are warned about: transformers' common tests pass such.
         """
         num_patches = int(self.patch_token_mask(input_ids, inputs_embeds).sum())
-        if num_patches:
-            raise ValueError(
-                f"The prompt has {num_patches} patch token(s), but no image or video was passed for them: expected "
-                f"`{ENCODED_INPUTS['image'][0]}` or `{ENCODED_INPUTS['video'][0]}` with their companions. Pass all "
-                "that the processor returned, and no `<im_patch>` in the text."
-            )
+        if not num_patches:
+            return
+        problem = (
+            f"The prompt has {num_patches} patch token(s), but no image or video was passed for them: expected "
+            f"`{ENCODED_INPUTS['image'][0]}` or `{ENCODED_INPUTS['video'][0]}` with their companions. Pass all "
+            "that the processor returned, and no `<im_patch>` in the text."
+        )
+        if is_prompt:
+            raise ValueError(problem)
+        logger.warning_once(problem)
 
     def _media_features(
         self, input_ids: Tensor | None, inputs_embeds: Tensor, media: dict[str, Any], example_ids: Tensor | None
@@ -2795,7 +2800,8 @@ class Molmo2Model(Molmo2PreTrainedModel, Molmo2VisionInputsMixin):
             inputs_embeds, has_visual = self._add_features(input_ids, inputs_embeds, vectors, repeats, is_visual)
         else:
             if not torch.compiler.is_compiling() and (inputs_embeds.shape[1] > 1 or past_key_values is None):
-                self._require_media(input_ids, inputs_embeds)
+                is_prompt = past_key_values is not None or token_type_ids is not None or mm_token_type_ids is not None
+                self._require_media(input_ids, inputs_embeds, is_prompt)
             has_visual = is_visual is not None and bool(is_visual.any())
             if is_distributed_training(self.vision_backbone):
                 inputs_embeds = inputs_embeds + zero_vision_loss(self.vision_backbone).to(inputs_embeds)

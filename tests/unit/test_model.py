@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from molmo2.model import vision_inputs
 from molmo2.model.pretrained import checkpointing_settings
 from support.checkpoints import FAMILIES, build_model, picture
 from support.model_inputs import MIXED, batch, clip, processor, real_tokens
@@ -585,7 +586,16 @@ def test_visual_tokens_need_their_media(qwen3):
         qwen3(input_ids=tokens["input_ids"], past_key_values=cache)
     embeds = qwen3.get_input_embeddings()(tokens["input_ids"])
     with pytest.raises(ValueError, match=message):
-        qwen3(inputs_embeds=embeds)
+        qwen3(inputs_embeds=embeds, token_type_ids=tokens["token_type_ids"])
+
+
+@torch.no_grad()
+def test_bare_ids_of_visual_tokens_are_warned_about(qwen3, caplog):
+    """transformers' common tests pass ids alone; neither the processor nor `generate` does."""
+    type(vision_inputs.logger).warning_once.cache_clear()
+    with caplog.at_level("WARNING", logger="molmo2"):
+        qwen3(input_ids=batch("image")["input_ids"])
+    assert "but no image or video was passed for them" in caplog.text
 
 
 @torch.no_grad()

@@ -17,9 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from molmo2.model.vision import record_calls
+
+logger = logging.get_logger(__name__)
 
 # What images and videos are encoded from, as the processor returns it; pixels first.
 ENCODED_INPUTS = {
@@ -445,18 +448,23 @@ class Molmo2VisionInputsMixin:
                 "processor, without dropping or repeating rows."
             )
 
-    def _require_media(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> None:
+    def _require_media(self, input_ids: Tensor | None, inputs_embeds: Tensor, is_prompt: bool) -> None:
         """Refuses patch tokens without vectors to add, which read like any other token and mean nothing.
 
-        Single tokens after a cache are left unchecked, and compiled steps: `generate` writes no visual tokens.
+        Single tokens after a cache are left unchecked, and compiled steps: `generate` writes no visual tokens. Bare
+        ids, neither of the processor nor of `generate`, are warned about: transformers' common tests pass such.
         """
         num_patches = int(self.patch_token_mask(input_ids, inputs_embeds).sum())
-        if num_patches:
-            raise ValueError(
-                f"The prompt has {num_patches} patch token(s), but no image or video was passed for them: expected "
-                f"`{ENCODED_INPUTS['image'][0]}` or `{ENCODED_INPUTS['video'][0]}` with their companions. Pass all "
-                "that the processor returned, and no `<im_patch>` in the text."
-            )
+        if not num_patches:
+            return
+        problem = (
+            f"The prompt has {num_patches} patch token(s), but no image or video was passed for them: expected "
+            f"`{ENCODED_INPUTS['image'][0]}` or `{ENCODED_INPUTS['video'][0]}` with their companions. Pass all "
+            "that the processor returned, and no `<im_patch>` in the text."
+        )
+        if is_prompt:
+            raise ValueError(problem)
+        logger.warning_once(problem)
 
     def _media_features(
         self, input_ids: Tensor | None, inputs_embeds: Tensor, media: dict[str, Any], example_ids: Tensor | None
