@@ -37,4 +37,4 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="module", autouse=True)
 def auto_classes_stay_as_they_are():
-    """They do not: the suites load through the Auto classes, with this package's behind them, in a process of their own."""
+    """They do not: the suites load through the Auto classes with this package behind them, in their own process."""
