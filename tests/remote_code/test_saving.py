@@ -295,7 +295,8 @@ def test_files_saved_by_another_release_can_be_read(checkpoint, tmp_path, parts)
     expected = tiny_config("olmo3").to_dict()
     found = config.to_dict()
     for name in ("text_config", "vit_config", "adapter_config"):
-        found[name].pop("dtype", None)
+        for settings in (found[name], expected[name]):  # older releases list a dtype that nobody set
+            settings.pop("dtype", None)
         assert found[name] == expected[name]
     assert_equal_inputs(load_processor(folder), load_processor(checkpoint("olmo3")))
     for text in TEXTS:
