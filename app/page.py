@@ -16,7 +16,6 @@ encoded images."""
 HINT = "Ask about your files: “Point to the red circles.”, “How many are there?”, “Track the red ring.”"
 MAX_FILE_SIZE = "1gb"  # of an upload; media have narrower limits
 MAX_QUESTIONS, MAX_WAITING = 4, 32  # at a time, of all visitors
-CLEANING = (600, 3600)  # every ten minutes, files that are older than an hour
 FAILED = "An internal error occurred. The terminal of the app has the details."
 EXPORTS = {"json": "↓ JSON", "csv": "↓ CSV", "coco": "↓ COCO", "mot": "↓ MOT"}
 
@@ -28,7 +27,7 @@ class Page:
 
     def __init__(self, backend: Backend):
         self.backend = backend
-        with gr.Blocks(title="Molmo2", analytics_enabled=False, delete_cache=CLEANING) as self.blocks:
+        with gr.Blocks(title="Molmo2", analytics_enabled=False) as self.blocks:
             gr.Markdown(WELCOME)
             if backend.notice:
                 gr.Markdown(backend.notice, elem_id="notice")
