@@ -20,8 +20,8 @@ app: ## starts the demo app; another model: make app APP_OPTIONS="--model FOLDER
 test: check ## all checks and the test-suite on the newest supported transformers
 	$(IN) dev $(TEST) -n $(WORKERS) -m "not slow"
 
-test-slow: ## the tests that need more than a few seconds each: training, whole clips, scores, growth of memory
-	$(IN) dev $(TEST) -n $(WORKERS) -m slow
+test-slow: ## the tests that need more than a few seconds each: whole clips, scores, growth of memory
+	$(IN) dev $(TEST) -n $(WORKERS) -m slow $(addprefix --ignore=tests/training/test_,trainers.py training_round_trip.py training_example.py)
 
 nightly: ## tests that repeat what others show on more inputs
 	$(IN) dev $(TEST) -n $(WORKERS) -m nightly
