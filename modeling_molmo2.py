@@ -2207,8 +2207,11 @@ def _drop_extrapolated_types(token_types: Tensor, by_id: Tensor) -> Tensor:
 
 
 def can_copy_rows(cache: Cache | None) -> bool:
-    """Whether a cache is empty and grows by rows too, so that equal prompts can be read once and copied."""
-    return type(cache) is DynamicCache and not cache.offloading and cache.get_seq_length() == 0
+    """Whether a cache is empty and grows by rows too, so that equal prompts can be read once and copied.
+
+    None is the cache that the model makes itself: some releases leave that of the prefill to it.
+    """
+    return cache is None or (type(cache) is DynamicCache and not cache.offloading and cache.get_seq_length() == 0)
 
 
 def every_nth_row(tensors: dict[str, Tensor | None], step: int) -> dict[str, Tensor | None]:
@@ -2943,8 +2946,8 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
             "mm_token_type_ids": mm_token_type_ids,
         }
         copies = 1
-        makes_cache = use_cache is not False and not self.get_decoder().drops_cache
-        if makes_cache and can_copy_rows(past_key_values):
+        makes_cache = use_cache if past_key_values is None else use_cache is not False
+        if makes_cache and not self.get_decoder().drops_cache and can_copy_rows(past_key_values):
             copies = passed_on.pop(REPEAT_FACTOR, 1)
             rows = every_nth_row(rows, copies)
         outputs = self.model(

@@ -119,8 +119,11 @@ def _drop_extrapolated_types(token_types: Tensor, by_id: Tensor) -> Tensor:
 
 
 def can_copy_rows(cache: Cache | None) -> bool:
-    """Whether a cache is empty and grows by rows too, so that equal prompts can be read once and copied."""
-    return type(cache) is DynamicCache and not cache.offloading and cache.get_seq_length() == 0
+    """Whether a cache is empty and grows by rows too, so that equal prompts can be read once and copied.
+
+    None is the cache that the model makes itself: some releases leave that of the prefill to it.
+    """
+    return cache is None or (type(cache) is DynamicCache and not cache.offloading and cache.get_seq_length() == 0)
 
 
 def every_nth_row(tensors: dict[str, Tensor | None], step: int) -> dict[str, Tensor | None]:

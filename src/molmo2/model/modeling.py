@@ -280,8 +280,8 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
             "mm_token_type_ids": mm_token_type_ids,
         }
         copies = 1
-        makes_cache = use_cache is not False and not self.get_decoder().drops_cache
-        if makes_cache and can_copy_rows(past_key_values):
+        makes_cache = use_cache if past_key_values is None else use_cache is not False
+        if makes_cache and not self.get_decoder().drops_cache and can_copy_rows(past_key_values):
             copies = passed_on.pop(REPEAT_FACTOR, 1)
             rows = every_nth_row(rows, copies)
         outputs = self.model(
