@@ -991,7 +991,10 @@ def test_module_entry_point(tmp_path, checkpoint, tokenizer):
 def test_installed_script(monkeypatch):
     tomllib = pytest.importorskip("tomllib")
     scripts = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
-    assert scripts == {"molmo2-convert": "molmo2.convert.cli:main"}  # `main` is what all tests here call
+    assert scripts == {
+        "molmo2": "molmo2.cli:main",
+        "molmo2-convert": "molmo2.convert.cli:main",
+    }  # `main` is what all tests here call
     for path, name in (("/usr/bin/molmo2-convert", "molmo2-convert"), ("cli.py", "python -m molmo2.convert")):
         monkeypatch.setattr(sys, "argv", [path])
         assert build_parser().prog == name
