@@ -30,7 +30,7 @@ mutate: ## whether the tests notice small changes of geometry, masks and parser;
 	$(IN) dev env PYTHONPATH=src:tests python scripts/mutate.py $(MODULES)
 
 fuzz: ## hostile media, checkpoints, answers and more, for some minutes: make fuzz MINUTES=10 FUZZ_OPTIONS="--seed 3"
-	$(IN) dev env PYTHONPATH=src:tests OMP_NUM_THREADS=1 python scripts/fuzz.py --minutes $(or $(MINUTES),5) $(FUZZ_OPTIONS)
+	$(IN) dev env OMP_NUM_THREADS=1 python scripts/fuzz.py --minutes $(or $(MINUTES),5) $(FUZZ_OPTIONS)
 
 check: ## lint, types, layers, and whether the files in the root are those of `make bundle`
 	$(IN) dev ruff check .

@@ -2979,8 +2979,7 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
                     "`logits_to_keep` at 0 when passing labels."
                 )
             vocab_size = self.config.text_config.vocab_size
-            visual_ids = torch.tensor(self.model.visual_ids, device=labels.device)
-            targets = labels.masked_fill((labels >= vocab_size) | torch.isin(labels, visual_ids), IGNORED)
+            targets = labels.masked_fill((labels >= vocab_size) | self.model.visual_token_mask(labels), IGNORED)
             if kwargs.get("num_items_in_batch") is not None and loss_weights is None:
                 kwargs["num_items_in_batch"] = kwargs["num_items_in_batch"] * kept_label_fraction(targets, labels)
             labels = targets

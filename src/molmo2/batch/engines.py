@@ -1,4 +1,7 @@
-"""Engines that answer rows in the process they are in: a model, or a server. `pool` gives them processes."""
+"""Engines that answer rows in the process they are in: a model, or a server. `pool` gives them processes.
+
+Any exception about a row becomes its result: decoders raise nearly anything, and one bad row never ends a run.
+"""
 
 import os
 import sys
@@ -19,7 +22,6 @@ from molmo2.tools.plan import plan
 from molmo2.video.frame_encoding import read_ahead
 
 Watch = Callable[[Sequence[Row], bool], Any]
-ROW_ERRORS = (Exception,)  # decoders raise nearly anything, and one bad row never ends a run
 REFUSED_TO_ALL = frozenset({401, 403, 404})  # the key, or the name of the model
 
 
@@ -67,7 +69,7 @@ class LocalEngine:
                 try:
                     planned = plan(self.processor, _messages(row), **self.settings.processor_kwargs)
                     lengths[row.number] = planned.num_tokens
-                except ROW_ERRORS as error:
+                except Exception as error:
                     yield [row], [self._error_result(row, error)]
                 self._watch([row], False)
             fit = sorted((row for row in window if row.number in lengths), key=lambda row: lengths[row.number])
@@ -89,7 +91,7 @@ class LocalEngine:
                     self.settings.generate_options,
                 ),
             )
-        except ROW_ERRORS as error:
+        except Exception as error:
             failed = self._error_result(batch[0], error)
             if len(batch) == 1:
                 yield batch, [failed]
@@ -102,7 +104,7 @@ class LocalEngine:
         try:
             generation = request.generate(self.model)
             answers = [answer_record(request.answer(index, generation)) for index in range(len(batch))]
-        except ROW_ERRORS as error:
+        except Exception as error:
             failed = self._error_result(batch[0], error)
             if len(batch) == 1:
                 yield failed
@@ -193,7 +195,7 @@ class ServerEngine:
                 **self.settings.generate_options,
             )
             return row.result(answer_record(answer))
-        except ROW_ERRORS as error:
+        except Exception as error:
             is_for_all = isinstance(error, ServerError) and error.status in REFUSED_TO_ALL
             if is_for_all or isinstance(error, ServerUnreachable):
                 raise EngineError(str(error)) from error
