@@ -28,7 +28,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from io import BytesIO
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -663,8 +663,9 @@ def _authorization(name: str, parts: Any) -> dict[str, str]:
     return {name: "Basic " + base64.b64encode(pair.encode()).decode()}
 
 
+@cache
 def _tls_context() -> ssl.SSLContext:
-    """Certificates of the system and of certifi: on some systems only one of the two has any."""
+    """Certificates of the system and of certifi: on some systems only one of the two has any. Read once."""
     context = ssl.create_default_context()
     with suppress(ImportError):
         context.load_verify_locations(importlib.import_module("certifi").where())
@@ -1076,8 +1077,6 @@ ACCEPTED_IMAGES = (
 CHANNEL_COUNTS = (1, 3, 4)  # grey, RGB, RGB with alpha
 LAYOUTS = ("channels_last", "channels_first")
 # Suffixes of frames that are passed as a list of files.
-FRAME_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
-IMAGE_SUFFIXES = (*FRAME_SUFFIXES, ".avif", ".gif", ".heic")  # a GIF among videos is a clip, not a frame
 CLIPPING_PIL_MODES = ("I", "F")  # modes (also "I;16" and its kin) with values above 255, which PIL's conversion clips
 FLOAT_TOLERANCE = 0.01  # how far a float image may exceed 0..1 (filters overshoot a little) without a warning
 MAX_QUOTED_CHARACTERS = 80  # of a path or text in an error
@@ -2009,6 +2008,14 @@ class OptionsMixin:
             elif not only_near_misses:
                 known = ", ".join(cls.DEFAULTS)
                 logger.warning_once(f"{cls.__name__} ignores the unknown option '{name}'. It knows {known}.")
+
+
+# --- src/molmo2/image/suffixes.py ------------------------------------------------------------------------------------
+# Suffixes of image files, in a module that needs nothing: batches and command lines read them without torch.
+
+
+FRAME_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (*FRAME_SUFFIXES, ".avif", ".gif", ".heic")  # a GIF among videos is a clip, not a frame
 
 
 # --- src/molmo2/media_features.py ------------------------------------------------------------------------------------

@@ -178,16 +178,19 @@ class Bundler:
 
     @cached_property
     def sections(self) -> dict[str, list[Module]]:
-        """The modules of each file, each behind those that it imports."""
+        """The modules of each file, each behind those that it imports, the entry behind all that do not import it."""
         modules: dict[str, Module] = {}
-        pending = [bundle.entry for bundle in self.bundles.values()]
+        entries = {bundle.entry for bundle in self.bundles.values()}
+        pending = list(entries)
         while pending:
             name = pending.pop()
             if name not in modules:
                 modules[name] = read_module(self.source, name)
                 pending += modules[name].needs
         sections: dict[str, list[Module]] = {bundle: [] for bundle in self.bundles}
-        for name in _in_order({name: modules[name].needs for name in sorted(modules)}):
+        for name in _in_order(
+            {name: modules[name].needs for name in sorted(modules, key=lambda n: (n in entries, n))}
+        ):
             sections[self._bundle_of(name)].append(modules[name])
         return sections
 

@@ -17,6 +17,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import cache
 from typing import IO, Any
 from urllib.parse import quote, unquote, unquote_to_bytes, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -372,8 +373,9 @@ def _authorization(name: str, parts: Any) -> dict[str, str]:
     return {name: "Basic " + base64.b64encode(pair.encode()).decode()}
 
 
+@cache
 def _tls_context() -> ssl.SSLContext:
-    """Certificates of the system and of certifi: on some systems only one of the two has any."""
+    """Certificates of the system and of certifi: on some systems only one of the two has any. Read once."""
     context = ssl.create_default_context()
     with suppress(ImportError):
         context.load_verify_locations(importlib.import_module("certifi").where())

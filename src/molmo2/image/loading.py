@@ -31,8 +31,6 @@ ACCEPTED_IMAGES = (
 CHANNEL_COUNTS = (1, 3, 4)  # grey, RGB, RGB with alpha
 LAYOUTS = ("channels_last", "channels_first")
 # Suffixes of frames that are passed as a list of files.
-FRAME_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
-IMAGE_SUFFIXES = (*FRAME_SUFFIXES, ".avif", ".gif", ".heic")  # a GIF among videos is a clip, not a frame
 CLIPPING_PIL_MODES = ("I", "F")  # modes (also "I;16" and its kin) with values above 255, which PIL's conversion clips
 FLOAT_TOLERANCE = 0.01  # how far a float image may exceed 0..1 (filters overshoot a little) without a warning
 MAX_QUOTED_CHARACTERS = 80  # of a path or text in an error

@@ -24,9 +24,9 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from molmo2.grounding.parse import Grounding, MediaInfo
 from molmo2.image.geometry import stack_pooling
 from molmo2.image.limits import MediaLimits, checked_limits
-from molmo2.image.loading import IMAGE_SUFFIXES
 from molmo2.image.pixels import as_output
 from molmo2.image.processing import Molmo2ImageProcessor, Molmo2ImageProcessorKwargs
+from molmo2.image.suffixes import IMAGE_SUFFIXES
 from molmo2.media_features import MediaFeatures, ground_answers, media_of_rows
 from molmo2.processing.chat import find_media, is_batch, media_arguments, messages_of
 from molmo2.processing.plain_text import (

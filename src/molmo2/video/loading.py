@@ -20,7 +20,8 @@ from transformers.video_utils import VideoMetadata
 
 from molmo2.image.fetching import data_url_bytes, fetch, masked, scheme_of
 from molmo2.image.limits import MediaLimits
-from molmo2.image.loading import FRAME_SUFFIXES, is_encoded, load_images
+from molmo2.image.loading import is_encoded, load_images
+from molmo2.image.suffixes import FRAME_SUFFIXES
 from molmo2.video.decoding.backends import Result, decode_video, open_video
 from molmo2.video.decoding.readers import Source, VideoReader
 from molmo2.video.decoding.timeline import VideoTimeline
