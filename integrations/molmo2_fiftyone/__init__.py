@@ -94,6 +94,7 @@ def resolve_input(model_name: str, ctx: Any) -> Any:
     inputs.enum("operation", OPERATIONS, default="describe", required=True, label="Operation")
     inputs.enum("media_type", MEDIA_TYPES, default="video", required=True, label="Media type")
     inputs.str("prompt", required=False, label="Prompt", description="Objects to look for, or the whole question")
+    inputs.str("events", required=False, label="Events", description="What temporal_localization looks for")
     inputs.str("prompt_field", required=False, label="Prompt field", description="Field with each sample's prompt")
     inputs.enum("pooling_strategy", POOLINGS, default=POOLINGS[0], required=True, label="Pooling of embeddings")
     inputs.str("embedding_prompt", required=False, label="Question of embeddings", description="What they are about")

@@ -23,7 +23,6 @@ from .videos import VideoPart
 
 OPERATIONS = ("describe", "pointing", "tracking", "temporal_localization", "comprehensive")
 VIDEO_OPERATIONS = ("tracking", "temporal_localization")
-NAMING_OPERATIONS = ("pointing", "tracking")  # their prompt names the objects
 MEDIA_TYPES = ("image", "video")
 PROMPT_FIELD = "prompt_field"
 
@@ -81,10 +80,12 @@ class Molmo2FiftyOneModel(fom.SamplesMixin, fom.EmbeddingsMixin, fom.Model):
     Attributes:
         operation: One of `OPERATIONS`.
         media_type: "video" or "image".
-        prompt: For samples without a prompt of their own. The objects or events to look for (pointing, tracking,
-            temporal_localization) or the whole question (describe, comprehensive); text, a list of names, or None for
-            the default question of the operation.
-        prompt_field: Field of the samples with their prompts; `apply_model(..., prompt_field=...)` takes precedence.
+        prompt: For samples without a prompt of their own: the objects to look for (pointing, tracking; text or a list
+            of names) or the whole question (describe; None for "Describe this video."). The questions of the other
+            two operations are fixed: a prompt that an earlier operation left behind does not change them.
+        events: What temporal_localization looks for, such as "a cup falls"; None for all events.
+        prompt_field: Field of the samples with their prompts, or with their events; `apply_model(...,
+            prompt_field=...)` takes precedence.
         pooling_strategy: "mean", "max" or "last", see `molmo2.embed`.
         embedding_prompt: The question beside each image or video in `compute_embeddings`; with "last" it decides what
             the vectors are about. None for "Describe this video.".
@@ -100,6 +101,7 @@ class Molmo2FiftyOneModel(fom.SamplesMixin, fom.EmbeddingsMixin, fom.Model):
     operation = _Setting("describe", _one_of(OPERATIONS))
     media_type = _Setting("video", _one_of(MEDIA_TYPES))
     prompt = _Setting(None, _of_type(str, list, tuple))
+    events = _Setting(None, _of_type(str))
     prompt_field = _Setting(None, _of_type(str))
     pooling_strategy = _Setting(POOLINGS[0], lambda name, value: check_pooling(value))
     embedding_prompt = _Setting(None, _of_type(str))
@@ -118,7 +120,7 @@ class Molmo2FiftyOneModel(fom.SamplesMixin, fom.EmbeddingsMixin, fom.Model):
         self._embeddings = np.empty((0, 0), dtype=np.float32)
         for name, value in settings.items():
             setattr(self, name, value)
-        self._check_media()
+        self._check_settings()
 
     @classmethod
     def setting_names(cls) -> list[str]:
@@ -134,9 +136,19 @@ class Molmo2FiftyOneModel(fom.SamplesMixin, fom.EmbeddingsMixin, fom.Model):
             raise AttributeError(f"A Molmo2 model has no setting {name!r}; {meant}")
         super().__setattr__(name, value)
 
-    def _check_media(self) -> None:
+    def _check_settings(self) -> None:
+        """Refuse settings that contradict each other.
+
+        Raises:
+            ValueError: They do.
+        """
         if self.operation in VIDEO_OPERATIONS and self.media_type != "video":
             raise ValueError(f"{self.operation!r} needs videos, but `media_type` is {self.media_type!r}.")
+        if self.operation == "comprehensive" and PROMPT_FIELD in self.needs_fields:
+            raise ValueError(
+                "The question of 'comprehensive' is fixed, so that its answers can be read, but there is a "
+                "`prompt_field`. Leave it out, or use 'describe'."
+            )
 
     @property
     def model(self) -> Any:
@@ -200,7 +212,7 @@ class Molmo2FiftyOneModel(fom.SamplesMixin, fom.EmbeddingsMixin, fom.Model):
             For each sample a string (describe), an `fo.Label`, or a dictionary of them by section (comprehensive) or
             by frame number (points and tracks in videos).
         """
-        self._check_media()
+        self._check_settings()
         if not len(args):
             return []
         questions = [self._question(sample) for sample in ([None] * len(args) if samples is None else samples)]
@@ -227,11 +239,11 @@ class Molmo2FiftyOneModel(fom.SamplesMixin, fom.EmbeddingsMixin, fom.Model):
         Raises:
             ValueError: An option without meaning; and without `skip_failures` what went wrong with a sample.
         """
-        self._check_media()
         refused = [name for name in ("store_logits", "output_dir", "rel_dir", "pin_memory") if options.get(name)]
         if refused:
             raise ValueError(f"Molmo2 has neither logits nor segmentations nor a loader: leave out {refused}.")
         with fou.SetAttributes(self, needs_fields={**fields.pop("needs_fields", {}), **fields}):
+            self._check_settings()
             view = samples.select_fields(list(self.needs_fields.values()))
             with foc.SaveContext(view) as context:
 
@@ -264,25 +276,25 @@ class Molmo2FiftyOneModel(fom.SamplesMixin, fom.EmbeddingsMixin, fom.Model):
         return [self._labels(question, answer, about) for question, answer, about in zip(questions, answers, media)]
 
     def _question(self, sample: Any) -> Prompt:
-        """The prompt of a sample; a text that replaces the default question keeps the question's parser."""
-        wanted, field = self.prompt, self.needs_fields.get(PROMPT_FIELD)
+        """The question about a sample, with the parser of its answers."""
+        if self.operation == "comprehensive":
+            return prompts.describe_structured(what=self.media_type)
+        wanted = self.events if self.operation == "temporal_localization" else self.prompt
+        field = self.needs_fields.get(PROMPT_FIELD)
         if field is not None and sample is not None and sample[field] is not None:
             wanted = sample[field]
         if isinstance(wanted, (list, tuple)):
             wanted = ", ".join(map(str, wanted))
-        if self.operation in NAMING_OPERATIONS:
-            if not wanted:
-                raise ValueError(
-                    f"{self.operation!r} needs to know what to look for: set `prompt`, or pass `prompt_field`."
-                )
-            return prompts.point(wanted) if self.operation == "pointing" else prompts.track(wanted)
         if self.operation == "temporal_localization":
             return prompts.localize_events(wanted or None)
-        is_structured = self.operation == "comprehensive"
-        default = (
-            prompts.describe_structured(what=self.media_type) if is_structured else prompts.describe(self.media_type)
-        )
-        return replace(default, text=str(wanted)) if wanted else default
+        if self.operation == "describe":
+            default = prompts.describe(self.media_type)
+            return replace(default, text=str(wanted)) if wanted else default
+        if not wanted:
+            raise ValueError(
+                f"{self.operation!r} needs to know what to look for: set `prompt`, or pass `prompt_field`."
+            )
+        return prompts.point(wanted) if self.operation == "pointing" else prompts.track(wanted)
 
     def _labels(self, question: Prompt, answer: str, media: Any) -> Any:
         parsed = question.parse(answer, media)

@@ -8,7 +8,10 @@ import os
 import re
 import shutil
 import sys
+import threading
 from fractions import Fraction
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +25,7 @@ if not os.environ.get("FIFTYONE_DATABASE_URI"):
 
 import eta.core.video as etav
 import fiftyone as fo
+import fiftyone.brain as fob
 import fiftyone.core.models as fom
 import fiftyone.zoo as foz
 
@@ -303,6 +307,23 @@ def test_prompts_of_samples(dataset, scripted, where):
     asked = [prompt for (prompt,) in model.model.calls]
     assert all(f"Point to the thing {place}." in prompt for place, prompt in enumerate(asked))
     assert len(asked) == len(dataset)
+
+
+def test_a_prompt_of_an_earlier_operation_changes_no_fixed_question(dataset, scripted):
+    model = scripted("There are none.", operation="pointing", prompt="cup")
+    for operation in ("pointing", "comprehensive", "temporal_localization"):
+        model.operation = operation
+        dataset[:1].apply_model(model, label_field=operation, skip_failures=False)
+    model.events = "the cup falls"
+    dataset[:1].apply_model(model, label_field="falls", skip_failures=False)
+    dataset[:1].apply_model(model, label_field="each", prompt_field="what", skip_failures=False)
+    beginnings = ("Point to the cup.", "Describe this video. ", "List the events of this video. ")
+    beginnings += ("Find every time when the cup falls. ", "Find every time when thing 0. ")
+    assert all(beginning in prompt for (prompt,), beginning in zip(model.model.calls, beginnings, strict=True))
+    assert ["cup" in prompt for (prompt,) in model.model.calls] == [True, False, False, True, False]
+    model.operation = "comprehensive"
+    with pytest.raises(ValueError, match="The question of 'comprehensive' is fixed"):
+        dataset.apply_model(model, label_field="other", prompt_field="what")
 
 
 def sizes_of_batches(number, size):
