@@ -6,6 +6,7 @@ from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
 
+import fiftyone as fo
 import fiftyone.core.collections as foc
 import fiftyone.core.models as fom
 import fiftyone.core.utils as fou
@@ -23,6 +24,8 @@ from .videos import VideoPart
 
 OPERATIONS = ("describe", "pointing", "tracking", "temporal_localization", "comprehensive")
 VIDEO_OPERATIONS = ("tracking", "temporal_localization")
+NAMING_OPERATIONS = ("pointing", "tracking")  # their prompt names the objects
+NEEDS_A_NAME = "needs to know what to look for: set `prompt`, or pass `prompt_field`."
 MEDIA_TYPES = ("image", "video")
 PROMPT_FIELD = "prompt_field"
 
@@ -120,7 +123,7 @@ class Molmo2FiftyOneModel(fom.SamplesMixin, fom.EmbeddingsMixin, fom.Model):
         self._embeddings = np.empty((0, 0), dtype=np.float32)
         for name, value in settings.items():
             setattr(self, name, value)
-        self._check_settings()
+        self._check_media()
 
     @classmethod
     def setting_names(cls) -> list[str]:
@@ -136,15 +139,21 @@ class Molmo2FiftyOneModel(fom.SamplesMixin, fom.EmbeddingsMixin, fom.Model):
             raise AttributeError(f"A Molmo2 model has no setting {name!r}; {meant}")
         super().__setattr__(name, value)
 
-    def _check_settings(self) -> None:
-        """Refuse settings that contradict each other.
-
-        Raises:
-            ValueError: They do.
-        """
+    def _check_media(self) -> None:
         if self.operation in VIDEO_OPERATIONS and self.media_type != "video":
             raise ValueError(f"{self.operation!r} needs videos, but `media_type` is {self.media_type!r}.")
-        if self.operation == "comprehensive" and PROMPT_FIELD in self.needs_fields:
+
+    def _check_settings(self) -> None:
+        """Refuse what would fail with every sample, whether failures are skipped or not.
+
+        Raises:
+            ValueError: Settings contradict each other, or one is missing.
+        """
+        self._check_media()
+        has_field = PROMPT_FIELD in self.needs_fields
+        if self.operation in NAMING_OPERATIONS and not self.prompt and not has_field:
+            raise ValueError(f"{self.operation!r} {NEEDS_A_NAME}")
+        if self.operation == "comprehensive" and has_field:
             raise ValueError(
                 "The question of 'comprehensive' is fixed, so that its answers can be read, but there is a "
                 "`prompt_field`. Leave it out, or use 'describe'."
@@ -224,7 +233,6 @@ class Molmo2FiftyOneModel(fom.SamplesMixin, fom.EmbeddingsMixin, fom.Model):
         fields: dict[str, Any],
         *,
         label_field: Any,
-        confidence_thresh: float | None,
         classes: Any,
         skip_failures: bool,
         progress: Any,
@@ -235,20 +243,21 @@ class Molmo2FiftyOneModel(fom.SamplesMixin, fom.EmbeddingsMixin, fom.Model):
         Args:
             fields: Further keyword arguments of that call: `prompt_field`.
             options: `batch_size` and `num_workers`: samples in one call of `generate`, and batches that are prepared
-                in threads meanwhile. Those about logits and segmentations, which Molmo2 does not have, are refused.
+                in threads meanwhile. Those about confidences, logits and segmentations are refused: Molmo2 has none.
         Raises:
             ValueError: An option without meaning; and without `skip_failures` what went wrong with a sample.
         """
-        refused = [name for name in ("store_logits", "output_dir", "rel_dir", "pin_memory") if options.get(name)]
-        if refused:
-            raise ValueError(f"Molmo2 has neither logits nor segmentations nor a loader: leave out {refused}.")
+        unusable = ("confidence_thresh", "store_logits", "output_dir", "rel_dir", "pin_memory")
+        found = [name for name in unusable if options.get(name)]
+        if found:
+            raise ValueError(f"Molmo2 has no confidences, logits, segmentations or data loader: leave out {found}.")
         with fou.SetAttributes(self, needs_fields={**fields.pop("needs_fields", {}), **fields}):
             self._check_settings()
             view = samples.select_fields(list(self.needs_fields.values()))
             with foc.SaveContext(view) as context:
 
                 def save(sample: Any, found: Any) -> None:
-                    sample.add_labels(found, label_field, confidence_thresh=confidence_thresh, classes=classes)
+                    sample.add_labels(found, label_field, classes=classes)
                     context.save(sample)
 
                 for sample, found in results(
@@ -291,9 +300,7 @@ class Molmo2FiftyOneModel(fom.SamplesMixin, fom.EmbeddingsMixin, fom.Model):
             default = prompts.describe(self.media_type)
             return replace(default, text=str(wanted)) if wanted else default
         if not wanted:
-            raise ValueError(
-                f"{self.operation!r} needs to know what to look for: set `prompt`, or pass `prompt_field`."
-            )
+            raise ValueError(f"{self.operation!r} {NEEDS_A_NAME}")
         return prompts.point(wanted) if self.operation == "pointing" else prompts.track(wanted)
 
     def _labels(self, question: Prompt, answer: str, media: Any) -> Any:
@@ -398,6 +405,7 @@ class Molmo2FiftyOneModel(fom.SamplesMixin, fom.EmbeddingsMixin, fom.Model):
 def _batching(options: dict[str, Any]) -> dict[str, int]:
     """Sizes of batches, from the arguments of FiftyOne's calls."""
     batch_size, num_workers = options.get("batch_size"), options.get("num_workers")
+    batch_size = fo.config.default_batch_size if batch_size is None else batch_size
     batch_size = 1 if batch_size is None else _positive("batch_size", batch_size)
     if num_workers is not None and num_workers != 0:
         _positive("num_workers", num_workers)

@@ -377,6 +377,7 @@ def test_a_failure_in_a_batch_costs_no_other_sample(broken, scripted, loaded, ca
         ({"num_workers": -1}, "`num_workers` is -1"),
         ({"pin_memory": True}, "'pin_memory'"),
         ({"output_dir": "x"}, "'output_dir'"),
+        ({"confidence_thresh": 0.5}, "'confidence_thresh'"),
         ({"question_field": "what"}, "'question_field'"),
     ],
 )
@@ -555,8 +556,15 @@ def test_unknown_settings_are_refused_by_name(loaded, ours):
 
 
 def test_something_to_look_for_is_needed(dataset, scripted):
-    with pytest.raises(ValueError, match="needs to know what to look for"):
-        dataset.apply_model(scripted("x", operation="pointing"), label_field="text", skip_failures=False)
+    """What fails with every sample is raised, though failures are skipped."""
+    model = scripted("x", operation="pointing")
+    with pytest.raises(ValueError, match="'pointing' needs to know what to look for"):
+        dataset.apply_model(model, label_field="text", skip_failures=True)
+    with pytest.raises(ValueError, match="'pointing' needs to know what to look for"):
+        model.predict(dataset.first().filepath)
+    dataset.set_values("name", ["cup", None] + ["dog"] * (len(dataset) - 2))
+    dataset.apply_model(model, label_field="text", prompt_field="name", batch_size=2, skip_failures=True)
+    assert [len(sample.frames) for sample in dataset[:3]] == [1, 0, 1]
 
 
 def test_a_checkpoint_is_downloaded_once(tmp_path, ours, monkeypatch):
