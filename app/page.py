@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 from starlette.middleware import Middleware
 
-from .backend import FILES, MAX_FRAMES, TASKS, Backend, Conversation, Update, UserError
+from .backend import FILES, TASKS, Backend, Conversation, Update, UserError
 from .hosts import SHARED, CheckedHosts, own_names
 from .samples import DATA, SAMPLES
 
@@ -64,18 +64,15 @@ class Page:
             example_labels=[sample.label for sample in SAMPLES],
             label="Examples",
         )
+        # No bounds here: the backend's refusals are shown where all others are.
         with gr.Accordion("Frames of a video (Enter starts a new conversation)", open=False), gr.Row():
             self.num_frames = gr.Number(
                 self.backend.num_frames,
                 label="At most",
-                minimum=1,
-                maximum=MAX_FRAMES,
                 precision=0,
                 elem_id="num_frames",
             )
-            self.max_fps = gr.Number(
-                None, label="At most a second (empty: as the model does)", minimum=0, elem_id="max_fps"
-            )
+            self.max_fps = gr.Number(0, label="At most a second (0: as the model does)", elem_id="max_fps")
         self.status = gr.Markdown(visible=False, elem_id="status")
         self.video = gr.Video(
             label="Video", autoplay=True, loop=True, interactive=False, visible=False, height=320, elem_id="video"
@@ -134,7 +131,7 @@ class Page:
         if not paths:
             return {**nothing, self.status: gr.Markdown(visible=False)}
         try:
-            conversation = self.backend.open(paths, num_frames, max_fps)
+            conversation = self.backend.open(paths, num_frames, max_fps or None)
         except UserError as error:
             return {**nothing, **self._message(error)}
         except Exception:
