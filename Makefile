@@ -50,13 +50,13 @@ matrix: ## the suite on every supported release; some of them: make matrix RELEA
 	$(PYTHON) scripts/matrix.py --workers $(WORKERS) $(RELEASES)
 
 test-app: ## the app in a headless browser, and the notebooks; without a browser: make test-app BROWSER=optional
-	MOLMO2_NEEDS_BROWSER=$(if $(filter optional,$(BROWSER)),,1) $(IN) app $(TEST) tests/clients/test_app.py tests/clients/test_view_in_browser.py tests/clients/test_notebooks.py
+	MOLMO2_NEEDS_BROWSER=$(if $(filter optional,$(BROWSER)),,1) $(IN) app $(TEST) tests/clients/test_app.py tests/clients/test_app_backend.py tests/clients/test_view_in_browser.py tests/clients/test_notebooks.py
 
 test-fiftyone: ## the FiftyOne model and labels beside a database
 	$(IN) fiftyone python scripts/with_mongod 600 $(TEST) -W ignore::DeprecationWarning tests/clients/test_fiftyone.py
 
 test-training: ## runs with TRL, PEFT and two processes, and the example of fine-tuning
-	$(IN) training $(TEST) $(addprefix tests/training/test_,trainers.py finetuning.py training_round_trip.py training_example.py data_sets.py)
+	$(IN) training $(TEST) $(addprefix tests/training/test_,trainers.py finetuning.py training_round_trip.py training_example.py data_sets.py recipes.py)
 
 test-quantization: ## bitsandbytes, torchao, quanto and torch's own, on the oldest and the newest transformers
 	$(IN) quantization@4.57.1 $(TEST) tests/clients/test_quantization.py
