@@ -6,7 +6,7 @@ TEST := scripts/pytest python
 MINIATURE := $(IN) dev env -C examples python -m miniature
 
 .DEFAULT_GOAL := help
-.PHONY: help demo app test test-slow nightly mutate fuzz check style bundle matrix test-app test-fiftyone test-training test-quantization test-batch test-metrics test-common test-vllm docs wheel browser benchmarks miniature miniature-scores notebooks screenshots clean
+.PHONY: help demo app test test-slow nightly mutate fuzz check style bundle matrix test-app test-fiftyone test-training test-quantization test-batch test-metrics test-common test-lmms-eval test-vllm docs wheel browser benchmarks miniature miniature-scores notebooks screenshots clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -71,6 +71,9 @@ test-metrics: ## the metrics beside TrackEval, pycocotools and SciPy
 test-common: ## transformers' own common tests of models and processors, on the oldest and the newest transformers
 	$(IN) common@4.57.1 scripts/common_tests.py python $(OPTIONS)
 	$(IN) common scripts/common_tests.py python $(OPTIONS)
+
+test-lmms-eval: ## lmms-eval with the model and the tasks of this package, in one process and in two
+	$(IN) lmms-eval $(TEST) tests/clients/test_lmms_eval.py
 
 test-vllm: ## vLLM for CPUs with the plugin molmo2.vllm: answers token by token, server, hostile requests
 	$(IN) vllm timeout 900 $(TEST) tests/clients/test_vllm.py
