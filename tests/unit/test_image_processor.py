@@ -435,6 +435,8 @@ REFERENCES = {
     "bytearray": lambda path: bytearray(path.read_bytes()),
     "memoryview": lambda path: memoryview(path.read_bytes()),
     "bytes in memory": lambda path: io.BytesIO(path.read_bytes()),
+    "a row of an undecoded column": lambda path: {"bytes": path.read_bytes(), "path": path.name},
+    "such a row without bytes": lambda path: {"bytes": None, "path": str(path)},
     "base64": lambda path: base64.b64encode(path.read_bytes()).decode(),
     "base64 in lines": lambda path: base64.encodebytes(path.read_bytes()).decode(),
     "data URL": lambda path: "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode(),
