@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from molmo2.tools.ask import MediaSession, ask, ask_stream
     from molmo2.tools.draw import DrawingStyle, contact_sheet, draw
     from molmo2.tools.draw_video import AnnotatedVideo, annotate_video
+    from molmo2.tools.library import library_inputs
     from molmo2.tools.plan import RequestPlan, plan
 
 _HOMES = {
@@ -40,6 +41,7 @@ _HOMES = {
     "ask_stream": "molmo2.tools.ask",
     "contact_sheet": "molmo2.tools.draw",
     "draw": "molmo2.tools.draw",
+    "library_inputs": "molmo2.tools.library",
     "load": "molmo2.registration",
     "parse_grounding": "molmo2.grounding.parse",
     "plan": "molmo2.tools.plan",
@@ -63,6 +65,7 @@ __all__ = [
     "ask_stream",
     "contact_sheet",
     "draw",
+    "library_inputs",
     "load",
     "parse_grounding",
     "plan",

@@ -4,6 +4,8 @@ import ast
 import base64
 import io
 import json
+import os
+import signal
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -236,6 +238,22 @@ def threads(number):
         yield
     finally:
         torch.set_num_threads(former)
+
+
+def test_a_forked_process_waits_for_no_threads_of_its_parent():
+    """As `datasets.map(num_proc=2)` starts them, after the parent has processed an image."""
+    image = np.random.default_rng(0).integers(0, 256, (900, 1300, 3), dtype=np.uint8)
+    with threads(2):
+        expected = Molmo2ImageProcessor()(image)["pixel_values"]
+        child = os.fork()
+        if not child:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(20)  # ends a process that waits for ever
+            try:
+                os._exit(int(not np.array_equal(Molmo2ImageProcessor()(image)["pixel_values"], expected)))
+            finally:
+                os._exit(2)
+        assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.parametrize("seed", range(40))
