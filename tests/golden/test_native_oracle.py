@@ -20,7 +20,7 @@ from support.native_oracle import SHAPES, write_native
 
 modeling = generated("modeling_molmo2")
 Molmo2ForConditionalGeneration = modeling.Molmo2ForConditionalGeneration
-processor_module = generated("processing_molmo2")
+processor_module, features_module = (generated(f"{part}processing_molmo2") for part in ("", "image_"))
 pytestmark = pytest.mark.skipif("molmo2" not in CONFIG_MAPPING, reason="this release has no native Molmo2")
 
 
@@ -69,13 +69,20 @@ def test_the_processor_warns_where_the_native_class_is_loaded(tmp_path, monkeypa
     """What is wrong without an error there: one image causally, several with patches of each other."""
     folder = write_native(tmp_path, "qwen3")
     said = []
-    monkeypatch.setattr(processor_module.logger, "warning_once", said.append)
+    monkeypatch.setattr(features_module.logger, "warning_once", said.append)
     processor = processor_module.Molmo2Processor.from_pretrained(folder)
-    processor(text="no image")
-    assert not said
-    monkeypatch.setitem(sys.modules, processor_module.LIBRARY_MODEL, sys)
-    inputs = processor(images=[picture()], text="<|image|>", return_tensors="pt")
-    assert [text.partition(".")[0] for text in said] == ["transformers' own Molmo2 class is loaded in this process"]
+    with monkeypatch.context() as patch:
+        patch.delitem(sys.modules, features_module.LIBRARY_MODEL, raising=False)
+        inputs = processor(images=[picture()], text="<|image|>", return_tensors="pt")
+        dict(**inputs)
+        assert not said
+        patch.setitem(sys.modules, features_module.LIBRARY_MODEL, sys)
+        dict(**processor(text="no image"))
+        assert not said
+        dict(**inputs)  # as a call of the model
+        assert [text.partition(".")[0] for text in said] == [
+            "transformers' own Molmo2 class is loaded in this process"
+        ]
     native = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=False)
     with pytest.raises(ValueError, match=r"not used by the model: \['token_type_ids'"):
         native.generate(**inputs, max_new_tokens=2)

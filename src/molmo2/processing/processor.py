@@ -7,7 +7,6 @@ and the media that they name.
 
 import json
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from os import PathLike
@@ -104,14 +103,6 @@ class Molmo2ProcessorKwargs(ProcessingKwargs, total=False):
     _defaults = CALL_DEFAULTS  # type: ignore[misc]
 
 
-# The library's own model class, which another processor belongs to, and what is said where a process has loaded it.
-LIBRARY_MODEL = "transformers.models.molmo2.modeling_molmo2"
-LIBRARY_MODEL_WARNING = (
-    "transformers' own Molmo2 class is loaded in this process. It reads other inputs than this processor writes: it "
-    "ignores `token_type_ids`, and counts pooling indices over all images or videos of a call instead of from the "
-    "first crop of each, so its logits would be wrong without an error. Use the class that belongs to this processor "
-    "(`molmo2.load`, or remote code; for a trainer pass `ref_model=` too), or give it `molmo2.library_inputs(inputs)`."
-)
 BLANK = re.compile(r"\s")
 # Options that a tokenizer may bring along from its own construction, for every call.
 TOKENIZER_DEFAULTS = ("add_special_tokens", "padding", "truncation", "max_length", "pad_to_multiple_of")
@@ -300,8 +291,6 @@ class Molmo2Processor(ProcessorMixin):
             metadata = outputs.pop("video_metadata")
             _require_slots(prompts, videos, len(metadata), VIDEO_PLACEHOLDER, "video")
             media.update(outputs if metadata else {})
-        if media and LIBRARY_MODEL in sys.modules:
-            logger.warning_once(LIBRARY_MODEL_WARNING)
         data = dict(media)
         if prompts is not None:
             videos = timed_grids(media.get("video_grids", []), metadata or [])
