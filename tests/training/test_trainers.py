@@ -515,7 +515,7 @@ def test_the_page_runs_as_written(tmp_path, monkeypatch, capsys):
     """`py` blocks need TRL and run where it is; `print(...)  # text` prints that text."""
     page = (REPOSITORY / "docs" / "training.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```(python|py)\n(.*?)^```", page, re.M | re.S)
-    assert len(blocks) == 9
+    assert len(blocks) == 10
     write_miniature(tmp_path / "Molmo2-4B")
     shutil.copy(REPOSITORY / "examples" / "data" / "nasa_frame.jpg", tmp_path / "boats.jpg")
     shutil.copy(REPOSITORY / "examples" / "data" / "nasa_clip.mp4", tmp_path / "penguins.mp4")
