@@ -327,6 +327,26 @@ def test_built_examples_of_a_data_set_are_packed(processor):
         torch.testing.assert_close(found[name], value)
 
 
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_columns_that_are_not_decoded(processor, kind):
+    """`Image(decode=False)` and `Video(decode=False)` hold {"bytes", "path"}."""
+    datasets = pytest.importorskip("datasets")
+    file = REPOSITORY / "examples" / "data" / {"image": "nasa_frame.jpg", "video": "nasa_clip.mp4"}[kind]
+    part = {"type": kind}
+    row = {"messages": turn("What is this?", "A red boat.", part), kind: str(file)}
+    row["messages"][1]["content"] = [{"type": "text", "text": "A red boat."}]
+    feature = {"image": datasets.Image, "video": datasets.Video}[kind](decode=False)
+    columns = datasets.Dataset.from_list([row]).cast_column(kind, feature)
+    stored = columns[0]
+    assert stored[kind].keys() == {"bytes", "path"}
+    in_memory = {**stored, kind: {"bytes": file.read_bytes(), "path": None}}
+    expected = DataCollator(processor)([row])
+    for own in (stored, in_memory):
+        found = DataCollator(processor)([own])
+        assert found.keys() == expected.keys()
+        assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
 # --- TRL and PEFT ----------------------------------------------------------------------------------------------------
 
 

@@ -587,6 +587,15 @@ def test_no_image_is_an_error_that_says_which(name):
         small_processor()(images)
 
 
+def test_the_pixel_limit_of_pillow_is_named(png, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    message = (
+        r"cannot be decoded .*exceeds limit of 200 pixels.*raise Pillow's own limit, PIL\.Image\.MAX_IMAGE_PIXELS"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_images(png)
+
+
 @pytest.mark.parametrize("name", ["none", "missing path", "bytes"])
 def test_fetching_says_which_too(name):
     images, error, message = NO_IMAGES[name]
