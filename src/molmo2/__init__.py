@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from molmo2.tools.draw import DrawingStyle, contact_sheet, draw
     from molmo2.tools.draw_video import AnnotatedVideo, annotate_video
     from molmo2.tools.embedding import FrameEmbeddings, Neighbours, embed, nearest
+    from molmo2.tools.library import library_inputs
     from molmo2.tools.plan import RequestPlan, plan
 
 _HOMES = {
@@ -44,6 +45,7 @@ _HOMES = {
     "contact_sheet": "molmo2.tools.draw",
     "draw": "molmo2.tools.draw",
     "embed": "molmo2.tools.embedding",
+    "library_inputs": "molmo2.tools.library",
     "load": "molmo2.registration",
     "nearest": "molmo2.tools.embedding",
     "parse_grounding": "molmo2.grounding.parse",
@@ -71,6 +73,7 @@ __all__ = [
     "contact_sheet",
     "draw",
     "embed",
+    "library_inputs",
     "load",
     "nearest",
     "parse_grounding",

@@ -4,13 +4,26 @@ Sizes and times are needed to read an answer, but not to generate it. They are a
 `model.generate(**inputs)` does not see them, and the processor keeps no state between calls.
 """
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator, KeysView, Sequence
 from dataclasses import replace
 from typing import Any
 
 from transformers.image_processing_utils import BatchFeature
+from transformers.utils import logging
 
 from molmo2.grounding.parse import IMAGE, MULTI_IMAGE, Grounding, MediaInfo, is_media_info, media_info, parse_grounding
+
+logger = logging.get_logger(__name__)
+
+# The library's own model class, which another processor belongs to, and what is said where a process has loaded it.
+LIBRARY_MODEL = "transformers.models.molmo2.modeling_molmo2"
+LIBRARY_MODEL_WARNING = (
+    "transformers' own Molmo2 class is loaded in this process. It reads other inputs than this processor writes: it "
+    "ignores `token_type_ids`, and counts pooling indices over all images or videos of a call instead of from the "
+    "first crop of each, so its logits would be wrong without an error. Use the class that belongs to this processor "
+    "(`molmo2.load`, or remote code; for a trainer pass `ref_model=` too), or give it `molmo2.library_inputs(inputs)`."
+)
 
 
 class MediaFeatures(BatchFeature):
@@ -23,6 +36,17 @@ class MediaFeatures(BatchFeature):
     def __init__(self, data: dict[str, Any] | None = None, tensor_type: Any = None, media: Sequence[MediaInfo] = ()):
         super().__init__(data, tensor_type)
         self.media = list(media)
+        self._warn_about_library_model()
+
+    def keys(self) -> KeysView[str]:  # which a call with `**inputs` asks for
+        self._warn_about_library_model()
+        return super().keys()
+
+    def _warn_about_library_model(self) -> None:
+        """Warns where the library's model is loaded, to which these inputs may go: no later moment could say so."""
+        has_media = any(name.endswith("_grids") for name in self.data)
+        if has_media and "token_type_ids" in self.data and LIBRARY_MODEL in sys.modules:
+            logger.warning_once(LIBRARY_MODEL_WARNING)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"data": self.data, "media": self.media}

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import sys
 from collections.abc import Iterator, MutableMapping
 from os import PathLike
 from typing import Any
@@ -35,8 +36,11 @@ def register() -> None:
 
     Afterwards `AutoModelForImageTextToText.from_pretrained(...)`, `AutoProcessor.from_pretrained(...)`, pipelines and
     tools that use them load Molmo2 checkpoints without `trust_remote_code`: no code of the checkpoint is executed.
-    This holds also where transformers has a class of its own for that model type. Calling it again changes nothing.
+    This holds also where transformers has a class of its own for that model type, and for trainers that look the class
+    up by the architecture of a checkpoint, `transformers.Molmo2ForConditionalGeneration`, as TRL does. Calling it
+    again changes nothing.
     """
+    _take_architecture_names()
     for table in _library_processors():
         table.pop(MODEL_TYPE, None)
     AutoConfig.register(MODEL_TYPE, Molmo2Config, exist_ok=True)
@@ -58,6 +62,9 @@ def load(
 ) -> tuple[Molmo2ForConditionalGeneration, Molmo2Processor]:
     """Load a model and its processor with this package's classes. The Auto classes stay as they are; see `register`.
 
+    From then on `transformers.Molmo2ForConditionalGeneration` is the package's class too: trainers build a second
+    model, such as the reference of DPO, by this name, and the library's own class reads other inputs.
+
     Args:
         folder_or_repo: A checkpoint folder, or the name of a repository on the Hub.
         processor_options: Options of the processor's `from_pretrained`, such as `max_crops` or `num_frames`.
@@ -76,10 +83,29 @@ def load(
             f"`molmo2.load` runs the code of the installed package only, so it takes no {refused}. Leave them out, or "
             "load the checkpoint's own code with `AutoModelForImageTextToText.from_pretrained`."
         )
+    _take_architecture_names()
     shared = {name: options[name] for name in HUB_OPTIONS if name in options}
     processor = Molmo2Processor.from_pretrained(folder_or_repo, **shared, **(processor_options or {}))
     model = Molmo2ForConditionalGeneration.from_pretrained(folder_or_repo, dtype=dtype, **options)
     return model.eval(), processor
+
+
+def _take_architecture_names() -> None:
+    """Lets the names in `architectures` of a config.json, looked up in `transformers`, lead to this package.
+
+    The modules of the library are left alone: its own class stays in `transformers.models.molmo2.modeling_molmo2`.
+    """
+    for library in _library_modules():
+        for model_class in (Molmo2ForConditionalGeneration, Molmo2Model):
+            setattr(library, model_class.__name__, model_class)
+
+
+def _library_modules() -> list[Any]:
+    """`transformers`, and other objects of that name that modules hold: where TRL is imported first, it is made anew
+    during that import, and TRL keeps the former one.
+    """
+    held = [getattr(module, "__dict__", {}).get("transformers") for module in list(sys.modules.values())]
+    return [transformers, *(other for other in held if getattr(other, "__name__", "") == transformers.__name__)]
 
 
 def _library_processors() -> Iterator[MutableMapping[str, Any]]:

@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import save
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import molmo2.convert.conversion
 import molmo2.convert.writer
@@ -899,6 +900,30 @@ def test_a_tied_model_that_was_tuned_comes_back_untied(tmp_path, tokenizer):
     head[5] += 1
     same_tensors(tmp_path / "back", {**source, "transformer.ff_out.weight": head})
     assert main([str(tmp_path / "back"), str(tmp_path / "again"), "--tokenizer", tokenizer, "--quiet", "--probe"]) == 0
+
+
+@pytest.mark.skipif("molmo2" not in CONFIG_MAPPING, reason="this release has no native Molmo2")
+@pytest.mark.parametrize("case", ["untied", "olmo"])
+def test_back_from_a_folder_that_the_librarys_own_class_saved(tmp_path, tokenizer, case):
+    """Its names of settings, its single processor file, its embedding cut into halves."""
+    section = native_section(ROUND_TRIPS[case])
+    source = native_tensors(section)
+    convert_checkpoint(
+        write_unsharded(tmp_path / "native", section, source), tmp_path / "hf", ConversionOptions(tokenizer=tokenizer)
+    )
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "hf", trust_remote_code=False)
+    assert type(model).__module__.startswith("transformers.models.")
+    model.save_pretrained(tmp_path / "saved", max_shard_size="200KB")
+    processors = json.loads((tmp_path / "hf" / "processor_config.json").read_text())
+    for part in ("image_processor", "video_processor"):
+        name = {"image_processor": "preprocessor_config", "video_processor": "video_preprocessor_config"}[part]
+        processors[part] = json.loads((tmp_path / "hf" / f"{name}.json").read_text())
+    (tmp_path / "saved" / "processor_config.json").write_text(json.dumps(processors))
+    assert main([str(tmp_path / "saved"), str(tmp_path / "back"), "--to-native", "--quiet"]) == 0
+    same_tensors(tmp_path / "back", source)
+    assert main([str(tmp_path / "back"), str(tmp_path / "again"), "--tokenizer", tokenizer, "--quiet"]) == 0
+    first, second = (load_all(tmp_path / name) for name in ("hf", "again"))
+    assert first.keys() == second.keys()
 
 
 @pytest.mark.parametrize("changes", [{}, {"vision_backbone.image_feature_dropout": 0.1}], ids=["plain", "dropout"])

@@ -4,18 +4,28 @@ Random tiny checkpoints are written in published layout and loaded from the same
 `trust_remote_code=False`, by the native one.
 """
 
+import sys
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from molmo2 import library_inputs
+from support.checkpoints import picture
 from support.generated import generated
 from support.model_inputs import batch, real_tokens
-from support.native_oracle import SHAPES, as_native, write_native
+from support.native_oracle import SHAPES, write_native
 
 modeling = generated("modeling_molmo2")
 Molmo2ForConditionalGeneration = modeling.Molmo2ForConditionalGeneration
+processor_module, features_module = (generated(f"{part}processing_molmo2") for part in ("", "image_"))
 pytestmark = pytest.mark.skipif("molmo2" not in CONFIG_MAPPING, reason="this release has no native Molmo2")
+
+
+def load_model_tensors(folder):
+    return {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager", "blockwise"])
@@ -29,10 +39,12 @@ def test_same_logits_from_the_same_folder(tmp_path, shape, implementation, monke
     ours = Molmo2ForConditionalGeneration.from_pretrained(folder, **options).eval()
     native = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=False, **options).eval()
     assert type(native).__module__.startswith("transformers.models.molmo2")
-    for names in (["text"], ["image"], ["video"], ["text", "image", "two images"], ["text", "video"]):
+    for names in (["text"], ["image"], ["two images"], ["video"], ["text", "image", "two images"], ["text", "video"]):
         inputs = batch(*names)
         with torch.no_grad():
-            expected, found = native(**as_native(inputs)).logits, ours(**inputs).logits
+            expected, found = native(**library_inputs(inputs)).logits, ours(**inputs).logits
+            if shape == "qwen3":  # ours reads both forms
+                assert torch.equal(ours(**library_inputs(inputs)).logits, found)
         assert 0.5 < expected.std() < 10
         for a, b in zip(real_tokens(expected, inputs), real_tokens(found, inputs), strict=True):
             torch.testing.assert_close(b, a, atol=5e-5, rtol=0)
@@ -53,11 +65,50 @@ def test_what_we_save_loads_in_the_native_class(tmp_path):
         torch.testing.assert_close(native.eval()(**inputs).logits, expected, atol=5e-5, rtol=0)
 
 
+def test_the_processor_warns_where_the_native_class_is_loaded(tmp_path, monkeypatch):
+    """What is wrong without an error there: one image causally, several with patches of each other."""
+    folder = write_native(tmp_path, "qwen3")
+    said = []
+    monkeypatch.setattr(features_module.logger, "warning_once", said.append)
+    processor = processor_module.Molmo2Processor.from_pretrained(folder)
+    with monkeypatch.context() as patch:
+        patch.delitem(sys.modules, features_module.LIBRARY_MODEL, raising=False)
+        inputs = processor(images=[picture()], text="<|image|>", return_tensors="pt")
+        dict(**inputs)
+        assert not said
+        patch.setitem(sys.modules, features_module.LIBRARY_MODEL, sys)
+        dict(**processor(text="no image"))
+        assert not said
+        dict(**inputs)  # as a call of the model
+        assert [text.partition(".")[0] for text in said] == [
+            "transformers' own Molmo2 class is loaded in this process"
+        ]
+    native = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=False)
+    with pytest.raises(ValueError, match=r"not used by the model: \['token_type_ids'"):
+        native.generate(**inputs, max_new_tokens=2)
+    assert native.generate(**library_inputs(inputs), max_new_tokens=2).shape[1] == inputs["input_ids"].shape[1] + 2
+
+
+def test_inputs_that_the_native_class_cannot_take_are_refused():
+    with pytest.raises(ValueError, match="takes images or videos in one call, not both"):
+        library_inputs(batch("image and video"))
+    with pytest.raises(ValueError, match=r"'input_ids'.*are no tensors\. Call the processor with `return_tensors="):
+        library_inputs({"input_ids": [[1, 2]]})
+
+
 def test_what_the_native_class_saves_loads_here(tmp_path):
     native = AutoModelForImageTextToText.from_pretrained(
         write_native(tmp_path / "a", "olmo3"), trust_remote_code=False
     ).eval()
-    native.save_pretrained(tmp_path / "b")
+    native.save_pretrained(tmp_path / "b", max_shard_size="100KB")
+    pieces = load_model_tensors(tmp_path / "b")
+    assert pieces["model.transformer.wte.embedding"].shape == (576, 40)  # not 1024: cut into halves
+    model, report = Molmo2ForConditionalGeneration.from_pretrained(tmp_path / "b", output_loading_info=True)
+    assert not any(report.values())
+    expected = Molmo2ForConditionalGeneration.from_pretrained(tmp_path / "a").state_dict()
+    found = model.state_dict()
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
     config = Molmo2ForConditionalGeneration.config_class.from_pretrained(tmp_path / "b")
     original = Molmo2ForConditionalGeneration.config_class.from_pretrained(tmp_path / "a")
     for part in (config.text_config, original.text_config):

@@ -47,7 +47,7 @@ def test_load_and_pipelines_take_the_package(report):
         "image_processor": "molmo2.image.processing",
         "video_processor": "molmo2.video.processing",
     }
-    assert found["pipeline"] == "molmo2.model.modeling"
+    assert found["pipeline"] == found["architecture"] == "molmo2.model.modeling"
     assert found["training"] is False
     assert found["num_frames"] == 3
     assert found["same processor as AutoProcessor's"] is True

@@ -229,11 +229,33 @@ def registered(folder: str, target: str) -> dict[str, Any]:
         processor
     )
     report["pipeline"] = type(transformers.pipeline("image-text-to-text", model=folder).model).__module__
+    architecture = transformers.AutoConfig.from_pretrained(folder).architectures[0]
+    report["architecture"] = getattr(transformers, architecture).__module__  # as trainers look it up
     report["refused"] = attempt(lambda: molmo2.load(folder, trust_remote_code=True))
     model.save_pretrained(target)
     processor.save_pretrained(target)
     report["sum"] = _logit_sum(model)
     return report
+
+
+def trainer_of_folder(folder: str, target: str) -> dict[str, Any]:
+    """The classes that TRL takes for a folder once the package is registered."""
+    import trl
+    from datasets import Dataset
+    from trl.trainer import utils
+
+    import molmo2
+
+    molmo2.register()
+    if not hasattr(utils, "create_model_from_path"):
+        return {"skipped": "this release of TRL passes on the inputs of some models alone"}
+    settings = trl.SFTConfig(target, use_cpu=True, report_to=[], bf16=False, max_length=None)
+    said = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]
+    trainer = trl.SFTTrainer(folder, settings, train_dataset=Dataset.from_list([{"messages": said}]))
+    return {
+        "create_model_from_path": type(utils.create_model_from_path(folder)).__module__,
+        "SFTTrainer": [type(part).__module__ for part in (trainer.model, trainer.processing_class)],
+    }
 
 
 def _logit_sum(model: Any) -> float:

@@ -7,8 +7,6 @@ checkpoints.
 
 from pathlib import Path
 
-import torch
-
 from support.checkpoints import fill_weights, read_json, write_checkpoint, write_json
 from support.generated import generated
 
@@ -41,16 +39,3 @@ def write_native(folder: Path, shape: str) -> Path:
     ours.save_pretrained(folder)
     write_json(folder / "config.json", config)  # the published spelling, not what saving makes of it
     return folder
-
-
-def as_native(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same inputs in the native class's terms: its name of the token types, pooling indices over all crops."""
-    theirs = dict(inputs)
-    theirs["mm_token_type_ids"] = theirs.pop("token_type_ids").long()
-    patches = (98 // 14) ** 2
-    if "image_grids" in inputs:
-        tokens = inputs["image_grids"][:, :2].prod(1) + inputs["image_grids"][:, 2:].prod(1)
-        crops_before = inputs["image_num_crops"].cumsum(0) - inputs["image_num_crops"]
-        pooling, first = inputs["image_token_pooling"], (crops_before * patches).repeat_interleave(tokens)
-        theirs["image_token_pooling"] = torch.where(pooling < 0, pooling, pooling + first[:, None])
-    return theirs

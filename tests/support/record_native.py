@@ -14,8 +14,9 @@ import transformers
 from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText
 
+from molmo2 import library_inputs
 from support.model_inputs import batch
-from support.native_oracle import as_native, write_native
+from support.native_oracle import write_native
 from support.paths import DATA
 
 FILE = DATA / "native" / "expected.safetensors"
@@ -57,7 +58,7 @@ def record() -> dict[str, torch.Tensor]:
             folder = write_native(Path(parent) / shape, shape)
             model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=False, dtype=torch.float32)
             for name, rows in BATCHES.items():
-                inputs = as_native(batch(*rows))
+                inputs = dict(library_inputs(batch(*rows)))
                 found = {**numbers_of(model.eval(), inputs), **greedy(model, inputs)}
                 found["input_ids"] = inputs["input_ids"].to(torch.int16)
                 recorded |= {f"{shape}/{name}/{key}": value for key, value in found.items()}

@@ -1,5 +1,6 @@
 """Whole runs with `Trainer`, TRL and PEFT: the loss falls, the steps are right, the checkpoints load again."""
 
+import importlib
 import importlib.util
 import re
 import shutil
@@ -13,11 +14,13 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 
+import molmo2
 from molmo2.training import (
     DataCollator,
     LearningRates,
     PackedDataset,
     Packer,
+    PreferenceCollator,
     TokenWeighting,
     build_training_example,
     freeze,
@@ -25,6 +28,7 @@ from molmo2.training import (
     trainer_class,
 )
 from support.checkpoints import REPOSITORY, module_cache, picture, write_checkpoint
+from support.fresh_process import run
 from support.random_miniature import write_miniature
 from support.training_cases import CLIP, IMAGE, turn
 
@@ -323,6 +327,26 @@ def test_built_examples_of_a_data_set_are_packed(processor):
         torch.testing.assert_close(found[name], value)
 
 
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_columns_that_are_not_decoded(processor, kind):
+    """`Image(decode=False)` and `Video(decode=False)` hold {"bytes", "path"}."""
+    datasets = pytest.importorskip("datasets")
+    file = REPOSITORY / "examples" / "data" / {"image": "nasa_frame.jpg", "video": "nasa_clip.mp4"}[kind]
+    part = {"type": kind}
+    row = {"messages": turn("What is this?", "A red boat.", part), kind: str(file)}
+    row["messages"][1]["content"] = [{"type": "text", "text": "A red boat."}]
+    feature = {"image": datasets.Image, "video": datasets.Video}[kind](decode=False)
+    columns = datasets.Dataset.from_list([row]).cast_column(kind, feature)
+    stored = columns[0]
+    assert stored[kind].keys() == {"bytes", "path"}
+    in_memory = {**stored, kind: {"bytes": file.read_bytes(), "path": None}}
+    expected = DataCollator(processor)([row])
+    for own in (stored, in_memory):
+        found = DataCollator(processor)([own])
+        assert found.keys() == expected.keys()
+        assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
 # --- TRL and PEFT ----------------------------------------------------------------------------------------------------
 
 
@@ -386,6 +410,87 @@ def test_the_collators_agree(trl, processor):
         assert torch.equal(found[name], value), name
 
 
+def preferences(kind: str) -> Any:
+    """Preferences in TRL's form, about images or clips; an empty column `images` leaves them to a collator."""
+
+    def said(role: str, text: str, *parts: dict[str, Any]) -> list[dict[str, Any]]:
+        return [{"role": role, "content": [*parts, {"type": "text", "text": text}]}]
+
+    clip = str(REPOSITORY / "examples" / "data" / "nasa_clip.mp4")
+    media = {"image": {"images": [picture(70, 90)]}, "video": {"videos": [clip], "images": []}}[kind]
+    row = {
+        "prompt": said("user", "What is this?", {"type": kind}),
+        "chosen": said("assistant", "A red boat."),
+        "rejected": said("assistant", "A house at the sea."),
+    }
+    return pytest.importorskip("datasets").Dataset.from_list([{**row, **media}, {**row, **media}])
+
+
+@pytest.fixture
+def architecture_names(monkeypatch):
+    """What `molmo2.load` sets there is taken back."""
+    import transformers
+
+    for name in ("Molmo2ForConditionalGeneration", "Molmo2Model"):
+        monkeypatch.setattr(transformers, name, getattr(transformers, name, None), raising=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "own_collator", "is_remote"),
+    [("image", False, False), ("video", True, False), ("image", False, True)],
+)
+def test_dpo_begins_with_two_equal_models(trl, tmp_path, architecture_names, kind, own_collator, is_remote):
+    """The first loss is ln 2: the reference, which TRL makes by the name of the architecture, reads media alike."""
+    if not hasattr(importlib.import_module("trl.trainer.dpo_trainer"), "DataCollatorForVisionPreference"):
+        pytest.skip("this release of TRL passes on the inputs of some models alone")
+    folder, options = write_checkpoint(tmp_path / "tiny", "qwen3"), {}
+    if is_remote:
+        model, reference = (
+            AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True) for _ in range(2)
+        )
+        processor, options["ref_model"] = AutoProcessor.from_pretrained(folder, trust_remote_code=True), reference
+    else:
+        model, processor = molmo2.load(folder)
+    settings = trl.DPOConfig(**arguments(tmp_path, max_steps=1, max_length=None))
+    trainer = trl.DPOTrainer(
+        model,
+        args=settings,
+        train_dataset=preferences(kind),
+        processing_class=processor,
+        data_collator=PreferenceCollator(processor) if own_collator else None,
+        **options,
+    )
+    assert type(trainer.ref_model) is type(model)
+    trainer.train()
+    assert losses(trainer) == [pytest.approx(np.log(2), abs=1e-4)]
+
+
+def test_preferences_are_batched_answer_by_answer(processor):
+    rows = preferences("video").to_list()
+    batch = PreferenceCollator(processor)(rows)
+    decoded = [
+        processor.tokenizer.decode(ids[mask.bool()])
+        for ids, mask in zip(batch["input_ids"], batch["completion_mask"], strict=True)
+    ]
+    assert decoded == ["A red boat.<|im_end|>"] * 2 + ["A house at the sea.<|im_end|>"] * 2
+    assert len(batch["video_grids"]) == 4
+    with pytest.raises(ValueError, match=r"`prompt`, `chosen` and `rejected`; missing here: \['chosen'\]"):
+        PreferenceCollator(processor)([{**rows[0], "chosen": None}])
+
+
+def test_trainers_that_are_given_a_folder_take_the_package(tmp_path):
+    """`SFTTrainer("folder")` and `create_model_from_path`, once the package is registered; in a process of its own."""
+    pytest.importorskip("trl")
+    write_checkpoint(tmp_path / "tiny", "qwen3", remote_code=False)
+    report = run("trainer_of_folder", tmp_path, folder=tmp_path / "tiny", target=tmp_path / "out")
+    if "skipped" in report:
+        pytest.skip(report["skipped"])
+    assert report == {
+        "create_model_from_path": "molmo2.model.modeling",
+        "SFTTrainer": ["molmo2.model.modeling", "molmo2.processing.processor"],
+    }
+
+
 def test_sft_trainer_with_adapters_weights_and_rates(trl, dataset, model, processor, tmp_path):
     peft = pytest.importorskip("peft")
     targets = lora_targets("text", "connector")
@@ -430,7 +535,7 @@ def test_the_page_runs_as_written(tmp_path, monkeypatch, capsys):
     """`py` blocks need TRL and run where it is; `print(...)  # text` prints that text."""
     page = (REPOSITORY / "docs" / "training.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```(python|py)\n(.*?)^```", page, re.M | re.S)
-    assert len(blocks) == 9
+    assert len(blocks) == 10
     write_miniature(tmp_path / "Molmo2-4B")
     shutil.copy(REPOSITORY / "examples" / "data" / "nasa_frame.jpg", tmp_path / "boats.jpg")
     shutil.copy(REPOSITORY / "examples" / "data" / "nasa_clip.mp4", tmp_path / "penguins.mp4")

@@ -145,6 +145,8 @@ def test_images_and_videos_are_downloaded(server):
     path, headers = Handler.asked[-2]
     assert path == "/a%20b/%C3%BC.png?x=1&y=%20z"
     assert headers["Host"] == server[7:]
+    assert {own["User-Agent"] for _, own in Handler.asked[-8:]} == {fetching.USER_AGENT}  # images and videos alike
+    assert "molmo2" in fetching.USER_AGENT
 
 
 @pytest.mark.parametrize(

@@ -175,16 +175,25 @@ def test_a_change_of_size_is_scaled_away():
     assert Molmo2VideoProcessor()(content)["video_grids"].tolist() == [[4, 9, 9]]
 
 
-def test_texts_and_animations_without_decoder_are_named(tmp_path):
+def test_texts_are_named():
     for text in (b"#EXTM3U\n#EXTINF:1,\n/etc/a.ts\n", b"ffconcat version 1.0\nfile a.mp4\n", b"<MPD></MPD>", b"words"):
         for way in (text, io.BytesIO(text)):
             with pytest.raises(VideoDecodeError, match="is a text, not a video"):
                 load_video(way)
+
+
+def test_animated_webp_is_a_video():
+    """Each frame is on display for as long as the file says, or for 0.1 s where it says 0."""
     file = io.BytesIO()
-    images = [Image.new("RGB", (60, 40), colour) for colour in ("red", "blue")]
-    images[0].save(file, "WEBP", save_all=True, append_images=images[1:])
-    with pytest.raises(VideoDecodeError, match=r"Animated WebP is read by no decoder here\. Pass its frames"):
-        load_video(file)
+    images = [Image.new("RGB", (60, 40), colour) for colour in ("red", "blue", "lime")]
+    images[0].save(file, "WEBP", save_all=True, append_images=images[1:], duration=[200, 300, 0], lossless=True)
+    with open_video(file) as reader:
+        timeline, shown = reader.timeline, list(reader.frames([2, 0, 1, 1]))
+    assert (timeline.start_seconds.tolist(), timeline.duration_seconds) == ([0.0, 0.2, 0.5], pytest.approx(0.6))
+    assert [frame[20, 30].tolist() for frame in shown] == [[0, 255, 0], [255, 0, 0], [0, 0, 255], [0, 0, 255]]
+    assert Molmo2VideoProcessor()(file)["video_grids"].tolist() == [[3, 9, 9]]
+    with pytest.raises(VideoDecodeError, match=r"Animated WebP is read by Pillow: leave the backend out"):
+        open_video(file, "pyav")
 
 
 @pytest.mark.parametrize("kind", ["mp4", "avi", "mkv", "flv", "ts", "gif"])

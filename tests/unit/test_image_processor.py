@@ -4,6 +4,8 @@ import ast
 import base64
 import io
 import json
+import os
+import signal
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -238,6 +240,22 @@ def threads(number):
         torch.set_num_threads(former)
 
 
+def test_a_forked_process_waits_for_no_threads_of_its_parent():
+    """As `datasets.map(num_proc=2)` starts them, after the parent has processed an image."""
+    image = np.random.default_rng(0).integers(0, 256, (900, 1300, 3), dtype=np.uint8)
+    with threads(2):
+        expected = Molmo2ImageProcessor()(image)["pixel_values"]
+        child = os.fork()
+        if not child:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(20)  # ends a process that waits for ever
+            try:
+                os._exit(int(not np.array_equal(Molmo2ImageProcessor()(image)["pixel_values"], expected)))
+            finally:
+                os._exit(2)
+        assert os.waitpid(child, 0)[1] == 0
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_looking_up_neighbours_gives_the_numbers_of_interpolate(seed):
     """To the last bit before rounding, whatever the threads; sides up to 600, larger, smaller and equal ones."""
@@ -435,6 +453,8 @@ REFERENCES = {
     "bytearray": lambda path: bytearray(path.read_bytes()),
     "memoryview": lambda path: memoryview(path.read_bytes()),
     "bytes in memory": lambda path: io.BytesIO(path.read_bytes()),
+    "a row of an undecoded column": lambda path: {"bytes": path.read_bytes(), "path": path.name},
+    "such a row without bytes": lambda path: {"bytes": None, "path": str(path)},
     "base64": lambda path: base64.b64encode(path.read_bytes()).decode(),
     "base64 in lines": lambda path: base64.encodebytes(path.read_bytes()).decode(),
     "data URL": lambda path: "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode(),
@@ -565,6 +585,15 @@ def test_no_image_is_an_error_that_says_which(name):
     images, error, message = NO_IMAGES[name]
     with pytest.raises(error, match=message):
         small_processor()(images)
+
+
+def test_the_pixel_limit_of_pillow_is_named(png, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    message = (
+        r"cannot be decoded .*exceeds limit of 200 pixels.*raise Pillow's own limit, PIL\.Image\.MAX_IMAGE_PIXELS"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_images(png)
 
 
 @pytest.mark.parametrize("name", ["none", "missing path", "bytes"])

@@ -4,12 +4,14 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import DynamicCache, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from molmo2.model import vision_inputs
+from molmo2.model.modeling import Molmo2ForConditionalGeneration
 from molmo2.model.pretrained import checkpointing_settings
-from support.checkpoints import FAMILIES, build_model, picture
+from support.checkpoints import FAMILIES, build_model, picture, write_checkpoint
 from support.model_inputs import MIXED, batch, clip, processor, real_tokens
 
 ATOL = 2e-5
@@ -623,3 +625,26 @@ def test_misspelt_arguments(qwen3, name, meant):
         with pytest.raises(ValueError, match=rf"^`forward` has no argument '{name}'; did you mean {meant}"):
             call(**batch("text"), **{name: torch.zeros(1)})
     qwen3(**batch("text"), num_items_in_batch=None, output_router_logits=False)  # what trainers and the library pass
+
+
+def test_an_embedding_that_is_cut_elsewhere_in_the_file_loads(tmp_path):
+    """As transformers' own class saves its single table; what is saved here has the published cut again."""
+    expected = build_model("olmo3").state_dict()
+    names = [f"model.transformer.wte.{name}" for name in ("embedding", "new_embedding")]
+    table = torch.cat([expected[name] for name in names])
+    write_checkpoint(tmp_path, "olmo3", remote_code=False)
+    for num_rows in (len(table) // 2, 3):
+        pieces = dict(zip(names, (piece.clone() for piece in table.split((num_rows, len(table) - num_rows)))))
+        save_file({**expected, **pieces}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        model = Molmo2ForConditionalGeneration.from_pretrained(tmp_path)
+        found = model.state_dict()
+        assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+        assert all(parameter.requires_grad for parameter in model.parameters())
+        given = Molmo2ForConditionalGeneration.from_pretrained(
+            None, config=model.config, state_dict={**expected, **pieces}
+        )
+        assert torch.equal(given.state_dict()[names[0]], expected[names[0]])
+    pieces[names[1]] = pieces[names[1]][:-1].clone()
+    save_file({**expected, **pieces}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises((RuntimeError, ValueError), match="mismatch"):
+        Molmo2ForConditionalGeneration.from_pretrained(tmp_path)

@@ -1,5 +1,6 @@
 """The video processor: what counts as a video, options, metadata, saving, and every error."""
 
+import base64
 import io
 import json
 import threading
@@ -139,10 +140,18 @@ def test_forms_of_a_file():
     expected = processed(CFR30)
     assert expected["video_metadata"][0].timestamps == [0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 95 / 30]
     content = CFR30.read_bytes()
-    for video in (str(CFR30), CFR30.as_uri(), content, bytearray(content), io.BytesIO(content)):
+    row, encoded = {"bytes": content, "path": None}, base64.b64encode(content).decode()
+    for video in (str(CFR30), CFR30.as_uri(), content, bytearray(content), io.BytesIO(content), row, encoded):
         assert_same(processed(video), expected)
+    assert_same(processed([row, {"bytes": None, "path": str(CFR30)}]), processed([CFR30, CFR30]))
     with CFR30.open("rb") as file:
         assert_same(processed([file]), expected)
+
+
+def test_a_long_text_that_is_no_file_makes_a_short_error():
+    with pytest.raises(FileNotFoundError) as caught:
+        processed("no file, " * 10_000)
+    assert len(str(caught.value)) < 400
 
 
 class QuietHandler(SimpleHTTPRequestHandler):

@@ -13,11 +13,12 @@ from molmo2.convert import config_files, native_config
 from molmo2.convert.conversion import NATIVE_CONFIG_FILE, report_weights
 from molmo2.convert.errors import CheckpointError, UnsupportedError, listing, shown
 from molmo2.convert.folder import read_folder
+from molmo2.convert.library_folder import cut_embedding, read_settings
 from molmo2.convert.names import ensure_layers, expected_renames
 from molmo2.convert.native_config import REQUIRED, SECTIONS, Field, NativeConfig, parse_config
 from molmo2.convert.numerics import BlockConverter
 from molmo2.convert.reader import CONFIG_FILE, UNSHARDED_FILE, SourceTensor
-from molmo2.convert.small_files import read_json, read_model_section
+from molmo2.convert.small_files import read_model_section
 from molmo2.convert.staging import Staging
 from molmo2.convert.tokenizer import EXTRA_TOKENS
 from molmo2.convert.torch_writer import stored_bytes, write_torch_file
@@ -61,7 +62,7 @@ def write_native(
     embedding.
 
     Args:
-        folder: Converted folder, or one that transformers saved from it.
+        folder: Converted folder, or one that transformers saved from it, also with its own Molmo2 class.
         output: Checkpoint directory to make; it appears complete or not at all.
         native_config_path: A native `config.yaml` for the settings that converted files lack (prompt format, training
             switches). By default the folder's own `native_config.yaml`, else the trainer's defaults.
@@ -85,6 +86,7 @@ def write_native(
     section["llm"]["weight_tying"] = _is_tied(tensors, section["llm"].get("weight_tying"))
     config = parse_config(section, ignored_fields=ignored_fields)
     ensure_layers(config, len(tensors))
+    tensors = cut_embedding(tensors, config.embedding_rows)
     with _readable(folder):
         _ensure_same_settings(folder, config)
     native = _native_tensors(tensors, config)
@@ -154,11 +156,11 @@ def native_section(folder: Path, base: dict[str, Any], tokenizer: str | None) ->
         base: Native settings that the folder lacks.
         tokenizer: Identifier of the base tokenizer; None keeps that of `base`.
     """
-    config = read_json(folder / "config.json")
+    config = read_settings(folder, "config.json")
     _ensure_keys(config, PARTS, folder / "config.json")
     text, vit, adapter = (config[name] for name in PARTS)
-    image, video = read_json(folder / "preprocessor_config.json"), read_json(folder / "video_preprocessor_config.json")
-    processor = read_json(folder / "processor_config.json")
+    image, video = (read_settings(folder, f"{name}preprocessor_config.json") for name in ("", "video_"))
+    processor = read_settings(folder, "processor_config.json")
     section = copy.deepcopy(base)
     with _readable(folder):
         connector = {name: adapter[name] for name in CONNECTOR if name in adapter}
@@ -275,11 +277,11 @@ def _is_tied(tensors: dict[str, SourceTensor], was_tied: bool | None) -> bool:
 
 def _ensure_same_settings(folder: Path, config: NativeConfig) -> None:
     """Convert the new native settings again and compare, so that no setting is lost."""
-    saved = read_json(folder / "config.json")
+    saved = read_settings(folder, "config.json")
     token_ids = dict.fromkeys(EXTRA_TOKENS, 0)
     again = config_files.model_config(config, dtype="float32", attention="sdpa", token_ids=token_ids)
     pairs = [(f"config.json: {part}", again[part], saved[part]) for part in PARTS]
-    pairs += [(name, build(config), read_json(folder / name)) for name, build in COMPARED_FILES.items()]
+    pairs += [(name, build(config), read_settings(folder, name)) for name, build in COMPARED_FILES.items()]
     problems = []
     for name, wanted, found in pairs:
         for key, value in wanted.items():

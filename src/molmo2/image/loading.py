@@ -7,7 +7,7 @@ orientation tags applied to files but not to images that are already open): the 
 
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
@@ -26,7 +26,7 @@ logger = logging.get_logger(__name__)
 
 ACCEPTED_IMAGES = (
     "a PIL image, a numpy array, a torch tensor, a path, a URL (http, https, file, data), base64 text, "
-    "the bytes of an image file or an open binary file"
+    "the bytes of an image file, an open binary file or a row {'bytes', 'path'} of an undecoded column"
 )
 CHANNEL_COUNTS = (1, 3, 4)  # grey, RGB, RGB with alpha
 LAYOUTS = ("channels_last", "channels_first")
@@ -50,8 +50,9 @@ def load_images(
         images: one image or a (nested) list of them. An image is a PIL image of any mode (of an animation, the
             frame that is shown); a numpy array or torch tensor, (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4
             channels, or a batch with one more axis in front; a path or URL; base64 text; the bytes of an image file
-            or an open one. Arrays may be uint8, bool (0 and 255), any other integer type with values in 0..255, or
-            floating point with values in 0..1. A fourth channel is dropped, as PIL does.
+            or an open one; a row {"bytes", "path"} of a column that `datasets` left undecoded.
+            Arrays may be uint8, bool (0 and 255), any other integer type with values in 0..255, or floating point
+            with values in 0..1. A fourth channel is dropped, as PIL does.
         do_convert_rgb: False refuses images that are not RGB.
         input_data_format: "channels_last" or "channels_first"; None takes the last axis as channels if it has 1, 3
             or 4 entries, else the first.
@@ -93,11 +94,12 @@ def fetch_images(
     """
     if isinstance(images, (list, tuple)):
         return [fetch_images(item, f"{where}[{index}]", finish, limits) for index, item in enumerate(images)]
+    images = stored_file(images)
     if is_encoded(images):
         return _open(images, where, finish, checked_limits(limits))
     if isinstance(images, Image.Image) or hasattr(images, "__array__"):  # numpy, torch and similar
         return images
-    found = f"{_shortened(repr(images))} of type {type(images).__name__}"
+    found = f"{shortened(repr(images))} of type {type(images).__name__}"
     raise TypeError(f"{where} is {found}, which is no image. Pass {ACCEPTED_IMAGES}.")
 
 
@@ -144,11 +146,24 @@ def is_encoded(item: Any) -> bool:
     return isinstance(item, (str, os.PathLike, bytes, bytearray, memoryview)) or _is_open_file(item)
 
 
+def is_stored_file(item: Any) -> bool:
+    """True for a row of a column of images or videos that `datasets` did not decode, {"bytes", "path"}."""
+    return isinstance(item, Mapping) and item.keys() == {"bytes", "path"}
+
+
+def stored_file(item: Any) -> Any:
+    """The bytes, or else the path, of a row {"bytes", "path"}; any other item as it is."""
+    if not is_stored_file(item):
+        return item
+    return item["path"] if item["bytes"] is None else item["bytes"]
+
+
 def _is_open_file(item: Any) -> bool:
     return callable(getattr(item, "read", None))
 
 
-def _shortened(text: str) -> str:
+def shortened(text: str) -> str:
+    """The text, or where it is long both of its ends and its length, for errors."""
     if len(text) <= MAX_QUOTED_CHARACTERS:
         return text
     kept = MAX_QUOTED_CHARACTERS // 2  # of either end: the end of a path says most
@@ -171,23 +186,30 @@ def _open(reference: Any, where: str, finish: Callable[[Image.Image], Any], limi
         with fetch(text, where, limits) as file:
             return decode(f"the answer to {masked(text)}", file)
     if scheme == "data":
-        return decode(f"'{_shortened(text)}', read as base64,", BytesIO(data_url_bytes(text, where, limits)))
+        return decode(f"'{shortened(text)}', read as base64,", BytesIO(data_url_bytes(text, where, limits)))
     path = Path(url2pathname(urlsplit(text).path)) if scheme == "file" else Path(text)
     if scheme == "file" or "path" in limits.sources:
         limits.check_source(scheme or "path", where)
         if is_file_on_disk(path):
             return decode(f"the file '{path}'", path)
-    content = None
-    if isinstance(reference, str) and len(text) >= MIN_BASE64_CHARACTERS:
-        content = base64_bytes(text)
+    content = embedded_bytes(reference, where, limits)
     if content is not None:
-        limits.check_source("base64", where)
-        return decode(f"'{_shortened(text)}', read as base64,", BytesIO(content))
+        return decode(f"'{shortened(text)}', read as base64,", BytesIO(content))
     limits.check_source(scheme or "path", where)  # before anything is said about what is there
     raise FileNotFoundError(
-        f"{where} is '{_shortened(text)}', but there is no such file. Check the path and the working folder; URLs "
+        f"{where} is '{shortened(text)}', but there is no such file. Check the path and the working folder; URLs "
         "start with http://, https://, file:// or data:."
     )
+
+
+def embedded_bytes(reference: Any, where: str, limits: MediaLimits) -> bytes | None:
+    """The bytes of text that is a file in base64; None for anything else, and text too short for any file."""
+    if not isinstance(reference, str) or len(reference) < MIN_BASE64_CHARACTERS:
+        return None
+    content = base64_bytes(reference)
+    if content is not None:
+        limits.check_source("base64", where)
+    return content
 
 
 def is_file_on_disk(path: Path) -> bool:

@@ -5,6 +5,7 @@ preprocessing of Molmo2, which resized with torch and **without** antialiasing: 
 unlike those of training.
 """
 
+import os
 from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,6 +25,20 @@ FLOAT_DTYPES = (np.float16, np.float32, np.float64)
 INTERPOLATION_MODES = {0: "nearest", 2: "bilinear", 3: "bicubic"}
 UNSUPPORTED_FILTERS = {1: "lanczos", 4: "box", 5: "hamming"}
 RESCALE_FACTOR = 1 / 255  # from uint8 to 0..1
+
+_imported_in = os.getpid()
+
+
+def leave_threads_of_parent() -> None:
+    """Makes torch use one thread in a forked process, as in the workers of its data loaders.
+
+    The threads of its pool stay with the parent: once that has used them, a forked process waits for them for ever
+    (`datasets.map(num_proc=2)`).
+    """
+    global _imported_in
+    if os.getpid() != _imported_in:
+        torch.set_num_threads(1)
+        _imported_in = os.getpid()
 
 
 @dataclass(frozen=True)
@@ -263,6 +278,7 @@ class _Resizer:
         steps: Normalization,
         buffer: Tensor | None = None,
     ):
+        leave_threads_of_parent()
         _require_image(image)
         self.image, self.resample, self.steps = image, resample, steps
         self.keeps_uint8 = _keeps_uint8(out.dtype, image.dtype)

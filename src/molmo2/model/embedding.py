@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.utils import logging
 
@@ -52,6 +53,21 @@ class Molmo2Embedding(nn.Embedding):
         self.embedding = nn.Parameter(table.detach(), requires_grad=trains)
         self.new_embedding = nn.Parameter(table.new_empty(0, table.shape[1]), requires_grad=trains)
 
+    def cut_at(self, num_rows: int) -> None:
+        """Moves the cut: `num_rows` rows in the base vocabulary. Tensors without memory keep theirs."""
+        if num_rows == len(self.embedding) or self.embedding.is_meta or not len(self.new_embedding):
+            return
+        pieces = self.weight.detach().split((num_rows, self.num_embeddings - num_rows))
+        trains = self.embedding.requires_grad
+        self.embedding, self.new_embedding = (nn.Parameter(piece.clone(), requires_grad=trains) for piece in pieces)
+
+    def take_shapes(self, shapes: dict[str, list[int]]) -> None:
+        """Makes room, without values, for pieces of a checkpoint that has the same rows, cut elsewhere."""
+        found = [shapes[name] for name in ("wte.embedding", "wte.new_embedding") if name in shapes]
+        is_cut_elsewhere = len(found) == 2 and found[0] != list(self.embedding.shape)
+        if is_cut_elsewhere and found[0][0] + found[1][0] == self.num_embeddings:
+            self.embedding, self.new_embedding = (nn.Parameter(self.embedding.new_empty(shape)) for shape in found)
+
     def forward(self, input_ids: Tensor) -> Tensor:
         """(B, S) ids to (B, S, D); only the rows asked for are touched."""
         base_size = self.embedding.shape[0]
@@ -61,6 +77,20 @@ class Molmo2Embedding(nn.Embedding):
         base = nn.functional.embedding(input_ids.masked_fill(is_new, 0), self.embedding)
         new = nn.functional.embedding((input_ids - base_size).clamp(min=0), self.new_embedding)
         return torch.where(is_new[..., None], new, base)
+
+
+def stored_shapes(state_dict: dict[str, Any] | None, files: Iterable[str] | None) -> dict[str, list[int]]:
+    """Shapes of the embedding's pieces in a state dict, or else in safetensors files, by the last two parts of names.
+
+    The library's own Molmo2 class has one table, and saves it cut into halves under the names of the two pieces.
+    """
+    shapes = {name: list(tensor.shape) for name, tensor in (state_dict or {}).items()}
+    for path in () if state_dict else files or ():
+        if str(path).endswith(".safetensors"):
+            with safe_open(path, framework="pt") as file:
+                names = [name for name in list(file.keys()) if ".wte." in f".{name}"]
+                shapes |= {name: file.get_slice(name).get_shape() for name in names}
+    return {".".join(name.split(".")[-2:]): shape for name, shape in shapes.items()}
 
 
 def warn_about_lost_rows(config: Any, names: Iterable[str], num_rows: int | None) -> None:

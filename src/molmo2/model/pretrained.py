@@ -7,7 +7,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 from molmo2.configuration import TOKEN_ID_OFFSETS, Molmo2Config
-from molmo2.model.embedding import Molmo2Embedding, warn_about_lost_rows
+from molmo2.model.embedding import Molmo2Embedding, stored_shapes, warn_about_lost_rows
 from molmo2.model.rotary import Molmo2RotaryEmbedding
 
 logger = logging.get_logger(__name__)
@@ -56,6 +56,26 @@ class Molmo2PreTrainedModel(PreTrainedModel):
             """As in transformers, with `checkpointing_settings`."""
             settings = checkpointing_settings(gradient_checkpointing_kwargs)
             super().gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings, **options)
+
+    @classmethod
+    def _load_pretrained_model(  # a static method in recent releases
+        cls, model: Any, state_dict: dict[str, Any] | None, checkpoint_files: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As in transformers, also for an embedding that is cut elsewhere in the files; see `stored_shapes`."""
+        embeddings = [module for module in model.modules() if isinstance(module, Molmo2Embedding)]
+        for embedding in embeddings:
+            embedding.take_shapes(stored_shapes(state_dict, checkpoint_files))
+        return super()._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers. A folder that the library's own Molmo2 class saved is taken too."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for module in model.modules():
+            if isinstance(module, Molmo2Embedding):
+                module.cut_at(model.config.get_text_config().vocab_size)
+        return loaded
 
     def _setting(self, name: str, value: bool | None) -> bool:
         return bool(getattr(self.config, name)) if value is None else value

@@ -17,6 +17,7 @@ from molmo2.training.finetuning import (
 )
 from molmo2.training.packed_mixture import PackedMixture
 from molmo2.training.packer import Pack, PackedDataset, Packer, PackingReport
+from molmo2.training.preferences import PreferenceCollator
 from molmo2.training.resuming import SaveMixture, resume_mixture
 from molmo2.training.trainer import trainer_class
 from molmo2.training.weighting import TokenWeighting
@@ -29,6 +30,7 @@ __all__ = [
     "PackedMixture",
     "Packer",
     "PackingReport",
+    "PreferenceCollator",
     "SaveMixture",
     "TokenWeighting",
     "build_training_example",

@@ -20,7 +20,15 @@ from transformers.video_utils import VideoMetadata
 
 from molmo2.image.fetching import data_url_bytes, fetch, masked, scheme_of
 from molmo2.image.limits import MediaLimits
-from molmo2.image.loading import is_encoded, load_images
+from molmo2.image.loading import (
+    embedded_bytes,
+    is_encoded,
+    is_file_on_disk,
+    is_stored_file,
+    load_images,
+    shortened,
+    stored_file,
+)
 from molmo2.image.suffixes import FRAME_SUFFIXES
 from molmo2.video.decoding.backends import Result, decode_video, open_video
 from molmo2.video.decoding.readers import Source, VideoReader
@@ -33,8 +41,8 @@ logger = logging.get_logger(__name__)
 
 DEFAULT_FPS = 24.0  # of frames without a rate, as processors of transformers assume
 ACCEPTED_VIDEOS = (
-    "a path, a URL (http, https, file, data), the bytes of a video file or an open one, an array or tensor of frames, "
-    "a list of images, or a pair (frames, metadata)"
+    "a path, a URL (http, https, file, data), base64 text, the bytes of a video file or an open one, a row {'bytes', "
+    "'path'} of an undecoded column, an array or tensor of frames, a list of images, or a pair (frames, metadata)"
 )
 
 
@@ -103,9 +111,10 @@ def list_videos(videos: Any, video_metadata: Any = None) -> list[VideoItem]:
     """The videos of a call in order, nested lists flattened, each with its metadata.
 
     Args:
-        videos: one video or a (nested) list of them. A video is a path, URL (http, https, file, data), bytes or an
-            open binary file; an array or tensor (T, H, W, C) or (T, C, H, W); a list of images (PIL, arrays, paths
-            of image files); or a pair (frames, metadata).
+        videos: one video or a (nested) list of them. A video is a path, URL (http, https, file, data), base64 text,
+            bytes or an open binary file; a row {"bytes", "path"} of an undecoded column; an array or tensor
+            (T, H, W, C) or (T, C, H, W); a list of images (PIL, arrays, paths of image files); or a pair
+            (frames, metadata).
         video_metadata: a dict or `VideoMetadata` per video, nested or flat; None if there is none.
 
     Raises:
@@ -128,7 +137,13 @@ def list_videos(videos: Any, video_metadata: Any = None) -> list[VideoItem]:
 
 def is_one_video(value: Any) -> bool:
     """True for a video, False for a list or batch of them and for anything else."""
-    return is_encoded(value) or _has_metadata(value) or _num_axes(value) == 4 or _is_list_of_frames(value)
+    return (
+        is_encoded(value)
+        or is_stored_file(value)
+        or _has_metadata(value)
+        or _num_axes(value) == 4
+        or _is_list_of_frames(value)
+    )
 
 
 def read_video(
@@ -244,8 +259,13 @@ def _source(item: VideoItem, limits: MediaLimits) -> Source:
             return Source.from_input(file, limits, name=f"the answer to {masked(text)}")
     if scheme == "data":
         return Source.from_input(data_url_bytes(text, item.where, limits), limits)
+    path = Path(url2pathname(urlsplit(text).path) if scheme == "file" else text)
+    if not scheme and not ("path" in limits.sources and is_file_on_disk(path)):
+        content = embedded_bytes(item.video, item.where, limits)
+        if content is not None:
+            return Source.from_input(content, limits, name=f"'{shortened(text)}', read as base64,")
     limits.check_source(scheme or "path", item.where)
-    return Source.from_input(Path(url2pathname(urlsplit(text).path) if scheme == "file" else text), limits)
+    return Source.from_input(path, limits)
 
 
 # --- frames ----------------------------------------------------------------------------------------------------------
@@ -380,10 +400,10 @@ def _rgb_frame(item: VideoItem, frame: Any, index: int, options: ReadingOptions)
 def _flatten(videos: Any, where: str) -> Iterator[VideoItem]:
     """The videos of a nested list in order, not yet with the metadata of the call."""
     if _has_metadata(videos):
-        yield VideoItem(where, videos[0], videos[1])
+        yield VideoItem(where, stored_file(videos[0]), videos[1])
     elif is_one_video(videos):
         is_path_list = isinstance(videos, (list, tuple)) and _are_image_paths(videos)
-        yield VideoItem(f"{where} ({os.fspath(videos[0])!r}, ...)" if is_path_list else where, videos)
+        yield VideoItem(f"{where} ({os.fspath(videos[0])!r}, ...)" if is_path_list else where, stored_file(videos))
     elif isinstance(videos, (list, tuple)) or _num_axes(videos) == 5:
         for index, video in enumerate(videos):
             yield from _flatten(video, f"{where}[{index}]")
@@ -394,7 +414,8 @@ def _flatten(videos: Any, where: str) -> Iterator[VideoItem]:
 
 def _has_metadata(value: Any) -> bool:
     """True for a pair (video, metadata)."""
-    return isinstance(value, (list, tuple)) and len(value) == 2 and isinstance(value[1], Mapping)
+    is_pair = isinstance(value, (list, tuple)) and len(value) == 2
+    return is_pair and isinstance(value[1], Mapping) and not is_stored_file(value[1])
 
 
 def _num_axes(value: Any) -> int:

@@ -32,7 +32,8 @@ def open_video(
     Args:
         source: a path, the bytes of a file, or a file object opened for reading bytes.
         limits: see `MediaLimits`; None for the default ones. A `Source` has its own.
-        backend: "decord", "torchcodec" or "pyav" to use this one only; None tries them in this order.
+        backend: "decord", "torchcodec" or "pyav" to use this one only; None tries them in this order, and takes
+            Pillow for animated WebP.
 
     Raises:
         FileNotFoundError, IsADirectoryError: there is no such file.
@@ -81,19 +82,16 @@ def _first_success(
         raise ValueError(f"Unknown video backend {backend!r}. Use one of {', '.join(BACKENDS)}, or None to try all.")
     readable = source if isinstance(source, Source) else Source.from_input(source, limits)
     failures: dict[str, VideoDecodeError] = {}
-    for name in BACKENDS if backend is None else (backend,):
+    by_default = ("pillow",) if readable.image_format == "WEBP" else BACKENDS
+    for name in by_default if backend is None else (backend,):
         try:
             return action(_open_reader(name, readable, only_choice=backend is not None))
         except VideoDecodeError as error:
             logger.info("Video backend %s failed: %s", name, error)
             failures[name] = error
     reasons = "\n".join(f"  {name}: {error.reason}" for name, error in failures.items())
-    if readable.image_format == "WEBP":
-        advice = (
-            "Animated WebP is read by no decoder here. Pass its frames, list(PIL.ImageSequence.Iterator(image)) with "
-            "copies of each, and their rate, or convert it to GIF or MP4."
-        )
-        raise VideoDecodeError(f"No video backend could read {readable.name}:\n{reasons}\n{advice}")
+    if readable.image_format == "WEBP" and backend is not None:
+        reasons += "\n  Animated WebP is read by Pillow: leave the backend out."
     raise VideoDecodeError(
         f"No video backend could read {readable.name}:\n{reasons}\n"
         "Check that the file is complete and has a video track; re-encoding it (ffmpeg -i in.mp4 out.mp4) often "

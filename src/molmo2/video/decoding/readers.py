@@ -1,4 +1,4 @@
-"""The three decoders behind one interface: decord (or decord2), torchcodec and PyAV.
+"""The decoders behind one interface: decord (or decord2), torchcodec and PyAV, and Pillow for animated WebP.
 
 decord runs in a process of its own, see `decord_process`.
 
@@ -57,6 +57,7 @@ THREADS_PER_CORE, MAX_THREADS = 3, 16
 MAX_BACKWARD_SECONDS = 1.0  # PyAV: how far time stamps may go back where no frame hides another
 # Formats of Pillow that can be animated.
 ANIMATED_FORMATS = ("GIF", "PNG", "WEBP", "AVIF")
+UNSTATED_DURATION = 100  # milliseconds of a frame whose file says 0, as browsers and ffmpeg have it
 COPIED_BYTES = 1 << 20  # at a time, of a video in memory
 HEAD_BYTES = 4096  # in which ffmpeg looks for the signs of a playlist
 PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"[playlist]", b"[Reference]", b"v=0", b"<?xml", b"<asx", b"<smil", b"RTSPtext")
@@ -112,10 +113,10 @@ class Source:
 
     @classmethod
     def _from_path(cls, path: Path, limits: MediaLimits) -> "Source":
-        if path.is_dir():
+        if os.path.isdir(path):  # which, unlike the path's own method, takes names that no file can have
             raise IsADirectoryError(f"{str(path)!r} is a directory. Pass a video file, or a list of its frames.")
-        if not path.exists():
-            raise FileNotFoundError(f"There is no video file {str(path)!r}. Check the path.")
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"There is no video file {str(path)!r:.300}. Check the path.")
         if not is_file_on_disk(path):
             raise VideoDecodeError(f"{str(path)!r} is a device or pipe, not a file. Pass the path of a video file.")
         return cls(repr(str(path)), str(path.absolute()), path.stat().st_size, limits)
@@ -136,9 +137,8 @@ class Source:
                 f"{self.name} is a text, not a video. Playlists and other lists of addresses are not followed; pass "
                 "the video itself."
             )
-        as_frame = replace(self.limits, image_pixels=self.limits.video_frame_pixels)
         try:
-            with open_image(Path(self.path), self.name, as_frame) as image:
+            with self.open_animation() as image:
                 kind, num_images = image.format, getattr(image, "n_frames", 1)
                 size = (image.height, image.width)
         except MediaLimitError as error:  # the limit has another name for videos
@@ -149,6 +149,11 @@ class Source:
             raise VideoDecodeError(f"{self.name} is an image ({kind}), not a video. Pass it as an image.")
         self.limits.check_video(self.name, num_images, size, self.num_bytes)
         return kind
+
+    def open_animation(self) -> Any:
+        """The file as an image of Pillow, held to the limit on frames of videos."""
+        as_frame = replace(self.limits, image_pixels=self.limits.video_frame_pixels)
+        return open_image(Path(self.path), self.name, as_frame)
 
 
 class _TemporaryCopy:
@@ -679,10 +684,42 @@ def _frame_with(stamp: int, frames: Iterator[tuple[int | None, Any]]) -> Any:
 
 # --- backends --------------------------------------------------------------------------------------------------------
 
+# --- Pillow ----------------------------------------------------------------------------------------------------------
+
+
+class _PillowReader(VideoReader):
+    """Animated WebP, which ffmpeg does not read. All frames are decoded once for their durations."""
+
+    backend = "pillow"
+
+    def __init__(self, source: Source, only_choice: bool) -> None:
+        super().__init__(source)
+        self._image = source.open_animation()
+        durations = []
+        for index in range(self._image.n_frames):
+            self._image.seek(index)
+            self._image.load()
+            durations.append(self._image.info["duration"] or UNSTATED_DURATION)
+        ends = np.cumsum(durations) / 1000
+        self.timeline = make_timeline(np.append(0.0, ends[:-1]), float(ends[-1]), None, self._image.size[::-1])
+
+    def close(self) -> None:
+        self._image.close()
+
+    def _decode(self, indices: list[int]) -> Iterator[np.ndarray]:
+        for index in indices:
+            try:
+                self._image.seek(index)
+                yield np.asarray(self._image.convert("RGB"))
+            except Exception as error:
+                raise self._frame_error(index, error) from error
+
+
 READERS: dict[str, Callable[..., VideoReader]] = {
     "decord": _DecordReader,
     "torchcodec": _TorchcodecReader,
     "pyav": _PyavReader,
+    "pillow": _PillowReader,
 }
 
 

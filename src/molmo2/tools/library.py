@@ -1,0 +1,52 @@
+"""Model inputs for transformers' own Molmo2 class, which reads them under another name and in another form.
+
+| | this processor, the published one, serving engines | the library's class and processor |
+|---|---|---|
+| visual tokens | `token_type_ids`, bool | `mm_token_type_ids`, 1 on them |
+| pooling indices | from the first crop (frame) of each image (video) | over all crops (frames) of the call |
+
+The model of this package reads both forms; the library's reads its own, and the other one wrongly without an error.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from molmo2.media_features import MediaFeatures
+from molmo2.model.vision_inputs import ENCODED_INPUTS, MediaGrids, flat_pooling
+
+
+def library_inputs(inputs: Mapping[str, Any]) -> MediaFeatures:
+    """Inputs that both classes read, and give the same logits for.
+
+    Args:
+        inputs: What the processor returned, as tensors (`return_tensors="pt"`); not changed.
+    Returns:
+        The same with `mm_token_type_ids` (B, S) int64 in the place of `token_type_ids`, and pooling indices over all
+        images or videos. `generate` of either class takes it as well.
+    Raises:
+        ValueError: There are no tensors, or images and videos together, which the library's class does not take.
+    """
+    data = dict(inputs)
+    lists = sorted(name for name, value in data.items() if isinstance(value, list) and name != "video_metadata")
+    if lists:
+        raise ValueError(f'{lists} are no tensors. Call the processor with `return_tensors="pt"`.')
+    if all(data.get(pixels) is not None for pixels, *_ in ENCODED_INPUTS.values()):
+        raise ValueError(
+            "transformers' own Molmo2 class takes images or videos in one call, not both. Split the call."
+        )
+    token_types = data.pop("token_type_ids", None)
+    if token_types is not None:
+        data["mm_token_type_ids"] = token_types.to(torch.int64)
+    if data.get("image_grids") is not None:
+        tokens = MediaGrids(image_grids=data["image_grids"]).image_tokens()
+        patches = data["pixel_values"].shape[1]
+        data["image_token_pooling"] = flat_pooling(
+            data["image_token_pooling"], tokens, data["image_num_crops"], patches
+        )
+    if data.get("video_grids") is not None:
+        grids, patches = data["video_grids"], data["pixel_values_videos"].shape[1]
+        tokens = MediaGrids(video_grids=grids).video_tokens()
+        data["video_token_pooling"] = flat_pooling(data["video_token_pooling"], tokens, grids[:, 0], patches)
+    return MediaFeatures(data, media=getattr(inputs, "media", ()))
