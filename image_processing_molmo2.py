@@ -21,11 +21,12 @@ import os
 import socket
 import ssl
 import stat
+import sys
 import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping, Sequence, Sized
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property, lru_cache
@@ -1072,7 +1073,7 @@ def _require_int(name: str, value: int, *, minimum: int, hint: str = "") -> None
 
 ACCEPTED_IMAGES = (
     "a PIL image, a numpy array, a torch tensor, a path, a URL (http, https, file, data), base64 text, "
-    "the bytes of an image file or an open binary file"
+    "the bytes of an image file, an open binary file or a row {'bytes', 'path'} of an undecoded column"
 )
 CHANNEL_COUNTS = (1, 3, 4)  # grey, RGB, RGB with alpha
 LAYOUTS = ("channels_last", "channels_first")
@@ -1096,8 +1097,9 @@ def load_images(
         images: one image or a (nested) list of them. An image is a PIL image of any mode (of an animation, the
             frame that is shown); a numpy array or torch tensor, (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4
             channels, or a batch with one more axis in front; a path or URL; base64 text; the bytes of an image file
-            or an open one. Arrays may be uint8, bool (0 and 255), any other integer type with values in 0..255, or
-            floating point with values in 0..1. A fourth channel is dropped, as PIL does.
+            or an open one; a row {"bytes", "path"} of a column that `datasets` left undecoded.
+            Arrays may be uint8, bool (0 and 255), any other integer type with values in 0..255, or floating point
+            with values in 0..1. A fourth channel is dropped, as PIL does.
         do_convert_rgb: False refuses images that are not RGB.
         input_data_format: "channels_last" or "channels_first"; None takes the last axis as channels if it has 1, 3
             or 4 entries, else the first.
@@ -1139,11 +1141,12 @@ def fetch_images(
     """
     if isinstance(images, (list, tuple)):
         return [fetch_images(item, f"{where}[{index}]", finish, limits) for index, item in enumerate(images)]
+    images = stored_file(images)
     if is_encoded(images):
         return _open(images, where, finish, checked_limits(limits))
     if isinstance(images, Image.Image) or hasattr(images, "__array__"):  # numpy, torch and similar
         return images
-    found = f"{_shortened(repr(images))} of type {type(images).__name__}"
+    found = f"{shortened(repr(images))} of type {type(images).__name__}"
     raise TypeError(f"{where} is {found}, which is no image. Pass {ACCEPTED_IMAGES}.")
 
 
@@ -1190,11 +1193,24 @@ def is_encoded(item: Any) -> bool:
     return isinstance(item, (str, os.PathLike, bytes, bytearray, memoryview)) or _is_open_file(item)
 
 
+def is_stored_file(item: Any) -> bool:
+    """True for a row of a column of images or videos that `datasets` did not decode, {"bytes", "path"}."""
+    return isinstance(item, Mapping) and item.keys() == {"bytes", "path"}
+
+
+def stored_file(item: Any) -> Any:
+    """The bytes, or else the path, of a row {"bytes", "path"}; any other item as it is."""
+    if not is_stored_file(item):
+        return item
+    return item["path"] if item["bytes"] is None else item["bytes"]
+
+
 def _is_open_file(item: Any) -> bool:
     return callable(getattr(item, "read", None))
 
 
-def _shortened(text: str) -> str:
+def shortened(text: str) -> str:
+    """The text, or where it is long both of its ends and its length, for errors."""
     if len(text) <= MAX_QUOTED_CHARACTERS:
         return text
     kept = MAX_QUOTED_CHARACTERS // 2  # of either end: the end of a path says most
@@ -1217,23 +1233,30 @@ def _open(reference: Any, where: str, finish: Callable[[Image.Image], Any], limi
         with fetch(text, where, limits) as file:
             return decode(f"the answer to {masked(text)}", file)
     if scheme == "data":
-        return decode(f"'{_shortened(text)}', read as base64,", BytesIO(data_url_bytes(text, where, limits)))
+        return decode(f"'{shortened(text)}', read as base64,", BytesIO(data_url_bytes(text, where, limits)))
     path = Path(url2pathname(urlsplit(text).path)) if scheme == "file" else Path(text)
     if scheme == "file" or "path" in limits.sources:
         limits.check_source(scheme or "path", where)
         if is_file_on_disk(path):
             return decode(f"the file '{path}'", path)
-    content = None
-    if isinstance(reference, str) and len(text) >= MIN_BASE64_CHARACTERS:
-        content = base64_bytes(text)
+    content = embedded_bytes(reference, where, limits)
     if content is not None:
-        limits.check_source("base64", where)
-        return decode(f"'{_shortened(text)}', read as base64,", BytesIO(content))
+        return decode(f"'{shortened(text)}', read as base64,", BytesIO(content))
     limits.check_source(scheme or "path", where)  # before anything is said about what is there
     raise FileNotFoundError(
-        f"{where} is '{_shortened(text)}', but there is no such file. Check the path and the working folder; URLs "
+        f"{where} is '{shortened(text)}', but there is no such file. Check the path and the working folder; URLs "
         "start with http://, https://, file:// or data:."
     )
+
+
+def embedded_bytes(reference: Any, where: str, limits: MediaLimits) -> bytes | None:
+    """The bytes of text that is a file in base64; None for anything else, and text too short for any file."""
+    if not isinstance(reference, str) or len(reference) < MIN_BASE64_CHARACTERS:
+        return None
+    content = base64_bytes(reference)
+    if content is not None:
+        limits.check_source("base64", where)
+    return content
 
 
 def is_file_on_disk(path: Path) -> bool:
@@ -1457,6 +1480,20 @@ FLOAT_DTYPES = (np.float16, np.float32, np.float64)
 INTERPOLATION_MODES = {0: "nearest", 2: "bilinear", 3: "bicubic"}
 UNSUPPORTED_FILTERS = {1: "lanczos", 4: "box", 5: "hamming"}
 RESCALE_FACTOR = 1 / 255  # from uint8 to 0..1
+
+_imported_in = os.getpid()
+
+
+def leave_threads_of_parent() -> None:
+    """Makes torch use one thread in a forked process, as in the workers of its data loaders.
+
+    The threads of its pool stay with the parent: once that has used them, a forked process waits for them for ever
+    (`datasets.map(num_proc=2)`).
+    """
+    global _imported_in
+    if os.getpid() != _imported_in:
+        torch.set_num_threads(1)
+        _imported_in = os.getpid()
 
 
 @dataclass(frozen=True)
@@ -1696,6 +1733,7 @@ class _Resizer:
         steps: Normalization,
         buffer: Tensor | None = None,
     ):
+        leave_threads_of_parent()
         _require_image(image)
         self.image, self.resample, self.steps = image, resample, steps
         self.keeps_uint8 = _keeps_uint8(out.dtype, image.dtype)
@@ -2022,6 +2060,16 @@ IMAGE_SUFFIXES = (*FRAME_SUFFIXES, ".avif", ".gif", ".heic")  # a GIF among vide
 # `MediaFeatures`: model inputs with the sizes and frame times of their media, and how answers are read with them.
 
 
+# The library's own model class, which another processor belongs to, and what is said where a process has loaded it.
+LIBRARY_MODEL = "transformers.models.molmo2.modeling_molmo2"
+LIBRARY_MODEL_WARNING = (
+    "transformers' own Molmo2 class is loaded in this process. It reads other inputs than this processor writes: it "
+    "ignores `token_type_ids`, and counts pooling indices over all images or videos of a call instead of from the "
+    "first crop of each, so its logits would be wrong without an error. Use the class that belongs to this processor "
+    "(`molmo2.load`, or remote code; for a trainer pass `ref_model=` too), or give it `molmo2.library_inputs(inputs)`."
+)
+
+
 class MediaFeatures(BatchFeature):
     """A `BatchFeature` with the attribute `media`, which `.to()`, copies and pickles keep.
 
@@ -2032,6 +2080,17 @@ class MediaFeatures(BatchFeature):
     def __init__(self, data: dict[str, Any] | None = None, tensor_type: Any = None, media: Sequence[MediaInfo] = ()):
         super().__init__(data, tensor_type)
         self.media = list(media)
+        self._warn_about_library_model()
+
+    def keys(self) -> KeysView[str]:  # which a call with `**inputs` asks for
+        self._warn_about_library_model()
+        return super().keys()
+
+    def _warn_about_library_model(self) -> None:
+        """Warns where the library's model is loaded, to which these inputs may go: no later moment could say so."""
+        has_media = any(name.endswith("_grids") for name in self.data)
+        if has_media and "token_type_ids" in self.data and LIBRARY_MODEL in sys.modules:
+            logger.warning_once(LIBRARY_MODEL_WARNING)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"data": self.data, "media": self.media}

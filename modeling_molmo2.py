@@ -23,6 +23,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
@@ -1009,6 +1010,21 @@ class Molmo2Embedding(nn.Embedding):
         self.embedding = nn.Parameter(table.detach(), requires_grad=trains)
         self.new_embedding = nn.Parameter(table.new_empty(0, table.shape[1]), requires_grad=trains)
 
+    def cut_at(self, num_rows: int) -> None:
+        """Moves the cut: `num_rows` rows in the base vocabulary. Tensors without memory keep theirs."""
+        if num_rows == len(self.embedding) or self.embedding.is_meta or not len(self.new_embedding):
+            return
+        pieces = self.weight.detach().split((num_rows, self.num_embeddings - num_rows))
+        trains = self.embedding.requires_grad
+        self.embedding, self.new_embedding = (nn.Parameter(piece.clone(), requires_grad=trains) for piece in pieces)
+
+    def take_shapes(self, shapes: dict[str, list[int]]) -> None:
+        """Makes room, without values, for pieces of a checkpoint that has the same rows, cut elsewhere."""
+        found = [shapes[name] for name in ("wte.embedding", "wte.new_embedding") if name in shapes]
+        is_cut_elsewhere = len(found) == 2 and found[0] != list(self.embedding.shape)
+        if is_cut_elsewhere and found[0][0] + found[1][0] == self.num_embeddings:
+            self.embedding, self.new_embedding = (nn.Parameter(self.embedding.new_empty(shape)) for shape in found)
+
     def forward(self, input_ids: Tensor) -> Tensor:
         """(B, S) ids to (B, S, D); only the rows asked for are touched."""
         base_size = self.embedding.shape[0]
@@ -1018,6 +1034,20 @@ class Molmo2Embedding(nn.Embedding):
         base = nn.functional.embedding(input_ids.masked_fill(is_new, 0), self.embedding)
         new = nn.functional.embedding((input_ids - base_size).clamp(min=0), self.new_embedding)
         return torch.where(is_new[..., None], new, base)
+
+
+def stored_shapes(state_dict: dict[str, Any] | None, files: Iterable[str] | None) -> dict[str, list[int]]:
+    """Shapes of the embedding's pieces in a state dict, or else in safetensors files, by the last two parts of names.
+
+    The library's own Molmo2 class has one table, and saves it cut into halves under the names of the two pieces.
+    """
+    shapes = {name: list(tensor.shape) for name, tensor in (state_dict or {}).items()}
+    for path in () if state_dict else files or ():
+        if str(path).endswith(".safetensors"):
+            with safe_open(path, framework="pt") as file:
+                names = [name for name in list(file.keys()) if ".wte." in f".{name}"]
+                shapes |= {name: file.get_slice(name).get_shape() for name in names}
+    return {".".join(name.split(".")[-2:]): shape for name, shape in shapes.items()}
 
 
 def warn_about_lost_rows(config: Any, names: Iterable[str], num_rows: int | None) -> None:
@@ -1165,6 +1195,26 @@ class Molmo2PreTrainedModel(PreTrainedModel):
             """As in transformers, with `checkpointing_settings`."""
             settings = checkpointing_settings(gradient_checkpointing_kwargs)
             super().gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings, **options)
+
+    @classmethod
+    def _load_pretrained_model(  # a static method in recent releases
+        cls, model: Any, state_dict: dict[str, Any] | None, checkpoint_files: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As in transformers, also for an embedding that is cut elsewhere in the files; see `stored_shapes`."""
+        embeddings = [module for module in model.modules() if isinstance(module, Molmo2Embedding)]
+        for embedding in embeddings:
+            embedding.take_shapes(stored_shapes(state_dict, checkpoint_files))
+        return super()._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers. A folder that the library's own Molmo2 class saved is taken too."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for module in model.modules():
+            if isinstance(module, Molmo2Embedding):
+                module.cut_at(model.config.get_text_config().vocab_size)
+        return loaded
 
     def _setting(self, name: str, value: bool | None) -> bool:
         return bool(getattr(self.config, name)) if value is None else value

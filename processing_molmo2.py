@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from itertools import islice
 from os import PathLike
 from pathlib import Path
@@ -56,7 +57,7 @@ logger = logging.get_logger(__name__)
 # Keys that may hold the source of a part, by its kind.
 SOURCE_KEYS = {
     "image": ("image", "image_url", "url", "path", "base64"),
-    "video": ("video", "video_url", "url", "path"),
+    "video": ("video", "video_url", "url", "path", "base64"),
 }
 # Options that a video part may carry, and their names in the video processor.
 VIDEO_OPTIONS = {
@@ -70,6 +71,15 @@ VIDEO_OPTIONS = {
 }
 VIDEO_PART_OPTIONS = frozenset({*VIDEO_OPTIONS, "fps"})
 PART_OPTIONS = VIDEO_PART_OPTIONS | {"max_crops", "overlap_margins", "pooling_size", "key_frame_interval"}
+# Keys that image and video parts may have beside their sources and options.
+DESCRIBING_KEYS = {"type", "text", "style", "video_metadata", "metadata", "timestamps"}
+# What other models call such options, and where ours are: in the part, or in the call.
+FOREIGN_OPTIONS = {
+    **dict.fromkeys(("max_frames", "nframes", "num_sampled_frames"), "num_frames"),
+    **dict.fromkeys(("video_start", "video_end", "start_time", "end_time", "start", "end"), "clip"),
+    **dict.fromkeys(("min_pixels", "max_pixels", "total_pixels", "resized_height", "resized_width"), "max_crops"),
+}
+SIMILARITY = 0.8  # (0..1) from which an unknown key counts as a misspelt one
 PART_EXAMPLES = "{'type': 'text', 'text': ...}, {'type': 'image', 'image': ...} or {'type': 'video', 'video': ...}"
 
 
@@ -135,6 +145,20 @@ def _require_known(part: Mapping[str, Any], kind: str | None, where: str) -> Non
             f"{where} has the option {misplaced[0]!r}, which {kind or 'text'} parts do not have. Pass it to the call, "
             "where it holds for all images or videos."
         )
+    if kind is not None:
+        for key in (key for key in part if part[key] is not None):
+            _require_read(key, where)
+
+
+def _require_read(key: str, where: str) -> None:
+    """Refuses a key of an image or video part that was meant for an option, and warns of others that are not read."""
+    options = sorted(PART_OPTIONS | DESCRIBING_KEYS | {key for keys in SOURCE_KEYS.values() for key in keys})
+    if key in options:
+        return
+    meant = [FOREIGN_OPTIONS[key]] if key in FOREIGN_OPTIONS else get_close_matches(str(key), options, 1, SIMILARITY)
+    if meant:
+        raise ValueError(f"{where} has the key {key!r}, which nothing reads; did you mean {meant[0]!r}?")
+    logger.warning_once(f"Image and video parts of messages have no key {key!r}; it is ignored.")
 
 
 def media_kind(part: Mapping[str, Any]) -> str | None:

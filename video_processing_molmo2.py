@@ -66,6 +66,7 @@ from .image_processing_molmo2 import (
     as_output,
     checked_limits,
     data_url_bytes,
+    embedded_bytes,
     empty_pixels,
     fetch,
     flag,
@@ -73,6 +74,7 @@ from .image_processing_molmo2 import (
     interpolation_mode,
     is_encoded,
     is_file_on_disk,
+    is_stored_file,
     load_images,
     masked,
     normalization,
@@ -83,7 +85,9 @@ from .image_processing_molmo2 import (
     plan_video,
     require_size,
     scheme_of,
+    shortened,
     stack_pooling,
+    stored_file,
     video_token_pooling,
 )
 
@@ -633,7 +637,7 @@ def _read(file: IO[bytes], place: int, count: int) -> bytes:
 
 
 # --- src/molmo2/video/decoding/readers.py ----------------------------------------------------------------------------
-# The three decoders behind one interface: decord (or decord2), torchcodec and PyAV.
+# The decoders behind one interface: decord (or decord2), torchcodec and PyAV, and Pillow for animated WebP.
 
 
 VideoSource = str | Path | bytes | IO[bytes]
@@ -650,6 +654,7 @@ THREADS_PER_CORE, MAX_THREADS = 3, 16
 MAX_BACKWARD_SECONDS = 1.0  # PyAV: how far time stamps may go back where no frame hides another
 # Formats of Pillow that can be animated.
 ANIMATED_FORMATS = ("GIF", "PNG", "WEBP", "AVIF")
+UNSTATED_DURATION = 100  # milliseconds of a frame whose file says 0, as browsers and ffmpeg have it
 COPIED_BYTES = 1 << 20  # at a time, of a video in memory
 HEAD_BYTES = 4096  # in which ffmpeg looks for the signs of a playlist
 PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"[playlist]", b"[Reference]", b"v=0", b"<?xml", b"<asx", b"<smil", b"RTSPtext")
@@ -705,10 +710,10 @@ class Source:
 
     @classmethod
     def _from_path(cls, path: Path, limits: MediaLimits) -> "Source":
-        if path.is_dir():
+        if os.path.isdir(path):  # which, unlike the path's own method, takes names that no file can have
             raise IsADirectoryError(f"{str(path)!r} is a directory. Pass a video file, or a list of its frames.")
-        if not path.exists():
-            raise FileNotFoundError(f"There is no video file {str(path)!r}. Check the path.")
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"There is no video file {str(path)!r:.300}. Check the path.")
         if not is_file_on_disk(path):
             raise VideoDecodeError(f"{str(path)!r} is a device or pipe, not a file. Pass the path of a video file.")
         return cls(repr(str(path)), str(path.absolute()), path.stat().st_size, limits)
@@ -729,9 +734,8 @@ class Source:
                 f"{self.name} is a text, not a video. Playlists and other lists of addresses are not followed; pass "
                 "the video itself."
             )
-        as_frame = replace(self.limits, image_pixels=self.limits.video_frame_pixels)
         try:
-            with open_image(Path(self.path), self.name, as_frame) as image:
+            with self.open_animation() as image:
                 kind, num_images = image.format, getattr(image, "n_frames", 1)
                 size = (image.height, image.width)
         except MediaLimitError as error:  # the limit has another name for videos
@@ -742,6 +746,11 @@ class Source:
             raise VideoDecodeError(f"{self.name} is an image ({kind}), not a video. Pass it as an image.")
         self.limits.check_video(self.name, num_images, size, self.num_bytes)
         return kind
+
+    def open_animation(self) -> Any:
+        """The file as an image of Pillow, held to the limit on frames of videos."""
+        as_frame = replace(self.limits, image_pixels=self.limits.video_frame_pixels)
+        return open_image(Path(self.path), self.name, as_frame)
 
 
 class _TemporaryCopy:
@@ -1272,10 +1281,42 @@ def _frame_with(stamp: int, frames: Iterator[tuple[int | None, Any]]) -> Any:
 
 # --- backends --------------------------------------------------------------------------------------------------------
 
+# --- Pillow ----------------------------------------------------------------------------------------------------------
+
+
+class _PillowReader(VideoReader):
+    """Animated WebP, which ffmpeg does not read. All frames are decoded once for their durations."""
+
+    backend = "pillow"
+
+    def __init__(self, source: Source, only_choice: bool) -> None:
+        super().__init__(source)
+        self._image = source.open_animation()
+        durations = []
+        for index in range(self._image.n_frames):
+            self._image.seek(index)
+            self._image.load()
+            durations.append(self._image.info["duration"] or UNSTATED_DURATION)
+        ends = np.cumsum(durations) / 1000
+        self.timeline = make_timeline(np.append(0.0, ends[:-1]), float(ends[-1]), None, self._image.size[::-1])
+
+    def close(self) -> None:
+        self._image.close()
+
+    def _decode(self, indices: list[int]) -> Iterator[np.ndarray]:
+        for index in indices:
+            try:
+                self._image.seek(index)
+                yield np.asarray(self._image.convert("RGB"))
+            except Exception as error:
+                raise self._frame_error(index, error) from error
+
+
 READERS: dict[str, Callable[..., VideoReader]] = {
     "decord": _DecordReader,
     "torchcodec": _TorchcodecReader,
     "pyav": _PyavReader,
+    "pillow": _PillowReader,
 }
 
 
@@ -1332,7 +1373,8 @@ def open_video(
     Args:
         source: a path, the bytes of a file, or a file object opened for reading bytes.
         limits: see `MediaLimits`; None for the default ones. A `Source` has its own.
-        backend: "decord", "torchcodec" or "pyav" to use this one only; None tries them in this order.
+        backend: "decord", "torchcodec" or "pyav" to use this one only; None tries them in this order, and takes
+            Pillow for animated WebP.
 
     Raises:
         FileNotFoundError, IsADirectoryError: there is no such file.
@@ -1381,19 +1423,16 @@ def _first_success(
         raise ValueError(f"Unknown video backend {backend!r}. Use one of {', '.join(BACKENDS)}, or None to try all.")
     readable = source if isinstance(source, Source) else Source.from_input(source, limits)
     failures: dict[str, VideoDecodeError] = {}
-    for name in BACKENDS if backend is None else (backend,):
+    by_default = ("pillow",) if readable.image_format == "WEBP" else BACKENDS
+    for name in by_default if backend is None else (backend,):
         try:
             return action(_open_reader(name, readable, only_choice=backend is not None))
         except VideoDecodeError as error:
             logger.info("Video backend %s failed: %s", name, error)
             failures[name] = error
     reasons = "\n".join(f"  {name}: {error.reason}" for name, error in failures.items())
-    if readable.image_format == "WEBP":
-        advice = (
-            "Animated WebP is read by no decoder here. Pass its frames, list(PIL.ImageSequence.Iterator(image)) with "
-            "copies of each, and their rate, or convert it to GIF or MP4."
-        )
-        raise VideoDecodeError(f"No video backend could read {readable.name}:\n{reasons}\n{advice}")
+    if readable.image_format == "WEBP" and backend is not None:
+        reasons += "\n  Animated WebP is read by Pillow: leave the backend out."
     raise VideoDecodeError(
         f"No video backend could read {readable.name}:\n{reasons}\n"
         "Check that the file is complete and has a video track; re-encoding it (ffmpeg -i in.mp4 out.mp4) often "
@@ -1709,8 +1748,8 @@ FrameConsumer = Callable[[Iterator[np.ndarray], int], Result]  # (frames, their 
 
 DEFAULT_FPS = 24.0  # of frames without a rate, as processors of transformers assume
 ACCEPTED_VIDEOS = (
-    "a path, a URL (http, https, file, data), the bytes of a video file or an open one, an array or tensor of frames, "
-    "a list of images, or a pair (frames, metadata)"
+    "a path, a URL (http, https, file, data), base64 text, the bytes of a video file or an open one, a row {'bytes', "
+    "'path'} of an undecoded column, an array or tensor of frames, a list of images, or a pair (frames, metadata)"
 )
 
 
@@ -1779,9 +1818,10 @@ def list_videos(videos: Any, video_metadata: Any = None) -> list[VideoItem]:
     """The videos of a call in order, nested lists flattened, each with its metadata.
 
     Args:
-        videos: one video or a (nested) list of them. A video is a path, URL (http, https, file, data), bytes or an
-            open binary file; an array or tensor (T, H, W, C) or (T, C, H, W); a list of images (PIL, arrays, paths
-            of image files); or a pair (frames, metadata).
+        videos: one video or a (nested) list of them. A video is a path, URL (http, https, file, data), base64 text,
+            bytes or an open binary file; a row {"bytes", "path"} of an undecoded column; an array or tensor
+            (T, H, W, C) or (T, C, H, W); a list of images (PIL, arrays, paths of image files); or a pair
+            (frames, metadata).
         video_metadata: a dict or `VideoMetadata` per video, nested or flat; None if there is none.
 
     Raises:
@@ -1804,7 +1844,13 @@ def list_videos(videos: Any, video_metadata: Any = None) -> list[VideoItem]:
 
 def is_one_video(value: Any) -> bool:
     """True for a video, False for a list or batch of them and for anything else."""
-    return is_encoded(value) or _has_metadata(value) or _num_axes(value) == 4 or _is_list_of_frames(value)
+    return (
+        is_encoded(value)
+        or is_stored_file(value)
+        or _has_metadata(value)
+        or _num_axes(value) == 4
+        or _is_list_of_frames(value)
+    )
 
 
 def read_video(
@@ -1920,8 +1966,13 @@ def _source(item: VideoItem, limits: MediaLimits) -> Source:
             return Source.from_input(file, limits, name=f"the answer to {masked(text)}")
     if scheme == "data":
         return Source.from_input(data_url_bytes(text, item.where, limits), limits)
+    path = Path(url2pathname(urlsplit(text).path) if scheme == "file" else text)
+    if not scheme and not ("path" in limits.sources and is_file_on_disk(path)):
+        content = embedded_bytes(item.video, item.where, limits)
+        if content is not None:
+            return Source.from_input(content, limits, name=f"'{shortened(text)}', read as base64,")
     limits.check_source(scheme or "path", item.where)
-    return Source.from_input(Path(url2pathname(urlsplit(text).path) if scheme == "file" else text), limits)
+    return Source.from_input(path, limits)
 
 
 # --- frames ----------------------------------------------------------------------------------------------------------
@@ -2056,10 +2107,10 @@ def _rgb_frame(item: VideoItem, frame: Any, index: int, options: ReadingOptions)
 def _flatten(videos: Any, where: str) -> Iterator[VideoItem]:
     """The videos of a nested list in order, not yet with the metadata of the call."""
     if _has_metadata(videos):
-        yield VideoItem(where, videos[0], videos[1])
+        yield VideoItem(where, stored_file(videos[0]), videos[1])
     elif is_one_video(videos):
         is_path_list = isinstance(videos, (list, tuple)) and _are_image_paths(videos)
-        yield VideoItem(f"{where} ({os.fspath(videos[0])!r}, ...)" if is_path_list else where, videos)
+        yield VideoItem(f"{where} ({os.fspath(videos[0])!r}, ...)" if is_path_list else where, stored_file(videos))
     elif isinstance(videos, (list, tuple)) or _num_axes(videos) == 5:
         for index, video in enumerate(videos):
             yield from _flatten(video, f"{where}[{index}]")
@@ -2070,7 +2121,8 @@ def _flatten(videos: Any, where: str) -> Iterator[VideoItem]:
 
 def _has_metadata(value: Any) -> bool:
     """True for a pair (video, metadata)."""
-    return isinstance(value, (list, tuple)) and len(value) == 2 and isinstance(value[1], Mapping)
+    is_pair = isinstance(value, (list, tuple)) and len(value) == 2
+    return is_pair and isinstance(value[1], Mapping) and not is_stored_file(value[1])
 
 
 def _num_axes(value: Any) -> int:
