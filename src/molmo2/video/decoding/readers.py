@@ -20,6 +20,7 @@ import re
 import tempfile
 import weakref
 from abc import ABC, abstractmethod
+from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -54,6 +55,7 @@ MAX_DECORD_PIXELS = 1_000_000_000
 MIN_SEEK_PACKETS = 16
 # PyAV: decoder threads. More than cores, so that decoding continues while one core resizes a frame.
 THREADS_PER_CORE, MAX_THREADS = 3, 16
+NO_TICKS = -(1 << 63)  # PyAV: in place of a time stamp that a packet lacks; ffmpeg has the same
 MAX_BACKWARD_SECONDS = 1.0  # PyAV: how far time stamps may go back where no frame hides another
 # Formats of Pillow that can be animated.
 ANIMATED_FORMATS = ("GIF", "PNG", "WEBP", "AVIF")
@@ -464,7 +466,7 @@ class _PyavReader(VideoReader):
         frames: Iterator[tuple[int | None, Any]] | None = None
         from_start, reached = False, 0
         for index in indices:
-            stamp, key = self._packets.stamps[index], self._packets.key_before(index)
+            stamp, key = int(self._packets.stamps[index]), self._packets.key_before(index)
             if frames is None or key > reached + MIN_SEEK_PACKETS:
                 frames, from_start = self._frames_from(key), key == 0
             try:
@@ -484,7 +486,7 @@ class _PyavReader(VideoReader):
                     raise self._frame_error(index, error) from error
                 after_last = bisect_right(self._packets.stamps, self._last_stamp)
                 raise self._frame_error(min(after_last, index), error) from error
-            reached = self._packets.place_of[stamp]
+            reached = self._packets.place_of(stamp)
             yield rgb
 
     def _frames_from(self, place: int) -> Iterator[tuple[int | None, Any]]:
@@ -503,11 +505,11 @@ class _PyavReader(VideoReader):
     def _packets_from(self, place: int) -> Iterator[Any]:
         """Packets in file order from the one at `place` on; seeks if that gets there."""
         if place > 0:
-            self._container.seek(self._packets.file_stamps[place], stream=self._stream)
+            self._container.seek(int(self._packets.file_stamps[place]), stream=self._stream)
             packets = self._demuxed()
             first = next(packets, None)
-            landed = self._packets.place_of.get(first.pts) if first is not None else None
-            if landed is not None and landed <= place:
+            landed = self._packets.place_of(first.pts) if first is not None else -1
+            if 0 <= landed <= place:
                 if landed == place:
                     yield first
                 for packet in packets:
@@ -573,10 +575,12 @@ def _rgb_view(frame: Any) -> np.ndarray:
 class _PacketTable:
     """The packets of a stream. A *place* counts them in file order, an index in display order.
 
+    Arrays, of 24 bytes a packet: hours have a million.
+
     Attributes:
         file_stamps: time stamp of each place, in ticks (the place itself if the file has no time stamps).
+        by_stamp: places in the order of their time stamps.
         stamps: time stamps of the frames that are shown, ascending.
-        place_of: place of each time stamp.
         key_places: places of key frames, ascending.
         has_stamps: False for raw streams; their frames are counted and a constant rate is assumed.
         last_ticks: duration of the last frame, in ticks.
@@ -584,10 +588,10 @@ class _PacketTable:
         rate: declared frames per second; None if unknown.
     """
 
-    file_stamps: list[int]
-    stamps: list[int]
-    place_of: dict[int, int]
-    key_places: list[int]
+    file_stamps: np.ndarray
+    by_stamp: np.ndarray
+    stamps: np.ndarray
+    key_places: np.ndarray
     has_stamps: bool
     last_ticks: int
     tick_seconds: Fraction
@@ -596,40 +600,49 @@ class _PacketTable:
     @classmethod
     def from_packets(cls, stream: Any, packets: Iterator[Any]) -> "_PacketTable":
         """The table of all packets. Those that an edit list cuts off are needed for decoding but not shown."""
-        listed, decoding_stamps = [], []
+        columns = array("q"), array("q"), array("q")  # shown at, decoded at, for how long
+        flags, has_stamps = bytearray(), True
         for packet in packets:
             if packet.size:
-                listed.append((packet.pts, packet.duration, packet.is_keyframe, packet.is_discard))
-                decoding_stamps.append(packet.dts)
-        has_stamps = all(pts is not None for pts, *_ in listed)
-        file_stamps = [pts if has_stamps else place for place, (pts, *_) in enumerate(listed)]
-        shown = {stamp: row for stamp, row in zip(file_stamps, listed, strict=True) if not row[3]}
-        if not shown:
+                has_stamps = has_stamps and packet.pts is not None
+                for column, ticks in zip(columns, (packet.pts, packet.dts, packet.duration), strict=True):
+                    column.append(NO_TICKS if ticks is None else ticks)
+                flags.append(packet.is_keyframe + 2 * packet.is_discard)
+        listed, decoded, lengths = (np.array(column, dtype=np.int64) for column in columns)
+        kinds = np.frombuffer(bytes(flags), dtype=np.uint8)
+        file_stamps = listed if has_stamps else np.arange(len(listed))
+        shown = file_stamps[kinds < 2]
+        if not len(shown):
             raise VideoDecodeError("its video track has no frames")
         if has_stamps:
-            _require_one_time_line(decoding_stamps, len(file_stamps) - len(set(file_stamps)), stream.time_base)
-        place_of: dict[int, int] = {}
-        for place, stamp in enumerate(file_stamps):
-            place_of.setdefault(stamp, place)
-        stamps = sorted(shown)
+            num_lost = len(file_stamps) - len(np.unique(file_stamps))
+            _require_one_time_line(decoded, num_lost, stream.time_base)
+        last_place = np.flatnonzero((file_stamps == shown.max()) & (kinds < 2))[-1]
         rate = stream.average_rate
         return cls(
             file_stamps=file_stamps,
-            stamps=stamps,
-            place_of=place_of,
-            key_places=[place for place, row in enumerate(listed) if row[2] and has_stamps],
+            by_stamp=np.argsort(file_stamps, kind="stable"),
+            stamps=np.unique(shown),
+            key_places=np.flatnonzero(kinds & 1) if has_stamps else np.array([], dtype=np.int64),
             has_stamps=has_stamps,
-            last_ticks=shown[stamps[-1]][1] or 0,
+            last_ticks=max(0, int(lengths[last_place])),
             tick_seconds=stream.time_base,
             rate=rate if rate else None,
         )
 
+    def place_of(self, stamp: int | None) -> int:
+        """Place of the first packet with this time stamp; -1 if there is none."""
+        if stamp is None:
+            return -1
+        rank = int(np.searchsorted(self.file_stamps, stamp, sorter=self.by_stamp))
+        place = int(self.by_stamp[min(rank, len(self.by_stamp) - 1)])
+        return place if self.file_stamps[place] == stamp else -1
+
     def key_before(self, index: int) -> int:
         """Place from which this frame can be decoded: that of a key frame stored and shown no later; 0 if none is."""
-        stamp = self.stamps[index]
-        place = self.place_of[stamp]
-        usable = (key for key in reversed(self.key_places) if key <= place and self.file_stamps[key] <= stamp)
-        return next(usable, 0)
+        stamp = int(self.stamps[index])
+        keys = self.key_places[: np.searchsorted(self.key_places, self.place_of(stamp), side="right")]
+        return next((int(key) for key in keys[::-1] if self.file_stamps[key] <= stamp), 0)
 
     @property
     def first_timestamp_seconds(self) -> float | None:
@@ -644,26 +657,29 @@ class _PacketTable:
             return np.arange(len(self.stamps) + 1) * self.rate.denominator / self.rate.numerator, rate
         last_ticks = self.last_ticks
         if last_ticks <= 0:  # unknown: as long as the frame before it
-            last_ticks = self.stamps[-1] - self.stamps[-2] if len(self.stamps) > 1 else 0
-        ticks = np.array([*self.stamps, self.stamps[-1] + last_ticks], dtype=np.int64) - self.stamps[0]
+            last_ticks = int(self.stamps[-1] - self.stamps[-2]) if len(self.stamps) > 1 else 0
+        ticks = np.append(self.stamps, int(self.stamps[-1]) + last_ticks) - self.stamps[0]
         return ticks * self.tick_seconds.numerator / self.tick_seconds.denominator, rate
 
 
-def _require_one_time_line(stamps: list[int | None], num_lost: int, tick_seconds: Fraction) -> None:
+def _require_one_time_line(stamps: np.ndarray, num_lost: int, tick_seconds: Fraction) -> None:
     """Refuse recordings that are joined without new time stamps: frames of the same time would hide each other.
 
     Args:
-        stamps: when each packet is decoded, in ticks and file order; they ascend within a recording.
+        stamps: when each packet is decoded, in ticks and file order, `NO_TICKS` where unknown; they ascend within a
+            recording.
         num_lost: packets whose time to be shown is that of another one.
         tick_seconds: length of a tick.
     """
-    known = [(place, stamp) for place, stamp in enumerate(stamps) if stamp is not None]
-    for (_, before), (place, stamp) in itertools.pairwise(known):
-        if stamp < before and (num_lost or (before - stamp) * tick_seconds > MAX_BACKWARD_SECONDS):
-            new, old = float(stamp * tick_seconds), float(before * tick_seconds)
+    places = np.flatnonzero(stamps != NO_TICKS)
+    known = stamps[places]
+    steps = np.diff(known)
+    for number in np.flatnonzero(steps < 0).tolist():
+        if num_lost or -int(steps[number]) * tick_seconds > MAX_BACKWARD_SECONDS:
+            new, old = (float(int(known[number + late]) * tick_seconds) for late in (1, 0))
             raise VideoDecodeError(
-                f"its time stamps restart at frame {place} of {len(stamps)} ({new:.3f} s after {old:.3f} s), as if "
-                "recordings were joined; join them anew with ffmpeg's concat demuxer"
+                f"its time stamps restart at frame {places[number + 1]} of {len(stamps)} ({new:.3f} s after {old:.3f} "
+                "s), as if recordings were joined; join them anew with ffmpeg's concat demuxer"
             )
 
 
