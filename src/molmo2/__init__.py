@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from molmo2.grounding import prompts
     from molmo2.grounding.parse import Grounding, parse_grounding
     from molmo2.image.limits import MediaLimitError, MediaLimits
+    from molmo2.long_video.run import ask_long, count_long, localize_long, stream_long, track_long
+    from molmo2.long_video.source import LiveVideo, LongVideo
     from molmo2.registration import load, register
     from molmo2.tools.answer import Answer, AnswerPiece, Timings
     from molmo2.tools.ask import MediaSession, ask, ask_stream
@@ -30,6 +32,8 @@ _HOMES = {
     "AnswerPiece": "molmo2.tools.answer",
     "DrawingStyle": "molmo2.tools.draw",
     "Grounding": "molmo2.grounding.parse",
+    "LiveVideo": "molmo2.long_video.source",
+    "LongVideo": "molmo2.long_video.source",
     "MediaLimitError": "molmo2.image.limits",
     "MediaLimits": "molmo2.image.limits",
     "MediaSession": "molmo2.tools.ask",
@@ -37,13 +41,18 @@ _HOMES = {
     "Timings": "molmo2.tools.answer",
     "annotate_video": "molmo2.tools.draw_video",
     "ask": "molmo2.tools.ask",
+    "ask_long": "molmo2.long_video.run",
     "ask_stream": "molmo2.tools.ask",
     "contact_sheet": "molmo2.tools.draw",
+    "count_long": "molmo2.long_video.run",
     "draw": "molmo2.tools.draw",
     "load": "molmo2.registration",
+    "localize_long": "molmo2.long_video.run",
     "parse_grounding": "molmo2.grounding.parse",
     "plan": "molmo2.tools.plan",
     "register": "molmo2.registration",
+    "stream_long": "molmo2.long_video.run",
+    "track_long": "molmo2.long_video.run",
 }
 
 __all__ = [
@@ -52,6 +61,8 @@ __all__ = [
     "AnswerPiece",
     "DrawingStyle",
     "Grounding",
+    "LiveVideo",
+    "LongVideo",
     "MediaLimitError",
     "MediaLimits",
     "MediaSession",
@@ -60,14 +71,19 @@ __all__ = [
     "__version__",
     "annotate_video",
     "ask",
+    "ask_long",
     "ask_stream",
     "contact_sheet",
+    "count_long",
     "draw",
     "load",
+    "localize_long",
     "parse_grounding",
     "plan",
     "prompts",
     "register",
+    "stream_long",
+    "track_long",
 ]
 
 
