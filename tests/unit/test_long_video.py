@@ -506,19 +506,21 @@ def test_windows_are_thinned_to_a_budget(path):
 
 # --- growth ----------------------------------------------------------------------------------------------------------
 
+# The kernel's own mark: what `getrusage` tells includes the process from which this one was started.
 PEAK = """
-import json, resource, sys
-sys.path[:0] = sys.argv[1:3]
+import json, re, sys
+sys.path.insert(0, sys.argv[1])
 from molmo2.long_video import LongVideo, Reply, TrackTask, run_windows
-text = '<tracks coords="' + "\\t".join(f"{n / 2:.1f} 1 500 500" for n in range(60)) + '">dog</tracks>'
+text = '<tracks coords="' + "\\t".join(f"{n}.0 1 500 500" for n in range(30)) + '">dog</tracks>'
 def asked(prompt, clip):
     for frame in clip.frames:
         pass
     return Reply(text)
-with LongVideo(sys.argv[3]) as video:
+with LongVideo(sys.argv[2], fps=1.0) as video:
     for partial in run_windows(video, TrackTask("dog"), asked):
         pass
-    print(json.dumps([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, len(partial.result.tracks[0].points)]))
+peak = int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read()).group(1))
+print(json.dumps([peak, len(partial.result.tracks[0].points)]))
 """
 
 
@@ -528,12 +530,10 @@ def test_memory_does_not_grow_with_hours(tmp_path):
     peaks = []
     for name, minutes in (("minutes.mp4", 10), ("hours.mp4", 180)):
         path = write_video(tmp_path / name, 30, repeats=2 * minutes)
-        folders = [str(REPOSITORY / "src"), str(REPOSITORY)]
-        done = subprocess.run(
-            [sys.executable, "-c", PEAK, *folders, str(path)], capture_output=True, text=True, check=True
-        )
+        command = [sys.executable, "-c", PEAK, str(REPOSITORY / "src"), str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
         peak, num_points = json.loads(done.stdout)
-        assert num_points == minutes * 120
+        assert num_points == minutes * 60
         peaks.append(peak)
     print(peaks)
     assert peaks[1] <= 1.05 * peaks[0]

@@ -575,11 +575,11 @@ def _rgb_view(frame: Any) -> np.ndarray:
 class _PacketTable:
     """The packets of a stream. A *place* counts them in file order, an index in display order.
 
-    Arrays, of 24 bytes a packet: hours have a million.
+    Arrays, of at most 24 bytes a packet: ten hours have a million.
 
     Attributes:
         file_stamps: time stamp of each place, in ticks (the place itself if the file has no time stamps).
-        by_stamp: places in the order of their time stamps.
+        by_stamp: places in the order of their time stamps; None if that is the order of the file.
         stamps: time stamps of the frames that are shown, ascending.
         key_places: places of key frames, ascending.
         has_stamps: False for raw streams; their frames are counted and a constant rate is assumed.
@@ -589,7 +589,7 @@ class _PacketTable:
     """
 
     file_stamps: np.ndarray
-    by_stamp: np.ndarray
+    by_stamp: np.ndarray | None
     stamps: np.ndarray
     key_places: np.ndarray
     has_stamps: bool
@@ -600,32 +600,42 @@ class _PacketTable:
     @classmethod
     def from_packets(cls, stream: Any, packets: Iterator[Any]) -> "_PacketTable":
         """The table of all packets. Those that an edit list cuts off are needed for decoding but not shown."""
-        columns = array("q"), array("q"), array("q")  # shown at, decoded at, for how long
-        flags, has_stamps = bytearray(), True
+        shown_at, decoded_at, flags = array("q"), array("q"), bytearray()
+        has_stamps, highest, ticks_of_highest, ticks_of_latest = True, NO_TICKS, 0, 0
         for packet in packets:
             if packet.size:
                 has_stamps = has_stamps and packet.pts is not None
-                for column, ticks in zip(columns, (packet.pts, packet.dts, packet.duration), strict=True):
-                    column.append(NO_TICKS if ticks is None else ticks)
+                stamp = NO_TICKS if packet.pts is None else packet.pts
+                shown_at.append(stamp)
+                decoded_at.append(NO_TICKS if packet.dts is None else packet.dts)
                 flags.append(packet.is_keyframe + 2 * packet.is_discard)
-        listed, decoded, lengths = (np.array(column, dtype=np.int64) for column in columns)
-        kinds = np.frombuffer(bytes(flags), dtype=np.uint8)
-        file_stamps = listed if has_stamps else np.arange(len(listed))
-        shown = file_stamps[kinds < 2]
-        if not len(shown):
+                if not packet.is_discard:
+                    ticks_of_latest = packet.duration or 0
+                    if stamp >= highest:
+                        highest, ticks_of_highest = stamp, ticks_of_latest
+        kinds = np.frombuffer(flags, dtype=np.uint8)
+        file_stamps = np.frombuffer(shown_at, dtype=np.int64) if has_stamps else np.arange(len(flags))
+        is_shown = kinds < 2
+        if not is_shown.any():
             raise VideoDecodeError("its video track has no frames")
+        by_stamp, stamps, num_lost = None, file_stamps, 0
+        if np.any(file_stamps[1:] <= file_stamps[:-1]):  # frames are stored in another order than they are shown in
+            by_stamp = np.argsort(file_stamps, kind="stable")
+            stamps = file_stamps[by_stamp]
+            num_lost = int(np.count_nonzero(stamps[1:] == stamps[:-1]))
+            stamps = np.unique(file_stamps[is_shown])
+        elif not is_shown.all():
+            stamps = file_stamps[is_shown]
         if has_stamps:
-            num_lost = len(file_stamps) - len(np.unique(file_stamps))
-            _require_one_time_line(decoded, num_lost, stream.time_base)
-        last_place = np.flatnonzero((file_stamps == shown.max()) & (kinds < 2))[-1]
+            _require_one_time_line(np.frombuffer(decoded_at, dtype=np.int64), num_lost, stream.time_base)
         rate = stream.average_rate
         return cls(
             file_stamps=file_stamps,
-            by_stamp=np.argsort(file_stamps, kind="stable"),
-            stamps=np.unique(shown),
+            by_stamp=by_stamp,
+            stamps=stamps,
             key_places=np.flatnonzero(kinds & 1) if has_stamps else np.array([], dtype=np.int64),
             has_stamps=has_stamps,
-            last_ticks=max(0, int(lengths[last_place])),
+            last_ticks=ticks_of_highest if has_stamps else ticks_of_latest,
             tick_seconds=stream.time_base,
             rate=rate if rate else None,
         )
@@ -635,7 +645,8 @@ class _PacketTable:
         if stamp is None:
             return -1
         rank = int(np.searchsorted(self.file_stamps, stamp, sorter=self.by_stamp))
-        place = int(self.by_stamp[min(rank, len(self.by_stamp) - 1)])
+        place = min(rank, len(self.file_stamps) - 1)
+        place = place if self.by_stamp is None else int(self.by_stamp[place])
         return place if self.file_stamps[place] == stamp else -1
 
     def key_before(self, index: int) -> int:
@@ -671,6 +682,8 @@ def _require_one_time_line(stamps: np.ndarray, num_lost: int, tick_seconds: Frac
         num_lost: packets whose time to be shown is that of another one.
         tick_seconds: length of a tick.
     """
+    if not np.any(stamps[1:] < stamps[:-1]):
+        return
     places = np.flatnonzero(stamps != NO_TICKS)
     known = stamps[places]
     steps = np.diff(known)
