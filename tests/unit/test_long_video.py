@@ -309,7 +309,7 @@ def test_a_finished_journal_needs_no_model(path, finished):
         partials = list(run_windows(video, TrackTask("dog"), None, journal=journal))
         assert partials[-1].result == result
         assert len(partials) == 7
-        strict = TrackTask("dog", JoinSettings(max_gap_seconds=1.0))
+        strict = TrackTask("dog", joins=JoinSettings(max_gap_seconds=1.0))
         assert len(final(run_windows(video, strict, None, journal=journal)).tracks) == 2  # merged anew, otherwise
 
 
@@ -367,6 +367,22 @@ def test_answers_that_were_cut_off_are_named(path):
         assert final(run_windows(video, TrackTask("dog"), cut)).problems == (
             "0:00:03 to 0:00:06: the answer was cut off by the limit of tokens",
         )
+
+
+def test_points_at_no_sample_are_left_out_and_named(path):
+    """Of 0.6 and 0.5 s the nearer to the sample counts, 3.9 s is the last one's, 4.0 s is nobody's."""
+    text = '<tracks coords="0.6 1 100 100\t0.5 1 200 200\t3.9 1 300 300\t4.0 1 400 400">dog</tracks>'
+    with LongVideo(path, **CUT) as video:
+        first = next(run_windows(video, TrackTask("dog"), lambda prompt, clip: Reply(text)))
+    assert first.record["tracks"] == [{"label": "dog", "points": [[0.5, 0.2, 0.2], [3.5, 0.3, 0.3]]}]
+    assert first.result.problems == ("0:00:00 to 0:00:03: 1 point(s) are at times outside the window",)
+
+
+def test_the_rate_of_positions_is_in_the_prompt(path):
+    asked = []
+    with LongVideo(path, **CUT) as video:
+        next(run_windows(video, TrackTask("dog", fps=1), lambda prompt, clip: asked.append(str(prompt)) or Reply("")))
+    assert asked == ["Track dog at 1 FPS"]
 
 
 def test_events_in_times_of_the_whole_video(path):

@@ -159,6 +159,22 @@ def test_something_unique_is_not_joined_to_another_that_is_there():
     assert len(stitch([both], JoinSettings(unique=True))) == 2
 
 
+def test_what_begins_while_another_is_there_is_not_its_return():
+    """0.05 beside it, and at the same time."""
+    assert len(stitch([window(0, 5, moving(range(6), 0.3), moving([3, 4], 0.35))])) == 2
+
+
+def test_what_returns_beside_another_is_not_the_only_one():
+    """One that ended, one that stays; what begins far from both is neither, for all that it should be unique."""
+    tracks = [moving([0, 1], 0.1), moving(range(10), 0.5), moving([6, 7], 0.95)]
+    assert len(stitch([window(0, 9, *tracks)], JoinSettings(unique=True))) == 3
+
+
+def test_no_return_without_a_gap_that_is_allowed():
+    windows = [window(0, 5, moving(range(4), 0.3)), window(4, 9, moving([8, 9], 0.3))]
+    assert len(stitch(windows, JoinSettings(max_gap_seconds=0.0))) == 2
+
+
 def test_duplicates_in_the_overlap_are_one_object():
     """Three windows of the same object, and one that passes: two objects, not four."""
     windows = [window(s, s + 5, moving(range(s, s + 6), 0.3)) for s in (0, 4, 8)]

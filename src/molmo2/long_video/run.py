@@ -192,24 +192,39 @@ def ask_long(model: Any, processor: Any, source: Any, question: str, **options: 
 
 
 def track_long(
-    model: Any, processor: Any, source: Any, what: str, *, joins: JoinSettings | None = None, **options: Any
+    model: Any,
+    processor: Any,
+    source: Any,
+    what: str,
+    *,
+    fps: float | None = None,
+    joins: JoinSettings | None = None,
+    **options: Any,
 ) -> LongTracks:
     """Follow objects through a long video, with the same id from window to window.
 
     Args:
         what: Their name.
+        fps: Positions a second to ask for, as of `prompts.track`; what is sampled is a matter of the `LongVideo`.
         joins: When two tracks are one object; `JoinSettings(unique=True)` for something that exists once.
         options: As of `stream_long`.
     """
-    task = TrackTask(what, JoinSettings() if joins is None else joins)
+    task = TrackTask(what, fps, JoinSettings() if joins is None else joins)
     return _last(stream_long(model, processor, source, task, **options), LongTracks())
 
 
 def count_long(
-    model: Any, processor: Any, source: Any, what: str, *, joins: JoinSettings | None = None, **options: Any
+    model: Any,
+    processor: Any,
+    source: Any,
+    what: str,
+    *,
+    fps: float | None = None,
+    joins: JoinSettings | None = None,
+    **options: Any,
 ) -> LongCount:
     """How many different objects of a kind there are in a long video. Arguments as of `track_long`."""
-    task = CountTask(what, JoinSettings() if joins is None else joins)
+    task = CountTask(what, fps, JoinSettings() if joins is None else joins)
     return _last(stream_long(model, processor, source, task, **options), LongCount())
 
 

@@ -105,7 +105,7 @@ class LongVideo:
         readable = video_source(VideoItem("the long video", source), checked_limits(limits))
         self._reader = _first_reader(readable, SEEKING_BACKENDS if video_backend is None else (video_backend,))
         self.timeline = self._reader.timeline
-        self.name = readable.name
+        self._num_bytes = readable.num_bytes
         self._store = _FrameStore(self._reader, self._shown_from)
 
     @property
@@ -152,9 +152,9 @@ class LongVideo:
         return Clip(window, tuple(times.tolist()), frames, metadata)
 
     def identity(self) -> dict[str, Any]:
-        """What tells this video, cut like this, from others; a journal remembers it."""
+        """What tells this video, cut like this, from others; a journal remembers it. Its file may be moved."""
         frames = {"frames": self.timeline.num_frames, "duration": self.timeline.duration_seconds, "size": self.size}
-        return {"name": self.name, **frames, **_cut_as(self.cutting)}
+        return {"bytes": self._num_bytes, **frames, **_cut_as(self.cutting)}
 
     def sampled_frame(self, time: float) -> SampledFrame:
         """The frame at a time of a result, with its place in the file."""

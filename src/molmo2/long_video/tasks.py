@@ -4,6 +4,7 @@ A task is data. `read` turns the answer about a window into a dictionary that JS
 `Merger` turns those dictionaries into the result, without a model: a journal can be merged again with other settings.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -78,12 +79,11 @@ def _asked(prompt: Prompt, clip: Clip, ask: Ask) -> tuple[Record, Any]:
     return record, prompt.parse(reply.text, clip.media)
 
 
-def _where(record: Record) -> str:
-    return f"{clock(record['start'])} to {clock(record['end'])}"
-
-
-def _cut_off(record: Record) -> list[str]:
-    return [f"{_where(record)}: the answer was cut off by the limit of tokens"] if record["truncated"] else []
+def _problems(record: Record) -> list[str]:
+    """What is missing of a window, with its times."""
+    where = f"{clock(record['start'])} to {clock(record['end'])}"
+    cut_off = ["the answer was cut off by the limit of tokens"] * record["truncated"]
+    return [f"{where}: {problem}" for problem in [*cut_off, *record.get("problems", [])]]
 
 
 # --- tracks and counts -----------------------------------------------------------------------------------------------
@@ -120,24 +120,30 @@ class LongCount:
     problems: tuple[str, ...] = ()
 
 
-def tracked(clip: Clip, grounding: Grounding) -> list[Record]:
-    """The tracks of an answer about a window, at its samples: [{"label", "points": [[seconds, x, y], ...]}].
+def tracked(clip: Clip, grounding: Grounding) -> tuple[list[Record], list[str]]:
+    """The tracks of an answer about a window, at its samples: [{"label", "points": [[seconds, x, y], ...]}]; problems.
 
-    Of several points of an object at one sample, the one that was written for the nearest time counts.
+    Of several points of an object at one sample, the one that was written for the nearest time counts. Points at times
+    that are no sample's, a step away from the nearest, are left out.
     """
+    step = clip.times[1] - clip.times[0] if len(clip.times) > 1 else math.inf
     nearest: dict[tuple[str, int], dict[int, tuple[float, float, float]]] = {}
+    num_outside = 0
     for track in grounding.tracks:
         own = nearest.setdefault((track.label, track.id), {})
         for point in track.points:
-            if point.frame is not None:
-                place = point.frame.sampled_index
-                if place not in own or point.seconds_to_frame < own[place][0]:
-                    own[place] = point.seconds_to_frame, point.x_norm, point.y_norm
-    return [
+            if point.frame is None or point.seconds_to_frame >= step:
+                num_outside += 1
+                continue
+            place = point.frame.sampled_index
+            if place not in own or point.seconds_to_frame < own[place][0]:
+                own[place] = point.seconds_to_frame, point.x_norm, point.y_norm
+    tracks = [
         {"label": label, "points": [[clip.times[place], *own[place][1:]] for place in sorted(own)]}
         for (label, _), own in nearest.items()
         if own
     ]
+    return tracks, [f"{num_outside} point(s) are at times outside the window"] * (num_outside > 0)
 
 
 def window_tracks(record: Record) -> WindowTracks:
@@ -149,9 +155,10 @@ def window_tracks(record: Record) -> WindowTracks:
     return WindowTracks(record["start"], record["end"], tracks)
 
 
-def _read_tracks(what: str, clip: Clip, ask: Ask) -> Record:
-    record, grounding = _asked(prompts.track(what), clip, ask)
-    return {**record, "tracks": tracked(clip, grounding)}
+def _read_tracks(prompt: Prompt, clip: Clip, ask: Ask) -> Record:
+    record, grounding = _asked(prompt, clip, ask)
+    tracks, problems = tracked(clip, grounding)
+    return {**record, "tracks": tracks, "problems": problems}
 
 
 class _TrackMerger:
@@ -160,7 +167,7 @@ class _TrackMerger:
 
     def add(self, record: Record) -> None:
         self.stitcher.add(window_tracks(record))
-        self._problems += _cut_off(record)
+        self._problems += _problems(record)
 
     def result(self) -> LongTracks:
         return LongTracks(self.stitcher.tracks(), tuple(self._problems))
@@ -172,17 +179,19 @@ class TrackTask(Task[LongTracks]):
 
     Attributes:
         what: Their name.
+        fps: Positions a second that the model is asked for; it gives 2 where nothing is said.
         joins: When two tracks are one object.
     """
 
     what: str
+    fps: float | None = None
     joins: JoinSettings = field(default_factory=JoinSettings)
 
     def identity(self) -> Record:
-        return {"task": "tracks", "prompt": prompts.track(self.what).text}
+        return {"task": "tracks", "prompt": prompts.track(self.what, self.fps).text}
 
     def read(self, clip: Clip, ask: Ask, so_far: Merger[LongTracks]) -> Record:
-        return _read_tracks(self.what, clip, ask)
+        return _read_tracks(prompts.track(self.what, self.fps), clip, ask)
 
     def merger(self) -> Merger[LongTracks]:
         return _TrackMerger(self.joins)
@@ -208,17 +217,18 @@ class CountTask(Task[LongCount]):
     """Count different objects, by following them: the windows are asked what `TrackTask` asks.
 
     Attributes:
-        what, joins: As of `TrackTask`.
+        what, fps, joins: As of `TrackTask`.
     """
 
     what: str
+    fps: float | None = None
     joins: JoinSettings = field(default_factory=JoinSettings)
 
     def identity(self) -> Record:
-        return TrackTask(self.what).identity()
+        return TrackTask(self.what, self.fps).identity()
 
     def read(self, clip: Clip, ask: Ask, so_far: Merger[LongCount]) -> Record:
-        return _read_tracks(self.what, clip, ask)
+        return _read_tracks(prompts.track(self.what, self.fps), clip, ask)
 
     def merger(self) -> Merger[LongCount]:
         return _CountMerger(self.joins)
@@ -247,7 +257,7 @@ class _EventsMerger:
     def add(self, record: Record) -> None:
         events = tuple((start, end, description) for start, end, description in record["events"])
         self._merger.add(WindowEvents(record["start"], record["end"], events))
-        self._problems += [*_cut_off(record), *(f"{_where(record)}: {problem}" for problem in record["problems"])]
+        self._problems += _problems(record)
 
     def result(self) -> LongEvents:
         return LongEvents(self._merger.events(), tuple(self._problems))
@@ -330,7 +340,7 @@ class _AnswerMerger:
     def add(self, record: Record) -> None:
         self._text = record["summary"]
         self._notes.append(Note(record["start"], record["end"], record["text"]))
-        self._problems += _cut_off(record)
+        self._problems += _problems(record)
 
     def result(self) -> LongAnswer:
         return LongAnswer(self._text, tuple(self._notes), tuple(self._problems))
