@@ -135,6 +135,7 @@ class _Open:
     label: str
     points: list[TrackPoint]
     joins: list[Join] = field(default_factory=list)
+    told: LongTrack | None = None  # as `tracks` told it, unless it went on since
 
     @property
     def last(self) -> float:
@@ -188,11 +189,16 @@ class Stitcher:
             horizon = self._end - self.settings.max_gap_seconds
             self._open = [track for track in self._open if track.last >= horizon]
         places = [place for place, track in enumerate(window.tracks) if track.points]
+        for owner in owners.values():
+            owner.told = None
         return {places[place]: owner.id for place, owner in owners.items()}
 
     def tracks(self) -> tuple[LongTrack, ...]:
         """The tracks so far."""
-        return tuple(LongTrack(own.id, own.label, tuple(own.points), tuple(own.joins)) for own in self._all)
+        for own in self._all:
+            if own.told is None:
+                own.told = LongTrack(own.id, own.label, tuple(own.points), tuple(own.joins))
+        return tuple(own.told for own in self._all if own.told is not None)
 
     def _by_overlap(self, window: WindowTracks, new: Sequence[WindowTrack]) -> list[tuple[int, _Open]]:
         """Pairs of a new track, by place, and the one that it continues, by what both say of the overlap."""
