@@ -22,6 +22,7 @@ from molmo2.long_video import (
     Reply,
     TrackTask,
     fit_windows,
+    run,
     run_windows,
 )
 from molmo2.video.decoding import readers
@@ -370,8 +371,8 @@ def test_answers_that_were_cut_off_are_named(path):
 
 
 def test_points_at_no_sample_are_left_out_and_named(path):
-    """Of 0.6 and 0.5 s the nearer to the sample counts, 3.9 s is the last one's, 4.0 s is nobody's."""
-    text = '<tracks coords="0.6 1 100 100\t0.5 1 200 200\t3.9 1 300 300\t4.0 1 400 400">dog</tracks>'
+    """Of 0.4, 0.5 and 0.6 s the nearest to the sample counts, 3.9 s is the last one's, 4.0 s is nobody's."""
+    text = '<tracks coords="0.4 1 150 150\t0.6 1 100 100\t0.5 1 200 200\t3.9 1 300 300\t4.0 1 400 400">dog</tracks>'
     with LongVideo(path, **CUT) as video:
         first = next(run_windows(video, TrackTask("dog"), lambda prompt, clip: Reply(text)))
     assert first.record["tracks"] == [{"label": "dog", "points": [[0.5, 0.2, 0.2], [3.5, 0.3, 0.3]]}]
@@ -518,6 +519,14 @@ def test_windows_are_thinned_to_a_budget(path):
         assert max(tokens) < whole.num_tokens
         with pytest.raises(ValueError, match="at least"):
             fit_windows(video, processor(), "Track the dog.", max_tokens=5)
+
+
+@pytest.mark.parametrize("num_frames", range(2, 8))
+def test_thinned_windows_never_have_more_samples(num_frames):
+    """Three samples a window that shares half: 1.5 and 1.5, both of which round to 2."""
+    thinned = run._thinned(Cutting(window=4.0, overlap=2.0, fps=2.0), num_frames)
+    assert num_frames // 2 <= thinned.size <= num_frames
+    assert (thinned.window, thinned.overlap) == (4.0, 2.0)
 
 
 # --- growth ----------------------------------------------------------------------------------------------------------
