@@ -26,6 +26,7 @@ import threading
 import time
 import weakref
 from abc import ABC, abstractmethod
+from array import array
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -651,6 +652,7 @@ MAX_DECORD_PIXELS = 1_000_000_000
 MIN_SEEK_PACKETS = 16
 # PyAV: decoder threads. More than cores, so that decoding continues while one core resizes a frame.
 THREADS_PER_CORE, MAX_THREADS = 3, 16
+NO_TICKS = -(1 << 63)  # PyAV: in place of a time stamp that a packet lacks; ffmpeg has the same
 MAX_BACKWARD_SECONDS = 1.0  # PyAV: how far time stamps may go back where no frame hides another
 # Formats of Pillow that can be animated.
 ANIMATED_FORMATS = ("GIF", "PNG", "WEBP", "AVIF")
@@ -1066,7 +1068,7 @@ class _PyavReader(VideoReader):
         frames: Iterator[tuple[int | None, Any]] | None = None
         from_start, reached = False, 0
         for index in indices:
-            stamp, key = self._packets.stamps[index], self._packets.key_before(index)
+            stamp, key = int(self._packets.stamps[index]), self._packets.key_before(index)
             if frames is None or key > reached + MIN_SEEK_PACKETS:
                 frames, from_start = self._frames_from(key), key == 0
             try:
@@ -1086,7 +1088,7 @@ class _PyavReader(VideoReader):
                     raise self._frame_error(index, error) from error
                 after_last = bisect_right(self._packets.stamps, self._last_stamp)
                 raise self._frame_error(min(after_last, index), error) from error
-            reached = self._packets.place_of[stamp]
+            reached = self._packets.place_of(stamp)
             yield rgb
 
     def _frames_from(self, place: int) -> Iterator[tuple[int | None, Any]]:
@@ -1105,11 +1107,11 @@ class _PyavReader(VideoReader):
     def _packets_from(self, place: int) -> Iterator[Any]:
         """Packets in file order from the one at `place` on; seeks if that gets there."""
         if place > 0:
-            self._container.seek(self._packets.file_stamps[place], stream=self._stream)
+            self._container.seek(int(self._packets.file_stamps[place]), stream=self._stream)
             packets = self._demuxed()
             first = next(packets, None)
-            landed = self._packets.place_of.get(first.pts) if first is not None else None
-            if landed is not None and landed <= place:
+            landed = self._packets.place_of(first.pts) if first is not None else -1
+            if 0 <= landed <= place:
                 if landed == place:
                     yield first
                 for packet in packets:
@@ -1175,10 +1177,12 @@ def _rgb_view(frame: Any) -> np.ndarray:
 class _PacketTable:
     """The packets of a stream. A *place* counts them in file order, an index in display order.
 
+    Arrays, of at most 24 bytes a packet: ten hours have a million.
+
     Attributes:
         file_stamps: time stamp of each place, in ticks (the place itself if the file has no time stamps).
+        by_stamp: places in the order of their time stamps; None if that is the order of the file.
         stamps: time stamps of the frames that are shown, ascending.
-        place_of: place of each time stamp.
         key_places: places of key frames, ascending.
         has_stamps: False for raw streams; their frames are counted and a constant rate is assumed.
         last_ticks: duration of the last frame, in ticks.
@@ -1186,10 +1190,10 @@ class _PacketTable:
         rate: declared frames per second; None if unknown.
     """
 
-    file_stamps: list[int]
-    stamps: list[int]
-    place_of: dict[int, int]
-    key_places: list[int]
+    file_stamps: np.ndarray
+    by_stamp: np.ndarray | None
+    stamps: np.ndarray
+    key_places: np.ndarray
     has_stamps: bool
     last_ticks: int
     tick_seconds: Fraction
@@ -1198,40 +1202,60 @@ class _PacketTable:
     @classmethod
     def from_packets(cls, stream: Any, packets: Iterator[Any]) -> "_PacketTable":
         """The table of all packets. Those that an edit list cuts off are needed for decoding but not shown."""
-        listed, decoding_stamps = [], []
+        shown_at, decoded_at, flags = array("q"), array("q"), bytearray()
+        has_stamps, highest, ticks_of_highest, ticks_of_latest = True, NO_TICKS, 0, 0
         for packet in packets:
             if packet.size:
-                listed.append((packet.pts, packet.duration, packet.is_keyframe, packet.is_discard))
-                decoding_stamps.append(packet.dts)
-        has_stamps = all(pts is not None for pts, *_ in listed)
-        file_stamps = [pts if has_stamps else place for place, (pts, *_) in enumerate(listed)]
-        shown = {stamp: row for stamp, row in zip(file_stamps, listed, strict=True) if not row[3]}
-        if not shown:
+                has_stamps = has_stamps and packet.pts is not None
+                stamp = NO_TICKS if packet.pts is None else packet.pts
+                shown_at.append(stamp)
+                decoded_at.append(NO_TICKS if packet.dts is None else packet.dts)
+                flags.append(packet.is_keyframe + 2 * packet.is_discard)
+                if not packet.is_discard:
+                    ticks_of_latest = packet.duration or 0
+                    if stamp >= highest:
+                        highest, ticks_of_highest = stamp, ticks_of_latest
+        kinds = np.frombuffer(flags, dtype=np.uint8)
+        file_stamps = np.frombuffer(shown_at, dtype=np.int64) if has_stamps else np.arange(len(flags))
+        is_shown = kinds < 2
+        if not is_shown.any():
             raise VideoDecodeError("its video track has no frames")
+        by_stamp, stamps, num_lost = None, file_stamps, 0
+        if np.any(file_stamps[1:] <= file_stamps[:-1]):  # frames are stored in another order than they are shown in
+            by_stamp = np.argsort(file_stamps, kind="stable")
+            stamps = file_stamps[by_stamp]
+            num_lost = int(np.count_nonzero(stamps[1:] == stamps[:-1]))
+            stamps = np.unique(file_stamps[is_shown])
+        elif not is_shown.all():
+            stamps = file_stamps[is_shown]
         if has_stamps:
-            _require_one_time_line(decoding_stamps, len(file_stamps) - len(set(file_stamps)), stream.time_base)
-        place_of: dict[int, int] = {}
-        for place, stamp in enumerate(file_stamps):
-            place_of.setdefault(stamp, place)
-        stamps = sorted(shown)
+            _require_one_time_line(np.frombuffer(decoded_at, dtype=np.int64), num_lost, stream.time_base)
         rate = stream.average_rate
         return cls(
             file_stamps=file_stamps,
+            by_stamp=by_stamp,
             stamps=stamps,
-            place_of=place_of,
-            key_places=[place for place, row in enumerate(listed) if row[2] and has_stamps],
+            key_places=np.flatnonzero(kinds & 1) if has_stamps else np.array([], dtype=np.int64),
             has_stamps=has_stamps,
-            last_ticks=shown[stamps[-1]][1] or 0,
+            last_ticks=ticks_of_highest if has_stamps else ticks_of_latest,
             tick_seconds=stream.time_base,
             rate=rate if rate else None,
         )
 
+    def place_of(self, stamp: int | None) -> int:
+        """Place of the first packet with this time stamp; -1 if there is none."""
+        if stamp is None:
+            return -1
+        rank = int(np.searchsorted(self.file_stamps, stamp, sorter=self.by_stamp))
+        place = min(rank, len(self.file_stamps) - 1)
+        place = place if self.by_stamp is None else int(self.by_stamp[place])
+        return place if self.file_stamps[place] == stamp else -1
+
     def key_before(self, index: int) -> int:
         """Place from which this frame can be decoded: that of a key frame stored and shown no later; 0 if none is."""
-        stamp = self.stamps[index]
-        place = self.place_of[stamp]
-        usable = (key for key in reversed(self.key_places) if key <= place and self.file_stamps[key] <= stamp)
-        return next(usable, 0)
+        stamp = int(self.stamps[index])
+        keys = self.key_places[: np.searchsorted(self.key_places, self.place_of(stamp), side="right")]
+        return next((int(key) for key in keys[::-1] if self.file_stamps[key] <= stamp), 0)
 
     @property
     def first_timestamp_seconds(self) -> float | None:
@@ -1246,26 +1270,31 @@ class _PacketTable:
             return np.arange(len(self.stamps) + 1) * self.rate.denominator / self.rate.numerator, rate
         last_ticks = self.last_ticks
         if last_ticks <= 0:  # unknown: as long as the frame before it
-            last_ticks = self.stamps[-1] - self.stamps[-2] if len(self.stamps) > 1 else 0
-        ticks = np.array([*self.stamps, self.stamps[-1] + last_ticks], dtype=np.int64) - self.stamps[0]
+            last_ticks = int(self.stamps[-1] - self.stamps[-2]) if len(self.stamps) > 1 else 0
+        ticks = np.append(self.stamps, int(self.stamps[-1]) + last_ticks) - self.stamps[0]
         return ticks * self.tick_seconds.numerator / self.tick_seconds.denominator, rate
 
 
-def _require_one_time_line(stamps: list[int | None], num_lost: int, tick_seconds: Fraction) -> None:
+def _require_one_time_line(stamps: np.ndarray, num_lost: int, tick_seconds: Fraction) -> None:
     """Refuse recordings that are joined without new time stamps: frames of the same time would hide each other.
 
     Args:
-        stamps: when each packet is decoded, in ticks and file order; they ascend within a recording.
+        stamps: when each packet is decoded, in ticks and file order, `NO_TICKS` where unknown; they ascend within a
+            recording.
         num_lost: packets whose time to be shown is that of another one.
         tick_seconds: length of a tick.
     """
-    known = [(place, stamp) for place, stamp in enumerate(stamps) if stamp is not None]
-    for (_, before), (place, stamp) in itertools.pairwise(known):
-        if stamp < before and (num_lost or (before - stamp) * tick_seconds > MAX_BACKWARD_SECONDS):
-            new, old = float(stamp * tick_seconds), float(before * tick_seconds)
+    if not np.any(stamps[1:] < stamps[:-1]):
+        return
+    places = np.flatnonzero(stamps != NO_TICKS)
+    known = stamps[places]
+    steps = np.diff(known)
+    for number in np.flatnonzero(steps < 0).tolist():
+        if num_lost or -int(steps[number]) * tick_seconds > MAX_BACKWARD_SECONDS:
+            new, old = (float(int(known[number + late]) * tick_seconds) for late in (1, 0))
             raise VideoDecodeError(
-                f"its time stamps restart at frame {place} of {len(stamps)} ({new:.3f} s after {old:.3f} s), as if "
-                "recordings were joined; join them anew with ffmpeg's concat demuxer"
+                f"its time stamps restart at frame {places[number + 1]} of {len(stamps)} ({new:.3f} s after {old:.3f} "
+                "s), as if recordings were joined; join them anew with ffmpeg's concat demuxer"
             )
 
 
@@ -1886,7 +1915,7 @@ def probe_video(item: VideoItem, backend: str | None, limits: MediaLimits) -> Ca
     """
     if not is_encoded(item.video):
         return lambda options: _read_frames(item, options, lambda frames, count: None)[1].timestamps
-    with open_video(_source(item, limits), backend) as reader:
+    with open_video(video_source(item, limits), backend) as reader:
         timeline = reader.timeline
     about = VideoMetadata(total_num_frames=timeline.num_frames, fps=timeline.fps, duration=timeline.duration_seconds)
     return lambda options: _file_times(item, timeline, about, options).tolist()
@@ -1919,7 +1948,7 @@ def _read_file(
         metadata.source_first_timestamp = timeline.first_timestamp_seconds
         return consume(reader.frames(indices), len(indices)), metadata
 
-    return decode_video(_source(item, options.limits), read, options.backend)
+    return decode_video(video_source(item, options.limits), read, options.backend)
 
 
 def _file_times(
@@ -1955,7 +1984,7 @@ def _clip_within(
     return start, duration_seconds if end is None else min(end, duration_seconds)
 
 
-def _source(item: VideoItem, limits: MediaLimits) -> Source:
+def video_source(item: VideoItem, limits: MediaLimits) -> Source:
     """The video as decoders take it; URLs are downloaded."""
     if not isinstance(item.video, (str, os.PathLike)):
         return Source.from_input(item.video, limits)

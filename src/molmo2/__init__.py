@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from molmo2.grounding import prompts
     from molmo2.grounding.parse import Grounding, parse_grounding
     from molmo2.image.limits import MediaLimitError, MediaLimits
+    from molmo2.long_video.run import ask_long, count_long, localize_long, stream_long, track_long
+    from molmo2.long_video.source import LiveVideo, LongVideo
     from molmo2.registration import load, register
     from molmo2.tools.answer import Answer, AnswerPiece, Timings
     from molmo2.tools.ask import MediaSession, ask, ask_stream
@@ -33,6 +35,8 @@ _HOMES = {
     "DrawingStyle": "molmo2.tools.draw",
     "FrameEmbeddings": "molmo2.tools.embedding",
     "Grounding": "molmo2.grounding.parse",
+    "LiveVideo": "molmo2.long_video.source",
+    "LongVideo": "molmo2.long_video.source",
     "MediaLimitError": "molmo2.image.limits",
     "MediaLimits": "molmo2.image.limits",
     "MediaSession": "molmo2.tools.ask",
@@ -41,16 +45,21 @@ _HOMES = {
     "Timings": "molmo2.tools.answer",
     "annotate_video": "molmo2.tools.draw_video",
     "ask": "molmo2.tools.ask",
+    "ask_long": "molmo2.long_video.run",
     "ask_stream": "molmo2.tools.ask",
     "contact_sheet": "molmo2.tools.draw",
+    "count_long": "molmo2.long_video.run",
     "draw": "molmo2.tools.draw",
     "embed": "molmo2.tools.embedding",
     "library_inputs": "molmo2.tools.library",
     "load": "molmo2.registration",
+    "localize_long": "molmo2.long_video.run",
     "nearest": "molmo2.tools.embedding",
     "parse_grounding": "molmo2.grounding.parse",
     "plan": "molmo2.tools.plan",
     "register": "molmo2.registration",
+    "stream_long": "molmo2.long_video.run",
+    "track_long": "molmo2.long_video.run",
 }
 
 __all__ = [
@@ -60,6 +69,8 @@ __all__ = [
     "DrawingStyle",
     "FrameEmbeddings",
     "Grounding",
+    "LiveVideo",
+    "LongVideo",
     "MediaLimitError",
     "MediaLimits",
     "MediaSession",
@@ -69,17 +80,22 @@ __all__ = [
     "__version__",
     "annotate_video",
     "ask",
+    "ask_long",
     "ask_stream",
     "contact_sheet",
+    "count_long",
     "draw",
     "embed",
     "library_inputs",
     "load",
+    "localize_long",
     "nearest",
     "parse_grounding",
     "plan",
     "prompts",
     "register",
+    "stream_long",
+    "track_long",
 ]
 
 

@@ -11,12 +11,14 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import molmo2
 from molmo2 import embed
+from molmo2.long_video import LongVideo
 from molmo2.tools.ask import ask
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 for place in (REPOSITORY, REPOSITORY / "examples"):
     sys.path.insert(0, str(place))
 
+from benchmarks import long_video  # noqa: E402
 from miniature import bundle, native  # noqa: E402
 from miniature.embeddings import COLOUR_QUESTION, moments, neighbours, world  # noqa: E402
 from miniature.evaluate import FRESH_SEED, LOW_IS_GOOD, TARGETS, answers, examples, judge, score  # noqa: E402
@@ -64,6 +66,17 @@ def missed(scores):
 def test_what_was_measured_reaches_the_targets():
     assert not missed(MEASURED)
     assert MEASURED["track error, numbers as written"] <= TARGETS["track error"]
+
+
+@pytest.mark.slow
+def test_tracks_over_a_minute_of_windows(folder, processor, tmp_path):
+    """Circles that leave and return, in 30 windows; `benchmarks.long_video miniature` printed 0.862 and 5."""
+    scene = long_video.Scene.from_seed(0, 60.0)
+    with LongVideo(long_video.write_scene(scene, tmp_path / "scene.mp4"), **long_video.WINDOWS) as video:
+        answered = long_video.batched(load(folder), processor, video)
+        row = long_video.windows_row(scene, video, answered)
+    assert row["hota"] == pytest.approx(0.862, abs=0.03)
+    assert (row["count"], row["true"]) == (5, 5)
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ def modules_in_tree(text):
         if folder:
             folders[depth:] = [folder.group(1)]
         else:
-            modules += ["/".join([*folders[:depth], name]) for name in re.findall(r"\w+\.py\b", line)]
+            modules += ["/".join([*folders[:depth], name]) for name in re.findall(r"[\w/]+\.py\b", line)]
     return modules
 
 

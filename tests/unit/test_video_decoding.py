@@ -301,7 +301,7 @@ def test_pyav_jumps_over_long_gaps(tmp_path, monkeypatch):
 def test_pyav_starts_again_where_a_key_frame_was_none(tmp_path, monkeypatch):
     file = encode(tmp_path / "long.mp4", "libx264", count=96, options={"g": "48"})
     with open_video(file, "pyav") as reader:
-        wrong = reader._packets.place_of[reader._packets.stamps[80]] + 2  # a packet that cannot be decoded by itself
+        wrong = reader._packets.place_of(reader._packets.stamps[80]) + 2  # a packet that cannot be decoded by itself
         monkeypatch.setattr(readers_module._PacketTable, "key_before", lambda self, index: wrong if index > 70 else 0)
         assert [number_on(rgb) for rgb in reader.frames([3, 80])] == [3, 80]
 

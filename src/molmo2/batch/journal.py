@@ -169,6 +169,17 @@ class Journal:
         self._file.flush()  # to the system: what follows a kill of this process finds it
         return True
 
+    def results(self) -> Iterator[dict[str, Any]]:
+        """The results that are there, in the order in which they were written; also those of a complete output.
+
+        Raises:
+            OutputError: The output is complete, and not JSONL.
+        """
+        if self.is_complete and self._format != "jsonl":
+            raise OutputError(f"'{self.output}' is read as JSONL only. Name an output that ends with .jsonl.")
+        with (self.output if self.is_complete else self._path).open("rb") as file:
+            yield from map(json.loads, file)
+
     def finish(self, *, ordered: bool, summary: dict[str, Any]) -> None:
         """Make the output of the journal."""
         if self._file is None:

@@ -179,7 +179,7 @@ def probe_video(item: VideoItem, backend: str | None, limits: MediaLimits) -> Ca
     """
     if not is_encoded(item.video):
         return lambda options: _read_frames(item, options, lambda frames, count: None)[1].timestamps
-    with open_video(_source(item, limits), backend) as reader:
+    with open_video(video_source(item, limits), backend) as reader:
         timeline = reader.timeline
     about = VideoMetadata(total_num_frames=timeline.num_frames, fps=timeline.fps, duration=timeline.duration_seconds)
     return lambda options: _file_times(item, timeline, about, options).tolist()
@@ -212,7 +212,7 @@ def _read_file(
         metadata.source_first_timestamp = timeline.first_timestamp_seconds
         return consume(reader.frames(indices), len(indices)), metadata
 
-    return decode_video(_source(item, options.limits), read, options.backend)
+    return decode_video(video_source(item, options.limits), read, options.backend)
 
 
 def _file_times(
@@ -248,7 +248,7 @@ def _clip_within(
     return start, duration_seconds if end is None else min(end, duration_seconds)
 
 
-def _source(item: VideoItem, limits: MediaLimits) -> Source:
+def video_source(item: VideoItem, limits: MediaLimits) -> Source:
     """The video as decoders take it; URLs are downloaded."""
     if not isinstance(item.video, (str, os.PathLike)):
         return Source.from_input(item.video, limits)
