@@ -11,7 +11,9 @@ from molmo2.convert.conversion import (
     ConversionPlan,
     add_remote_code,
     convert_checkpoint,
+    ensure_remote_code,
     plan_conversion,
+    remote_code_hashes,
 )
 from molmo2.convert.errors import CheckpointError, ConversionError, OutputError, UnsupportedError, VerificationError
 
@@ -25,5 +27,7 @@ __all__ = [
     "VerificationError",
     "add_remote_code",
     "convert_checkpoint",
+    "ensure_remote_code",
     "plan_conversion",
+    "remote_code_hashes",
 ]

@@ -9,7 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from molmo2.convert.config_files import ATTENTION_CHOICES
-from molmo2.convert.conversion import ConversionOptions, plan_conversion, write_plan
+from molmo2.convert.conversion import (
+    ConversionOptions,
+    ensure_remote_code,
+    plan_conversion,
+    remote_code_hashes,
+    write_plan,
+)
 from molmo2.convert.errors import ConversionError, OutputError, printable
 from molmo2.convert.folder import read_folder
 from molmo2.convert.shards import GIGABYTE, INDEX_FILE, SAFETENSORS_DTYPES, SINGLE_FILE
@@ -98,6 +104,12 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--ignore-field", action="append", default=[], metavar="NAME", help="accept this unknown field of config.yaml"
     )
+    model.add_argument(
+        "--data-set",
+        action="append",
+        metavar="REPO",
+        help='data set for the model card, in the place of those of the published models; "none" for no data set',
+    )
     run = parser.add_argument_group("actions")
     run.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
     run.add_argument("--resume", action="store_true", help="keep the finished files of an interrupted conversion")
@@ -106,7 +118,11 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="replace OUTPUT once the new one is complete; refused if OUTPUT holds files that are read",
     )
-    run.add_argument("--verify", action="store_true", help="compare OUTPUT on disk with CHECKPOINT, tensor by tensor")
+    run.add_argument(
+        "--verify",
+        action="store_true",
+        help="compare OUTPUT with CHECKPOINT, tensor by tensor, and its code with this version's",
+    )
     run.add_argument("--probe", action="store_true", help="load OUTPUT with transformers and compare logits")
     run.add_argument("--quiet", action="store_true", help="print warnings and errors only")
     hub = parser.add_argument_group("publishing")
@@ -114,7 +130,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--push-to-hub", metavar="REPO", help="upload OUTPUT to the Hub (if it exists already, without converting)"
     )
     hub.add_argument("--private", action="store_true", help="make REPO private if it is created")
-    hub.add_argument("--revision", metavar="BRANCH", help="branch of REPO to upload to (default: main)")
+    hub.add_argument("--revision", metavar="BRANCH", help="branch or refs/pr/N of REPO to upload to (default: main)")
+    hub.add_argument("--create-pr", action="store_true", help="open a pull request against main of REPO, which exists")
     native = parser.add_argument_group("converting back")
     native.add_argument(
         "--to-native",
@@ -130,6 +147,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _data_sets(given: list[str] | None) -> tuple[str, ...] | None:
+    return None if given is None else tuple(name for name in given if name != "none")
+
+
 @contextmanager
 def _progress(title: str, num_bytes: int, is_quiet: bool) -> Iterator[Callable[[int], object]]:
     """Context with a progress bar in bytes, shown on terminals only; yields its update function."""
@@ -142,8 +163,8 @@ def _progress(title: str, num_bytes: int, is_quiet: bool) -> Iterator[Callable[[
 
 # Options that do not apply to --to-native.
 ONE_WAY = (
-    *("max_model_len", "attn_implementation", "max_shard_size", "dry_run", "resume", "verify", "probe"),
-    *("push_to_hub", "private", "revision"),
+    *("max_model_len", "data_set", "attn_implementation", "max_shard_size", "dry_run", "resume", "verify", "probe"),
+    *("push_to_hub", "private", "revision", "create_pr"),
 )
 
 
@@ -158,6 +179,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"{options}: not available with --to-native")
     elif parsed.native_config is not None:
         parser.error("--native-config: only available with --to-native")
+    if parsed.create_pr and (parsed.push_to_hub is None or parsed.private or parsed.revision is not None):
+        parser.error("--create-pr: needs --push-to-hub, and neither --private nor --revision")
     return parsed
 
 
@@ -173,6 +196,7 @@ class _Command:
             max_shard_bytes=arguments.max_shard_size,
             tokenizer=arguments.tokenizer,
             ignored_fields=tuple(arguments.ignore_field),
+            data_sets=_data_sets(arguments.data_set),
         )
 
     def log(self, text: str) -> None:
@@ -217,6 +241,8 @@ class _Command:
                     on_progress=on_progress,
                     warn=self.warn,
                 )
+            for name, digest in remote_code_hashes().items():
+                self.log(f"sha256 {digest}  {name}")
             self.log(f"Wrote {arguments.output}.")
         return plan.source
 
@@ -230,6 +256,9 @@ class _Command:
             self.log(
                 f"Verified: {result.num_tensors} tensors, {result.num_bytes:,} bytes of {result.dtype} equal the "
                 "checkpoint (names, shapes, SHA-256)."
+            )
+            self.log(
+                f"Verified: {len(ensure_remote_code(self.arguments.output))} files of code are those of this version."
             )
         if self.arguments.probe:
             from molmo2.convert.probe import TOLERANCE, probe_folder
@@ -249,6 +278,7 @@ class _Command:
                 arguments.push_to_hub,
                 private=arguments.private,
                 revision=arguments.revision,
+                create_pr=arguments.create_pr,
                 log=self.log,
                 warn=self.warn,
             )
