@@ -16,6 +16,7 @@ from molmo2.convert.conversion import (
     remote_code_hashes,
 )
 from molmo2.convert.errors import CheckpointError, ConversionError, OutputError, UnsupportedError, VerificationError
+from molmo2.convert.from_parts import Parts, build_from_parts
 
 __all__ = [
     "CheckpointError",
@@ -23,9 +24,11 @@ __all__ = [
     "ConversionOptions",
     "ConversionPlan",
     "OutputError",
+    "Parts",
     "UnsupportedError",
     "VerificationError",
     "add_remote_code",
+    "build_from_parts",
     "convert_checkpoint",
     "ensure_remote_code",
     "plan_conversion",

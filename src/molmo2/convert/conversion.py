@@ -122,10 +122,9 @@ class ConversionPlan:
         """The plan as text."""
         source, config = self.source, self.source.config
         llm, vit = config.llm, config.vit
-        form = f"sharded, {source.num_pieces} pieces" if source.location.is_sharded else "one file"
         tied = "; output copied from the tied embedding" if llm["weight_tying"] else ""
         lines = {
-            "checkpoint": f"{source.location.folder} ({form}, {' and '.join(sorted(source.dtypes))})",
+            "checkpoint": source.description,
             "step": "unknown" if source.location.step is None else str(source.location.step),
             "text model": f"{llm['n_layers']} layers of width {llm['d_model']}, {llm['n_heads']} heads over "
             f"{config.num_kv_heads} key/value heads",
@@ -150,7 +149,11 @@ def plan_conversion(checkpoint: str | Path, options: ConversionOptions | None = 
         OutputError: If the remote code that is stored with the weights is missing.
     """
     options = ConversionOptions() if options is None else options
-    source = options.open_source(checkpoint)
+    return plan_source(options.open_source(checkpoint), options, {Path(checkpoint)})
+
+
+def plan_source(source: NativeSource, options: ConversionOptions, inputs: set[Path]) -> ConversionPlan:
+    """The plan for a checkpoint that is open; `inputs` are further files and folders that may not be replaced."""
     config = source.config
     identifier = config.tokenizer if options.tokenizer is None else options.tokenizer
     if identifier is None:
@@ -158,7 +161,7 @@ def plan_conversion(checkpoint: str | Path, options: ConversionOptions | None = 
     tokenizer = build_tokenizer(identifier, filled_size=config.tokenizer_size, embedding_rows=config.embedding_rows)
     shards = plan_shards(source.renames, options.dtype, options.max_shard_bytes)
     code = remote_code_files()
-    inputs = {Path(checkpoint), Path(identifier), source.location.folder, *source.files, *code}
+    inputs = {*inputs, Path(identifier), source.location.folder, *source.files, *code}
     plan = ConversionPlan(source, shards, tokenizer, options, frozenset(inputs))
     config_files.ensure_accepted(plan.model_config())
     return plan
@@ -268,6 +271,7 @@ def text_files(plan: ConversionPlan) -> dict[str, str]:
     card = model_card(
         config,
         source=source.name,
+        origin=source.origin,
         num_parameters=source.num_parameters,
         source_dtypes=source.dtypes,
         dtype=options.dtype,

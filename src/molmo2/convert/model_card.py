@@ -50,7 +50,7 @@ TEMPLATE = """---
 # {title}
 
 A Molmo2 vision-language model: images, videos and text in, text out.
-Converted from a native training checkpoint; its weights are {rounding}.
+{origin}; its weights are {rounding}.
 
 | | |
 |---|---|
@@ -130,6 +130,7 @@ def model_card(
     config: NativeConfig,
     *,
     source: str,
+    origin: str,
     num_parameters: int,
     source_dtypes: set[str],
     dtype: str,
@@ -139,6 +140,7 @@ def model_card(
 
     Args:
         source: Name of the checkpoint and its step.
+        origin: How the folder came about.
         source_dtypes: Of the native tensors.
         dtype: Of the converted ones.
         data_sets: Repositories of the training data; None: those of the published models, which the card says.
@@ -162,6 +164,7 @@ def model_card(
         title=f"Molmo2 ({source})",
         rounding="unchanged" if is_exact else "rounded to the nearest bfloat16",
         source=source,
+        origin=origin,
         parameters=num_parameters,
         dtype=dtype,
         text=f"{llm['n_layers']} layers of width {llm['d_model']}, {llm['n_heads']} heads over {config.num_kv_heads} "
