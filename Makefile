@@ -68,7 +68,7 @@ test-batch: ## batches on a local Ray cluster and in Parquet, and the client aga
 test-metrics: ## the metrics beside TrackEval, pycocotools and SciPy
 	$(IN) metrics $(TEST) tests/clients/test_trackeval.py
 
-test-tools: ## answers read by supervision, Label Studio's SDK, Datumaro and SAM 2's processors
+test-tools: ## answers read by annotation tools and SAM 2's processors, tensor names by gguf and mlx-vlm
 	$(IN) tools $(TEST) tests/clients/test_tools.py
 
 test-common: ## transformers' own common tests of models and processors, on the oldest and the newest transformers

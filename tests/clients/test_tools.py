@@ -1,4 +1,4 @@
-"""Answers in other people's packages, read by these packages: supervision, Label Studio's SDK, Datumaro, SAM 2.
+"""What other people's packages make of our files: supervision, Label Studio's SDK, Datumaro, SAM 2, gguf, mlx-vlm.
 
 Runs in an environment of its own (`constraints/tools.txt`).
 """
@@ -23,12 +23,18 @@ from benchmarks.torchvision_peer import make_importable
 
 make_importable()
 
+import gguf
+import mlx.core as mx
 import supervision as sv
 from datumaro.components.annotation import AnnotationType
 from datumaro.components.dataset import Dataset
 from label_studio_sdk._extensions.label_studio_tools.postprocessing.video import extract_key_frames
 from label_studio_sdk.converter import Converter
 from label_studio_sdk.label_interface import LabelInterface
+from mlx.utils import tree_flatten
+from mlx_vlm.models.molmo2 import config as mlx_molmo2
+from mlx_vlm.utils import load_model
+from safetensors.torch import load_file
 from transformers import (
     Sam2ImageProcessor,
     Sam2Processor,
@@ -38,6 +44,8 @@ from transformers import (
 )
 
 from clients.test_readme import python_blocks
+from molmo2.convert.exchange_names import exchange_patterns, mlx_config
+from molmo2.convert.names import LAYER_NUMBER
 from molmo2.grounding.files import save
 from molmo2.interop import (
     from_cvat,
@@ -49,6 +57,8 @@ from molmo2.interop import (
     to_label_studio,
     to_supervision,
 )
+from molmo2.model.modeling import Molmo2ForConditionalGeneration
+from support.checkpoints import picture_inputs, read_json, write_checkpoint, write_json
 from unit.test_interop import FPS, IMAGES, TRACKS, numbers, without_ids
 
 SIZES = IMAGES.media.sizes
@@ -220,6 +230,50 @@ def test_sam2s_video_session_gets_each_object_in_its_frame():
         (point.frame.source_index, point.id): pytest.approx([1024 * point.x_norm, 1024 * point.y_norm], abs=1e-3)
         for point in TRACKS.points
     }
+
+
+# --- GGUF and MLX
+
+
+@pytest.mark.parametrize(("architecture", "norm_after"), [("qwen3", False), ("olmo2", True)])
+def test_gguf_knows_every_name(architecture, norm_after):
+    """As tensors of these architectures, or of the projector files with the vision part; Qwen 2 has biases."""
+    kinds = (architecture, "clip", "qwen2")
+    archs = [arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name in kinds]
+    allowed = {gguf.TENSOR_NAMES[tensor] for arch in archs for tensor in gguf.MODEL_TENSORS[arch]}
+    names = {name for row in exchange_patterns("gguf", norm_after=norm_after) for name in row.foreign}
+    assert {re.sub(r"\.(weight|bias)$", "", name).format("{bid}") for name in names} - allowed == set()
+
+
+@torch.no_grad()
+def test_mlx_loads_a_folder_and_computes_the_same_text(tmp_path):
+    """mlx-vlm's own loader makes the names of the table, its model takes all of them, and text logits agree."""
+    folder = write_checkpoint(tmp_path / "molmo2", "qwen3")
+    own = Molmo2ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    config = mlx_config(read_json(folder / "config.json"))
+    write_json(folder / "config.json", config)
+    model = load_model(folder)
+    assert model.vision_tower.vit_layers == config["adapter_config"]["vit_layers"] == [7, 1]
+    table = {row.targets[0]: row.foreign[0] for row in exchange_patterns("mlx")}
+    names = load_file(folder / "model.safetensors")
+    assert sorted(name for name, _ in tree_flatten(model.parameters())) == sorted(
+        table[LAYER_NUMBER.sub("{}", name)].format(*LAYER_NUMBER.findall(name)) for name in names
+    )
+    ids = torch.randint(0, 200, (1, 24), generator=torch.Generator().manual_seed(0))
+    found = torch.tensor(np.array(model(mx.array(ids.numpy())).logits))
+    torch.testing.assert_close(found, own(ids).logits, rtol=1e-4, atol=1e-4)
+    again = Molmo2ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    inputs = picture_inputs(folder)
+    torch.testing.assert_close(again(**inputs).logits, own(**inputs).logits, rtol=0, atol=0)
+
+
+def test_mlx_counts_published_layers_from_another_depth():
+    """Why `mlx_config` is needed; where this fails, docs/hub.md has a caveat less."""
+    vit = mlx_molmo2.VitConfig.from_dict({"num_hidden_layers": 27})
+    assert [layer % vit.num_hidden_layers for layer in (-3, -9)] == [22, 16]
+    fixed = mlx_config({"vit_config": {"num_hidden_layers": 27}, "adapter_config": {"vit_layers": [-3, -9]}})
+    assert fixed["adapter_config"]["vit_layers"] == [24, 18]
+    assert mlx_molmo2.VitConfig.from_dict(fixed["vit_config"]).num_hidden_layers == 25
 
 
 # --- The page
