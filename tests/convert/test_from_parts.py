@@ -2,15 +2,21 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from molmo2.convert import CheckpointError, ConversionOptions, Parts, UnsupportedError, build_from_parts
+from molmo2.convert import CheckpointError, ConversionOptions, Parts, UnsupportedError, build_from_parts, config_files
 from molmo2.convert.cli import main, parse_arguments
+from molmo2.convert.from_parts import settings_of_parts, vision_settings
+from molmo2.convert.names import expected_renames
+from molmo2.convert.native_config import parse_config
+from molmo2.convert.tokenizer import EXTRA_TOKENS
 from molmo2.model.modeling import Molmo2ForConditionalGeneration
+from support.checkpoints import PUBLISHED, read_json
 from support.native_checkpoints import VOCAB_SIZE, write_base_tokenizer
 
 SIZES = {
@@ -250,6 +256,103 @@ def test_the_command_line(text_model, vision_model, tmp_path, capsys):
     assert main([*arguments, "--verify", "--seed", "4"]) == 6
     assert main([*arguments, "--verify"]) == 0
     assert main([str(tmp_path / "out"), str(tmp_path / "native"), "--to-native"]) == 0  # for the trainer
+
+
+# The config.json of the parts that the published models were built from, as on the Hub.
+QWEN3_4B = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 2560,
+    "initializer_range": 0.02,
+    "intermediate_size": 9728,
+    "max_position_embeddings": 262144,
+    "max_window_layers": 36,
+    "model_type": "qwen3",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 5000000,
+    "sliding_window": None,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.51.0",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+OLMO3_7B = {
+    **{name: QWEN3_4B[name] for name in ("attention_bias", "attention_dropout", "hidden_act", "initializer_range")},
+    "architectures": ["Olmo3ForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "layer_types": ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"] * 8,
+    "max_position_embeddings": 65536,
+    "model_type": "olmo3",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {
+        "attention_factor": 1.2079441541679836,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 8.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "yarn",
+    },
+    "rope_theta": 500000,
+    "sliding_window": 4096,
+    "tie_word_embeddings": False,
+    "vocab_size": 100278,
+}
+SO400M = {
+    "model_type": "siglip",
+    "text_config": {"hidden_size": 1152},
+    "vision_config": {
+        "hidden_size": 1152,
+        "image_size": 384,
+        "intermediate_size": 4304,
+        "model_type": "siglip_vision_model",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 27,
+        "patch_size": 14,
+    },
+}
+
+
+@pytest.mark.parametrize(("name", "text"), [("Molmo2-4B", QWEN3_4B), ("Molmo2-O-7B", OLMO3_7B)])
+def test_published_parts_have_the_settings_of_the_published_model(name, text):
+    section, _ = settings_of_parts(Path("text"), text, vision_settings(SO400M), (-3, -9), ())
+    config = parse_config(section, max_positions=36864)
+    published = read_json(PUBLISHED / name / "config.json")
+    ids = dict.fromkeys(EXTRA_TOKENS, 0)
+    found = config_files.model_config(config, dtype="float32", attention="sdpa", token_ids=ids)
+    for part in ("text_config", "vit_config", "adapter_config"):
+        assert found[part] == published[part]
+    files = {
+        "preprocessor_config.json": config_files.preprocessor_config(config),
+        "video_preprocessor_config.json": config_files.video_preprocessor_config(config),
+        "processor_config.json": config_files.processor_config(config),
+    }
+    for file, content in files.items():
+        expected = {
+            key: value for key, value in read_json(PUBLISHED / "Molmo2-4B" / file).items() if key != "auto_map"
+        }
+        assert {key: content[key] for key in expected} == expected
+    tensors = read_json(PUBLISHED / name / "tensors.json")
+    expected = {
+        target.format(layer): entry["shape"]
+        for target, entry in tensors.items()
+        for layer in range(entry.get("layers", 1))
+    }
+    assert {rename.target: list(rename.shape) for rename in expected_renames(config)} == expected
 
 
 @pytest.mark.parametrize(

@@ -173,8 +173,8 @@ def open_parts(
         UnsupportedError: Molmo2 cannot express a part; the reasons in one message.
     """
     llm, vision = Path(parts.llm), Path(parts.vision)
-    text_config, vision_config = _part_config(llm), _vision_config(_part_config(vision))
-    section, warnings = _section(llm, text_config, vision_config, parts.vit_layers, ignored_fields)
+    text_config, vision_config = _part_config(llm), vision_settings(_part_config(vision))
+    section, warnings = settings_of_parts(llm, text_config, vision_config, parts.vit_layers, ignored_fields)
     config = parse_config(section, max_positions=max_positions)
     config = replace(config, warnings=(*config.warnings, *warnings, _untrained(parts.seed)))
     text = _text_tensors(llm, text_config["model_type"], config, ignored_fields)
@@ -250,14 +250,14 @@ def _part_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / "config.json")
 
 
-def _vision_config(config: dict[str, Any]) -> dict[str, Any]:
+def vision_settings(config: dict[str, Any]) -> dict[str, Any]:
     """The settings of the vision part, of a whole SigLIP or alone, with the defaults that files leave out."""
     if isinstance(config.get("vision_config"), dict):
         config = {"model_type": f"{config.get('model_type')}_vision_model", **config["vision_config"]}
     return {**VISION_DEFAULTS, **VISION_GRIDS.get(str(config.get("model_type")), {}), **config}
 
 
-def _section(
+def settings_of_parts(
     llm: Path, text: dict[str, Any], vision: dict[str, Any], vit_layers: Sequence[int], ignored: Collection[str]
 ) -> tuple[dict[str, Any], list[str]]:
     """The native `model` section, and what the user should know."""
