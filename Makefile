@@ -6,7 +6,7 @@ TEST := scripts/pytest python
 MINIATURE := $(IN) dev env -C examples python -m miniature
 
 .DEFAULT_GOAL := help
-.PHONY: help demo app test test-slow nightly mutate fuzz check style bundle matrix test-app test-fiftyone test-training test-quantization test-batch test-metrics test-tools test-common test-vllm docs wheel browser benchmarks miniature miniature-scores notebooks screenshots clean
+.PHONY: help demo app test test-slow nightly mutate fuzz check style bundle matrix test-app test-fiftyone test-training test-quantization test-batch test-metrics test-tools test-common test-lmms-eval test-vllm docs wheel browser benchmarks miniature miniature-scores notebooks screenshots clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,13 +50,13 @@ matrix: ## the suite on every supported release; some of them: make matrix RELEA
 	$(PYTHON) scripts/matrix.py --workers $(WORKERS) $(RELEASES)
 
 test-app: ## the app in a headless browser, and the notebooks; without a browser: make test-app BROWSER=optional
-	MOLMO2_NEEDS_BROWSER=$(if $(filter optional,$(BROWSER)),,1) $(IN) app $(TEST) tests/clients/test_app.py tests/clients/test_view_in_browser.py tests/clients/test_notebooks.py
+	MOLMO2_NEEDS_BROWSER=$(if $(filter optional,$(BROWSER)),,1) $(IN) app $(TEST) tests/clients/test_app.py tests/clients/test_app_backend.py tests/clients/test_view_in_browser.py tests/clients/test_notebooks.py
 
 test-fiftyone: ## the FiftyOne model and labels beside a database
 	$(IN) fiftyone python scripts/with_mongod 600 $(TEST) -W ignore::DeprecationWarning tests/clients/test_fiftyone.py
 
 test-training: ## runs with TRL, PEFT and two processes, and the example of fine-tuning
-	$(IN) training $(TEST) $(addprefix tests/training/test_,trainers.py finetuning.py training_round_trip.py training_example.py data_sets.py)
+	$(IN) training $(TEST) $(addprefix tests/training/test_,trainers.py finetuning.py training_round_trip.py training_example.py data_sets.py recipes.py)
 
 test-quantization: ## bitsandbytes, torchao, quanto and torch's own, on the oldest and the newest transformers
 	$(IN) quantization@4.57.1 $(TEST) tests/clients/test_quantization.py
@@ -74,6 +74,9 @@ test-tools: ## answers read by annotation tools and SAM 2's processors, tensor n
 test-common: ## transformers' own common tests of models and processors, on the oldest and the newest transformers
 	$(IN) common@4.57.1 scripts/common_tests.py python $(OPTIONS)
 	$(IN) common scripts/common_tests.py python $(OPTIONS)
+
+test-lmms-eval: ## lmms-eval with the model and the tasks of this package, in one process and in two
+	$(IN) lmms-eval $(TEST) tests/clients/test_lmms_eval.py
 
 test-vllm: ## vLLM for CPUs with the plugin molmo2.vllm: answers token by token, server, hostile requests
 	$(IN) vllm timeout 900 $(TEST) tests/clients/test_vllm.py

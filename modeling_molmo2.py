@@ -828,8 +828,9 @@ def is_blockwise(implementation: str, query_length: int) -> bool:
 
     Compiled and traced passes keep the tensor mask: the plan of blocks depends on the data.
     """
-    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return implementation == "sdpa" and query_length > BlockwiseMask.queries_per_block and not is_traced
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # asked first: the length must not become a condition
+        return False
+    return implementation == "sdpa" and query_length > BlockwiseMask.queries_per_block
 
 
 def make_attention_mask(
@@ -2011,8 +2012,9 @@ class Molmo2VisionInputsMixin:
     def _require_media(self, input_ids: Tensor | None, inputs_embeds: Tensor, is_prompt: bool) -> None:
         """Refuses patch tokens without vectors to add, which read like any other token and mean nothing.
 
-        Single tokens after a cache are left unchecked, and compiled steps: `generate` writes no visual tokens. Bare
-        ids, neither of the processor nor of `generate`, are warned about: transformers' common tests pass such.
+        Single tokens after a cache are left unchecked, and compiled steps: `generate` writes no visual tokens. What
+        is neither the processor's whole output nor of `generate` is only warned about: the recorded logits of
+        training checkpoints and transformers' common tests are of such ids.
         """
         num_patches = int(self.patch_token_mask(input_ids, inputs_embeds).sum())
         if not num_patches:
@@ -2803,7 +2805,8 @@ class Molmo2Model(Molmo2PreTrainedModel, Molmo2VisionInputsMixin):
             inputs_embeds, has_visual = self._add_features(input_ids, inputs_embeds, vectors, repeats, is_visual)
         else:
             if not torch.compiler.is_compiling() and (inputs_embeds.shape[1] > 1 or past_key_values is None):
-                is_prompt = past_key_values is not None or token_type_ids is not None or mm_token_type_ids is not None
+                has_types = token_type_ids is not None or mm_token_type_ids is not None
+                is_prompt = past_key_values is not None or (attention_mask is not None and has_types)
                 self._require_media(input_ids, inputs_embeds, is_prompt)
             has_visual = is_visual is not None and bool(is_visual.any())
             if is_distributed_training(self.vision_backbone):

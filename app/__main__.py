@@ -1,17 +1,25 @@
-"""Start the app: python -m app [--model FOLDER]
+"""Start the app: python -m app [--model FOLDER | --server URL]
 
-Without a model it uses the miniature of this repository.
+Without a model or a server it uses the miniature of this repository.
 """
 
 import argparse
 import os
+import sys
 import tempfile
 from pathlib import Path
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m app", description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", type=Path, help="checkpoint folder for transformers; default: the miniature")
+    answering = parser.add_mutually_exclusive_group()
+    answering.add_argument("--model", type=Path, help="checkpoint folder for transformers; default: the miniature")
+    answering.add_argument(
+        "--server",
+        metavar="URL",
+        help="ask a server, as http://127.0.0.1:8000/v1, with the key of MOLMO2_API_KEY",
+    )
+    parser.add_argument("--server-model", metavar="NAME", help="name of the model there; default: the only one")
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (%(default)s, the loopback interface)"
     )
@@ -26,7 +34,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--login", type=Path, help="file with a line `user:password` for each user; default: everybody is let in"
     )
+    parser.add_argument(
+        "--allow-host", metavar="NAME", action="append", default=[], help="another name that browsers know it by"
+    )
+    parser.add_argument(
+        "--share", action="store_true", help="also serve it at a public address, through a server of gradio's"
+    )
     given = parser.parse_args()
+    if given.server_model is not None and given.server is None:
+        parser.error("--server-model needs --server")
     try:
         given.logins = [] if given.login is None else read_logins(given.login)
     except (OSError, ValueError) as error:
@@ -57,14 +73,20 @@ def read_logins(path: Path) -> list[tuple[str, str]]:
 def main() -> None:
     given = arguments()
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    from .models import load_backend  # after the arguments: importing torch takes seconds
+    from .models import load_backend, server_backend  # after the arguments: importing torch takes seconds
     from .page import Page, launch
 
     with tempfile.TemporaryDirectory(prefix="molmo2_app_") as scratch:
         names = ("num_frames", "max_new_tokens", "max_seconds")
         options = {name: getattr(given, name) for name in names}
-        backend = load_backend(given.model, Path(scratch), **options)
-        launch(Page(backend), given.host, given.port, logins=given.logins)
+        if given.server is None:
+            backend = load_backend(given.model, Path(scratch), **options)
+        else:
+            try:
+                backend = server_backend(given.server, given.server_model, **options)
+            except (ConnectionError, ValueError) as error:
+                sys.exit(f"--server: {error}")
+        launch(Page(backend), given.host, given.port, logins=given.logins, hosts=given.allow_host, share=given.share)
 
 
 if __name__ == "__main__":

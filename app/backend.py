@@ -1,6 +1,6 @@
 """The app without its page: images or a video in, streamed answers with drawn points, files out.
 
-    conversation = Backend(model, processor).open(["boats.jpg"])
+    conversation = Backend(LocalEngine(model, processor)).open(["boats.jpg"])
     for update in conversation.answer("Point to the boats."):
         update.text, update.images, update.video, update.files
 
@@ -9,20 +9,21 @@ Invalid input is a `UserError`, whose message is shown to the user.
 
 import tempfile
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
 from typing import Any
 
-import torch
 from PIL import Image
 
-from molmo2 import Answer, Grounding, MediaLimitError, MediaLimits, MediaSession, annotate_video, contact_sheet, draw
-from molmo2.grounding import Point, export_grounding
+from molmo2 import Answer, Grounding, MediaLimitError, MediaLimits, annotate_video, contact_sheet, draw, prompts
+from molmo2.grounding import Point, export_grounding, parse_grounding
 from molmo2.image.loading import fetch_images
 from molmo2.tools.answer import readable
 from molmo2.tools.media_files import VIDEO_SUFFIXES
+
+from .engines import Engine, EngineError, EngineSession
 
 FILES = {"json": "points.json", "csv": "points.csv", "coco": "points_coco.json", "mot": "tracks_mot.txt"}
 # Uploads of strangers: narrower than what a program accepts of its own files. Nothing is fetched.
@@ -34,6 +35,14 @@ LIMITS = MediaLimits(
     sources=("path",),
 )
 MAX_QUESTION_CHARACTERS = 4000
+MAX_FRAMES = 384  # of a video, as in training; visitors may choose
+# How a question is worded: as it stands, or as the prompt for the thing that was typed.
+TASKS: dict[str, Callable[[str], Any]] = {
+    "Ask": str,
+    "Point": prompts.point,
+    "Count": prompts.count,
+    "Track": prompts.track,
+}
 SHEET_COLUMNS = 3
 SHEET_CELL_WIDTH = 180  # pixels; frames are stored no wider than this
 
@@ -69,27 +78,33 @@ class Backend:
     """A model and its settings.
 
     Attributes:
-        num_frames: Maximum number of frames of a video.
+        num_frames: Maximum number of frames of a video, unless the user chooses another.
         max_new_tokens: Maximum number of tokens of an answer.
         max_seconds: Longest time of an answer, after which it ends as if it had been stopped.
         notice: A text about the model, shown to all users.
         limits: What is refused of uploads.
     """
 
-    model: Any
-    processor: Any
+    engine: Engine
     num_frames: int = 32
     max_new_tokens: int = 512
     max_seconds: float = 300
     notice: str = ""
     limits: MediaLimits = LIMITS
 
-    def open(self, paths: Sequence[str | Path] | None) -> "Conversation":
+    def open(
+        self, paths: Sequence[str | Path] | None, num_frames: float | None = None, max_fps: float | None = None
+    ) -> "Conversation":
         """A conversation about images, or about one video.
 
+        Args:
+            num_frames: Maximum number of frames of the video; None for that of the backend.
+            max_fps: Maximum number of frames a second; None for that of the checkpoint.
         Raises:
-            UserError: There is no file, there are several videos or a video beside images, or a file cannot be read.
+            UserError: There is no file, there are several videos or a video beside images, a file cannot be read, or
+                the frames are no numbers within the limits.
         """
+        options = self._sampling(num_frames, max_fps)
         files = [Path(path) for path in paths or []]
         videos = [path for path in files if is_video(path)]
         if not files:
@@ -97,8 +112,20 @@ class Backend:
         if videos and len(files) > 1:
             raise UserError("These are too many files. Add one video, or any number of images.")
         if videos:
-            return Conversation(self, (), videos[0], self._frames(videos[0]))
-        return Conversation(self, tuple(self._image(path) for path in files), None, ())
+            return Conversation(self, (), videos[0], self._frames(videos[0], options), options)
+        return Conversation(self, tuple(self._image(path) for path in files), None, (), {})
+
+    def _sampling(self, num_frames: float | None, max_fps: float | None) -> dict[str, Any]:
+        """Options of the processor for a video."""
+        frames = self.num_frames if num_frames is None else num_frames
+        if not (1 <= frames <= MAX_FRAMES and frames == int(frames)):
+            raise UserError(f"{frames:g} is no number of frames. Choose a whole number from 1 to {MAX_FRAMES}.")
+        options: dict[str, Any] = {"num_frames": int(frames)}
+        if max_fps is not None:
+            if not 0 < max_fps < float("inf"):
+                raise UserError(f"{max_fps:g} is no number of frames a second. Choose one above 0, or none.")
+            options["max_fps"] = float(max_fps)
+        return options
 
     def _image(self, path: Path) -> Image.Image:
         try:
@@ -108,12 +135,10 @@ class Backend:
         except (OSError, ValueError) as error:
             raise UserError(f"“{path.name}” cannot be read as an image. Is the file complete?") from error
 
-    def _frames(self, path: Path) -> tuple[Image.Image, ...]:
+    def _frames(self, path: Path, options: dict[str, Any]) -> tuple[Image.Image, ...]:
         """The sampled frames, scaled down for the sheet."""
         try:
-            frames, _ = self.processor.video_processor.fetch_videos(
-                str(path), num_frames=self.num_frames, limits=self.limits
-            )
+            frames, _ = self.engine.video_processor.fetch_videos(str(path), limits=self.limits, **options)
         except MediaLimitError as error:
             raise UserError(f"“{path.name}” is too large for this app.") from error
         except Exception as error:  # decoders raise exceptions of many types
@@ -134,11 +159,16 @@ class Conversation:
     """
 
     def __init__(
-        self, backend: Backend, images: tuple[Image.Image, ...], video: Path | None, frames: tuple[Image.Image, ...]
+        self,
+        backend: Backend,
+        images: tuple[Image.Image, ...],
+        video: Path | None,
+        frames: tuple[Image.Image, ...],
+        options: dict[str, Any],
     ):
         self.images, self.video, self.frames = images, video, frames
-        self._backend = backend
-        self._session: MediaSession | None = None
+        self._backend, self._options = backend, options
+        self._session: EngineSession | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="molmo2_app_")  # deleted with the conversation
         self._num_answers = 0
         self._stopped = Event()
@@ -147,49 +177,47 @@ class Conversation:
         """End the answer that is being generated; its text so far becomes the answer."""
         self._stopped.set()
 
-    def answer(self, question: str) -> Generator[Update, None, None]:
+    def answer(self, question: str, task: str = "Ask") -> Generator[Update, None, None]:
         """The answer to the next question, piece by piece. Closing the generator stops the model.
 
+        Args:
+            task: One of `TASKS`: all but "Ask" take the name of a thing in place of a question.
         Raises:
-            UserError: There is no question, or it or the prompt is too long.
+            UserError: There is no question, or it or the prompt is too long, or the server gives no answer.
         """
+        if task not in TASKS:
+            raise UserError(f"“{task}” is no task. Choose one of {', '.join(TASKS)}.")
         if len(question) > MAX_QUESTION_CHARACTERS:
             raise UserError(f"The question has {len(question):,} characters. Use at most {MAX_QUESTION_CHARACTERS:,}.")
         if not question.strip():
-            raise UserError("Write a question first, for example “Point to the red circles.”")
+            example = "“Point to the red circles.”" if task == "Ask" else "“red circles”"
+            raise UserError(f"Write a question first, for example {example}")
         self._stopped = Event()
         try:
-            yield from self._updates(question.strip(), self._stopped)
-        except ValueError as error:  # such as a prompt that is too long; these messages say what to do
+            yield from self._updates(TASKS[task](question.strip()), self._stopped)
+        except (EngineError, ValueError) as error:  # such as a prompt that is too long; these messages say what to do
             raise UserError(str(error)) from error
         finally:
             self.stop()
 
-    def _updates(self, question: str, stopped: Event) -> Generator[Update, None, None]:
-        processor = self._backend.processor
+    def _updates(self, question: Any, stopped: Event) -> Generator[Update, None, None]:
         session = self._opened_session()
-        empty = processor.post_process_grounding("", session.media)
+        empty = parse_grounding("", session.media)
         raw = ""
         points: tuple[Point, ...] = ()
         answer: Answer | None = None
         deadline = time.monotonic() + self._backend.max_seconds
 
-        def is_over(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        def should_stop() -> bool:
             if time.monotonic() >= deadline:
                 stopped.set()
-            return torch.full((len(ids),), stopped.is_set(), device=ids.device)
+            return stopped.is_set()
 
-        pieces = session.chat_stream(
-            question,
-            max_new_tokens=self._backend.max_new_tokens,
-            do_sample=False,
-            stopping_criteria=[is_over],
-        )
-        for piece in pieces:
+        for piece in session.stream(question, self._backend.max_new_tokens, should_stop):
             raw, points, answer = raw + piece.text, points + piece.points, piece.answer
             drawn = self._draw(replace(empty, points=points)) if piece.points else None
             if answer is None:
-                yield Update(readable(processor.post_process_grounding(raw, session.media)), raw, drawn)
+                yield Update(readable(parse_grounding(raw, session.media)), raw, drawn)
         if answer is None:
             return
         grounding = answer.grounding
@@ -200,15 +228,11 @@ class Conversation:
             last = replace(last, images=self._draw(grounding), video=video, files=files)
         yield last
 
-    def _opened_session(self) -> MediaSession:
+    def _opened_session(self) -> EngineSession:
         """The session about the images or the video; the first call encodes them."""
         if self._session is None:
             backend = self._backend
-            images, video = (list(self.images), None) if self.video is None else (None, str(self.video))
-            options: dict[str, Any] = {"limits": backend.limits}
-            if self.video is not None:
-                options["num_frames"] = backend.num_frames
-            self._session = MediaSession(backend.model, backend.processor, images, video, processor_kwargs=options)
+            self._session = backend.engine.open(self.images, self.video, self._options, backend.limits)
         return self._session
 
     def _draw(self, grounding: Grounding) -> tuple[Image.Image, ...]:

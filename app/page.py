@@ -2,12 +2,14 @@
 
 import html
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import gradio as gr
+from starlette.middleware import Middleware
 
-from .backend import FILES, Backend, Conversation, Update, UserError
+from .backend import FILES, TASKS, Backend, Conversation, Update, UserError
+from .hosts import SHARED, CheckedHosts, own_names
 from .samples import DATA, SAMPLES
 
 WELCOME = """# Molmo2
@@ -62,6 +64,15 @@ class Page:
             example_labels=[sample.label for sample in SAMPLES],
             label="Examples",
         )
+        # No bounds here: the backend's refusals are shown where all others are.
+        with gr.Accordion("Frames of a video (Enter starts a new conversation)", open=False), gr.Row():
+            self.num_frames = gr.Number(
+                self.backend.num_frames,
+                label="At most",
+                precision=0,
+                elem_id="num_frames",
+            )
+            self.max_fps = gr.Number(0, label="At most a second (0: as the model does)", elem_id="max_fps")
         self.status = gr.Markdown(visible=False, elem_id="status")
         self.video = gr.Video(
             label="Video", autoplay=True, loop=True, interactive=False, visible=False, height=320, elem_id="video"
@@ -86,6 +97,7 @@ class Page:
         self.chat = gr.Chatbot(
             label="Conversation", height=420, render_markdown=False, placeholder=HINT, buttons=[], elem_id="chat"
         )
+        self.task = gr.Radio(list(TASKS), value="Ask", label="Task", elem_id="task")
         self.question.render()
         with gr.Row():
             self.stop = gr.Button("Stop", size="sm", elem_id="stop")
@@ -97,23 +109,29 @@ class Page:
     def _connect(self) -> None:
         shown = [self.conversation, self.status, self.images, self.video, self.chat, self.note, self.raw]
         outputs = [*shown, *self.exports.values()]
-        self.files.change(self.open, self.files, outputs, show_progress="hidden")
-        gr.on([self.again.click, self.chat.clear], self.open, self.files, outputs, show_progress="hidden")
+        opening = [self.files.change, self.again.click, self.chat.clear, self.num_frames.submit, self.max_fps.submit]
+        media = [self.files, self.num_frames, self.max_fps]
+        gr.on(opening, self.open, media, outputs, show_progress="hidden")
         self.question.submit(
-            self.ask, [self.question, self.conversation, self.chat], [*outputs, self.question], show_progress="hidden"
+            self.ask,
+            [self.question, self.conversation, self.chat, self.task],
+            [*outputs, self.question],
+            show_progress="hidden",
         )
         self.stop.click(lambda conversation: conversation and conversation.stop(), self.conversation)
 
     # --- event handlers ----------------------------------------------------------------------------------------------
 
-    def open(self, paths: list[str] | None) -> dict[Any, Any]:
+    def open(
+        self, paths: list[str] | None, num_frames: float | None = None, max_fps: float | None = None
+    ) -> dict[Any, Any]:
         """Start a conversation about the uploaded files."""
         fresh = {self.chat: [], self.note: "", self.raw: "", self.video: gr.Video(visible=False), **self._exports({})}
         nothing = {**fresh, self.conversation: None, self.images: gr.Gallery(visible=False)}
         if not paths:
             return {**nothing, self.status: gr.Markdown(visible=False)}
         try:
-            conversation = self.backend.open(paths)
+            conversation = self.backend.open(paths, num_frames, max_fps or None)
         except UserError as error:
             return {**nothing, **self._message(error)}
         except Exception:
@@ -126,15 +144,16 @@ class Page:
         return {**opened, self.images: gr.Gallery(visible=False), self.video: video}
 
     def ask(
-        self, question: str, conversation: Conversation | None, chat: list[dict[str, Any]]
+        self, question: str, conversation: Conversation | None, chat: list[dict[str, Any]], task: str = "Ask"
     ) -> Iterator[dict[Any, Any]]:
         """Answer a question, piece by piece."""
         updates = None
         try:
             if conversation is None:
                 raise UserError("Add an image or a video first.")
-            updates = conversation.answer(question)
-            turns = [*chat, _turn("user", question.strip())]
+            updates = conversation.answer(question, task)
+            asked = question.strip() if task == "Ask" else f"{task}: {question.strip()}"
+            turns = [*chat, _turn("user", asked)]
             for update in updates:
                 yield {
                     self.chat: [*turns, _turn("assistant", update.text)],
@@ -184,21 +203,37 @@ def _turn(role: str, text: str) -> dict[str, str]:
     return {"role": role, "content": html.escape(text, quote=False)}
 
 
-def launch(page: Page, host: str, port: int, *, logins: list[tuple[str, str]] | None = None, wait: bool = True) -> str:
+def launch(
+    page: Page,
+    host: str,
+    port: int,
+    *,
+    logins: list[tuple[str, str]] | None = None,
+    hosts: Iterable[str] = (),
+    share: bool = False,
+    wait: bool = True,
+) -> str:
     """Serve a page.
 
     Args:
         logins: Users and their passwords; without any, everybody is let in.
+        hosts: Names that browsers know it by, besides addresses and those of this machine.
+        share: Also serve it at a public address of gradio's.
         wait: Block until the process is interrupted; otherwise serve in the background.
     Returns:
         Its address.
     """
+    if share and not logins:
+        log.warning("Everybody on the internet who finds the public address is let in. Pass --login to change that.")
+    names = {host, *own_names(), *hosts, *([SHARED] if share else [])}
     page.blocks.queue(default_concurrency_limit=MAX_QUESTIONS, max_size=MAX_WAITING)
     _, address, _ = page.blocks.launch(
         auth=logins or None,
         max_file_size=MAX_FILE_SIZE,
         server_name=host,
         server_port=port,
+        share=share,
+        app_kwargs={"middleware": [Middleware(CheckedHosts, names=names)]},
         prevent_thread_lock=not wait,
         allowed_paths=[str(DATA)],
         theme=gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),

@@ -3,7 +3,7 @@
     molmo2_fiftyone.register()
     model = foz.load_zoo_model("allenai/Molmo2-4B", operation="pointing", prompt="boat")
 
-or without the zoo, from a loaded model and processor: `Molmo2FiftyOneModel(*molmo2.load(folder), settings)`.
+or without the zoo, from a loaded model and its processor: `Molmo2FiftyOneModel(*molmo2.load(folder), operation=...)`.
 """
 
 import json
@@ -12,20 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from molmo2 import load
+from molmo2.tools.embedding import POOLINGS
 
 from . import labels
-from .model import (
-    MEDIA_TYPES,
-    OPERATIONS,
-    POOLINGS,
-    Molmo2FiftyOneModel,
-    Molmo2Settings,
-)
-from .reader import VideoPart
+from .model import MEDIA_TYPES, OPERATIONS, Molmo2FiftyOneModel
+from .videos import VideoPart
 
 __all__ = [
     "Molmo2FiftyOneModel",
-    "Molmo2Settings",
     "VideoPart",
     "download_model",
     "labels",
@@ -47,6 +41,8 @@ def register() -> Path:
     name = json.loads((package / "manifest.json").read_text(encoding="utf-8"))["name"]
     folder = Path(fo.config.model_zoo_dir) / name
     folder.mkdir(parents=True, exist_ok=True)
+    for file in folder.glob("*.py"):  # of an earlier version
+        file.unlink()
     for file in [*package.glob("*.py"), package / "manifest.json"]:
         shutil.copy(file, folder / file.name)
     return folder
@@ -84,11 +80,10 @@ def load_model(
     Args:
         model_path: The folder that `download_model` wrote, or any other checkpoint folder for transformers.
         load_options: Options of `molmo2.load`: dtype, device_map, ...
-        settings: Fields of `Molmo2Settings`.
+        settings: Attributes of `Molmo2FiftyOneModel`: operation, prompt, ...
     """
-    config = Molmo2Settings(**settings)
     model, processor = load(model_path, **(load_options or {}))
-    return Molmo2FiftyOneModel(model.eval(), processor, config)
+    return Molmo2FiftyOneModel(model.eval(), processor, **settings)
 
 
 def resolve_input(model_name: str, ctx: Any) -> Any:
@@ -99,7 +94,9 @@ def resolve_input(model_name: str, ctx: Any) -> Any:
     inputs.enum("operation", OPERATIONS, default="describe", required=True, label="Operation")
     inputs.enum("media_type", MEDIA_TYPES, default="video", required=True, label="Media type")
     inputs.str("prompt", required=False, label="Prompt", description="Objects to look for, or the whole question")
+    inputs.str("events", required=False, label="Events", description="What temporal_localization looks for")
     inputs.str("prompt_field", required=False, label="Prompt field", description="Field with each sample's prompt")
-    inputs.enum("pooling", POOLINGS, default="vision", required=True, label="Pooling of embeddings")
+    inputs.enum("pooling_strategy", POOLINGS, default=POOLINGS[0], required=True, label="Pooling of embeddings")
+    inputs.str("embedding_prompt", required=False, label="Question of embeddings", description="What they are about")
     inputs.int("max_new_tokens", default=2048, required=True, label="Maximum number of new tokens")
     return types.Property(inputs)

@@ -5,10 +5,14 @@ Frame numbers count the frames of the file from 1: they come from `SampledFrame.
 variable frame rates, late starts and clips.
 """
 
-from collections.abc import Mapping
+import logging
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import fiftyone as fo
+
+logger = logging.getLogger(__name__)
 
 
 def image_keypoints(grounding: Any, image_index: int = 0) -> fo.Keypoints:
@@ -53,44 +57,74 @@ def _one_per_frame(track: Any) -> list[Any]:
     return list(nearest.values())
 
 
-def temporal_detections(events: Any, media: Any) -> fo.TemporalDetections:
+def no_keypoints() -> fo.Keypoints:
+    """Of a frame in which nothing was pointed at."""
+    return fo.Keypoints()
+
+
+def temporal_detections(events: Iterable[Any], media: Any) -> fo.TemporalDetections:
     """Events as ranges of frames of the file, both ends included.
 
     Args:
         events: Of a `StructuredAnswer`: `start`, `end` in seconds or None, and `description`. Events without a start
-            are left out; without an end an event is one frame; reversed ends are swapped.
+            are left out, with a warning; without an end an event is one frame; reversed ends are swapped.
         media: The `MediaInfo` of the answer; a time means the sampled frame nearest to it, as for points.
     Raises:
         ValueError: `media` has no sampled frames, or not their indices in the file.
     """
-    detections = []
-    for event in events:
-        if event.start is not None:
-            times = (event.start, event.start if event.end is None else event.end)
-            support = sorted(frame_number(media.frame_at(time)) for time in times)
-            detections.append(fo.TemporalDetection(label=event.description, support=support))
-    return fo.TemporalDetections(detections=detections)
+    return _detections([(event.description, event.start, event.end, {}) for event in events], media)
 
 
-def structured_labels(answer: Any, media: Any) -> dict[str, fo.Label]:
-    """The sections of a structured description.
+def structured_labels(answer: Any, media: Any) -> dict[str, Any]:
+    """The sections of a structured description, by the names of FiftyOne's fields.
 
-    `summary` is a Classification, `objects`, `text` and `scene` are Classifications, `events` are TemporalDetections
-    (videos only). An answer without valid JSON becomes the `summary` unchanged.
+    `summary` is text; an answer without valid JSON becomes the `summary` unchanged. `scene_info_*` and
+    `activities_primary` are Classifications of one label each, other `activities_*` of several. In videos `events`,
+    `objects` (with an attribute `description`) and `text_content` are TemporalDetections, of which those without a
+    time are left out, with a warning; of images there are `objects` and `text_content` as Classifications.
     """
-    labels: dict[str, fo.Label] = {
-        "summary": fo.Classification(label=answer.summary if answer.found else answer.raw.strip()),
-        "objects": fo.Classifications(
+    labels: dict[str, Any] = {"summary": answer.summary if answer.found else answer.raw.strip()}
+    if media.kind == "video":
+        objects = [
+            (item.name, item.first_seen, item.last_seen, {"description": item.description}) for item in answer.objects
+        ]
+        labels["events"] = temporal_detections(answer.events, media)
+        labels["objects"] = _detections(objects, media)
+        labels["text_content"] = _detections([(item.text, item.start, item.end, {}) for item in answer.text], media)
+    else:
+        labels["objects"] = fo.Classifications(
             classifications=[
                 fo.Classification(label=item.name, description=item.description) for item in answer.objects
             ]
-        ),
-        "text": _classifications(answer.text),
-        "scene": _classifications(f"{name}: {value}" for name, value in answer.scene),
-    }
-    if media.kind == "video":
-        labels["events"] = temporal_detections(answer.events, media)
+        )
+        labels["text_content"] = _classifications(item.text for item in answer.text)
+    for name, value in answer.scene:
+        labels[f"scene_info_{_field_name(name)}"] = fo.Classification(label=value)
+    for name, values in answer.activities:
+        is_primary = name == "primary"  # one type for a field, however many texts a sample has
+        found = fo.Classification(label=", ".join(values)) if is_primary else _classifications(values)
+        labels[f"activities_{_field_name(name)}"] = found
     return labels
+
+
+def _detections(spans: Iterable[tuple[str, Any, Any, dict[str, Any]]], media: Any) -> fo.TemporalDetections:
+    """Labels with start and end in seconds, or None, and further attributes."""
+    detections, timeless = [], []
+    for label, start, end, attributes in spans:
+        times = [time for time in (start, end) if time is not None]
+        if start is None:
+            timeless.append(label)
+            continue
+        support = sorted(frame_number(media.frame_at(time)) for time in (times[0], times[-1]))
+        detections.append(fo.TemporalDetection(label=label, support=support, **attributes))
+    if timeless:
+        logger.warning("The answer has no time for %s: left out.", ", ".join(map(repr, timeless)))
+    return fo.TemporalDetections(detections=detections)
+
+
+def _field_name(name: str) -> str:
+    """A name of the answer as the end of a field's name."""
+    return re.sub(r"\W+", "_", name.strip().lower()).strip("_") or "other"
 
 
 def image_positions(keypoints: fo.Keypoints) -> list[tuple[float, float]]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from molmo2.tools.ask import MediaSession, ask, ask_stream
     from molmo2.tools.draw import DrawingStyle, contact_sheet, draw
     from molmo2.tools.draw_video import AnnotatedVideo, annotate_video
+    from molmo2.tools.embedding import FrameEmbeddings, Neighbours, embed, nearest
     from molmo2.tools.plan import RequestPlan, plan
 
 _HOMES = {
@@ -29,10 +30,12 @@ _HOMES = {
     "Answer": "molmo2.tools.answer",
     "AnswerPiece": "molmo2.tools.answer",
     "DrawingStyle": "molmo2.tools.draw",
+    "FrameEmbeddings": "molmo2.tools.embedding",
     "Grounding": "molmo2.grounding.parse",
     "MediaLimitError": "molmo2.image.limits",
     "MediaLimits": "molmo2.image.limits",
     "MediaSession": "molmo2.tools.ask",
+    "Neighbours": "molmo2.tools.embedding",
     "RequestPlan": "molmo2.tools.plan",
     "Timings": "molmo2.tools.answer",
     "annotate_video": "molmo2.tools.draw_video",
@@ -40,7 +43,9 @@ _HOMES = {
     "ask_stream": "molmo2.tools.ask",
     "contact_sheet": "molmo2.tools.draw",
     "draw": "molmo2.tools.draw",
+    "embed": "molmo2.tools.embedding",
     "load": "molmo2.registration",
+    "nearest": "molmo2.tools.embedding",
     "parse_grounding": "molmo2.grounding.parse",
     "plan": "molmo2.tools.plan",
     "register": "molmo2.registration",
@@ -51,10 +56,12 @@ __all__ = [
     "Answer",
     "AnswerPiece",
     "DrawingStyle",
+    "FrameEmbeddings",
     "Grounding",
     "MediaLimitError",
     "MediaLimits",
     "MediaSession",
+    "Neighbours",
     "RequestPlan",
     "Timings",
     "__version__",
@@ -63,7 +70,9 @@ __all__ = [
     "ask_stream",
     "contact_sheet",
     "draw",
+    "embed",
     "load",
+    "nearest",
     "parse_grounding",
     "plan",
     "prompts",

@@ -1,5 +1,6 @@
 """The app in a real browser: images and a clip are uploaded, asked about, seen with their points, and exported."""
 
+import http.client
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ pytest.importorskip("gradio")
 pytest.importorskip("playwright")
 
 from app.backend import Backend
+from app.engines import LocalEngine
 from app.page import Page
 from molmo2.tools.draw import DrawingStyle
 from support.app_browser import expect, free_port, look_at, visit
@@ -65,7 +67,7 @@ def gate():
 @pytest.fixture(scope="module")
 def page(gate):
     model = DictatedModel(build_model("qwen3").eval(), processor(), SCRIPT, gate)
-    return Page(Backend(model, processor(), num_frames=6, notice="The answers are *dictated*."))
+    return Page(Backend(LocalEngine(model, processor()), num_frames=6, notice="The answers are *dictated*."))
 
 
 @pytest.fixture
@@ -153,6 +155,39 @@ def test_a_clip_plays_with_its_track(visitor, tmp_path):
     assert tuple(visitor.shown(IMAGE)[90, 90]) == color("ring", 1)  # the sampled frames on a sheet
     lines = visitor.export("mot", tmp_path).read_text().splitlines()
     assert [line.split(",")[:2] for line in lines] == [["1", "1"], ["11", "1"]]
+
+
+def test_a_task_and_fewer_frames(visitor):
+    visitor.upload([DATA / "world_clip.mp4"])
+    expect(visitor.page.locator(VIDEO)).to_be_visible()
+    visitor.page.get_by_text("Frames of a video").click()
+    frames = visitor.page.locator("#num_frames input")
+    frames.fill("0")
+    frames.press("Enter")
+    expect(visitor.page.locator("#status")).to_contain_text("0 is no number of frames")
+    frames.fill("2")
+    frames.press("Enter")
+    expect(visitor.page.locator("#status")).to_be_hidden()
+    visitor.page.get_by_label("Track").check()
+    visitor.ask("red ring")
+    expect(visitor.page.locator("#chat .user")).to_contain_text("Track: red ring")
+    expect(visitor.answers).to_have_text("ring (1 track)")
+    expect(visitor.page.locator(IMAGE)).to_be_visible()
+    assert visitor.shown(IMAGE).shape[1] < 3 * 180  # a sheet of two frames
+
+
+def test_a_name_of_a_stranger_is_refused(visitor):
+    address = visitor.page.url
+    port = address.rstrip("/").rpartition(":")[2]
+    connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=10)
+    statuses = {}
+    for name in (f"127.0.0.1:{port}", f"localhost:{port}", f"rebound.example:{port}"):
+        connection.request("GET", "/config", headers={"Host": name})
+        response = connection.getresponse()
+        statuses[name.partition(":")[0]] = response.status
+        response.read()
+    connection.close()
+    assert statuses == {"127.0.0.1": 200, "localhost": 200, "rebound.example": 421}
 
 
 def test_what_goes_wrong_is_said(visitor, paths, tmp_path):

@@ -8,13 +8,15 @@ import pytest
 
 from app.__main__ import arguments
 from app.backend import Backend, UserError, is_video, readable
-from app.models import MINIATURE, load_backend
+from app.engines import LocalEngine
+from app.models import MINIATURE, load_backend, server_backend
 from app.samples import SAMPLES
 from molmo2 import MediaLimits
 from molmo2.grounding.files import from_coco, from_csv, from_json
 from molmo2.grounding.parse import parse_grounding
 from molmo2.tools.draw import DrawingStyle
 from support.checkpoints import REPOSITORY, build_model, module_cache, picture
+from support.fake_openai import serve
 from support.model_inputs import processor
 from support.scripted_model import DictatedModel
 
@@ -34,7 +36,7 @@ def model():
 
 @pytest.fixture
 def backend(model):
-    return Backend(DictatedModel(model, processor(), SCRIPT), processor(), num_frames=6)
+    return Backend(LocalEngine(DictatedModel(model, processor(), SCRIPT), processor()), num_frames=6)
 
 
 @pytest.fixture
@@ -136,7 +138,7 @@ def test_a_clip_comes_back_with_its_tracks(backend):
 def test_closing_stops_the_model(model, paths):
     tokens = []
     endless = DictatedModel(model, processor(), lambda prompt: "word " * 300, lambda text: tokens.append(text))
-    answer = Backend(endless, processor()).open(paths[:1]).answer("Describe it.")
+    answer = Backend(LocalEngine(endless, processor())).open(paths[:1]).answer("Describe it.")
     next(answer)
     answer.close()
     time.sleep(0.5)
@@ -173,7 +175,7 @@ def test_stopping_keeps_what_there_is(model, paths):
             conversation.stop()
 
     endless = DictatedModel(model, processor(), lambda prompt: "word " * 300, stop_at_three)
-    conversation = Backend(endless, processor()).open(paths[:1])
+    conversation = Backend(LocalEngine(endless, processor())).open(paths[:1])
     *_, last = conversation.answer("Tell a story.")
     assert last.note.endswith("; stopped")
     assert 3 <= last.raw.count("word") < 6
@@ -181,7 +183,7 @@ def test_stopping_keeps_what_there_is(model, paths):
 
 def test_an_answer_ends_when_its_time_is_over(model, paths):
     endless = DictatedModel(model, processor(), lambda prompt: "word " * 300)
-    *_, last = Backend(endless, processor(), max_seconds=0).open(paths[:1]).answer("Tell a story.")
+    *_, last = Backend(LocalEngine(endless, processor()), max_seconds=0).open(paths[:1]).answer("Tell a story.")
     assert last.note.endswith("; stopped")
     assert last.raw.count("word") < 3
 
@@ -198,6 +200,93 @@ def test_logins_come_from_a_file(tmp_path, monkeypatch, capsys):
         assert "secret" not in message
     file.write_text("ann:se:cret\n\nbob:other\n")
     assert arguments().logins == [("ann", "se:cret"), ("bob", "other")]
+
+
+# --- tasks and frames ------------------------------------------------------------------------------------------------
+
+
+def test_a_task_words_the_question(backend, paths):
+    conversation = backend.open(paths[:1])
+    *_, last = conversation.answer("cups", "Count")
+    assert last.text == "Counting the cups (2 points) shows a total of 2."
+    asked = backend.engine.model.prompts[-1]
+    assert "How many cups are there?" in asked
+    with pytest.raises(UserError, match=r"“Sing” is no task\. Choose one of Ask, Point, Count, Track"):
+        next(conversation.answer("cups", "Sing"))
+    with pytest.raises(UserError, match="“red circles”"):
+        next(conversation.answer(" ", "Point"))
+
+
+def test_visitors_choose_the_frames(backend):
+    assert len(backend.open([CLIP]).frames) == 6
+    assert len(backend.open([CLIP], 4).frames) == 4
+    assert len(backend.open([CLIP], 24, 1.0).frames) < len(backend.open([CLIP], 24).frames)
+    for frames, fps in ((0, None), (385, None), (2.5, None), (6, 0.0), (6, float("nan"))):
+        with pytest.raises(UserError, match="is no number of frames"):
+            backend.open([CLIP], frames, fps)
+
+
+# --- a server in place of a model ------------------------------------------------------------------------------------
+
+
+def server_answer(body):
+    question = body["messages"][-1]["content"]
+    question = question if isinstance(question, str) else question[-1]["text"]
+    return next(answer for name, answer in SCRIPT.items() if name in question)
+
+
+def test_a_server_answers(paths, tmp_path):
+    with serve(answer=server_answer, kind="vllm") as server:
+        backend = server_backend(server.url, None, num_frames=6, max_new_tokens=40)
+        conversation = backend.open(paths[:1])
+        updates = list(conversation.answer("cups", "Point"))
+        assert len(updates) > 3
+        assert updates[-1].text == "Counting the cups (2 points) shows a total of 2."
+        assert tuple(np.asarray(updates[-1].images[0])[50, 50]) == color("cups", 1)
+        assert updates[-1].note.startswith("7 tokens in")
+        *_, last = conversation.answer("Are you sure?")
+        assert last.text == "Yes."
+        first, second = server.requests
+        assert first["max_tokens"] == 40
+        assert [message["role"] for message in second["messages"]] == ["user", "assistant", "user"]
+        *_, last = backend.open([CLIP]).answer("ring", "Track")
+        assert server.requests[-1]["mm_processor_kwargs"] == {"num_frames": 6}
+        assert last.text == "ring (1 track)"
+        assert last.video != CLIP
+
+
+def test_a_server_is_stopped(paths):
+    with serve(answer="word " * 300) as server:
+        conversation = server_backend(server.url, None).open(paths[:1])
+        updates = conversation.answer("Tell a story.")
+        next(updates)
+        conversation.stop()
+        *_, last = updates
+        assert last.note.endswith("; stopped")
+        assert 1 <= last.raw.count("word") < 10
+        list(conversation.answer("And then?"))
+        assert server.requests[-1]["messages"][1] == {"role": "assistant", "content": last.raw}
+
+
+def test_what_a_server_refuses_is_said(paths, monkeypatch):
+    with serve(failures=[(400, {}, '{"error": {"message": "too many tokens"}}')]) as server:
+        with pytest.raises(UserError, match="400"):
+            list(server_backend(server.url, None).open(paths[:1]).answer("Tell a story."))
+        monkeypatch.setattr("app.engines.MAX_SENT_BYTES", 1000)
+        with pytest.raises(UserError, match="at most 0 MiB are sent"):
+            list(server_backend(server.url, None).open([CLIP]).answer("Tell a story."))
+    with serve(models=("one", "two")) as server, pytest.raises(ValueError, match="The server has 2 models"):
+        server_backend(server.url, None)
+    with pytest.raises(ConnectionError):
+        server_backend("http://127.0.0.1:9/v1", None, max_seconds=1)
+
+
+def test_only_a_server_has_a_model_name(monkeypatch, capsys):
+    for given in (["--server-model", "mini"], ["--server", "http://127.0.0.1:8000/v1", "--model", "folder"]):
+        monkeypatch.setattr("sys.argv", ["app", *given])
+        with pytest.raises(SystemExit):
+            arguments()
+        assert "--server" in capsys.readouterr().err
 
 
 # --- what users are told ---------------------------------------------------------------------------------------------
@@ -259,11 +348,13 @@ def test_clips_are_told_from_images():
 
 
 def test_uploads_and_questions_have_limits(model, paths):
-    narrow = Backend(model, processor(), num_frames=6, limits=MediaLimits(image_pixels=100, video_frames=3))
+    narrow = Backend(
+        LocalEngine(model, processor()), num_frames=6, limits=MediaLimits(image_pixels=100, video_frames=3)
+    )
     with pytest.raises(UserError, match=r"“left.png” is too large for this app"):
         narrow.open(paths)
     with pytest.raises(UserError, match=r"“world_clip.mp4” is too large for this app"):
         narrow.open([CLIP])
     with pytest.raises(UserError, match=r"The question has 4,001 characters\. Use at most 4,000"):
-        next(Backend(model, processor()).open(paths).answer("a" * 4001))
+        next(Backend(LocalEngine(model, processor())).open(paths).answer("a" * 4001))
     assert processor().image_processor.limits == MediaLimits()

@@ -10,13 +10,14 @@ import shutil
 import sys
 import threading
 from fractions import Fraction
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
-import torch
 
 # With a database FiftyOne has to be there: an import that fails is no reason to skip.
 if not os.environ.get("FIFTYONE_DATABASE_URI"):
@@ -24,13 +25,16 @@ if not os.environ.get("FIFTYONE_DATABASE_URI"):
 
 import eta.core.video as etav
 import fiftyone as fo
-import fiftyone.core.models
+import fiftyone.brain as fob
+import fiftyone.core.models as fom
 import fiftyone.zoo as foz
 
-import molmo2_fiftyone
+import molmo2
+import molmo2_fiftyone.loops
 from clients.test_readme import python_blocks
 from molmo2.grounding.format import format_points, format_tracks
 from molmo2.grounding.parse import parse_grounding
+from molmo2.tools.embedding import POOLINGS
 from support.checkpoints import picture, read_json, write_checkpoint, write_json
 from support.scripted_model import ScriptedModel
 
@@ -108,7 +112,7 @@ def scripted(loaded, ours):
 
     def build(answer, **settings):
         model = ScriptedModel(loaded.processor, answer if callable(answer) else lambda prompt: answer)
-        return ours.Molmo2FiftyOneModel(model, loaded.processor, ours.Molmo2Settings(**settings))
+        return ours.Molmo2FiftyOneModel(model, loaded.processor, **settings)
 
     return build
 
@@ -125,7 +129,7 @@ def begins(path):
 
 def test_describe(dataset, scripted):
     dataset.apply_model(scripted("Two people talk.", operation="describe"), label_field="text", skip_failures=False)
-    assert dataset.values("text.label") == ["Two people talk."] * len(dataset)
+    assert dataset.values("text") == ["Two people talk."] * len(dataset)
 
 
 def test_pointing(dataset, scripted):
@@ -169,18 +173,29 @@ def test_temporal_localization(dataset, scripted):
     assert (event.label, event.support) == ("lift-off", [1, 11])
 
 
-def test_comprehensive(dataset, scripted):
+def test_comprehensive(dataset, scripted, caplog):
     answer = (
         '{"summary": "A launch.", "events": [{"start": 0, "end": 0.5, "description": "smoke"}], '
-        '"objects": [{"name": "rocket", "description": "white"}], "text": ["NASA"], "scene": {"setting": "outdoors"}}'
+        '"objects": [{"name": "rocket", "description": "white", "first_seen": "0:00", "last_seen": "0:01"}, "cloud"], '
+        '"text": [{"text": "NASA", "start": 0.5, "end": 1}], '
+        '"scene": {"setting": "outdoors", "time_of_day": "day", "location type": "launch pad"}, '
+        '"activities": {"primary": "a launch", "secondary": ["filming", "waiting"]}}'
     )
-    dataset.apply_model(scripted(answer, operation="comprehensive"), label_field="all", skip_failures=False)
+    dataset.apply_model(scripted(answer, operation="comprehensive"), "all", skip_failures=False)
     sample = dataset.first()
-    assert sample.all_summary.label == "A launch."
-    assert sample.all_events.detections[0].support == [1, 6]
-    assert [(thing.label, thing.description) for thing in sample.all_objects.classifications] == [("rocket", "white")]
-    assert [found.label for found in sample.all_text.classifications] == ["NASA"]
-    assert [found.label for found in sample.all_scene.classifications] == ["setting: outdoors"]
+    assert sample.all_summary == "A launch."
+    found = {name: sample[f"all_{name}"].detections for name in ("events", "objects", "text_content")}
+    assert {name: [(each.label, each.support) for each in own] for name, own in found.items()} == {
+        "events": [("smoke", [1, 6])],
+        "objects": [("rocket", [1, 11])],
+        "text_content": [("NASA", [6, 11])],
+    }
+    assert found["objects"][0].description == "white"
+    assert "no time for 'cloud': left out" in caplog.text
+    scene = {name: sample[f"all_scene_info_{name}"].label for name in ("setting", "time_of_day", "location_type")}
+    assert scene == {"setting": "outdoors", "time_of_day": "day", "location_type": "launch pad"}
+    assert sample.all_activities_primary.label == "a launch"
+    assert [each.label for each in sample.all_activities_secondary.classifications] == ["filming", "waiting"]
 
 
 # --- frame numbers, clips, readers -----------------------------------------------------------------------------------
@@ -225,10 +240,7 @@ def test_clips_have_the_frame_numbers_of_the_whole_video(dataset, parts, scripte
         return format_points({times[0]: [(0.1, 0.5)], times[-1] + 0.1: [(0.9, 0.5)]}, "ball")
 
     model = scripted(answer, operation="pointing", prompt="ball")
-    if batch_size is None:
-        parts.apply_model(model, label_field="found", skip_failures=False)
-    else:
-        model.apply_in_batches(parts, "found", batch_size=batch_size)
+    parts.apply_model(model, label_field="found", batch_size=batch_size, skip_failures=False)
     for sample in dataset:
         first, last = sample.parts.detections[0].support
         found = {number: frame.found.keypoints for number, frame in sample.frames.items()}
@@ -240,7 +252,7 @@ def test_clips_have_embeddings_of_their_own(dataset, parts, loaded, ours):
     vectors = parts.compute_embeddings(loaded, skip_failures=False)
     assert len(vectors) == 2 * len(dataset)
     assert np.linalg.norm(vectors[0] - vectors[1]) > 1e-3
-    loaded.embed_in_batches(parts, "vector", batch_size=4)
+    parts.compute_embeddings(loaded, embeddings_field="vector", batch_size=4, skip_failures=False)
     np.testing.assert_allclose(np.stack(parts.values("vector")), vectors, atol=1e-4)
 
 
@@ -256,21 +268,23 @@ def test_neither_ffprobe_nor_ffmpeg_is_needed(dataset, scripted, loaded, monkeyp
     assert dataset[:1].compute_embeddings(loaded, skip_failures=False).shape == (1, 40)
 
 
-def test_only_the_loops_of_this_thread_get_another_reader(dataset, scripted):
-    usual, found = etav.FFmpegVideoReader, []
+def test_other_models_and_frames_take_the_usual_way(dataset, images, scripted, ours):
+    """The hook in front of FiftyOne's loops is for collections of Molmo2's own kind of media, and is there once."""
 
-    def answer(prompt):
-        thread = threading.Thread(target=lambda: found.append(fiftyone.core.models.etav.FFmpegVideoReader))
-        thread.start()
-        thread.join()
-        found.append(etav.FFmpegVideoReader)
-        return "Two people talk."
+    class Constant(fom.Model):
+        media_type = "image"
+        ragged_batches = False
 
-    dataset[:1].apply_model(scripted(answer), label_field="text", skip_failures=False)
-    assert found == [usual, usual]
-    with pytest.raises(ValueError, match="needs to know what to look for"):
-        dataset.apply_model(scripted("x", operation="pointing"), label_field="text", skip_failures=False)
-    assert fiftyone.core.models.etav.FFmpegVideoReader is usual
+        def predict(self, arg):
+            return fo.Classification(label=str(arg.shape))
+
+    for _ in range(2):
+        molmo2_fiftyone.loops.register_loops()
+    assert not hasattr(fom.apply_model.__wrapped__, "molmo2_method")
+    images.apply_model(Constant(), "shape", skip_failures=False)
+    assert images.first().shape.label == "(90, 130, 3)"
+    with pytest.raises(ValueError, match="can only be applied to video collections"):
+        images.apply_model(scripted("x"), "text", skip_failures=False)
 
 
 @pytest.mark.parametrize(("frames", "support"), [(None, None), ("1-20", None), ("5-12", (5, 12))])
@@ -295,17 +309,81 @@ def test_prompts_of_samples(dataset, scripted, where):
     assert len(asked) == len(dataset)
 
 
-def test_videos_in_batches(dataset, scripted, ours):
-    def answer(prompt):
-        place = int(prompt.rpartition("thing ")[2][0])
-        return format_points({0.0: [(place / 10, 0.5)]}, "thing")
+def test_a_prompt_of_an_earlier_operation_changes_no_fixed_question(dataset, scripted):
+    model = scripted("There are none.", operation="pointing", prompt="cup")
+    for operation in ("pointing", "comprehensive", "temporal_localization"):
+        model.operation = operation
+        dataset[:1].apply_model(model, label_field=operation, skip_failures=False)
+    model.events = "the cup falls"
+    dataset[:1].apply_model(model, label_field="falls", skip_failures=False)
+    dataset[:1].apply_model(model, label_field="each", prompt_field="what", skip_failures=False)
+    beginnings = ("Point to the cup.", "Describe this video. ", "List the events of this video. ")
+    beginnings += ("Find every time when the cup falls. ", "Find every time when thing 0. ")
+    assert all(beginning in prompt for (prompt,), beginning in zip(model.model.calls, beginnings, strict=True))
+    assert ["cup" in prompt for (prompt,) in model.model.calls] == [True, False, False, True, False]
+    model.operation = "comprehensive"
+    with pytest.raises(ValueError, match="The question of 'comprehensive' is fixed"):
+        dataset.apply_model(model, label_field="other", prompt_field="what")
 
-    model = scripted(answer, operation="pointing", prompt_field="what")
-    model.apply_in_batches(dataset, "found", batch_size=3)
-    size = len(dataset)
-    assert [len(call) for call in model.model.calls] == [3] * (size // 3) + [size % 3] * bool(size % 3)
+
+def sizes_of_batches(number, size):
+    return [size] * (number // size) + [number % size] * bool(number % size)
+
+
+def numbered(prompt):
+    """One point whose x tells which thing was asked for."""
+    place = int(prompt.rpartition("thing ")[2][0])
+    return format_points({0.0: [(place / 10, 0.5)]}, "thing")
+
+
+@pytest.mark.parametrize("num_workers", [None, 0, 3])
+def test_videos_in_batches(dataset, scripted, num_workers):
+    model = scripted(numbered, operation="pointing", prompt_field="what")
+    options = {"batch_size": 3, "num_workers": num_workers, "skip_failures": False}
+    dataset.apply_model(model, "found", **options)
+    assert [len(call) for call in model.model.calls] == sizes_of_batches(len(dataset), 3)
     found = [next(iter(sample.frames.values())).found.keypoints[0].points[0] for sample in dataset]
-    assert found == [[place / 10, 0.5] for place in range(size)]
+    assert found == [[place / 10, 0.5] for place in range(len(dataset))]
+
+
+@pytest.fixture
+def broken(dataset, tmp_path):
+    """A view whose second video is no video."""
+    path = tmp_path / "broken.mp4"
+    path.write_bytes(b"nothing")
+    dataset.add_sample(fo.Sample(filepath=str(path), what="thing 1"))
+    ids = dataset.values("id")
+    return dataset.select([ids[0], ids[-1], ids[2]], ordered=True)
+
+
+def test_a_failure_in_a_batch_costs_no_other_sample(broken, scripted, loaded, caplog):
+    model = scripted(numbered, operation="pointing", prompt_field="what")
+    broken.apply_model(model, "found", batch_size=3, skip_failures=True)
+    assert [len(sample.frames) for sample in broken] == [1, 0, 1]
+    assert "broken.mp4) is skipped" in caplog.text
+    vectors = broken.compute_embeddings(loaded, batch_size=3, skip_failures=True)
+    assert [vector is None for vector in vectors] == [False, True, False]
+    broken.compute_embeddings(loaded, embeddings_field="vector", batch_size=2, skip_failures=True)
+    assert [vector is None for vector in broken.values("vector")] == [False, True, False]
+    for call in (broken.apply_model, broken.compute_embeddings):
+        with pytest.raises(ValueError, match="broken"):
+            call(model if call == broken.apply_model else loaded, "other", batch_size=3, skip_failures=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({"batch_size": 0}, "`batch_size` is 0"),
+        ({"num_workers": -1}, "`num_workers` is -1"),
+        ({"pin_memory": True}, "'pin_memory'"),
+        ({"output_dir": "x"}, "'output_dir'"),
+        ({"confidence_thresh": 0.5}, "'confidence_thresh'"),
+        ({"question_field": "what"}, "'question_field'"),
+    ],
+)
+def test_options_are_honoured_or_refused(dataset, scripted, options, found):
+    with pytest.raises(ValueError, match=found):
+        dataset.apply_model(scripted("x"), "text", **options)
 
 
 def test_images_in_batches(images, scripted):
@@ -319,12 +397,16 @@ def test_images_in_batches(images, scripted):
     assert [sample.found.keypoints[0].points[0] for sample in images] == [[0.0, 0.5], [0.1, 0.5], [0.2, 0.5]]
 
 
-def test_structured_answers_about_images_have_no_events(images, scripted):
-    model = scripted('{"summary": "Noise."}', operation="comprehensive", media_type="image")
+def test_structured_answers_about_images_have_no_times(images, scripted):
+    answer = '{"summary": "Noise.", "objects": [{"name": "dot"}], "text": ["GO"], "activities": "resting"}'
+    model = scripted(answer, operation="comprehensive", media_type="image")
     images.apply_model(model, label_field="all", batch_size=2, skip_failures=False)
     assert "Describe this image." in model.model.calls[0][0]
     assert '"events"' not in model.model.calls[0][0]
-    assert images.values("all_summary.label") == ["Noise."] * 3
+    assert images.values("all_summary") == ["Noise."] * 3
+    assert images.values("all_objects.classifications.label") == [["dot"]] * 3
+    assert images.values("all_text_content.classifications.label") == [["GO"]] * 3
+    assert images.values("all_activities_primary.label") == ["resting"] * 3
     assert not images.has_field("all_events")
 
 
@@ -332,18 +414,18 @@ def test_structured_answers_about_images_have_no_events(images, scripted):
 
 
 LABELS = {
-    "describe": ("out.label", str),
+    "describe": ("out", str),
     "pointing": ("frames.out", list),
     "tracking": ("frames.out", list),
     "temporal_localization": ("out.detections", list),
-    "comprehensive": ("out_summary.label", str),
+    "comprehensive": ("out_summary", str),
 }
 
 
 @pytest.mark.parametrize("operation", LABELS)
 def test_every_operation_runs_the_model(dataset, loaded, ours, operation):
-    settings = ours.Molmo2Settings(operation=operation, prompt="cup", max_new_tokens=3)
-    model = ours.Molmo2FiftyOneModel(loaded.model, loaded.processor, settings)
+    settings = {"operation": operation, "prompt": "cup", "max_new_tokens": 3}
+    model = ours.Molmo2FiftyOneModel(loaded.model, loaded.processor, **settings)
     dataset.apply_model(model, label_field="out", skip_failures=False)
     field, kind = LABELS[operation]
     assert all(isinstance(value, kind) for value in dataset.values(field))
@@ -351,7 +433,7 @@ def test_every_operation_runs_the_model(dataset, loaded, ours, operation):
 
 def test_batches_answer_as_single_samples_do(clips, loaded, monkeypatch):
     paths = [str(path) for path in clips]
-    single = [loaded.predict(path).label for path in paths]
+    single = [loaded.predict(path) for path in paths]
     assert len(set(single)) > 1
     generate, sizes = loaded.model.generate, []
 
@@ -360,46 +442,36 @@ def test_batches_answer_as_single_samples_do(clips, loaded, monkeypatch):
         return generate(**inputs)
 
     monkeypatch.setattr(loaded.model, "generate", counted)
-    assert [found.label for found in loaded.predict_all(paths)] == single
+    assert loaded.predict_all(paths) == single
     assert sizes == [len(paths)]
 
 
-@pytest.mark.parametrize("pooling", ["vision", "last_token"])
-def test_embeddings_tell_clips_apart(dataset, loaded, ours, pooling):
-    model = ours.Molmo2FiftyOneModel(loaded.model, loaded.processor, ours.Molmo2Settings(pooling=pooling))
-    assert model.has_embeddings
-    vectors = dataset.compute_embeddings(model, skip_failures=False)
-    assert vectors.shape == (len(dataset), 40)
-    assert vectors.dtype == np.float32
-    distances = np.linalg.norm(vectors[:, None] - vectors[None], axis=-1)
-    assert distances[~np.eye(len(dataset), dtype=bool)].min() > 1e-3
-    model.embed_in_batches(dataset, "vector", batch_size=2)
-    np.testing.assert_allclose(np.stack(dataset.values("vector")), vectors, atol=1e-4)
-
-
-def test_the_first_token_knows_nothing_of_the_video(clips, loaded, ours):
-    """Why there is no such pooling."""
-    states = [
-        loaded.model.model(**loaded._inputs([str(path)], ["Describe this video."])).last_hidden_state[0].detach()
-        for path in clips[:2]
-    ]
-    assert torch.equal(states[0][0], states[1][0])
-    assert not torch.allclose(states[0][-1], states[1][-1], atol=1e-3)
-
-
 @pytest.mark.parametrize("media_type", ["image", "video"])
-def test_embeddings_are_the_mean_of_the_visual_tokens(images, dataset, loaded, ours, media_type):
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_embeddings_are_those_of_the_package(images, dataset, loaded, ours, media_type, pooling):
     samples = images if media_type == "image" else dataset
-    model = ours.Molmo2FiftyOneModel(loaded.model, loaded.processor, ours.Molmo2Settings(media_type=media_type))
-    samples.compute_embeddings(model, embeddings_field="vector", batch_size=3, skip_failures=False)
-    path = samples.values("filepath")[1]
-    if media_type == "image":
-        inputs = loaded.processor(images=[path], return_tensors="pt")
-        tokens = torch.cat(loaded.model.model.get_image_features(**inputs).pooler_output)
-    else:
-        inputs = loaded.processor(videos=[path], return_tensors="pt")
-        tokens = torch.cat(loaded.model.model.get_video_features(**inputs).pooler_output)
-    np.testing.assert_allclose(samples.values("vector")[1], tokens.mean(0).detach().numpy(), atol=1e-5)
+    question = "What colour is it?"
+    settings = {"media_type": media_type, "pooling_strategy": pooling, "embedding_prompt": question}
+    model = ours.Molmo2FiftyOneModel(loaded.model, loaded.processor, **settings)
+    samples.compute_embeddings(model, embeddings_field="vector", batch_size=2, num_workers=2, skip_failures=False)
+    vectors = np.stack(samples.values("vector"))
+    kind = {f"{media_type}s": samples.values("filepath")}
+    expected = molmo2.embed(loaded.model, loaded.processor, **kind, pooling=pooling, prompt=question)
+    np.testing.assert_allclose(vectors, expected, atol=1e-5)
+    assert (vectors.shape, expected.dtype) == ((len(samples), 40), np.float32)
+    distances = np.linalg.norm(vectors[:, None] - vectors[None], axis=-1)
+    assert distances[~np.eye(len(samples), dtype=bool)].min() > 1e-3
+
+
+def test_vectors_of_patches(images, loaded, ours):
+    """FiftyOne's own loop over parts of images."""
+    for sample in images:
+        box = fo.Detection(label="part", bounding_box=[0.1, 0.1, 0.5, 0.5])
+        sample["parts"] = fo.Detections(detections=[box])
+        sample.save()
+    model = ours.Molmo2FiftyOneModel(loaded.model, loaded.processor, media_type="image")
+    found = images.compute_patch_embeddings(model, "parts", batch_size=2, skip_failures=False)
+    assert {vectors.shape for vectors in found.values()} == {(1, 40)}
 
 
 # --- labels alone, settings ------------------------------------------------------------------------------------------
@@ -447,20 +519,52 @@ def test_events_without_start_or_with_ends_exchanged(ours):
 @pytest.mark.parametrize(
     ("settings", "found"),
     [
-        ({"operation": "segment"}, "'segment'"),
+        ({"operation": "segment"}, "`operation` is 'segment'; expected one of"),
         ({"media_type": "audio"}, "'audio'"),
-        ({"pooling": "first_token"}, "'first_token'"),
-        ({"operation": "tracking", "media_type": "image"}, "'tracking' needs videos"),
+        ({"pooling_strategy": "median"}, "'median'"),
+        ({"pooling_strategy": "cls"}, 'causal, so its first token sees nothing.*Use "last"'),
+        ({"prompt": 3}, "`prompt` is 3; expected str or list or tuple, or None"),
+        ({"max_new_tokens": 0}, "`max_new_tokens` is 0"),
     ],
 )
-def test_settings_are_checked(ours, settings, found):
+def test_settings_are_checked(loaded, settings, found):
+    ((name, value),) = settings.items()
+    before = getattr(loaded, name)
     with pytest.raises(ValueError, match=found):
-        ours.Molmo2Settings(**settings)
+        setattr(loaded, name, value)
+    assert getattr(loaded, name) == before
+    with pytest.raises(ValueError, match=found):
+        type(loaded)(loaded.model, loaded.processor, **settings)
+
+
+def test_images_are_not_tracked(images, loaded, scripted, ours):
+    with pytest.raises(ValueError, match="'tracking' needs videos"):
+        ours.Molmo2FiftyOneModel(loaded.model, loaded.processor, operation="tracking", media_type="image")
+    model = scripted("x", operation="tracking", prompt="dog")
+    model.media_type = "image"
+    with pytest.raises(ValueError, match="'tracking' needs videos"):
+        images.apply_model(model, "text")
+
+
+def test_unknown_settings_are_refused_by_name(loaded, ours):
+    with pytest.raises(AttributeError, match="no setting 'promt'; did you mean 'prompt'"):
+        loaded.promt = "cup"
+    with pytest.raises(AttributeError, match=r"no setting 'x'; it has operation, .*pooling_strategy"):
+        ours.Molmo2FiftyOneModel(loaded.model, loaded.processor, x=1)
+    with pytest.raises(AttributeError, match=r"setter|can.t set"):
+        loaded.processor = None
 
 
 def test_something_to_look_for_is_needed(dataset, scripted):
-    with pytest.raises(ValueError, match="needs to know what to look for"):
-        dataset.apply_model(scripted("x", operation="pointing"), label_field="text", skip_failures=False)
+    """What fails with every sample is raised, though failures are skipped."""
+    model = scripted("x", operation="pointing")
+    with pytest.raises(ValueError, match="'pointing' needs to know what to look for"):
+        dataset.apply_model(model, label_field="text", skip_failures=True)
+    with pytest.raises(ValueError, match="'pointing' needs to know what to look for"):
+        model.predict(dataset.first().filepath)
+    dataset.set_values("name", ["cup", None] + ["dog"] * (len(dataset) - 2))
+    dataset.apply_model(model, label_field="text", prompt_field="name", batch_size=2, skip_failures=True)
+    assert [len(sample.frames) for sample in dataset[:3]] == [1, 0, 1]
 
 
 def test_a_checkpoint_is_downloaded_once(tmp_path, ours, monkeypatch):
@@ -488,13 +592,114 @@ def test_no_code_of_a_checkpoint_is_executed(tmp_path, ours):
     assert type(model.processor).__module__ == "molmo2.processing.processor"
 
 
-def test_the_page_runs_as_written(clips, tmp_path, monkeypatch):
+CHECKPOINTS = ("Molmo2-4B", "Molmo2-8B", "Molmo2-O-7B", "Molmo2-VideoPoint-4B")
+
+
+@pytest.fixture
+def downloads(tmp_path, monkeypatch):
+    """An empty zoo, whose downloads are tiny checkpoints; the names of those downloaded."""
+    names = []
+
+    def snapshot(name, local_dir):
+        names.append(name)
+        write_quick_checkpoint(Path(local_dir))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     monkeypatch.setattr(fo.config, "model_zoo_dir", str(tmp_path / "zoo"))
-    for folder in (tmp_path / "Molmo2-4B", tmp_path / "zoo" / "molmo2-transformers" / "Molmo2-4B"):
-        write_checkpoint(folder, "qwen3")
-        # Answers of random weights end anywhere or never; the page asks for hundreds of tokens.
-        settings = folder / "generation_config.json"
-        write_json(settings, {**read_json(settings), "max_time": 0.3})
+    return names
+
+
+def write_quick_checkpoint(folder):
+    """Answers of random weights end anywhere or never: these end after a while."""
+    write_checkpoint(folder, "qwen3")
+    settings = folder / "generation_config.json"
+    write_json(settings, {**read_json(settings), "max_time": 0.3})
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_every_checkpoint_is_in_the_zoo(downloads, checkpoint):
+    molmo2_fiftyone.register()
+    model = foz.load_zoo_model(f"allenai/{checkpoint}")
+    assert downloads == [f"allenai/{checkpoint}"]
+    assert (model.operation, model.prompt, model.pooling_strategy) == ("describe", None, "mean")
+
+
+def test_the_package_as_a_source_of_models(downloads, tmp_path, monkeypatch):
+    """`register_zoo_model_source` with the address of an archive; those of repositories need GitHub."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    package = Path(molmo2_fiftyone.__file__).parent
+    shutil.make_archive(str(tmp_path / "served" / "source"), "zip", package.parent, package.name)
+    handler = partial(QuietHandler, directory=str(tmp_path / "served"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/source.zip"
+        foz.register_zoo_model_source(url)
+        server.shutdown()
+    assert list(foz.list_zoo_model_sources()) == [url]
+    assert {f"allenai/{name}" for name in CHECKPOINTS} <= set(foz.list_zoo_models())
+    model = foz.load_zoo_model("allenai/Molmo2-VideoPoint-4B", operation="pointing", prompt="cup")
+    assert (downloads, model.prompt) == (["allenai/Molmo2-VideoPoint-4B"], "cup")
+    foz.delete_zoo_model_source(url)
+    assert "allenai/Molmo2-4B" not in foz.list_zoo_models()
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+def test_every_call_of_the_plugin_page(dataset, downloads):
+    """The calls that users know from the page of the earlier plugin, in its form, and the fields that it names."""
+    molmo2_fiftyone.register()
+    dataset.set_values("question", ["What is it?"] * len(dataset))
+    dataset = dataset.limit(3).clone()
+    model = foz.load_zoo_model("allenai/Molmo2-4B")
+
+    model.pooling_strategy = "mean"
+    dataset.compute_embeddings(
+        model, batch_size=8, num_workers=2, embeddings_field="molmo_embeddings", skip_failures=False
+    )
+    results = fob.compute_visualization(
+        dataset, method="pca", brain_key="molmo_viz", embeddings="molmo_embeddings", num_dims=2
+    )
+    assert results.points.shape == (3, 2)
+
+    model.operation = "describe"
+    model.prompt = "Provide a short description for what is happening in the video"
+    dataset.apply_model(model, "prompted_describe", batch_size=16, num_workers=4, skip_failures=False)
+
+    model.operation = "describe"
+    dataset.apply_model(
+        model, prompt_field="question", label_field="answer_pred", batch_size=16, num_workers=1, skip_failures=False
+    )
+
+    model.operation = "pointing"
+    model.prompt = "person's nose"
+    dataset.apply_model(model, "point_pred", batch_size=16, num_workers=1, skip_failures=False)
+
+    model.operation = "tracking"
+    model.prompt = "person's hand"
+    dataset.apply_model(model, "track_pred", batch_size=16, num_workers=1, skip_failures=False)
+
+    model.operation = "comprehensive"
+    dataset.apply_model(model, "comprehensive", batch_size=2, num_workers=1, skip_failures=False)
+
+    model.operation = "temporal_localization"
+    dataset.apply_model(model, "temporal_localization", batch_size=2, num_workers=1, skip_failures=False)
+
+    for name in ("prompted_describe", "answer_pred", "comprehensive_summary"):
+        assert isinstance(dataset.get_field(name), fo.StringField)
+    for name in ("events", "objects", "text_content"):
+        assert dataset.get_field(f"comprehensive_{name}").document_type is fo.TemporalDetections
+    assert dataset.get_field("temporal_localization").document_type is fo.TemporalDetections
+    for name in ("point_pred", "track_pred"):
+        assert dataset.get_field(f"frames.{name}").document_type is fo.Keypoints
+    assert dataset.count("molmo_embeddings") == dataset.count("comprehensive_summary") == 3
+    dataset.delete()
+
+
+def test_the_page_runs_as_written(clips, downloads, tmp_path, monkeypatch):
+    write_quick_checkpoint(tmp_path / "Molmo2-4B")
     (tmp_path / "videos").mkdir()
     for path in clips[:3]:
         shutil.copy(path, tmp_path / "videos")
@@ -502,10 +707,10 @@ def test_the_page_runs_as_written(clips, tmp_path, monkeypatch):
     page, names = REPOSITORY / "docs" / "fiftyone.md", {}
     for block in python_blocks(page):
         exec(compile(block, page.name, "exec"), names)
-    assert names["dataset"].count("penguins_vector") == names["dataset"].count("story_summary") == 3
+    assert names["dataset"].count("vector") == names["dataset"].count("story_summary") == 3
     names["dataset"].delete()
 
 
 def test_the_app_can_ask_for_settings(ours):
     form = ours.resolve_input(NAME, None)
-    assert set(form.type.properties) <= set(ours.Molmo2Settings.__dataclass_fields__)
+    assert set(form.type.properties) <= set(ours.Molmo2FiftyOneModel.setting_names())

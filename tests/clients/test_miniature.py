@@ -9,6 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+import molmo2
+from molmo2 import embed
 from molmo2.tools.ask import ask
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -16,6 +18,7 @@ for place in (REPOSITORY, REPOSITORY / "examples"):
     sys.path.insert(0, str(place))
 
 from miniature import bundle, native  # noqa: E402
+from miniature.embeddings import COLOUR_QUESTION, moments, neighbours, world  # noqa: E402
 from miniature.evaluate import FRESH_SEED, LOW_IS_GOOD, TARGETS, answers, examples, judge, score  # noqa: E402
 
 MANY = 300  # questions about single pictures; sets and clips come on top
@@ -129,3 +132,18 @@ def test_bfloat16_scores_alike(folder, processor, asked, usual):
     expected = judge(processor, asked, usual)
     for name in ("pointing", "count", "track error", "none"):
         assert found[name] == pytest.approx(expected[name], abs=0.06)
+
+
+def test_vectors_find_what_the_question_asks_about(folder):
+    """What docs/embeddings.md says: the last token under a question finds colours and moments, an average does not."""
+    model, processor = molmo2.load(folder)
+    kinds, pictures = world(1)
+    colours = {
+        pooling: neighbours(embed(model, processor, images=pictures, pooling=pooling, prompt=COLOUR_QUESTION), kinds)[
+            0
+        ]
+        for pooling in ("mean", "last")
+    }
+    assert colours["last"] >= 0.9
+    assert colours["mean"] <= 0.5
+    assert moments(model, processor, 4, pooling="last", prompt=COLOUR_QUESTION) == 1

@@ -65,6 +65,9 @@ class DictatedModel:
 
     Args:
         before_token: Called with the answer so far before each token, to hold the model or to look at the outside.
+
+    Attributes:
+        prompts: What was asked, decoded, the last one last.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class DictatedModel:
     ):
         self._model, self._tokenizer, self._before_token = model, processor.tokenizer, before_token
         self._script = script if callable(script) else lambda prompt: _lookup(script, prompt)
+        self.prompts: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -85,9 +89,11 @@ class DictatedModel:
 
     def generate(self, input_ids: torch.Tensor, **options: Any) -> torch.Tensor:
         tokenizer = self._tokenizer
+        prompts = tokenizer.batch_decode(input_ids)
+        self.prompts += prompts
         answers = [
             [*tokenizer.encode(self._script(prompt), add_special_tokens=False), tokenizer.eos_token_id]
-            for prompt in tokenizer.batch_decode(input_ids)
+            for prompt in prompts
         ]
 
         def dictate(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

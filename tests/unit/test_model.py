@@ -586,7 +586,7 @@ def test_visual_tokens_need_their_media(qwen3):
         qwen3(input_ids=tokens["input_ids"], past_key_values=cache)
     embeds = qwen3.get_input_embeddings()(tokens["input_ids"])
     with pytest.raises(ValueError, match=message):
-        qwen3(inputs_embeds=embeds, token_type_ids=tokens["token_type_ids"])
+        qwen3(inputs_embeds=embeds, **{name: tokens[name] for name in ("attention_mask", "token_type_ids")})
 
 
 @torch.no_grad()

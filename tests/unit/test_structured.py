@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from molmo2.grounding.structured import Event, NamedObject, StructuredAnswer, parse_seconds, parse_structured
+from molmo2.grounding.structured import (
+    Event,
+    NamedObject,
+    StructuredAnswer,
+    WrittenText,
+    parse_seconds,
+    parse_structured,
+)
 
 json_repair = pytest.importorskip("json_repair")
 
@@ -82,7 +89,7 @@ def test_whole_answers(answer):
         summary="A man leaves and comes back.",
         events=READ_EVENTS,
         objects=(NamedObject("door", "red"), NamedObject("hat")),
-        text=("EXIT", "7"),
+        text=(WrittenText("EXIT"), WrittenText("7")),
         scene=(("setting", "a hall"),),
         found=True,
     )
@@ -186,7 +193,7 @@ def test_lists_in_an_entry_that_was_cut_off_do_not_keep_it(answer):
             {"summary": "A", "events": READ_EVENTS},
             ["'title' is none of the sections"],
         ),
-        ({"answer": {"video": {"text": ["GO"]}}}, {"text": ("GO",)}, []),
+        ({"answer": {"video": {"text": ["GO"]}}}, {"text": (WrittenText("GO"),)}, []),
         ({"event": EVENTS[0]}, {"events": READ_EVENTS[:1]}, []),
         ({"summary": "A", "mood": "dark"}, {"summary": "A"}, ["'mood' is none of the sections"]),
         ({"timeline": EVENTS}, {}, ["'timeline' is none of the sections"]),
@@ -198,8 +205,22 @@ def test_lists_in_an_entry_that_was_cut_off_do_not_keep_it(answer):
         ),
         ({"objects": {"name": "dog", "description": "brown"}}, {"objects": (NamedObject("dog", "brown"),)}, []),
         ({"objects": [{"dog": "brown"}]}, {}, ["object 1 lacks a name: 'dog: brown'"]),
-        ({"text": [{"text": "GO"}, {"content": "STOP"}, "1"]}, {"text": ("GO", "STOP", "1")}, []),
-        ({"text": {"sign": "GO"}}, {"text": ("sign: GO",)}, []),
+        (
+            {"text": [{"text": "GO", "time": "0:01 - 0:02"}, {"content": "STOP"}, "1"]},
+            {"text": (WrittenText("GO", 1.0, 2.0), WrittenText("STOP"), WrittenText("1"))},
+            [],
+        ),
+        (
+            {"objects": [{"name": "dog", "first_seen": "0:01"}, {"name": "cat", "start": 2, "end": 3}]},
+            {"objects": (NamedObject("dog", "", 1.0), NamedObject("cat", "", 2.0, 3.0))},
+            [],
+        ),
+        (
+            {"activities": {"primary": "running", "secondary": ["a", "", "b"], "none": None}},
+            {"activities": (("primary", ("running",)), ("secondary", ("a", "b")))},
+            [],
+        ),
+        ({"text": {"sign": "GO"}}, {"text": (WrittenText("sign: GO"),)}, []),
     ],
 )
 def test_nothing_is_dropped_without_a_word(answer, expected, problems):

@@ -16,6 +16,7 @@ from molmo2.cli import models, printing
 from molmo2.cli.batches import run_batch_command
 from molmo2.cli.doctor import examine, report
 from molmo2.cli.models import MODEL_VARIABLE, SERVER_VARIABLE, Asker, ModelError
+from molmo2.cli.recipes import run_evaluation, run_training
 from molmo2.cli.serving import ENGINES, ServeError, ServeOptions, choose_engine, serve_command
 from molmo2.grounding import prompts
 from molmo2.grounding.structured import SECTIONS
@@ -565,6 +566,47 @@ def serve(engine: str | None, dry_run: bool, model: str | None, **options: Any) 
     if dry_run:
         return 0
     return subprocess.run(command, check=False).returncode
+
+
+@molmo2.command(context_settings=CONTEXT)
+@click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--output", help="The folder for checkpoints and the model, instead of the recipe's.")
+@click.option("--resume", is_flag=True, help="Continue the run in that folder with the very next row.")
+def train(recipe: Path, output: str | None, resume: bool) -> int:
+    """Train by a recipe: a YAML file with a model, data sets and steps; see docs/training.md.
+
+    \b
+    examples:
+      molmo2 train points.yaml
+      molmo2 train points.yaml --resume
+      torchrun --nproc-per-node 8 -m molmo2.cli train points.yaml
+    """
+    return run_training(recipe, output, resume)
+
+
+@molmo2.command("eval", context_settings=CONTEXT)
+@click.argument("reader", metavar="SET")
+@click.argument("files", nargs=-1, required=True)
+@click.option("--media", multiple=True, help="Folder of the media, or a JSON file from names to URLs.")
+@click.option("--model", envvar=MODEL_VARIABLE, required=True, help=f"Folder or repository (or {MODEL_VARIABLE}).")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ...")
+@click.option("--dtype", default="auto", show_default=True, help="Of the weights.")
+@click.option("--limit", type=click.IntRange(1), help="Only the first rows.")
+@click.option("--max-new-tokens", type=click.IntRange(1), help="Of an answer, instead of the published limit.")
+@click.option("--num-frames", type=click.IntRange(1), help="Most frames of a video.")
+@click.option("--max-crops", type=click.IntRange(1), help="Most crops of an image.")
+@click.option("--output", type=click.Path(path_type=Path), help="JSON lines with every answer and its scores.")
+def evaluate(reader: str, files: tuple[str, ...], media: tuple[str, ...], output: Path | None, **options: Any) -> int:
+    """Score a model on rows of an evaluation set, as the release does.
+
+    SET is a name such as allenai/Molmo2-VideoCountEval; FILES hold its rows (.jsonl, .json, .parquet, .arrow).
+
+    \b
+    examples:
+      molmo2 eval allenai/pixmo-points-eval points.parquet --model molmo2-hf --output answers.jsonl
+      molmo2 eval allenai/Molmo2-VideoCountEval rows.jsonl --media videos --limit 100
+    """
+    return run_evaluation(reader, files, media, output, options)
 
 
 @molmo2.command(context_settings={**CONTEXT, "ignore_unknown_options": True, "help_option_names": []})

@@ -3,7 +3,7 @@
 import os
 import time
 import warnings
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from threading import BoundedSemaphore, Lock
@@ -20,6 +20,7 @@ VLLM, TRANSFORMERS, OPENAI = KINDS = ("vllm", "transformers", "openai")
 PROBE_SECONDS = 30.0
 MAX_QUOTED_CHARACTERS = 200  # of an answer that is none
 CHAT = "/chat/completions"
+STOPPED_HERE = "stopped here"  # beside the server's reasons why an answer ended
 
 
 def api_key(environment: Mapping[str, str] = os.environ) -> str | None:
@@ -251,9 +252,16 @@ class ClientSession:
         self._append_turn(question, answer)
         return answer
 
-    def chat_stream(self, question: Any, **options: Any) -> Iterator[AnswerPiece]:
-        """`chat`, piece by piece; an answer that is not read to its end is not part of the conversation."""
-        with closing(self._stream(question, self._turns, options)) as pieces:
+    def chat_stream(
+        self, question: Any, *, should_stop: Callable[[], bool] | None = None, **options: Any
+    ) -> Iterator[AnswerPiece]:
+        """`chat`, piece by piece; an answer that is not read to its end is not part of the conversation.
+
+        Args:
+            should_stop: Called after every event of the server. Once it is true the request ends, and the text so far
+                is the answer.
+        """
+        with closing(self._stream(question, self._turns, options, should_stop)) as pieces:
             for piece in pieces:
                 if piece.answer is not None:
                     self._append_turn(question, piece.answer)
@@ -300,7 +308,11 @@ class ClientSession:
         return self._answer(question, text, reason, response.get("usage"), (0.0, seconds))
 
     def _stream(
-        self, question: Any, turns: list[dict[str, Any]], options: dict[str, Any]
+        self,
+        question: Any,
+        turns: list[dict[str, Any]],
+        options: dict[str, Any],
+        should_stop: Callable[[], bool] | None = None,
     ) -> Generator[AnswerPiece, None, None]:
         body = {**self._request(question, turns, options), "stream": True}
         if self._client.kind != TRANSFORMERS:
@@ -324,6 +336,9 @@ class ClientSession:
                 text += shown
                 if shown or points:
                     yield AnswerPiece(shown, tuple(points))
+                if should_stop is not None and should_stop():
+                    reason = reason or STOPPED_HERE
+                    break
         if reason is None:
             raise ServerError("The server ended the stream before the answer was complete.")
         ended_at = time.perf_counter()

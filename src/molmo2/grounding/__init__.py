@@ -31,7 +31,7 @@ from molmo2.grounding.parse import (
     parse_grounding,
 )
 from molmo2.grounding.prompts import Prompt
-from molmo2.grounding.structured import Event, NamedObject, StructuredAnswer, parse_structured
+from molmo2.grounding.structured import Event, NamedObject, StructuredAnswer, WrittenText, parse_structured
 
 __all__ = [
     "Event",
@@ -45,6 +45,7 @@ __all__ = [
     "StructuredAnswer",
     "Tag",
     "Track",
+    "WrittenText",
     "export_grounding",
     "format_points",
     "format_tracks",

@@ -14,14 +14,20 @@ from typing import Any
 
 from molmo2.grounding.format import NO_POINTS, format_points
 from molmo2.grounding.parse import parse_grounding
-from molmo2.grounding.structured import SECTIONS, json_schema, parse_structured
+from molmo2.grounding.structured import IMAGE_SECTIONS, json_schema, parse_structured
 
 SECTION_REQUESTS = {
     "summary": '"summary": one or two sentences',
     "events": '"events": a list of {"start": "mm:ss", "end": "mm:ss", "description": text}',
+    "objects": '"objects": a list of {"name": text, "description": text, "first_seen": "mm:ss", "last_seen": "mm:ss"}',
+    "text": '"text": a list of {"text": what is written or shown as text, "start": "mm:ss", "end": "mm:ss"}',
+    "scene": '"scene": {"setting": text, "time_of_day": text, "location_type": text}',
+    "activities": '"activities": {"primary": text, "secondary": a list of texts}',
+}
+IMAGE_REQUESTS = {
+    **{name: SECTION_REQUESTS[name] for name in IMAGE_SECTIONS},
     "objects": '"objects": a list of {"name": text, "description": text}',
     "text": '"text": a list of what is written or shown as text',
-    "scene": '"scene": {"setting": text, "time_of_day": text, "weather": text}',
 }
 
 
@@ -97,28 +103,30 @@ def localize_events(what: str | None = None) -> Prompt:
         what: The events to look for; None for all.
     """
     wanted = "List the events of this video" if what is None else f"Find every time when {_named(what)}"
-    return Prompt(f"{wanted}. {_json_request(['events'])}", _as_structure, json_schema(["events"]))
+    return Prompt(f"{wanted}. {_json_request([SECTION_REQUESTS['events']])}", _as_structure, json_schema(["events"]))
 
 
-def describe_structured(*sections: str) -> Prompt:
+def describe_structured(*sections: str, what: str = "video") -> Prompt:
     """A description as one JSON object; read by `parse_structured`.
 
     Args:
-        sections: Of "summary", "events", "objects", "text", "scene"; none for all of them.
+        sections: Of "summary", "events", "objects", "text", "scene", "activities"; none for all of them.
+        what: "video", or "image", which has no events and no times.
     Raises:
         ValueError: There is no such section.
     """
-    unknown = [name for name in sections if name not in SECTIONS]
+    requests = SECTION_REQUESTS if what == "video" else IMAGE_REQUESTS
+    unknown = [name for name in sections if name not in requests]
     if unknown:
-        raise ValueError(f"There are no sections {unknown}. Use some of {list(SECTIONS)}.")
-    wanted = list(sections or SECTIONS)
-    return Prompt(f"Describe this video. {_json_request(wanted)}", _as_structure, json_schema(wanted))
+        raise ValueError(f"There are no sections {unknown} for the {_named(what)}. Use some of {list(requests)}.")
+    wanted = list(sections or requests)
+    request = _json_request([requests[name] for name in wanted])
+    schema = json_schema(wanted, of_video=what == "video")
+    return Prompt(f"Describe this {_named(what)}. {request}", _as_structure, schema)
 
 
-def _json_request(sections: list[str]) -> str:
-    return (
-        f"Answer with one JSON object and nothing else: {{{', '.join(SECTION_REQUESTS[name] for name in sections)}}}."
-    )
+def _json_request(requests: list[str]) -> str:
+    return f"Answer with one JSON object and nothing else: {{{', '.join(requests)}}}."
 
 
 def _named(what: str) -> str:

@@ -13,7 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-SECTIONS = ("summary", "events", "objects", "text", "scene")
+SECTIONS = ("summary", "events", "objects", "text", "scene", "activities")
+IMAGE_SECTIONS = ("summary", "objects", "text", "scene", "activities")  # without times
 FENCE = re.compile(r"```[ \t]*(?:json5?|JSON)?[ \t]*\n?")
 CLOCK = re.compile(r"(?:(\d{1,4}):)?(\d{1,4}):(\d{2})(?:[.,](\d{1,6}))?")
 SECONDS = re.compile(r"(\d{1,9}(?:\.\d{0,9})?|\.\d{1,9})\s*(?:s|sec|secs|seconds?)?", re.IGNORECASE)
@@ -22,6 +23,8 @@ START_NAMES = ("start", "start_time", "begin", "from")
 END_NAMES = ("end", "end_time", "stop", "to")
 RANGE_NAMES = ("timestamp", "timestamps", "time", "interval", "range")
 DESCRIPTION_NAMES = ("description", "event", "label", "caption", "name", "text", "action")
+FIRST_SEEN_NAMES = ("first_seen", "first_appearance", *START_NAMES)
+LAST_SEEN_NAMES = ("last_seen", "last_appearance", *END_NAMES)
 NAME_NAMES = ("name", "label", "object")
 DETAIL_NAMES = ("description", "details", "attributes")
 WRITING_NAMES = ("text", "content", "value")
@@ -47,21 +50,31 @@ def _object_schema(**properties: Any) -> dict[str, Any]:
 SECTION_SCHEMAS: dict[str, Any] = {
     "summary": _TEXT,
     "events": {"type": "array", "items": _object_schema(start=_CLOCK, end=_CLOCK, description=_TEXT)},
+    "objects": {
+        "type": "array",
+        "items": _object_schema(name=_TEXT, description=_TEXT, first_seen=_CLOCK, last_seen=_CLOCK),
+    },
+    "text": {"type": "array", "items": _object_schema(text=_TEXT, start=_CLOCK, end=_CLOCK)},
+    "scene": _object_schema(setting=_TEXT, time_of_day=_TEXT, location_type=_TEXT),
+    "activities": _object_schema(primary=_TEXT, secondary={"type": "array", "items": _TEXT}),
+}
+IMAGE_SCHEMAS = SECTION_SCHEMAS | {
     "objects": {"type": "array", "items": _object_schema(name=_TEXT, description=_TEXT)},
     "text": {"type": "array", "items": _TEXT},
-    "scene": _object_schema(setting=_TEXT, time_of_day=_TEXT, weather=_TEXT),
 }
 
 
-def json_schema(sections: Iterable[str] = SECTIONS) -> dict[str, Any]:
+def json_schema(sections: Iterable[str] = SECTIONS, *, of_video: bool = True) -> dict[str, Any]:
     """The JSON schema of a structured answer, for servers that hold a model to one.
 
     Args:
-        sections: Of "summary", "events", "objects", "text", "scene".
+        sections: Of "summary", "events", "objects", "text", "scene", "activities".
+        of_video: With times; those of events stay in any case.
     Raises:
         KeyError: There is no such section.
     """
-    return _object_schema(**{name: SECTION_SCHEMAS[name] for name in sections})
+    schemas = SECTION_SCHEMAS if of_video else IMAGE_SCHEMAS
+    return _object_schema(**{name: schemas[name] for name in sections})
 
 
 @dataclass(frozen=True)
@@ -80,10 +93,29 @@ class Event:
 
 @dataclass(frozen=True)
 class NamedObject:
-    """An object in the scene."""
+    """An object in the scene.
+
+    Attributes:
+        first_seen, last_seen: Seconds as said; None where nothing that is a time was said, as about images.
+    """
 
     name: str
     description: str = ""
+    first_seen: float | None = None
+    last_seen: float | None = None
+
+
+@dataclass(frozen=True)
+class WrittenText:
+    """What is written or shown as text, and from when to when.
+
+    Attributes:
+        start, end: As those of `NamedObject`.
+    """
+
+    text: str
+    start: float | None = None
+    end: float | None = None
 
 
 @dataclass(frozen=True)
@@ -97,14 +129,16 @@ class StructuredAnswer:
         repaired: It was no valid JSON.
         problems: What could not be understood, in words.
         scene: Names and values of the scene, as text.
+        activities: Names ("primary", "secondary") and what is done, as texts.
     """
 
     raw: str
     summary: str = ""
     events: tuple[Event, ...] = ()
     objects: tuple[NamedObject, ...] = ()
-    text: tuple[str, ...] = ()
+    text: tuple[WrittenText, ...] = ()
     scene: tuple[tuple[str, str], ...] = ()
+    activities: tuple[tuple[str, tuple[str, ...]], ...] = ()
     found: bool = False
     truncated: bool = False
     repaired: bool = False
@@ -143,8 +177,9 @@ def parse_structured(answer: str) -> StructuredAnswer:
         summary=_text(sections.get("summary")),
         events=tuple(_events(sections.get("events"), problems)),
         objects=tuple(_objects(sections.get("objects"), problems)),
-        text=tuple(filter(None, map(_writing, _listed(sections.get("text"))))),
+        text=tuple(_writings(sections.get("text"))),
         scene=_scene(sections.get("scene")),
+        activities=tuple(_activities(sections.get("activities"))),
         found=True,
         truncated=content.truncated,
         repaired=content.repaired,
@@ -331,10 +366,13 @@ def _text(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def _writing(entry: Any) -> str:
-    """What is written in the scene: the entry, or the text that it names."""
-    named = _first(entry, WRITING_NAMES) if isinstance(entry, Mapping) else None
-    return _text(entry if named is None else named)
+def _writings(value: Any) -> Iterator[WrittenText]:
+    """What is written in the scene: each entry, or the text that it names."""
+    for entry in _listed(value):
+        named = _first(entry, WRITING_NAMES) if isinstance(entry, Mapping) else None
+        text = _text(entry if named is None else named)
+        if text:
+            yield WrittenText(text, *(_times(entry) if named is not None else (None, None)))
 
 
 def _listed(value: Any) -> list[Any]:
@@ -366,8 +404,10 @@ def _events(value: Any, problems: list[str]) -> Iterator[Event]:
         yield event
 
 
-def _times(entry: Mapping[Any, Any]) -> tuple[float | None, float | None]:
-    start, end = parse_seconds(_first(entry, START_NAMES)), parse_seconds(_first(entry, END_NAMES))
+def _times(
+    entry: Mapping[Any, Any], starts: tuple[str, ...] = START_NAMES, ends: tuple[str, ...] = END_NAMES
+) -> tuple[float | None, float | None]:
+    start, end = parse_seconds(_first(entry, starts)), parse_seconds(_first(entry, ends))
     both = _first(entry, RANGE_NAMES)
     if start is None and end is None and both is not None:
         parts = both if isinstance(both, list) else RANGE.split(both, maxsplit=1) if isinstance(both, str) else [both]
@@ -383,7 +423,8 @@ def _objects(value: Any, problems: list[str]) -> Iterator[NamedObject]:
         if isinstance(entry, Mapping):
             name = _text(_first(entry, NAME_NAMES))
             if name:
-                yield NamedObject(name, _text(_first(entry, DETAIL_NAMES)))
+                times = _times(entry, FIRST_SEEN_NAMES, LAST_SEEN_NAMES)
+                yield NamedObject(name, _text(_first(entry, DETAIL_NAMES)), *times)
             else:
                 problems.append(f"object {number} lacks a name: {_text(entry)[:60]!r}")
         elif _text(entry):
@@ -394,3 +435,12 @@ def _scene(value: Any) -> tuple[tuple[str, str], ...]:
     if isinstance(value, Mapping):
         return tuple((str(name), _text(part)) for name, part in value.items() if _text(part))
     return (("description", _text(value)),) if _text(value) else ()
+
+
+def _activities(value: Any) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Names and texts; a list or a text without a name is the primary activity."""
+    named = value if isinstance(value, Mapping) else {"primary": value}
+    for name, part in named.items():
+        texts = tuple(filter(None, map(_text, _listed(part))))
+        if texts:
+            yield str(name), texts

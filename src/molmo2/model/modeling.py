@@ -137,7 +137,8 @@ class Molmo2Model(Molmo2PreTrainedModel, Molmo2VisionInputsMixin):
             inputs_embeds, has_visual = self._add_features(input_ids, inputs_embeds, vectors, repeats, is_visual)
         else:
             if not torch.compiler.is_compiling() and (inputs_embeds.shape[1] > 1 or past_key_values is None):
-                is_prompt = past_key_values is not None or token_type_ids is not None or mm_token_type_ids is not None
+                has_types = token_type_ids is not None or mm_token_type_ids is not None
+                is_prompt = past_key_values is not None or (attention_mask is not None and has_types)
                 self._require_media(input_ids, inputs_embeds, is_prompt)
             has_visual = is_visual is not None and bool(is_visual.any())
             if is_distributed_training(self.vision_backbone):

@@ -451,8 +451,9 @@ class Molmo2VisionInputsMixin:
     def _require_media(self, input_ids: Tensor | None, inputs_embeds: Tensor, is_prompt: bool) -> None:
         """Refuses patch tokens without vectors to add, which read like any other token and mean nothing.
 
-        Single tokens after a cache are left unchecked, and compiled steps: `generate` writes no visual tokens. Bare
-        ids, neither of the processor nor of `generate`, are warned about: transformers' common tests pass such.
+        Single tokens after a cache are left unchecked, and compiled steps: `generate` writes no visual tokens. What
+        is neither the processor's whole output nor of `generate` is only warned about: the recorded logits of
+        training checkpoints and transformers' common tests are of such ids.
         """
         num_patches = int(self.patch_token_mask(input_ids, inputs_embeds).sum())
         if not num_patches:

@@ -125,7 +125,7 @@ class MediaSession:
             )
         options = {**({} if processor_kwargs is None else processor_kwargs), "return_metadata": True}
         self._allow_special_tokens = bool(options.get("allow_special_tokens"))
-        inputs = _prepare_inputs(model, processor, [user_turn("", self._images, self._videos)], options)
+        inputs = prepare_inputs(model, processor, [user_turn("", self._images, self._videos)], options)
         self.media: MediaInfo = inputs.media[0]
         timestamps = [metadata.timestamps for metadata in inputs.pop("video_metadata", [])]
         runs = split_runs(inputs.get("video_grids", []), [len(times) for times in timestamps])
@@ -276,7 +276,7 @@ class Request:
         options: dict[str, Any],
     ) -> "Request":
         started = time.perf_counter()
-        inputs = _prepare_inputs(model, processor, conversations, processor_kwargs).to(model.device)
+        inputs = prepare_inputs(model, processor, conversations, processor_kwargs).to(model.device)
         return cls(processor, questions, list(inputs.media), inputs, options, time.perf_counter() - started)
 
     def generate(self, model: Any, streamer: Any = None, stop_event: Event | None = None) -> Generation:
@@ -417,7 +417,7 @@ def _fork_cache(cache: DynamicCache) -> DynamicCache:
 # --- questions -------------------------------------------------------------------------------------------------------
 
 
-def _prepare_inputs(model: Any, processor: Any, conversations: list[Any], options: dict[str, Any] | None) -> Any:
+def prepare_inputs(model: Any, processor: Any, conversations: list[Any], options: dict[str, Any] | None) -> Any:
     """Inputs of the conversations; video frames are encoded while they are decoded, where the model supports it."""
     options = {} if options is None else dict(options)
     if hasattr(model, "encode_frames") and not {"frame_encoder", "videos_kwargs"} & options.keys():

@@ -145,8 +145,9 @@ def is_blockwise(implementation: str, query_length: int) -> bool:
 
     Compiled and traced passes keep the tensor mask: the plan of blocks depends on the data.
     """
-    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return implementation == "sdpa" and query_length > BlockwiseMask.queries_per_block and not is_traced
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # asked first: the length must not become a condition
+        return False
+    return implementation == "sdpa" and query_length > BlockwiseMask.queries_per_block
 
 
 def make_attention_mask(

@@ -1,0 +1,76 @@
+"""`molmo2 train` and `molmo2 eval`."""
+
+import contextlib
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from molmo2.cli import models
+from molmo2.recipes.recipe import RecipeError, read_recipe
+
+
+def run_training(path: Path, output: str | None, resume: bool) -> int:
+    """Train by the recipe in a file.
+
+    Raises:
+        ClickException: The recipe cannot be followed, or the model not be loaded.
+    """
+    changes = {} if output is None else {"output": str(Path(output).resolve())}
+    try:
+        recipe = read_recipe(path, **changes)
+        from molmo2.recipes.train import train
+
+        folder = train(recipe, resume=resume, say=lambda line: click.echo(line, err=True))
+    except (RecipeError, FileNotFoundError) as error:
+        raise click.UsageError(str(error)) from error
+    except OSError as error:
+        raise models.ModelError(str(error)) from error
+    click.echo(folder)
+    return 0
+
+
+def run_evaluation(
+    reader: str, files: Sequence[str], media: Sequence[str], output: Path | None, options: Mapping[str, Any]
+) -> int:
+    """Answer the questions of an evaluation set, and print the scores; `options` are the others of `molmo2 eval`.
+
+    Raises:
+        ClickException: There is no such set or file, or the model cannot be loaded.
+    """
+    from tqdm import tqdm
+
+    from molmo2.data.evaluation import evaluation_examples
+    from molmo2.recipes.rows import media_resolver, read_rows
+    from molmo2.recipes.scoring import answer_examples, score
+
+    try:
+        rows = list(itertools.islice(read_rows(files, Path()), options["limit"]))
+        examples, report = evaluation_examples(reader, rows, media_resolver(media, Path()))
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    click.echo(str(report), err=True)
+    if not examples:
+        raise click.UsageError("No row can be asked about.")
+    loaded, processor = models.load_model(options["model"], options["device"], options["dtype"])
+    given = {name: options[name] for name in ("num_frames", "max_crops") if options[name] is not None}
+    answers = answer_examples(
+        loaded, processor, examples, max_new_tokens=options["max_new_tokens"], processor_kwargs=given
+    )
+    scored = []
+    with contextlib.nullcontext() if output is None else output.open("w", encoding="utf-8") as file:
+        for each in tqdm(answers, total=len(examples), desc="questions", disable=None, delay=2):
+            scored.append(each)
+            if file is not None:
+                record = {"row": each.row, "answer": each.answer, "scores": each.scores, "groups": each.groups}
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    overall, groups = score(scored)
+    for name, estimate in overall.items():
+        click.echo(f"{name}: {estimate}")
+    for group, members in groups.items():
+        for member, scores in members.items():
+            click.echo(f"{group} {member}: " + ", ".join(f"{name} {each}" for name, each in scores.items()))
+    return 0

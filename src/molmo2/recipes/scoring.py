@@ -1,0 +1,81 @@
+"""Answers of a model to the questions of an evaluation set, and their scores."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from molmo2.data.evaluation import EvaluationExample
+from molmo2.evaluate import METRICS, Estimate, Interval, Scores, summarize
+
+
+@dataclass(frozen=True)
+class Scored:
+    """An answer and its scores.
+
+    Attributes:
+        row: Index of the row in its set.
+    """
+
+    row: int
+    answer: str
+    scores: Scores
+    groups: dict[str, str]
+
+
+def answer_examples(
+    model: Any,
+    processor: Any,
+    examples: Iterable[EvaluationExample],
+    *,
+    max_new_tokens: int | None = None,
+    processor_kwargs: dict[str, Any] | None = None,
+    **generate_options: Any,
+) -> Iterator[Scored]:
+    """Answers of greedy decoding, one question at a time, with their scores.
+
+    Args:
+        max_new_tokens: Of an answer; None for that of the published evaluation.
+        processor_kwargs: Options of the processor; those of a question, such as its frame rate, come before them.
+        generate_options: Further options of `generate`.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        for example in examples:
+            inputs = processor.apply_chat_template(
+                example.messages,
+                tokenize=True,
+                add_generation_prompt=True,
+                return_dict=True,
+                return_tensors="pt",
+                **(processor_kwargs or {}),
+            ).to(model.device)
+            limit = max_new_tokens or example.max_new_tokens
+            with torch.no_grad():
+                ids = model.generate(**inputs, do_sample=False, max_new_tokens=limit, **generate_options)
+            new = ids[0, inputs["input_ids"].shape[1] :]
+            answer = processor.tokenizer.decode(new, skip_special_tokens=True).strip()
+            yield Scored(example.row, answer, METRICS[example.metric](answer, **example.truth), example.groups)
+    finally:
+        model.train(was_training)
+
+
+def score(
+    scored: Sequence[Scored], interval: Interval | None = None
+) -> tuple[dict[str, Estimate], dict[str, dict[str, dict[str, Estimate]]]]:
+    """Means with intervals over all answers, and over those of each group: `scores, groups["category"]["animal"]`.
+
+    Raises:
+        ValueError: There are no answers.
+    """
+    if not scored:
+        raise ValueError("There are no answers to score: all rows were left out, or there are none.")
+    overall = summarize([each.scores for each in scored], interval=interval)
+    by_group = {}
+    for name in sorted({name for each in scored for name in each.groups}):
+        members = [each for each in scored if name in each.groups]
+        names = [each.groups[name] for each in members]
+        by_group[name] = summarize([each.scores for each in members], names, interval)
+    return overall, by_group

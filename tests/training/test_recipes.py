@@ -1,0 +1,264 @@
+"""Recipes: what is read and refused, a run in two processes, runs that are continued, scores on the way."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+from molmo2.cli.commands import molmo2
+from molmo2.data import SFT_GROUPS
+from molmo2.recipes import RecipeError, read_recipe
+from molmo2.recipes.recipe import Rates, recipe_from
+from molmo2.recipes.rows import media_resolver, read_rows
+from molmo2.recipes.train import rate_curve, train
+from molmo2.registration import load
+from support.checkpoints import write_checkpoint
+
+MINIMAL = {"model": "model", "output": "run", "steps": 4, "data": [{"name": "a", "files": "a.jsonl"}]}
+RECIPE = """\
+model: model
+output: run
+steps: 4
+rows_per_step: 2
+max_tokens: 300
+max_crops: 8
+pool_size: 4
+learning_rates: {vision: 1e-4, connector: 1e-3, text: 0.001}
+warmup_steps: {connector: 2}
+processor: {max_crops: 1}
+save_every: 2
+log_every: 1
+data:
+  - {name: boats, files: boats.jsonl, group: pointing}
+  - {name: text, files: ["text*.json"], group: nlp, size: 9}
+  - {name: counts, files: counts.jsonl, reader: allenai/pixmo-points, media: images, group: pointing}
+groups: {pointing: 2, nlp: 1}
+evaluation:
+  - {reader: allenai/pixmo-count, files: questions.jsonl, media: images, every: 2}
+"""
+
+
+def turn(role, text, *parts):
+    return {"role": role, "content": [*parts, {"type": "text", "text": text}]}
+
+
+def lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("model") / "model", "qwen3", remote_code=False)
+
+
+@pytest.fixture
+def folder(tmp_path, checkpoint):
+    """A folder with a recipe, a tiny model and rows of three kinds."""
+    (tmp_path / "model").symlink_to(checkpoint)
+    (tmp_path / "images").mkdir()
+    for name in ("one", "two", "three"):
+        Image.new("RGB", (60, 40), "navy").save(tmp_path / "images" / f"{name}.png")
+    shown = {"type": "image", "image": str(tmp_path / "images" / "one.png")}
+    boat = turn("assistant", '<points coords="1 1 250 400">boat</points>')
+    lines(
+        tmp_path / "boats.jsonl", [{"messages": [turn("user", f"Point to boat {n}.", shown), boat]} for n in range(5)]
+    )
+    talk = [{"messages": [turn("user", f"What is {n}?"), turn("assistant", "A number.")]} for n in range(4)]
+    (tmp_path / "text_1.json").write_text(json.dumps(talk), encoding="utf-8")
+    pixmo = {"points": [{"x": 10.0, "y": 20.0}], "count": 1, "collection_method": "pointing", "label": "boat"}
+    lines(tmp_path / "counts.jsonl", [{"image_url": name, **pixmo} for name in ("one", "two", "gone")])
+    lines(
+        tmp_path / "questions.jsonl",
+        [{"image_url": name, "label": "boats", "count": 1} for name in ("one", "two", "three", "gone")],
+    )
+    (tmp_path / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
+    return tmp_path
+
+
+def log(folder, output="run", name="log.jsonl"):
+    return [json.loads(line) for line in (folder / output / name).read_text().splitlines()]
+
+
+def losses(folder, output="run"):
+    return {entry["step"]: entry["loss"] for entry in log(folder, output) if "loss" in entry}
+
+
+# --- what a recipe says ----------------------------------------------------------------------------------------------
+
+
+def test_presets_hold_unless_the_recipe_has_its_own():
+    sft = recipe_from({**MINIMAL, "preset": "sft", "learning_rates": {"text": 2e-5}, "processor": {"max_crops": 24}})
+    assert (sft.steps, sft.max_tokens, sft.rows_per_step) == (4, 16_384, 128)
+    assert sft.learning_rates == Rates(text=2e-5)
+    assert sft.processor == {"num_frames": 128, "max_crops": 24}
+    assert sft.shares() is None  # no data set names a group
+    grouped = [{"name": "a", "files": "a.jsonl", "group": "demo"}]
+    assert recipe_from({**MINIMAL, "preset": "sft", "data": grouped}).shares() == {"demo": SFT_GROUPS["demo"]}
+    first = recipe_from({key: value for key, value in MINIMAL.items() if key != "steps"} | {"preset": "pretrain"})
+    assert (first.steps, first.learning_rates.connector) == (31_000, 2e-4)
+    assert [first.warmup_of(part) for part in ("vision", "connector", "text")] == [2000, 200, 2000]
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"step": 3}, r"there is no entry 'step' \(did you mean steps\?\)"),
+        ({"data": []}, "data is empty"),
+        ({"data": [{"name": "a"}]}, r"data\[0\]: files is missing"),
+        (
+            {"data": [{"name": "a", "files": "a", "reader": "allenai/pixmo-point"}]},
+            r"did you mean allenai/pixmo-points",
+        ),
+        ({"data": [{"name": "a", "files": "a", "media": "b"}]}, "belong to a `reader`"),
+        ({"data": [{"name": "a", "files": 3}]}, r"data\[0\].files is 3; expected a list"),
+        ({"steps": "many"}, "steps is 'many'; expected a whole number"),
+        ({"steps": 0}, "steps is 0; expected more than 0"),
+        ({"steps": True}, "steps is True; expected a whole number"),
+        ({"learning_rates": {"text": "fast"}}, "learning_rates.text is 'fast'; expected a number"),
+        ({"learning_rates": {"llm": 1e-5}}, "learning_rates: there is no entry 'llm'"),
+        ({"warmup_steps": {"llm": 2}}, "warmup_steps is llm; expected vision, connector, text"),
+        ({"train": ["llm"]}, "train is llm; expected vision, connector, text"),
+        ({"preset": "stf"}, r"did you mean sft\?"),
+        ({"weighting": "sqrt"}, "weighting is sqrt; expected report"),
+        ({"evaluation": {"reader": "mmmu", "files": "a"}}, r"evaluation\[0\]: reader is 'mmmu'; expected one of"),
+        ({"trainer": {"max_steps": 3}}, "trainer has max_steps, which other entries"),
+        ({"lora": {"rank": 0}}, "lora: rank is 0"),
+    ],
+)
+def test_what_a_recipe_cannot_say(entries, message):
+    with pytest.raises(RecipeError, match=message):
+        recipe_from({**MINIMAL, **entries})
+
+
+def test_files_that_are_no_recipes(tmp_path):
+    for content in ("steps: [", "- steps", "x" * (1 << 21), "a: &a [*a]\nb: !!python/object:os.system {}"):
+        (tmp_path / "recipe.yaml").write_text(content)
+        with pytest.raises(RecipeError, match=r"recipe\.yaml"):
+            read_recipe(tmp_path / "recipe.yaml")
+
+
+def test_rates_rise_and_fall():
+    curve = rate_curve(4, 12, 0.1)
+    assert [curve(step) for step in (0, 1, 4, 8, 12, 99)] == pytest.approx([0, 0.25, 1, 0.55, 0.1, 0.1])
+    assert rate_curve(0, 2, 0.5)(0) == 1
+
+
+def test_rows_and_media_that_are_not_there(folder):
+    assert len(read_rows(["text*.json", "boats.jsonl"], folder)) == 9
+    with pytest.raises(RecipeError, match="there is no file 'none'"):
+        read_rows(["none"], folder)
+    with pytest.raises(RecipeError, match=r"files end with \.png"):
+        read_rows(["images/*.png"], folder)
+    (folder / "broken.jsonl").write_text('{"a": 1}\n{"a":')
+    with pytest.raises(RecipeError, match=r"broken\.jsonl' cannot be read"):
+        read_rows(["broken.jsonl"], folder)
+    (folder / "broken.jsonl").write_text("3\n")
+    with pytest.raises(RecipeError, match="something else than rows"):
+        read_rows(["broken.jsonl"], folder)
+    with pytest.raises(RecipeError, match="neither a folder nor a file"):
+        media_resolver(["none"], folder)
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_from_the_command_line(folder):
+    done = CliRunner().invoke(molmo2, ["train", str(folder / "recipe.yaml")])
+    assert done.exit_code == 0, done.output
+    assert "allenai/pixmo-points: 3 rows, 2 examples, 1 left out" in done.output
+    assert "text: 4 examples, 33.3 % of the mixture" in done.output
+    assert set(losses(folder)) == {1, 2, 3, 4}
+    assert all(loss > 0 for loss in losses(folder).values())
+    scores = log(folder, name="scores.jsonl")
+    assert [(entry["step"], entry["examples"]) for entry in scores] == [(2, 3), (4, 3)]
+    assert set(scores[0]["scores"]) == {"correct", "close", "valid"}
+    assert json.loads((folder / "run" / "model" / "config.json").read_text())["model_type"] == "molmo2"
+    assert (folder / "run" / "model" / "chat_template.jinja").is_file()
+
+    again = CliRunner().invoke(molmo2, ["train", str(folder / "recipe.yaml")])
+    assert (again.exit_code, "continue it with --resume" in again.output) == (2, True)
+    again = CliRunner().invoke(molmo2, ["train", str(folder / "recipe.yaml"), "--resume"])
+    assert "has all of its 4 steps" in again.output
+
+    answers = folder / "answers.jsonl"
+    asked = ["eval", "allenai/pixmo-count", str(folder / "questions.jsonl"), "--media", str(folder / "images")]
+    asked += ["--model", str(folder / "run" / "model"), "--limit", "2", "--max-crops", "1", "--output", str(answers)]
+    done = CliRunner().invoke(molmo2, asked)
+    assert done.exit_code == 0, done.output
+    assert f"correct: {scores[1]['scores']['correct']['mean']:.3f}" in done.output
+    assert [json.loads(line)["row"] for line in answers.read_text().splitlines()] == [0, 1]
+
+
+@pytest.mark.slow
+def test_a_stopped_run_has_the_losses_of_one_that_was_not(folder):
+    train(read_recipe(folder / "recipe.yaml"), say=lambda line: None)
+    own = read_recipe(folder / "recipe.yaml", output="stopped")
+    train(own, say=lambda line: None)
+    for name in ("checkpoint-4/mixture_state.json",):  # as if it had been killed while the checkpoint was written
+        (folder / "stopped" / name).unlink()
+    with (folder / "stopped" / "log.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    train(own, resume=True, say=lambda line: None)
+    assert losses(folder, "stopped") == losses(folder)
+    assert [entry["step"] for entry in log(folder, "stopped", "scores.jsonl")] == [2, 4]
+    other = read_recipe(folder / "recipe.yaml", output="stopped", seed=1, max_tokens=400)
+    with pytest.raises(RecipeError, match="another max_tokens, seed"):
+        train(other, resume=True)
+
+
+def test_parts_have_their_own_rates_and_frozen_ones_none(folder):
+    recipe = read_recipe(folder / "recipe.yaml", train=["connector"], evaluation=[], steps=2)
+    before = torch_weights(folder / "model")
+    after = torch_weights(train(recipe, say=lambda line: None))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all("image_pooling_2d" in name or "image_projector" in name for name in changed)
+
+
+def torch_weights(folder):
+    from safetensors.torch import load_file
+
+    return {name: value for path in Path(folder).glob("*.safetensors") for name, value in load_file(path).items()}
+
+
+def test_rows_have_to_fit_the_processes(folder, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(RecipeError, match="which 3 processes with 1 rows at a time do not divide"):
+        train(read_recipe(folder / "recipe.yaml"))
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_losses_of_one(folder):
+    train(read_recipe(folder / "recipe.yaml", evaluation=[]), say=lambda line: None)
+    recipe = folder / "two.yaml"
+    recipe.write_text(RECIPE.replace("output: run", "output: two"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
+    command += ["--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    command += ["-m", "molmo2.cli", "train", str(recipe)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(folder, "two") == pytest.approx(losses(folder), rel=1e-4)
+    scores = log(folder, "two", "scores.jsonl")
+    assert [(entry["step"], entry["examples"]) for entry in scores] == [(2, 3), (4, 3)]
+
+
+@pytest.mark.slow
+def test_adapters_learn_from_a_table(folder):
+    datasets, peft = pytest.importorskip("datasets"), pytest.importorskip("peft")
+    rows = [json.loads(line) for line in (folder / "counts.jsonl").read_text().splitlines()]
+    datasets.Dataset.from_list(rows).to_parquet(folder / "counts.parquet")
+    data = [{"name": "counts", "files": "*.parquet", "reader": "allenai/pixmo-points", "media": "images"}]
+    changes = {"data": data, "groups": None, "lora": {"rank": 2}, "evaluation": [], "steps": 2}
+    adapters = train(read_recipe(folder / "recipe.yaml", **changes), say=lambda line: None)
+    weights = torch_weights(adapters)
+    assert weights
+    assert all("lora_" in name for name in weights)
+    assert any(value.abs().max() > 0 for name, value in weights.items() if "lora_B" in name)
+    model, processor = load(folder / "model")
+    assert peft.PeftModel.from_pretrained(model, adapters).peft_config["default"].lora_alpha == 4
