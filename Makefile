@@ -6,7 +6,7 @@ TEST := scripts/pytest python
 MINIATURE := $(IN) dev env -C examples python -m miniature
 
 .DEFAULT_GOAL := help
-.PHONY: help demo app test test-slow nightly mutate fuzz check style bundle matrix test-app test-fiftyone test-training test-quantization test-batch test-metrics test-common test-lmms-eval test-vllm docs wheel browser benchmarks miniature miniature-scores notebooks screenshots clean
+.PHONY: help demo app test test-slow nightly mutate fuzz check style bundle matrix test-app test-fiftyone test-training test-quantization test-batch test-metrics test-tools test-common test-lmms-eval test-vllm docs wheel browser benchmarks miniature miniature-scores notebooks screenshots clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -67,6 +67,9 @@ test-batch: ## batches on a local Ray cluster and in Parquet, and the client aga
 
 test-metrics: ## the metrics beside TrackEval, pycocotools and SciPy
 	$(IN) metrics $(TEST) tests/clients/test_trackeval.py
+
+test-tools: ## answers read by annotation tools and SAM 2's processors, tensor names by gguf and mlx-vlm
+	$(IN) tools $(TEST) tests/clients/test_tools.py
 
 test-common: ## transformers' own common tests of models and processors, on the oldest and the newest transformers
 	$(IN) common@4.57.1 scripts/common_tests.py python $(OPTIONS)

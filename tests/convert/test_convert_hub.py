@@ -201,6 +201,35 @@ def test_warning_about_weights_of_another_model(hub, folder):
     assert hub.files(REPO) == {**left, **visible(folder)}
 
 
+def test_a_pull_request_leaves_main_alone_and_can_be_added_to(hub, folder):
+    hub.create(REPO, files={"note.txt": b"kept"})
+    pushed = push(hub, folder, create_pr=True)
+    assert (pushed.code, pushed.output) == (0, f"{hub.url}/{REPO}/discussions/1"), pushed.errors
+    assert hub.files(REPO) == {"note.txt": b"kept"}
+    assert hub.files(REPO, "refs/pr/1") == {"note.txt": b"kept", **visible(folder)}
+    (folder / "README.md").write_text("# Better\n", encoding="utf-8")
+    received = hub.num_received_bytes
+    assert push(hub, folder, revision="refs/pr/1").code == 0
+    assert hub.num_received_bytes == received
+    assert hub.files(REPO, "refs/pr/1")["README.md"] == b"# Better\n"
+    assert "refs/pr/2" not in hub.repos[REPO].branches
+
+
+def test_a_pull_request_needs_a_repository_and_a_change(hub, folder):
+    pushed = push(hub, folder, create_pr=True)
+    assert pushed.code == 7
+    assert pushed.output.startswith(f"HubError: There is no repository {REPO} that the token may see")
+    assert hub.repos == {}
+    push(hub, folder)
+    pushed = push(hub, folder, create_pr=True)
+    assert pushed.output.startswith(f"HubError: {REPO} already holds all of "), pushed.errors
+    assert list(hub.repos[REPO].branches) == ["main"]
+    missing = push(hub, folder, revision="refs/pr/7")
+    assert missing.output == f"HubError: {REPO} has no pull request 'refs/pr/7'. Open one with --create-pr."
+    with pytest.raises(ValueError, match="against main of an existing repository"):
+        push_folder(folder, REPO, create_pr=True, revision="dev", token="hf_none")
+
+
 # --- interruptions ---------------------------------------------------------------------------------------------------
 
 

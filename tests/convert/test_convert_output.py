@@ -1,6 +1,7 @@
 """From a made-up checkpoint to a folder: what is written, when it appears, what survives an interruption."""
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -28,7 +29,8 @@ import molmo2.convert.conversion
 import molmo2.convert.writer
 from molmo2.convert import ConversionOptions, OutputError, VerificationError, convert_checkpoint, plan_conversion
 from molmo2.convert.cli import build_parser, main, parse_arguments, parse_size
-from molmo2.convert.conversion import REMOTE_MODULES, remote_code_files, write_plan
+from molmo2.convert.conversion import REMOTE_MODULES, ensure_remote_code, remote_code_files, write_plan
+from molmo2.convert.model_card import SIGLIP_SIZES, base_models, card_header
 from molmo2.convert.names import TABLE, expected_renames, match, native_name, target_name
 from molmo2.convert.native_config import parse_config
 from molmo2.convert.numerics import BlockConverter
@@ -198,12 +200,58 @@ def test_model_card(converted):
     assert "3 layers of width 40, 4 heads over 2 key/value heads, qwen3 query/key norm" in card
     assert "zero_()" not in card
     assert str(converted.parent.parent) not in card
-    _, with_package, with_remote_code = card.split("```python\n")
-    for code in (with_package, with_remote_code):
+    header = yaml.safe_load(card.split("---\n")[1])
+    published = ("license", "datasets", "language", "base_model", "pipeline_tag", "library_name", "tags")
+    assert [name for name in published if name not in header] == ["base_model"]  # its tokenizer has no repository
+    assert "add `base_model`" in card
+    assert (header["pipeline_tag"], len(header["datasets"])) == ("video-text-to-text", 9)
+    assert "@article{molmo2openweightsdata," in card
+    _, with_package, pointing, with_remote_code = card.split("```python\n")
+    assert "answer.grounding.points" in pointing
+    for code in (with_package, pointing, with_remote_code):
         compile(code.split("```")[0], "README.md", "exec")
     assert "pip install molmo2-transformers" in card
     assert "trust_remote_code" not in with_package.split("```")[0]
     assert "trust_remote_code=True" in with_remote_code
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "sizes", "expected"),
+    [
+        (
+            "Qwen/Qwen3-4B-Instruct-2507",
+            SIGLIP_SIZES,
+            ["google/siglip-so400m-patch14-384", "Qwen/Qwen3-4B-Instruct-2507"],
+        ),
+        ("/data/tokenizer", {**SIGLIP_SIZES, "image_num_layers": 12}, []),
+        (None, SIGLIP_SIZES, ["google/siglip-so400m-patch14-384"]),
+    ],
+)
+def test_base_models_of_the_card(section, tokenizer, sizes, expected):
+    """The first row is what the published card of Molmo2-4B says."""
+    config = parse_config(section)
+    known = replace(config, tokenizer=tokenizer, vit={**config.vit, **sizes})
+    assert base_models(known) == expected
+    header = yaml.safe_load(card_header(base_models(known), ("a/b",)))
+    assert header.get("base_model", []) == expected
+    assert header["datasets"] == ["a/b"]
+
+
+def test_code_that_was_changed_is_no_verified_folder(converted, tmp_path):
+    """Hashes are printed after a conversion, and `--verify` compares what lies in the folder."""
+    assert ensure_remote_code(converted) == {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in remote_code_files()
+    }
+    for path in remote_code_files():
+        shutil.copy(converted / path.name, tmp_path)
+    (tmp_path / "modeling_molmo2.py").write_text("# edited", encoding="utf-8")
+    (tmp_path / "LICENSE").unlink()
+    with pytest.raises(
+        VerificationError, match=r"'modeling_molmo2.py' has SHA-256 .* this installation ships"
+    ) as error:
+        ensure_remote_code(tmp_path)
+    assert "'LICENSE' is missing" in str(error.value)
+    assert "configuration_molmo2" not in str(error.value)
 
 
 def test_an_installed_converter_brings_the_remote_code_along(tmp_path, monkeypatch):
@@ -1009,6 +1057,8 @@ def test_module_entry_point(tmp_path, checkpoint, tokenizer):
     ]
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == f"Wrote {tmp_path / 'out'}."
+    printed = re.findall(r"^sha256 ([0-9a-f]{64})  (\S+)$", result.stdout, re.M)
+    assert {name: digest for digest, name in printed} == ensure_remote_code(tmp_path / "out")
     assert result.stderr == ""  # no progress bar where nobody watches
     assert AutoTokenizer.from_pretrained(tmp_path / "out").convert_tokens_to_ids("<|vit_loc|>") == 277 + 13
 

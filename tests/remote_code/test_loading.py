@@ -5,6 +5,7 @@ and the remote code beside the weights, as users load them.
 """
 
 import functools
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from accelerate import cpu_offload, disk_offload, init_empty_weights, load_check
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from molmo2.configuration import Molmo2Config
 from molmo2.model.modeling import Molmo2ForConditionalGeneration
@@ -59,6 +61,26 @@ def inputs(folder: Path) -> dict[str, Tensor]:
 @torch.no_grad()
 def logits(model: Any, folder: Path) -> Tensor:
     return model.eval()(**inputs(folder)).logits
+
+
+def test_code_of_one_repository_with_weights_of_another(checkpoint, tmp_path):
+    """What docs/hub.md says of published repositories: their weights and settings, our code, and nothing copied."""
+    weights, code = tmp_path / "weights", tmp_path / "code"
+    shutil.copytree(checkpoint("qwen3"), weights)
+    code.mkdir()
+    for file in weights.glob("*.py"):
+        shutil.move(file, code / file.name)
+    model_class = get_class_from_dynamic_module(
+        "modeling_molmo2.Molmo2ForConditionalGeneration", str(code), code_revision="v0.2.0"
+    )
+    processor_class = get_class_from_dynamic_module(
+        "processing_molmo2.Molmo2Processor", str(code), code_revision="v0.2.0"
+    )
+    model, processor = model_class.from_pretrained(weights).eval(), processor_class.from_pretrained(weights)
+    for part in (model, processor, processor.image_processor, processor.video_processor):
+        assert type(part).__module__.startswith("transformers_modules.code.")
+    expected = AutoModelForImageTextToText.from_pretrained(checkpoint("qwen3"), trust_remote_code=True).eval()
+    assert torch.equal(logits(model, checkpoint("qwen3")), logits(expected, checkpoint("qwen3")))
 
 
 @functools.cache

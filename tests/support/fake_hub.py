@@ -47,7 +47,7 @@ class Repository:
     """Branch -> commits, the oldest first."""
 
     private: bool = False
-    branches: dict[str, list[Commit]] = field(default_factory=dict)
+    branches: dict[str, list[Commit]] = field(default_factory=dict)  # also refs/pr/N
     tags: dict[str, Commit] = field(default_factory=dict)
 
     def commit(self, branch: str, title: str, blobs: dict[str, bytes]) -> Commit:
@@ -261,12 +261,17 @@ class Handler(BaseHTTPRequestHandler):
 
     def references(self, name: str, body: bytes) -> Any:
         repository = self._repository(name)
-        branches = {branch: commits[-1] for branch, commits in repository.branches.items()}
+        heads = {branch: commits[-1] for branch, commits in repository.branches.items()}
+        branches = {name: commit for name, commit in heads.items() if not name.startswith("refs/pr/")}
 
         def listing(kind: str, commits: dict[str, Commit]) -> Any:
             return [{"name": n, "ref": f"refs/{kind}/{n}", "targetCommit": c.oid} for n, c in commits.items()]
 
-        return {"branches": listing("heads", branches), "tags": listing("tags", repository.tags), "converts": []}
+        answer = {"branches": listing("heads", branches), "tags": listing("tags", repository.tags), "converts": []}
+        if "include_prs=1" in self.path:
+            requests = [(n, commit) for n, commit in heads.items() if n not in branches]
+            answer["pullRequests"] = [{"name": n, "ref": n, "targetCommit": c.oid} for n, c in requests]
+        return answer
 
     def create_branch(self, name: str, revision: str, body: bytes) -> Any:
         repository = self._repository(name)
@@ -320,8 +325,13 @@ class Handler(BaseHTTPRequestHandler):
                 if value["oid"] not in self.hub.storage:
                     raise Answer(400, f"{value['path']} points to a file that was not uploaded")
                 blobs[value["path"]] = pointer(value["oid"], value["size"])
-        oid = self.hub.repos[name].commit(revision, title, blobs).oid
-        return {"commitUrl": f"{self.hub.url}/{name}/commit/{oid}", "commitOid": oid, "success": True}
+        repository, answer = self.hub.repos[name], {}
+        if "create_pr=1" in self.path:
+            number = 1 + sum(branch.startswith("refs/pr/") for branch in repository.branches)
+            revision = f"refs/pr/{number}"
+            answer["pullRequestUrl"] = f"{self.hub.url}/{name}/discussions/{number}"
+        oid = repository.commit(revision, title, blobs).oid
+        return {"commitUrl": f"{self.hub.url}/{name}/commit/{oid}", "commitOid": oid, "success": True, **answer}
 
     # Git LFS
 

@@ -23,6 +23,7 @@ ALLOWED = {
     r"quantisation has an environment of its own": "`make test-quantization` runs them",
     r"lmms-eval has an environment of its own": "`make test-lmms-eval` runs them",
     r"metrics have an environment of their own": "`make test-metrics` runs them",
+    r"tools have an environment of their own": "`make test-tools` runs them",
     r"browser": "`make test-app BROWSER=optional`; the page needs a browser, which not every machine can have",
     r"this release of TRL learns questions too": "a release of TRL that cannot do it",
     r"mounting is not permitted here|needs the right to mount": "needs root and a kernel that lets it",

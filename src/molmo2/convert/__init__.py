@@ -11,9 +11,12 @@ from molmo2.convert.conversion import (
     ConversionPlan,
     add_remote_code,
     convert_checkpoint,
+    ensure_remote_code,
     plan_conversion,
+    remote_code_hashes,
 )
 from molmo2.convert.errors import CheckpointError, ConversionError, OutputError, UnsupportedError, VerificationError
+from molmo2.convert.from_parts import Parts, build_from_parts
 
 __all__ = [
     "CheckpointError",
@@ -21,9 +24,13 @@ __all__ = [
     "ConversionOptions",
     "ConversionPlan",
     "OutputError",
+    "Parts",
     "UnsupportedError",
     "VerificationError",
     "add_remote_code",
+    "build_from_parts",
     "convert_checkpoint",
+    "ensure_remote_code",
     "plan_conversion",
+    "remote_code_hashes",
 ]

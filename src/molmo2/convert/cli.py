@@ -9,9 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from molmo2.convert.config_files import ATTENTION_CHOICES
-from molmo2.convert.conversion import ConversionOptions, plan_conversion, write_plan
+from molmo2.convert.conversion import (
+    ConversionOptions,
+    ensure_remote_code,
+    plan_source,
+    remote_code_hashes,
+    write_plan,
+)
 from molmo2.convert.errors import ConversionError, OutputError, printable
 from molmo2.convert.folder import read_folder
+from molmo2.convert.from_parts import VIT_LAYERS, Parts, PartsSource, open_parts, plan_parts
 from molmo2.convert.shards import GIGABYTE, INDEX_FILE, SAFETENSORS_DTYPES, SINGLE_FILE
 from molmo2.convert.source import NativeSource
 from molmo2.convert.staging import ensure_disjoint, ensure_posix, ensure_replaceable
@@ -31,6 +38,7 @@ examples:
   python -m molmo2.convert runs/molmo2 molmo2-hf --verify   (OUTPUT exists: check it only)
   python -m molmo2.convert runs/molmo2 molmo2-hf --resume   (continue after an interruption)
   python -m molmo2.convert molmo2-hf back-to-training --to-native  (CHECKPOINT is a converted folder)
+  python -m molmo2.convert --from-parts --llm Qwen3-4B --vision siglip2-so400m-patch14-384 molmo2-new
 
 exit codes:
   0 success   2 wrong arguments   3 checkpoint missing, damaged or unsafe   4 not expressible as Molmo2
@@ -58,6 +66,13 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _layers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of layers; write --vit-layers=-3,-9") from None
+
+
 def build_parser() -> argparse.ArgumentParser:
     """All options with their explanations."""
     parser = argparse.ArgumentParser(
@@ -66,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", nargs="?")  # required but for --from-parts
     parser.add_argument("output", type=Path, metavar="OUTPUT")
     model = parser.add_argument_group("the converted model")
     model.add_argument(
@@ -98,6 +113,12 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--ignore-field", action="append", default=[], metavar="NAME", help="accept this unknown field of config.yaml"
     )
+    model.add_argument(
+        "--data-set",
+        action="append",
+        metavar="REPO",
+        help='data set for the model card, in the place of those of the published models; "none" for no data set',
+    )
     run = parser.add_argument_group("actions")
     run.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
     run.add_argument("--resume", action="store_true", help="keep the finished files of an interrupted conversion")
@@ -106,7 +127,11 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="replace OUTPUT once the new one is complete; refused if OUTPUT holds files that are read",
     )
-    run.add_argument("--verify", action="store_true", help="compare OUTPUT on disk with CHECKPOINT, tensor by tensor")
+    run.add_argument(
+        "--verify",
+        action="store_true",
+        help="compare OUTPUT with CHECKPOINT, tensor by tensor, and its code with this version's",
+    )
     run.add_argument("--probe", action="store_true", help="load OUTPUT with transformers and compare logits")
     run.add_argument("--quiet", action="store_true", help="print warnings and errors only")
     hub = parser.add_argument_group("publishing")
@@ -114,7 +139,26 @@ def build_parser() -> argparse.ArgumentParser:
         "--push-to-hub", metavar="REPO", help="upload OUTPUT to the Hub (if it exists already, without converting)"
     )
     hub.add_argument("--private", action="store_true", help="make REPO private if it is created")
-    hub.add_argument("--revision", metavar="BRANCH", help="branch of REPO to upload to (default: main)")
+    hub.add_argument("--revision", metavar="BRANCH", help="branch or refs/pr/N of REPO to upload to (default: main)")
+    hub.add_argument("--create-pr", action="store_true", help="open a pull request against main of REPO, which exists")
+    parts = parser.add_argument_group("building a new model (OUTPUT alone, without CHECKPOINT)")
+    parts.add_argument(
+        "--from-parts",
+        action="store_true",
+        help="build OUTPUT from --llm and --vision with a fresh connector, to be trained",
+    )
+    parts.add_argument(
+        "--llm", type=Path, metavar="DIR", help="text model: Qwen3, Qwen2, Llama, Mistral, OLMo 2 or OLMo 3"
+    )
+    parts.add_argument("--vision", type=Path, metavar="DIR", help="vision transformer: SigLIP or SigLIP 2")
+    parts.add_argument("--seed", type=int, default=0, help="of the fresh weights (default: 0)")
+    parts.add_argument(
+        "--vit-layers",
+        type=_layers,
+        default=VIT_LAYERS,
+        metavar="N,N",
+        help="layers of the vision transformer that are used (default: --vit-layers=-3,-9)",
+    )
     native = parser.add_argument_group("converting back")
     native.add_argument(
         "--to-native",
@@ -130,6 +174,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _data_sets(given: list[str] | None) -> tuple[str, ...] | None:
+    return None if given is None else tuple(name for name in given if name != "none")
+
+
 @contextmanager
 def _progress(title: str, num_bytes: int, is_quiet: bool) -> Iterator[Callable[[int], object]]:
     """Context with a progress bar in bytes, shown on terminals only; yields its update function."""
@@ -140,10 +188,11 @@ def _progress(title: str, num_bytes: int, is_quiet: bool) -> Iterator[Callable[[
         yield bar.update
 
 
+PARTS_ONLY = ("llm", "vision", "seed", "vit_layers")
 # Options that do not apply to --to-native.
 ONE_WAY = (
-    *("max_model_len", "attn_implementation", "max_shard_size", "dry_run", "resume", "verify", "probe"),
-    *("push_to_hub", "private", "revision"),
+    *("max_model_len", "data_set", "attn_implementation", "max_shard_size", "dry_run", "resume", "verify", "probe"),
+    *("push_to_hub", "private", "revision", "create_pr"),
 )
 
 
@@ -151,6 +200,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The arguments; the program ends with code 2 where they are wrong or do not fit together."""
     parser = build_parser()
     parsed = parser.parse_args(arguments)
+    _check_parts(parser, parsed)
     if parsed.to_native:
         given = [name for name in ONE_WAY if getattr(parsed, name) != parser.get_default(name)]
         if given:
@@ -158,7 +208,25 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"{options}: not available with --to-native")
     elif parsed.native_config is not None:
         parser.error("--native-config: only available with --to-native")
+    if parsed.create_pr and (parsed.push_to_hub is None or parsed.private or parsed.revision is not None):
+        parser.error("--create-pr: needs --push-to-hub, and neither --private nor --revision")
     return parsed
+
+
+def _check_parts(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> None:
+    if not parsed.from_parts:
+        given = [name for name in PARTS_ONLY if getattr(parsed, name) != parser.get_default(name)]
+        if given:
+            parser.error(f"--{given[0].replace('_', '-')}: only available with --from-parts")
+        if parsed.checkpoint is None:
+            parser.error("the following arguments are required: CHECKPOINT, OUTPUT")
+        return
+    if parsed.llm is None or parsed.vision is None:
+        parser.error("--from-parts: needs --llm and --vision")
+    if parsed.checkpoint is not None:
+        parser.error(f"--from-parts: takes OUTPUT alone, but there is also {parsed.checkpoint}")
+    if parsed.to_native or parsed.resume:
+        parser.error("--from-parts: not available with --to-native or --resume")
 
 
 class _Command:
@@ -173,6 +241,7 @@ class _Command:
             max_shard_bytes=arguments.max_shard_size,
             tokenizer=arguments.tokenizer,
             ignored_fields=tuple(arguments.ignore_field),
+            data_sets=_data_sets(arguments.data_set),
         )
 
     def log(self, text: str) -> None:
@@ -189,20 +258,40 @@ class _Command:
             self.to_native()
             return
         wants_checks = arguments.verify or arguments.probe or arguments.push_to_hub is not None
-        if wants_checks and not arguments.overwrite and _is_converted(arguments.output) and not arguments.dry_run:
+        is_kept = wants_checks and not arguments.overwrite and not arguments.dry_run
+        must_convert = not (is_kept and _is_converted(arguments.output))
+        if not must_convert:
             self.log(f"{arguments.output} exists and is left as it is.")
-            source = self.options.open_source(arguments.checkpoint)
-        else:
-            source = self.convert()
-        if not arguments.dry_run:
-            self.check(source)
-            self.push()
+        with self.opened(must_convert) as source:
+            if must_convert:
+                self.convert(source)
+            if not arguments.dry_run:
+                self.check(source)
+                self.push()
 
-    def convert(self) -> NativeSource:
+    @contextmanager
+    def opened(self, must_convert: bool) -> Iterator[NativeSource]:
+        """Context with the checkpoint, or with the parts as one."""
         arguments = self.arguments
-        ensure_disjoint([arguments.output], [arguments.checkpoint])
-        ensure_replaceable(arguments.output, arguments.overwrite)
-        plan = plan_conversion(arguments.checkpoint, self.options)
+        inputs = [arguments.llm, arguments.vision] if arguments.from_parts else [arguments.checkpoint]
+        if must_convert:
+            ensure_disjoint([arguments.output], inputs)
+            ensure_replaceable(arguments.output, arguments.overwrite)
+        if not arguments.from_parts:
+            yield self.options.open_source(arguments.checkpoint)
+            return
+        parts = Parts(arguments.llm, arguments.vision, arguments.seed, arguments.vit_layers)
+        options = self.options
+        opened = open_parts(parts, max_positions=options.max_model_len, ignored_fields=options.ignored_fields)
+        with opened as source:
+            yield source
+
+    def convert(self, source: NativeSource) -> None:
+        arguments = self.arguments
+        if isinstance(source, PartsSource):
+            plan = plan_parts(source, self.options)
+        else:
+            plan = plan_source(source, self.options, {arguments.checkpoint})
         ensure_disjoint([arguments.output], plan.inputs)
         self.log(plan.describe())
         for warning in plan.source.config.warnings:
@@ -217,8 +306,9 @@ class _Command:
                     on_progress=on_progress,
                     warn=self.warn,
                 )
+            for name, digest in remote_code_hashes().items():
+                self.log(f"sha256 {digest}  {name}")
             self.log(f"Wrote {arguments.output}.")
-        return plan.source
 
     def check(self, source: NativeSource) -> None:
         if self.arguments.verify:
@@ -230,6 +320,9 @@ class _Command:
             self.log(
                 f"Verified: {result.num_tensors} tensors, {result.num_bytes:,} bytes of {result.dtype} equal the "
                 "checkpoint (names, shapes, SHA-256)."
+            )
+            self.log(
+                f"Verified: {len(ensure_remote_code(self.arguments.output))} files of code are those of this version."
             )
         if self.arguments.probe:
             from molmo2.convert.probe import TOLERANCE, probe_folder
@@ -249,6 +342,7 @@ class _Command:
                 arguments.push_to_hub,
                 private=arguments.private,
                 revision=arguments.revision,
+                create_pr=arguments.create_pr,
                 log=self.log,
                 warn=self.warn,
             )

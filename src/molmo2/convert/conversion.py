@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from molmo2.convert import config_files
-from molmo2.convert.errors import OutputError, UnsupportedError, listing
+from molmo2.convert.errors import OutputError, UnsupportedError, VerificationError, listing
 from molmo2.convert.model_card import model_card
 from molmo2.convert.shards import GIGABYTE, INDEX_FILE, SAFETENSORS_DTYPES, Shard, index_content, plan_shards
 from molmo2.convert.small_files import read_json
@@ -20,6 +20,7 @@ from molmo2.convert.source import NativeSource, open_source
 from molmo2.convert.staging import Staging, ensure_disjoint, ensure_replaceable
 from molmo2.convert.tokenizer import TokenizerFiles, build_tokenizer
 from molmo2.convert.writer import WeightWriter
+from molmo2.version import __version__
 
 NATIVE_CONFIG_FILE = "native_config.yaml"
 REMOTE_MODULES = (
@@ -44,6 +45,7 @@ class ConversionOptions:
         max_shard_bytes: Maximum size of a safetensors file; a tensor that is larger gets a file of its own.
         tokenizer: Local folder or repository, instead of the one that `config.yaml` names.
         ignored_fields: Unknown fields of `config.yaml` to accept, as dotted paths.
+        data_sets: Repositories of the training data, for the model card; None: those of the published models.
     Raises:
         ValueError: For a value out of range, with the choices.
     """
@@ -54,6 +56,7 @@ class ConversionOptions:
     max_shard_bytes: int = 5 * GIGABYTE
     tokenizer: str | None = None
     ignored_fields: tuple[str, ...] = ()
+    data_sets: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in SAFETENSORS_DTYPES:
@@ -119,10 +122,9 @@ class ConversionPlan:
         """The plan as text."""
         source, config = self.source, self.source.config
         llm, vit = config.llm, config.vit
-        form = f"sharded, {source.num_pieces} pieces" if source.location.is_sharded else "one file"
         tied = "; output copied from the tied embedding" if llm["weight_tying"] else ""
         lines = {
-            "checkpoint": f"{source.location.folder} ({form}, {' and '.join(sorted(source.dtypes))})",
+            "checkpoint": source.description,
             "step": "unknown" if source.location.step is None else str(source.location.step),
             "text model": f"{llm['n_layers']} layers of width {llm['d_model']}, {llm['n_heads']} heads over "
             f"{config.num_kv_heads} key/value heads",
@@ -147,7 +149,11 @@ def plan_conversion(checkpoint: str | Path, options: ConversionOptions | None = 
         OutputError: If the remote code that is stored with the weights is missing.
     """
     options = ConversionOptions() if options is None else options
-    source = options.open_source(checkpoint)
+    return plan_source(options.open_source(checkpoint), options, {Path(checkpoint)})
+
+
+def plan_source(source: NativeSource, options: ConversionOptions, inputs: set[Path]) -> ConversionPlan:
+    """The plan for a checkpoint that is open; `inputs` are further files and folders that may not be replaced."""
     config = source.config
     identifier = config.tokenizer if options.tokenizer is None else options.tokenizer
     if identifier is None:
@@ -155,7 +161,7 @@ def plan_conversion(checkpoint: str | Path, options: ConversionOptions | None = 
     tokenizer = build_tokenizer(identifier, filled_size=config.tokenizer_size, embedding_rows=config.embedding_rows)
     shards = plan_shards(source.renames, options.dtype, options.max_shard_bytes)
     code = remote_code_files()
-    inputs = {Path(checkpoint), Path(identifier), source.location.folder, *source.files, *code}
+    inputs = {*inputs, Path(identifier), source.location.folder, *source.files, *code}
     plan = ConversionPlan(source, shards, tokenizer, options, frozenset(inputs))
     config_files.ensure_accepted(plan.model_config())
     return plan
@@ -178,6 +184,41 @@ def remote_code_files() -> list[Path]:
     if missing:
         raise OutputError(f"{root} lacks {missing}, which are stored with the weights. Reinstall molmo2-transformers.")
     return files
+
+
+def remote_code_hashes() -> dict[str, str]:
+    """SHA-256 of each file that is stored with the weights, in hexadecimal, by name.
+
+    Raises:
+        OutputError: If one of them is missing.
+    """
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in remote_code_files()}
+
+
+def ensure_remote_code(folder: str | Path) -> dict[str, str]:
+    """Compare the remote code in a folder with that of this installation.
+
+    Returns:
+        SHA-256 by name, of all files.
+    Raises:
+        VerificationError: Files are missing or differ; all in one message.
+    """
+    folder, expected = Path(folder), remote_code_hashes()
+    problems = []
+    for name, wanted in expected.items():
+        path = folder / name
+        found = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+        if found is None:
+            problems.append(f"'{name}' is missing")
+        elif found != wanted:
+            problems.append(f"'{name}' has SHA-256 {found}; this installation ships {wanted}")
+    if problems:
+        raise VerificationError(
+            f"The code in {folder} is not that of molmo2-transformers {__version__}. It was edited, or written by "
+            "another version: check it with that one, or replace it with molmo2.convert.add_remote_code.\n"
+            f"{listing(problems)}"
+        )
+    return expected
 
 
 def add_remote_code(folder: str | Path) -> None:
@@ -230,9 +271,11 @@ def text_files(plan: ConversionPlan) -> dict[str, str]:
     card = model_card(
         config,
         source=source.name,
+        origin=source.origin,
         num_parameters=source.num_parameters,
         source_dtypes=source.dtypes,
         dtype=options.dtype,
+        data_sets=options.data_sets,
     )
     native = yaml.safe_dump({"model": _without_private(source.raw_config)}, sort_keys=False)
     files = {name: _json(content) for name, content in contents.items()}

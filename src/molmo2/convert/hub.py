@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
-from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.utils import build_hf_headers, get_session, validate_repo_id
 
@@ -43,6 +43,7 @@ REQUIRED_FILES = (
 )
 # Names under which clients look for weights, and their indices.
 WEIGHT_FILE = re.compile(r"(model|pytorch_model)[^/]*\.(safetensors|bin)(\.index\.json)?")
+PULL_REQUEST = re.compile(r"refs/pr/\d+")
 NO_SUCH_ROUTE = (404, 405, 501)  # answers of a server without Xet
 ANSWER_SECONDS = 120.0  # for a question without files, retries included
 SLOWEST_UPLOAD = 50_000.0  # bytes a second
@@ -62,6 +63,7 @@ def push_folder(
     *,
     private: bool = False,
     revision: str | None = None,
+    create_pr: bool = False,
     token: str | None = None,
     log: Callable[[str], object] | None = None,
     warn: Callable[[str], object] | None = None,
@@ -74,29 +76,41 @@ def push_folder(
         folder: A complete conversion. Hidden files and `__pycache__` are left out.
         repo_id: "owner/name"; created if it does not exist.
         private: Create the repository as private. An existing one keeps its visibility.
-        revision: Branch, made from "main" if it does not exist; None: "main".
+        revision: Branch, made from "main" if it does not exist, or "refs/pr/N" for an open pull request; None: "main".
+        create_pr: Open a pull request against "main" of a repository that exists, in the place of a commit to it. To
+            add to an open one, name it as `revision`.
         token: An access token with write permission; None: the one that huggingface_hub finds (HF_TOKEN, or saved by
             `hf auth login`).
         log: Called with a line for each weight file.
         warn: Called with each warning; None: `warnings.warn`.
     Returns:
-        Address of the commit that holds the folder.
+        Address of the commit that holds the folder, or of the pull request.
     Raises:
         CheckpointError: If the folder is not a complete conversion.
         HubError: If the Hub cannot be reached, refuses, does not answer in time, or keeps an existing repository
-            public in spite of `private`.
+            public in spite of `private`; if there is nothing to open a pull request against, or for.
+        ValueError: `create_pr` goes with neither `private` nor `revision`.
     """
+    if create_pr and (private or revision is not None):
+        raise ValueError(
+            "A pull request is opened against main of an existing repository: leave out the other option."
+        )
     folder = Path(folder)
     files = files_to_publish(folder)
     _ensure_owner_and_name(repo_id)
+    log = (lambda _: None) if log is None else log
     api = HfApi(token=token)
     with _explained(api, repo_id):
         if token is None and get_token() is None:
             raise HubError(f"There is no token for {api.endpoint}. {LOGIN_ADVICE}")
-        _timely(lambda: _prepare_repository(api, repo_id, private))
+        _timely(lambda: _prepare_repository(api, repo_id, private, must_exist=create_pr))
         _timely(lambda: _prepare_branch(api, repo_id, revision))
         with _without_unoffered_xet(api, repo_id, revision):
-            address = _upload(api, repo_id, folder, files, revision, (lambda _: None) if log is None else log)
+            commit = _upload(api, repo_id, folder, files, _Destination(revision, create_pr), log)
+        if create_pr and commit.pr_url is None:
+            raise HubError(f"{repo_id} already holds all of {folder} on main, so no pull request was opened.")
+        address = commit.commit_url if commit.pr_url is None else commit.pr_url
+        revision = commit.pr_revision if create_pr else revision
         warning = _timely(lambda: _review(api, repo_id, folder, files, revision))
     if warning:
         _warn(warning) if warn is None else warn(warning)
@@ -149,10 +163,15 @@ def _ensure_owner_and_name(repo_id: str) -> None:
         raise HubError(f"{repo_id!r} is not the name of a repository; expected OWNER/NAME ({reason.rstrip('.')}).")
 
 
-def _prepare_repository(api: HfApi, repo_id: str, private: bool) -> None:
+def _prepare_repository(api: HfApi, repo_id: str, private: bool, *, must_exist: bool) -> None:
     try:
         is_private = api.repo_info(repo_id).private
     except RepositoryNotFoundError:
+        if must_exist:
+            raise HubError(
+                f"There is no repository {repo_id} that the token may see, so no pull request can be opened. Leave "
+                "--create-pr out to make it."
+            ) from None
         api.create_repo(repo_id, private=private, exist_ok=True)
         return
     if private and not is_private:
@@ -165,7 +184,12 @@ def _prepare_repository(api: HfApi, repo_id: str, private: bool) -> None:
 def _prepare_branch(api: HfApi, repo_id: str, revision: str | None) -> None:
     if revision is None:
         return
-    references = api.list_repo_refs(repo_id)
+    is_request = PULL_REQUEST.fullmatch(revision) is not None
+    references = api.list_repo_refs(repo_id, include_pull_requests=is_request)
+    if is_request:
+        if revision not in [request.ref for request in references.pull_requests or []]:
+            raise HubError(f"{repo_id} has no pull request '{revision}'. Open one with --create-pr.")
+        return
     if revision in [tag.name for tag in references.tags]:
         raise HubError(f"'{revision}' is a tag of {repo_id}; expected a branch. Choose another --revision.")
     if revision not in [branch.name for branch in references.branches]:
@@ -196,9 +220,16 @@ def _without_unoffered_xet(api: HfApi, repo_id: str, revision: str | None) -> It
             constants.HF_HUB_DISABLE_XET = before
 
 
+class _Destination(NamedTuple):
+    """Where a commit goes."""
+
+    revision: str | None
+    create_pr: bool
+
+
 def _upload(
-    api: HfApi, repo_id: str, folder: Path, files: list[str], revision: str | None, log: Callable[[str], object]
-) -> str:
+    api: HfApi, repo_id: str, folder: Path, files: list[str], destination: _Destination, log: Callable[[str], object]
+) -> CommitInfo:
     """Send the weights one after the other, then everything else with the commit."""
     weights = [name for name in files if name.endswith(".safetensors")]
     operations = []
@@ -206,14 +237,14 @@ def _upload(
         size = (folder / name).stat().st_size
         log(f"Uploading {printable(name)} ({size:,} bytes), {number} of {len(weights)}.")
         operation = CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name)
-        send = partial(api.preupload_lfs_files, repo_id, [operation], revision=revision, free_memory=False)
+        send = partial(api.preupload_lfs_files, repo_id, [operation], free_memory=False, **destination._asdict())
         _timely(send, size)
         operations.append(operation)
     others = [name for name in files if name not in weights]
     operations += [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in others]
     size = sum((folder / name).stat().st_size for name in others)
-    commit = partial(api.create_commit, repo_id, operations, commit_message=COMMIT_MESSAGE, revision=revision)
-    return _timely(commit, size).commit_url
+    commit = partial(api.create_commit, repo_id, operations, commit_message=COMMIT_MESSAGE, **destination._asdict())
+    return _timely(commit, size)
 
 
 def _review(api: HfApi, repo_id: str, folder: Path, files: list[str], revision: str | None) -> str:

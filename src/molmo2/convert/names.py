@@ -102,6 +102,7 @@ def dimensions(config: NativeConfig) -> dict[str, int]:
         "vocab": config.embedding_rows,
         "extra_vocab": llm["additional_vocab_size"],
         "query": query,
+        "key": key,
         "qkv": query + 2 * key,
         "query_norm": config.head_dim if is_per_head else query,
         "key_norm": config.head_dim if is_per_head else key,

@@ -55,6 +55,17 @@ class NativeSource:
         folder = self.location.folder.resolve()
         return folder.name if self.location.step is None else f"{folder.parent.name}/{folder.name}"
 
+    @property
+    def description(self) -> str:
+        """Where it is and in which form, for the plan."""
+        form = f"sharded, {self.num_pieces} pieces" if self.location.is_sharded else "one file"
+        return f"{self.location.folder} ({form}, {' and '.join(sorted(self.dtypes))})"
+
+    @property
+    def origin(self) -> str:
+        """What the model card says of it."""
+        return "Converted from a native training checkpoint"
+
 
 def open_source(
     checkpoint: str | Path, *, max_positions: int | None = None, ignored_fields: tuple[str, ...] = ()

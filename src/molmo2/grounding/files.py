@@ -163,14 +163,14 @@ def from_csv(text: str) -> Grounding:
                 span=NO_SPAN,
             )
         )
-    return _grounding(points)
+    return from_points(points)
 
 
 def _number(kind: Any, text: str) -> Any:
     return kind(text) if text else None
 
 
-def _grounding(points: Sequence[Point], media: MediaInfo | None = None) -> Grounding:
+def from_points(points: Sequence[Point], media: MediaInfo | None = None) -> Grounding:
     """An answer that consists of points alone."""
     return Grounding("", kind_of(points), tuple(points), tracks_of(points), (), None, False, False, media)
 
@@ -190,7 +190,7 @@ def to_coco(grounding: Grounding, file_names: Sequence[str] | None = None) -> di
     Raises:
         ValueError: the size of an image or of the video is unknown, or there are not as many names.
     """
-    _require_pixels(grounding.points, "COCO")
+    require_pixels(grounding.points, "COCO")
     sizes = () if grounding.media is None else grounding.media.sizes
     if grounding.points and not sizes:
         raise ValueError("COCO files hold the sizes of images, which this answer does not know. Write CSV or JSON.")
@@ -280,7 +280,7 @@ def from_coco(content: str | Mapping[str, Any]) -> Grounding:
         media = MediaInfo(VIDEO, ((frames[0]["width"], frames[0]["height"]),), image_sizes=sizes)
     else:
         media = MediaInfo(MULTI_IMAGE if len(sizes) > 1 else IMAGE, sizes)
-    return _grounding(points, media)
+    return from_points(points, media)
 
 
 def _coco_point(
@@ -320,10 +320,30 @@ def to_mot(grounding: Grounding, *, fps: float | None = None, box_size: float = 
     """
     if any(point.image_index is not None for point in grounding.points):
         raise ValueError("MOT files are about one video, but the answer is about images. Write COCO, CSV or JSON.")
-    _require_pixels(grounding.points, "MOT")
-    numbers = _object_numbers(grounding.points)
-    placed: dict[tuple[int, int], tuple[float, Point]] = {}  # by frame and object: how far off the printed time is
-    for point in grounding.points:
+    require_pixels(grounding.points, "MOT")
+    placed = points_by_frame(grounding.points, fps)
+    lines = []
+    for (frame, number), point in placed.items():
+        left, top = (float(place or 0) - box_size / 2 + 1 for place in (point.x, point.y))
+        lines.append(f"{frame + 1},{number},{left:g},{top:g},{box_size:g},{box_size:g},{MOT_CONFIDENCE},-1,-1,-1\n")
+    return "".join(lines)
+
+
+def points_by_frame(points: Iterable[Point], fps: float | None = None) -> dict[tuple[int, int], Point]:
+    """Points of a video by source frame, from 0, and number of the object; both ascending.
+
+    Of several points of an object in one frame the one whose printed time is nearest counts.
+
+    Args:
+        fps: As for `to_mot`.
+
+    Raises:
+        ValueError: neither source frames nor `fps` are known.
+    """
+    points = list(points)
+    numbers = object_numbers(points)
+    placed: dict[tuple[int, int], tuple[float, Point]] = {}  # with how far off the printed time is
+    for point in points:
         known = None if point.frame is None else point.frame.source_index
         if known is None and fps is None:
             raise ValueError(
@@ -331,26 +351,22 @@ def to_mot(grounding: Grounding, *, fps: float | None = None, box_size: float = 
                 "returned for the video, or pass `fps`."
             )
         frame = round(float(point.time or 0) * float(fps or 0)) if known is None else known
-        place, distance = (frame + 1, numbers[_object(point)]), point.seconds_to_frame
+        place, distance = (frame, numbers[object_key(point)]), point.seconds_to_frame
         if known is None:
             distance = round(abs(float(point.key) - frame / float(fps or 1)), 6)
         if place not in placed or distance < placed[place][0]:
             placed[place] = distance, point
-    lines = []
-    for (frame, number), (_, point) in sorted(placed.items(), key=lambda item: item[0]):
-        left, top = (float(place or 0) - box_size / 2 + 1 for place in (point.x, point.y))
-        lines.append(f"{frame},{number},{left:g},{top:g},{box_size:g},{box_size:g},{MOT_CONFIDENCE},-1,-1,-1\n")
-    return "".join(lines)
+    return {place: point for place, (_, point) in sorted(placed.items(), key=lambda item: item[0])}
 
 
-def _object(point: Point) -> tuple[str, str, int]:
+def object_key(point: Point) -> tuple[str, str, int]:
     """What tells objects apart, as in `Grounding.tracks`."""
     return point.tag, point.label, point.id
 
 
-def _object_numbers(points: Iterable[Point]) -> dict[tuple[str, str, int], int]:
+def object_numbers(points: Iterable[Point]) -> dict[tuple[str, str, int], int]:
     """One number per object: the model's own, or a free one where an earlier object has it."""
-    objects = list(dict.fromkeys(map(_object, points)))
+    objects = list(dict.fromkeys(map(object_key, points)))
     free = count(max((number for *_, number in objects), default=0) + 1)
     numbers: dict[tuple[str, str, int], int] = {}
     used: set[int] = set()
@@ -386,10 +402,11 @@ def from_mot(text: str, size: tuple[float, float], fps: float, label: str = "") 
         points.append(
             Point("tracks", label, None, time, object_id, x, y, x / size[0], y / size[1], None, frame, NO_SPAN)
         )
-    return _grounding(points, MediaInfo(VIDEO, ((size[0], size[1]),)))
+    return from_points(points, MediaInfo(VIDEO, ((size[0], size[1]),)))
 
 
-def _require_pixels(points: Iterable[Point], name: str) -> None:
+def require_pixels(points: Iterable[Point], name: str) -> None:
+    """Raise a ValueError that names the format if a point has no pixels."""
     if any(point.x is None for point in points):
         raise ValueError(
             f"{name} files hold pixels, but the size of the image or video is unknown. Read the answer with the "
