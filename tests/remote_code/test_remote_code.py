@@ -35,7 +35,8 @@ FILES = {
 MAX_LINES = 11_500  # of all files together: whoever trusts remote code has to read it
 AUTO_MAP_MODULES = [name for name in FILES if name != "grounding_molmo2"]
 # What every installation of this project has; all the rest is looked for when it is needed.
-REQUIRED_PACKAGES = {"torch", "transformers", "tokenizers", "numpy", "PIL"}  # transformers brings tokenizers
+# transformers brings safetensors and tokenizers.
+REQUIRED_PACKAGES = {"torch", "transformers", "safetensors", "tokenizers", "numpy", "PIL"}
 VIDEO = DATA / "golden" / "media" / "one_frame.mp4"
 
 HAS_TORCHVISION = importlib.util.find_spec("torchvision") is not None
