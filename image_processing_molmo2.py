@@ -1491,9 +1491,15 @@ def leave_threads_of_parent() -> None:
     (`datasets.map(num_proc=2)`).
     """
     global _imported_in
-    if os.getpid() != _imported_in:
+    if os.getpid() == _imported_in:
+        return
+    _imported_in = os.getpid()
+    if torch.get_num_threads() > 1:
+        logger.warning(
+            "torch runs on one thread in this forked process: it would wait for the threads of its parent for ever. "
+            "Start processes with the method 'spawn' where they need more."
+        )
         torch.set_num_threads(1)
-        _imported_in = os.getpid()
 
 
 @dataclass(frozen=True)

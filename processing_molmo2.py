@@ -157,7 +157,8 @@ def _require_read(key: str, where: str) -> None:
         return
     meant = [FOREIGN_OPTIONS[key]] if key in FOREIGN_OPTIONS else get_close_matches(str(key), options, 1, SIMILARITY)
     if meant:
-        raise ValueError(f"{where} has the key {key!r}, which nothing reads; did you mean {meant[0]!r}?")
+        place = "" if meant[0] in VIDEO_PART_OPTIONS or meant[0] not in PART_OPTIONS else ", as an option of the call"
+        raise ValueError(f"{where} has the key {key!r}, which nothing reads; did you mean {meant[0]!r}{place}?")
     logger.warning_once(f"Image and video parts of messages have no key {key!r}; it is ignored.")
 
 

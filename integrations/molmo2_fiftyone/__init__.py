@@ -7,6 +7,7 @@ or without the zoo, from a loaded model and its processor: `Molmo2FiftyOneModel(
 """
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -41,10 +42,13 @@ def register() -> Path:
     name = json.loads((package / "manifest.json").read_text(encoding="utf-8"))["name"]
     folder = Path(fo.config.model_zoo_dir) / name
     folder.mkdir(parents=True, exist_ok=True)
-    for file in folder.glob("*.py"):  # of an earlier version
-        file.unlink()
-    for file in [*package.glob("*.py"), package / "manifest.json"]:
-        shutil.copy(file, folder / file.name)
+    files = [*package.glob("*.py"), package / "manifest.json"]
+    for file in files:  # each is replaced at once: another process may load the package meanwhile
+        partial = folder / f".{file.name}.{os.getpid()}"
+        shutil.copy(file, partial)
+        os.replace(partial, folder / file.name)
+    for stale in {path.name for path in folder.glob("*.py")} - {file.name for file in files}:  # of an earlier version
+        (folder / stale).unlink(missing_ok=True)
     return folder
 
 

@@ -5,6 +5,7 @@ import inspect
 import sys
 from collections.abc import Iterator, MutableMapping
 from os import PathLike
+from types import ModuleType
 from typing import Any
 
 import transformers
@@ -62,8 +63,10 @@ def load(
 ) -> tuple[Molmo2ForConditionalGeneration, Molmo2Processor]:
     """Load a model and its processor with this package's classes. The Auto classes stay as they are; see `register`.
 
-    From then on `transformers.Molmo2ForConditionalGeneration` is the package's class too: trainers build a second
-    model, such as the reference of DPO, by this name, and the library's own class reads other inputs.
+    From then on, in this process, the names `transformers.Molmo2ForConditionalGeneration` and
+    `transformers.Molmo2Model` lead to the package's classes: trainers build a second model, such as the reference of
+    DPO, by the name in config.json, and the library's own class reads other inputs. That one stays in
+    `transformers.models.molmo2.modeling_molmo2`.
 
     Args:
         folder_or_repo: A checkpoint folder, or the name of a repository on the Hub.
@@ -83,10 +86,10 @@ def load(
             f"`molmo2.load` runs the code of the installed package only, so it takes no {refused}. Leave them out, or "
             "load the checkpoint's own code with `AutoModelForImageTextToText.from_pretrained`."
         )
-    _take_architecture_names()
     shared = {name: options[name] for name in HUB_OPTIONS if name in options}
     processor = Molmo2Processor.from_pretrained(folder_or_repo, **shared, **(processor_options or {}))
     model = Molmo2ForConditionalGeneration.from_pretrained(folder_or_repo, dtype=dtype, **options)
+    _take_architecture_names()
     return model.eval(), processor
 
 
@@ -101,11 +104,13 @@ def _take_architecture_names() -> None:
 
 
 def _library_modules() -> list[Any]:
-    """`transformers`, and other objects of that name that modules hold: where TRL is imported first, it is made anew
+    """`transformers`, and what modules of TRL hold under that name: where TRL is imported first, it is made anew
     during that import, and TRL keeps the former one.
     """
-    held = [getattr(module, "__dict__", {}).get("transformers") for module in list(sys.modules.values())]
-    return [transformers, *(other for other in held if getattr(other, "__name__", "") == transformers.__name__)]
+    names = [name for name in list(sys.modules) if name.partition(".")[0] == "trl"]
+    # Not getattr: it would import modules that are yet to be imported.
+    held = [object.__getattribute__(sys.modules[name], "__dict__").get("transformers") for name in names]
+    return [transformers, *(other for other in held if isinstance(other, ModuleType))]
 
 
 def _library_processors() -> Iterator[MutableMapping[str, Any]]:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -18,7 +19,7 @@ from lmms_eval.tasks import TaskManager
 from PIL import Image
 
 from molmo2 import load
-from molmo2.data.evaluation import evaluation_examples
+from molmo2.data.evaluation import EVALUATION_SETS, evaluation_examples
 from molmo2.lmms_eval import TASKS
 from molmo2.lmms_eval.model import Molmo2, cut_at, generation_options, message_part
 from molmo2.recipes import answer_examples, score
@@ -151,6 +152,16 @@ def test_every_task_of_the_package_has_a_reader():
     assert set(READERS) < set(manager.all_tasks)
 
 
+def test_answers_are_as_long_as_those_of_the_published_evaluation():
+    readers = dict(re.findall(r"(\w+), \w+_text, \w+_scores = task\(\"(.+)\"\)", (TASKS / "utils.py").read_text()))
+    for path in TASKS.glob("*.yaml"):
+        text = path.read_text()
+        reader = readers[re.search(r"doc_to_messages: !function utils\.(\w+)", text)[1]]
+        assert f"max_new_tokens: {EVALUATION_SETS[reader].max_new_tokens}\n" in text
+        assert f"dataset_path: {reader}\n" in text
+        assert "until: []" in text
+
+
 def test_the_entry_point_names_the_model():
     assert get_model("molmo2") is Molmo2
 
@@ -182,7 +193,7 @@ def test_parts_and_options():
         "do_sample": False,
     }
     assert generation_options({"temperature": 0.5, "max_new_tokens": 9})["do_sample"] is True
-    with pytest.warns(UserWarning, match="image_aspect_ratio mean nothing here"):
+    with pytest.warns(UserWarning, match="image_aspect_ratio are ignored"):
         generation_options({"image_aspect_ratio": "original"})
     assert cut_at("one\n\ntwo. three", ["\n\n", "."]) == "one"
     assert cut_at("one", None) == "one"

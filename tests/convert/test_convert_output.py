@@ -951,7 +951,7 @@ def test_a_tied_model_that_was_tuned_comes_back_untied(tmp_path, tokenizer):
 
 
 @pytest.mark.skipif("molmo2" not in CONFIG_MAPPING, reason="this release has no native Molmo2")
-@pytest.mark.parametrize("case", ["untied", "olmo"])
+@pytest.mark.parametrize("case", ["untied", "tied", "olmo"])
 def test_back_from_a_folder_that_the_librarys_own_class_saved(tmp_path, tokenizer, case):
     """Its names of settings, its single processor file, its embedding cut into halves."""
     section = native_section(ROUND_TRIPS[case])
@@ -967,6 +967,8 @@ def test_back_from_a_folder_that_the_librarys_own_class_saved(tmp_path, tokenize
         name = {"image_processor": "preprocessor_config", "video_processor": "video_preprocessor_config"}[part]
         processors[part] = json.loads((tmp_path / "hf" / f"{name}.json").read_text())
     (tmp_path / "saved" / "processor_config.json").write_text(json.dumps(processors))
+    if case == "tied":  # what the trainer's settings alone say
+        shutil.copy(tmp_path / "hf" / "native_config.yaml", tmp_path / "saved")
     assert main([str(tmp_path / "saved"), str(tmp_path / "back"), "--to-native", "--quiet"]) == 0
     same_tensors(tmp_path / "back", source)
     assert main([str(tmp_path / "back"), str(tmp_path / "again"), "--tokenizer", tokenizer, "--quiet"]) == 0

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+import yaml
 from safetensors.torch import load_file, save_file
 
 from molmo2.convert import CheckpointError, ConversionOptions, Parts, UnsupportedError, build_from_parts, config_files
@@ -218,7 +219,10 @@ def test_what_is_new_comes_from_the_seed(text_model, vision_model, tmp_path):
     assert "# Molmo2 (qwen3 + siglip)" in card
     assert "Built from the text model and the vision transformer below" in card
     assert "> The connector between vision and text" in card
-    assert "datasets:" not in card
+    header = yaml.safe_load(card.split("---\n")[1])
+    assert header.keys().isdisjoint({"datasets", "base_model", "license"})  # nothing is known of them
+    assert "add `base_model`" in card
+    assert "add `license`" in card
     native = (tmp_path / "a" / "native_config.yaml").read_text(encoding="utf-8")
     assert str(folder.parent) not in native
 
@@ -363,7 +367,8 @@ def test_published_parts_have_the_settings_of_the_published_model(name, text):
         (["--from-parts", "--llm", "a", "--vision", "b", "checkpoint", "out"], "takes OUTPUT alone"),
         (["--from-parts", "--llm", "a", "--vision", "b", "out", "--resume"], "not available with"),
         (["checkpoint", "out", "--seed", "1"], "--seed: only available with --from-parts"),
-        (["--from-parts", "--llm", "a", "--vision", "b", "out", "--vit-layers=x"], "no list of layers"),
+        (["--from-parts", "--llm", "a", "--vision", "b", "out", "--seed", "-1"], "not a whole number of 0 or more"),
+        (["--from-parts", "--llm", "a", "--vision", "b", "out", "--vit-layers=x"], "not a list of layers"),
     ],
 )
 def test_arguments_that_do_not_fit_together(arguments, message, capsys):

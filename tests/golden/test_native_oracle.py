@@ -92,8 +92,12 @@ def test_the_processor_warns_where_the_native_class_is_loaded(tmp_path, monkeypa
 def test_inputs_that_the_native_class_cannot_take_are_refused():
     with pytest.raises(ValueError, match="takes images or videos in one call, not both"):
         library_inputs(batch("image and video"))
-    with pytest.raises(ValueError, match=r"'input_ids'.*are no tensors\. Call the processor with `return_tensors="):
+    with pytest.raises(ValueError, match=r"'input_ids'.*are not tensors\. Call the processor with `return_tensors="):
         library_inputs({"input_ids": [[1, 2]]})
+    with pytest.raises(ValueError, match=r"are not tensors"):
+        library_inputs({name: value.numpy() for name, value in batch("image").items()})
+    with pytest.raises(ValueError, match=r"\['video_features'\] are of this package's model.*without `frame_encoder`"):
+        library_inputs({**batch("text"), "video_features": torch.zeros(3, 4)})
 
 
 def test_what_the_native_class_saves_loads_here(tmp_path):

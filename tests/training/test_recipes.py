@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -100,6 +101,8 @@ def test_presets_hold_unless_the_recipe_has_its_own():
     assert sft.shares() is None  # no data set names a group
     grouped = [{"name": "a", "files": "a.jsonl", "group": "demo"}]
     assert recipe_from({**MINIMAL, "preset": "sft", "data": grouped}).shares() == {"demo": SFT_GROUPS["demo"]}
+    unused = recipe_from({**MINIMAL, "groups": {"a": 1.0}})
+    assert unused.shares() == {"a": 1.0}  # which the mixture refuses: no data set has that group
     first = recipe_from({key: value for key, value in MINIMAL.items() if key != "steps"} | {"preset": "pretrain"})
     assert (first.steps, first.learning_rates.connector) == (31_000, 2e-4)
     assert [first.warmup_of(part) for part in ("vision", "connector", "text")] == [2000, 200, 2000]
@@ -129,6 +132,11 @@ def test_presets_hold_unless_the_recipe_has_its_own():
         ({"evaluation": {"reader": "mmmu", "files": "a"}}, r"evaluation\[0\]: reader is 'mmmu'; expected one of"),
         ({"trainer": {"max_steps": 3}}, "trainer has max_steps, which other entries"),
         ({"lora": {"rank": 0}}, "lora: rank is 0"),
+        ({"preset": ["sft"]}, r"preset is \['sft'\]"),
+        ({"learning_rates": {"betas": [0.9]}}, r"betas is \[0\.9\]; expected two numbers"),
+        ({"warmup_steps": -5}, "warmup_steps is -5; expected 0 or more"),
+        ({"dtype": "float16"}, "dtype is float16; expected float32"),
+        ({"trainer": {"save_only_model": True}}, "trainer has save_only_model"),
     ],
 )
 def test_what_a_recipe_cannot_say(entries, message):
@@ -155,6 +163,9 @@ def test_rows_and_media_that_are_not_there(folder):
         read_rows(["none"], folder)
     with pytest.raises(RecipeError, match=r"files end with \.png"):
         read_rows(["images/*.png"], folder)
+    (folder / "run[1]").mkdir()
+    (folder / "run[1]" / "A.JSONL").write_text('{"a": 1}\n{"a": 2}\n')
+    assert len(read_rows(["*.JSONL"], folder / "run[1]")) == 2
     (folder / "broken.jsonl").write_text('{"a": 1}\n{"a":')
     with pytest.raises(RecipeError, match=r"broken\.jsonl' cannot be read"):
         read_rows(["broken.jsonl"], folder)
@@ -183,6 +194,11 @@ def test_a_run_from_the_command_line(folder):
 
     again = CliRunner().invoke(molmo2, ["train", str(folder / "recipe.yaml")])
     assert (again.exit_code, "continue it with --resume" in again.output) == (2, True)
+    weights = (folder / "run" / "model" / "model.safetensors").read_bytes()
+    shutil.rmtree(folder / "run" / "model")  # as if it had been killed while the model was written
+    assert train(read_recipe(folder / "recipe.yaml"), resume=True, say=lambda line: None) == folder / "run" / "model"
+    assert (folder / "run" / "model" / "model.safetensors").read_bytes() == weights
+    assert not list((folder / "run" / "model").glob("optimizer*"))
     again = CliRunner().invoke(molmo2, ["train", str(folder / "recipe.yaml"), "--resume"])
     assert "has all of its 4 steps" in again.output
 

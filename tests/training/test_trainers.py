@@ -467,6 +467,7 @@ def test_dpo_begins_with_two_equal_models(trl, tmp_path, architecture_names, kin
 
 def test_preferences_are_batched_answer_by_answer(processor):
     rows = preferences("video").to_list()
+    rows[0]["messages"] = turn("Another question.", "Another answer.")  # what other trainers read of such a row
     batch = PreferenceCollator(processor)(rows)
     decoded = [
         processor.tokenizer.decode(ids[mask.bool()])

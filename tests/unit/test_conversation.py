@@ -267,7 +267,10 @@ def test_messages_are_left_as_they_were():
         ),
         ([{"video": "a.mp4", "num_frame": 8}], r"has the key 'num_frame', .* did you mean 'num_frames'\?"),
         ([{"video": "a.mp4", "video_start": 1.0}], r"has the key 'video_start', .* did you mean 'clip'\?"),
-        ([{"image": "a.png", "min_pixels": 50}], r"has the key 'min_pixels', .* did you mean 'max_crops'\?"),
+        (
+            [{"image": "a.png", "min_pixels": 50}],
+            r"key 'min_pixels', .* mean 'max_crops', as an option of the call\?",
+        ),
         ([{"text": "a", "fps": 2}], r"^Part 0 of message 1 has the option 'fps', which text parts do not have\."),
     ],
 )

@@ -138,6 +138,7 @@ def test_frames_with_pixels_in_place_of_features(model):
         ({"images": IMAGES, "per_frame": True}, "`per_frame` is for videos; found `images`"),
         ({"texts": "a", "prompt": "b"}, "texts stand alone"),
         ({"texts": ["a"], "batch_size": 0}, "`batch_size` is 0"),
+        ({"images": [IMAGES[0], []]}, r"`images\[1\]` is an empty list"),
     ],
 )
 def test_calls_without_meaning(model, call, message):

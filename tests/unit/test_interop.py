@@ -78,6 +78,27 @@ def test_label_studio_has_boxes_in_videos():
     assert [(box["frame"], box["enabled"]) for box in second] == [(1, True), (16, False), (46, False)]
 
 
+def test_what_people_added_gets_numbers_of_its_own():
+    """Object 1 was deleted, object 2 kept, one added: the new one is no part of object 2."""
+    (task,) = to_label_studio(TRACKS, ["clip.mp4"], box_size=20, fps=FPS, num_frames=90)
+    _, kept = task["predictions"][0]["result"]
+    added = {**kept, "meta": {}}
+    task["annotations"] = [{"result": [kept, added]}]
+    assert {point.id for point in from_label_studio([task]).points} == {2, 3}
+    (task, other) = to_label_studio(IMAGES, ["a", "b"])
+    for own in (task, other):
+        for region in own["predictions"][0]["result"]:
+            region["meta"] = {}
+    numbered = [point.id for point in from_label_studio([task, other]).points]
+    assert numbered == list(range(1, len(IMAGES.points) + 1))
+
+
+def test_labels_have_no_control_characters():
+    grounding = parse_grounding('<points coords="1 1 250 500">bo\x01ats</points>', [(640, 480)])
+    (point,) = from_cvat(to_cvat(grounding, ["a.jpg"])).points
+    assert point.label == "bo ats"
+
+
 def test_boxes_at_the_edge_stay_inside_around_their_point():
     at_edge = parse_grounding('<tracks coords="0.0 1 010 999">x</tracks>', VIDEO)
     (task,) = to_label_studio(at_edge, ["clip.mp4"], box_size=20, fps=FPS, num_frames=90)
@@ -91,7 +112,7 @@ def test_boxes_at_the_edge_stay_inside_around_their_point():
     ("grounding", "options", "message"),
     [
         (parse_grounding(IMAGES.text), {"sources": ["a"]}, "the size of the image or video is unknown"),
-        (IMAGES, {"sources": ["a"]}, r"about 2 image\(s\) of known size, but there are 1 source"),
+        (IMAGES, {"sources": ["a"]}, r"about 2 image\(s\) of known size, but there are 1 name"),
         (
             parse_grounding(TRACKS.text, BARE),
             {"sources": ["a", "b"], "box_size": 1, "fps": 1, "num_frames": 1},
@@ -143,7 +164,7 @@ def test_without_sampled_frames_tracks_have_no_gaps():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("<a", "This is no XML"),
+        ("<a", "This is not XML"),
         ("<a/>", "Found <a>"),
         ('<!DOCTYPE x [<!ENTITY a "b">]><annotations/>', "declares a document type"),
         ("<annotations><image/><track/></annotations>", "Found images and tracks"),
@@ -159,7 +180,7 @@ def test_other_files_are_no_cvat_exports(text, message):
 def test_cvat_may_hold_what_is_no_point():
     size = '<image id="0" name="a" width="10" height="20">'
     points = '<points label="x" points="1,2;3,4"/><box label="x" xtl="1" ytl="1" xbr="2" ybr="2"/>'
-    with pytest.warns(UserWarning, match="not read: box"):
+    with pytest.warns(UserWarning, match="Only points are read, not: box"):
         read = from_cvat(f"<annotations>{size}{points}</image></annotations>")
     assert [(point.x, point.y) for point in read.points] == [(1, 2), (3, 4)]
 

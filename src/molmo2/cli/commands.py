@@ -593,8 +593,8 @@ def train(recipe: Path, output: str | None, resume: bool) -> int:
 @click.option("--dtype", default="auto", show_default=True, help="Of the weights.")
 @click.option("--limit", type=click.IntRange(1), help="Only the first rows.")
 @click.option("--max-new-tokens", type=click.IntRange(1), help="Of an answer, instead of the published limit.")
-@click.option("--num-frames", type=click.IntRange(1), help="Most frames of a video.")
-@click.option("--max-crops", type=click.IntRange(1), help="Most crops of an image.")
+@click.option("--num-frames", type=click.IntRange(1), help="Maximum number of frames of a video.")
+@click.option("--max-crops", type=click.IntRange(1), help="Maximum number of crops of an image.")
 @click.option("--output", type=click.Path(path_type=Path), help="JSON lines with every answer and its scores.")
 def evaluate(reader: str, files: tuple[str, ...], media: tuple[str, ...], output: Path | None, **options: Any) -> int:
     """Score a model on rows of an evaluation set, as the release does.

@@ -54,7 +54,9 @@ def run_evaluation(
         raise click.UsageError(str(error)) from error
     click.echo(str(report), err=True)
     if not examples:
-        raise click.UsageError("No row can be asked about.")
+        raise click.UsageError("No row is usable.")
+    if output is not None and not output.absolute().parent.is_dir():
+        raise click.UsageError(f"--output: there is no folder '{output.absolute().parent}'.")
     loaded, processor = models.load_model(options["model"], options["device"], options["dtype"])
     given = {name: options[name] for name in ("num_frames", "max_crops") if options[name] is not None}
     answers = answer_examples(

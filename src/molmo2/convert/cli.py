@@ -70,7 +70,13 @@ def _layers(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(number) for number in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of layers; write --vit-layers=-3,-9") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of layers; write --vit-layers=-3,-9") from None
+
+
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
+    return int(text)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -111,7 +117,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     model.add_argument("--tokenizer", metavar="PATH", help="base tokenizer: a local folder or a repository")
     model.add_argument(
-        "--ignore-field", action="append", default=[], metavar="NAME", help="accept this unknown field of config.yaml"
+        "--ignore-field",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="accept this unknown field of config.yaml, or of a part",
     )
     model.add_argument(
         "--data-set",
@@ -151,7 +161,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--llm", type=Path, metavar="DIR", help="text model: Qwen3, Qwen2, Llama, Mistral, OLMo 2 or OLMo 3"
     )
     parts.add_argument("--vision", type=Path, metavar="DIR", help="vision transformer: SigLIP or SigLIP 2")
-    parts.add_argument("--seed", type=int, default=0, help="of the fresh weights (default: 0)")
+    parts.add_argument("--seed", type=_natural, default=0, metavar="N", help="of the fresh weights (default: 0)")
     parts.add_argument(
         "--vit-layers",
         type=_layers,
@@ -389,7 +399,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return OutputError.exit_code
     except KeyboardInterrupt:
-        advice = "start again" if parsed.to_native else "continue with --resume"
+        advice = "start again" if parsed.to_native or parsed.from_parts else "continue with --resume"
         print(f"Interrupted. {parsed.output} is as it was; {advice}.", file=sys.stderr)
         return INTERRUPTED
     return 0

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -234,15 +236,29 @@ def add_remote_code(folder: str | Path) -> None:
         CheckpointError: A JSON file is damaged.
     """
     folder, code = Path(folder), remote_code_files()
+    # Each file appears whole or not at all: a half-written config.json would be the end of the folder.
     config = folder / "config.json"
     if not config.is_file() or read_json(config).get("model_type") != "molmo2":
         raise OutputError(f"{folder} has no config.json of the model type 'molmo2'. Save the model there first.")
     for file in code:
-        shutil.copyfile(file, folder / file.name)
+        with replaced(folder / file.name) as partial:
+            shutil.copyfile(file, partial)
     for name, auto_map in config_files.AUTO_MAPS.items():
         if (folder / name).is_file():
             content = read_json(folder / name)
-            (folder / name).write_text(_json({**content, "auto_map": auto_map}), encoding="utf-8")
+            with replaced(folder / name) as partial:
+                partial.write_text(_json({**content, "auto_map": auto_map}), encoding="utf-8")
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A file to write beside `path`, which it replaces once it is complete."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _json(content: dict[str, Any]) -> str:
@@ -276,6 +292,7 @@ def text_files(plan: ConversionPlan) -> dict[str, str]:
         source_dtypes=source.dtypes,
         dtype=options.dtype,
         data_sets=options.data_sets,
+        is_from_parts=source.is_from_parts,
     )
     native = yaml.safe_dump({"model": _without_private(source.raw_config)}, sort_keys=False)
     files = {name: _json(content) for name, content in contents.items()}

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from molmo2.convert.errors import CheckpointError, shown
+from molmo2.convert.errors import CheckpointError, UnsupportedError, shown
 from molmo2.convert.reader import Piece, SourceTensor
 from molmo2.convert.shards import INDEX_FILE, SAFETENSORS_DTYPES, SINGLE_FILE
 from molmo2.convert.small_files import LARGEST_JSON, parse_json, read_json
@@ -65,7 +65,10 @@ def _tensor(path: Path, name: str, entry: dict[str, Any], base: int) -> SourceTe
     shape = tuple(entry["shape"])
     dtype, item = DTYPES.get(entry["dtype"], (entry["dtype"], None))
     if item is None:
-        raise ValueError(f"{shown(name)} is {dtype}; expected one of {', '.join(DTYPES)}")
+        raise UnsupportedError(
+            f"{path}: {shown(name)} is {shown(dtype)}; expected one of {', '.join(DTYPES)}. Save the model in "
+            "bfloat16 or float32 first."
+        )
     if not all(type(number) is int and 0 <= number < 2**63 for number in (begin, end, *shape)) or len(shape) > 16:
         raise ValueError(f"{shown(name)} has shape {shown(shape)} and offsets {shown((begin, end))}")
     if end - begin != math.prod(shape) * item:

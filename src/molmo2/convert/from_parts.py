@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -127,6 +127,7 @@ class PartsSource(NativeSource):
 
     vision: Path = Path()
     seed: int = 0
+    is_from_parts: ClassVar[bool] = True
 
     @property
     def name(self) -> str:

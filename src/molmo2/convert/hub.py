@@ -93,7 +93,7 @@ def push_folder(
     """
     if create_pr and (private or revision is not None):
         raise ValueError(
-            "A pull request is opened against main of an existing repository: leave out the other option."
+            "A pull request is opened against main of an existing repository: leave out `private` and `revision`."
         )
     folder = Path(folder)
     files = files_to_publish(folder)

@@ -112,10 +112,10 @@ def base_models(config: NativeConfig) -> list[str]:
     return found + ([name] if REPOSITORY_NAME.fullmatch(name) else [])
 
 
-def card_header(bases: Sequence[str], data_sets: Sequence[str]) -> str:
+def card_header(bases: Sequence[str], data_sets: Sequence[str], licence: str | None = "apache-2.0") -> str:
     """The metadata at the top of the card, YAML in the order of the published ones."""
     header = {
-        "license": "apache-2.0",
+        "license": licence,
         "datasets": list(data_sets),
         "language": ["en"],
         "base_model": list(bases),
@@ -135,6 +135,7 @@ def model_card(
     source_dtypes: set[str],
     dtype: str,
     data_sets: Sequence[str] | None = None,
+    is_from_parts: bool = False,
 ) -> str:
     """The text of the card.
 
@@ -144,6 +145,7 @@ def model_card(
         source_dtypes: Of the native tensors.
         dtype: Of the converted ones.
         data_sets: Repositories of the training data; None: those of the published models, which the card says.
+        is_from_parts: Built from two models of others: their names and licences are not known here.
     """
     llm, vit = config.llm, config.vit
     norm = f", {llm['attention_layer_norm_type']} query/key norm" if llm["attention_layer_norm"] else ""
@@ -152,14 +154,20 @@ def model_card(
     height, width = vit["image_default_input_size"]
     is_exact = dtype == "float32" or source_dtypes == {"bfloat16"}
     notes = "".join(f"\n> {warning}\n" for warning in config.warnings)
-    bases = base_models(config)
-    lines = [] if bases else ["The header names no base model: add `base_model` with those of text and vision."]
+    bases = [] if is_from_parts else base_models(config)
+    lines = (
+        [] if len(bases) == 2 else ["The header lacks a base model: add `base_model` with those of text and vision."]
+    )
+    if is_from_parts:
+        lines.append("The header names no licence: add `license`, as the licences of both parts allow.")
     if data_sets is None:
         lines.insert(
             0, "The data sets in the header are those of the published Molmo2 models; correct them if they differ."
         )
     return TEMPLATE.format(
-        header=card_header(bases, MOLMO2_DATA_SETS if data_sets is None else data_sets),
+        header=card_header(
+            bases, MOLMO2_DATA_SETS if data_sets is None else data_sets, None if is_from_parts else "apache-2.0"
+        ),
         provenance="".join(f"\n{line}\n" for line in lines),
         title=f"Molmo2 ({source})",
         rounding="unchanged" if is_exact else "rounded to the nearest bfloat16",

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from molmo2.convert.names import Rename, match
 from molmo2.convert.native_config import NativeConfig, parse_config
@@ -25,6 +25,7 @@ class NativeSource:
     config: NativeConfig
     tensors: dict[str, SourceTensor]
     renames: list[Rename]
+    is_from_parts: ClassVar[bool] = False
 
     @property
     def num_parameters(self) -> int:

@@ -1,6 +1,7 @@
 """Converting back: a converted folder, tuned in transformers or not, becomes a native training checkpoint."""
 
 import copy
+import hashlib
 import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -83,10 +84,13 @@ def write_native(
     folder = Path(folder)
     tensors = read_folder(folder)
     section = native_section(folder, _base_section(folder, native_config_path), tokenizer)
-    section["llm"]["weight_tying"] = _is_tied(tensors, section["llm"].get("weight_tying"))
+    was_tied = section["llm"].get("weight_tying")
+    section["llm"]["weight_tying"] = bool(was_tied)  # until the tensors tell
+    config = parse_config(section, ignored_fields=ignored_fields)
+    tensors = cut_embedding(tensors, config.embedding_rows)
+    section["llm"]["weight_tying"] = _is_tied(tensors, was_tied)
     config = parse_config(section, ignored_fields=ignored_fields)
     ensure_layers(config, len(tensors))
-    tensors = cut_embedding(tensors, config.embedding_rows)
     with _readable(folder):
         _ensure_same_settings(folder, config)
     native = _native_tensors(tensors, config)
@@ -271,8 +275,14 @@ def _is_tied(tensors: dict[str, SourceTensor], was_tied: bool | None) -> bool:
         return False
     if (head.shape, head.dtype) != (embedding.shape, embedding.dtype):
         return False
-    streams = [BlockConverter(head.dtype).stream(tensor) for tensor in (head, embedding)]
-    return all(left == right for left, right in zip(*streams, strict=True))
+    return _digest(head) == _digest(embedding)  # blocks end elsewhere where pieces do
+
+
+def _digest(tensor: SourceTensor) -> bytes:
+    digest = hashlib.sha256()
+    for block in BlockConverter(tensor.dtype).stream(tensor):
+        digest.update(block)
+    return digest.digest()
 
 
 def _ensure_same_settings(folder: Path, config: NativeConfig) -> None:

@@ -15,9 +15,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.utils import logging
 
 from molmo2.configuration import CHANNELS
 from molmo2.image.bilinear import MAX_BLOCK_ELEMENTS, MAX_INLINE_ELEMENTS, resize_rows, torch_view
+
+logger = logging.get_logger(__name__)
 
 FLOAT_DTYPES = (np.float16, np.float32, np.float64)
 
@@ -36,9 +39,15 @@ def leave_threads_of_parent() -> None:
     (`datasets.map(num_proc=2)`).
     """
     global _imported_in
-    if os.getpid() != _imported_in:
+    if os.getpid() == _imported_in:
+        return
+    _imported_in = os.getpid()
+    if torch.get_num_threads() > 1:
+        logger.warning(
+            "torch runs on one thread in this forked process: it would wait for the threads of its parent for ever. "
+            "Start processes with the method 'spawn' where they need more."
+        )
         torch.set_num_threads(1)
-        _imported_in = os.getpid()
 
 
 @dataclass(frozen=True)

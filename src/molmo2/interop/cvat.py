@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 
 from molmo2.grounding.files import NO_SPAN, from_points, require_pixels
 from molmo2.grounding.parse import IMAGE, MULTI_IMAGE, VIDEO, Grounding, MediaInfo, Point, SampledFrame
-from molmo2.interop.objects import ObjectTrack, label_of, labels_of, object_tracks, size_of
+from molmo2.interop.objects import ObjectTrack, label_of, labels_of, object_tracks, require_names, size_of
 
 VERSION = "1.1"
 SHAPES = ("box", "polygon", "polyline", "ellipse", "cuboid", "mask", "skeleton")
@@ -36,7 +36,7 @@ def to_cvat(
     Args:
         names: File names of the images, as in the task; videos need none.
         fps: Videos: the rate, where the answer was read without the frames of the source.
-        num_frames: Videos: number of frames, so that no track ends behind the last one. None: unknown.
+        num_frames: Videos: number of frames, so that no track ends after the last one. None: unknown.
 
     Raises:
         ValueError: sizes or source frames are unknown, there are not as many names as images, or images are mixed with
@@ -52,12 +52,7 @@ def to_cvat(
             _add_track(root, track, num_frames)
     else:
         require_pixels(grounding.points, "CVAT")
-        sizes = () if grounding.media is None else grounding.media.sizes
-        if len(names) != len(sizes):
-            raise ValueError(
-                f"The answer is about {len(sizes)} image(s) of known size, but there are {len(names)} name(s). Read "
-                "it with the processor's output or with sizes, and pass one name for each image."
-            )
+        sizes = require_names(grounding, names)
         _add_meta(root, labels_of(grounding), "annotation", len(names), None)
         for index, name in enumerate(names):
             width, height = sizes[index]
@@ -134,7 +129,7 @@ def from_cvat(text: str, *, fps: float | None = None) -> Grounding:
         root = ElementTree.fromstring(text)
     except ElementTree.ParseError as error:
         raise ValueError(
-            f"This is no XML ({error}). Export as 'CVAT for images 1.1' or 'CVAT for video 1.1'."
+            f"This is not XML ({error}). Export as 'CVAT for images 1.1' or 'CVAT for video 1.1'."
         ) from None
     images, tracks = root.findall("image"), root.findall("track")
     if root.tag != "annotations" or (images and tracks):
@@ -142,7 +137,7 @@ def from_cvat(text: str, *, fps: float | None = None) -> Grounding:
         raise ValueError(f"Found {found}; expected <annotations> with either images or tracks, as CVAT exports them.")
     others = sorted({shape.tag for holder in (*images, *tracks) for shape in holder if shape.tag != "points"})
     if others:
-        warnings.warn(f"These are no points and are not read: {', '.join(others)}.", stacklevel=2)
+        warnings.warn(f"Only points are read, not: {', '.join(others)}.", stacklevel=2)
     return _read_tracks(root, tracks, fps) if tracks or _is_video(root) else _read_images(images)
 
 

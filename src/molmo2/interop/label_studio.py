@@ -13,12 +13,13 @@ import json
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from itertools import count
 from typing import Any
 from xml.sax.saxutils import quoteattr
 
 from molmo2.grounding.files import NO_SPAN, from_points, require_pixels
 from molmo2.grounding.parse import IMAGE, MULTI_IMAGE, VIDEO, Grounding, MediaInfo, Point, SampledFrame
-from molmo2.interop.objects import label_of, object_tracks, size_of
+from molmo2.interop.objects import label_of, object_tracks, require_names, size_of
 
 MODEL_VERSION = "molmo2"
 POINTS, TRACKS = "points", "tracks"  # names of the controls, which regions refer to
@@ -68,12 +69,7 @@ def to_label_studio(
     if grounding.kind == VIDEO:
         return [_video_task(grounding, sources, box_size, fps, num_frames)]
     require_pixels(grounding.points, "Label Studio")
-    sizes = () if grounding.media is None else grounding.media.sizes
-    if len(sources) != len(sizes):
-        raise ValueError(
-            f"The answer is about {len(sizes)} image(s) of known size, but there are {len(sources)} source(s). Read "
-            "it with the processor's output or with sizes, and pass one source for each image."
-        )
+    sizes = require_names(grounding, sources)
     return [_image_task(grounding, index, sizes[index], source) for index, source in enumerate(sources)]
 
 
@@ -187,13 +183,15 @@ def from_label_studio(content: str | Sequence[Mapping[str, Any]]) -> Grounding:
         )
     if videos:
         return _read_video(videos[0])
-    points: list[Point] = []
+    numbered: list[tuple[Mapping[str, Any], int, tuple[float, float]]] = []
     sizes = []
     for index, task in enumerate(tasks):
         regions = _regions(task, "keypointlabels")
         size = _stored_size(task, regions)
         sizes.append(size)
-        points.extend(_read_key_point(region, index, size, len(points) + n) for n, region in enumerate(regions, 1))
+        numbered.extend((region, index, size) for region in regions)
+    numbers = _object_ids([region for region, _, _ in numbered])
+    points = [_read_key_point(*entry, number) for entry, number in zip(numbered, numbers)]
     return from_points(points, MediaInfo(MULTI_IMAGE if len(sizes) > 1 else IMAGE, tuple(sizes)))
 
 
@@ -218,16 +216,21 @@ def _stored_size(task: Mapping[str, Any], regions: Sequence[Mapping[str, Any]]) 
     raise ValueError(f"The size of {task['data']!r:.100} is unknown. Add `width` and `height` (pixels) to its `data`.")
 
 
-def _object_id(region: Mapping[str, Any], default: int) -> int:
-    texts = (region.get("meta") or {}).get("text") or []
-    match = OBJECT_ID.fullmatch(" ".join([texts] if isinstance(texts, str) else texts))
-    return default if match is None else int(match[1])
+def _object_ids(regions: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The stored id of each region; regions without one, which people added, get the next free numbers."""
+    stored = []
+    for region in regions:
+        texts = (region.get("meta") or {}).get("text") or []
+        match = OBJECT_ID.fullmatch(" ".join([texts] if isinstance(texts, str) else texts))
+        stored.append(None if match is None else int(match[1]))
+    free = count(max((number for number in stored if number is not None), default=0) + 1)
+    return [next(free) if number is None else number for number in stored]
 
 
-def _read_key_point(region: Mapping[str, Any], index: int, size: tuple[float, float], number: int) -> Point:
+def _read_key_point(region: Mapping[str, Any], index: int, size: tuple[float, float], object_id: int) -> Point:
     value = region["value"]
     x, y = value["x"] / 100, value["y"] / 100
-    label, object_id = next(iter(value.get("keypointlabels") or []), ""), _object_id(region, number)
+    label = next(iter(value.get("keypointlabels") or []), "")
     return Point(POINTS, label, None, index + 1, object_id, x * size[0], y * size[1], x, y, index, None, NO_SPAN)
 
 
@@ -238,9 +241,9 @@ def _read_video(task: Mapping[str, Any]) -> Grounding:
     if not fps:
         raise ValueError("The frame rate of the video is unknown. Add `fps` to the `data` of its task.")
     points = []
-    for number, region in enumerate(regions, start=1):
+    for region, object_id in zip(regions, _object_ids(regions)):
         value = region["value"]
-        label, object_id = next(iter(value.get("labels") or []), ""), _object_id(region, number)
+        label = next(iter(value.get("labels") or []), "")
         for box in value["sequence"]:
             index = box["frame"] - 1
             x, y = (box["x"] + box["width"] / 2) / 100, (box["y"] + box["height"] / 2) / 100

@@ -1,5 +1,7 @@
 """Objects of an answer about a video, frame by frame: what formats with tracks are written from."""
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -7,6 +9,7 @@ from molmo2.grounding.files import points_by_frame, require_pixels
 from molmo2.grounding.parse import Grounding, Point
 
 DEFAULT_LABEL = "object"
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,10 @@ class ObjectTrack:
 
 
 def label_of(point: Point) -> str:
-    """The label, or "object" where the answer has none: annotation tools refuse empty labels."""
-    return point.label or DEFAULT_LABEL
+    """The label without control characters, which XML has not, or "object" where the answer has none: annotation
+    tools refuse empty labels.
+    """
+    return CONTROL.sub(" ", point.label).strip() or DEFAULT_LABEL
 
 
 def labels_of(grounding: Grounding) -> list[str]:
@@ -57,6 +62,36 @@ def size_of(grounding: Grounding, format_name: str) -> tuple[float, float]:
     return grounding.media.sizes[0]
 
 
+def require_names(grounding: Grounding, names: Sequence[str]) -> Sequence[tuple[float, float]]:
+    """The sizes of the images, (width, height), of which each has a name.
+
+    Raises:
+        ValueError: there are not as many names as images of known size.
+    """
+    sizes = () if grounding.media is None else grounding.media.sizes
+    if len(names) != len(sizes):
+        raise ValueError(
+            f"The answer is about {len(sizes)} image(s) of known size, but there are {len(names)} name(s). Read it "
+            "with the processor's output or with sizes, and pass one name for each image."
+        )
+    return sizes
+
+
+def is_about_video(grounding: Grounding, format_name: str) -> bool:
+    """Whether the points are in a video.
+
+    Raises:
+        ValueError: some are in a video and others in images.
+    """
+    in_video = [point.image_index is None for point in grounding.points]
+    if any(in_video) and not all(in_video):
+        raise ValueError(
+            f"{format_name}: the answer has points in a video and in images, whose indices would mix. Ask about them "
+            "in two questions."
+        )
+    return any(in_video)
+
+
 def object_tracks(grounding: Grounding, format_name: str, fps: float | None = None) -> list[ObjectTrack]:
     """The objects of an answer about one video, by number.
 
@@ -67,8 +102,7 @@ def object_tracks(grounding: Grounding, format_name: str, fps: float | None = No
     Raises:
         ValueError: there are points in images, pixels are unknown, or source frames are.
     """
-    if any(point.image_index is not None for point in grounding.points):
-        raise ValueError(f"{format_name} is about one video, but the answer has points in images. Write them apart.")
+    is_about_video(grounding, format_name)
     require_pixels(grounding.points, format_name)
     places: dict[int, dict[int, Point]] = {}
     for (frame, number), point in points_by_frame(grounding.points, fps).items():

@@ -17,7 +17,7 @@ import numpy as np
 
 from molmo2.grounding.files import object_key, object_numbers, points_by_frame, require_pixels
 from molmo2.grounding.parse import Grounding, Point
-from molmo2.interop.objects import label_of
+from molmo2.interop.objects import is_about_video, label_of
 
 FOREGROUND = 1
 FRAME_INDICES = ("source", "sampled")
@@ -74,11 +74,9 @@ def sam2_prompts(grounding: Grounding, *, frames: str = "source", fps: float | N
     if frames not in FRAME_INDICES:
         raise ValueError(f"`frames` is {frames!r}; expected one of {FRAME_INDICES}.")
     require_pixels(grounding.points, "SAM 2 prompts")
-    in_video = [point for point in grounding.points if point.image_index is None]
-    if in_video and len(in_video) < len(grounding.points):
-        raise ValueError("The answer has points in a video and in images. Make their prompts apart.")
-    if in_video:
-        placed = points_by_frame(in_video, fps) if frames == "source" else _by_sampled_frame(in_video)
+    if is_about_video(grounding, "SAM 2 prompts"):
+        points = list(grounding.points)
+        placed = points_by_frame(points, fps) if frames == "source" else _by_sampled_frame(points)
         return [_prompt(index, True, number, point) for (index, number), point in placed.items()]
     ordered = sorted(enumerate(grounding.points, 1), key=lambda entry: entry[1].image_index or 0)
     return [_prompt(point.image_index or 0, False, number, point) for number, point in ordered]

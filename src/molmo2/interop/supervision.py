@@ -6,15 +6,16 @@ import numpy as np
 
 from molmo2.grounding.files import points_by_frame, require_pixels
 from molmo2.grounding.parse import Grounding, Point
-from molmo2.interop.objects import label_of, labels_of
+from molmo2.interop.objects import is_about_video, label_of, labels_of
 
 
 def to_supervision(grounding: Grounding, *, box_size: float | None = None, fps: float | None = None) -> dict[int, Any]:
     """The points of an answer, image by image or frame by frame.
 
     Args:
-        box_size: None for `sv.KeyPoints` with one key point each. Else `sv.Detections`: boxes with sides of so many
-            pixels around the points, which may reach beyond the image, for annotators and trackers that want boxes.
+        box_size: None for `sv.KeyPoints` with one key point each. Else `sv.Detections`: boxes around the points
+            with sides of this many pixels, which may reach beyond the image, for annotators and trackers that
+            want boxes.
         fps: Rate of the video, where the answer was read without the frames of the source.
     Returns:
         By index of the image in the prompt, or of the frame in the video, both from 0, ascending; those without
@@ -31,11 +32,7 @@ def to_supervision(grounding: Grounding, *, box_size: float | None = None, fps: 
     except ImportError as error:
         raise ImportError("`to_supervision` needs the package supervision: pip install supervision") from error
     require_pixels(grounding.points, "supervision")
-    has_video = any(point.image_index is None for point in grounding.points)
-    if has_video and any(point.image_index is not None for point in grounding.points):
-        raise ValueError(
-            "The answer has points in a video and in images, whose indices would mix. Convert them apart."
-        )
+    has_video = is_about_video(grounding, "supervision")
     places: dict[int, list[tuple[int | None, Point]]] = {}
     if has_video:
         for (frame, number), point in points_by_frame(grounding.points, fps).items():

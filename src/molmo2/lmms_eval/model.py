@@ -133,7 +133,7 @@ class Molmo2(lmms):
             ids = self.model.generate(**inputs, **generation_options(options))
         new = ids[:, inputs["input_ids"].shape[1] :]
         texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
-        return [cut_at(text, options.get("until")).strip() for text in texts]
+        return [cut_at(text.strip(), options.get("until")).strip() for text in texts]
 
 
 def _number_of_questions(batch_size: int | str) -> int:
@@ -177,7 +177,7 @@ def generation_options(given: Mapping[str, Any]) -> dict[str, Any]:
     """Options of `generate` for those of a task; greedy unless it samples."""
     unknown = sorted(set(given) - set(GENERATION))
     if unknown:
-        warnings.warn(f"The task's generation_kwargs {', '.join(unknown)} mean nothing here.", stacklevel=2)
+        warnings.warn(f"The task's generation_kwargs {', '.join(unknown)} are ignored.", stacklevel=2)
     options = {name: given[name] for name in GENERATION if given.get(name) is not None and name != "until"}
     options.setdefault("max_new_tokens", MAX_NEW_TOKENS)
     samples = options.setdefault("do_sample", options.get("temperature", 0) > 0)

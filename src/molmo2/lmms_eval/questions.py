@@ -4,12 +4,14 @@ Videos, and images that a row only names, are looked for in the folders and JSON
 in `PATH`.
 """
 
+import functools
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from molmo2.data.evaluation import EvaluationExample, evaluation_examples
+from molmo2.data.media import Resolver
 from molmo2.evaluate import METRICS, Scores
 from molmo2.recipes.rows import media_resolver
 
@@ -23,11 +25,16 @@ def example(reader: str, row: Mapping[str, Any]) -> EvaluationExample:
         FileNotFoundError: Its image or video is missing: a score without it would be one of other questions.
         RecipeError, ValueError: MOLMO2_MEDIA names what is not there, or the row lacks a column.
     """
-    entries = [entry for entry in os.environ.get(MEDIA_VARIABLE, "").split(os.pathsep) if entry]
-    examples, report = evaluation_examples(reader, [row], media_resolver(entries, Path()))
+    named = os.environ.get(MEDIA_VARIABLE, "")
+    examples, report = evaluation_examples(reader, [row], _resolver(named))
     if not examples:
-        raise FileNotFoundError(f"{report}. Name its folder in {MEDIA_VARIABLE}; it says {entries}.")
+        raise FileNotFoundError(f"{report}. Name its folder in {MEDIA_VARIABLE}; it says {named!r}.")
     return examples[0]
+
+
+@functools.cache
+def _resolver(named: str) -> Resolver:
+    return media_resolver([entry for entry in named.split(os.pathsep) if entry], Path())
 
 
 def task(reader: str) -> tuple[Callable[..., Any], Callable[..., str], Callable[..., Scores]]:

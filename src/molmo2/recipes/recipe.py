@@ -17,6 +17,7 @@ MAX_FILE_BYTES = 1 << 20
 PARTS = ("vision", "connector", "text")
 WEIGHTINGS = ("report", "released_trainer", "none")
 SHARDINGS = ("auto", "fsdp", "ddp")
+DTYPES = ("float32", "bfloat16", "auto")
 
 # The three stages of Molmo2's training. Rates, warm-up, rows and steps are those of the released scripts.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -138,6 +139,10 @@ class Rates:
     betas: tuple[float, ...] = (0.9, 0.95)
     eps: float = 1e-6
 
+    def __post_init__(self) -> None:
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise RecipeError(f"betas is {list(self.betas)}; expected two numbers from 0 to below 1")
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -158,6 +163,8 @@ class Recipe:
         final_rate: What a rate falls to along a cosine, as a part of it.
         train: Parts that learn; with `lora` those of its own.
         lora: Adapters, or None.
+        dtype: Of the weights: "float32", or "auto" for the one they are stored in. At common rates most updates of
+            weights in bfloat16 round to nothing; `bf16` computes in bfloat16 with weights in float32.
         weighting: Rule of the loss weights: "report", "released_trainer", "none".
         processor: Options of `build_training_example`, such as `max_crops` and `num_frames`.
         bf16, gradient_checkpointing: As of `TrainingArguments`.
@@ -187,6 +194,7 @@ class Recipe:
     final_rate: float = 0.1
     train: tuple[str, ...] = PARTS
     lora: Lora | None = None
+    dtype: str = "float32"
     weighting: str = "released_trainer"
     processor: Mapping[str, Any] = field(default_factory=dict)
     bf16: bool = False
@@ -210,10 +218,13 @@ class Recipe:
         _require_known(self.train, PARTS, "train")
         _require_known((self.weighting,), WEIGHTINGS, "weighting")
         _require_known((self.sharding,), SHARDINGS, "sharding")
+        _require_known((self.dtype,), DTYPES, "dtype")
         if not self.data:
             raise RecipeError("data is empty; expected a list of data sets")
         if isinstance(self.warmup_steps, Mapping):
             _require_known(tuple(self.warmup_steps), PARTS, "warmup_steps")
+        if any(self.warmup_of(part) < 0 for part in PARTS):
+            raise RecipeError(f"warmup_steps is {self.warmup_steps}; expected 0 or more")
         taken = sorted(set(self.trainer) & TAKEN_ARGUMENTS)
         if taken:
             raise RecipeError(f"trainer has {', '.join(taken)}, which other entries of the recipe decide")
@@ -230,9 +241,9 @@ class Recipe:
     def shares(self) -> dict[str, float] | None:
         """Shares of the groups that data sets belong to; None where there are no groups."""
         used = {data.group for data in self.data}
-        if self.groups is None or used == {""}:
-            return None
         preset = PRESETS[self.preset].get("groups") if self.preset else None
+        if self.groups is None or (used == {""} and self.groups == preset):
+            return None
         return {name: share for name, share in self.groups.items() if name in used or self.groups != preset}
 
     def identity(self) -> dict[str, Any]:
@@ -252,6 +263,7 @@ TAKEN_ARGUMENTS = frozenset(
         "save_steps", "save_total_limit", "logging_strategy", "logging_steps", "report_to", "eval_strategy",
         "eval_steps", "seed", "data_seed", "fsdp", "fsdp_config", "ignore_data_skip", "accelerator_config",
         "dataloader_num_workers", "remove_unused_columns", "label_smoothing_factor", "activation_checkpointing",
+        "auto_find_batch_size", "save_only_model",
     }
 )  # fmt: skip
 
@@ -287,8 +299,8 @@ def read_recipe(path: str | Path, **changes: Any) -> Recipe:
 def recipe_from(entries: Mapping[str, Any], folder: Path = Path()) -> Recipe:
     """The recipe of these entries; see `read_recipe`."""
     preset = entries.get("preset")
-    if preset is not None and preset not in PRESETS:
-        raise RecipeError(f"preset is {preset!r}; expected one of {', '.join(PRESETS)}{_near(preset, PRESETS)}")
+    if preset is not None and not (isinstance(preset, str) and preset in PRESETS):
+        raise RecipeError(f"preset is {preset!r}{_near(str(preset), PRESETS)}; expected one of {', '.join(PRESETS)}")
     given = dict(entries)
     for name, value in PRESETS.get(preset or "", {}).items():
         is_merged = name in ("learning_rates", "processor") and isinstance(given.get(name), Mapping)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from molmo2.data import Folder, UrlMapping, first_of, urls
-from molmo2.data.media import Resolver
+from molmo2.data.media import MediaReference, Resolver
+from molmo2.image.loading import fetch_images
 from molmo2.recipes.recipe import RecipeError
 
 TABLES = {".parquet": "from_parquet", ".arrow": "from_file"}
@@ -36,16 +37,20 @@ def read_rows(patterns: Iterable[str], folder: Path) -> Sequence[Any]:
 
 
 def _files(pattern: str, folder: Path) -> list[Path]:
-    found = sorted(glob.glob(str(folder / Path(pattern).expanduser()), recursive=True))
+    found = sorted(glob.glob(str(Path(pattern).expanduser()), root_dir=folder, recursive=True))
     if not found:
         raise RecipeError(f"there is no file {pattern!r} in '{folder}'")
-    return [Path(name) for name in found]
+    return [folder / name for name in found]
 
 
 def _json_rows(path: Path) -> list[dict[str, Any]]:
     try:
         with path.open(encoding="utf-8") as file:
-            rows = [json.loads(line) for line in file if line.strip()] if path.suffix == ".jsonl" else json.load(file)
+            rows = (
+                [json.loads(line) for line in file if line.strip()]
+                if path.suffix.lower() == ".jsonl"
+                else json.load(file)
+            )
     except (OSError, ValueError) as error:
         raise RecipeError(f"'{path}' cannot be read: {error}") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
@@ -57,15 +62,16 @@ def _table_rows(paths: Sequence[Path]) -> Any:
     if importlib.util.find_spec("datasets") is None:
         raise RecipeError(f"'{paths[0]}' is read by `datasets`, which is not installed: pip install datasets")
     from datasets import Dataset, concatenate_datasets
+    from datasets.exceptions import DatasetsError
 
     try:
         return concatenate_datasets([getattr(Dataset, TABLES[path.suffix.lower()])(str(path)) for path in paths])
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         raise RecipeError(f"'{paths[0]}' cannot be read: {error}") from error
 
 
 def media_resolver(entries: Iterable[str], folder: Path, *, cut_clips: bool = False) -> Resolver:
-    """Folders, and JSON files from names to URLs, asked one after the other; URLs themselves last.
+    """Folders, and JSON files from names to URLs, asked one after the other; URLs themselves last. Masks are opened.
 
     Raises:
         RecipeError: There is no such folder or file.
@@ -79,4 +85,11 @@ def media_resolver(entries: Iterable[str], folder: Path, *, cut_clips: bool = Fa
             resolvers.append(UrlMapping(path))
         else:
             raise RecipeError(f"media has {entry!r}, which is neither a folder nor a file in '{folder}'")
-    return first_of(*resolvers) if cut_clips else first_of(*resolvers, urls)
+    found = first_of(*resolvers) if cut_clips else first_of(*resolvers, urls)
+
+    def resolve(reference: MediaReference) -> Any:
+        source = found(reference)
+        return fetch_images(source) if reference.kind == "mask" and source is not None else source
+
+    resolve.has_cut_clips = cut_clips  # type: ignore[attr-defined]
+    return resolve

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,16 @@ from molmo2.training import (
 from molmo2.training.resuming import STATE_FILE
 
 RECIPE_FILE, LOG_FILE, SCORES_FILE, MODEL_FOLDER = "recipe.json", "log.jsonl", "scores.jsonl", "model"
+PARTIAL_FOLDER = ".model.partial"  # becomes `model` once it is complete
+TRAINER_FILES = (
+    "optimizer*",
+    "scheduler*",
+    "scaler*",
+    "rng_state*",
+    "trainer_state.json",
+    "training_args.bin",
+    STATE_FILE,
+)
 Say = Callable[[str], object]
 
 
@@ -67,7 +78,11 @@ def train(recipe: Recipe, *, resume: bool = False, say: Say = print) -> Path:
     checkpoint = _checkpoint(recipe, output, resume)
     mixture = _mixture(recipe, say)
     questions = [(each, _questions(recipe, each, say)) for each in recipe.evaluation]
-    model, processor = load(_model_name(recipe))
+    if checkpoint is not None and _number(checkpoint) >= recipe.steps:
+        if is_first:
+            _write_model(checkpoint, output / MODEL_FOLDER)
+        return output / MODEL_FOLDER
+    model, processor = load(_model_name(recipe), dtype=recipe.dtype)
     model = _prepared(model, recipe)
     stream = PackedMixture(
         mixture,
@@ -83,13 +98,19 @@ def train(recipe: Recipe, *, resume: bool = False, say: Say = print) -> Path:
     for evaluation, examples in questions:
         trainer.add_callback(_Evaluate(evaluation, examples, processor, output, dict(recipe.processor)))
     if checkpoint is not None:
-        resume_mixture(stream, checkpoint)
+        try:
+            resume_mixture(stream, checkpoint)
+        except ValueError as error:
+            raise RecipeError(f"the run in '{output}' cannot be continued: {error}") from error
         say(f"continuing behind {checkpoint.name}")
     trainer.accelerator.wait_for_everyone()  # all have looked at the folder
     if is_first:
         _begin(output, recipe, 0 if checkpoint is None else _number(checkpoint))
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    trainer.save_model(str(output / MODEL_FOLDER))
+    trainer.save_model(str(output / PARTIAL_FOLDER))
+    trainer.accelerator.wait_for_everyone()
+    if is_first:
+        (output / PARTIAL_FOLDER).rename(output / MODEL_FOLDER)
     say(f"the packer: {stream.packer.report}")
     return output / MODEL_FOLDER
 
@@ -279,9 +300,17 @@ def _checkpoint(recipe: Recipe, output: Path, resume: bool) -> Path | None:
         )
     # The state of the mixture is written last, so a checkpoint with one is complete.
     last = max((path.parent for path in output.glob(f"checkpoint-*/{STATE_FILE}")), key=_number, default=None)
-    if last is not None and _number(last) >= recipe.steps:
+    if last is not None and _number(last) >= recipe.steps and (output / MODEL_FOLDER).is_dir():
         raise RecipeError(f"the run in '{output}' has all of its {_number(last)} steps; for more, raise `steps`")
     return last
+
+
+def _write_model(checkpoint: Path, folder: Path) -> None:
+    """The model of a run that was stopped behind its last checkpoint: what is there, but for the trainer's files."""
+    partial = folder.with_name(PARTIAL_FOLDER)
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(checkpoint, partial, ignore=shutil.ignore_patterns(*TRAINER_FILES))
+    partial.rename(folder)
 
 
 def _number(checkpoint: Path) -> int:

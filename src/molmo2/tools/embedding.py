@@ -117,6 +117,8 @@ def embed(
     if kind == "texts":
         conversations = [user_turn(text, [], []) for text in items]
     elif kind == "images":
+        if empty := [place for place, image in enumerate(items) if isinstance(image, (list, tuple)) and not image]:
+            raise ValueError(f"`images[{empty[0]}]` is an empty list; a row needs an image. Leave it out.")
         conversations = [user_turn(question, as_list(image), []) for image in items]
     else:
         clips = clips_per_video(options.pop("clip", None), len(items))
@@ -153,7 +155,7 @@ def pooled_states(model: Any, inputs: Any, pooling: str) -> np.ndarray:
     Args:
         inputs: As the processor returns them for prompts, padded on either side; all rows with media, or none.
     Raises:
-        ValueError: A vector is not finite.
+        ValueError: A vector is not finite, or a row has no media beside rows with some.
     """
     inputs = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
@@ -162,7 +164,12 @@ def pooled_states(model: Any, inputs: Any, pooling: str) -> np.ndarray:
         is_token, is_visual = inputs["attention_mask"].bool(), inputs["token_type_ids"].bool()
         # (B, S): from the first visual token on; texts have none, and start behind the first token
         started = is_visual.cumsum(1) > 0 if bool(is_visual.any()) else is_token.cumsum(1) > 1
-        rows = torch.stack([_pool(own[kept], pooling) for own, kept in zip(hidden, is_token & started)])
+        is_kept = (is_token & started).to(hidden.device)  # the last of several devices
+        if not bool(is_kept.any(1).all()):
+            raise ValueError(
+                "A row has no image or video beside rows that have one. Embed rows without any as `texts`."
+            )
+        rows = torch.stack([_pool(own[kept], pooling) for own, kept in zip(hidden, is_kept)])
     if not bool(rows.isfinite().all()):
         raise ValueError(
             f"Some vectors are not finite in {hidden.dtype}. Load the model in bfloat16 or float32: "

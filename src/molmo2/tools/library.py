@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from molmo2.media_features import MediaFeatures
-from molmo2.model.vision_inputs import ENCODED_INPUTS, MediaGrids, flat_pooling
+from molmo2.model.vision_inputs import MediaGrids, flat_pooling
 
 
 def library_inputs(inputs: Mapping[str, Any]) -> MediaFeatures:
@@ -26,13 +27,20 @@ def library_inputs(inputs: Mapping[str, Any]) -> MediaFeatures:
         The same with `mm_token_type_ids` (B, S) int64 in the place of `token_type_ids`, and pooling indices over all
         images or videos. `generate` of either class takes it as well.
     Raises:
-        ValueError: There are no tensors, or images and videos together, which the library's class does not take.
+        ValueError: There are other values than tensors, features in the place of pixels, or images and videos
+            together, which the library's class does not take.
     """
     data = dict(inputs)
-    lists = sorted(name for name, value in data.items() if isinstance(value, list) and name != "video_metadata")
-    if lists:
-        raise ValueError(f'{lists} are no tensors. Call the processor with `return_tensors="pt"`.')
-    if all(data.get(pixels) is not None for pixels, *_ in ENCODED_INPUTS.values()):
+    others = sorted(name for name, value in data.items() if not isinstance(value, Tensor) and name != "video_metadata")
+    if others:
+        raise ValueError(f'{others} are not tensors. Call the processor with `return_tensors="pt"`.')
+    encoded = sorted(name for name in data if name in ("image_features", "video_features"))
+    if encoded:
+        raise ValueError(
+            f"{encoded} are of this package's model; the library's class reads pixels. Call the processor without "
+            "`frame_encoder`."
+        )
+    if data.get("image_grids") is not None and data.get("video_grids") is not None:
         raise ValueError(
             "transformers' own Molmo2 class takes images or videos in one call, not both. Split the call."
         )

@@ -10,6 +10,7 @@ from molmo2.model.loss import IGNORED
 from molmo2.training.collator import DataCollator
 
 ANSWERS = ("chosen", "rejected")
+MEDIA = ("images", "image", "videos", "video")
 
 
 @dataclass
@@ -17,7 +18,7 @@ class PreferenceCollator:
     """A data collator for preferences: TRL's own has images alone, this one clips and mixtures too.
 
     A row has `prompt`, messages with their images and videos in them or in columns (`images`, `videos`), and the
-    messages `chosen` and `rejected`.
+    messages `chosen` and `rejected`. Other columns are not read.
 
     Attributes:
         processor: A `Molmo2Processor`.
@@ -42,7 +43,8 @@ class PreferenceCollator:
         if missing:
             raise ValueError(f"Rows of preferences have `prompt`, `chosen` and `rejected`; missing here: {missing}.")
         completed = [
-            {**{key: value for key, value in row.items() if key not in ANSWERS}, "completion": row[answer]}
+            # No other column: `messages` of a row would be read instead, for both answers.
+            {**{key: row[key] for key in ("prompt", *MEDIA) if key in row}, "completion": row[answer]}
             for answer in ANSWERS
             for row in rows
         ]
