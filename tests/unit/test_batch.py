@@ -308,7 +308,7 @@ def test_outputs_of_others_are_left_alone(tmp_path):
         with pytest.raises(OutputError, match="Another run is writing"), Journal(output, {"model": "a"}):
             pass
     with (
-        pytest.raises(OutputError, match=r"other settings or another table \(model\)"),
+        pytest.raises(OutputError, match=r"other settings or another source \(model\)"),
         Journal(output, {"model": "b"}),
     ):
         pass

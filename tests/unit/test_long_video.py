@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -10,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from molmo2 import LiveVideo, LongVideo, ask_long, count_long, localize_long, stream_long, track_long
 from molmo2.batch.journal import OutputError
 from molmo2.grounding.format import format_tracks
+from molmo2.image.limits import MediaLimitError, MediaLimits
 from molmo2.long_video import (
     AskTask,
     Cutting,
@@ -26,6 +29,7 @@ from molmo2.long_video import (
     run_windows,
 )
 from molmo2.video.decoding import readers
+from molmo2.video.decoding.timeline import VideoDecodeError
 from support.checkpoints import build_model
 from support.model_inputs import processor
 from support.scripted_model import ScriptedModel
@@ -187,6 +191,17 @@ def test_decoders_that_cannot_seek_are_refused(path):
         LongVideo(path.with_name("nothing.mp4"))
 
 
+def test_what_no_decoder_reads_is_told_once(tmp_path):
+    damaged = tmp_path / "damaged.mp4"
+    damaged.write_bytes(b"\0video" * 100)
+    with pytest.raises(VideoDecodeError) as caught:
+        LongVideo(damaged)
+    lines = str(caught.value).splitlines()
+    assert [line.split(":")[0].strip() for line in lines if line.startswith("  ")] == ["pyav", "torchcodec"]
+    assert sum("No video backend could read" in line for line in lines) == 1
+    assert sum("Check that the file is complete" in line for line in lines) == 1
+
+
 # --- live ------------------------------------------------------------------------------------------------------------
 
 
@@ -332,6 +347,16 @@ def test_a_journal_of_another_run_is_refused(path, finished):
         list(run_windows(video, TrackTask("dog"), oracle, journal=finished[0]))
 
 
+def test_a_journal_that_would_lose_windows_is_refused(path, tmp_path):
+    """A table has the columns of a batch: no times, no tracks."""
+    with (
+        LongVideo(path, **CUT) as video,
+        pytest.raises(OutputError, match=r"dog\.parquet', .*ends with \.jsonl or \.ndjson"),
+    ):
+        next(run_windows(video, TrackTask("dog"), None, journal=tmp_path / "dog.parquet"))
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_error_keeps_what_was_answered(path, tmp_path, finished):
     journal = tmp_path / "dog.jsonl"
 
@@ -379,6 +404,23 @@ def test_points_at_no_sample_are_left_out_and_named(path):
     assert first.result.problems == ("0:00:00 to 0:00:03: 1 point(s) are at times outside the window",)
 
 
+@pytest.mark.parametrize(
+    ("text", "problems"),
+    [
+        ("There are none.", []),
+        ('<tracks coords="0.0 1 150 150">dog</tracks>', []),
+        ('<points coords="0.0 1 150 150 2 300 300">dog</points>', ["2 point(s) belong to no track"]),
+        ("A dog runs.", ["the answer has neither tracks nor says that there are none: 'A dog runs.'"]),
+        ('<tracks coords="0.0 1 150 150\t0.5 1 2', ["a tag of the answer is cut off"]),
+        ("<tracks", ["a tag of the answer is cut off"]),
+    ],
+)
+def test_what_is_no_track_is_named(path, text, problems):
+    with LongVideo(path, **CUT) as video:
+        first = next(run_windows(video, TrackTask("dog"), lambda prompt, clip: Reply(text)))
+    assert first.result.problems == tuple(f"0:00:00 to 0:00:03: {problem}" for problem in problems)
+
+
 def test_the_rate_of_positions_is_in_the_prompt(path):
     asked = []
     with LongVideo(path, **CUT) as video:
@@ -402,6 +444,37 @@ def test_events_in_times_of_the_whole_video(path):
         (2.0, 8.0, "Rain", 3)
     ]
     assert found.problems == ("0:00:18 to 0:00:19: 'Snow' begins at 50 s of a window of 1.5 s",)
+
+
+@pytest.mark.parametrize("fps", [2.0, 3.0])
+def test_what_happens_after_the_last_sample_happens_at_it(path, fps):
+    """At 2 fps samples are at 0, ..., 4.5 s: 4.5 stands for all up to 5.0, but not for what is later."""
+    said = [(3.9, 9), (4.8, 4.9), (5.0, 6.0), (5.1, 6.0)]
+    events = [{"start": start, "end": end, "description": f"{start}"} for start, end in said]
+    with LongVideo(path, window=5.0, overlap=0.0, fps=fps) as video:
+        reply = Reply(json.dumps({"events": events}))
+        *_, last = run_windows(video, LocalizeTask(), lambda prompt, clip: reply)
+    end = 20 - 1 / fps
+    assert [(start, until) for start, until, _ in last.record["events"]] == [
+        (pytest.approx(18.9), pytest.approx(end)),
+        *[(pytest.approx(end), pytest.approx(end))] * 2,
+    ]
+    assert last.record["problems"] == [f"'5.1' begins at 5.1 s of a window of {5 - 1 / fps:g} s"]
+
+
+def test_a_running_summary_of_a_clock_of_the_world():
+    """The model is told seconds since the start, not since 1970."""
+    told = []
+
+    def asked(prompt, clip):
+        if clip is None:
+            told.append(prompt)
+        return Reply("note")
+
+    list(run_windows(LiveVideo(live_frames(6, 1.76e9), **CUT), AskTask("What happens?"), asked))
+    assert [prompt.splitlines()[1:3] for prompt in told] == [
+        ["From 0:00:00 to 0:00:03: note", "From 0:00:03 to 0:00:05: note"]
+    ]
 
 
 def test_a_running_summary(path):
@@ -464,6 +537,49 @@ def test_from_a_file_to_each_kind_of_result(path, tmp_path):
         assert (named.record["row"], named.record["end"]) == (0, 3.5)
     with pytest.raises(ValueError, match=r"\['num_frames'\], but the windows decide"):
         track_long(watcher.model, processor(), path, "dog", processor_kwargs={"num_frames": 3})
+
+
+@pytest.mark.parametrize("name", ["num_frames", "max_fps", "frame_sample_mode", "clip"])
+@pytest.mark.parametrize("nested", [False, True], ids=["flat", "nested"])
+def test_sampling_is_refused_in_one_way(path, name, nested):
+    options = {"videos_kwargs": {name: 1}} if nested else {name: 1}
+    message = rf"have \['{name}'\], but the windows decide"
+    with LongVideo(path, **CUT) as video:
+        with pytest.raises(ValueError, match=message):
+            fit_windows(video, processor(), "Track the dog.", **options)
+        with pytest.raises(ValueError, match=message):
+            track_long(None, processor(), video, "dog", processor_kwargs=options)
+
+
+def test_limits_hold_when_a_path_is_opened(path, monkeypatch):
+    limits = MediaLimits(video_frames=199)
+    for options in ({"limits": limits}, {"videos_kwargs": {"limits": limits}}):
+        with pytest.raises(MediaLimitError, match="199"):
+            track_long(None, processor(), path, "dog", processor_kwargs=options)
+    monkeypatch.setattr(processor().video_processor, "limits", limits)
+    with pytest.raises(MediaLimitError, match="199"):
+        track_long(None, processor(), path, "dog")
+
+
+def test_settings_of_a_journal_are_the_same_in_each_process():
+    """Functions have addresses, which differ from process to process: their type alone is kept."""
+
+    def settings(**options):
+        return run._journal_settings(None, {}, options)
+
+    stop = settings(stopping_criteria=[lambda ids, scores: False], temperature=0.5, eos_token_id=(1, 2))
+    assert stop == settings(stopping_criteria=[lambda ids, scores: True], temperature=0.5, eos_token_id=[1, 2])
+    assert stop == {"model": "None", "stopping_criteria": ["function"], "temperature": 0.5, "eos_token_id": [1, 2]}
+    assert settings(a={(1, 2): 3}, b=math.nan, c=torch.float32) == {
+        "model": "None",
+        "a": "dict",
+        "b": "float",
+        "c": "dtype",
+    }
+    short, long = (settings(generation_config=GenerationConfig(max_new_tokens=length)) for length in (5, 6))
+    assert short["generation_config"]["max_new_tokens"] == 5
+    assert short != long
+    assert json.loads(json.dumps(short)) == short
 
 
 def test_a_path_alone_is_opened_and_closed(path, monkeypatch):

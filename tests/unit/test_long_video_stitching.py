@@ -170,6 +170,28 @@ def test_what_returns_beside_another_is_not_the_only_one():
     assert len(stitch([window(0, 9, *tracks)], JoinSettings(unique=True))) == 3
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "joins"),
+    [
+        (window(0, 30, moving(range(20, 28), 0.3)), window(26, 56, moving([26, 27], 0.3)), {"max_gap_seconds": 1.0}),
+        (window(0, 60, moving(range(30, 45), 0.3)), window(40, 100, moving(range(40, 45), 0.3)), {}),
+    ],
+    ids=["short gap", "long overlap"],
+)
+def test_what_ends_in_the_overlap_is_still_known_there(first, second, joins):
+    """It ended longer than the gap before the end of the window, but both windows see it."""
+    (track,) = stitch([first, second], JoinSettings(**joins))
+    assert track.joins == (Join(OVERLAP, second.start, first.end, 1.0),)
+    assert track.points == first.tracks[0].points
+
+
+def test_a_return_in_the_overlap_after_nearly_the_longest_gap():
+    """Away from 2 to 5 of at most 4 s, when the first window, which does not see it, ends at 6.5."""
+    settings = JoinSettings(max_gap_seconds=4.0)
+    (track,) = stitch([window(0, 6.5, moving([1, 2], 0.3)), window(4, 10, moving([5, 6, 7], 0.3))], settings)
+    assert track.joins == (Join(GAP, 2.0, 5.0, pytest.approx(1 - 3 / 4)),)
+
+
 def test_no_return_without_a_gap_that_is_allowed():
     windows = [window(0, 5, moving(range(4), 0.3)), window(4, 9, moving([8, 9], 0.3))]
     assert len(stitch(windows, JoinSettings(max_gap_seconds=0.0))) == 2
@@ -214,6 +236,14 @@ def test_the_most_at_one_time():
     assert stitcher.most_at_once == 2
     stitcher.add(window(4, 9, moving([4, 5], 0.9), moving([5], 0.2), moving([5, 6], 0.6)))
     assert stitcher.most_at_once == 3
+
+
+def test_one_that_two_windows_place_apart_is_not_two_at_one_time():
+    """0.15 apart, more than 0.1: two tracks, and each window has one."""
+    stitcher = Stitcher()
+    stitcher.add(window(0, 5, moving(range(6), 0.3)))
+    stitcher.add(window(4, 9, moving(range(4, 10), 0.45)))
+    assert (len(stitcher.tracks()), stitcher.most_at_once) == (2, 1)
 
 
 def test_nothing_and_empty_windows():

@@ -19,6 +19,7 @@ from molmo2.batch.rows import pyarrow
 
 FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 ROWS_PER_GROUP = 4096  # of Parquet; as many are in memory at a time
+ANEW = "begin anew with overwrite=True (--overwrite)"
 
 
 class OutputError(ValueError):
@@ -104,14 +105,14 @@ class Journal:
                 path.unlink(missing_ok=True)
         about = self._read_about()
         if about is None and (self.output.exists() or self._path.exists()):
-            raise OutputError(f"'{self.output}' exists, but not from such a run. Name another output, or --overwrite.")
+            raise OutputError(f"'{self.output}' exists, but not from such a run. Name another output, or {ANEW}.")
         if about is not None and about["run"] != self._identity:
             changed = sorted(
                 name for name in {*about["run"], *self._identity} if about["run"].get(name) != self._identity.get(name)
             )
             raise OutputError(
-                f"'{self.output}' was begun with other settings or another table ({', '.join(changed)}). Use those, "
-                "name another output, or begin anew with --overwrite."
+                f"'{self.output}' was begun with other settings or another source ({', '.join(changed)}). Use those, "
+                f"name another output, or {ANEW}."
             )
         if about is not None and self.output.exists() and not self._path.exists():
             self.is_complete = True
@@ -127,7 +128,7 @@ class Journal:
         except FileNotFoundError:
             return None
         except ValueError as error:
-            raise OutputError(f"'{self._about}' is damaged ({error}). Begin anew with --overwrite.") from error
+            raise OutputError(f"'{self._about}' is damaged ({error}). Mend it, or {ANEW}.") from error
 
     def _write_about(self, more: dict[str, Any]) -> None:
         partial = self._about.with_name(self._about.name + ".partial")
@@ -146,9 +147,7 @@ class Journal:
             except ValueError:
                 result = None
             if result is None and whole + len(line) < size:
-                raise OutputError(
-                    f"'{self._path}' is damaged at byte {whole}, amid whole lines. Mend it, or --overwrite."
-                )
+                raise OutputError(f"'{self._path}' is damaged at byte {whole}, amid whole lines. Mend it, or {ANEW}.")
             if result is None:
                 break
             whole += len(line)

@@ -7,6 +7,7 @@
 The model is behind one callable (`Ask`), so that anything that answers a prompt about frames can take its place.
 """
 
+import json
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
@@ -15,8 +16,10 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 from tqdm.auto import tqdm
+from transformers import GenerationConfig
 
-from molmo2.batch.journal import Journal
+from molmo2.batch.journal import FORMATS, Journal, OutputError
+from molmo2.image.limits import MediaLimits
 from molmo2.long_video.source import Clip, LiveVideo, LongVideo
 from molmo2.long_video.tasks import (
     Ask,
@@ -76,14 +79,14 @@ def run_windows(
 
     Args:
         ask_model: From a prompt and a window to an answer; without a window the prompt is text alone.
-        journal: A JSONL file with one line for each window. While the run lasts it is JOURNAL.journal, beside
-            JOURNAL.run.json; a run that ended at whatever moment continues where it was when it is started again, and
-            the windows that are there are merged as if they had just been answered.
+        journal: A JSONL file (.jsonl, .ndjson) with one line for each window. While the run lasts it is
+            JOURNAL.journal, beside JOURNAL.run.json; a run that ended at whatever moment continues where it was when
+            it is started again, and the windows that are there are merged as if they had just been answered.
         overwrite: Begin the journal anew.
         settings: What else decides the answers, as JSON has it: a journal of other settings is refused.
         progress: Show a bar.
     Raises:
-        OutputError: The journal belongs to another run, or cannot be written.
+        OutputError: The journal is no JSONL file, belongs to another run, or cannot be written.
     """
     merger = task.merger()
     total = video.num_windows
@@ -107,6 +110,11 @@ def run_windows(
 
 
 def _journal(video: Video, task: Task[Any], path: Path, settings: Record | None, overwrite: bool) -> Journal:
+    if FORMATS.get(path.suffix.lower()) != "jsonl":
+        accepted = " or ".join(suffix for suffix, kind in FORMATS.items() if kind == "jsonl")
+        raise OutputError(
+            f"The journal is '{path}', but it holds lines of JSON. Name a file that ends with {accepted}."
+        )
     identity = {"video": video.identity(), "task": task.identity(), "settings": {} if settings is None else settings}
     return Journal(path, identity, overwrite=overwrite)
 
@@ -132,32 +140,45 @@ def stream_long(
 
     Args:
         source: A `LongVideo` or `LiveVideo`; or a path, URL, bytes or an open file, which becomes a `LongVideo` with
-            its default windows.
+            its default windows, within the `limits` of `processor_kwargs` or of the processor.
         task: `TrackTask`, `CountTask`, `LocalizeTask`, `AskTask`, or your own.
-        journal, overwrite, progress: As of `run_windows`.
+        journal, overwrite, progress: As of `run_windows`. A journal of other options is refused; those that JSON does
+            not hold, such as functions, are known by their types.
         processor_kwargs: Options of the processor for each window, such as `key_frame_interval=4` for slow-fast.
         generate_options: As of `ask`.
     Raises:
         ValueError: `processor_kwargs` would sample anew; and as `ask`, `LongVideo` and `run_windows`.
     """
     options = {} if processor_kwargs is None else dict(processor_kwargs)
-    refused = sorted(options.keys() & SAMPLING_OPTIONS)
-    if refused:
-        raise ValueError(
-            f"`processor_kwargs` has {refused}, but the windows decide what is sampled. Use "
-            "LongVideo(source, window=..., fps=...)."
-        )
+    limits = _video_options(options).get("limits")
+    limits = processor.video_processor.limits if limits is None else limits
     asked = model_call(model, processor, options, generate_options)
     settings = None if journal is None else _journal_settings(model, options, generate_options)
-    with _opened(source) as video:
+    with _opened(source, limits) as video:
         kept: dict[str, Any] = {"journal": journal, "overwrite": overwrite, "settings": settings}
         with closing(run_windows(video, task, asked, progress=progress, **kept)) as partials:
             yield from partials
 
 
-def _opened(source: Any) -> AbstractContextManager[Video]:
+def _video_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of the processor that videos see, flat.
+
+    Raises:
+        ValueError: They would sample anew.
+    """
+    found = {**(options.get("common_kwargs") or {}), **options, **(options.get("videos_kwargs") or {})}
+    refused = sorted(found.keys() & SAMPLING_OPTIONS)
+    if refused:
+        raise ValueError(
+            f"The options of the processor have {refused}, but the windows decide what is sampled. Use "
+            "LongVideo(source, window=..., fps=...)."
+        )
+    return found
+
+
+def _opened(source: Any, limits: MediaLimits) -> AbstractContextManager[Video]:
     """The video; closed in the end if it was opened here."""
-    return nullcontext(source) if isinstance(source, LongVideo | LiveVideo) else LongVideo(source)
+    return nullcontext(source) if isinstance(source, LongVideo | LiveVideo) else LongVideo(source, limits=limits)
 
 
 def model_call(
@@ -268,8 +289,9 @@ def fit_windows(
     Returns:
         The plan of one whole window.
     Raises:
-        ValueError: Not even one sample fits; and as `molmo2.plan`.
+        ValueError: Not even one sample fits, or `options` would sample anew; and as `molmo2.plan`.
     """
+    _video_options(options)
     cutting = video.cutting
     times = [cutting.seconds(sample) for sample in range(cutting.size)]
     frames = [np.zeros((2, 2, 3), dtype=np.uint8)] * len(times)  # frames of any size become as many tokens
@@ -303,5 +325,17 @@ def _thinned(cutting: Cutting, num_frames: int) -> Cutting:
 
 def _journal_settings(model: Any, options: dict[str, Any], generate_options: dict[str, Any]) -> Record:
     name = getattr(getattr(model, "config", None), "name_or_path", None) or getattr(model, "name_or_path", None)
-    plain = {key: repr(value) for key, value in sorted({**options, **generate_options}.items())}
+    plain = {key: _as_json(value) for key, value in sorted({**options, **generate_options}.items())}
     return {"model": str(name), **plain}
+
+
+def _as_json(value: Any) -> Any:
+    """A value as JSON has it, the same in each process; what it cannot hold is the name of its type."""
+
+    def plain(other: Any) -> Any:
+        return other.to_dict() if isinstance(other, GenerationConfig) else type(other).__name__
+
+    try:
+        return json.loads(json.dumps(value, default=plain, allow_nan=False))
+    except (TypeError, ValueError):  # keys that are no text, NaN, cycles
+        return type(value).__name__

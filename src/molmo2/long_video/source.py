@@ -21,7 +21,6 @@ from molmo2.image.limits import MediaLimits, checked_limits
 from molmo2.long_video.windows import Cutting, Window
 from molmo2.video.decoding.backends import open_video
 from molmo2.video.decoding.readers import VideoReader
-from molmo2.video.decoding.timeline import VideoDecodeError
 from molmo2.video.loading import SampledVideoMetadata, VideoItem, video_source
 
 SEEKING_BACKENDS = ("pyav", "torchcodec")  # decord decodes from the start for each window
@@ -37,12 +36,14 @@ class Clip:
         frames: As many frames; those of a file are decoded when they are read.
         metadata: What the processor needs to know of them. Its times count from the start of the window, because the
             model was trained on clips and prints their times with one decimal.
+        step: Seconds from a sample to the next.
     """
 
     window: Window
     times: tuple[float, ...]
     frames: Sequence[Any]
     metadata: SampledVideoMetadata
+    step: float
 
     @property
     def video(self) -> tuple[Sequence[Any], SampledVideoMetadata]:
@@ -103,7 +104,7 @@ class LongVideo:
             )
         self.cutting = Cutting(window, overlap, fps)
         readable = video_source(VideoItem("the long video", source), checked_limits(limits))
-        self._reader = _first_reader(readable, SEEKING_BACKENDS if video_backend is None else (video_backend,))
+        self._reader = open_video(readable, SEEKING_BACKENDS if video_backend is None else (video_backend,))
         self.timeline = self._reader.timeline
         self._num_bytes = readable.num_bytes
         self._store = _FrameStore(self._reader, self._shown_from)
@@ -149,7 +150,7 @@ class LongVideo:
         metadata.video_backend = self._reader.backend
         metadata.source_first_timestamp = self.timeline.first_timestamp_seconds
         frames = _WindowFrames(self._store, indices, next_first)
-        return Clip(window, tuple(times.tolist()), frames, metadata)
+        return Clip(window, tuple(times.tolist()), frames, metadata, self.cutting.seconds(1))
 
     def identity(self) -> dict[str, Any]:
         """What tells this video, cut like this, from others; a journal remembers it. Its file may be moved."""
@@ -279,7 +280,8 @@ class LiveVideo:
         metadata = _metadata(relative, indices, starts, self.cutting.fps)
         times = tuple((self.origin_seconds + relative).tolist())
         frames = [sample.frame for sample in samples]
-        return Clip(Window(index, first, first + len(samples) - 1), times, frames, metadata)
+        window = Window(index, first, first + len(samples) - 1)
+        return Clip(window, times, frames, metadata, self.cutting.seconds(1))
 
 
 @dataclass(frozen=True)
@@ -339,17 +341,6 @@ class _WindowFrames(Sequence[Any]):
         if isinstance(place, slice):
             return [self[number] for number in range(*place.indices(len(self)))]
         return self._store.frame(int(self._indices[place]), self._keep_from)
-
-
-def _first_reader(source: Any, backends: Sequence[str]) -> VideoReader:
-    """The reader of the first backend that opens the file."""
-    failures: list[VideoDecodeError] = []
-    for backend in backends:
-        try:
-            return open_video(source, backend)
-        except VideoDecodeError as error:
-            failures.append(error)
-    raise VideoDecodeError("\n".join(map(str, failures)))
 
 
 def _metadata(times: np.ndarray, indices: np.ndarray, starts: np.ndarray, fps: float) -> SampledVideoMetadata:

@@ -108,7 +108,7 @@ class LongCount:
 
     Attributes:
         count: Tracks after stitching; an object that two windows see counts once.
-        at_least: The most at one time.
+        at_least: The most that one window has at one time.
         at_most: The count if nothing had returned: joins over a gap counted as two objects.
         tracks, problems: As of `LongTracks`.
     """
@@ -124,7 +124,8 @@ def tracked(clip: Clip, grounding: Grounding) -> tuple[list[Record], list[str]]:
     """The tracks of an answer about a window, at its samples: [{"label", "points": [[seconds, x, y], ...]}]; problems.
 
     Of several points of an object at one sample, the one that was written for the nearest time counts. Points at times
-    that are no sample's, a step away from the nearest, are left out.
+    that are no sample's, a step away from the nearest, are left out. Whatever is no track, is cut off or is missing is
+    among the problems.
     """
     step = clip.times[1] - clip.times[0] if len(clip.times) > 1 else math.inf
     nearest: dict[tuple[str, int], dict[int, tuple[float, float, float]]] = {}
@@ -143,7 +144,19 @@ def tracked(clip: Clip, grounding: Grounding) -> tuple[list[Record], list[str]]:
         for (label, _), own in nearest.items()
         if own
     ]
-    return tracks, [f"{num_outside} point(s) are at times outside the window"] * (num_outside > 0)
+    problems = [f"{num_outside} point(s) are at times outside the window"] * (num_outside > 0)
+    return tracks, problems + _missing_tracks(grounding)
+
+
+def _missing_tracks(grounding: Grounding) -> list[str]:
+    """What an answer has instead of whole tracks, in words."""
+    problems = ["a tag of the answer is cut off"] * grounding.truncated
+    num_stray = sum(point.tag != "tracks" for point in grounding.points)
+    if num_stray:
+        problems.append(f"{num_stray} point(s) belong to no track")
+    if not (problems or grounding.tracks or grounding.says_none):
+        problems.append(f"the answer has neither tracks nor says that there are none: {grounding.text[:60]!r}")
+    return problems
 
 
 def window_tracks(record: Record) -> WindowTracks:
@@ -292,17 +305,21 @@ class LocalizeTask(Task[LongEvents]):
 
 
 def _whole_events(clip: Clip, found: StructuredAnswer) -> tuple[list[list[Any]], list[str]]:
-    """Events in seconds of the whole video, inside the window; and problems in words."""
+    """Events in seconds of the whole video, inside the window; and problems in words.
+
+    The last sample stands for the time up to the next one: what begins there begins at the last sample.
+    """
     events: list[list[Any]] = []
     problems = list(found.problems)
     length = clip.end - clip.start
     for event in found.events:
         if event.start is None or event.end is None or event.end < event.start:
             continue  # among the problems already
-        if event.start > length:
+        if event.start > length + clip.step + 1e-6:
             problems.append(f"{event.description[:60]!r} begins at {event.start:g} s of a window of {length:g} s")
             continue
-        events.append([clip.start + event.start, clip.start + min(event.end, length), event.description])
+        start, end = (clip.start + min(time, length) for time in (event.start, event.end))
+        events.append([start, end, event.description])
     return events, problems
 
 
@@ -373,11 +390,12 @@ class AskTask(Task[LongAnswer]):
 
 
 def summary_prompt(question: str, so_far: LongAnswer, note: Note) -> str:
-    """The text that asks for the next running summary."""
+    """The text that asks for the next running summary; its times count from the start of the video."""
     first = so_far.notes[0].start
+    seen, start, end = (clock(time - first) for time in (so_far.notes[-1].end, note.start, note.end))
     return (
-        f"These are notes on a long video.\nFrom {clock(first)} to {clock(so_far.notes[-1].end)}: {so_far.text}\n"
-        f"From {clock(note.start)} to {clock(note.end)}: {note.text}\n"
+        f"These are notes on a long video.\nFrom {clock(0)} to {seen}: {so_far.text}\n"
+        f"From {start} to {end}: {note.text}\n"
         f"The question about the video is: {question}\n"
         "Answer it for both parts together, in a few sentences."
     )

@@ -117,6 +117,9 @@ class LongTrack:
 def stitch(windows: Iterable[WindowTracks], settings: JoinSettings | None = None) -> tuple[LongTrack, ...]:
     """The tracks of the whole video.
 
+    Two tracks of one window are joined over a gap like those of two windows, though the model gave them two ids: how
+    long something was away decides, not where windows are cut. They are never joined if they have a time in common.
+
     Args:
         windows: In order.
         settings: When two tracks are one; None for the default.
@@ -157,7 +160,7 @@ class Stitcher:
     A window costs as much as the tracks that may continue, however long the video.
 
     Attributes:
-        most_at_once: The largest number of objects at one time so far.
+        most_at_once: The largest number of objects that one window has at one time, so far.
     """
 
     def __init__(self, settings: JoinSettings | None = None) -> None:
@@ -173,6 +176,9 @@ class Stitcher:
         Returns:
             For each of its tracks, by place, the id of the object.
         """
+        if not self.settings.unique:  # what is seen from here on is no return of those that ended before
+            horizon = window.start - self.settings.max_gap_seconds
+            self._open = [track for track in self._open if track.last >= horizon]
         new = [track for track in window.tracks if track.points]
         owners = dict(self._by_overlap(window, new))
         for place, owner in owners.items():
@@ -182,12 +188,9 @@ class Stitcher:
         )
         for _, group in groupby(rest, key=lambda place: _begin(new[place])):
             self._by_gap([*group], new, owners)
-        at_once = Counter(time for track in self._open for time in track.since(window.start))
+        at_once = Counter(point.time for track in new for point in track.points)
         self.most_at_once = max([self.most_at_once, *at_once.values()])
         self._end = max(self._end, window.end)
-        if not self.settings.unique:
-            horizon = self._end - self.settings.max_gap_seconds
-            self._open = [track for track in self._open if track.last >= horizon]
         places = [place for place, track in enumerate(window.tracks) if track.points]
         for owner in owners.values():
             owner.told = None
