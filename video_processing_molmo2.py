@@ -1393,7 +1393,7 @@ Result = TypeVar("Result")
 
 
 def open_video(
-    source: VideoSource | Source, backend: str | None = None, limits: MediaLimits | None = None
+    source: VideoSource | Source, backend: str | Sequence[str] | None = None, limits: MediaLimits | None = None
 ) -> VideoReader:
     """The reader of a video, opened by the first backend that can.
 
@@ -1402,8 +1402,8 @@ def open_video(
     Args:
         source: a path, the bytes of a file, or a file object opened for reading bytes.
         limits: see `MediaLimits`; None for the default ones. A `Source` has its own.
-        backend: "decord", "torchcodec" or "pyav" to use this one only; None tries them in this order, and takes
-            Pillow for animated WebP.
+        backend: "decord", "torchcodec" or "pyav" to use this one only, or several of them to try in order; None tries
+            them in this order, and takes Pillow for animated WebP.
 
     Raises:
         FileNotFoundError, IsADirectoryError: there is no such file.
@@ -1443,24 +1443,25 @@ def decode_video(
 
 def _first_success(
     source: VideoSource | Source,
-    backend: str | None,
+    backend: str | Sequence[str] | None,
     limits: MediaLimits | None,
     action: Callable[[VideoReader], Result],
 ) -> Result:
     """The result of `action` with the first backend that raises no VideoDecodeError."""
-    if backend is not None and backend not in BACKENDS:
+    wanted = (backend,) if isinstance(backend, str) else backend
+    if wanted is not None and not set(wanted) <= set(BACKENDS):
         raise ValueError(f"Unknown video backend {backend!r}. Use one of {', '.join(BACKENDS)}, or None to try all.")
     readable = source if isinstance(source, Source) else Source.from_input(source, limits)
     failures: dict[str, VideoDecodeError] = {}
     by_default = ("pillow",) if readable.image_format == "WEBP" else BACKENDS
-    for name in by_default if backend is None else (backend,):
+    for name in by_default if wanted is None else wanted:
         try:
             return action(_open_reader(name, readable, only_choice=backend is not None))
         except VideoDecodeError as error:
             logger.info("Video backend %s failed: %s", name, error)
             failures[name] = error
     reasons = "\n".join(f"  {name}: {error.reason}" for name, error in failures.items())
-    if readable.image_format == "WEBP" and backend is not None:
+    if readable.image_format == "WEBP" and isinstance(backend, str):
         reasons += "\n  Animated WebP is read by Pillow: leave the backend out."
     raise VideoDecodeError(
         f"No video backend could read {readable.name}:\n{reasons}\n"
