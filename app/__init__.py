@@ -2,3 +2,5 @@
 
 `backend` is the logic, `page` the user interface, `models` and `samples` load the model and the examples.
 """
+
+MAX_FRAMES = 384  # of a video, as in training; visitors may choose

@@ -9,6 +9,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from . import MAX_FRAMES
+from .hosts import host_name
+
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m app", description=__doc__.partition("\n")[0])
@@ -24,7 +27,7 @@ def arguments() -> argparse.Namespace:
         "--host", default="127.0.0.1", help="address to listen on (%(default)s, the loopback interface)"
     )
     parser.add_argument("--port", type=int, default=7860, help="port to listen on (%(default)s)")
-    parser.add_argument("--num-frames", type=int, default=32, help="maximum number of frames of a video (%(default)s)")
+    parser.add_argument("--num-frames", type=int, help="maximum number of frames of a video (32)")
     parser.add_argument(
         "--max-new-tokens", type=int, default=512, help="maximum number of tokens of an answer (%(default)s)"
     )
@@ -43,6 +46,11 @@ def arguments() -> argparse.Namespace:
     given = parser.parse_args()
     if given.server_model is not None and given.server is None:
         parser.error("--server-model needs --server")
+    if given.num_frames is not None and not 1 <= given.num_frames <= MAX_FRAMES:
+        parser.error(f"--num-frames: {given.num_frames} is not a whole number from 1 to {MAX_FRAMES}")
+    for name in given.allow_host:
+        if "/" in name or not host_name(name):
+            parser.error(f"--allow-host: '{name}' is not a host name. Pass it without http:// and path: example.com")
     try:
         given.logins = [] if given.login is None else read_logins(given.login)
     except (OSError, ValueError) as error:
@@ -78,7 +86,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory(prefix="molmo2_app_") as scratch:
         names = ("num_frames", "max_new_tokens", "max_seconds")
-        options = {name: getattr(given, name) for name in names}
+        options = {name: value for name in names if (value := getattr(given, name)) is not None}
         if given.server is None:
             backend = load_backend(given.model, Path(scratch), **options)
         else:

@@ -9,12 +9,13 @@ Invalid input is a `UserError`, whose message is shown to the user.
 
 import tempfile
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from molmo2 import Answer, Grounding, MediaLimitError, MediaLimits, annotate_video, contact_sheet, draw, prompts
@@ -22,7 +23,10 @@ from molmo2.grounding import Point, export_grounding, parse_grounding
 from molmo2.image.loading import fetch_images
 from molmo2.tools.answer import readable
 from molmo2.tools.media_files import VIDEO_SUFFIXES
+from molmo2.video.loading import ReadingOptions, VideoItem, read_video
+from molmo2.video.sampling import SamplingSettings
 
+from . import MAX_FRAMES
 from .engines import Engine, EngineError, EngineSession
 
 FILES = {"json": "points.json", "csv": "points.csv", "coco": "points_coco.json", "mot": "tracks_mot.txt"}
@@ -35,7 +39,6 @@ LIMITS = MediaLimits(
     sources=("path",),
 )
 MAX_QUESTION_CHARACTERS = 4000
-MAX_FRAMES = 384  # of a video, as in training; visitors may choose
 # How a question is worded: as it stands, or as the prompt for the thing that was typed.
 TASKS: dict[str, Callable[[str], Any]] = {
     "Ask": str,
@@ -78,7 +81,7 @@ class Backend:
     """A model and its settings.
 
     Attributes:
-        num_frames: Maximum number of frames of a video, unless the user chooses another.
+        num_frames: Maximum number of frames of a video, unless the user chooses another or the engine takes none.
         max_new_tokens: Maximum number of tokens of an answer.
         max_seconds: Longest time of an answer, after which it ends as if it had been stopped.
         notice: A text about the model, shown to all users.
@@ -101,8 +104,8 @@ class Backend:
             num_frames: Maximum number of frames of the video; None for that of the backend.
             max_fps: Maximum number of frames a second; None for that of the checkpoint.
         Raises:
-            UserError: There is no file, there are several videos or a video beside images, a file cannot be read, or
-                the frames are no numbers within the limits.
+            UserError: There is no file, there are several videos or a video beside images, a file cannot be read or
+                is too large, or the frames are no numbers within the limits or cannot be chosen here.
         """
         options = self._sampling(num_frames, max_fps)
         files = [Path(path) for path in paths or []]
@@ -111,19 +114,35 @@ class Backend:
             raise UserError("Add an image or a video first.")
         if videos and len(files) > 1:
             raise UserError("These are too many files. Add one video, or any number of images.")
-        if videos:
-            return Conversation(self, (), videos[0], self._frames(videos[0], options), options)
-        return Conversation(self, tuple(self._image(path) for path in files), None, (), {})
+        video = videos[0] if videos else None
+        images = () if videos else tuple(self._image(path) for path in files)
+        try:
+            self.engine.check(images, video)
+        except EngineError as error:
+            raise UserError(str(error)) from error
+        if video is None:
+            return Conversation(self, images, None, (), {})
+        return Conversation(self, (), video, self._frames(video, options), options)
 
     def _sampling(self, num_frames: float | None, max_fps: float | None) -> dict[str, Any]:
-        """Options of the processor for a video."""
+        """Options of the processor for a video: only those that the engine takes."""
+        taken = self.engine.sampling_options
+        chosen = {"num_frames": num_frames, "max_fps": max_fps}
+        if any(value is not None and name not in taken for name, value in chosen.items()):
+            raise UserError(
+                "The frames of a video cannot be chosen here: the server decides. Leave their number empty."
+            )
+        if not taken:
+            return {}
         frames = self.num_frames if num_frames is None else num_frames
         if not (1 <= frames <= MAX_FRAMES and frames == int(frames)):
-            raise UserError(f"{frames:g} is no number of frames. Choose a whole number from 1 to {MAX_FRAMES}.")
+            raise UserError(
+                f"{frames:g} is not valid: the number of frames must be a whole number from 1 to {MAX_FRAMES}."
+            )
         options: dict[str, Any] = {"num_frames": int(frames)}
         if max_fps is not None:
             if not 0 < max_fps < float("inf"):
-                raise UserError(f"{max_fps:g} is no number of frames a second. Choose one above 0, or none.")
+                raise UserError(f"{max_fps:g} is not valid: the frames per second must be a number above 0.")
             options["max_fps"] = float(max_fps)
         return options
 
@@ -136,17 +155,23 @@ class Backend:
             raise UserError(f"“{path.name}” cannot be read as an image. Is the file complete?") from error
 
     def _frames(self, path: Path, options: dict[str, Any]) -> tuple[Image.Image, ...]:
-        """The sampled frames, scaled down for the sheet."""
+        """The sampled frames, scaled down for the sheet one by one: at full size they may take gigabytes."""
+        processor, limits = self.engine.video_processor, self.limits
         try:
-            frames, _ = self.engine.video_processor.fetch_videos(str(path), limits=self.limits, **options)
+            (probe,) = processor.probe(str(path), limits=limits)
+            plan, times = probe(**options)
+            limits.check("visual_tokens", plan.num_pooled_tokens, f"{path.name} has {plan.num_pooled_tokens} tokens")
+            reading = ReadingOptions(
+                SamplingSettings(len(times)),
+                backend=processor.video_backend,
+                sample_timestamps_fn=lambda metadata: times,
+                limits=limits,
+            )
+            return read_video(VideoItem(path.name, str(path)), reading, _thumbnails)[0]
         except MediaLimitError as error:
             raise UserError(f"“{path.name}” is too large for this app.") from error
         except Exception as error:  # decoders raise exceptions of many types
             raise UserError(f"“{path.name}” cannot be read as a video. Is the file complete?") from error
-        images = [Image.fromarray(frame) for frame in frames]
-        for image in images:
-            image.thumbnail((SHEET_CELL_WIDTH, 4 * SHEET_CELL_WIDTH))
-        return tuple(images)
 
 
 class Conversation:
@@ -186,7 +211,7 @@ class Conversation:
             UserError: There is no question, or it or the prompt is too long, or the server gives no answer.
         """
         if task not in TASKS:
-            raise UserError(f"“{task}” is no task. Choose one of {', '.join(TASKS)}.")
+            raise UserError(f"“{task}” is not a task. Choose one of {', '.join(TASKS)}.")
         if len(question) > MAX_QUESTION_CHARACTERS:
             raise UserError(f"The question has {len(question):,} characters. Use at most {MAX_QUESTION_CHARACTERS:,}.")
         if not question.strip():
@@ -260,12 +285,23 @@ def is_video(path: Path) -> bool:
     return path.suffix.lower() in VIDEO_SUFFIXES
 
 
+def _thumbnails(frames: Iterator[np.ndarray], num_frames: int) -> tuple[Image.Image, ...]:
+    """Frames (H, W, 3) at the size of the sheet."""
+    images = []
+    for frame in frames:
+        image = Image.fromarray(frame)
+        image.thumbnail((SHEET_CELL_WIDTH, 4 * SHEET_CELL_WIDTH))
+        images.append(image)
+    return tuple(images)
+
+
 def _note(answer: Answer, was_stopped: bool) -> str:
-    """One line about the cost of an answer."""
+    """One line about the cost of an answer. Counts of 0 are left out: a server need not count."""
     timings = answer.timings
-    new = timings.num_prompt_tokens - timings.num_cached_tokens
+    new, cached = timings.num_prompt_tokens - timings.num_cached_tokens, timings.num_cached_tokens
+    seconds = f"{timings.total_seconds:.1f} s"
+    tokens = f"{timings.num_new_tokens} tokens in {seconds}" if timings.num_new_tokens else seconds
+    counts = [f"{count} {kind}" for count, kind in ((new, "new tokens"), (cached, "cached")) if count]
+    prompt = f"; prompt: {', '.join(counts)}" if counts else ""
     end = "; stopped" if was_stopped else "; the maximum number of tokens is reached" if answer.truncated else ""
-    return (
-        f"{timings.num_new_tokens} tokens in {timings.total_seconds:.1f} s; prompt: {new} new tokens, "
-        f"{timings.num_cached_tokens} cached{end}"
-    )
+    return f"{tokens}{prompt}{end}"

@@ -1,5 +1,6 @@
 """What answers the questions of the app: a model in this process, or a server."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,16 @@ from PIL import Image
 from molmo2 import AnswerPiece, MediaLimits, MediaSession
 from molmo2.client import Client, ClientSession, ServerError
 from molmo2.client.client import OPENAI
+from molmo2.client.media import image_url
 from molmo2.grounding import MediaInfo
 from molmo2.video.processing import Molmo2VideoProcessor
 
-MAX_SENT_BYTES = 256 << 20  # of a video's file; in a request it takes four thirds of that, several times in memory
+MAX_SENT_BYTES = 256 << 20  # of all files; a request takes four thirds of that, several times in memory
+SAMPLING_OPTIONS = frozenset({"num_frames", "max_fps"})  # of a video, that visitors may choose
+REFUSING_STATUSES = frozenset({400, 413})  # of requests that are too long or too large; the server says so
+NO_ANSWER = "The server gave no answer. Ask again later; the terminal of the app has the details."
+
+log = logging.getLogger(__name__)
 
 
 class EngineError(Exception):
@@ -29,7 +36,10 @@ class EngineSession(Protocol):
         """Sizes and frame times, with which answers are read."""
 
     def stream(self, question: Any, max_new_tokens: int, should_stop: Callable[[], bool]) -> Iterator[AnswerPiece]:
-        """The next answer, piece by piece. Once `should_stop()` is true, the text so far is the answer."""
+        """The next answer, piece by piece. Once `should_stop()` is true, the text so far is the answer.
+
+        It is asked while the answer is generated, not only before pieces.
+        """
 
 
 class Engine(Protocol):
@@ -39,10 +49,21 @@ class Engine(Protocol):
     def video_processor(self) -> Molmo2VideoProcessor:
         """Reads the frames that the page shows."""
 
+    @property
+    def sampling_options(self) -> frozenset[str]:
+        """Those of `SAMPLING_OPTIONS` that it takes; for all others the processor's own values hold."""
+
+    def check(self, images: Sequence[Image.Image], video: Path | None) -> None:
+        """Refuse media that no question can be asked about.
+
+        Raises:
+            EngineError: They are too large.
+        """
+
     def open(
         self, images: Sequence[Image.Image], video: Path | None, options: Mapping[str, Any], limits: MediaLimits
     ) -> EngineSession:
-        """A session; `options` are those of the processor."""
+        """A session; `options` are those of the processor, of sampling only `sampling_options`."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +77,14 @@ class LocalEngine:
     def video_processor(self) -> Molmo2VideoProcessor:
         """That of the checkpoint."""
         return self.processor.video_processor
+
+    @property
+    def sampling_options(self) -> frozenset[str]:
+        """All."""
+        return SAMPLING_OPTIONS
+
+    def check(self, images: Sequence[Image.Image], video: Path | None) -> None:
+        """Nothing is refused before it is encoded."""
 
     def open(
         self, images: Sequence[Image.Image], video: Path | None, options: Mapping[str, Any], limits: MediaLimits
@@ -99,25 +128,36 @@ class ServerEngine:
     client: Client
     video_processor: Molmo2VideoProcessor
 
+    @property
+    def sampling_options(self) -> frozenset[str]:
+        """All with vLLM and `transformers serve`; other servers have no place for options."""
+        return frozenset() if self.client.kind == OPENAI else SAMPLING_OPTIONS
+
+    def check(self, images: Sequence[Image.Image], video: Path | None) -> None:
+        """Refuse files that are too large to send.
+
+        Raises:
+            EngineError: They have more than `MAX_SENT_BYTES`, as they are sent: images as PNG.
+        """
+        size = 0 if video is None else video.stat().st_size
+        for image in images:
+            if size <= MAX_SENT_BYTES:
+                size += len(image_url(image)) * 3 // 4
+        if size > MAX_SENT_BYTES:
+            raise EngineError(
+                f"These files are too large: at most {MAX_SENT_BYTES >> 20} MiB are sent to the server, images as "
+                "PNG. Use fewer or smaller ones."
+            )
+
     def open(
         self, images: Sequence[Image.Image], video: Path | None, options: Mapping[str, Any], limits: MediaLimits
     ) -> "ServerSession":
         """A session; media are read here and sent with every question.
 
-        Raises:
-            EngineError: The video is too large to send, or the server cannot be reached.
+        `limits` are those of files, which the backend has read within them before.
         """
-        if video is not None and (size := video.stat().st_size) > MAX_SENT_BYTES:
-            raise EngineError(
-                f"The video has {size >> 20} MiB; at most {MAX_SENT_BYTES >> 20} MiB are sent. Use a shorter one."
-            )
-        try:
-            # Other servers than vLLM and `transformers serve` have no place for options.
-            given = {} if self.client.kind == OPENAI else dict(options)
-            videos = None if video is None else str(video)
-            return ServerSession(self.client.session(list(images), videos, processor_kwargs=given))
-        except ServerError as error:
-            raise EngineError(str(error)) from error
+        videos = None if video is None else str(video)
+        return ServerSession(self.client.session(list(images), videos, processor_kwargs=dict(options)))
 
 
 @dataclass(frozen=True)
@@ -132,7 +172,7 @@ class ServerSession:
         return self.session.media
 
     def stream(self, question: Any, max_new_tokens: int, should_stop: Callable[[], bool]) -> Iterator[AnswerPiece]:
-        """The next answer; `should_stop` is asked before each piece.
+        """The next answer; `should_stop` is asked after every event of the server.
 
         Raises:
             EngineError: The server cannot be reached, refuses the request, or is too late.
@@ -140,4 +180,7 @@ class ServerSession:
         try:
             yield from self.session.chat_stream(question, max_new_tokens=max_new_tokens, should_stop=should_stop)
         except ServerError as error:
-            raise EngineError(str(error)) from error
+            log.warning("The server gave no answer: %s", error)
+            # All other messages, and the address, are for the operator.
+            is_refusal = error.status in REFUSING_STATUSES and error.reason
+            raise EngineError(f"The server refuses this: {error.reason}" if is_refusal else NO_ANSWER) from error

@@ -43,12 +43,12 @@ class CheckedHosts:
     """ASGI middleware that answers 421 to requests, and closes web sockets, under a name that is not ours.
 
     Args:
-        names: Host names; one that starts with a dot stands for all names that end with it.
+        names: Host names, with or without a port; one that starts with a dot stands for all names that end with it.
     """
 
     def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]], names: Iterable[str]):
         self._app = app
-        self._names = {name.lower() for name in names}
+        self._names = {host_name(name).rstrip(".") for name in names}
 
     def accepts(self, header: str) -> bool:
         """Whether a Host header names us."""

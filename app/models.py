@@ -13,6 +13,7 @@ from molmo2.video.processing import Molmo2VideoProcessor
 from .backend import Backend
 from .engines import LocalEngine, ServerEngine
 
+GRACE_SECONDS = 30.0  # that a server gets beyond `max_seconds`, so that what it has written by then is kept
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 MINIATURE = (
     "This is a miniature that was trained on drawn shapes: ask about circles, squares, triangles, crosses, rings, "
@@ -46,12 +47,18 @@ def server_backend(url: str, model: str | None, **options: Any) -> Backend:
         model: Its name there; None for the only one.
         options: Of `Backend`.
     Raises:
-        ConnectionError: The server cannot be reached, refuses the key or has not the model.
-        ValueError: The address is none, or no model is named and there are several.
+        ConnectionError: The server cannot be reached, refuses the key or does not have the model.
+        ValueError: The address is not valid, no model is named and there are several, or `num_frames` is given and
+            the server takes no such option.
     """
-    client = Client(url, model, api_key=api_key(), timeout=options.get("max_seconds", Backend.max_seconds))
+    timeout = options.get("max_seconds", Backend.max_seconds) + GRACE_SECONDS
+    client = Client(url, model, api_key=api_key(), timeout=timeout)
+    engine = ServerEngine(client, Molmo2VideoProcessor())
     try:
         client.check()
+        taken = engine.sampling_options
     except ServerError as error:
         raise ConnectionError(str(error)) from error
-    return Backend(ServerEngine(client, Molmo2VideoProcessor()), **options)
+    if "num_frames" in options and "num_frames" not in taken:
+        raise ValueError("This server decides itself about the frames of a video. Leave out the number of frames.")
+    return Backend(engine, **options)

@@ -65,14 +65,16 @@ class Page:
             label="Examples",
         )
         # No bounds here: the backend's refusals are shown where all others are.
-        with gr.Accordion("Frames of a video (Enter starts a new conversation)", open=False), gr.Row():
+        can_choose = bool(self.backend.engine.sampling_options)
+        title = "Frames of a video (Enter starts a new conversation)"
+        with gr.Accordion(title, open=False, visible=can_choose), gr.Row():
             self.num_frames = gr.Number(
-                self.backend.num_frames,
-                label="At most",
+                self.backend.num_frames if can_choose else None,
+                label="Maximum number of frames",
                 precision=0,
                 elem_id="num_frames",
             )
-            self.max_fps = gr.Number(0, label="At most a second (0: as the model does)", elem_id="max_fps")
+            self.max_fps = gr.Number(0, label="Maximum frames per second (0: the model's own)", elem_id="max_fps")
         self.status = gr.Markdown(visible=False, elem_id="status")
         self.video = gr.Video(
             label="Video", autoplay=True, loop=True, interactive=False, visible=False, height=320, elem_id="video"
@@ -110,22 +112,28 @@ class Page:
         shown = [self.conversation, self.status, self.images, self.video, self.chat, self.note, self.raw]
         outputs = [*shown, *self.exports.values()]
         opening = [self.files.change, self.again.click, self.chat.clear, self.num_frames.submit, self.max_fps.submit]
-        media = [self.files, self.num_frames, self.max_fps]
-        gr.on(opening, self.open, media, outputs, show_progress="hidden")
-        self.question.submit(
+        media = [self.files, self.num_frames, self.max_fps, self.conversation]
+        asking = self.question.submit(
             self.ask,
             [self.question, self.conversation, self.chat, self.task],
             [*outputs, self.question],
             show_progress="hidden",
         )
+        gr.on(opening, self.open, media, outputs, show_progress="hidden", cancels=[asking])
         self.stop.click(lambda conversation: conversation and conversation.stop(), self.conversation)
 
     # --- event handlers ----------------------------------------------------------------------------------------------
 
     def open(
-        self, paths: list[str] | None, num_frames: float | None = None, max_fps: float | None = None
+        self,
+        paths: list[str] | None,
+        num_frames: float | None = None,
+        max_fps: float | None = None,
+        previous: Conversation | None = None,
     ) -> dict[Any, Any]:
-        """Start a conversation about the uploaded files."""
+        """Start a conversation about the uploaded files; an answer in the previous one ends."""
+        if previous is not None:
+            previous.stop()  # the page no longer listens, but the model would go on
         fresh = {self.chat: [], self.note: "", self.raw: "", self.video: gr.Video(visible=False), **self._exports({})}
         nothing = {**fresh, self.conversation: None, self.images: gr.Gallery(visible=False)}
         if not paths:

@@ -43,12 +43,13 @@ ENCODED_TOLERANCE = 40  # grey levels, of H.264
 
 
 class Gate:
-    """Holds the model at a place of its answer until it is opened."""
+    """Holds the model at a place of its answer until it is opened; `text` is the answer so far."""
 
     def __init__(self):
-        self.place, self.opened = None, threading.Event()
+        self.place, self.opened, self.text = None, threading.Event(), ""
 
     def __call__(self, text):
+        self.text = text
         if self.place is not None and self.place in text:
             assert self.opened.wait(60), "nobody let the model go on"
 
@@ -164,7 +165,9 @@ def test_a_task_and_fewer_frames(visitor):
     frames = visitor.page.locator("#num_frames input")
     frames.fill("0")
     frames.press("Enter")
-    expect(visitor.page.locator("#status")).to_contain_text("0 is no number of frames")
+    expect(visitor.page.locator("#status")).to_contain_text(
+        "0 is not valid: the number of frames must be a whole number from 1 to 384"
+    )
     frames.fill("2")
     frames.press("Enter")
     expect(visitor.page.locator("#status")).to_be_hidden()
@@ -234,6 +237,23 @@ def test_stop(visitor, gate, paths):
     assert 2 < visitor.answers.inner_text().count("word") < 10
     visitor.ask("Point to the cups.")
     expect(visitor.answers.last).to_contain_text("total of 2")
+
+
+def test_a_new_conversation_ends_the_answer(visitor, gate, paths):
+    visitor.upload(paths[:1])
+    expect(visitor.page.locator(IMAGE)).to_be_visible()
+    gate.place = "word word word"
+    visitor.ask("Tell a story.")
+    expect(visitor.answers).to_contain_text("word word")
+    visitor.page.locator("#again").click()
+    expect(visitor.answers).to_have_count(0)
+    gate.opened.set()
+    visitor.page.wait_for_timeout(1000)
+    assert 2 < gate.text.count("word") < 10  # the model does not run on
+    expect(visitor.answers).to_have_count(0)
+    expect(visitor.page.locator("#note")).not_to_contain_text("tokens in")
+    visitor.ask("Point to the cups.")
+    expect(visitor.answers).to_have_text("Counting the cups (2 points) shows a total of 2.")
 
 
 def test_the_command_line_starts_it(running, tmp_path):

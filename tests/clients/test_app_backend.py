@@ -2,21 +2,27 @@
 
 import json
 import time
+import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from app.__main__ import arguments
-from app.backend import Backend, UserError, is_video, readable
-from app.engines import LocalEngine
+from app.backend import Backend, UserError, _note, is_video, readable
+from app.engines import NO_ANSWER, LocalEngine
 from app.models import MINIATURE, load_backend, server_backend
 from app.samples import SAMPLES
-from molmo2 import MediaLimits
+from molmo2 import Answer, MediaLimits
+from molmo2.client import http as client_http
+from molmo2.client.media import image_url
 from molmo2.grounding.files import from_coco, from_csv, from_json
 from molmo2.grounding.parse import parse_grounding
+from molmo2.tools.answer import Timings
 from molmo2.tools.draw import DrawingStyle
 from support.checkpoints import REPOSITORY, build_model, module_cache, picture
 from support.fake_openai import serve
+from support.hostile_media import clip
 from support.model_inputs import processor
 from support.scripted_model import DictatedModel
 
@@ -211,7 +217,7 @@ def test_a_task_words_the_question(backend, paths):
     assert last.text == "Counting the cups (2 points) shows a total of 2."
     asked = backend.engine.model.prompts[-1]
     assert "How many cups are there?" in asked
-    with pytest.raises(UserError, match=r"“Sing” is no task\. Choose one of Ask, Point, Count, Track"):
+    with pytest.raises(UserError, match=r"“Sing” is not a task\. Choose one of Ask, Point, Count, Track"):
         next(conversation.answer("cups", "Sing"))
     with pytest.raises(UserError, match="“red circles”"):
         next(conversation.answer(" ", "Point"))
@@ -221,9 +227,37 @@ def test_visitors_choose_the_frames(backend):
     assert len(backend.open([CLIP]).frames) == 6
     assert len(backend.open([CLIP], 4).frames) == 4
     assert len(backend.open([CLIP], 24, 1.0).frames) < len(backend.open([CLIP], 24).frames)
-    for frames, fps in ((0, None), (385, None), (2.5, None), (6, 0.0), (6, float("nan"))):
-        with pytest.raises(UserError, match="is no number of frames"):
-            backend.open([CLIP], frames, fps)
+    for frames in (0, 385, 2.5):
+        with pytest.raises(
+            UserError, match=f"{frames} is not valid: the number of frames must be a whole number from"
+        ):
+            backend.open([CLIP], frames)
+    for fps in (0.0, float("nan")):
+        with pytest.raises(UserError, match="is not valid: the frames per second must be a number above 0"):
+            backend.open([CLIP], 6, fps)
+
+
+def test_frames_are_scaled_down_one_by_one(backend, tmp_path):
+    path = tmp_path / "large.mp4"
+    path.write_bytes(clip(num_frames=24, size=(360, 640)))
+    tracemalloc.start()
+    try:
+        frames = backend.open([path], 24, 24.0).frames
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(frames) == 24
+    assert {frame.size for frame in frames} == {(180, 101)}
+    assert peak < 8 * 3 * 360 * 640  # bytes: of 8 frames at full size
+
+
+def test_counts_of_nothing_are_left_out():
+    def note(*counts):
+        return _note(Answer("", parse_grounding(""), None, False, Timings(0, 0, 2.0, *counts)), True)
+
+    assert note(30, 20, 7) == "7 tokens in 2.0 s; prompt: 10 new tokens, 20 cached; stopped"
+    assert note(30, 0, 7) == "7 tokens in 2.0 s; prompt: 30 new tokens; stopped"
+    assert note(0, 0, 0) == "2.0 s; stopped"
 
 
 # --- a server in place of a model ------------------------------------------------------------------------------------
@@ -268,13 +302,50 @@ def test_a_server_is_stopped(paths):
         assert server.requests[-1]["messages"][1] == {"role": "assistant", "content": last.raw}
 
 
-def test_what_a_server_refuses_is_said(paths, monkeypatch):
-    with serve(failures=[(400, {}, '{"error": {"message": "too many tokens"}}')]) as server:
-        with pytest.raises(UserError, match="400"):
-            list(server_backend(server.url, None).open(paths[:1]).answer("Tell a story."))
-        monkeypatch.setattr("app.engines.MAX_SENT_BYTES", 1000)
-        with pytest.raises(UserError, match="at most 0 MiB are sent"):
-            list(server_backend(server.url, None).open([CLIP]).answer("Tell a story."))
+@pytest.mark.parametrize("kind", ["openai", "vllm"])
+def test_points_are_drawn_on_the_frames_that_they_are_about(kind):
+    """`media`, with which answers are read, and the frames of the sheet are of the same sampling."""
+    with serve(answer=server_answer, kind=kind) as server:
+        backend = replace(server_backend(server.url, None), num_frames=4)
+        conversation = backend.open([CLIP])
+        *_, last = conversation.answer("ring", "Track")
+        expected = 6 if kind == "openai" else 4  # two a second: the model's own sampling
+        assert len(conversation.frames) == len(conversation._opened_session().media.sampled_frames) == expected
+        assert last.text == "ring (1 track)"
+        if kind == "openai":
+            for chosen in ((4, None), (None, 1.0)):
+                with pytest.raises(UserError, match="cannot be chosen here: the server decides"):
+                    backend.open([CLIP], *chosen)
+            with pytest.raises(ValueError, match="Leave out the number of frames"):
+                server_backend(server.url, None, num_frames=6)
+        else:
+            conversation = backend.open([CLIP], 2)
+            assert len(conversation.frames) == len(conversation._opened_session().media.sampled_frames) == 2
+
+
+def test_a_server_has_longer_than_an_answer():
+    """What was written until `max_seconds` is the answer; the connection's own deadline would lose it."""
+    with serve() as server:
+        assert server_backend(server.url, None, max_seconds=5.0).engine.client.timeout == 35.0
+
+
+def test_what_a_server_refuses_is_said(paths, caplog, monkeypatch):
+    monkeypatch.setattr(client_http, "FIRST_PAUSE_SECONDS", 0.01)
+    refusal = '{"error": {"message": "too many tokens"}}'
+    with serve(failures=[(400, {}, refusal), (413, {}, refusal), (404, {}, refusal), (401, {}, refusal)]) as server:
+        backend = server_backend(server.url, None)
+        said = []
+        for _ in range(4):
+            with pytest.raises(UserError) as caught:
+                list(backend.open(paths[:1]).answer("Tell a story."))
+            said.append(str(caught.value))
+        assert said == [
+            "The server refuses this: too many tokens",
+            "The server refuses this: too many tokens Send fewer or smaller images and videos.",
+            NO_ANSWER,
+            NO_ANSWER,
+        ]
+        assert f"{server.url} answers 404: too many tokens Does the address end in /v1" in caplog.text
     with serve(models=("one", "two")) as server, pytest.raises(ValueError, match="The server has 2 models"):
         server_backend(server.url, None)
     with pytest.raises(ConnectionError):
@@ -287,6 +358,38 @@ def test_only_a_server_has_a_model_name(monkeypatch, capsys):
         with pytest.raises(SystemExit):
             arguments()
         assert "--server" in capsys.readouterr().err
+
+
+def test_files_that_are_too_large_to_send_are_refused_at_once(paths, monkeypatch):
+    with serve() as server:
+        backend = server_backend(server.url, None)
+        size = len(image_url(picture(100, 200, 0))) * 3 // 4
+        monkeypatch.setattr("app.engines.MAX_SENT_BYTES", size * 3 // 2)
+        assert backend.open(paths[:1]).images
+        refused = "These files are too large: at most 0 MiB are sent to the server"
+        with pytest.raises(UserError, match=refused):
+            backend.open(paths)
+        monkeypatch.setattr("app.engines.MAX_SENT_BYTES", CLIP.stat().st_size)
+        assert backend.open([CLIP]).video == CLIP
+        monkeypatch.setattr("app.engines.MAX_SENT_BYTES", CLIP.stat().st_size - 1)
+        with pytest.raises(UserError, match=refused):
+            backend.open([CLIP])
+
+
+def test_numbers_and_names_of_the_command_line(monkeypatch, capsys):
+    refused = {
+        ("--num-frames", "500"): "500 is not a whole number from 1 to 384",
+        ("--num-frames", "0"): "0 is not a whole number from 1 to 384",
+        ("--allow-host", "http://app.example"): "'http://app.example' is not a host name",
+        ("--allow-host", ":8080"): "':8080' is not a host name",
+    }
+    for given, message in refused.items():
+        monkeypatch.setattr("sys.argv", ["app", *given])
+        with pytest.raises(SystemExit):
+            arguments()
+        assert message in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["app", "--num-frames", "384", "--allow-host", "app.example:8080"])
+    assert arguments().num_frames == 384
 
 
 # --- what users are told ---------------------------------------------------------------------------------------------

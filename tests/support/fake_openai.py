@@ -15,6 +15,7 @@ class FakeServer:
     answer: Text of an answer, or a function of the request's body that gives it.
     failures: (status, headers, body) of the next requests, before any is answered.
     kind: "vllm", "transformers" or "openai": what it looks like.
+    silent: Events without text before those of a streamed answer.
     break_after: Pieces of a stream after which the connection ends.
     """
 
@@ -23,6 +24,7 @@ class FakeServer:
     kind: str = "openai"
     models: tuple[str, ...] = ("mini",)
     finish_reason: str = "stop"
+    silent: int = 0
     break_after: int | None = None
     pause_seconds: float = 0.0
     requests: list[dict[str, Any]] = field(default_factory=list)
@@ -82,7 +84,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Connection", "close")
         self.end_headers()
-        events = [{"choices": [{"delta": {"content": text[place : place + 7]}}]} for place in range(0, len(text), 7)]
+        events = [{"choices": [{"delta": {"role": "assistant", "content": ""}}]} for _ in range(fake.silent)]
+        events += [{"choices": [{"delta": {"content": text[place : place + 7]}}]} for place in range(0, len(text), 7)]
         events.append({"choices": [{"delta": {}, "finish_reason": fake.finish_reason}]})
         events.append({"choices": [], "usage": usage})
         for event in events[: fake.break_after]:

@@ -21,6 +21,9 @@ def test_hosts_as_browsers_write_them():
         ("[::1]:7860", True),
         ("LOCALHOST:7860", True),
         ("localhost.", True),
+        ("app.example", True),
+        ("app.example:443", True),
+        ("other.app.example", False),
         ("a-b.gradio.live", True),
         ("rebound.example:7860", False),
         ("localhost.rebound.example", False),
@@ -38,7 +41,7 @@ def test_only_names_that_are_ours(header, accepted):
     async def send(message):
         sent.append(message)
 
-    hosts = CheckedHosts(inner, {"localhost", ".gradio.live"})
+    hosts = CheckedHosts(inner, {"localhost", ".gradio.live", "App.example:8080"})
     for kind in ("http", "websocket"):
         asyncio.run(hosts({"type": kind, "headers": [(b"host", header.encode())]}, None, send))
     asyncio.run(hosts({"type": "lifespan"}, None, send))

@@ -122,6 +122,14 @@ def test_a_conversation(photo):
     assert texts[0][1]["text"] == "a"
 
 
+def test_an_answer_is_stopped_before_it_has_text(photo):
+    with serve(answer="word " * 300, silent=3) as server:
+        session = Client(server.url).session(images=photo)
+        asked = iter([False, True])
+        (last,) = session.chat_stream("Tell a story.", should_stop=lambda: next(asked))
+    assert last.answer.text == ""
+
+
 def test_batches_with_a_limit(photo):
     def answer(body):
         return body["messages"][0]["content"][-1]["text"].upper()

@@ -325,17 +325,16 @@ class ClientSession:
             for event in events:
                 new, ended, counted = self._delta(event)
                 reason, usage = ended or reason, counted or usage
-                if not new:
-                    continue
-                first_token = time.perf_counter() if first_token is None else first_token
-                new = new if text or held_back else new.lstrip()
-                points = reader.feed(new)
-                num_points += len(points)
-                shown = (held_back + new).rstrip()
-                held_back = (held_back + new)[len(shown) :]
-                text += shown
-                if shown or points:
-                    yield AnswerPiece(shown, tuple(points))
+                if new:
+                    first_token = time.perf_counter() if first_token is None else first_token
+                    new = new if text or held_back else new.lstrip()
+                    points = reader.feed(new)
+                    num_points += len(points)
+                    shown = (held_back + new).rstrip()
+                    held_back = (held_back + new)[len(shown) :]
+                    text += shown
+                    if shown or points:
+                        yield AnswerPiece(shown, tuple(points))
                 if should_stop is not None and should_stop():
                     reason = reason or STOPPED_HERE
                     break

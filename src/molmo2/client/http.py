@@ -29,11 +29,12 @@ class ServerError(RuntimeError):
 
     Attributes:
         status: The HTTP status; None where there is none.
+        reason: What the server says of that status, and advice; the message without the address.
     """
 
-    def __init__(self, message: str, status: int | None = None):
+    def __init__(self, message: str, status: int | None = None, reason: str = ""):
         super().__init__(message)
-        self.status = status
+        self.status, self.reason = status, reason
 
 
 class ServerUnreachable(ServerError):
@@ -149,7 +150,8 @@ class Endpoint:
         }.get(status, "")
         if 300 <= status < 400:
             advice = " Redirects are not followed: pass the address that it leads to."
-        return ServerError(f"{self._shown} answers {status}: {failure}{advice}", status)
+        reason = f"{failure}{advice}"
+        return ServerError(f"{self._shown} answers {status}: {reason}", status, reason)
 
     def _pause(self, attempt: int, wait: float | None, deadline: float) -> None:
         """Wait before the next attempt, as long as the server asks for or longer each time."""
