@@ -37,7 +37,7 @@ from molmo2.training import (
 from molmo2.training.resuming import STATE_FILE
 
 RECIPE_FILE, LOG_FILE, SCORES_FILE, MODEL_FOLDER = "recipe.json", "log.jsonl", "scores.jsonl", "model"
-PARTIAL_FOLDER = ".model.partial"  # becomes `model` once it is complete
+PARTIAL_FOLDER, OLDER_FOLDER = ".model.partial", ".model.older"  # becomes `model` once it is complete; what it was
 TRAINER_FILES = (
     "optimizer*",
     "scheduler*",
@@ -110,7 +110,7 @@ def train(recipe: Recipe, *, resume: bool = False, say: Say = print) -> Path:
     trainer.save_model(str(output / PARTIAL_FOLDER))
     trainer.accelerator.wait_for_everyone()
     if is_first:
-        (output / PARTIAL_FOLDER).rename(output / MODEL_FOLDER)
+        _replace(output / MODEL_FOLDER, output / PARTIAL_FOLDER)
     say(f"the packer: {stream.packer.report}")
     return output / MODEL_FOLDER
 
@@ -310,7 +310,17 @@ def _write_model(checkpoint: Path, folder: Path) -> None:
     partial = folder.with_name(PARTIAL_FOLDER)
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(checkpoint, partial, ignore=shutil.ignore_patterns(*TRAINER_FILES))
+    _replace(folder, partial)
+
+
+def _replace(folder: Path, partial: Path) -> None:
+    """Let a complete folder take the place of one from fewer steps."""
+    older = folder.with_name(OLDER_FOLDER)
+    shutil.rmtree(older, ignore_errors=True)
+    if folder.is_dir():
+        folder.rename(older)
     partial.rename(folder)
+    shutil.rmtree(older, ignore_errors=True)
 
 
 def _number(checkpoint: Path) -> int:
