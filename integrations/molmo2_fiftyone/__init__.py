@@ -7,12 +7,12 @@ or without the zoo, from a loaded model and its processor: `Molmo2FiftyOneModel(
 """
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from molmo2 import load
+from molmo2.grounding.files import replaced
 from molmo2.tools.embedding import POOLINGS
 
 from . import labels
@@ -44,9 +44,8 @@ def register() -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     files = [*package.glob("*.py"), package / "manifest.json"]
     for file in files:  # each is replaced at once: another process may load the package meanwhile
-        partial = folder / f".{file.name}.{os.getpid()}"
-        shutil.copy(file, partial)
-        os.replace(partial, folder / file.name)
+        with replaced(folder / file.name) as partial:
+            shutil.copy(file, partial)
     for stale in {path.name for path in folder.glob("*.py")} - {file.name for file in files}:  # of an earlier version
         (folder / stale).unlink(missing_ok=True)
     return folder

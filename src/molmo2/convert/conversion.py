@@ -2,11 +2,9 @@
 
 import hashlib
 import json
-import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from molmo2.convert.source import NativeSource, open_source
 from molmo2.convert.staging import Staging, ensure_disjoint, ensure_replaceable
 from molmo2.convert.tokenizer import TokenizerFiles, build_tokenizer
 from molmo2.convert.writer import WeightWriter
+from molmo2.grounding.files import replaced
 from molmo2.version import __version__
 
 NATIVE_CONFIG_FILE = "native_config.yaml"
@@ -248,17 +247,6 @@ def add_remote_code(folder: str | Path) -> None:
             content = read_json(folder / name)
             with replaced(folder / name) as partial:
                 partial.write_text(_json({**content, "auto_map": auto_map}), encoding="utf-8")
-
-
-@contextmanager
-def replaced(path: Path) -> Iterator[Path]:
-    """A file to write beside `path`, which it replaces once it is complete."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _json(content: dict[str, Any]) -> str:

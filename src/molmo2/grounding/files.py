@@ -12,7 +12,8 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from itertools import count
 from pathlib import Path
@@ -40,6 +41,17 @@ CSV_COLUMNS = (
 MOT_CONFIDENCE = 1
 VISIBLE = 2  # COCO: labelled and visible
 NO_SPAN = (0, 0)
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A path beside `path`, with its suffix: what is written there replaces `path` on success, and goes on errors."""
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def save(content: str | Mapping[str, Any], path: str | Path) -> Path:

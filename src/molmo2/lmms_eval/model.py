@@ -9,6 +9,7 @@ import torch
 from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
+from molmo2.recipes.scoring import answer_conversations
 from molmo2.registration import load
 
 GENERATION = ("do_sample", "max_new_tokens", "num_beams", "temperature", "top_k", "top_p", "until")
@@ -119,21 +120,10 @@ class Molmo2(lmms):
         return messages
 
     def _answers(self, conversations: list[list[dict[str, Any]]], options: Mapping[str, Any]) -> list[str]:
-        inputs = self.processor.apply_chat_template(
-            conversations,
-            tokenize=True,
-            add_generation_prompt=True,
-            return_dict=True,
-            return_tensors="pt",
-            padding=True,
-            padding_side="left",
-            **self.processor_kwargs,
-        ).to(self.model.device)
-        with torch.no_grad():
-            ids = self.model.generate(**inputs, **generation_options(options))
-        new = ids[:, inputs["input_ids"].shape[1] :]
-        texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
-        return [cut_at(text.strip(), options.get("until")).strip() for text in texts]
+        texts = answer_conversations(
+            self.model, self.processor, conversations, self.processor_kwargs, **generation_options(options)
+        )
+        return [cut_at(text, options.get("until")).strip() for text in texts]
 
 
 def _number_of_questions(batch_size: int | str) -> int:

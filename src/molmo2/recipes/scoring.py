@@ -24,6 +24,26 @@ class Scored:
     groups: dict[str, str]
 
 
+def answer_conversations(
+    model: Any, processor: Any, conversations: Sequence[Any], processor_kwargs: dict[str, Any], **generate_options: Any
+) -> list[str]:
+    """The answers to conversations in one call of `generate`, as text without blanks around it."""
+    inputs = processor.apply_chat_template(
+        conversations,
+        tokenize=True,
+        add_generation_prompt=True,
+        return_dict=True,
+        return_tensors="pt",
+        padding=True,
+        padding_side="left",
+        **processor_kwargs,
+    ).to(model.device)
+    with torch.no_grad():
+        ids = model.generate(**inputs, **generate_options)
+    texts = processor.tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
 def answer_examples(
     model: Any,
     processor: Any,
@@ -44,19 +64,10 @@ def answer_examples(
     model.eval()
     try:
         for example in examples:
-            inputs = processor.apply_chat_template(
-                example.messages,
-                tokenize=True,
-                add_generation_prompt=True,
-                return_dict=True,
-                return_tensors="pt",
-                **(processor_kwargs or {}),
-            ).to(model.device)
-            limit = max_new_tokens or example.max_new_tokens
-            with torch.no_grad():
-                ids = model.generate(**inputs, do_sample=False, max_new_tokens=limit, **generate_options)
-            new = ids[0, inputs["input_ids"].shape[1] :]
-            answer = processor.tokenizer.decode(new, skip_special_tokens=True).strip()
+            options = {"do_sample": False, "max_new_tokens": max_new_tokens or example.max_new_tokens}
+            (answer,) = answer_conversations(
+                model, processor, [example.messages], processor_kwargs or {}, **options, **generate_options
+            )
             yield Scored(example.row, answer, METRICS[example.metric](answer, **example.truth), example.groups)
     finally:
         model.train(was_training)

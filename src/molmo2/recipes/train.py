@@ -76,12 +76,12 @@ def train(recipe: Recipe, *, resume: bool = False, say: Say = print) -> Path:
             f"a time do not divide; expected a multiple of {rows}"
         )
     checkpoint = _checkpoint(recipe, output, resume)
-    mixture = _mixture(recipe, say)
-    questions = [(each, _questions(recipe, each, say)) for each in recipe.evaluation]
     if checkpoint is not None and _number(checkpoint) >= recipe.steps:
         if is_first:
             _write_model(checkpoint, output / MODEL_FOLDER)
         return output / MODEL_FOLDER
+    mixture = _mixture(recipe, say)
+    questions = [(each, _questions(recipe, each, say)) for each in recipe.evaluation]
     model, processor = load(_model_name(recipe), dtype=recipe.dtype)
     model = _prepared(model, recipe)
     stream = PackedMixture(

@@ -16,11 +16,9 @@ missing where the interval expects a position is hidden, and so is one in a gap 
 
 import base64
 import importlib
-import os
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -29,6 +27,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from molmo2.grounding.files import replaced
 from molmo2.tools.draw import DrawingStyle, Mark, Position, captions_of, draw_marks
 
 SINGLE_FRAME_HALF_INTERVAL = 0.5  # seconds; where there is only one sampled frame
@@ -91,7 +90,7 @@ def annotate_video(
     if target.exists() and target.samefile(source):
         raise ValueError(f"'{target}' is the source itself. Write to another file.")
     marks_at = MarksOverTime(grounding, DrawingStyle() if style is None else style)
-    with _atomic_path(target) as partial, ExitStack() as stack:
+    with replaced(target) as partial, ExitStack() as stack:
         reader = stack.enter_context(av.open(str(source)))
         if not reader.streams.video:
             raise ValueError(f"'{source}' has no video stream. Pass the video that the answer is about.")
@@ -107,17 +106,6 @@ def _pyav() -> Any:
         return importlib.import_module("av")
     except ImportError as error:
         raise ImportError("Annotating videos needs PyAV, which is not installed: pip install av") from error
-
-
-@contextmanager
-def _atomic_path(target: Path) -> Iterator[Path]:
-    """A temporary path beside `target`, renamed to `target` on success and removed on errors."""
-    partial = target.with_name(f".{target.stem}.partial{target.suffix}")
-    try:
-        yield partial
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 # --- positions over time ---------------------------------------------------------------------------------------------
