@@ -22,7 +22,7 @@ import weakref
 from abc import ABC, abstractmethod
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -560,12 +560,14 @@ class _PyavReader(VideoReader):
             self._converter = (shape, graph)
         graph = self._converter[1]
         graph.push(frame)
-        return np.ascontiguousarray(upright(_rgb_view(graph.pull()), _display_matrix(frame)))
+        # Not `frame.side_data`: the frame would keep its container, which keeps the frame, until a garbage collection.
+        side_data = self._av.sidedata.sidedata.SideDataContainer(frame)
+        return np.ascontiguousarray(upright(_rgb_view(graph.pull()), _display_matrix(side_data)))
 
 
-def _display_matrix(frame: Any) -> Matrix:
-    """The display matrix of a frame of PyAV; that of an upright one where it has none."""
-    data = frame.side_data.get("DISPLAYMATRIX")
+def _display_matrix(side_data: Mapping[Any, Any]) -> Matrix:
+    """The display matrix among the side data of a frame of PyAV; that of an upright one where there is none."""
+    data = side_data.get("DISPLAYMATRIX")
     return (1, 0, 0, 1) if data is None else matrix_from_bytes(bytes(data))
 
 
