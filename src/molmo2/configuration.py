@@ -351,7 +351,7 @@ class Molmo2TextConfig(Molmo2BaseConfig):
 
     model_type = "molmo2_text"
     base_config_key = "text_config"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     attribute_map = {"attention_bias": "qkv_bias", "rms_norm_eps": "layer_norm_eps"}
 
     def __init__(
@@ -529,7 +529,7 @@ class Molmo2Config(Molmo2BaseConfig):
         "text_config": Molmo2TextConfig,
     }
     # A trainer's predictions are all other outputs, of all batches alike: one without images has no vectors of them.
-    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "image_hidden_states"]
     attribute_map = {
         "image_token_id": "image_patch_id",
         "video_token_id": "image_patch_id",

@@ -1,13 +1,16 @@
-"""The one place for calls whose signature changed between the supported releases of transformers (4.57.1 .. 5.23)."""
+"""The one place for calls whose signature changed between the supported releases of transformers (4.57.1 .. 5.24)."""
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from dataclasses import fields
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 _MASK_PARAMETERS = inspect.signature(create_causal_mask).parameters
@@ -15,7 +18,38 @@ _EMBEDS_NAME = "inputs_embeds" if "inputs_embeds" in _MASK_PARAMETERS else "inpu
 _MASK_WANTS_CACHE_POSITION = (
     "cache_position" in _MASK_PARAMETERS and _MASK_PARAMETERS["cache_position"].default is inspect.Parameter.empty
 )
+# What the library calls `past_key_values` in arguments, outputs and options of `generate`: "cache" from 5.24 on.
+CACHE_NAME = next(
+    field.name for field in fields(BaseModelOutputWithPast) if field.name in ("past_key_values", "cache")
+)
 _CACHE_TAKES_KWARGS_DICT = "cache_kwargs" in inspect.signature(Cache.update).parameters
+
+
+Function = TypeVar("Function", bound=Callable)
+
+
+def takes_cache(function: Function) -> Function:
+    """A forward pass or hook of `generate` whose `past_key_values` may be passed as `cache`, its name from 5.24 on.
+
+    Raises:
+        ValueError: When called with both.
+    """
+
+    @wraps(function)
+    def with_either_name(*args: Any, **kwargs: Any) -> Any:
+        if "cache" in kwargs:
+            cache = kwargs.pop("cache")
+            if kwargs.get("past_key_values", cache) is not cache:
+                raise ValueError("`cache` and `past_key_values` are two names of one argument: pass one of them.")
+            kwargs["past_key_values"] = cache
+        return function(*args, **kwargs)
+
+    # `generate` looks for its own name among the arguments.
+    signature = inspect.signature(function)
+    names = {"past_key_values": CACHE_NAME}
+    parameters = [entry.replace(name=names.get(name, name)) for name, entry in signature.parameters.items()]
+    with_either_name.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return with_either_name  # type: ignore[return-value]
 
 
 def _every_pair(batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
@@ -43,13 +77,12 @@ def make_causal_mask(
     Returns:
         None, a (B, 1, S, keys) tensor, a (B, keys) tensor or a BlockMask, as the implementation wants it.
     """
-    arguments: dict[str, Any] = {_EMBEDS_NAME: inputs_embeds}
+    arguments: dict[str, Any] = {_EMBEDS_NAME: inputs_embeds, CACHE_NAME: past_key_values}
     if _MASK_WANTS_CACHE_POSITION:
         arguments["cache_position"] = cache_position
     return create_causal_mask(
         config=config,
         attention_mask=attention_mask,
-        past_key_values=past_key_values,
         position_ids=None,
         or_mask_function=None if mask_mod is None else _every_pair,
         and_mask_function=mask_mod,

@@ -11,6 +11,7 @@ from transformers.generation.candidate_generator import CandidateGenerator, Prom
 from molmo2.model.attention.dispatch import attention_implementation, is_blockwise, make_attention_mask
 from molmo2.model.attention.mask import AttentionSpec, cached_length, starts_sequence
 from molmo2.model.cache import use_preallocated_layers
+from molmo2.model.compat import CACHE_NAME, takes_cache
 from molmo2.model.vision_inputs import MEDIA_INPUTS, REPEAT_FACTOR
 
 
@@ -137,6 +138,7 @@ class Molmo2GenerationMixin(GenerationMixin):
     model: Any
     config: Any
 
+    @takes_cache
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
@@ -168,7 +170,7 @@ class Molmo2GenerationMixin(GenerationMixin):
             kwargs = _restore_next_sequence_length(kwargs, input_ids, past_key_values)
         library: Any = super()
         model_inputs = library.prepare_inputs_for_generation(
-            input_ids, *args, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
+            input_ids, *args, inputs_embeds=inputs_embeds, **{CACHE_NAME: past_key_values}, **kwargs
         )
         if is_prefill:
             model_inputs["token_type_ids"] = kwargs["token_type_ids"]  # some releases shift or cut what they are given
@@ -176,6 +178,7 @@ class Molmo2GenerationMixin(GenerationMixin):
         return model_inputs
 
     @staticmethod
+    @takes_cache
     def create_masks_for_generate(
         config: Any,
         inputs_embeds: Tensor | None = None,
@@ -213,7 +216,7 @@ class Molmo2GenerationMixin(GenerationMixin):
     ) -> Any:
         library: Any = super()
         done = library._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        use_preallocated_layers(model_kwargs.get("past_key_values"))
+        use_preallocated_layers(model_kwargs.get(CACHE_NAME))
         return done
 
     def _expand_inputs_for_generation(
@@ -238,7 +241,7 @@ class Molmo2GenerationMixin(GenerationMixin):
 
     def _require_cached_media(self, input_ids: Tensor | None, model_kwargs: dict[str, Any]) -> None:
         """Refuses media after the tokens of a given cache, which can be continued with text only."""
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE_NAME)
         past_length = int(cached_length(cache)) if isinstance(cache, Cache) else 0
         if past_length == 0 or input_ids is None:
             return

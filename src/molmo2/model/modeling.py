@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from molmo2.configuration import Molmo2Config
 from molmo2.model.attention.mask import require_empty_cache, starts_sequence
+from molmo2.model.compat import CACHE_NAME, takes_cache
 from molmo2.model.embedding import Molmo2Embedding
 from molmo2.model.generation import Molmo2GenerationMixin, can_copy_rows, every_nth_row
 from molmo2.model.loss import IGNORED, kept_label_fraction, shift_labels, weighted_loss
@@ -30,23 +30,19 @@ from molmo2.model.vision_inputs import MEDIA_INPUTS, REPEAT_FACTOR, Molmo2Vision
 
 
 @dataclass
-class Molmo2ModelOutputWithPast(ModelOutput):
-    """Output of `Molmo2Model`.
+class Molmo2ModelOutputWithPast(BaseModelOutputWithPast):
+    """Output of `Molmo2Model`, that of a text model and the vectors of images and videos.
 
     Attributes:
         last_hidden_state: (B, S, D).
         image_hidden_states: (T, D) vectors added to the patch tokens, in the order of the prompts; None without media.
     """
 
-    last_hidden_state: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
     image_hidden_states: Tensor | None = None
 
 
 @dataclass
-class Molmo2CausalLMOutputWithPast(ModelOutput):
+class Molmo2CausalLMOutputWithPast(CausalLMOutputWithPast):
     """Output of `Molmo2ForConditionalGeneration`; see `Molmo2ModelOutputWithPast`.
 
     Attributes:
@@ -54,11 +50,6 @@ class Molmo2CausalLMOutputWithPast(ModelOutput):
         logits: (B, kept positions, vocab_size).
     """
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
     image_hidden_states: Tensor | None = None
 
 
@@ -77,6 +68,7 @@ class Molmo2Model(Molmo2PreTrainedModel, Molmo2VisionInputsMixin):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.transformer.wte = value  # type: ignore[assignment]
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -167,10 +159,10 @@ class Molmo2Model(Molmo2PreTrainedModel, Molmo2VisionInputsMixin):
         )
         return Molmo2ModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=vectors,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
 
@@ -216,6 +208,7 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
         """See `Molmo2Model.encode_frames`."""
         return self.model.encode_frames(*args, **kwargs)
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -300,7 +293,7 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         if copies > 1:
-            outputs.past_key_values.batch_repeat_interleave(copies)
+            getattr(outputs, CACHE_NAME).batch_repeat_interleave(copies)
             outputs.hidden_states, outputs.attentions = (
                 states if states is None else tuple(state.repeat_interleave(copies, dim=0) for state in states)
                 for states in (outputs.hidden_states, outputs.attentions)
@@ -328,10 +321,10 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
         return Molmo2CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
 

@@ -30,7 +30,7 @@ class Molmo2PreTrainedModel(PreTrainedModel):
     input_modalities: Any = ("image", "video", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["Molmo2DecoderLayer", "Molmo2VisionBlock", "Molmo2Pooling", "Molmo2Projector"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_flash_attn_2 = True
     _supports_sdpa = True

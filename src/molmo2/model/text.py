@@ -19,7 +19,7 @@ from molmo2.model.attention.mask import (
     split_examples_by_position_ids,
 )
 from molmo2.model.cache import use_preallocated_layers
-from molmo2.model.compat import update_cache
+from molmo2.model.compat import CACHE_NAME, takes_cache, update_cache
 from molmo2.model.embedding import Molmo2Embedding
 from molmo2.model.packing import PackedRows
 from molmo2.model.pretrained import Molmo2PreTrainedModel
@@ -217,6 +217,7 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
         }
         return arguments, rotary
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -282,7 +283,7 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
         all_states[-1] = hidden_states
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values if use_cache else None,
             hidden_states=tuple(all_states) if output_hidden_states else None,
             attentions=tuple(all_weights) if output_attentions else None,
+            **{CACHE_NAME: past_key_values if use_cache else None},
         )

@@ -24,6 +24,7 @@ from transformers import DynamicCache, GenerationConfig, StoppingCriteria, Stopp
 
 from molmo2.grounding.parse import GroundingStream, MediaInfo
 from molmo2.image.geometry import split_runs
+from molmo2.model.compat import CACHE_NAME
 from molmo2.tools.answer import Answer, AnswerPiece, Timings
 
 MAX_NEW_TOKENS = 512
@@ -165,7 +166,7 @@ class MediaSession:
     def _append_turn(self, request: "Request", answer: Answer, generation: "Generation") -> None:
         """Make the question and its answer part of the conversation."""
         if self._num_beams(request.options) == 1:  # otherwise it is unknown which row of the cache became the answer
-            cache = request.options["past_key_values"]
+            cache = request.options[CACHE_NAME]
             self._chat = (generation.sequences[:, : cache.get_seq_length()].cpu(), cache)
         question = {"role": "user", "content": str(request.questions[0])}
         self._turns = [*self._turns, question, {"role": "assistant", "content": answer.text}]
@@ -220,7 +221,7 @@ class MediaSession:
             [question],
             [self.media],
             {name: value.to(self.model.device) for name, value in inputs.items()},
-            {**options, "past_key_values": fork},
+            {**options, CACHE_NAME: fork},
             time.perf_counter() - started,
             num_cached,
         )
