@@ -17,7 +17,7 @@ demo: ## the example of the README: a trained miniature from its checkpoint to d
 app: ## starts the demo app; another model: make app APP_OPTIONS="--model FOLDER"
 	$(IN) app python -m app $(APP_OPTIONS)
 
-test: check ## all checks and the test-suite on the newest supported transformers
+test: check ## all checks and the test-suite on the transformers release of development
 	$(IN) dev $(TEST) -n $(WORKERS) -m "not slow"
 
 test-slow: ## the tests that need more than a few seconds each: whole clips, scores, growth of memory

@@ -49,15 +49,15 @@ class Environment:
     def from_table(cls, name: str) -> Environment:
         """The environment of a row, "NAME" or "NAME@RELEASE"; ValueError where there is no such row or release."""
         table = read_toml(CONSTRAINTS / "environments.toml")
-        rows, newest = table["environments"], table["transformers"]["newest"]
+        rows, main = table["environments"], table["transformers"]["main"]
         row_name, _, release = name.partition("@")
-        if row_name not in rows or release not in ["", newest, *table["transformers"]["older"]]:
-            releases = ", ".join([*table["transformers"]["older"], newest])
+        if row_name not in rows or release not in ["", main, *table["transformers"]["others"]]:
+            releases = ", ".join([*table["transformers"]["others"], main])
             raise ValueError(
                 f"There is no environment '{name}'. There are {', '.join(rows)}, and NAME@ of {releases}."
             )
         row = rows[row_name]
-        if release in ("", newest):
+        if release in ("", main):
             folder = REPOSITORY / row.get("folder", FOLDER / row_name)
             base = cls.from_table(row["base"]) if "base" in row else None
             return cls(row_name, folder, row["packages"], row["constraints"], base, row.get("after"))
@@ -133,7 +133,7 @@ def main(arguments: list[str]) -> int | str | None:
         return __doc__
     if names == ["all"]:
         table = read_toml(CONSTRAINTS / "environments.toml")
-        names = [*(f"dev@{release}" for release in table["transformers"]["older"]), *table["environments"]]
+        names = [*(f"dev@{release}" for release in table["transformers"]["others"]), *table["environments"]]
     try:
         environments = [Environment.from_table(name) for name in names]
         for environment in environments:

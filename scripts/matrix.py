@@ -26,10 +26,10 @@ def main() -> int:
     releases = read_toml(CONSTRAINTS / "environments.toml")["transformers"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", default="2")
-    parser.add_argument("--older", action="store_true", help="all releases but the newest")
+    parser.add_argument("--others", action="store_true", help="all releases but the one of development")
     parser.add_argument("releases", nargs="*")
     options = parser.parse_args()
-    chosen = options.releases or releases["older"] + ([] if options.older else [releases["newest"]])
+    chosen = options.releases or releases["others"] + ([] if options.others else [releases["main"]])
 
     failed = []
     for release in chosen:

