@@ -25,6 +25,8 @@ class MediaLimits:
 
     Attributes:
         image_pixels: height times width of an image.
+        reduce_jpeg: decode a JPEG with more pixels than that at 1/2, 1/4 or 1/8 of its size instead of refusing it;
+            tokens and points stay those of its own size. Not for progressive ones, which would take all the memory.
         image_formats: formats that are opened, by Pillow's names; HEIF where a package has registered it.
         video_frames: frames of a video file, sampled or not.
         video_frame_pixels: height times width of a video.
@@ -48,6 +50,7 @@ class MediaLimits:
     """
 
     image_pixels: int = 100_000_000
+    reduce_jpeg: bool = False
     image_formats: tuple[str, ...] = IMAGE_FORMATS
     video_frames: int = 2_000_000
     video_frame_pixels: int = 36_000_000
