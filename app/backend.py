@@ -7,6 +7,7 @@
 Invalid input is a `UserError`, whose message is shown to the user.
 """
 
+import logging
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -20,9 +21,10 @@ from PIL import Image
 
 from molmo2 import Answer, Grounding, MediaLimitError, MediaLimits, annotate_video, contact_sheet, draw, prompts
 from molmo2.grounding import Point, export_grounding, parse_grounding
-from molmo2.image.loading import fetch_images
+from molmo2.image.loading import fetch_images, measure_images
 from molmo2.tools.answer import readable
 from molmo2.tools.media_files import VIDEO_SUFFIXES
+from molmo2.video.decoding.isolation import call_isolated
 from molmo2.video.loading import ReadingOptions, VideoItem, read_video
 from molmo2.video.sampling import SamplingSettings
 
@@ -37,7 +39,9 @@ LIMITS = MediaLimits(
     video_frame_pixels=9_000_000,
     visual_tokens=32_768,
     sources=("path",),
+    decode_seconds=60,
 )
+MAX_PIXELS = 200_000_000  # of all images of a conversation together, which are kept decoded
 MAX_QUESTION_CHARACTERS = 4000
 # How a question is worded: as it stands, or as the prompt for the thing that was typed.
 TASKS: dict[str, Callable[[str], Any]] = {
@@ -48,6 +52,8 @@ TASKS: dict[str, Callable[[str], Any]] = {
 }
 SHEET_COLUMNS = 3
 SHEET_CELL_WIDTH = 180  # pixels; frames are stored no wider than this
+
+log = logging.getLogger(__name__)
 
 
 class UserError(Exception):
@@ -115,6 +121,8 @@ class Backend:
         if videos and len(files) > 1:
             raise UserError("These are too many files. Add one video, or any number of images.")
         video = videos[0] if videos else None
+        if not videos:
+            self._check_together(files)
         images = () if videos else tuple(self._image(path) for path in files)
         try:
             self.engine.check(images, video)
@@ -146,9 +154,22 @@ class Backend:
             options["max_fps"] = float(max_fps)
         return options
 
+    def _check_together(self, files: Sequence[Path]) -> None:
+        """Refuse images that have too many pixels together, by their headers."""
+        sizes = [size for path in files for size in self._of_image(path, measure_images)]
+        num_pixels = sum(height * width for height, width in sizes)
+        if num_pixels > MAX_PIXELS:
+            raise UserError(
+                f"These images are too large together: {num_pixels:,} pixels, and at most {MAX_PIXELS:,} fit here. "
+                "Use fewer or smaller ones."
+            )
+
     def _image(self, path: Path) -> Image.Image:
+        return self._of_image(path, fetch_images)
+
+    def _of_image(self, path: Path, read: Callable[..., Any]) -> Any:
         try:
-            return fetch_images(path, limits=self.limits)
+            return read(path, limits=self.limits)
         except MediaLimitError as error:
             raise UserError(f"“{path.name}” is too large for this app.") from error
         except (OSError, ValueError) as error:
@@ -169,7 +190,7 @@ class Backend:
             )
             return read_video(VideoItem(path.name, str(path)), reading, _thumbnails)[0]
         except MediaLimitError as error:
-            raise UserError(f"“{path.name}” is too large for this app.") from error
+            raise UserError(f"“{path.name}” is too large for this app, or takes too long to decode.") from error
         except Exception as error:  # decoders raise exceptions of many types
             raise UserError(f"“{path.name}” cannot be read as a video. Is the file complete?") from error
 
@@ -249,6 +270,8 @@ class Conversation:
         last = Update(readable(grounding), answer.text, note=_note(answer, stopped.is_set()))
         if grounding.points or grounding.says_none:
             video, files = self._export(grounding)
+            if grounding.points and video is not None and video == self.video:
+                last = replace(last, note=f"{last.note}; drawing into the video failed or took too long")
             # Drawn once more, as now every label is known.
             last = replace(last, images=self._draw(grounding), video=video, files=files)
         yield last
@@ -275,9 +298,18 @@ class Conversation:
         folder.mkdir()
         video = None
         if self.video is not None:
-            video = annotate_video(self.video, grounding, folder / "video_with_points.mp4").path
+            video = self._annotated(grounding, folder / "video_with_points.mp4")
         formats = [name for name in FILES if name != "mot" or self.video is not None]
         return video, {name: export_grounding(grounding, folder / FILES[name], format=name) for name in formats}
+
+    def _annotated(self, grounding: Grounding, target: Path) -> Path | None:
+        """The video with its points, decoded in another process; the video itself where that takes too long."""
+        try:
+            call_isolated(annotate_video, self.video, grounding, target, seconds=self._backend.max_seconds)
+        except ValueError:  # its errors are of decoders and encoders; the answer itself is whole
+            log.exception("Drawing into %s failed.", self.video)
+            return self.video
+        return target
 
 
 def is_video(path: Path) -> bool:

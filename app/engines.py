@@ -154,10 +154,11 @@ class ServerEngine:
     ) -> "ServerSession":
         """A session; media are read here and sent with every question.
 
-        `limits` are those of files, which the backend has read within them before.
+        `limits` are those of files; images have been read within them before.
         """
         videos = None if video is None else str(video)
-        return ServerSession(self.client.session(list(images), videos, processor_kwargs=dict(options)))
+        given = dict(options)
+        return ServerSession(self.client.session(list(images), videos, processor_kwargs=given, limits=limits))
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from starlette.middleware import Middleware
 from .backend import FILES, TASKS, Backend, Conversation, Update, UserError
 from .hosts import SHARED, CheckedHosts, own_names
 from .samples import DATA, SAMPLES
+from .uploads import Uploads
 
 WELCOME = """# Molmo2
 Add **images** or **a video**, and ask. Points are drawn while the answer is generated; follow-up questions reuse the
@@ -29,6 +30,7 @@ class Page:
 
     def __init__(self, backend: Backend):
         self.backend = backend
+        self.uploads = Uploads(path for sample in SAMPLES for path in sample.paths)
         with gr.Blocks(title="Molmo2", analytics_enabled=False) as self.blocks:
             gr.Markdown(WELCOME)
             if backend.notice:
@@ -121,6 +123,7 @@ class Page:
         )
         gr.on(opening, self.open, media, outputs, show_progress="hidden", cancels=[asking])
         self.stop.click(lambda conversation: conversation and conversation.stop(), self.conversation)
+        self.blocks.unload(self.leave)
 
     # --- event handlers ----------------------------------------------------------------------------------------------
 
@@ -130,8 +133,11 @@ class Page:
         num_frames: float | None = None,
         max_fps: float | None = None,
         previous: Conversation | None = None,
+        request: gr.Request | None = None,
     ) -> dict[Any, Any]:
         """Start a conversation about the uploaded files; an answer in the previous one ends."""
+        if request is not None:
+            self.uploads.keep(request.session_hash or "", paths or [])
         if previous is not None:
             previous.stop()  # the page no longer listens, but the model would go on
         fresh = {self.chat: [], self.note: "", self.raw: "", self.video: gr.Video(visible=False), **self._exports({})}
@@ -150,6 +156,10 @@ class Page:
             return {**opened, self.images: self._gallery(conversation.images)}
         video = gr.Video(str(conversation.video), visible=True)
         return {**opened, self.images: gr.Gallery(visible=False), self.video: video}
+
+    def leave(self, request: gr.Request) -> None:
+        """Delete what the visitor has uploaded: the page was closed or loaded anew."""
+        self.uploads.keep(request.session_hash or "", [])
 
     def ask(
         self, question: str, conversation: Conversation | None, chat: list[dict[str, Any]], task: str = "Ask"

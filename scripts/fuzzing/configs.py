@@ -37,8 +37,8 @@ def cases(seed: int) -> Iterator[Case]:
         yield file, field, value, content
 
 
-def run(case: Case) -> None:
-    """Load a file.
+def run(case: Case) -> str:
+    """Load a file: "ok" or "refused".
 
     Raises:
         AssertionError: It fails otherwise than by a ValueError with the name of the field.
@@ -55,3 +55,5 @@ def run(case: Case) -> None:
     except Exception as error:
         if not isinstance(error, ValueError) or field not in str(error):
             raise AssertionError(f"{field} = {value!r}: {type(error).__name__}: {error}") from error
+        return "refused"
+    return "ok"

@@ -100,6 +100,7 @@ def _kill_before(step: int) -> None:
 
 def prepare() -> None:
     """Everything that cases have in common; once, before processes are forked for them."""
+    _plan()  # in this process, or each of the others would plan anew
     _complete()
 
 
@@ -113,17 +114,18 @@ def cases(seed: int) -> Iterator[Case]:
 def run(case: Case) -> str:
     """Try one case.
 
+    Returns:
+        "killed", "never killed" where each conversion ended before its turn, or "four at once".
     Raises:
         AssertionError: If an output is lost, incomplete or wrong, or if anything is left beside a complete one.
     """
     kind, seed = case
-    _complete()
+    prepare()
     parent = Path(tempfile.mkdtemp(prefix="fuzz-interruption-"))
     try:
-        (_killed if kind == "kill" else _four)(parent / "out", random.Random(seed))
+        return (_killed if kind == "kill" else _four)(parent / "out", random.Random(seed))
     finally:
         shutil.rmtree(parent)
-    return kind
 
 
 def _put_old(output: Path, rng: random.Random) -> bool:
@@ -147,9 +149,9 @@ def _ensure_kept(output: Path, had_old: bool) -> bool:
     return False
 
 
-def _killed(output: Path, rng: random.Random) -> None:
+def _killed(output: Path, rng: random.Random) -> str:
     """Kill one conversion after the other, then let one end."""
-    had_old, is_complete = _put_old(output, rng), False
+    had_old, is_complete, was_killed = _put_old(output, rng), False, False
     for _ in range(rng.randrange(1, 4)):
         step, resume = rng.randrange(MOST_STEPS), rng.random() < 0.7
 
@@ -159,14 +161,16 @@ def _killed(output: Path, rng: random.Random) -> None:
 
         code = _forked(work)
         assert code in (DONE, -signal.SIGKILL) or (code == REFUSED and is_complete), f"exit code {code}"
+        was_killed = was_killed or code == -signal.SIGKILL
         is_complete = _ensure_kept(output, had_old) or is_complete
     assert _forked(lambda: write_plan(_plan(), output, overwrite=True, resume=rng.random() < 0.7)) == DONE
     assert contents(output) == _complete()
     left = sorted(path.name for path in output.parent.iterdir())
     assert left == ["out"], f"left beside the output: {left}"
+    return "killed" if was_killed else "never killed"
 
 
-def _four(output: Path, rng: random.Random) -> None:
+def _four(output: Path, rng: random.Random) -> str:
     """Four conversions to one place: at least one is done, the others are done or refused."""
     had_old = _put_old(output, rng)
     if rng.random() < 0.5:
@@ -192,3 +196,4 @@ def _four(output: Path, rng: random.Random) -> None:
     assert contents(output) == _complete(), "the output is incomplete"
     left = sorted(path.name for path in output.parent.iterdir())
     assert left == ["out"], f"left beside the output: {left}"
+    return "four at once"

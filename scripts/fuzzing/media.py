@@ -10,7 +10,19 @@ import numpy as np
 from molmo2.image.loading import load_images
 from molmo2.video.decoding.backends import VideoDecodeError, open_video
 from molmo2.video.processing import load_video
-from support.hostile_media import CONTAINERS, clip, mutated, picture
+from support.hostile_media import (
+    CONTAINERS,
+    clip,
+    gif_of_size,
+    mutated,
+    picture,
+    png_of_size,
+    tiff_of_size,
+    webp_of_size,
+    with_far_offset,
+    with_frame_count,
+    with_matrix,
+)
 
 IMAGES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 MAX_AGREED_DIFFERENCE = 0  # of pixels, between backends that both read a file
@@ -18,13 +30,39 @@ FOLDER = Path(tempfile.mkdtemp(prefix="molmo2_fuzz_"))
 
 
 def cases(seed: int) -> Iterator[tuple[str, str, bytes]]:
+    """(kind, way in, bytes) without end."""
     rng = np.random.default_rng(seed)
     while True:
+        is_crafted = rng.random() < 0.08
         if rng.random() < 0.5:
-            yield "image", str(rng.choice(["path", "bytes", "file"])), mutated(picture(str(rng.choice(IMAGES))), rng)
+            content = _large_image(rng) if is_crafted else picture(str(rng.choice(IMAGES)))
+            yield "image", str(rng.choice(["path", "bytes", "file"])), mutated(content, rng)
         else:
-            kind = str(rng.choice(list(CONTAINERS)))
-            yield "video", str(rng.choice(["path", "bytes", "file", "both"])), mutated(clip(kind), rng)
+            content = _odd_clip(rng) if is_crafted else clip(str(rng.choice(list(CONTAINERS))))
+            yield "video", str(rng.choice(["path", "bytes", "file", "both"])), mutated(content, rng)
+
+
+def _large_image(rng: np.random.Generator) -> bytes:
+    """A few bytes that announce a size of any order of magnitude."""
+    width, height = (int(2 ** rng.uniform(0, 31)) for _ in range(2))
+    makers = (
+        lambda: png_of_size(width, height, int(rng.choice([1, 8, 16])), int(rng.choice([0, 2, 3, 6]))),
+        lambda: gif_of_size(width % 65_536, height % 65_536, int(2 ** rng.uniform(0, 12))),
+        lambda: webp_of_size(1 + width % 16_384, 1 + height % 16_384),
+        lambda: tiff_of_size(width, height),
+    )
+    return makers[int(rng.integers(len(makers)))]()
+
+
+def _odd_clip(rng: np.random.Generator) -> bytes:
+    """A clip whose header lies about its frames or their places, or turns them in any way."""
+    number = int(2 ** rng.uniform(0, 32)) - 1
+    makers = (
+        lambda: with_frame_count(clip(str(rng.choice(["mp4", "avi"]))), number),
+        lambda: with_far_offset(clip(), number),
+        lambda: with_matrix(clip(), tuple(rng.choice([-1, 0, 1, rng.uniform(-2, 2)], 4).tolist())),
+    )
+    return makers[int(rng.integers(len(makers)))]()
 
 
 def run(case: tuple[str, str, bytes]) -> str:

@@ -13,7 +13,7 @@ from app.backend import Backend, UserError, _note, is_video, readable
 from app.engines import NO_ANSWER, LocalEngine
 from app.models import MINIATURE, load_backend, server_backend
 from app.samples import SAMPLES
-from molmo2 import Answer, MediaLimits
+from molmo2 import Answer, MediaLimitError, MediaLimits
 from molmo2.client import http as client_http
 from molmo2.client.media import image_url
 from molmo2.grounding.files import from_coco, from_csv, from_json
@@ -461,3 +461,34 @@ def test_uploads_and_questions_have_limits(model, paths):
     with pytest.raises(UserError, match=r"The question has 4,001 characters\. Use at most 4,000"):
         next(Backend(LocalEngine(model, processor())).open(paths).answer("a" * 4001))
     assert processor().image_processor.limits == MediaLimits()
+
+
+def test_images_have_a_limit_together(backend, paths, monkeypatch):
+    monkeypatch.setattr("app.backend.MAX_PIXELS", 2 * 100 * 200)
+    assert len(backend.open(paths).images) == 2
+    monkeypatch.setattr("app.backend.MAX_PIXELS", 2 * 100 * 200 - 1)
+    monkeypatch.setattr("app.backend.fetch_images", None)  # refused by their headers, before any is decoded
+    with pytest.raises(UserError, match=r"too large together: 40,000 pixels, and at most 39,999 fit"):
+        backend.open(paths)
+
+
+def test_a_clip_that_takes_too_long_is_refused(backend, tmp_path):
+    slow = replace(backend, limits=replace(backend.limits, decode_seconds=0))
+    with pytest.raises(UserError, match="takes too long to decode"):
+        slow.open([CLIP])
+
+
+def test_a_clip_that_cannot_be_drawn_in_time(backend, monkeypatch):
+    conversation = backend.open([CLIP])
+    deadlines = []
+
+    def late(function, *arguments, seconds):
+        deadlines.append((function.__name__, seconds))
+        raise MediaLimitError("too late")
+
+    monkeypatch.setattr("app.backend.call_isolated", late)
+    *_, last = conversation.answer("Track the ring.")
+    assert deadlines == [("annotate_video", backend.max_seconds)]
+    assert last.video == CLIP  # as it was uploaded; the files are there
+    assert set(last.files) == {"json", "csv", "coco", "mot"}
+    assert last.note.endswith("; drawing into the video failed or took too long")

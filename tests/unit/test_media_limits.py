@@ -6,9 +6,10 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from molmo2 import MediaLimitError, MediaLimits, plan
+from molmo2.image import loading
 from molmo2.image.loading import load_images, measure_images
 from molmo2.image.processing import Molmo2ImageProcessor
 from molmo2.video.processing import Molmo2VideoProcessor, load_video
@@ -195,3 +196,54 @@ def test_absurd_options_do_not_loop():
     assert sample_indices(25, 25.0, many).tolist() == [0, 12]
     with pytest.raises(ValueError, match=r"num_frames is 1,000,000,000,000, as many as would be spread over 3 s"):
         sample_times(3.0, 25.0, SamplingSettings(num_frames=10**12))
+
+
+def jpeg(size, orientation=None, **options):
+    """A smooth JPEG file of (height, width)."""
+    rows, cols = np.mgrid[0 : size[0], 0 : size[1]]
+    image = Image.fromarray(np.stack([rows * 255 // size[0], cols * 255 // size[1], 0 * rows], -1).astype(np.uint8))
+    exif, file = Image.Exif(), io.BytesIO()
+    if orientation is not None:
+        exif[ExifTags.Base.Orientation] = orientation
+    image.save(file, "JPEG", exif=exif, quality=95, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("orientation", [None, 3, 6])
+@pytest.mark.parametrize("scale", [2, 4, 8])
+def test_a_large_jpeg_is_decoded_at_a_part_of_its_size(scale, orientation):
+    height, width = 805, 1203
+    content, processor = jpeg((height, width), orientation), Molmo2ImageProcessor()
+    limits = MediaLimits(image_pixels=-(-height // scale) * -(-width // scale), reduce_jpeg=True)
+    (reduced,) = load_images(content, limits=limits)
+    assert reduced.shape[0] * reduced.shape[1] == limits.image_pixels
+    assert measure_images(content, limits=limits) == measure_images(content)
+    found, expected = processor(content, limits=limits), processor(content)
+    assert [info.sizes for info in found.media] == [info.sizes for info in expected.media]  # points are in its pixels
+    for name in ("image_grids", "image_num_crops", "image_token_pooling"):
+        np.testing.assert_array_equal(found[name], expected[name])
+    assert np.abs(found["pixel_values"] - expected["pixel_values"]).mean() < 0.02  # of -1..1
+    assert np.abs(found["pixel_values"] - expected["pixel_values"]).max() > 0  # why it is no default
+
+
+def test_what_cannot_be_reduced_is_refused():
+    limits = MediaLimits(image_pixels=100 * 60, reduce_jpeg=True)
+    assert load_images(jpeg((800, 480)), limits=limits)[0].shape == (100, 60, 3)
+    for content in (jpeg((808, 480)), jpeg((800, 480), progressive=True), png_of_size(480, 800)):
+        with pytest.raises(MediaLimitError, match=r"over the limit image_pixels=6,000"):
+            load_images(content, limits=limits)
+    with pytest.raises(MediaLimitError, match="image_pixels"):
+        load_images(jpeg((800, 480)), limits=MediaLimits(image_pixels=6000))
+    with pytest.raises(ValueError, match=r"reduce_jpeg is 1\. Pass True or False"):
+        MediaLimits(reduce_jpeg=1)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "LA", "PA", "CMYK", "YCbCr", "1", "I", "F", "I;16", "HSV"])
+def test_large_images_are_converted_in_strips_to_the_same_values(mode, monkeypatch):
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (37, 23, 3), dtype=np.uint8))
+    image = image.convert("I").convert(mode) if mode == "I;16" else image.convert(mode)
+    expected = np.asarray(image.convert("RGB"))
+    monkeypatch.setattr(loading, "MAX_WHOLE_PIXELS", 36 * 23)
+    monkeypatch.setattr(loading, "STRIP_PIXELS", 5 * 23)
+    np.testing.assert_array_equal(load_images(image)[0], expected)

@@ -12,6 +12,7 @@ from typing import Any
 from molmo2.client.http import Endpoint, ServerError, ServerUnreachable
 from molmo2.client.media import message_parts
 from molmo2.grounding.parse import GroundingStream, parse_grounding
+from molmo2.image.limits import MediaLimits
 from molmo2.tools.answer import Answer, AnswerPiece, Timings
 from molmo2.tools.ask import MAX_NEW_TOKENS, as_list, per_question
 
@@ -116,10 +117,19 @@ class Client:
             yield from pieces
 
     def session(
-        self, images: Any = None, videos: Any = None, *, processor_kwargs: dict[str, Any] | None = None
+        self,
+        images: Any = None,
+        videos: Any = None,
+        *,
+        processor_kwargs: dict[str, Any] | None = None,
+        limits: MediaLimits | None = None,
     ) -> "ClientSession":
-        """Several questions about the same media, which are read and encoded once here (and cached by the server)."""
-        return ClientSession(self, images, videos, processor_kwargs=processor_kwargs)
+        """Several questions about the same media, which are read and encoded once here (and cached by the server).
+
+        Args:
+            limits: Of videos, which are opened here for their times; None for the default ones.
+        """
+        return ClientSession(self, images, videos, processor_kwargs=processor_kwargs, limits=limits)
 
     def models(self) -> list[str]:
         """Names of the models that the server lists."""
@@ -229,12 +239,13 @@ class ClientSession:
         videos: Any = None,
         *,
         processor_kwargs: dict[str, Any] | None = None,
+        limits: MediaLimits | None = None,
     ):
         started = time.perf_counter()
         self._client, self._processor_kwargs = client, dict(processor_kwargs or {})
         self._videos = as_list(videos)
         known = {**client._processor_kwargs, **self._processor_kwargs}
-        self._parts, self.media = message_parts(as_list(images), self._videos, known)
+        self._parts, self.media = message_parts(as_list(images), self._videos, known, limits)
         self._turns: list[dict[str, Any]] = []
         self._preprocess_seconds = time.perf_counter() - started
 

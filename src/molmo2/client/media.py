@@ -10,6 +10,7 @@ from typing import Any
 from PIL import ExifTags, Image
 
 from molmo2.grounding.parse import IMAGE, MULTI_IMAGE, MediaInfo, media_info
+from molmo2.image.limits import MediaLimits, checked_limits
 from molmo2.image.loading import fetch_images, is_encoded, load_images, measure_images
 from molmo2.tools.media_files import is_url
 from molmo2.video.loading import ReadingOptions, SampledVideoMetadata, VideoItem, read_video
@@ -21,17 +22,18 @@ VIDEO_TYPES = {".mkv": "video/x-matroska", ".mov": "video/quicktime", ".webm": "
 
 
 def message_parts(
-    images: Sequence[Any], videos: Sequence[Any], options: Mapping[str, Any]
+    images: Sequence[Any], videos: Sequence[Any], options: Mapping[str, Any], limits: MediaLimits | None = None
 ) -> tuple[list[dict[str, Any]], MediaInfo]:
     """Parts of a user message, images first as in training, and what they show.
 
     Args:
         options: Of the processor; those of sampling decide which frames of a video an answer is about.
+        limits: Of videos, which are opened here for their times.
     """
     parts = [{"type": "image_url", "image_url": {"url": image_url(image)}} for image in images]
     parts += [{"type": "video_url", "video_url": {"url": video_url(video)}} for video in videos]
     sizes = tuple((width, height) for image in images for height, width in measure_images([image]))
-    infos = [media_info(sampled_metadata(video, options)) for video in videos]
+    infos = [media_info(sampled_metadata(video, options, limits)) for video in videos]
     if infos and infos[0] is not None:
         others = tuple(info for info in infos[1:] if info is not None)
         return parts, replace(infos[0], image_sizes=sizes, more_videos=others)
@@ -79,7 +81,9 @@ def video_url(video: Any) -> str:
     return _data_url(VIDEO_TYPES.get(suffix, "video/mp4"), content)
 
 
-def sampled_metadata(video: Any, options: Mapping[str, Any]) -> SampledVideoMetadata:
+def sampled_metadata(
+    video: Any, options: Mapping[str, Any], limits: MediaLimits | None = None
+) -> SampledVideoMetadata:
     """Size and times of the frames that the model sees, without decoding them."""
     if not is_encoded(video):
         video_url(video)  # raises
@@ -89,6 +93,7 @@ def sampled_metadata(video: Any, options: Mapping[str, Any]) -> SampledVideoMeta
         SamplingSettings(**{name: values[name] for name in names}),
         clip=clips_per_video(values.get("clip"), 1)[0],
         backend=values["video_backend"],
+        limits=checked_limits(limits),
     )
     return read_video(VideoItem("videos[0]", video), reading, lambda frames, count: None)[1]
 

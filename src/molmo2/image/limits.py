@@ -25,11 +25,15 @@ class MediaLimits:
 
     Attributes:
         image_pixels: height times width of an image.
+        reduce_jpeg: decode a JPEG with more pixels than that at 1/2, 1/4 or 1/8 of its size instead of refusing it;
+            tokens and points stay those of its own size. Not for progressive ones, which would take all the memory.
         image_formats: formats that are opened, by Pillow's names; HEIF where a package has registered it.
         video_frames: frames of a video file, sampled or not.
         video_frame_pixels: height times width of a video.
         video_pixels_per_byte: pixels of all frames together for each byte of the file, for videos of more than a
             billion pixels. Films have 10 to 10,000, a file made to fill memory or time has millions.
+        decode_seconds: longest wait for the decoder of a video; with one every decoder runs in a process of its own,
+            which is ended in time. None (no limit) for files that are trusted. Needs the package.
         visual_tokens: visual tokens of one image or video.
         sources: where media may come from: "path" (of a local file), "file" and "data" (URLs), "base64" (text),
             "http" and "https". Bytes, open files, arrays and PIL images are always accepted. A server that passes on
@@ -46,10 +50,12 @@ class MediaLimits:
     """
 
     image_pixels: int = 100_000_000
+    reduce_jpeg: bool = False
     image_formats: tuple[str, ...] = IMAGE_FORMATS
     video_frames: int = 2_000_000
     video_frame_pixels: int = 36_000_000
     video_pixels_per_byte: int = 250_000
+    decode_seconds: float | None = None
     visual_tokens: int = 131_072
     sources: tuple[str, ...] = SOURCES
     allow_private_hosts: bool = False
@@ -62,6 +68,8 @@ class MediaLimits:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
+            if value is None and field.default is None:
+                continue
             if isinstance(field.default, tuple):
                 if isinstance(value, str) or not all(isinstance(entry, str) for entry in value):
                     raise ValueError(f"MediaLimits: {field.name} is {value!r}. Pass a tuple of names.")

@@ -15,7 +15,7 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 from molmo2.configuration import CHANNELS
 from molmo2.image.geometry import CropSettings, ImagePlan, image_token_pooling, plan_image
 from molmo2.image.limits import MediaLimits
-from molmo2.image.loading import fetch_images, load_images
+from molmo2.image.loading import fetch_images, load_images, original_size
 from molmo2.image.options import PIXEL_STEPS, OptionsMixin, normalization, pair, pixel_dtype, plain
 from molmo2.image.pixels import (
     Normalization,
@@ -182,7 +182,8 @@ class Molmo2ImageProcessor(OptionsMixin, BaseImageProcessor):  # type: ignore[mi
             input_data_format=kwargs.get("input_data_format"),
             limits=options.limits,
         )
-        plans = [plan_image(image.shape[0], image.shape[1], options.crops, options.max_crops) for image in loaded]
+        sizes = [original_size(image) for image in loaded]
+        plans = [plan_image(height, width, options.crops, options.max_crops) for height, width in sizes]
         for index, plan in enumerate(plans):
             found = f"Image {index} would take {plan.num_pooled_tokens:,} visual tokens"
             options.limits.check("visual_tokens", plan.num_pooled_tokens, found)
@@ -195,7 +196,7 @@ class Molmo2ImageProcessor(OptionsMixin, BaseImageProcessor):  # type: ignore[mi
             "image_grids": np.array([plan.grid for plan in plans], dtype=np.int64).reshape(len(plans), 4),
             "image_num_crops": np.array([plan.num_crops for plan in plans], dtype=np.int64),
         }
-        media = [image_media(image.shape[:2]) for image in loaded]
+        media = [image_media(size) for size in sizes]
         features: Any = MediaFeatures(data, kwargs.get("return_tensors"), media)
         if kwargs.get("device") is not None and kwargs.get("return_tensors") is not None:
             features = features.to(kwargs["device"])
@@ -249,7 +250,7 @@ def _pixel_values(images: list[np.ndarray], plans: list[ImagePlan], options: Ima
     first_crop = 0
     for image, plan in zip(images, plans, strict=True):
         out = pixel_values[first_crop : first_crop + plan.num_crops]
-        write_image_pixel_values(image, plan, out, resample=options.resample, steps=options.steps)
+        write_image_pixel_values(np.asarray(image), plan, out, resample=options.resample, steps=options.steps)
         first_crop += plan.num_crops
     return as_output(pixel_values)
 

@@ -8,6 +8,7 @@
 A backend refuses what it cannot read reliably (see `molmo2.video.decoding.readers`), and the next one is tried.
 """
 
+import importlib
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -102,7 +103,11 @@ def _first_success(
 
 def _open_reader(name: str, source: Source, only_choice: bool) -> VideoReader:
     try:
-        reader = READERS[name](source, only_choice=only_choice)
+        if source.limits.decode_seconds is None:
+            reader = READERS[name](source, only_choice=only_choice)
+        else:
+            isolation = importlib.import_module("molmo2.video.decoding.isolation")
+            reader = isolation.IsolatedReader(name, source, only_choice)
     except MediaLimitError:
         raise
     except Exception as error:  # decoders raise nearly anything

@@ -9,6 +9,7 @@ import importlib.util
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -29,14 +30,16 @@ SILENT_SECONDS, READ_BYTES_PER_SECOND = 10, 5_000_000
 WATCH_SECONDS = 0.5  # between looks at the clock
 MAX_CHILD_BYTES = 8 << 30  # memory of a child, where the system can limit it
 PIPE_BYTES = 1 << 20  # most a system grants without privileges; where it has one size only, this is ignored
+HEADER_BYTES = 1 << 16  # in which, at either end of a file, its codec is named
+MPEG4_SIGN = re.compile(rb"(?i)FMP4|XVID|DIVX|DX50|mp4v\0|V_MPEG4/ISO")
 MAX_IDLE_CHILDREN = 4  # kept for the next videos; threads of a program may decode as many at a time
 
 
 def _serve_decord(max_bytes: int) -> None:  # noqa: C901  # has to be one function: its source is all the child gets
     """What the child runs, from its source alone: answers requests on stdin, each a line of JSON, until that ends.
 
-    {"open": path, "most": count} is answered by {"count", "fps", "shape"} and the spans of the frames, (count, 2)
-    float64 seconds, or by {"count"} alone where it announces more than `most`;
+    {"open": path, "most": count, "threads": count or 0} is answered by {"count", "fps", "shape"} and the spans of the
+    frames, (count, 2) float64 seconds, or by {"count"} alone where it announces more than `most`;
     {"decode": indices, "count": count} by {"index", "shape"} and the pixels of each frame, then by {"more": bool},
     whether there are more frames than counted. {"error"} ends an answer, {"alive"} may come at any time between them.
     """
@@ -80,18 +83,18 @@ def _serve_decord(max_bytes: int) -> None:  # noqa: C901  # has to be one functi
         return
     send({"ready": True})
 
-    def opened(path: str) -> "Any":
+    def opened() -> "Any":
         # decord repeats the last frame in place of missing ones; this fraction of the frames allows none (0: any).
-        return decord.VideoReader(path, ctx=decord.cpu(0), fault_tol=1e-9)
+        return decord.VideoReader(path, ctx=decord.cpu(0), num_threads=threads, fault_tol=1e-9)
 
-    path = ""
+    path, threads = "", 0
     for line in sys.stdin.buffer:
         request = json.loads(line)
         index = None
         try:
             if "open" in request:
-                path = request["open"]
-                reader = opened(path)
+                path, threads = request["open"], request["threads"]
+                reader = opened()
                 count = len(reader)
                 if count > request["most"]:
                     send({"count": count})
@@ -100,7 +103,7 @@ def _serve_decord(max_bytes: int) -> None:  # noqa: C901  # has to be one functi
                 shape = reader.next().asnumpy().shape
                 send({"count": count, "fps": float(reader.get_avg_fps()), "shape": shape}, spans.reshape(-1, 2))
                 continue
-            reader, wanted, spoke = opened(path), set(request["decode"]), time.monotonic()
+            reader, wanted, spoke = opened(), set(request["decode"]), time.monotonic()
             for index in range(request["count"]):  # to the end: a frame missing anywhere shifts those after it
                 try:
                     frame = reader.next()
@@ -132,14 +135,7 @@ class DecordProcess:
     _lock = threading.Lock()
 
     def __init__(self) -> None:
-        if importlib.util.find_spec("decord") is None:
-            raise VideoDecodeError(
-                "decord cannot be loaded (there is no such package). Install it with `pip install decord2`."
-            )
-        code = (
-            f"import sys; sys.path[:] = {sys.path!r}\n"
-            f"{inspect.getsource(_serve_decord)}\n_serve_decord({MAX_CHILD_BYTES})"
-        )
+        code = f"import sys; sys.path[:] = {sys.path!r}\n{self._code()}"
         self._parent = os.getpid()
         self._child: Any = None
         self._file_bytes = 0
@@ -164,6 +160,14 @@ class DecordProcess:
             raise VideoDecodeError(
                 f"decord cannot be loaded ({answer['error'][:200]}). Install it with `pip install decord2`."
             )
+
+    def _code(self) -> str:
+        """The program of the child."""
+        if importlib.util.find_spec("decord") is None:
+            raise VideoDecodeError(
+                "decord cannot be loaded (there is no such package). Install it with `pip install decord2`."
+            )
+        return f"{inspect.getsource(_serve_decord)}\n_serve_decord({MAX_CHILD_BYTES})"
 
     @classmethod
     def borrow(cls) -> "DecordProcess":
@@ -212,7 +216,7 @@ class DecordProcess:
         """
         limits = checked_limits(limits)
         self._file_bytes = Path(path).stat().st_size
-        self._ask({"open": path, "most": limits.video_frames})
+        self._ask({"open": path, "most": limits.video_frames, "threads": int(_may_be_mpeg4(path))})
         answer = self._answer(self._patience)
         self.is_busy = False
         if "error" in answer:
@@ -287,6 +291,14 @@ class DecordProcess:
         code = self._child.returncode
         how = f"signal {-code}" if code < 0 else f"exit status {code}"
         return VideoDecodeError(f"decord's process ended with {how}; the file is damaged, or made to do this")
+
+
+def _may_be_mpeg4(path: str) -> bool:
+    """True for MPEG-4 Visual: what several threads make of its damaged frames depends on chance, one is as quick."""
+    with open(path, "rb") as file:
+        head = file.read(HEADER_BYTES)
+        file.seek(max(0, Path(path).stat().st_size - HEADER_BYTES))
+        return MPEG4_SIGN.search(head + file.read()) is not None
 
 
 class FrameError(VideoDecodeError):

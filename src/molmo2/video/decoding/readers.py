@@ -464,7 +464,8 @@ class _PyavReader(VideoReader):
         limits.check_video(name, 1, (context.height, context.width), self._source.num_bytes)
         self._size = context.width, context.height
         context.options = {"max_pixels": str(limits.video_frame_pixels)}  # for frames that are larger than announced
-        self._stream.thread_type = "AUTO"
+        # Threads that work on several frames make other pictures of damaged ones in MPEG-4, now these, now those.
+        self._stream.thread_type = "SLICE" if context.name == "mpeg4" else "AUTO"
         context.thread_count = min(MAX_THREADS, THREADS_PER_CORE * (os.cpu_count() or 1))
 
     def _decode(self, indices: list[int]) -> Iterator[np.ndarray]:
@@ -504,8 +505,11 @@ class _PyavReader(VideoReader):
         frames = (frame for packet in self._packets_from(place) for frame in packet.decode())
         self._last_stamp = None
         for count, frame in enumerate(frames):
-            self._last_stamp = frame.pts if self._packets.has_stamps else count
-            yield self._last_stamp, frame
+            stamp, last = frame.pts if self._packets.has_stamps else count, self._last_stamp
+            if stamp is not None and last is not None and stamp < last:
+                raise VideoDecodeError("its time stamps are not in the order of its frames")
+            self._last_stamp = stamp
+            yield stamp, frame
 
     def _packets_from(self, place: int) -> Iterator[Any]:
         """Packets in file order from the one at `place` on; seeks if that gets there."""

@@ -1,0 +1,44 @@
+"""Uploads, which are deleted as soon as no visitor's page shows them."""
+
+import filecmp
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from threading import Lock
+
+from gradio.utils import get_upload_folder
+
+
+class Uploads:
+    """The uploaded files of each session.
+
+    gradio stores a file by its content: what two visitors upload may be one file, which is deleted with the last of
+    them.
+
+    Args:
+        samples: The files of the page's examples; copies of them stay.
+    """
+
+    def __init__(self, samples: Iterable[Path]):
+        self._samples = tuple(samples)
+        self._of_session: dict[str, frozenset[Path]] = {}
+        self._lock = Lock()
+
+    def keep(self, session: str, paths: Iterable[str]) -> None:
+        """Keep these uploads for a session, and delete its others."""
+        folder = Path(get_upload_folder()).resolve()
+        kept = frozenset(path for path in map(Path, paths) if path.resolve().is_relative_to(folder))
+        with self._lock:
+            left = self._of_session.pop(session, frozenset()) - kept
+            if kept:
+                self._of_session[session] = kept
+            for path in left - frozenset().union(*self._of_session.values()):
+                if not any(path.name == sample.name and _same(path, sample) for sample in self._samples):
+                    with suppress(OSError):
+                        path.unlink()
+
+
+def _same(path: Path, sample: Path) -> bool:
+    with suppress(OSError):
+        return filecmp.cmp(path, sample, shallow=False)
+    return False

@@ -1,0 +1,244 @@
+"""Every decoder in a process that is ended at a deadline: for videos of strangers, see `MediaLimits.decode_seconds`.
+
+A hostile file may keep a decoder busy for ever, and PyAV and torchcodec cannot be interrupted from inside. Here a
+child opens and decodes; it is started with the first video, kept for the next ones and replaced when it was ended. It
+reads paths only, and answers in JSON and pixels: what it says is never executed, whatever a file has made of it.
+
+    reader = open_video(path, limits=MediaLimits(decode_seconds=60))
+    call_isolated(annotate_video, path, grounding, target, seconds=300)  # also for what else reads a video
+"""
+
+import base64
+import importlib
+import json
+import math
+import os
+import pickle
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from molmo2.image.limits import MediaLimitError, MediaLimits
+from molmo2.video.decoding.decord_process import MAX_CHILD_BYTES, DecordProcess
+from molmo2.video.decoding.readers import READERS, Source, VideoReader, brief
+from molmo2.video.decoding.timeline import VideoDecodeError, VideoTimeline
+
+
+class IsolatedReader(VideoReader):
+    """A reader of a video whose decoder, any of `READERS`, runs in a child.
+
+    Raises:
+        MediaLimitError: The decoder was waited for longer than `decode_seconds`, all frames together.
+        VideoDecodeError: As of the reader itself; also where the child dies.
+    """
+
+    def __init__(self, backend: str, source: Source, only_choice: bool) -> None:
+        super().__init__(source)
+        self.backend = backend
+        self._only_choice = only_choice
+        self._seconds = float(source.limits.decode_seconds or 0)
+        self._process: IsolatedProcess | None = None
+        self.timeline = self._opened()
+
+    def close(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            process.give_back()
+
+    def _opened(self) -> VideoTimeline:
+        """The timeline from a child that now has the video open."""
+        process = self._process = IsolatedProcess.borrow()
+        try:
+            process.allow(self._seconds, self._source)
+            return process.open_reader(self.backend, self._source, self._only_choice)
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            self._seconds = process.seconds_left
+
+    def _decode(self, indices: list[int]) -> Iterator[np.ndarray]:
+        if self._process is None or self._process.is_busy:  # closed, or an earlier iterator was not read to its end
+            self.close()
+            self._opened()
+        process = self._process
+        if process is not None:
+            try:
+                yield from process.frames(indices)
+            finally:
+                self._seconds = process.seconds_left
+
+
+class IsolatedProcess(DecordProcess):
+    """A child that decodes with any of `READERS`; `allow` it some time before its first request."""
+
+    _idle: list[DecordProcess] = []
+    seconds_left = math.inf
+    limits = MediaLimits(decode_seconds=0)
+    name = "The video"
+
+    def _code(self) -> str:
+        return f"from molmo2.video.decoding import isolation; isolation.serve({MAX_CHILD_BYTES})"
+
+    def allow(self, seconds: float, source: Source) -> None:
+        """Wait so many seconds for the answers about this video, all together."""
+        self.seconds_left, self.limits, self.name = seconds, source.limits, source.name
+
+    def open_reader(self, backend: str, source: Source, only_choice: bool) -> VideoTimeline:
+        """Open a video in the child.
+
+        Raises:
+            MediaLimitError, VideoDecodeError: As the reader, or the child is late or dies.
+        """
+        about = {"path": source.path, "num_bytes": source.num_bytes, "image_format": source.image_format}
+        limits = {**asdict(source.limits), "decode_seconds": None}
+        self._ask({"open": backend, "name": source.name, **about, "limits": limits, "only_choice": only_choice})
+        answer = self._result()
+        starts = np.empty(answer.pop("count"), dtype=np.float64)
+        self._read_into(starts)
+        self.is_busy = False
+        return VideoTimeline(starts, **answer)
+
+    def frames(self, indices: list[int]) -> Iterator[np.ndarray]:
+        """The frames with these ascending indices of the opened video.
+
+        Raises:
+            MediaLimitError, VideoDecodeError: As the reader, or the child is late or dies.
+        """
+        self._ask({"decode": indices})
+        for _ in indices:
+            answer = self._result()
+            frame = np.empty(answer["shape"], dtype=np.uint8)
+            self._read_into(frame)
+            yield frame
+        self._result()  # faults that only show at the end
+        self.is_busy = False
+
+    def call(self, function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
+        """See `call_isolated`."""
+        content = base64.b64encode(pickle.dumps(arguments)).decode()
+        self._ask({"call": function.__name__, "of": function.__module__, "arguments": content})
+        self._result()
+        self.is_busy = False
+
+    def _result(self) -> dict[str, Any]:
+        """The next answer; an error in it is raised."""
+        answer = self._answer(self.seconds_left)
+        if "error" not in answer:
+            return answer
+        self.is_busy = False
+        if answer["error"] == MediaLimitError.__name__:
+            raise MediaLimitError(answer["text"])
+        raise VideoDecodeError(answer["text"], answer["reason"])
+
+    def _answer(self, seconds: float) -> dict[str, Any]:
+        asked = time.monotonic()
+        answer = super()._answer(max(0.0, seconds))
+        if "ready" not in answer:  # the start of a child is no fault of the file
+            self.seconds_left -= time.monotonic() - asked
+        return answer
+
+    def _death(self) -> VideoDecodeError:
+        error = super()._death()
+        if self._was_late and self.seconds_left < math.inf:
+            self.seconds_left = 0.0
+            self.limits.check("decode_seconds", math.inf, f"{self.name} was not decoded in time")
+        return VideoDecodeError(error.reason.replace("decord", "the decoder"))
+
+
+def call_isolated(function: Callable[..., object], *arguments: Any, seconds: float) -> None:
+    """Call a function of a module in a child that is ended at a deadline; what it returns is lost.
+
+    Args:
+        function: Importable by its name, as are the types of its arguments.
+    Raises:
+        MediaLimitError: It took longer than this.
+        VideoDecodeError: It raised this text, or its process died.
+    """
+    process = IsolatedProcess.borrow()
+    try:
+        process.seconds_left, process.limits = seconds, MediaLimits(decode_seconds=seconds)
+        process.call(function, arguments)
+    finally:
+        process.give_back()
+
+
+# --- the child -------------------------------------------------------------------------------------------------------
+
+
+def serve(max_bytes: int) -> None:
+    """What the child runs: answers requests on stdin, each a line of JSON, until they end or its parent does.
+
+    Args:
+        max_bytes: Of memory, where the system can limit it.
+    """
+    _follow_parent()
+    _limit_memory(max_bytes)
+    output = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what libraries print does not mix with answers
+    reader: VideoReader | None = None
+
+    def send(answer: dict[str, Any], data: np.ndarray | None = None) -> None:
+        output.write(json.dumps(answer).encode() + b"\n")
+        if data is not None and data.nbytes:
+            output.write(memoryview(np.ascontiguousarray(data)).cast("B"))
+        output.flush()
+
+    send({"ready": True})
+    for line in sys.stdin.buffer:
+        request = json.loads(line)
+        try:
+            if "open" in request:
+                if reader is not None:
+                    reader.close()
+                reader = None  # also where opening fails
+                reader = _open(request)
+                timeline = {name: value for name, value in vars(reader.timeline).items() if name != "start_seconds"}
+                send({**timeline, "count": reader.timeline.num_frames}, reader.timeline.start_seconds)
+            elif "call" in request:
+                function = getattr(importlib.import_module(request["of"]), request["call"])
+                function(*pickle.loads(base64.b64decode(request["arguments"])))
+                send({"end": True})
+            elif reader is not None:
+                for frame in reader.frames(request["decode"]):
+                    send({"shape": frame.shape}, frame)
+                send({"end": True})
+        except Exception as error:  # decoders raise nearly anything
+            reason = error.reason if isinstance(error, VideoDecodeError) else brief(error)
+            send({"error": type(error).__name__, "text": str(error), "reason": reason})
+
+
+def _open(request: dict[str, Any]) -> VideoReader:
+    source = Source(
+        request["name"],
+        request["path"],
+        request["num_bytes"],
+        MediaLimits(**request["limits"]),
+        request["image_format"],
+    )
+    return READERS[request["open"]](source, only_choice=request["only_choice"])
+
+
+def _limit_memory(max_bytes: int) -> None:
+    with suppress(Exception):  # Windows has no limits, and a parent may have set narrower ones
+        resource = importlib.import_module("resource")
+        resource.setrlimit(resource.RLIMIT_DATA, (max_bytes, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _follow_parent() -> None:
+    """End this process with its parent: a file may keep a decoder busy for ever, and a pipe outlive its owner."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
