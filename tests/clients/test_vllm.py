@@ -20,7 +20,7 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -35,6 +35,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from molmo2 import load
+from molmo2.cli.serving import ServeOptions, serve_command
 from support.clips import write_clip
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -105,11 +106,14 @@ def free_port() -> int:
 class Server:
     """`vllm serve` on a port of this machine."""
 
-    def __init__(self, folder: Path, log: Path, *options: str):
+    def __init__(self, folder: Path, log: Path, *options: str, started_by_molmo2: ServeOptions | None = None):
         self.port, self.log = free_port(), log
         self.url = f"http://127.0.0.1:{self.port}"
-        command = [Path(sys.executable).parent / "vllm", "serve", folder, "--served-model-name", "miniature"]
-        command += ["--enforce-eager", "--host", "127.0.0.1", "--port", str(self.port), *options]
+        own = ["--served-model-name", "miniature", "--enforce-eager", *options]
+        command = [Path(sys.executable).parent / "vllm", "serve", folder, "--host", "127.0.0.1"]
+        command += ["--port", str(self.port), *own]
+        if started_by_molmo2 is not None:
+            command = serve_command("vllm", replace(started_by_molmo2, port=self.port, more=own))
         with log.open("w") as output:
             environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
             self.process = subprocess.Popen(
@@ -654,17 +658,69 @@ def interrupted(server, messages):
         next(iter(stream))
 
 
+@pytest.fixture
+def page():
+    return (REPOSITORY / "docs" / "serving.md").read_text(encoding="utf-8")
+
+
+def test_the_blocks_of_the_page_run_as_written(server, engine, page, pictures, reference, monkeypatch):
+    """The address, the model and the image are those of this test; the engine is the one that runs already."""
+    import vllm
+
+    online, offline = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    own, endpoint = ask("Point to the red circles.", pictures[0])
+    address = endpoint[0]["content"][0]["image_url"]["url"]
+    for written, real in [
+        ("http://127.0.0.1:8000", server.url),
+        ("allenai/Molmo2-4B", "miniature"),
+        ("https://example.org/boats.jpg", address),
+        ("Point to the boats.", "Point to the red circles."),
+    ]:
+        assert written in online
+        online = online.replace(written, real)
+    found = {}
+    exec(online, found)
+    expected = reference[1].decode(generate(reference, own)[1], skip_special_tokens=True)
+    assert found["reply"].choices[0].message.content == expected
+    assert [point.x_norm for point in found["points"]] == [
+        point.x_norm for point in reference[1].post_process_grounding(expected).points
+    ]
+    asked = []
+    monkeypatch.setattr(vllm, "LLM", lambda *arguments, **options: asked.append(options) or engine)
+    found = {"conversations": [endpoint]}
+    exec(offline, found)
+    assert found["outputs"][0].outputs[0].text == expected
+    assert asked[0].keys() <= set(vllm.EngineArgs.__dataclass_fields__)
+
+
+def test_the_flags_of_the_page_are_those_of_vllm(page):
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    try:
+        from vllm.entrypoints.launchers import cli_args  # 0.32
+    except ImportError:
+        from vllm.entrypoints.common import cli_args  # 0.33
+    known = cli_args.make_arg_parser(FlexibleArgumentParser())._option_string_actions
+    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page))
+    assert {"--dtype", "--max-model-len", "--limit-mm-per-prompt", "--mm-processor-kwargs"} <= flags
+    assert flags <= known.keys()
+
+
 def test_restart_in_bfloat16_with_options_of_the_server(server, folder, work, reference, pictures, clip, questions):
-    """What the server is told at its start holds for each request: one crop, three frames."""
+    """What the server is told at its start holds for each request; it is started by what `molmo2 serve` runs."""
     server.stop()
     options = {"max_crops": 1, "num_frames": 3}
-    again = Server(folder, work / "again.log", "--dtype", "bfloat16", "--mm-processor-kwargs", json.dumps(options))
+    command = ServeOptions(str(folder), dtype="bfloat16", max_model_len=2048, images=3, videos=1)
+    told = ["--mm-processor-kwargs", json.dumps(options)]
+    again = Server(folder, work / "again.log", *told, started_by_molmo2=command)
     try:
         again.wait()
         for part in (pictures[0], clip):
             own, endpoint = ask("Point to the red circles.", part)
             usage = again.create(endpoint).usage
             assert usage.prompt_tokens == len(generate(reference, own, **options)[0])
+        assert again.post(about(*[image_part(SMALL)] * 4))[0] == 400
+        assert again.post(about(*[image_part(SMALL)] * 3))[0] == 200
         asked = [asked for asked in questions if asked.example.group == "set"]
         scores = judge(reference[1], [own.example for own in asked], [again.answer(own.endpoint) for own in asked])
         assert scores["pointing in set"] > 0.75
