@@ -68,8 +68,8 @@ test-batch: ## batches on a local Ray cluster and in Parquet, and the client aga
 test-metrics: ## the metrics beside TrackEval, pycocotools and SciPy
 	$(IN) metrics $(TEST) tests/clients/test_trackeval.py
 
-test-tools: ## answers read by annotation tools and SAM 2's processors, tensor names by gguf and mlx-vlm
-	$(IN) tools $(TEST) tests/clients/test_tools.py
+test-tools: ## answers read by annotation tools and SAM 2's processors, tensor names by gguf and mlx-vlm, a linter for containers
+	$(IN) tools $(TEST) tests/clients/test_tools.py tests/unit/test_containers.py
 
 test-common: ## transformers' own common tests of models and processors, on the oldest and the newest transformers
 	$(IN) common@4.57.1 scripts/common_tests.py python $(OPTIONS)

@@ -14,7 +14,8 @@ parquet = pytest.importorskip("pyarrow.parquet", reason="could not import 'pyarr
 from molmo2.batch import EngineSettings, WorkerPool, open_source, run_batch  # noqa: E402
 from molmo2.batch import rows as batch_rows  # noqa: E402
 from molmo2.batch.journal import Journal  # noqa: E402
-from molmo2.batch.ray_data import RayEngine  # noqa: E402
+from molmo2.batch.ray_data import MAX_READERS, RayEngine  # noqa: E402
+from support.counting_source import CountingSource  # noqa: E402
 
 COMMAND = (sys.executable, str(Path(__file__).resolve().parents[1] / "support" / "batch_worker.py"))
 
@@ -24,7 +25,8 @@ def cluster():
     os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")  # machines that run other tests are slow
     paths = ":".join(path for path in sys.path if path)
     ray.init(
-        num_cpus=2,
+        num_cpus=4,  # of which there may be fewer: actors ask for one each
+        num_gpus=1,  # in name only: where actors are placed is the cluster's matter
         include_dashboard=False,
         object_store_memory=100 * 2**20,
         log_to_driver=False,
@@ -74,6 +76,26 @@ def test_it_continues_with_two_workers_and_rows_that_kill_them(tmp_path, monkeyp
     assert "signal 9" in results[20]["error"]
     assert "is no JSON" in results[50]["error"]
     assert (summary.rows, summary.errors) == (51, 2)
+
+
+@pytest.mark.parametrize(("workers", "device", "workers_per_gpu"), [(2, "cpu", 1), (4, "cpu", 1), (2, "auto", 2)])
+def test_every_worker_takes_part_and_few_processes_read(tmp_path, workers, device, workers_per_gpu):
+    questions = [f"q{place}" for place in range(96)]
+    table = tmp_path / "in.jsonl"
+    write_table(table, questions)
+    source = CountingSource(table, None, tmp_path / "readers")
+    answered = tmp_path / "answered"
+    command = (*COMMAND, str(answered))
+    settings = EngineSettings(model="some", device=device, window=2)
+    engine = RayEngine(settings, (workers, workers), command=command, workers_per_gpu=workers_per_gpu)
+    summary = run_batch(source, tmp_path / "out.jsonl", engine, ordered=True)
+    results = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [result.get("text") for result in results] == [*(text.upper() for text in questions), None]
+    assert (summary.rows, summary.errors) == (97, 1)
+    assert len(set(answered.read_text().split())) == workers
+    readers = source.log.read_text().split()
+    assert len(readers) == 49
+    assert len(set(readers)) <= min(workers, MAX_READERS)
 
 
 def test_parquet_in_and_out(tmp_path):

@@ -2,10 +2,12 @@
 
 import cProfile
 import json
+import os
 import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import profile, report, runner
+from benchmarks import profile, report, runner, scaling, throughput
 from benchmarks.bounds import Products, weight_reads
 from benchmarks.curves import Curve, exponent, growth, linear_fit
 from benchmarks.harness import Goal, NotAvailable, Row, Settings, Side, measure
@@ -233,6 +235,109 @@ def test_the_readme_keeps_its_text(results, tmp_path, monkeypatch):
 def test_the_readme_has_a_place_for_results():
     text = report.README.read_text(encoding="utf-8")
     assert text.count(report.START) == text.count(report.END) == 1
+
+
+# --- throughput and scaling ------------------------------------------------------------------------------------------
+
+# Passes of two workers: (start, end, answers); the second one begins later and ends earlier.
+LANES = [[(0.0, 2.0, 4), (2.0, 6.0, 4)], [(1.0, 3.0, 4), (3.0, 5.0, 4)]]
+
+
+def test_rates_are_those_of_the_time_in_which_all_are_busy():
+    assert throughput.busy_span(LANES) == (1.0, 5.0)
+    assert throughput.answered_within(LANES, 1.0, 5.0) == pytest.approx(2 + 3 + 4 + 4)
+    assert throughput.rates(LANES, 10) == pytest.approx({"requests": 13 / 4, "tokens": 130 / 4, "measured_seconds": 4})
+    assert throughput.rates(LANES[:1], 10)["requests"] == pytest.approx(8 / 6)
+
+
+@pytest.mark.parametrize(
+    ("spans", "share"),
+    [([], 1.0), ([(0, 10)], 0.0), ([(2, 4), (3, 5), (8, 20)], 0.5), ([(8, 9), (-5, 1), (0, 4), (2, 3)], 0.5)],
+)
+def test_time_outside_of_spans(spans, share):
+    assert throughput.uncovered(spans, 0, 10) == pytest.approx(share)
+
+
+def test_the_table_of_throughput(tmp_path):
+    figures = {"requests": 2.0, "tokens": 40.0, "answers": 66, "whole_seconds": 33.0}
+    found = {
+        "one-by-one": {**figures, "texts": {"0": "a", "1": "b"}},
+        "workers-1": {**figures, "requests": 3.0, "outside": 0.034, "texts": {"0": "a", "1": "c"}},
+        "ray-2": {"error": "no | Ray"},
+    }
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- throughput -->\nold\n<!-- end of throughput -->\nafter\n", encoding="utf-8")
+    throughput.replace_table(page, "throughput", throughput.markdown(found))
+    lines = page.read_text(encoding="utf-8").splitlines()
+    assert lines[5] == "| `ask`, one by one | 2.00 | 40 |  | 66 in 33 s |  | 2 of 2 |"
+    assert lines[6] == "| `molmo2 batch`, 1 worker | 3.00 | 40 | 1.50 of one-by-one | 66 in 33 s | 3.4% | 1 of 2 |"
+    assert "no / Ray" in lines[7]
+    assert (lines[0], lines[-1], "old" in lines) == ("before", "after", False)
+    with pytest.raises(ValueError, match="has no place for the table"):
+        throughput.replace_table(page, "scaling", "")
+
+
+@pytest.mark.parametrize(("page", "name"), [("benchmarks/README.md", "throughput"), ("docs/batch.md", "scaling")])
+def test_the_pages_have_places_for_the_tables(page, name):
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
+    assert text.count(f"<!-- {name} -->") == text.count(f"<!-- end of {name} -->") == 1
+
+
+@pytest.mark.parametrize("side", ["one-by-one", "workers-2"])
+def test_a_side_of_the_throughput(tmp_path, monkeypatch, side):
+    """Few questions, real answers, workers that keep the time; the environments are those of the test."""
+    monkeypatch.setattr(throughput, "QUESTIONS_ABOUT_IMAGES", 4)
+    monkeypatch.setattr(throughput, "MAX_NEW_TOKENS", 4)
+    monkeypatch.setitem(throughput.SIDES, side, ("", "dev", None, 6))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(REPOSITORY), *sys.path]))
+    throughput.prepare(tmp_path)
+    found = throughput.run_side(side, tmp_path, None)
+    assert found["answers"] == 6 * len(found["texts"]) == 36
+    assert 0 < found["measured_seconds"] <= found["whole_seconds"]
+    assert found["tokens"] > found["requests"] > 0
+    assert side == "one-by-one" or (found["workers"] == 2 and 0 <= found["outside"] < 1)
+
+
+# Nothing varies, and nothing but decoding and the model takes time.
+PLAIN = scaling.Costs(
+    block_seconds=0, row_seconds=0, list_seconds=0, decode_seconds=0.25, decode_cpu_seconds=1, model_seconds=0.5,
+    result_bytes=0, clip_bytes=0, variation=0, cores_per_gpu=4, weight_bytes=0, load_seconds=0, batch=2, window=8,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "seconds", "limit"),
+    [
+        ({}, 4 * (2 * 0.25 + 8 * 0.5), "GPUs"),  # four blocks; of each, the first batch is decoded while the GPU waits
+        ({"decode_cpu_seconds": 4}, 4 * (8 * 1.0 + 2 * 0.5), "decoding"),
+        ({"load_seconds": 7}, 7 + 18, "GPUs"),
+        ({"clip_bytes": 1e9, "storage_rate": 1e9}, 64 + 2 * 0.5, "storage"),  # one after the other, for both GPUs
+        ({"row_seconds": 1.0}, 4.5 + 64, "driver"),
+        ({"result_bytes": 1e9, "driver_rate": 1e9}, 4.5 + 64, "objects"),
+        ({"workers_per_gpu": 2, "cores_per_gpu": 8}, 32 * 0.5, "GPUs"),
+    ],
+)
+def test_a_simulated_run_takes_what_its_parts_take(change, seconds, limit):
+    found = scaling.simulate(2, replace(PLAIN, **change), rows=64)
+    assert found.seconds == pytest.approx(seconds)
+    assert found.limit == limit
+    assert all(0 <= share <= 1 + 1e-9 for share in found.busy.values())
+
+
+def test_growth_ends_where_the_driver_does(tmp_path):
+    costs = replace(PLAIN, row_seconds=0.02)
+    rates = [scaling.simulate(gpus, costs, rows=20_000).rate for gpus in (8, 16, 64, 128)]
+    assert rates[1] == pytest.approx(2 * rates[0], rel=0.05)
+    assert rates[2] == pytest.approx(50, rel=0.05)
+    assert rates[3] == pytest.approx(50, rel=0.05)
+
+
+def test_curves_and_table_of_the_simulation(tmp_path, capsys):
+    assert scaling.main(["--gpus", "8", "64", "--rows", "2000", "--curves", str(tmp_path / "plot.png")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + len(scaling.CASES)
+    assert all(re.fullmatch(r"\| [^|]+( \| \d+ \([\d.]+\) \w+){2} \|", line) for line in lines[2:])
+    assert 2_000 < (tmp_path / "plot.png").stat().st_size < 50_000
 
 
 # --- from end to end -------------------------------------------------------------------------------------------------

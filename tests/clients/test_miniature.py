@@ -2,15 +2,20 @@
 
 import json
 import math
+import re
+import shlex
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import molmo2
 from molmo2 import embed
+from molmo2.cli import main
 from molmo2.long_video import LongVideo
 from molmo2.tools.ask import ask
 
@@ -160,3 +165,23 @@ def test_vectors_find_what_the_question_asks_about(folder):
     assert colours["last"] >= 0.9
     assert colours["mean"] <= 0.5
     assert moments(model, processor, 4, pooling="last", prompt=COLOUR_QUESTION) == 1
+
+
+def test_three_commands_from_the_help_to_a_drawn_image(folder, tmp_path, monkeypatch, capsys):
+    """The help, the model, the question: what docs/cli.md shows, with its output."""
+    page = (REPOSITORY / "docs" / "cli.md").read_text(encoding="utf-8")
+    shown = re.search(r"^\$ molmo2 (point .*) --model \S+\n(.*?)^```", page, re.M | re.S)
+    monkeypatch.chdir(REPOSITORY)
+    assert main(["ask", "--help"]) == 0
+    assert {"--model", "--draw"} <= set(re.findall(r"--\w+", capsys.readouterr().out))
+    monkeypatch.setenv("MOLMO2_MODEL", str(folder))
+    assert main([*shlex.split(shown[1]), "--draw", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    drawn = tmp_path / "world_picture_points.png"
+    assert (out, err) == (shown[2], f"wrote {drawn}\n")
+    before, after = (
+        np.asarray(Image.open(path).convert("RGB")) for path in (REPOSITORY / shlex.split(shown[1])[2], drawn)
+    )
+    changed = (before != after).any(-1)
+    assert all(changed[y - 2 : y + 3, x - 2 : x + 3].any() for x, y in [(31, 57), (105, 43), (123, 82)])
+    assert changed.mean() < 0.3

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,7 +20,7 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,6 @@ import pytest
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("needs vLLM: `make test-vllm`", allow_module_level=True)
 
-import av
 import numpy as np
 import torch
 from openai import OpenAI
@@ -35,6 +35,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from molmo2 import load
+from molmo2.cli.serving import ServeOptions, serve_command
+from support.clips import write_clip
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(REPOSITORY / "examples"))
@@ -67,17 +69,6 @@ def png(pixels) -> bytes:
     buffer = io.BytesIO()
     (pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)).save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def write_clip(frames, target: Path) -> Path:
-    with av.open(str(target), "w") as container:
-        stream = container.add_stream("libx264", rate=CLIP_FPS)
-        stream.height, stream.width = frames[0].shape[:2]
-        stream.pix_fmt, stream.options = "yuv444p", {"crf": "8"}  # sides may be odd
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
-    return target
 
 
 @dataclass
@@ -115,11 +106,14 @@ def free_port() -> int:
 class Server:
     """`vllm serve` on a port of this machine."""
 
-    def __init__(self, folder: Path, log: Path, *options: str):
+    def __init__(self, folder: Path, log: Path, *options: str, started_by_molmo2: ServeOptions | None = None):
         self.port, self.log = free_port(), log
         self.url = f"http://127.0.0.1:{self.port}"
-        command = [Path(sys.executable).parent / "vllm", "serve", folder, "--served-model-name", "miniature"]
-        command += ["--enforce-eager", "--host", "127.0.0.1", "--port", str(self.port), *options]
+        own = ["--served-model-name", "miniature", "--enforce-eager", *options]
+        command = [Path(sys.executable).parent / "vllm", "serve", folder, "--host", "127.0.0.1"]
+        command += ["--port", str(self.port), *own]
+        if started_by_molmo2 is not None:
+            command = serve_command("vllm", replace(started_by_molmo2, port=self.port, more=own))
         with log.open("w") as output:
             environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
             self.process = subprocess.Popen(
@@ -247,7 +241,7 @@ def questions(work):
             if part["type"] == "video":
                 key = id(part["video"])
                 if key not in paths:
-                    paths[key] = write_clip(part["video"], work / f"clip{len(paths)}.mp4")
+                    paths[key] = write_clip(part["video"], work / f"clip{len(paths)}.mp4", CLIP_FPS)
                 part = {"type": "video", "video": str(paths[key])}
             parts.append(part)
         asked.append(Asked(*ask(example.question.text, *parts, as_file=len(asked) % 2 == 0), example))
@@ -339,6 +333,128 @@ def test_frames_that_are_decoded_already(engine, reference):
     request = {"prompt": prompt, "multi_modal_data": {"video": [(np.stack(frames["video"]), metadata)]}}
     (output,) = engine.generate(request, SamplingParams(temperature=0, max_tokens=MAX_TOKENS), use_tqdm=False)
     assert (output.prompt_token_ids, list(output.outputs[0].token_ids)) == generate(reference, own)
+
+
+# --- other shapes ----------------------------------------------------------------------------------------------------
+
+# Those of the golden checkpoints, small, with heads of a size that vLLM has kernels for: (text, vision, adapter).
+QWEN3 = {"qk_norm_type": "qwen3", "use_qk_norm": True, "qkv_bias": False, "norm_after": False, "rope_theta": 1e6}
+OLMO3 = {"qk_norm_type": "olmo", "use_qk_norm": True, "qkv_bias": False, "norm_after": True, "rope_theta": 5e5}
+YARN = {"rope_type": "yarn", "attention_factor": 1.2079441541679836, "beta_fast": 32.0, "beta_slow": 1.0}
+SHAPES = {
+    "qwen3, as the 4B and 8B: more heads than the width has": (
+        {**QWEN3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64},
+        {},
+        {"vit_layers": [-3, -9], "pooling_attention_mask": True},
+    ),
+    "qwen3 without a mask in the pooling": (
+        {**QWEN3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32},
+        {},
+        {"vit_layers": [-3, -9], "pooling_attention_mask": False},
+    ),
+    "qwen3 with crops of 378 pixels": (
+        {**QWEN3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32},
+        {"image_default_input_size": [378, 378], "image_num_pos": 729},
+        {"vit_layers": [-3, -9], "pooling_attention_mask": True},
+    ),
+    "olmo3, as the O-7B: norms behind, as many keys as queries, YaRN in some layers": (
+        {
+            **OLMO3, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32, "rope_scaling_layers": [0, 3],
+            "rope_scaling": {**YARN, "factor": 8.0, "original_max_position_embeddings": 128},
+        },
+        {"image_num_pos": 81},  # positions for a larger image, which are resized
+        {"vit_layers": [-3, -9], "pooling_attention_mask": True},
+    ),
+    "olmo3 with shared keys": (
+        {
+            **OLMO3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "rope_scaling_layers": [1, 3],
+            "rope_scaling": {**YARN, "factor": 8.0, "original_max_position_embeddings": 64},
+        },
+        {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 16},
+        {"vit_layers": [-2, -5], "pooling_attention_mask": False, "num_attention_heads": 3, "num_key_value_heads": 3,
+         "head_dim": 16},
+    ),
+    "qwen2: biases, no norms of queries and keys, one key, all layers of the vision": (
+        {**QWEN3, "use_qk_norm": False, "qkv_bias": True, "num_attention_heads": 4, "num_key_value_heads": 1,
+         "head_dim": 32, "layer_norm_eps": 1e-5},
+        {"hidden_act": "gelu", "image_num_pos": 25},
+        {"vit_layers": [-1, -4], "pooling_attention_mask": False},
+    ),
+}  # fmt: skip
+SHAPE_TOKENS = 24
+
+
+def write_shape(name, folder: Path, target: Path) -> Path:
+    """A model of this shape with weights from a seed, beside the processor of the miniature."""
+    from molmo2.configuration import Molmo2Config
+    from molmo2.model.modeling import Molmo2ForConditionalGeneration
+
+    shutil.copytree(folder, target)
+    text, vision, adapter = SHAPES[name]
+    settings = json.loads((folder / "config.json").read_text())
+    settings["text_config"] |= {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, **text}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 12}
+    settings["vit_config"] |= {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 10, **heads, **vision}
+    small = {"hidden_size": 48, "intermediate_size": 80, "text_hidden_size": 64}
+    settings["adapter_config"] |= {**small, **heads, **adapter}
+    torch.manual_seed(5)
+    model = Molmo2ForConditionalGeneration(Molmo2Config(**settings))
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter.dim() > 1:  # wide enough that answers vary with the image
+                parameter.normal_(0, 1 if "embedding" in parameter_name else parameter.shape[-1] ** -0.5)
+            else:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(target)
+    shutil.copy(folder / "generation_config.json", target)  # it says what ends an answer
+    sides = settings["vit_config"]["image_default_input_size"]
+    for file in ("preprocessor_config.json", "video_preprocessor_config.json"):
+        written = json.loads((target / file).read_text())
+        written["size"] = {"height": sides[0], "width": sides[1]}
+        (target / file).write_text(json.dumps(written))
+    return target
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_shape(name, folder, work, pictures, clip):
+    """Tokens, and the logarithms of their probabilities."""
+    from vllm import LLM, SamplingParams
+
+    shape = write_shape(name, folder, work / "".join(filter(str.isalnum, name)))
+    reference = load(shape, dtype="float32")
+    asked = [ask("Point to the red circles.", pictures[0]), ask("What is this?", pictures[1], clip), ask("Hello?")]
+    engine = LLM(str(shape), dtype="float32", enforce_eager=True, max_num_seqs=4, allowed_local_media_path=str(work))
+    sampling = SamplingParams(temperature=0, max_tokens=SHAPE_TOKENS, logprobs=1)
+    try:
+        outputs = engine.chat([endpoint for _, endpoint in asked], sampling, use_tqdm=False)
+    finally:
+        engine.llm_engine.engine_core.shutdown()
+    found = set()
+    for (own, _), output in zip(asked, outputs, strict=True):
+        prompt, tokens, logprobs = scored(reference, own)
+        (written,) = output.outputs
+        assert output.prompt_token_ids == prompt
+        assert list(written.token_ids) == tokens
+        steps = [step[token].logprob for step, token in zip(written.logprobs, tokens, strict=True)]
+        assert steps == pytest.approx(logprobs, abs=1e-4)
+        found |= set(tokens)
+    assert len(found) > 3
+
+
+def scored(reference, messages):
+    """(prompt, answer, logarithms of the probabilities of its tokens), by transformers."""
+    model, processor = reference
+    inputs = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    with torch.inference_mode():
+        output = model.generate(
+            **inputs, max_new_tokens=SHAPE_TOKENS, do_sample=False, output_logits=True, return_dict_in_generate=True
+        )
+    length = inputs["input_ids"].shape[1]
+    tokens = output.sequences[0, length:].tolist()
+    logprobs = [step[0].float().log_softmax(-1)[token].item() for step, token in zip(output.logits, tokens)]
+    return output.sequences[0, :length].tolist(), tokens, logprobs
 
 
 def texts(reference, expected):
@@ -542,17 +658,69 @@ def interrupted(server, messages):
         next(iter(stream))
 
 
+@pytest.fixture
+def page():
+    return (REPOSITORY / "docs" / "serving.md").read_text(encoding="utf-8")
+
+
+def test_the_blocks_of_the_page_run_as_written(server, engine, page, pictures, reference, monkeypatch):
+    """The address, the model and the image are those of this test; the engine is the one that runs already."""
+    import vllm
+
+    online, offline = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    own, endpoint = ask("Point to the red circles.", pictures[0])
+    address = endpoint[0]["content"][0]["image_url"]["url"]
+    for written, real in [
+        ("http://127.0.0.1:8000", server.url),
+        ("allenai/Molmo2-4B", "miniature"),
+        ("https://example.org/boats.jpg", address),
+        ("Point to the boats.", "Point to the red circles."),
+    ]:
+        assert written in online
+        online = online.replace(written, real)
+    found = {}
+    exec(online, found)
+    expected = reference[1].decode(generate(reference, own)[1], skip_special_tokens=True)
+    assert found["reply"].choices[0].message.content == expected
+    assert [point.x_norm for point in found["points"]] == [
+        point.x_norm for point in reference[1].post_process_grounding(expected).points
+    ]
+    asked = []
+    monkeypatch.setattr(vllm, "LLM", lambda *arguments, **options: asked.append(options) or engine)
+    found = {"conversations": [endpoint]}
+    exec(offline, found)
+    assert found["outputs"][0].outputs[0].text == expected
+    assert asked[0].keys() <= set(vllm.EngineArgs.__dataclass_fields__)
+
+
+def test_the_flags_of_the_page_are_those_of_vllm(page):
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    try:
+        from vllm.entrypoints.launchers import cli_args  # 0.32
+    except ImportError:
+        from vllm.entrypoints.common import cli_args  # 0.33
+    known = cli_args.make_arg_parser(FlexibleArgumentParser())._option_string_actions
+    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page))
+    assert {"--dtype", "--max-model-len", "--limit-mm-per-prompt", "--mm-processor-kwargs"} <= flags
+    assert flags <= known.keys()
+
+
 def test_restart_in_bfloat16_with_options_of_the_server(server, folder, work, reference, pictures, clip, questions):
-    """What the server is told at its start holds for each request: one crop, three frames."""
+    """What the server is told at its start holds for each request; it is started by what `molmo2 serve` runs."""
     server.stop()
     options = {"max_crops": 1, "num_frames": 3}
-    again = Server(folder, work / "again.log", "--dtype", "bfloat16", "--mm-processor-kwargs", json.dumps(options))
+    command = ServeOptions(str(folder), dtype="bfloat16", max_model_len=2048, images=3, videos=1)
+    told = ["--mm-processor-kwargs", json.dumps(options)]
+    again = Server(folder, work / "again.log", *told, started_by_molmo2=command)
     try:
         again.wait()
         for part in (pictures[0], clip):
             own, endpoint = ask("Point to the red circles.", part)
             usage = again.create(endpoint).usage
             assert usage.prompt_tokens == len(generate(reference, own, **options)[0])
+        assert again.post(about(*[image_part(SMALL)] * 4))[0] == 400
+        assert again.post(about(*[image_part(SMALL)] * 3))[0] == 200
         asked = [asked for asked in questions if asked.example.group == "set"]
         scores = judge(reference[1], [own.example for own in asked], [again.answer(own.endpoint) for own in asked])
         assert scores["pointing in set"] > 0.75

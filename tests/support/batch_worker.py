@@ -3,6 +3,8 @@
 die         ends the process, as a decoder that crashes does
 hang        answers never
 print       writes to stdout what is no line of the protocol
+
+Its argument, if there is one, is a file that gets the number of the process, a line for each window.
 """
 
 import json
@@ -29,6 +31,9 @@ if first["settings"]["model"] == "missing":
 send(ready=True)
 for line in sys.stdin:
     rows = json.loads(line)
+    if len(sys.argv) > 1:
+        with open(sys.argv[1], "a") as log:
+            log.write(f"{os.getpid()}\n")
     for row in rows:
         send(busy=[row["number"]])
         if row["question"] == "die":

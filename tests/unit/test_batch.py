@@ -204,9 +204,14 @@ run_batch(open_source(source), Path(output), pool, ordered=True)
 """
 
 
-def test_killed_at_any_moment_it_continues(tmp_path):
-    """Kills behind random numbers of answers, each followed by the same command; nothing is lost or there twice."""
-    number = 2000
+@pytest.mark.parametrize(
+    ("kills", "number"), [(4, 2000), pytest.param(50, 40_000, marks=[pytest.mark.nightly, pytest.mark.timeout(3000)])]
+)
+def test_killed_at_any_moment_it_continues(tmp_path, kills, number):
+    """Kills behind random numbers of answers or after random times, each followed by the same command.
+
+    Times also hit the start, and the end, where the output is written; nothing is lost or there twice.
+    """
     write_table(tmp_path / "in.jsonl", [f"q{place}" for place in range(number)])
     output, journal, random_ = tmp_path / "out.jsonl", tmp_path / "out.jsonl.journal", random.Random(4)
     command = [sys.executable, "-c", RUN, str(tmp_path / "in.jsonl"), str(output), *COMMAND]
@@ -215,17 +220,19 @@ def test_killed_at_any_moment_it_continues(tmp_path):
     def lines():
         return journal.read_bytes().count(b"\n") if journal.exists() else 0
 
-    amid_rows = 0
-    for _ in range(4):
+    killed = amid_rows = 0
+    for turn in range(kills):
         process, enough = subprocess.Popen(command, env=environment), lines() + random_.randint(1, 150)
-        while process.poll() is None and lines() < enough:
+        deadline = time.monotonic() + (random_.uniform(0, 3) if turn % 4 == 3 else 1000)
+        while process.poll() is None and lines() < enough and time.monotonic() < deadline:
             time.sleep(0.005)
         process.kill()
-        process.wait()
+        killed += process.wait() == -9
         amid_rows += 0 < lines() < number
     subprocess.run(command, env=environment, check=True)
     results = results_of(output)
-    assert amid_rows >= 2
+    assert killed == kills
+    assert amid_rows >= kills // 2
     assert [result["row"] for result in results] == list(range(number))
     assert [result["text"] for result in results] == [f"Q{place}" for place in range(number)]
 

@@ -5,15 +5,22 @@ import importlib.util
 import io
 import itertools
 import json
+import os
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from molmo2.cli import commands, doctor, main, models, printing, serving
+from molmo2.batch import WorkerPool
+from molmo2.cli import batches, commands, doctor, main, models, printing, serving
+from molmo2.grounding import prompts
 from molmo2.grounding.parse import parse_grounding
 from molmo2.tools.answer import Answer, Timings
 from support.fake_openai import serve
+from support.model_inputs import processor
+
+TESTS = Path(__file__).resolve().parents[1]
 
 ANSWERS = {
     "Point to the boats.": '<points coords="1 1 250 500 2 750 500">boats</points>',
@@ -26,13 +33,13 @@ class Stand:
     """Knows its answers by question; refuses files called broken."""
 
     def __init__(self):
-        self.calls = []
+        self.calls, self.answers = [], ANSWERS
 
     def ask(self, question, images=None, videos=None, **options):
         self.calls.append((str(question), images, videos, options))
         if any("broken" in path for path in images or []):
             raise ValueError("the image is damaged")
-        text = ANSWERS[str(question)]
+        text = self.answers.get(str(question), "Well.")
         size = (100, 80) if images and len(images) == 1 else [(100, 80)] * len(images or [])
         grounding = parse_grounding(text, size or None)
         return Answer(text, grounding, grounding, False, Timings(0.1, 0.2, 0.3, 10, 0, 5))
@@ -178,6 +185,122 @@ def test_without_click_it_says_what_to_install(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "click", None)
     assert main(["--help"]) == 2
     assert "pip install 'molmo2-transformers[cli]'" in capsys.readouterr().err
+
+
+def test_prompts_of_the_other_commands(stand, photos, monkeypatch, capsys):
+    """`track` and `describe` ask as the model was taught, by the kind of the file."""
+    clip = photos / "clip.mp4"
+    clip.write_bytes(b"")
+    monkeypatch.setattr(stand, "answers", {})
+    asked = [
+        (["track", "red car", str(clip), "--fps", "1", "--clip", "1:2.5"], prompts.track("red car", fps=1.0)),
+        (["describe", str(photos / "a.png")], prompts.describe("image")),
+        (["describe", str(photos / "*.png"), "--together"], prompts.describe("images")),
+        (["describe", str(clip)], prompts.describe("video")),
+        (["describe", str(clip), "--structured"], prompts.describe_structured()),
+    ]
+    for arguments, prompt in asked:
+        assert main(arguments) == 0
+        assert stand.calls[-1][0] == str(prompt)
+    assert stand.calls[0][2] == [str(clip)]
+    assert stand.calls[0][3]["processor_kwargs"] == {"clip": (1.0, 2.5)}
+    assert len({question for question, *_ in stand.calls}) == len(asked)
+    assert capsys.readouterr().out == "Well.\n" * len(asked)
+
+
+def test_addresses_are_passed_on_as_they_are(stand, capsys):
+    addresses = ["https://host/a.png?size=2", "http://host/clip.mp4", "https://host/image"]
+    assert main(["ask", "Say it.", *addresses[:2]]) == 0
+    assert [call[1:3] for call in stand.calls] == [([addresses[0]], None), (None, [addresses[1]])]
+    assert main(["ask", "Say it.", addresses[2]]) == 2
+    assert "--kind image or --kind video" in capsys.readouterr().err
+    assert main(["ask", "Say it.", addresses[2], "--kind", "image"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("is_terminal", "seconds", "is_shown"), [(True, 1.5, True), (True, 0.1, False), (False, 9, False)]
+)
+def test_progress_is_shown_on_terminals_and_after_two_seconds(
+    stand, photos, monkeypatch, capsys, is_terminal, seconds, is_shown
+):
+    now, ask = [0.0], stand.ask
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+
+    def take_time(*arguments, **options):
+        now[0] += seconds
+        return ask(*arguments, **options)
+
+    monkeypatch.setattr(stand, "ask", take_time)
+    assert main(["ask", "Say it.", "-r", str(photos), "-f", "json"]) == 0
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 3
+    assert ("asking" in err) is is_shown
+    assert is_shown or err == ""
+
+
+# --- plan, batch and app ---------------------------------------------------------------------------------------------
+
+
+def test_plan_reads_no_weights(photos, tmp_path, capsys):
+    folder = tmp_path / "processor"
+    processor().save_pretrained(folder)
+    assert main(["plan", str(photos / "a.png"), "-m", str(folder), "-f", "json"]) == 0
+    (record,) = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert record["files"] == [str(photos / "a.png")]
+    wanted = record["tokens"] - 1
+    assert main(["plan", str(photos), "-m", str(folder), "--max-tokens", str(wanted), "-f", "json"]) == 0
+    less = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert all(entry["tokens"] <= wanted and entry["options"] for entry in less)
+    assert len(less) == 2
+    assert main(["plan", str(photos / "a.png"), "-m", str(folder)]) == 0
+    assert str(record["tokens"]) in capsys.readouterr().out
+    assert main(["plan", str(photos / "a.png"), "-m", str(photos)]) == 3
+    assert "has no processor of a Molmo2 model" in capsys.readouterr().err
+
+
+def test_batch_from_a_folder_to_a_table(photos, monkeypatch, capsys):
+    """The arguments become a source, a run and an exit code; the workers have no model here."""
+    command = (sys.executable, str(TESTS / "support" / "batch_worker.py"))
+    made = []
+
+    def pool(settings, workers, **options):
+        made.append((settings, workers, options))
+        return WorkerPool(settings, workers, command=command)
+
+    monkeypatch.setattr(batches, "WorkerPool", pool)
+    arguments = ["batch", str(photos), str(photos / "out.jsonl"), "-q", "Say it.", "-m", "some", "--max-crops", "3"]
+    arguments += ["--batch-size", "2", "--workers", "2", "--ordered", "-r"]
+    assert main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert (out, "3 rows in" in err, "0 with an error" in err, "rows:" in err) == ("", True, True, False)
+    results = [json.loads(line) for line in (photos / "out.jsonl").read_text().splitlines()]
+    assert [(result["row"], result["text"]) for result in results] == [(place, "SAY IT.") for place in range(3)]
+    settings, workers, options = made[0]
+    assert (settings.model, settings.batch_size, settings.window, workers) == ("some", 2, 8, 2)
+    assert settings.processor_kwargs == {"max_crops": 3}
+    assert options == {"row_seconds": 1800.0}
+    assert main([*arguments[:4], "Another?", *arguments[5:]]) == 2
+    assert "begun with other settings or another source (question)" in " ".join(capsys.readouterr().err.split())
+    assert main([*arguments[:4], "die", *arguments[5:], "--overwrite"]) == 1
+    assert "3 with an error" in capsys.readouterr().err
+    assert main(["batch", str(photos), str(photos / "out.txt"), "-q", "Say it.", "-m", "some"]) == 2
+    assert main(["batch", str(photos), str(photos / "new.jsonl"), "-q", "a", "-m", "some", "--workers", "4:2"]) == 2
+    assert main(["batch", str(photos), str(photos / "new.jsonl"), "-q", "a", "-m", "missing"]) == 3
+    assert "the same command continues" in capsys.readouterr().err
+
+
+def test_app_is_that_of_the_checkout(monkeypatch, tmp_path, capsys):
+    ran = []
+    done = type("Done", (), {"returncode": 5})
+    monkeypatch.setattr(commands.subprocess, "run", lambda command, **options: ran.append((command, options)) or done)
+    assert main(["app", "--server", "http://host/v1", "--share"]) == 5
+    command, options = ran[0]
+    assert command[1:] == ["-m", "app", "--server", "http://host/v1", "--share"]
+    assert options["env"]["PYTHONPATH"].split(os.pathsep)[0] == str(TESTS.parent)
+    monkeypatch.setattr(commands, "__file__", str(tmp_path / "a" / "b" / "c" / "commands.py"))
+    assert main(["app"]) == 2
+    assert "Clone it" in capsys.readouterr().err
 
 
 # --- serve and doctor ------------------------------------------------------------------------------------------------

@@ -16,12 +16,16 @@ from molmo2.batch.rows import Chunk, Row, Source
 from molmo2.batch.run import Remaining
 from molmo2.batch.settings import EngineError, EngineSettings
 
+MAX_READERS = 4  # processes that read rows, which is far quicker than answering them
+
 
 class RayEngine:
     """Rows over a cluster; a local one is started where none is there (`ray.init`, RAY_ADDRESS).
 
     Args:
         workers: (fewest, most) actors; Ray adds some while rows wait, and takes them away again.
+        workers_per_gpu: Actors that share a GPU, each with a model of its own: for videos that take longer to decode
+            than to answer.
         row_seconds, command: As of `WorkerPool`.
     Raises:
         EngineError: Ray is not installed.
@@ -34,13 +38,14 @@ class RayEngine:
         *,
         row_seconds: float = 1800.0,
         command: Sequence[str] = WORKER,
+        workers_per_gpu: int = 1,
     ):
         try:
             self._ray, self._data = importlib.import_module("ray"), importlib.import_module("ray.data")
         except ImportError as error:
             message = "The engine ray needs Ray Data: pip install 'molmo2-transformers[ray]'."
             raise EngineError(message) from error
-        self._settings, self._workers = settings, workers
+        self._settings, self._workers, self._gpu_share = settings, workers, 1 / workers_per_gpu
         self._pool_options = {"row_seconds": row_seconds, "command": tuple(command)}
 
     def run(self, rows: Remaining) -> Iterator[dict[str, Any]]:
@@ -57,15 +62,21 @@ class RayEngine:
         fewest, most = self._workers
         results = (
             self._data.from_items(blocks, override_num_blocks=len(blocks))
-            # Reading takes no share of a processor, lest actors that hold all of them wait for their rows.
-            .map_batches(_Reader(rows.source), batch_size=1, num_cpus=0)
+            # Reading takes no share of a processor, lest actors that hold all of them wait for their rows. Without a
+            # limit Ray would start a process for each block.
+            .map_batches(
+                _Reader(rows.source),
+                batch_size=1,
+                num_cpus=0,
+                compute=self._data.TaskPoolStrategy(size=min(most, MAX_READERS)),
+            )
             .map_batches(
                 _Answers,
                 fn_constructor_kwargs={"settings": self._settings.as_dict(), "options": self._pool_options},
-                batch_size=None,
+                batch_size=size,  # of blocks that are not whole, several at a time
                 compute=self._data.ActorPoolStrategy(min_size=fewest, max_size=most),
                 num_cpus=1,
-                num_gpus=1 if uses_gpus and has_gpus else 0,
+                num_gpus=self._gpu_share if uses_gpus and has_gpus else 0,
             )
         )
         try:

@@ -75,7 +75,8 @@ def _engine(options: Mapping[str, Any], settings: EngineSettings) -> Any:
     if options["engine"] == "ray":
         from molmo2.batch.ray_data import RayEngine
 
-        return RayEngine(settings, (fewest, most), row_seconds=options["row_timeout"])
+        share = options["workers_per_gpu"]
+        return RayEngine(settings, (fewest, most), row_seconds=options["row_timeout"], workers_per_gpu=share)
     return WorkerPool(settings, most, row_seconds=options["row_timeout"])
 
 

@@ -426,6 +426,9 @@ def describe(structured: bool, **options: Any) -> int:
 )
 @click.option("--workers", metavar="N|MIN:MAX", default="1", show_default=True, help="MIN:MAX lets Ray scale.")
 @click.option(
+    "--workers-per-gpu", type=click.IntRange(1), default=1, show_default=True, help="Actors of Ray that share a GPU."
+)
+@click.option(
     "--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Rows at a time, each worker."
 )
 @click.option("--shard", metavar="I/N", help="Only part I of N; under `accelerate launch` it is known.")
