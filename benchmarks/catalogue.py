@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
-from benchmarks import curves, gpu, images, models, questions, videos  # noqa: F401  (these register their rows)
+from benchmarks import curves, gpu, images, models, questions, startup, videos  # noqa: F401  (these register their rows)
 from benchmarks.curves import CURVES
 from benchmarks.harness import ROWS, Side, Work
 

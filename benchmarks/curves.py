@@ -1,16 +1,21 @@
-"""Growth curves of ours: time and peak memory over frames, crops, tokens and rows of a batch."""
+"""Growth curves of ours: time and peak memory over frames, crops, tokens, rows of a batch, hours and tracks."""
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks.harness import Side, Work
+from benchmarks.long_video import write_long
 from benchmarks.media import clip, photo
 from benchmarks.models import clip_and_text
 from benchmarks.sides import chat_inputs, image_processor, load_model, video_processor
+from molmo2.grounding.format import format_tracks
+from molmo2.grounding.parse import parse_grounding
+from molmo2.long_video import Cutting, LongVideo, TrackPoint, WindowTrack, WindowTracks, stitch
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,51 @@ def _batch(side: Side, point: int) -> Work:
     return lambda: model.generate(**inputs, max_new_tokens=side.pick(32, 4), do_sample=False)
 
 
+def _hours(side: Side, point: int) -> Work:
+    """All windows of a file of a frame a second, 64x64: what grows with its length alone."""
+    hours = side.pick(point, point / 60)
+    path = side.settings.cache / f"long_{hours:g}h.mp4"
+    if not path.exists():
+        write_long(path.with_suffix(".part.mp4"), hours * 60, 1, 64, 64).rename(path)
+
+    def work() -> int:
+        with LongVideo(path, window=60.0, overlap=4.0, fps=0.5) as video:
+            return sum(1 for found in video.clips() for _ in found.frames)
+
+    return work
+
+
+def _tracks(side: Side, point: int) -> Work:
+    """So many objects at once through 20 windows: their answers read and stitched."""
+    rng = np.random.default_rng(0)
+    cutting = Cutting(window=30.0, overlap=4.0, fps=2.0)
+    places = np.cumsum(rng.normal(0, 0.005, (point, cutting.step * 20 + cutting.size, 2)), 1) + rng.random(
+        (point, 1, 2)
+    )
+    places = places.clip(0, 1)
+    answers = []
+    for window in range(20):
+        first = window * cutting.step
+        tracks = {
+            number + 1: {place / 2: tuple(path[first + place]) for place in range(cutting.size)}
+            for number, path in enumerate(places)
+        }
+        answers.append((first / 2, format_tracks(tracks, "thing")))
+
+    def work() -> int:
+        windows = []
+        for start, text in answers:
+            found = parse_grounding(text).tracks
+            own = [
+                WindowTrack("thing", tuple(TrackPoint(start + p.time, p.x_norm, p.y_norm) for p in track.points))
+                for track in found
+            ]
+            windows.append(WindowTracks(start, start + (cutting.size - 1) / 2, tuple(own)))
+        return len(stitch(windows))
+
+    return work
+
+
 BOTH = ("seconds", "peak_bytes")
 TILES = {2: (1, 1), 5: (2, 2), 10: (3, 3), 17: (4, 4), 25: (4, 6)}  # beside the low-resolution view
 CURVES: dict[str, Curve] = {
@@ -70,7 +120,9 @@ CURVES: dict[str, Curve] = {
     "encoding": Curve("Encoding frames", "frames", (1, 48, 96, 192, 384), BOTH, _encoding),
     "crops": Curve("Preprocessing a photo", "crops", tuple(TILES), BOTH, _crops),
     "tokens": Curve("Prefill", "tokens", (1024, 2048, 4096, 8192, 16384, 36864), ("peak_bytes",), _tokens),
-    "batch": Curve("Answers in a batch", "rows", (1, 2, 4, 8, 16), BOTH, _batch),
+    "batch": Curve("Answers in a batch", "rows", (1, 2, 4, 8, 16, 32, 64), BOTH, _batch),
+    "hours": Curve("Reading a long video in windows", "hours", (1, 2, 4, 7, 10), BOTH, _hours),
+    "tracks": Curve("Reading and stitching ten minutes", "tracks at once", (1, 2, 4, 8, 16, 32), (), _tracks),
 }
 
 

@@ -355,20 +355,20 @@ READING = ("windows", "wanted", "opened anew")
 MAX_ANEW_MINUTES = 10.0  # up to which each window is also read by a video of its own
 
 
-def write_long(path: Path, minutes: float) -> Path:
+def write_long(path: Path, minutes: float, fps: int = FILE_FPS, height: int = HEIGHT, width: int = WIDTH) -> Path:
     """Half a minute of a moving view over noise, its packets repeated."""
     import av
 
     seconds = 30
-    view = np.random.default_rng(0).integers(0, 256, (HEIGHT // 8, WIDTH // 8 + 100, 3), dtype=np.uint8)
+    view = np.random.default_rng(0).integers(0, 256, (height // 8, width // 8 + 100, 3), dtype=np.uint8)
     view = view.repeat(8, 0).repeat(8, 1)
     with av.open(str(path), "w") as container:
-        stream: Any = container.add_stream("libx264", rate=FILE_FPS)
-        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        stream: Any = container.add_stream("libx264", rate=fps)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.options = {"preset": "ultrafast", "g": str(GROUP), "tune": "zerolatency", "crf": "30"}
         packets = []
-        for number in range(seconds * FILE_FPS):
-            pixels = np.ascontiguousarray(view[:, number : number + WIDTH])
+        for number in range(seconds * fps):
+            pixels = np.ascontiguousarray(view[:, number : number + width])
             packets += stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24"))
         packets += stream.encode(None)
         kept = [(bytes(packet), packet.pts, packet.dts, packet.time_base, packet.is_keyframe) for packet in packets]
@@ -412,11 +412,11 @@ def read(path: Path, how: str, fps: float) -> dict[str, float]:
     return {"seconds": ended - started, "opening": opened - started, "peak": peak, "frames": float(frames)}
 
 
-def reading(minutes: Sequence[float], fps: float, rounds: int) -> None:
+def reading(minutes: Sequence[float], fps: float, rounds: int, file_fps: int = FILE_FPS) -> None:
     print("| length | read | opening | CPU time | of the wanted frames | peak |\n|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for length in minutes:
-            path = write_long(Path(folder) / "long.mp4", length)
+            path = write_long(Path(folder) / "long.mp4", length, file_fps)
             found: dict[str, list[dict[str, float]]] = {}
             for _ in range(rounds):
                 for how in READING if length <= MAX_ANEW_MINUTES else READING[:2]:
@@ -443,6 +443,7 @@ def main() -> None:
     own = commands.add_parser("reading")
     own.add_argument("--minutes", type=float, nargs="+", default=[10.0, 60.0])
     own.add_argument("--fps", type=float, default=2.0, help="samples a second")
+    own.add_argument("--file-fps", type=int, default=FILE_FPS, help="frames a second of the file")
     own.add_argument("--rounds", type=int, default=2)
     own = commands.add_parser("read", help="one process of `reading`")
     own.add_argument("path", type=Path)
@@ -454,7 +455,7 @@ def main() -> None:
     elif given.command == "miniature":
         miniature(given.seconds, given.seeds)
     elif given.command == "reading":
-        reading(given.minutes, given.fps, given.rounds)
+        reading(given.minutes, given.fps, given.rounds, given.file_fps)
     else:
         print(json.dumps(read(given.path, given.how, given.fps)))
 

@@ -1,13 +1,17 @@
-"""Questions: a follow-up about the same clip, and a batch of eight mixed ones."""
+"""Questions: a follow-up about the same clip, a batch of eight mixed ones, several answers, prompt lookup."""
 
+import copy
 from typing import Any
 
 import torch
+from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
 from benchmarks.harness import Goal, Side, Work, row
 from benchmarks.media import clip, photo
+from benchmarks.models import clip_and_text, image_inputs
 from benchmarks.sides import chat_inputs, inputs_for, load_model, our_processor, processor
 from molmo2 import MediaSession
+from molmo2.model.generation import LatestMatchLookup
 
 QUESTION = "What happens in the second half of the clip, and where is the smaller one of the two?"
 
@@ -72,5 +76,59 @@ def batch(side: Side) -> Work:
     def work() -> None:
         for inputs in prepared:
             model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+
+    return work
+
+
+@row(
+    "answers-4",
+    "four sampled answers about a photo of 9 crops, 16 new tokens each",
+    bound="the prompt read once, then the same steps of four rows, without sampling, by ours",
+    goals=(Goal(0.67, "native"),),
+)
+def answers(side: Side) -> Work:
+    own = side if not side.is_bound else Side("ours", side.settings)
+    model, inputs = load_model(own, "session"), image_inputs(own, "session", side.pick(8, 1))
+    settings = {"max_new_tokens": 16, "do_sample": True, "num_return_sequences": 4}
+
+    def work() -> None:
+        torch.manual_seed(0)
+        model.generate(**inputs, **settings)
+
+    if not side.is_bound:
+        return work
+    read = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
+    ids = inputs["input_ids"][:, -1:].repeat(4, 1)
+    read.batch_repeat_interleave(4)
+
+    def bound() -> None:
+        model(**inputs, use_cache=True, logits_to_keep=1)
+        cache = copy.deepcopy(read)
+        for _ in range(settings["max_new_tokens"] - 1):
+            model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    return bound
+
+
+@row(
+    "lookup-36k",
+    "the search of prompt lookup in 36,864 tokens",
+    bound="the ids compared with the last one, once",
+    goals=(Goal(1.0, "native"),),
+    sides=("bound", "ours", "native"),
+)
+def lookup(side: Side) -> Work:
+    """A prompt of frames: visual tokens that repeat, then text; 100 steps."""
+    length = side.pick(36864, 2048)
+    ids = clip_and_text(side, length)["input_ids"]
+    library = PromptLookupCandidateGenerator(num_output_tokens=10, max_matching_ngram_size=3, max_length=2 * length)
+    generator = LatestMatchLookup(library) if side.name == "ours" else library
+
+    def work() -> None:
+        for _ in range(100):
+            if side.is_bound:
+                (ids[0].numpy() == 65).nonzero()
+            else:
+                generator.get_candidates(ids)
 
     return work

@@ -28,6 +28,7 @@ def run_child(name: str, side: str, settings: Settings, point: int | None = None
         "TQDM_DISABLE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # code of checkpoints would be compiled anew at every start
     command = [sys.executable, "-m", "benchmarks.child", json.dumps(request, default=str)]
     try:
         done = subprocess.run(

@@ -15,6 +15,12 @@ OPERATIONS = (
     "roi_align(Tensor input, Tensor rois, float spatial_scale, int pooled_height, int pooled_width, "
     "int sampling_ratio, bool aligned) -> Tensor",
 )
+DECLARATION = """import torch
+library = torch.library.Library("torchvision", "DEF")
+for operation in operations:
+    library.define(operation)
+kept.append(library)
+"""
 _kept: list[Any] = []  # operations live as long as their library
 
 
@@ -34,10 +40,10 @@ def make_importable() -> None:
     """Declare what is missing, where torchvision is installed and does not import by itself."""
     if importlib.util.find_spec("torchvision") is None or _imports():
         return
-    import torch
-
-    library = torch.library.Library("torchvision", "DEF")
-    for operation in OPERATIONS:
-        library.define(operation)
-    _kept.append(library)
+    exec(DECLARATION, {"kept": _kept, "operations": OPERATIONS})
     _imports()
+
+
+def lines_for_programs() -> str:
+    """Python that makes torchvision importable at the start of another program; empty where nothing is needed."""
+    return f"kept, operations = [], {OPERATIONS!r}\n{DECLARATION}" if _kept else ""

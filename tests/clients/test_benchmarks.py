@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import profile, report, runner, scaling, throughput
+from benchmarks import gpu_day, profile, report, runner, scaling, throughput
 from benchmarks.bounds import Products, weight_reads
 from benchmarks.curves import Curve, exponent, growth, linear_fit
 from benchmarks.harness import Goal, NotAvailable, Row, Settings, Side, measure
@@ -399,3 +399,29 @@ def test_rows_that_miss_their_goal_are_profiled(tmp_path, monkeypatch):
     (tmp_path / "cpu.json").write_text(json.dumps({"rows": rows}), encoding="utf-8")
     monkeypatch.setattr(profile, "RESULTS", tmp_path / "cpu.json")
     assert profile.missed() == ["False"]
+
+
+# --- a day with a GPU ------------------------------------------------------------------------------------------------
+
+
+def test_a_gpu_day_without_a_gpu(tmp_path):
+    """Every step with a small model on the pretend device; what needs kernels is left out by name."""
+    output = tmp_path / "gpu.json"
+    command = [sys.executable, "-m", "benchmarks.gpu_day", "--pretend", "--cache", str(tmp_path)]
+    done = subprocess.run(
+        [*command, "--output", str(output)], cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = json.loads(output.read_text(encoding="utf-8"))["steps"]
+    assert list(steps) == [step.title for step in gpu_day.STEPS]
+    left_out = {
+        title for title, found in steps.items() if "not measured" in found["ours" if "ours" in found else "vllm"]
+    }
+    assert {title for title in left_out if not re.search("flex|flash|vLLM", title)} == set()
+    assert steps["kernels for each token"]["ours"]["kernels"] > 10
+    assert done.stdout.count("| ours: ") == len(steps)
+
+
+def test_a_gpu_day_ends_in_time(tmp_path, capsys):
+    assert gpu_day.main(["--pretend", "--minutes", "0", "--cache", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count("skipped: ") == len(gpu_day.STEPS)

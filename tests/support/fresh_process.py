@@ -163,6 +163,34 @@ def _native_classes(folder: str) -> dict[str, Any]:
     }
 
 
+def startup(folder: str, is_remote: bool) -> dict[str, Any]:
+    """Modules that a processor, and its first call with an image, bring beside those of the library's own parts."""
+    from PIL import Image
+    from transformers import AutoProcessor, AutoTokenizer, image_processing_utils, video_processing_utils  # noqa: F401
+    from transformers.models.auto import image_processing_auto, video_processing_auto  # noqa: F401
+
+    AutoTokenizer.from_pretrained(folder)
+    before = set(sys.modules)
+    if is_remote:
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    else:
+        from molmo2.processing.processor import Molmo2Processor
+
+        processor = Molmo2Processor.from_pretrained(folder)
+    loaded = set(sys.modules)
+    content = [{"type": "image", "image": Image.new("RGB", (50, 40))}, {"type": "text", "text": PROMPT}]
+    processor.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    return {"loading": sorted(loaded - before), "call": sorted(set(sys.modules) - loaded)}
+
+
+def imported(module: str) -> list[str]:
+    """Modules that come with one."""
+    importlib.import_module(module)
+    return sorted(sys.modules)
+
+
 def from_hub_cache(repository: str, image: str, output: str) -> dict[str, Any]:
     """Load by repository name from what a download has left in the cache, offline."""
     from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer

@@ -678,3 +678,68 @@ def test_memory_does_not_grow_with_hours(tmp_path):
         peaks.append(peak)
     print(peaks)
     assert peaks[1] <= 1.05 * peaks[0]
+
+
+# --- on the command line ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(path, monkeypatch):
+    """Runs `molmo2 long` over the video; every window has a dog in its middle."""
+    from molmo2.cli import main, models
+
+    def script(prompt):
+        if "Track" in prompt:
+            return format_tracks({1: dict.fromkeys((0.0, 0.5, 3.0, 3.5), (0.5, 0.5))}, "dog")
+        return "It sleeps."
+
+    monkeypatch.setattr(models, "load_model", lambda *given: (ScriptedModel(processor(), script), processor()))
+    monkeypatch.setenv("MOLMO2_MODEL", "some/model")
+    cut = [part for name, value in CUT.items() for part in (f"--{name}", str(value))]
+
+    def call(kind, *given):
+        return main(["long", kind, *given[:1], str(path), *cut, *given[1:]])
+
+    return call
+
+
+def test_tracks_on_the_command_line(command, path, tmp_path, capsys):
+    table, journal = tmp_path / "dog.csv", tmp_path / "dog.jsonl"
+    assert command("track", "dog", "--journal", str(journal), "--format", "csv", "-o", str(table)) == 0
+    lines = table.read_text().splitlines()
+    assert lines[:2] == ["label,id,time,x,y,frame,confidence,start,end,text", "dog,1,0.0,32.0,24.0,0,1.0,,,"]
+    assert len(journal.read_text().splitlines()) == 7
+    capsys.readouterr()
+    assert command("count", "dog", "--unique", "--draw", str(tmp_path / "marked")) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines()[0] == "dog: 1 (at least 1, at most 1)"
+    assert out.splitlines()[1].startswith("dog 1: 0:00:00 to 0:00:")
+    drawn = tmp_path / "marked" / "video_points.mp4"
+    assert drawn.stat().st_size > 1000
+    missing = "incomplete: 0:00:18 to 0:00:19: 2 point(s) are at times outside the window"
+    assert err.splitlines() == [f"wrote {drawn}", missing]
+
+
+def test_answers_on_the_command_line(command, path, capsys):
+    assert command("ask", "What does the dog do?", "--format", "json") == 0
+    record = json.loads(capsys.readouterr().out)
+    assert (record["video"], record["text"], record["problems"]) == (str(path), "It sleeps.", [])
+    assert record["notes"][1] == {"start": 3.0, "end": 6.5, "text": "It sleeps."}
+    assert command("ask", "What?") == 0
+    assert capsys.readouterr().out.splitlines()[:2] == ["It sleeps.", "  0:00:00 to 0:00:03: It sleeps."]
+
+
+def test_what_the_command_line_refuses(command, path, tmp_path, capsys, monkeypatch):
+    from molmo2.cli import main
+
+    assert main(["long", "track", "dog", "nowhere.mp4"]) == 1
+    assert "nowhere.mp4" in capsys.readouterr().err
+    assert command("ask", " ") == 2
+    assert main(["long", "ask", "What?", str(path), "--overlap", "40"]) == 2
+    assert "overlap" in capsys.readouterr().err
+    journal = str(tmp_path / "dog.jsonl")
+    assert command("track", "dog", "--journal", journal) == 0
+    assert command("track", "cat", "--journal", journal) == 2
+    assert "overwrite" in capsys.readouterr().err
+    monkeypatch.delenv("MOLMO2_MODEL")
+    assert command("ask", "What?") == 2

@@ -15,6 +15,7 @@ import click
 from molmo2.cli import models, printing
 from molmo2.cli.batches import run_batch_command
 from molmo2.cli.doctor import examine, report
+from molmo2.cli.long import run_long
 from molmo2.cli.models import MODEL_VARIABLE, SERVER_VARIABLE, Asker, ModelError
 from molmo2.cli.recipes import run_evaluation, run_training
 from molmo2.cli.serving import ENGINES, ServeError, ServeOptions, choose_engine, serve_command
@@ -236,7 +237,7 @@ class Job:
         if self.drawings is None:
             return True
         try:
-            saved = printing.save_marks(files, answer, self.drawings, self.saved)
+            saved = printing.save_marks(files, answer.grounding, self.drawings, self.saved)
         except Exception as error:  # decoders raise nearly anything
             click.echo(f"error: {', '.join(file.path for file in files)}: not drawn: {error}", err=True)
             return False
@@ -406,6 +407,96 @@ def describe(structured: bool, **options: Any) -> int:
         return prompts.describe("video" if files[0].is_video else "images" if len(files) > 1 else "image")
 
     return _ask(options, question)
+
+
+# --- hours of video --------------------------------------------------------------------------------------------------
+
+
+@molmo2.group("long", cls=_Group, context_settings=CONTEXT)
+def long_video() -> None:
+    """Ask about hours of video, window by window.
+
+    The windows overlap, and what they say becomes one result: tracks keep their id, counts have no duplicates. The
+    file is opened once and read forwards, in memory that does not grow with it. With --journal a run that was
+    interrupted or killed continues where it was when the same command is given again.
+    """
+
+
+JOIN_OPTIONS = [
+    click.option(
+        "--unique", is_flag=True, help="It exists once ('the dog', not 'cars'): whatever returns is the same."
+    ),
+    OUTPUT_OPTIONS[2],
+]
+LONG_OPTIONS = [
+    click.argument("video"),
+    click.option("--window", type=float, default=30.0, show_default=True, help="Seconds of each window."),
+    click.option("--overlap", type=float, default=4.0, show_default=True, help="Seconds that two windows share."),
+    click.option("--fps", type=float, default=2.0, show_default=True, help="Frames a second that the model sees."),
+    click.option(
+        "--key-frame-interval", type=click.IntRange(2), help="Slow-fast windows: frames between these are coarser."
+    ),
+    click.option(
+        "--journal", type=click.Path(dir_okay=False, path_type=Path), help="A .jsonl file with a line for each window."
+    ),
+    click.option("--overwrite", is_flag=True, help="Begin the journal anew, whatever is there."),
+    MODEL_OPTIONS[0],
+    *MODEL_OPTIONS[2:],
+    *OUTPUT_OPTIONS[:2],
+    OUTPUT_OPTIONS[3],
+]
+
+
+@long_video.command("track", context_settings=CONTEXT)
+@click.argument("what")
+@_add([*LONG_OPTIONS, *JOIN_OPTIONS])
+def long_track(what: str, video: str, **options: Any) -> int:
+    """Follow objects: when each is there, and where.
+
+    \b
+    example:
+      molmo2 long track "red car" day.mp4 --journal car.jsonl --format csv -o car.csv
+    """
+    return run_long("track", what, video, options)
+
+
+@long_video.command("count", context_settings=CONTEXT)
+@click.argument("what")
+@_add([*LONG_OPTIONS, *JOIN_OPTIONS])
+def long_count(what: str, video: str, **options: Any) -> int:
+    """Count different objects; what two windows see counts once.
+
+    \b
+    example:
+      molmo2 long count penguins colony.mp4 --window 60 --fps 1
+    """
+    return run_long("count", what, video, options)
+
+
+@long_video.command("events", context_settings=CONTEXT)
+@_add(LONG_OPTIONS)
+@click.option("--of", "what", help="Only events of this kind. [default: all]")
+def long_events(what: str | None, video: str, **options: Any) -> int:
+    """Find when things happen.
+
+    \b
+    example:
+      molmo2 long events match.mp4 --of "a goal is scored" --format json
+    """
+    return run_long("events", what, video, options)
+
+
+@long_video.command("ask", context_settings=CONTEXT)
+@click.argument("question")
+@_add(LONG_OPTIONS)
+def long_ask(question: str, video: str, **options: Any) -> int:
+    """Ask anything: an answer that every window brings up to date, and the answers about the windows.
+
+    \b
+    example:
+      molmo2 long ask "What is taught?" lecture.mp4 --window 60
+    """
+    return run_long("ask", question, video, options)
 
 
 # --- many files ------------------------------------------------------------------------------------------------------

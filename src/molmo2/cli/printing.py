@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from molmo2.grounding.parse import Grounding
 from molmo2.tools.answer import Answer, answer_record, readable
 from molmo2.tools.media_files import MediaFile, is_url
 
@@ -59,7 +60,7 @@ def as_csv(record: dict[str, Any]) -> str:
     return lines.getvalue().removesuffix("\n")
 
 
-def save_marks(files: Sequence[MediaFile], answer: Answer, folder: Path, taken: set[Path]) -> list[Path]:
+def save_marks(files: Sequence[MediaFile], grounding: Grounding, folder: Path, taken: set[Path]) -> list[Path]:
     """Copies of the media with the points of an answer; none where it has no points.
 
     Args:
@@ -67,7 +68,7 @@ def save_marks(files: Sequence[MediaFile], answer: Answer, folder: Path, taken: 
     Returns:
         The files that were written: NAME_points.png, NAME_points.mp4. A number is added where a name is taken.
     """
-    if not answer.grounding.points:
+    if not grounding.points:
         return []
     from molmo2.image.loading import load_images
     from molmo2.tools.draw import draw
@@ -79,10 +80,10 @@ def save_marks(files: Sequence[MediaFile], answer: Answer, folder: Path, taken: 
         if is_url(videos[0].path):
             raise ValueError("Marks are drawn on videos on disk only: download it first.")
         target = _free_name(folder, videos[0].path, ".mp4", taken)
-        return [annotate_video(videos[0].path, answer.grounding, target).path]
+        return [annotate_video(videos[0].path, grounding, target).path]
     written = []
-    drawn = draw(load_images([media.path for media in files]), answer.grounding)
-    marked = {point.image_index for point in answer.grounding.points}
+    drawn = draw(load_images([media.path for media in files]), grounding)
+    marked = {point.image_index for point in grounding.points}
     for index, (media, image) in enumerate(zip(files, drawn)):
         if index in marked:
             written.append(_free_name(folder, media.path, ".png", taken))

@@ -10,7 +10,6 @@ from typing import Any
 import click
 
 from molmo2.cli import models
-from molmo2.recipes.recipe import RecipeError, read_recipe
 
 
 def run_training(path: Path, output: str | None, resume: bool) -> int:
@@ -19,6 +18,8 @@ def run_training(path: Path, output: str | None, resume: bool) -> int:
     Raises:
         ClickException: The recipe cannot be followed, or the model not be loaded.
     """
+    from molmo2.recipes.recipe import RecipeError, read_recipe
+
     changes = {} if output is None else {"output": str(Path(output).resolve())}
     try:
         recipe = read_recipe(path, **changes)

@@ -40,16 +40,16 @@ def latest_continuation(ids: Tensor, max_ngram: int, max_tokens: int) -> Tensor:
     Returns:
         (drafted,) int64, `max_tokens` at most; empty where not even the last token occurs again.
     """
-    ends, length = (ids[:-1] == ids[-1:]).nonzero()[:, 0], 1  # where the last token occurs, then the last two, ...
+    known = ids.numpy()  # in one thread: waiting for another one would take longer than the search
+    ends, length = (known[:-1] == known[-1:]).nonzero()[0], 1  # where the last token occurs, then the last two, ...
     while len(ends) and length < max_ngram:
         longer = ends[ends >= length]
-        longer = longer[ids[longer - length] == ids[-1 - length]]
+        longer = longer[known[longer - length] == known[-1 - length]]
         if not len(longer):
             break
         ends, length = longer, length + 1
-    if not len(ends) or max_ngram < 1:
-        return ids[:0]
-    return ids[ends[-1] + 1 :][: max(0, max_tokens)]
+    is_found = len(ends) and max_ngram > 0
+    return ids[ends[-1] + 1 :][: max(0, max_tokens)] if is_found else ids[:0]
 
 
 class LatestMatchLookup(PromptLookupCandidateGenerator):
