@@ -6,7 +6,13 @@ collator = DataCollator(processor)
 """
 
 from molmo2.training.collator import DataCollator
-from molmo2.training.context_parallel import average_gradients, context_parallel, own_tokens
+from molmo2.training.context_parallel import (
+    RepeatedRows,
+    average_gradients,
+    context_group,
+    context_parallel,
+    own_tokens,
+)
 from molmo2.training.examples import build_training_example, example_from_feature, messages_from_row
 from molmo2.training.finetuning import (
     LearningRates,
@@ -35,11 +41,13 @@ __all__ = [
     "PackingReport",
     "Pipeline",
     "PreferenceCollator",
+    "RepeatedRows",
     "SaveMixture",
     "TokenWeighting",
     "average_gradients",
     "build_training_example",
     "clip_gradients",
+    "context_group",
     "context_parallel",
     "example_from_feature",
     "freeze",

@@ -12,11 +12,13 @@ of the tokens is pooled from.
 """
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.utils.data import IterableDataset
 
 from molmo2.model.loss import IGNORED, kept_label_fraction, shift_labels, weighted_loss
 from molmo2.model.packing import packed_rows
@@ -79,6 +81,38 @@ def own_tokens(length: int, group: Any = None) -> slice:
     """The columns of rows of this length that the process has under `context_parallel`."""
     ranks = Ranks(group)
     return slice(*ranks.bounds(length)[ranks.index])
+
+
+def context_group(processes: int) -> Any:
+    """The group of this process, if so many with neighbouring ranks share rows; all processes must call it.
+
+    Raises:
+        ValueError: torch.distributed is not initialised, or the number does not divide that of all processes.
+    """
+    ranks = Ranks()
+    if processes < 1 or ranks.size % processes:
+        raise ValueError(f"{ranks.size} process(es) cannot be divided into groups of {processes} that share rows.")
+    groups = [list(range(first, first + processes)) for first in range(0, ranks.size, processes)]
+    return [distributed.new_group(members) for members in groups][ranks.index // processes]
+
+
+class RepeatedRows(IterableDataset):
+    """Each batch of a stream of rows several times, so that accelerate gives it to each process of a `context_group`.
+
+    Args:
+        rows: The stream.
+        processes: Of a group.
+        batch: Rows of a process in a forward pass.
+    """
+
+    def __init__(self, rows: Iterable[Any], processes: int, batch: int):
+        self.rows, self.processes, self.batch = rows, processes, batch
+
+    def __iter__(self) -> Iterator[Any]:
+        rows = iter(self.rows)
+        while own := list(itertools.islice(rows, self.batch)):
+            for _ in range(self.processes):
+                yield from own
 
 
 def average_gradients(model: nn.Module, group: Any = None) -> None:
