@@ -178,7 +178,7 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
     """Molmo2 with its output matrix: logits, loss and `generate`."""
 
     accepts_loss_kwargs = True
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # as transformers has it
+    _pp_plan: Any = {"lm_head": (["hidden_states"], ["logits"])}  # as transformers has it
 
     def __init__(self, config: Molmo2Config):
         super().__init__(config)
