@@ -231,10 +231,17 @@ def make_picture(
     return Picture(draw(_ground(rng, *shape), things), tuple(things))
 
 
-def make_clip(rng: np.random.Generator, *, max_things: int = 3) -> Clip:
-    """One clip of 1 to 2.5 seconds: objects that rest, move, cross each other, leave and enter."""
+def make_clip(
+    rng: np.random.Generator, *, max_things: int = 3, kinds: Sequence[tuple[str, str]] | None = None
+) -> Clip:
+    """One clip of 1 to 2.5 seconds: objects that rest, move, cross each other, leave and enter.
+
+    Args:
+        max_things: It has one to so many objects.
+        kinds: Colours and kinds instead of drawn ones.
+    """
     shape = int(rng.integers(80, 130)), int(rng.integers(80, 130))
-    kinds = choose_kinds(rng, int(rng.integers(1, max_things + 1)))
+    kinds = choose_kinds(rng, int(rng.integers(1, max_things + 1))) if kinds is None else kinds
     num_frames = int(rng.integers(10, 27))
     seconds = (num_frames - 1) / CLIP_FPS
     movers = []

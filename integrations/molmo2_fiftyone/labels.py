@@ -12,6 +12,8 @@ from typing import Any
 
 import fiftyone as fo
 
+from molmo2.grounding.files import nearest_points
+
 logger = logging.getLogger(__name__)
 
 
@@ -49,12 +51,8 @@ def frame_keypoints(grounding: Any) -> dict[int, fo.Keypoints]:
 
 def _one_per_frame(track: Any) -> list[Any]:
     """The points of a track, one for each of its frames."""
-    nearest: dict[int, Any] = {}
-    for point in track.points:
-        number = frame_number(point.frame)
-        if number not in nearest or point.seconds_to_frame < nearest[number].seconds_to_frame:
-            nearest[number] = point
-    return list(nearest.values())
+    placed = ((frame_number(point.frame), point, point.seconds_to_frame) for point in track.points)
+    return list(nearest_points(placed).values())
 
 
 def no_keypoints() -> fo.Keypoints:

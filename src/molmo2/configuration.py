@@ -353,6 +353,11 @@ class Molmo2TextConfig(Molmo2BaseConfig):
     base_config_key = "text_config"
     keys_to_ignore_at_inference = ["past_key_values", "cache"]
     attribute_map = {"attention_bias": "qkv_bias", "rms_norm_eps": "layer_norm_eps"}
+    base_model_pp_plan = {  # where a pipeline may cut the text model, and what its pieces pass on
+        "wte": (["input_ids"], ["inputs_embeds"]),
+        "blocks": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "ln_f": (["hidden_states"], ["hidden_states"]),
+    }
 
     def __init__(
         self,

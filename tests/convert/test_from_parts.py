@@ -191,6 +191,27 @@ def test_vision_is_that_of_siglip(text_model, vision_model, tmp_path, form):
         torch.testing.assert_close(own, expected[layer], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("shards", ["5GB", "20KB"], ids=["one file", "several files"])
+def test_position_ids_of_older_towers_are_left_out(text_model, vision_model, tmp_path, shards):
+    """Older releases of transformers stored them, as int64; any other tensor of whole numbers is refused."""
+    build(text_model("qwen3")[0], vision_model[0], tmp_path / "expected")
+    own = dict(vision_model[1].state_dict())
+    prefix = next(name for name in own if name.endswith("patch_embedding.weight")).removesuffix(
+        "patch_embedding.weight"
+    )
+    older, other = ({**own, f"{prefix}{name}": torch.arange(16)[None]} for name in ("position_ids", "other_ids"))
+    for name, weights in (("older", older), ("other", other)):
+        vision_model[1].save_pretrained(tmp_path / name, state_dict=weights, max_shard_size=shards)
+    stored = [path for path in (tmp_path / "older").glob("*.safetensors") if "position_ids" in str(load_file(path))]
+    assert len(stored) == 1
+    build(text_model("qwen3")[0], tmp_path / "older", tmp_path / "out")
+    found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "expected"))
+    assert found.keys() == expected.keys()
+    assert all(tensor.equal(expected[name]) for name, tensor in found.items())
+    with pytest.raises(UnsupportedError, match="other_ids' is 'I64'; expected one of"):
+        build(text_model("qwen3")[0], tmp_path / "other", tmp_path / "refused")
+
+
 def test_vision_is_that_of_siglip_2_for_any_shape(text_model, tmp_path):
     config = transformers.Siglip2VisionConfig(**VISION, num_patches=16)
     config._attn_implementation = "eager"

@@ -247,13 +247,16 @@ def test_rows_have_to_fit_the_processes(folder, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(RecipeError, match="which 3 processes with 1 rows at a time do not divide"):
         train(read_recipe(folder / "recipe.yaml"))
+    with pytest.raises(RecipeError, match=r"context_parallel is 2, which does not divide the 3 process"):
+        train(read_recipe(folder / "recipe.yaml", context_parallel=2))
 
 
 @pytest.mark.slow
-def test_two_processes_have_the_losses_of_one(folder):
+@pytest.mark.parametrize("shared", [1, 2], ids=["rows of their own", "rows that they share"])
+def test_two_processes_have_the_losses_of_one(folder, shared):
     train(read_recipe(folder / "recipe.yaml", evaluation=[]), say=lambda line: None)
     recipe = folder / "two.yaml"
-    recipe.write_text(RECIPE.replace("output: run", "output: two"))
+    recipe.write_text(RECIPE.replace("output: run", f"output: two\ncontext_parallel: {shared}"))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
     command += ["--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
     command += ["-m", "molmo2.cli", "train", str(recipe)]
@@ -262,6 +265,8 @@ def test_two_processes_have_the_losses_of_one(folder):
     assert losses(folder, "two") == pytest.approx(losses(folder), rel=1e-4)
     scores = log(folder, "two", "scores.jsonl")
     assert [(entry["step"], entry["examples"]) for entry in scores] == [(2, 3), (4, 3)]
+    stopped, whole = (folder / name / "checkpoint-2" / "mixture_state.json" for name in ("two", "run"))
+    assert json.loads(stopped.read_text()) == json.loads(whole.read_text())  # goes on with the same row
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import sys
 
 import numpy as np
@@ -84,16 +85,33 @@ def test_the_run(folder, tmp_path, capsys, monkeypatch):
     assert finetune_lora.scores(adapted, processor, 2) == scores["after"]
 
 
-def test_the_notebook_runs(monkeypatch, capsys):
-    """Its cells one after the other, with seconds of training instead of minutes."""
-    notebook = json.loads((REPOSITORY / "notebooks" / "finetune_lora.ipynb").read_text(encoding="utf-8"))
+def run_notebook(name, monkeypatch, **settings):
+    """The cells one after the other, with less of everything; their names, and the notebook as it is stored."""
+    notebook = json.loads((REPOSITORY / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8"))
     monkeypatch.chdir(REPOSITORY / "notebooks")
-    monkeypatch.setenv("MINUTES", "0.05")
-    monkeypatch.setenv("PICTURES", "1")
+    for variable, value in settings.items():
+        monkeypatch.setenv(variable, value)
     names: dict = {}
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     for cell in cells:
-        exec(compile("".join(cell["source"]), "finetune_lora.ipynb", "exec"), names)
+        exec(compile("".join(cell["source"]), f"{name}.ipynb", "exec"), names)
+    return names, cells
+
+
+def test_the_notebook_runs(monkeypatch, capsys):
+    names, cells = run_notebook("finetune_lora", monkeypatch, MINUTES="0.05", PICTURES="1")
     assert len(cells) == 7
     assert names["after"].keys() == names["before"].keys()
     assert capsys.readouterr().out.count("| score | before | after |") == 2
+
+
+def test_the_notebook_of_video_points_runs(monkeypatch, capsys):
+    names, cells = run_notebook("video_pointing", monkeypatch, CLIPS="4", ASKED="2")
+    printed = capsys.readouterr().out
+    assert "allenai/Molmo2-VideoPoint: 4 rows, 4 examples" in printed
+    assert "allenai/Molmo2-VideoPointEval: 2 rows, 2 examples" in printed
+    assert names["page"].read_text(encoding="utf-8").count('<section id="example-') == 4
+    assert len(names["losses"]) == names["trainer"].state.global_step // 5
+    stored = "".join("".join(output.get("text", "")) for cell in cells for output in cell["outputs"])
+    before, after = (float(value) for value in re.findall(r"(?:before|after): +([\d.]+) \[", stored))
+    assert before < 0.5 < 0.75 < after  # of the run that is stored

@@ -10,14 +10,20 @@ from molmo2.convert.shards import INDEX_FILE, SAFETENSORS_DTYPES, SINGLE_FILE
 from molmo2.convert.small_files import LARGEST_JSON, parse_json, read_json
 
 DTYPES = {kind: (dtype, size) for dtype, (kind, size) in SAFETENSORS_DTYPES.items()}
+# Buffers 0, 1, 2, ... that older releases of transformers stored beside the weights of vision towers, as int64.
+BUFFER, BUFFER_DTYPE, BUFFER_ITEM = "position_ids", "I64", 8
 
 
 def read_folder(folder: Path) -> dict[str, SourceTensor]:
-    """All tensors of a folder by their converted names.
+    """All tensors of a folder by their converted names, but for stored `position_ids`.
 
     Raises:
         CheckpointError: If files are missing or damaged, or if the index disagrees with them.
     """
+    return {name: tensor for name, tensor in _read_files(folder).items() if tensor.dtype != BUFFER_DTYPE}
+
+
+def _read_files(folder: Path) -> dict[str, SourceTensor]:
     if not (folder / INDEX_FILE).is_file():
         return _read_file(folder / SINGLE_FILE)
     places = read_json(folder / INDEX_FILE).get("weight_map", {})
@@ -64,6 +70,8 @@ def _tensor(path: Path, name: str, entry: dict[str, Any], base: int) -> SourceTe
     begin, end = entry["data_offsets"]
     shape = tuple(entry["shape"])
     dtype, item = DTYPES.get(entry["dtype"], (entry["dtype"], None))
+    if dtype == BUFFER_DTYPE and name.rpartition(".")[2] == BUFFER:
+        item = BUFFER_ITEM
     if item is None:
         raise UnsupportedError(
             f"{path}: {shown(name)} is {shown(dtype)}; expected one of {', '.join(DTYPES)}. Save the model in "

@@ -106,7 +106,7 @@ VISION_GRIDS: dict[str, dict[str, Any]] = {
 }
 VISION_UNUSED = {"vision_use_head", "projection_dim", "projection_size", "initializer_factor"}
 # Tensors of a SigLIP folder that belong to its own pooling or its text side.
-VISION_DROPPED = ("head.", "post_layernorm.", "embeddings.position_ids")
+VISION_DROPPED = ("head.", "post_layernorm.")
 OTHER_SIDE = ("text_model.", "logit_scale", "logit_bias")
 VISION_NAMES = {
     "attention_norm": "layer_norm1",

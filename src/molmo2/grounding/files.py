@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from molmo2.grounding.parse import (
     IMAGE,
@@ -33,6 +33,7 @@ from molmo2.grounding.parse import (
     tracks_of,
 )
 
+Place = TypeVar("Place")
 JSON_VERSION = 2
 CSV_COLUMNS = (
     *("tag", "label", "alt", "key", "id", "x", "y", "x_norm", "y_norm", "image_index"),
@@ -354,7 +355,7 @@ def points_by_frame(points: Iterable[Point], fps: float | None = None) -> dict[t
     """
     points = list(points)
     numbers = object_numbers(points)
-    placed: dict[tuple[int, int], tuple[float, Point]] = {}  # with how far off the printed time is
+    placed = []
     for point in points:
         known = None if point.frame is None else point.frame.source_index
         if known is None and fps is None:
@@ -363,12 +364,24 @@ def points_by_frame(points: Iterable[Point], fps: float | None = None) -> dict[t
                 "returned for the video, or pass `fps`."
             )
         frame = round(float(point.time or 0) * float(fps or 0)) if known is None else known
-        place, distance = (frame, numbers[object_key(point)]), point.seconds_to_frame
+        distance = point.seconds_to_frame
         if known is None:
             distance = round(abs(float(point.key) - frame / float(fps or 1)), 6)
-        if place not in placed or distance < placed[place][0]:
-            placed[place] = distance, point
-    return {place: point for place, (_, point) in sorted(placed.items(), key=lambda item: item[0])}
+        placed.append(((frame, numbers[object_key(point)]), point, distance))
+    return dict(sorted(nearest_points(placed).items()))
+
+
+def nearest_points(placed: Iterable[tuple[Place, Point, float]]) -> dict[Place, Point]:
+    """One point for each place, in the order in which places come: the nearest, of equally near ones the first.
+
+    Args:
+        placed: Place (an object in a frame, say), point, and how far its time is from that of the place.
+    """
+    found: dict[Place, tuple[Point, float]] = {}
+    for place, point, distance in placed:
+        if place not in found or distance < found[place][1]:
+            found[place] = point, distance
+    return {place: point for place, (point, _) in found.items()}
 
 
 def object_key(point: Point) -> tuple[str, str, int]:

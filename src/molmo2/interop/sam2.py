@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from molmo2.grounding.files import object_key, object_numbers, points_by_frame, require_pixels
+from molmo2.grounding.files import nearest_points, object_key, object_numbers, points_by_frame, require_pixels
 from molmo2.grounding.parse import Grounding, Point
 from molmo2.interop.objects import is_about_video, label_of
 
@@ -84,17 +84,15 @@ def sam2_prompts(grounding: Grounding, *, frames: str = "source", fps: float | N
 
 def _by_sampled_frame(points: list[Point]) -> dict[tuple[int, int], Point]:
     numbers = object_numbers(points)
-    placed: dict[tuple[int, int], Point] = {}
+    placed = []
     for point in points:
         if point.frame is None or point.frame.sampled_index < 0:
             raise ValueError(
                 f"The sampled frame of the point at {point.key} s is unknown. Read the answer with what the processor "
                 "returned for the video."
             )
-        place = point.frame.sampled_index, numbers[object_key(point)]
-        if place not in placed or point.seconds_to_frame < placed[place].seconds_to_frame:
-            placed[place] = point
-    return dict(sorted(placed.items(), key=lambda item: item[0]))
+        placed.append(((point.frame.sampled_index, numbers[object_key(point)]), point, point.seconds_to_frame))
+    return dict(sorted(nearest_points(placed).items()))
 
 
 def _prompt(index: int, is_video: bool, number: int, point: Point) -> Sam2Prompt:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 from molmo2.grounding import prompts
-from molmo2.grounding.parse import Grounding
+from molmo2.grounding.files import nearest_points
+from molmo2.grounding.parse import Grounding, Point
 from molmo2.grounding.prompts import Prompt
 from molmo2.grounding.structured import StructuredAnswer
 from molmo2.long_video.events import EventMerger, LongEvent, MergeSettings, WindowEvents
@@ -128,21 +129,21 @@ def tracked(clip: Clip, grounding: Grounding) -> tuple[list[Record], list[str]]:
     among the problems.
     """
     step = clip.times[1] - clip.times[0] if len(clip.times) > 1 else math.inf
-    nearest: dict[tuple[str, int], dict[int, tuple[float, float, float]]] = {}
+    placed: dict[tuple[str, int], list[tuple[int, Point, float]]] = {}
     num_outside = 0
     for track in grounding.tracks:
-        own = nearest.setdefault((track.label, track.id), {})
         for point in track.points:
             if point.frame is None or point.seconds_to_frame >= step:
                 num_outside += 1
                 continue
-            place = point.frame.sampled_index
-            if place not in own or point.seconds_to_frame < own[place][0]:
-                own[place] = point.seconds_to_frame, point.x_norm, point.y_norm
+            own = placed.setdefault((track.label, track.id), [])
+            own.append((point.frame.sampled_index, point, point.seconds_to_frame))
     tracks = [
-        {"label": label, "points": [[clip.times[place], *own[place][1:]] for place in sorted(own)]}
-        for (label, _), own in nearest.items()
-        if own
+        {
+            "label": label,
+            "points": [[clip.times[place], p.x_norm, p.y_norm] for place, p in sorted(nearest_points(own).items())],
+        }
+        for (label, _), own in placed.items()
     ]
     problems = [f"{num_outside} point(s) are at times outside the window"] * (num_outside > 0)
     return tracks, problems + _missing_tracks(grounding)

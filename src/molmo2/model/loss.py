@@ -51,14 +51,14 @@ def weighted_loss(
     Args:
         logits: (B, S, vocab_size).
         targets: (B, S) int64 from `shift_labels`; -100 is ignored.
-        weights: (B, S) float, aligned with the labels: the target of a token has the weight of the next token.
+        weights: (B, S) float, those of the targets.
         num_items_in_batch: Divide by this instead: the sum of weights over all batches of an accumulated step.
     Raises:
         ValueError: For negative weights.
     """
     counted = targets.to(logits.device) != IGNORED
     targets = targets.to(logits.device)[counted]
-    weights = nn.functional.pad(weights[:, 1:], (0, 1)).to(logits.device, torch.float32)[counted]
+    weights = weights.to(logits.device, torch.float32)[counted]
     if bool((weights < 0).any()):
         raise ValueError("`loss_weights` has negative entries: use 0 for tokens without loss.")
     entropies = nn.functional.cross_entropy(logits[counted].float(), targets, reduction="none")

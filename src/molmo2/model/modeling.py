@@ -170,6 +170,7 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
     """Molmo2 with its output matrix: logits, loss and `generate`."""
 
     accepts_loss_kwargs = True
+    _pp_plan: Any = {"lm_head": (["hidden_states"], ["logits"])}  # as transformers has it
 
     def __init__(self, config: Molmo2Config):
         super().__init__(config)
@@ -208,6 +209,11 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
         """See `Molmo2Model.encode_frames`."""
         return self.model.encode_frames(*args, **kwargs)
 
+    def learnable_labels(self, labels: Tensor) -> Tensor:
+        """(B, S) labels without visual tokens, which no answer contains, and ids past `vocab_size`, without logits."""
+        is_lost = (labels >= self.config.text_config.vocab_size) | self.model.visual_token_mask(labels)
+        return labels.masked_fill(is_lost, IGNORED)
+
     @takes_cache
     @can_return_tuple
     def forward(
@@ -241,10 +247,9 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
         """Logits, and the loss when labels are given. The other arguments are those of `Molmo2Model.forward`.
 
         Args:
-            labels: (B, S) ids to predict, shifted inside; -100 is ignored, and so are visual tokens, which no answer
-                contains, and ids past `vocab_size`, for which there are no logits; where `num_items_in_batch` counted
-                them, it shrinks by their share. First tokens of packed examples are not predicted; first tokens of
-                branches must be -100.
+            labels: (B, S) ids to predict, shifted inside; -100 and what `learnable_labels` drops are ignored, and
+                `num_items_in_batch` shrinks by their share. First tokens of packed examples are not predicted; first
+                tokens of branches must be -100.
             loss_weights: (B, S) weights of the labels at the same places; the loss is `sum(weight * cross entropy)`
                 over their sum, or over `num_items_in_batch` where that is given (the sum over an accumulated step).
             logits_to_keep: Number of last positions (0: all), or a tensor of positions.
@@ -306,18 +311,17 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
                     f"There are logits for {logits.shape[1]} positions and labels for {labels.shape[1]}: leave "
                     "`logits_to_keep` at 0 when passing labels."
                 )
-            vocab_size = self.config.text_config.vocab_size
-            targets = labels.masked_fill((labels >= vocab_size) | self.model.visual_token_mask(labels), IGNORED)
+            targets = self.learnable_labels(labels)
             if kwargs.get("num_items_in_batch") is not None and loss_weights is None:
                 kwargs["num_items_in_batch"] = kwargs["num_items_in_batch"] * kept_label_fraction(targets, labels)
-            labels = targets
-            packed = packed_rows(attention_mask, example_ids, branch_ids, labels.shape)
+            packed = packed_rows(attention_mask, example_ids, branch_ids, targets.shape)
             if packed is not None or loss_weights is not None:
-                kwargs["shift_labels"] = shift_labels(labels, packed)
+                kwargs["shift_labels"] = shift_labels(targets, packed)
             if loss_weights is None:
-                loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+                loss = self.loss_function(logits=logits, labels=targets, vocab_size=logits.shape[-1], **kwargs)
             else:
-                loss = weighted_loss(logits, kwargs["shift_labels"], loss_weights, kwargs.get("num_items_in_batch"))
+                weights = nn.functional.pad(loss_weights[:, 1:], (0, 1))
+                loss = weighted_loss(logits, kwargs["shift_labels"], weights, kwargs.get("num_items_in_batch"))
         return Molmo2CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

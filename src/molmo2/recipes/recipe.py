@@ -169,6 +169,7 @@ class Recipe:
         processor: Options of `build_training_example`, such as `max_crops` and `num_frames`.
         bf16, gradient_checkpointing: As of `TrainingArguments`.
         sharding: "fsdp", "ddp", or "auto": FSDP2 where there are GPUs and several processes.
+        context_parallel: Processes that share each row; see `molmo2.training.context_parallel`.
         max_grad_norm: Gradients are scaled down to it.
         save_every, log_every: Steps from one checkpoint, or one line of the log, to the next.
         keep: Checkpoints that are kept; all if it is not said.
@@ -200,6 +201,7 @@ class Recipe:
     bf16: bool = False
     gradient_checkpointing: bool = False
     sharding: str = "auto"
+    context_parallel: int = 1
     max_grad_norm: float = 1.0
     save_every: int = 1000
     keep: int | None = None
@@ -213,7 +215,7 @@ class Recipe:
     def __post_init__(self) -> None:
         _require_positive(
             self, "steps", "rows_per_step", "rows_per_device", "max_tokens", "max_crops", "pool_size", "save_every",
-            "log_every", "keep", "max_grad_norm",
+            "log_every", "keep", "max_grad_norm", "context_parallel",
         )  # fmt: skip
         _require_known(self.train, PARTS, "train")
         _require_known((self.weighting,), WEIGHTINGS, "weighting")
@@ -249,7 +251,10 @@ class Recipe:
     def identity(self) -> dict[str, Any]:
         """What has to be the same for a run to be continued, for JSON."""
         values = dataclasses.asdict(self)
-        for name in ("output", "folder", "steps", "save_every", "keep", "log_every", "report_to", "evaluation"):
+        for name in (
+            *("output", "folder", "steps", "save_every", "keep", "log_every", "report_to", "evaluation"),
+            "context_parallel",
+        ):
             del values[name]
         return values
 

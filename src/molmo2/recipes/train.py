@@ -26,8 +26,11 @@ from molmo2.training import (
     LearningRates,
     PackedMixture,
     Packer,
+    RepeatedRows,
     SaveMixture,
     TokenWeighting,
+    context_group,
+    context_parallel,
     freeze,
     fsdp_config,
     lora_targets,
@@ -69,12 +72,7 @@ def train(recipe: Recipe, *, resume: bool = False, say: Say = print) -> Path:
     world, is_first = _processes()
     say = say if is_first else _ignore
     output = recipe.path(recipe.output)
-    rows = recipe.rows_per_device * world
-    if recipe.rows_per_step % rows:
-        raise RecipeError(
-            f"rows_per_step is {recipe.rows_per_step}, which {world} processes with {recipe.rows_per_device} rows at "
-            f"a time do not divide; expected a multiple of {rows}"
-        )
+    _require_divisible(recipe, world)
     checkpoint = _checkpoint(recipe, output, resume)
     if checkpoint is not None and _number(checkpoint) >= recipe.steps:
         if is_first:
@@ -91,9 +89,10 @@ def train(recipe: Recipe, *, resume: bool = False, say: Say = print) -> Path:
         **_building(recipe),
     )
     arguments = _arguments(recipe, output, world)
-    callbacks: list[TrainerCallback] = [SaveMixture(stream), _Log(output)]
+    callbacks: list[TrainerCallback] = [SaveMixture(stream, recipe.context_parallel), _Log(output)]
+    rows = _shared(model, stream, recipe)
     trainer = _trainer_class(recipe)(
-        model, arguments, DataCollator(processor), stream, processing_class=processor, callbacks=callbacks
+        model, arguments, DataCollator(processor), rows, processing_class=processor, callbacks=callbacks
     )
     for evaluation, examples in questions:
         trainer.add_callback(_Evaluate(evaluation, examples, processor, output, dict(recipe.processor)))
@@ -113,6 +112,19 @@ def train(recipe: Recipe, *, resume: bool = False, say: Say = print) -> Path:
         _replace(output / MODEL_FOLDER, output / PARTIAL_FOLDER)
     say(f"the packer: {stream.packer.report}")
     return output / MODEL_FOLDER
+
+
+def _require_divisible(recipe: Recipe, world: int) -> None:
+    shared = recipe.context_parallel
+    if world % shared:
+        raise RecipeError(f"context_parallel is {shared}, which does not divide the {world} process(es) of this run")
+    rows = recipe.rows_per_device * world // shared
+    if recipe.rows_per_step % rows:
+        by = f" (by {shared} for each)" if shared > 1 else ""
+        raise RecipeError(
+            f"rows_per_step is {recipe.rows_per_step}, which {world} processes with {recipe.rows_per_device} rows at "
+            f"a time{by} do not divide; expected a multiple of {rows}"
+        )
 
 
 def _ignore(line: str) -> None:
@@ -211,6 +223,17 @@ def _prepared(model: Any, recipe: Recipe) -> Any:
     return get_peft_model(model, config)
 
 
+def _shared(model: Any, stream: PackedMixture, recipe: Recipe) -> Any:
+    """The rows of the stream as processes get them; those that share rows get the same."""
+    if recipe.context_parallel == 1:
+        return stream
+    try:
+        context_parallel(model, context_group(recipe.context_parallel))
+    except ValueError as error:
+        raise RecipeError(f"context_parallel: {error}") from error
+    return RepeatedRows(stream, recipe.context_parallel, recipe.rows_per_device)
+
+
 def _arguments(recipe: Recipe, output: Path, world: int) -> TrainingArguments:
     has_gpu = torch.cuda.is_available()
     is_sharded = world > 1 and (recipe.sharding == "fsdp" or (recipe.sharding == "auto" and has_gpu))
@@ -218,7 +241,9 @@ def _arguments(recipe: Recipe, output: Path, world: int) -> TrainingArguments:
     settings: dict[str, Any] = {
         "max_steps": recipe.steps,
         "per_device_train_batch_size": recipe.rows_per_device,
-        "gradient_accumulation_steps": recipe.rows_per_step // (recipe.rows_per_device * world),
+        "gradient_accumulation_steps": recipe.rows_per_step
+        * recipe.context_parallel
+        // (recipe.rows_per_device * world),
         "learning_rate": recipe.learning_rates.text,  # parts have rates of their own
         "max_grad_norm": recipe.max_grad_norm,
         "bf16": recipe.bf16,

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from molmo2.grounding.files import replaced
+from molmo2.grounding.files import nearest_points, replaced
 from molmo2.tools.draw import DrawingStyle, Mark, Position, captions_of, draw_marks
 
 SINGLE_FRAME_HALF_INTERVAL = 0.5  # seconds; where there is only one sampled frame
@@ -135,12 +135,11 @@ class MarksOverTime:
         tracked = {_point_seconds(point) for point in points if point.tag == "tracks"}
         self._frame_times = SampleTimes.from_times(sampled)
         self._track_times = SampleTimes.from_times(expected_track_times(sampled, tracked))
-        self._objects: dict[tuple[Any, ...], dict[float, Any]] = {}
+        placed: dict[tuple[Any, ...], list[tuple[float, Any, float]]] = {}
         for number, point in enumerate(points):
             identity = (point.tag, point.label, point.id) if point.tag == "tracks" else (number,)
-            points_at, seconds = self._objects.setdefault(identity, {}), _point_seconds(point)
-            if seconds not in points_at or point.seconds_to_frame < points_at[seconds].seconds_to_frame:
-                points_at[seconds] = point
+            placed.setdefault(identity, []).append((_point_seconds(point), point, point.seconds_to_frame))
+        self._objects = {identity: nearest_points(own) for identity, own in placed.items()}
 
     def __call__(self, seconds: float) -> list[Mark]:
         """The marks to draw `seconds` after the first frame of the video."""

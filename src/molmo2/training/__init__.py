@@ -6,6 +6,13 @@ collator = DataCollator(processor)
 """
 
 from molmo2.training.collator import DataCollator
+from molmo2.training.context_parallel import (
+    RepeatedRows,
+    average_gradients,
+    context_group,
+    context_parallel,
+    own_tokens,
+)
 from molmo2.training.examples import build_training_example, example_from_feature, messages_from_row
 from molmo2.training.finetuning import (
     LearningRates,
@@ -17,8 +24,10 @@ from molmo2.training.finetuning import (
 )
 from molmo2.training.packed_mixture import PackedMixture
 from molmo2.training.packer import Pack, PackedDataset, Packer, PackingReport
+from molmo2.training.pipeline import Pipeline
 from molmo2.training.preferences import PreferenceCollator
 from molmo2.training.resuming import SaveMixture, resume_mixture
+from molmo2.training.tensor_parallel import clip_gradients, full_gradients, full_state_dict, tensor_parallel
 from molmo2.training.trainer import trainer_class
 from molmo2.training.weighting import TokenWeighting
 
@@ -30,17 +39,27 @@ __all__ = [
     "PackedMixture",
     "Packer",
     "PackingReport",
+    "Pipeline",
     "PreferenceCollator",
+    "RepeatedRows",
     "SaveMixture",
     "TokenWeighting",
+    "average_gradients",
     "build_training_example",
+    "clip_gradients",
+    "context_group",
+    "context_parallel",
     "example_from_feature",
     "freeze",
     "fsdp_config",
+    "full_gradients",
+    "full_state_dict",
     "lora_targets",
     "messages_from_row",
+    "own_tokens",
     "parameter_groups",
     "resume_mixture",
+    "tensor_parallel",
     "trainer_class",
     "unfreeze",
 ]

@@ -24,10 +24,11 @@ class SaveMixture(TrainerCallback):
 
     Args:
         stream: The `PackedMixture` that the trainer trains on.
+        processes_per_row: Processes that share a row, under `context_parallel`, and get it from `RepeatedRows`.
     """
 
-    def __init__(self, stream: PackedMixture):
-        self.stream = stream
+    def __init__(self, stream: PackedMixture, processes_per_row: int = 1):
+        self.stream, self.processes_per_row = stream, processes_per_row
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep enough states of the stream, and refuse settings under which the state would be another one.
@@ -44,18 +45,17 @@ class SaveMixture(TrainerCallback):
         if found:
             raise ValueError(f"To continue a run with the very next row, set {'; and '.join(found)}.")
         # accelerate reads batches ahead of the step whose state is saved
-        self.stream.keep_states(4 * _rows_per_step(args))
+        self.stream.keep_states(4 * self._rows_per_step(args))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the state beside the weights."""
         if state.is_world_process_zero:
-            rows = state.global_step * _rows_per_step(args)
+            rows = state.global_step * self._rows_per_step(args)
             path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE_FILE
             path.write_text(json.dumps(self.stream.state_dict(rows)), encoding="utf-8")
 
-
-def _rows_per_step(args: Any) -> int:
-    return args.gradient_accumulation_steps * args.train_batch_size * args.world_size
+    def _rows_per_step(self, args: Any) -> int:
+        return args.gradient_accumulation_steps * args.train_batch_size * args.world_size // self.processes_per_row
 
 
 def resume_mixture(stream: PackedMixture, checkpoint: str | Path) -> None:

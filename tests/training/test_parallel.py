@@ -1,0 +1,222 @@
+"""One model over two or four processes has the losses, logits and gradients of one."""
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from molmo2.registration import load
+from molmo2.training import Pipeline, context_parallel, full_state_dict, tensor_parallel
+from molmo2.training.tensor_parallel import head_spans
+from support.checkpoints import build_model, write_processor
+from support.parallel_cases import ATTENTION, alone, cases
+from support.paths import REPOSITORY
+
+PROGRAM = REPOSITORY / "tests" / "support" / "parallel_processes.py"
+
+
+WANTED = {
+    2: ("tensor:qwen3", "tensor:qwen2", "tensor:olmo3", "context:qwen3", "pipeline:qwen3"),
+    4: ("tensor:four heads", "context:qwen3"),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return {count: tmp_path_factory.mktemp(f"processes_{count}") for count in WANTED}
+
+
+@pytest.fixture(scope="module")
+def reports(folders):
+    """What each process found, by their number and by what they did: they are started once."""
+    return {count: in_processes(count, wanted, folders[count]) for count, wanted in WANTED.items()}
+
+
+def in_processes(count: int, wanted: tuple[str, ...], folder: Path) -> dict[str, list[dict]]:
+    errors = [folder / f"{rank}.err" for rank in range(count)]
+    running = []
+    for rank, path in enumerate(errors):
+        command = [sys.executable, str(PROGRAM), str(folder), str(rank), str(count), *wanted]
+        with path.open("w") as file:
+            running.append(subprocess.Popen(command, stderr=file))
+    end = time.monotonic() + 240
+    try:
+        while time.monotonic() < end:
+            if {process.poll() for process in running} not in ({None}, {None, 0}):
+                break  # all are done, or one has failed, which the others would wait for
+            time.sleep(0.05)
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+    assert [process.returncode for process in running] == [0] * count, "\n".join(map(Path.read_text, errors))
+    found = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(count)]
+    return {each: [report[each] for report in found] for each in wanted}
+
+
+def require_equal(found: dict, expected: dict) -> None:
+    """Loss and gradients; where one process has none, as of a text for the vision backbone, several have zeros."""
+    torch.testing.assert_close(found["loss"], expected["loss"], atol=1e-5, rtol=1e-5)
+    assert found["gradients"].keys() >= expected["gradients"].keys()
+    for name, gradient in found["gradients"].items():
+        own = expected["gradients"].get(name, torch.zeros_like(gradient))
+        torch.testing.assert_close(gradient, own, atol=2e-5, rtol=1e-3, msg=lambda text, name=name: name + text)
+
+
+@pytest.mark.parametrize(
+    ("count", "family"), [(2, "qwen3"), (2, "qwen2"), (2, "olmo3"), (4, "four heads")], ids=lambda value: str(value)
+)
+def test_tensor_parallel(count, family, reports, folders):
+    """Grouped-query attention, norms per head and over all heads, biases; in four processes key heads are shared."""
+    own = reports[count][f"tensor:{family}"]
+    expected = alone(family)
+    for report in own:
+        for name in cases():
+            require_equal(report[name], expected[name])
+            torch.testing.assert_close(report[name]["logits"], expected[name]["logits"], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(report["norms"][0], expected["norm"], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(report["norms"][1], torch.tensor(0.5), atol=1e-5, rtol=1e-5)
+        assert report["generated"].equal(expected["generated"])
+        assert report["weights"].keys() == expected["weights"].keys()
+        assert all(report["weights"][name].equal(tensor) for name, tensor in expected["weights"].items())
+    whole = sum(tensor.numel() for tensor in expected["weights"].values())
+    assert max(report["held"] for report in own) < whole * (1.2 / count + 0.1)
+    again, _ = load(write_processor(folders[count] / family))
+    assert all(again.state_dict()[name].equal(tensor) for name, tensor in expected["weights"].items())
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_context_parallel(count, reports):
+    """Rows that do not divide; in four processes key heads are needed by two. Every process generates on its own."""
+    found = reports[count]["context:qwen3"]
+    expected = alone("qwen3")
+    for attention in ATTENTION:
+        for name, batch in cases().items():
+            covered = []
+            for report in found:
+                own = report[f"{attention}, {name}"]
+                require_equal(own, expected[name])
+                columns = range(*own["own"])
+                covered += columns
+                torch.testing.assert_close(own["logits"], expected[name]["logits"][:, columns], atol=1e-4, rtol=1e-4)
+            assert covered == list(range(batch["input_ids"].shape[1]))
+    assert all(report["generated"].equal(expected["generated"]) for report in found)
+
+
+def test_pipeline(reports):
+    """Images, trees and text in a step of several batches; each stage has the gradients of its own layers."""
+    stages = reports[2]["pipeline:qwen3"]
+    expected = alone("qwen3")
+    for name in (*cases(), "step"):
+        joined = {key: gradient for report in stages for key, gradient in report[name]["gradients"].items()}
+        assert sum(len(report[name]["gradients"]) for report in stages) == len(joined)
+        for report in stages:
+            require_equal({"loss": report[name]["loss"], "gradients": joined}, expected[name])
+        if name != "step":
+            torch.testing.assert_close(stages[1][name]["logits"], expected[name]["logits"], atol=1e-4, rtol=1e-4)
+    for report in stages:
+        assert report["weights"].keys() == expected["weights"].keys()
+        assert all(report["weights"][name].equal(tensor) for name, tensor in expected["weights"].items())
+        assert report["refused"] == "This process holds some of the layers only: save `pipeline.full_state_dict()`."
+
+
+def test_the_pipeline_plan_of_transformers():
+    """The pieces in order, by names of modules."""
+    model = build_model("qwen3")
+    plan = {f"model.transformer.{name}" for name in ("wte", "blocks", "ln_f")} | {"lm_head"}
+    assert set(model._pp_plan) == plan
+    assert list(model.model.transformer._pp_plan) == ["wte", "blocks", "ln_f"]
+    assert all(model.get_submodule(name) is not None for name in plan)
+
+
+# --- what must be refused --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_process(tmp_path, monkeypatch):
+    """A group of this process alone, which counts itself as one of several: enough for what is refused."""
+    init = (tmp_path / "rendezvous").as_uri()
+    torch.distributed.init_process_group("gloo", init_method=init, rank=0, world_size=1)
+    yield lambda count: monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: count)
+    torch.distributed.destroy_process_group()
+
+
+def with_dropout(model):
+    model.config.text_config.residual_dropout = 0.1
+    return model
+
+
+def with_another_layer(model):
+    model.model.transformer.blocks[1].mlp.ff_out = torch.nn.Identity()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("count", "prepare", "message"),
+    [
+        (4, build_model, "resblocks.0.attention has 3 query heads and 3 key heads, which 4 processes cannot share"),
+        (2, lambda name: with_dropout(build_model(name)), "set {'residual_dropout': 0.1} to 0"),
+        (2, lambda name: with_another_layer(build_model(name)), "blocks.1.mlp.ff_out' is a Identity; expected nn.Lin"),
+        (2, lambda _: torch.nn.Linear(2, 2), "Nothing to cut was found in a Linear"),
+    ],
+)
+def test_models_that_cannot_be_cut(count, prepare, message, one_process):
+    model = prepare("qwen3")
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    one_process(count)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        tensor_parallel(model)
+    assert all(tensor.equal(weights[name]) for name, tensor in model.state_dict().items())  # nothing was changed
+
+
+def test_what_a_model_in_parts_refuses(one_process):
+    one_process(2)
+    model = tensor_parallel(build_model("qwen3"))
+    with pytest.raises(ValueError, match="cut over processes already"):
+        tensor_parallel(model)
+    with pytest.raises(ValueError, match="resize it before `tensor_parallel`"):
+        model.resize_token_embeddings(2000)
+    model.model.transformer.blocks[0].self_attn.att_proj = torch.nn.Sequential(torch.nn.Linear(40, 96))
+    with pytest.raises(ValueError, match="'att_proj' of a Molmo2Attention became a Sequential after"):
+        model.model.transformer.blocks[0].self_attn(torch.zeros(1, 2, 40))
+    with pytest.raises(ValueError, match=r"call `tensor_parallel\(model\)` first"):
+        full_state_dict(build_model("qwen3"))
+
+
+def test_rows_that_cannot_be_shared(one_process):
+    one_process(3)
+    with pytest.raises(ValueError, match="3 processes cannot share 4 heads with 2 key heads"):
+        context_parallel(build_model("qwen3"))
+    one_process(2)
+    model = context_parallel(build_model("qwen3")).train()
+    with pytest.raises(ValueError, match="shared out already"):
+        context_parallel(model)
+    with pytest.raises(ValueError, match=re.escape("there is no `use_cache`; call `model.eval()` first")):
+        model(torch.zeros(1, 2, dtype=torch.int64), use_cache=True)
+
+
+def test_layers_of_a_pipeline_add_up(one_process):
+    with pytest.raises(ValueError, match=r"`layers` is \[2\]; expected a positive number for each of 1 process"):
+        Pipeline(build_model("qwen3"), layers=[2])
+
+
+def test_a_group_of_processes_is_needed():
+    with pytest.raises(ValueError, match="is not initialised: call"):
+        tensor_parallel(build_model("qwen3"))
+
+
+@pytest.mark.parametrize(
+    ("heads", "key_heads", "processes", "queries", "keys"),
+    [
+        (8, 4, 2, ["0-4", "4-8"], ["0-2", "2-4"]),
+        (6, 3, 2, ["0-4", "4-6"], ["0-2", "2-3"]),
+        (8, 2, 4, ["0-2", "2-4", "4-6", "6-8"], ["0-1", "0-1", "1-2", "1-2"]),
+    ],
+)
+def test_heads_of_each_process(heads, key_heads, processes, queries, keys):
+    found = head_spans(heads, key_heads, processes, "attention")
+    assert [[f"{start}-{end}" for ((start, end),) in spans] for spans in found] == [queries, keys]
