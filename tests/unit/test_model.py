@@ -625,7 +625,7 @@ def test_caches_by_both_names(qwen3):
             found.append(output.logits if whole else qwen3.lm_head(output.last_hidden_state))
     for logits in found:
         torch.testing.assert_close(logits[:, -1], expected)
-    with pytest.raises(ValueError, match="^`cache` and `past_key_values` are two names of one argument"):
+    with pytest.raises(ValueError, match=r"^`cache` and `past_key_values` are two names of one argument"):
         qwen3(input_ids=ids, cache=DynamicCache(), past_key_values=DynamicCache())
 
 
