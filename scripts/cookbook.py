@@ -28,7 +28,7 @@ def pages_of(environment: str) -> list[str]:
 
 
 def prepare(folder: Path) -> Path:
-    """The examples of the checkout and the converted miniature, at the places that the pages name; returns `folder`."""
+    """Puts the examples and the converted miniature at the places that the pages name; returns `folder`."""
     sys.path.insert(0, str(REPOSITORY / "examples"))
     from miniature import native
 
