@@ -68,6 +68,7 @@ def require_equal(found: dict, expected: dict) -> None:
         torch.testing.assert_close(gradient, own, atol=2e-5, rtol=1e-3, msg=lambda text, name=name: name + text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("count", "family"), [(2, "qwen3"), (2, "qwen2"), (2, "olmo3"), (4, "four heads")], ids=lambda value: str(value)
 )
@@ -90,6 +91,7 @@ def test_tensor_parallel(count, family, reports, folders):
     assert all(again.state_dict()[name].equal(tensor) for name, tensor in expected["weights"].items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
 def test_context_parallel(count, reports):
     """Rows that do not divide; in four processes key heads are needed by two. Every process generates on its own."""
@@ -108,6 +110,7 @@ def test_context_parallel(count, reports):
     assert all(report["generated"].equal(expected["generated"]) for report in found)
 
 
+@pytest.mark.slow
 def test_rows_are_shared_under_fsdp(reports):
     expected = alone("qwen3")
     for report in reports(2)["shards:qwen3"]:
@@ -115,6 +118,7 @@ def test_rows_are_shared_under_fsdp(reports):
             require_equal(report[name], expected[name])
 
 
+@pytest.mark.slow
 def test_pipeline(reports):
     """Images, trees and text in a step of several batches; each stage has the gradients of its own layers."""
     stages = reports(2)["pipeline:qwen3"]
