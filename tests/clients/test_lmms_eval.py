@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,6 +30,8 @@ sys.path.insert(0, str(REPOSITORY / "examples"))
 
 from miniature import native
 from miniature.bundle import write_clip
+from miniature.evaluate import FRESH_SEED, Example, examples, judge
+from miniature.evaluate import score as miniature_score
 from miniature.rows import evaluation_rows, even_sides, mask_of
 from miniature.world import make_clip, make_picture
 
@@ -96,9 +99,9 @@ def expected(folder, tasks, name):
     """The scores of this package, one question at a time."""
     rows = list(datasets.Dataset.from_parquet(str(tasks / f"{name}.parquet")))
     media = media_resolver(["videos"], tasks)
-    examples, _ = evaluation_examples(READERS[name], rows, media)
-    assert len(examples) == len(rows)
-    overall, _ = score(list(answer_examples(*load(folder), examples)))
+    questions, _ = evaluation_examples(READERS[name], rows, media)
+    assert len(questions) == len(rows)
+    overall, _ = score(list(answer_examples(*load(folder), questions)))
     return {metric: estimate.mean for metric, estimate in overall.items()}
 
 
@@ -121,6 +124,22 @@ def test_scores_are_those_of_this_package(folder, tasks, monkeypatch):
     assert results["molmo2_video_count"]["valid,none"] == 1
     assert results["molmo2_video_points"]["f1,none"] > 0.5
     assert results["molmo2_video_tracks"]["hota,none"] > 0.3
+
+
+def test_the_table_of_miniature_scores(folder):
+    """The questions of `make miniature-scores`, though fewer, have the same scores when lmms-eval's model answers."""
+    asked = examples(FRESH_SEED, 12)
+    model = Molmo2(str(folder), batch_size=len(asked), device="cpu")
+    model.task_dict = {"miniature": {"test": asked}}
+    options = {"max_new_tokens": 260}
+    requests = [
+        SimpleNamespace(args=(example.question.text, Example.message, options, place, "miniature", "test"))
+        for place, example in enumerate(asked)
+    ]
+    found = judge(model.processor, asked, model.generate_until(requests))
+    assert found == miniature_score(model.model, model.processor, seed=FRESH_SEED, number=12)
+    assert found["pointing"] > 0.8
+    assert {"pointing in set", "track found"} <= set(found)
 
 
 def test_two_processes(folder, tasks):

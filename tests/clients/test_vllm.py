@@ -34,8 +34,10 @@ from openai import OpenAI
 from PIL import Image
 from safetensors.torch import save_file
 
+from molmo2 import ask as molmo2_ask
 from molmo2 import load
 from molmo2.cli.serving import ServeOptions, serve_command
+from molmo2.client import Client
 from support.clips import write_clip
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -656,6 +658,42 @@ def interrupted(server, messages):
     """A client that leaves after the first piece."""
     with server.create(messages, stream=True) as stream:
         next(iter(stream))
+
+
+def test_vllm_sees_that_content_may_be_a_list(folder):
+    from vllm.renderers.hf import _detect_content_format
+
+    template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    assert _detect_content_format(template, default="string") == "openai"
+
+
+def places(answer):
+    return [(point.x, point.y, point.time, point.frame and point.frame.source_index) for point in answer.grounding]
+
+
+def test_the_client_of_this_package(server, reference, questions):
+    """Points in pixels and source frames, whole and streamed, as `molmo2.ask` gives them; a conversation, a batch."""
+    client = Client(f"{server.url}/v1", "miniature", processor_kwargs={"num_frames": 8})
+    assert client.kind == "vllm"
+    found, chosen = [], [questions[index] for index in (0, NUMBER, -1)]
+    for asked in chosen:
+        *parts, text = asked.own[0]["content"]
+        media = {
+            "images": [part["image"] for part in parts if part["type"] == "image"] or None,
+            "videos": [part["video"] for part in parts if part["type"] == "video"] or None,
+        }
+        expected = molmo2_ask(*reference, text["text"], **media, max_new_tokens=MAX_TOKENS)
+        found.append(client.ask(text["text"], **media, max_new_tokens=MAX_TOKENS))
+        *pieces, last = client.ask_stream(text["text"], **media, max_new_tokens=MAX_TOKENS)
+        assert found[-1].text == last.answer.text == expected.text == "".join(piece.text for piece in pieces)
+        assert places(found[-1]) == places(last.answer) == places(expected)
+        assert found[-1].timings.num_prompt_tokens == expected.timings.num_prompt_tokens
+    image, text = chosen[0].own[0]["content"]
+    several = client.ask([text["text"]] * 3, images=[image["image"]] * 3, max_new_tokens=MAX_TOKENS)
+    assert [answer.text for answer in several] == [found[0].text] * 3
+    session = client.session(images=image["image"])
+    assert session.chat(text["text"], max_new_tokens=MAX_TOKENS).text == found[0].text
+    assert session.chat("How many are there?").timings.num_prompt_tokens > several[0].timings.num_prompt_tokens
 
 
 @pytest.fixture

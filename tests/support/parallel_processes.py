@@ -21,8 +21,9 @@ from molmo2.training.context_parallel import average_gradients, context_parallel
 from molmo2.training.pipeline import Pipeline
 from molmo2.training.tensor_parallel import clip_gradients, full_gradients, full_state_dict, tensor_parallel
 from support.parallel_cases import ATTENTION, cases, generated, gradients_of, model_of
+from support.two_processes import sharded, whole
 
-SECONDS = 150
+SECONDS = 300
 
 
 def in_tensor_parallel(family: str, saved: Path) -> dict:
@@ -66,6 +67,19 @@ def in_context_parallel(family: str, saved: Path) -> dict:
     return found
 
 
+def in_shards(family: str, saved: Path) -> dict:
+    """Rows that processes share, with FSDP2, which averages gradients."""
+    model = context_parallel(model_of(family))
+    wrapped, found = sharded(model, "fsdp"), {}
+    for name, batch in cases().items():
+        wrapped.zero_grad()
+        loss = wrapped(**batch).loss
+        loss.backward()
+        gradients = {key: whole(each.grad) for key, each in model.named_parameters() if each.grad is not None}
+        found[name] = {"loss": loss.detach(), "gradients": gradients}
+    return found
+
+
 def in_pipeline(family: str, saved: Path) -> dict:
     pipeline = Pipeline(model_of(family))
     found: dict = {}
@@ -104,7 +118,12 @@ def main(output: Path, rank: int, world_size: int, wanted: list[str]) -> None:
     os._exit(0)
 
 
-MODES = {"tensor": in_tensor_parallel, "context": in_context_parallel, "pipeline": in_pipeline}
+MODES = {
+    "tensor": in_tensor_parallel,
+    "context": in_context_parallel,
+    "shards": in_shards,
+    "pipeline": in_pipeline,
+}
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])

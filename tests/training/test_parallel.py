@@ -1,5 +1,6 @@
 """One model over two or four processes has the losses, logits and gradients of one."""
 
+import functools
 import re
 import subprocess
 import sys
@@ -20,7 +21,7 @@ PROGRAM = REPOSITORY / "tests" / "support" / "parallel_processes.py"
 
 
 WANTED = {
-    2: ("tensor:qwen3", "tensor:qwen2", "tensor:olmo3", "context:qwen3", "pipeline:qwen3"),
+    2: ("tensor:qwen3", "tensor:qwen2", "tensor:olmo3", "context:qwen3", "shards:qwen3", "pipeline:qwen3"),
     4: ("tensor:four heads", "context:qwen3"),
 }
 
@@ -32,8 +33,8 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reports(folders):
-    """What each process found, by their number and by what they did: they are started once."""
-    return {count: in_processes(count, wanted, folders[count]) for count, wanted in WANTED.items()}
+    """What each process found, by what they did, for a number of processes: they are started once."""
+    return functools.cache(lambda count: in_processes(count, WANTED[count], folders[count]))
 
 
 def in_processes(count: int, wanted: tuple[str, ...], folder: Path) -> dict[str, list[dict]]:
@@ -43,7 +44,7 @@ def in_processes(count: int, wanted: tuple[str, ...], folder: Path) -> dict[str,
         command = [sys.executable, str(PROGRAM), str(folder), str(rank), str(count), *wanted]
         with path.open("w") as file:
             running.append(subprocess.Popen(command, stderr=file))
-    end = time.monotonic() + 240
+    end = time.monotonic() + 320
     try:
         while time.monotonic() < end:
             if {process.poll() for process in running} not in ({None}, {None, 0}):
@@ -67,12 +68,13 @@ def require_equal(found: dict, expected: dict) -> None:
         torch.testing.assert_close(gradient, own, atol=2e-5, rtol=1e-3, msg=lambda text, name=name: name + text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("count", "family"), [(2, "qwen3"), (2, "qwen2"), (2, "olmo3"), (4, "four heads")], ids=lambda value: str(value)
 )
 def test_tensor_parallel(count, family, reports, folders):
     """Grouped-query attention, norms per head and over all heads, biases; in four processes key heads are shared."""
-    own = reports[count][f"tensor:{family}"]
+    own = reports(count)[f"tensor:{family}"]
     expected = alone(family)
     for report in own:
         for name in cases():
@@ -89,10 +91,11 @@ def test_tensor_parallel(count, family, reports, folders):
     assert all(again.state_dict()[name].equal(tensor) for name, tensor in expected["weights"].items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
 def test_context_parallel(count, reports):
     """Rows that do not divide; in four processes key heads are needed by two. Every process generates on its own."""
-    found = reports[count]["context:qwen3"]
+    found = reports(count)["context:qwen3"]
     expected = alone("qwen3")
     for attention in ATTENTION:
         for name, batch in cases().items():
@@ -107,9 +110,18 @@ def test_context_parallel(count, reports):
     assert all(report["generated"].equal(expected["generated"]) for report in found)
 
 
+@pytest.mark.slow
+def test_rows_are_shared_under_fsdp(reports):
+    expected = alone("qwen3")
+    for report in reports(2)["shards:qwen3"]:
+        for name in cases():
+            require_equal(report[name], expected[name])
+
+
+@pytest.mark.slow
 def test_pipeline(reports):
     """Images, trees and text in a step of several batches; each stage has the gradients of its own layers."""
-    stages = reports[2]["pipeline:qwen3"]
+    stages = reports(2)["pipeline:qwen3"]
     expected = alone("qwen3")
     for name in (*cases(), "step"):
         joined = {key: gradient for report in stages for key, gradient in report[name]["gradients"].items()}

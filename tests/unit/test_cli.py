@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -237,6 +238,39 @@ def test_progress_is_shown_on_terminals_and_after_two_seconds(
     assert len(out.splitlines()) == 3
     assert ("asking" in err) is is_shown
     assert is_shown or err == ""
+
+
+class Terminal(io.StringIO):
+    """Notes when a word is written."""
+
+    def __init__(self, word):
+        super().__init__()
+        self.word, self.has_word = word, threading.Event()
+
+    def isatty(self):
+        return True
+
+    def write(self, text):
+        if self.word in text:
+            self.has_word.set()
+        return super().write(text)
+
+
+def test_one_long_answer_shows_its_seconds(stand, photos, monkeypatch, capsys):
+    terminal, ask = Terminal("asking"), stand.ask
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(printing, "as_text", lambda answer: terminal.write("|") and "Füße")
+    monkeypatch.setattr(commands, "PATIENCE_SECONDS", 0.01)
+
+    def take_long(*arguments, **options):
+        assert terminal.has_word.wait(60)
+        return ask(*arguments, **options)
+
+    monkeypatch.setattr(stand, "ask", take_long)
+    assert main(["ask", "Say it.", str(photos / "a.png")]) == 0
+    assert capsys.readouterr().out == "Füße\n"
+    assert terminal.getvalue().startswith("\rasking: 0 s")
+    assert terminal.getvalue().endswith("\r\033[K|")  # nothing is left when the answer is written
 
 
 # --- plan, batch and app ---------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from molmo2.tools.media_files import MediaFile, find_media
 from molmo2.version import __version__
 
 SOME_FAILED, WRONG_ARGUMENTS, INTERRUPTED = 1, 2, 130
+PATIENCE_SECONDS = 2.0  # then progress is shown
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 EXIT_CODES = """\
 \b
@@ -222,7 +224,8 @@ class Job:
             "processor_kwargs": self.processor_kwargs,
             "max_new_tokens": self.max_new_tokens,
         }
-        answer = self.asker.ask(question, **options)
+        with printing.seconds_shown("asking", PATIENCE_SECONDS) if len(self.requests) == 1 else nullcontext():
+            answer = self.asker.ask(question, **options)
         if self.form == "text":
             if len(self.requests) > 1:
                 click.secho(", ".join(file.path for file in files), bold=True, file=stream)
@@ -260,7 +263,8 @@ def _progress(items: list[Any], title: str) -> Iterator[Any]:
     """The items, with a bar where a person watches and it takes more than two seconds."""
     from tqdm import tqdm
 
-    yield from tqdm(items, desc=title, disable=None if len(items) > 1 else True, delay=2, leave=False)
+    bar = {"disable": None if len(items) > 1 else True, "delay": PATIENCE_SECONDS, "leave": False}
+    yield from tqdm(items, desc=title, **bar)
 
 
 def _find(files: Sequence[str], recursive: bool, kind: str | None) -> list[MediaFile]:

@@ -4,8 +4,12 @@ import csv
 import io
 import itertools
 import json
+import sys
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 from molmo2.grounding.parse import Grounding
@@ -89,6 +93,33 @@ def save_marks(files: Sequence[MediaFile], grounding: Grounding, folder: Path, t
             written.append(_free_name(folder, media.path, ".png", taken))
             image.save(written[-1])
     return written
+
+
+@contextmanager
+def seconds_shown(title: str, patience_seconds: float) -> Iterator[None]:
+    """On a terminal, a line with the seconds so far, once it takes longer than that; gone at the end."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    ended, started = Event(), time.monotonic()
+
+    def show() -> None:
+        wait = patience_seconds
+        while not ended.wait(wait):
+            wait = 1.0
+            sys.stderr.write(f"\r{title}: {time.monotonic() - started:.0f} s")
+            sys.stderr.flush()
+        if wait == 1.0:
+            sys.stderr.write("\r\033[K")
+            sys.stderr.flush()
+
+    thread = Thread(target=show, name="molmo2-progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _free_name(folder: Path, source: str, suffix: str, taken: set[Path]) -> Path:

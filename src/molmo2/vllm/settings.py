@@ -53,7 +53,8 @@ class EngineSettings:
             logger.warning(
                 "molmo2.vllm: NO MASK OF THE TRAINING with %s. Visual tokens see earlier ones only, or those of their "
                 "own image or frame: answers differ from those of transformers, those about sets of images and "
-                "clips the most. --tensor-parallel-size and --data-parallel-size keep the mask.",
+                "clips the most. Of 63 answers of a small model 33 and 49 stayed the same (docs/serving.md). "
+                "--tensor-parallel-size and --data-parallel-size keep the mask.",
                 reason,
             )
             return

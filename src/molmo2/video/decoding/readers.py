@@ -438,15 +438,12 @@ class _PyavReader(VideoReader):
         self._av = _import_backend("av", "pyav")
         self._open()
         self._packets = _PacketTable.from_packets(self._stream, self._counted(self._demuxed()))
-        self._open()
         frames = self._decoded_from(0)
         stamp, first = next(frames, (None, None))  # tells rotation and size
         if first is None:
             raise VideoDecodeError("not one frame could be decoded")
         self._started = itertools.chain([(stamp, first)], frames)
-        size = self._to_rgb(first).shape[:2]
-        times, rate = self._packets.times_and_rate()
-        self.timeline = make_timeline(times[:-1], float(times[-1]), rate, size, self._packets.first_timestamp_seconds)
+        self.timeline = self._packets.timeline(self._to_rgb(first).shape[:2])
 
     def close(self) -> None:
         if self._container is not None:
@@ -477,9 +474,7 @@ class _PyavReader(VideoReader):
                 frames, from_start = self._frames_from(key), key == 0
             try:
                 frame = _frame_with(stamp, frames)
-                if (
-                    frame is None and not from_start
-                ):  # decoding cannot start at that key frame: read from the beginning
+                if frame is None and not from_start:  # decoding cannot start at that key frame: read all before it
                     frames, from_start = self._decoded_from(0), True
                     frame = _frame_with(stamp, frames)
                 if frame is None:
@@ -512,8 +507,8 @@ class _PyavReader(VideoReader):
             yield stamp, frame
 
     def _packets_from(self, place: int) -> Iterator[Any]:
-        """Packets in file order from the one at `place` on; seeks if that gets there."""
-        if place > 0:
+        """Packets in file order from the one at `place` on; seeks if that gets there, in MP4 to the start too."""
+        if place > 0 or (self._container.format.name.startswith("mov") and 0 in self._packets.key_places[:1]):
             self._container.seek(int(self._packets.file_stamps[place]), stream=self._stream)
             packets = self._demuxed()
             first = next(packets, None)
@@ -670,18 +665,22 @@ class _PacketTable:
     def first_timestamp_seconds(self) -> float | None:
         return float(self.stamps[0] * self.tick_seconds) if self.has_stamps else None
 
-    def times_and_rate(self) -> tuple[np.ndarray, float | None]:
-        """Starts of the frames and the end of the last, (N + 1) float64 seconds from the first; the declared rate."""
+    def timeline(self, size: tuple[int, int]) -> VideoTimeline:
+        """When each frame, of this (height, width), is shown."""
         rate = None if self.rate is None else float(self.rate)
-        if not self.has_stamps:
-            if self.rate is None:
-                raise VideoDecodeError("it has neither time stamps nor a frame rate")
-            return np.arange(len(self.stamps) + 1) * self.rate.denominator / self.rate.numerator, rate
-        last_ticks = self.last_ticks
-        if last_ticks <= 0:  # unknown: as long as the frame before it
-            last_ticks = int(self.stamps[-1] - self.stamps[-2]) if len(self.stamps) > 1 else 0
-        ticks = np.append(self.stamps, int(self.stamps[-1]) + last_ticks) - self.stamps[0]
-        return ticks * self.tick_seconds.numerator / self.tick_seconds.denominator, rate
+        if self.has_stamps:
+            last_ticks = self.last_ticks
+            if last_ticks <= 0:  # unknown: as long as the frame before it
+                last_ticks = int(self.stamps[-1] - self.stamps[-2]) if len(self.stamps) > 1 else 0
+            times = np.append(self.stamps, int(self.stamps[-1]) + last_ticks)
+            times -= self.stamps[0]
+            times *= self.tick_seconds.numerator
+            times = times / self.tick_seconds.denominator
+        elif self.rate is None:
+            raise VideoDecodeError("it has neither time stamps nor a frame rate")
+        else:
+            times = np.arange(len(self.stamps) + 1) * self.rate.denominator / self.rate.numerator
+        return make_timeline(times[:-1], float(times[-1]), rate, size, self.first_timestamp_seconds)
 
 
 def _require_one_time_line(stamps: np.ndarray, num_lost: int, tick_seconds: Fraction) -> None:

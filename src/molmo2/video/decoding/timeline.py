@@ -85,12 +85,13 @@ def make_timeline(
         raise VideoDecodeError(
             f"its frame times are unusable: first {starts[0]:.6g}, last {starts[-1]:.6g}, end {end_seconds:.6g} s"
         )
-    places = np.arange(len(times), dtype=np.float64)
     for rate in _likely_rates(starts, declared_fps):
-        ideal = places * rate.denominator / rate.numerator
-        close = np.abs(times - ideal) <= CONSTANT_RATE_TOLERANCE_SECONDS
+        ideal = np.arange(len(times), dtype=np.float64) * rate.denominator
+        ideal /= rate.numerator  # in place: hours have a million frames
+        gaps = times - ideal
+        close = np.abs(gaps, out=gaps) <= CONSTANT_RATE_TOLERANCE_SECONDS
         if close[:-1].all():  # the last frame may be held longer than the others
-            times = np.where(close, ideal, times)
+            np.copyto(times, ideal, where=close)
             break
     return VideoTimeline(
         start_seconds=times[:-1],
