@@ -14,12 +14,16 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import gpu_day, profile, report, runner, scaling, throughput
+from benchmarks import cost, gpu_day, profile, report, runner, scaling, throughput
 from benchmarks.bounds import Products, weight_reads
 from benchmarks.curves import Curve, exponent, growth, linear_fit
 from benchmarks.harness import Goal, NotAvailable, Row, Settings, Side, measure
 from benchmarks.memory import PeakMemory, held_bytes
+from molmo2.tools.memory import RequestShape
+from support.checkpoints import build_model
+from support.model_inputs import batch
 from support.paths import REPOSITORY
 
 SIDE = Side("ours", Settings(quick=True))
@@ -399,6 +403,58 @@ def test_rows_that_miss_their_goal_are_profiled(tmp_path, monkeypatch):
     (tmp_path / "cpu.json").write_text(json.dumps({"rows": rows}), encoding="utf-8")
     monkeypatch.setattr(profile, "RESULTS", tmp_path / "cpu.json")
     assert profile.missed() == ["False"]
+
+
+# --- what a request costs --------------------------------------------------------------------------------------------
+
+
+def multiply_adds(forward) -> int:
+    """Of the linear layers in a call."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        forward()
+    counted = counter.get_flop_counts()["Global"]
+    return sum(number for kind, number in counted.items() if str(kind) in ("aten.mm", "aten.addmm")) // 2
+
+
+def test_the_multiply_adds_of_a_prompt_and_of_its_images():
+    model, inputs = build_model("qwen3"), batch("text")
+    length = inputs["input_ids"].shape[1]
+    expected = length * cost.matrices(model.get_decoder()) + cost.matrices(model.lm_head)
+    assert multiply_adds(lambda: model(**inputs, use_cache=True, logits_to_keep=1)) == expected
+    shape = RequestShape(0, 0, 0, 1, length)
+    text = model.config.text_config
+    pairs = length**2 // 2 * 2 * text.num_hidden_layers * text.num_attention_heads * text.head_dim
+    assert cost.prefill(model, shape).products == length * cost.matrices(model.get_decoder()) + pairs
+
+    crops, patches = 2, 49
+    pixels, pooling = torch.zeros(crops, patches, 588), torch.arange(crops * patches).unflatten(0, (-1, 7))
+    shape = RequestShape(crops, len(pooling), 7, 1, 0)
+    tower = model.config.vit_config
+    counted = multiply_adds(lambda: model.vision_backbone(pixels, pooling))
+    found = cost.vision(model, shape).products
+    pairs = crops * 2 * patches**2 * tower.num_attention_heads * tower.head_dim * tower.num_hidden_layers
+    assert counted <= found <= 1.3 * counted + pairs
+
+
+def test_a_token_reads_weights_and_what_is_cached():
+    model = build_model("qwen3")
+    text = model.config.text_config
+    short, long = (cost.decode(model, RequestShape(0, 0, 0, 2, length)).bytes for length in (10, 110))
+    assert long - short == 100 * 2 * 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * 4
+    once = cost.decode(model, RequestShape(0, 0, 0, 0, 10))
+    assert once.bytes == 4 * (cost.matrices(model.get_decoder()) + cost.matrices(model.lm_head))
+
+
+def test_the_page_has_the_tables():
+    page = (REPOSITORY / "docs" / "cost.md").read_text(encoding="utf-8")
+    assert cost.tables().strip() == page.split("<!-- tables -->")[1].split("<!-- end of tables -->")[0].strip()
+
+
+@pytest.mark.slow
+def test_the_check_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(cost, "measured_speeds", lambda: cost.Speeds("any", 1e9, 1e9))
+    lines = cost.check(Settings(quick=True, cache=tmp_path)).splitlines()
+    assert len(lines) == 2 + 2 + 1 + 1 + 2
 
 
 # --- a day with a GPU ------------------------------------------------------------------------------------------------

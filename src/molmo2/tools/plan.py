@@ -32,6 +32,7 @@ class RequestPlan:
         options: `num_frames` and `max_crops` as planned; pass them on: `processor(..., **plan.options)`.
         reduced: True if a limit made `options` smaller than requested.
         memory: bytes by purpose; None unless a model was given.
+        shape: what time and memory depend on; see `molmo2.tools.memory`.
     """
 
     row_tokens: tuple[int, ...]
@@ -41,6 +42,7 @@ class RequestPlan:
     options: Mapping[str, int]
     reduced: bool = False
     memory: MemoryEstimate | None = None
+    shape: RequestShape | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -217,8 +219,6 @@ class RequestPlanner:
             timestamps=tuple(tuple(times) for _, times in videos),
             options=dict(chosen),
         )
-        if model is None:
-            return plan
         parts = [*images, *(run for video, _ in videos for run in video.runs)]
         shape = RequestShape(
             num_crops=plan.num_crops,
@@ -228,7 +228,7 @@ class RequestPlanner:
             row_tokens=plan.num_tokens,
             new_tokens=new_tokens,
         )
-        return replace(plan, memory=estimate_memory(model, shape))
+        return replace(plan, shape=shape, memory=None if model is None else estimate_memory(model, shape))
 
 
 def plan(

@@ -509,7 +509,8 @@ class _PyavReader(VideoReader):
     def _packets_from(self, place: int) -> Iterator[Any]:
         """Packets in file order from the one at `place` on; seeks if that gets there, in MP4 to the start too."""
         if place > 0 or (self._container.format.name.startswith("mov") and 0 in self._packets.key_places[:1]):
-            self._container.seek(int(self._packets.file_stamps[place]), stream=self._stream)
+            with suppress(self._av.FFmpegError):  # then no packet lands where it should
+                self._container.seek(int(self._packets.file_stamps[place]), stream=self._stream)
             packets = self._demuxed()
             first = next(packets, None)
             landed = self._packets.place_of(first.pts) if first is not None else -1
@@ -672,8 +673,7 @@ class _PacketTable:
             last_ticks = self.last_ticks
             if last_ticks <= 0:  # unknown: as long as the frame before it
                 last_ticks = int(self.stamps[-1] - self.stamps[-2]) if len(self.stamps) > 1 else 0
-            times = np.append(self.stamps, int(self.stamps[-1]) + last_ticks)
-            times -= self.stamps[0]
+            times = np.append(self.stamps, int(self.stamps[-1]) + last_ticks) - self.stamps[0]
             times *= self.tick_seconds.numerator
             times = times / self.tick_seconds.denominator
         elif self.rate is None:
