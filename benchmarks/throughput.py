@@ -228,7 +228,7 @@ def _server(concurrency: int, table: Path, url: str) -> dict[str, Any]:
     from molmo2.batch.rows import all_rows, open_source
     from molmo2.client import Client
 
-    client = Client(url, max_concurrency=concurrency, processor_kwargs={"num_frames": 8})
+    client = Client(url, max_concurrency=concurrency)
     settings = EngineSettings(batch_size=concurrency, generate_options={"max_new_tokens": MAX_NEW_TOKENS})
     rows = list(all_rows(open_source(table)))
     list(ServerEngine(client, settings).run(iter(rows[:4])))  # the first requests compile and allocate
@@ -283,13 +283,13 @@ def _in_process(name: str, table: Path, work: Path) -> dict[str, Any]:
 
 
 def _tokens_per_answer(results: Sequence[dict[str, Any]]) -> float:
+    errors = [result["error"] for result in results if result["error"] is not None]
+    if errors:
+        raise RuntimeError(f"{len(errors)} of {len(results)} questions failed: {errors[0]}")
     return sum(result["timings"]["num_new_tokens"] for result in results) / len(results)
 
 
 def _about(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    errors = [result["error"] for result in results if result["error"] is not None]
-    if errors:
-        raise RuntimeError(f"{len(errors)} of {len(results)} questions failed: {errors[0]}")
     return {"answers": len(results), "texts": {result["id"]: result["text"] for result in results}}
 
 

@@ -69,6 +69,10 @@ def _same_settings(config: PretrainedConfig, other: object) -> bool:
 class _TextView(property):
     """A setting of the text model at the top level; a file states it in `text_config` alone."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For cloudpickle, which knows plain properties only: vLLM sends configurations to its processes with it."""
+        return type(self), (self.fget, self.fset, None, self.__doc__)
+
 
 class Molmo2BaseConfig(PretrainedConfig):
     """Base of the four configurations: aliases, validation helpers and complete serialisation."""
@@ -96,12 +100,8 @@ class Molmo2BaseConfig(PretrainedConfig):
 
     def _settable(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Without keys that are computed from others: no key that is not known may keep a file from loading."""
-        own = {name: getattr(type(self), name, None) for name in kwargs}
-        computed = {
-            name
-            for name, found in own.items()
-            if isinstance(found, _TextView) or (isinstance(found, property) and found.fset is None)
-        }
+        own = {name: found for name in kwargs if isinstance(found := getattr(type(self), name, None), property)}
+        computed = {name for name, found in own.items() if found.fset is None or isinstance(found, _TextView)}
         return {name: value for name, value in kwargs.items() if name not in computed}
 
     def _refuse(self, found: str, expected: str) -> None:

@@ -667,6 +667,22 @@ def test_vllm_sees_that_content_may_be_a_list(folder):
     assert _detect_content_format(template, default="string") == "openai"
 
 
+def test_configurations_travel_with_their_code(folder):
+    """To the processes of a vLLM that runs the checkpoint's own code, without the plugin."""
+    import cloudpickle
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    config = get_class_from_dynamic_module("configuration_molmo2.Molmo2Config", folder).from_pretrained(folder)
+    code = sys.modules[type(config).__module__]
+    cloudpickle.register_pickle_by_value(code)
+    sent = cloudpickle.dumps(config)
+    cloudpickle.unregister_pickle_by_value(code)
+    assert len(sent) > 10 * len(cloudpickle.dumps(config))  # the code is part of it
+    again = cloudpickle.loads(sent)
+    assert again.to_dict() == config.to_dict()
+    assert again.hidden_size == again.text_config.hidden_size == config.hidden_size
+
+
 def places(answer):
     return [(point.x, point.y, point.time, point.frame and point.frame.source_index) for point in answer.grounding]
 

@@ -461,6 +461,18 @@ def test_equality_looks_at_every_setting():
     assert Molmo2VitConfig() != Molmo2AdapterConfig()
 
 
+def test_views_of_the_text_model_travel_with_the_class():
+    """As cloudpickle takes the class apart and puts it together: tests/clients/test_vllm.py has it."""
+    config = tiny_config("qwen3")
+    view = type(config).__dict__["hidden_size"]
+    kind, arguments = view.__reduce__()
+    again = kind(*arguments)
+    again.fset(config, 128)
+    assert type(again) is type(view)
+    assert config.text_config.hidden_size == again.fget(config) == 128
+    assert again.__doc__ == view.__doc__
+
+
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda config: pickle.loads(pickle.dumps(config))])
 def test_copies_are_equal_and_independent(duplicate):
     config = tiny_config("olmo3")
