@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import gradio as gr
+from gradio.utils import get_upload_folder
 from starlette.middleware import Middleware
 
 from .backend import FILES, TASKS, Backend, Conversation, Update, UserError
@@ -30,7 +31,7 @@ class Page:
 
     def __init__(self, backend: Backend):
         self.backend = backend
-        self.uploads = Uploads(path for sample in SAMPLES for path in sample.paths)
+        self.uploads = Uploads((path for sample in SAMPLES for path in sample.paths), get_upload_folder)
         with gr.Blocks(title="Molmo2", analytics_enabled=False) as self.blocks:
             gr.Markdown(WELCOME)
             if backend.notice:

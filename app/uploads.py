@@ -1,12 +1,10 @@
 """Uploads, which are deleted as soon as no visitor's page shows them."""
 
 import filecmp
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from threading import Lock
-
-from gradio.utils import get_upload_folder
 
 
 class Uploads:
@@ -17,16 +15,17 @@ class Uploads:
 
     Args:
         samples: The files of the page's examples; copies of them stay.
+        folder: Says where gradio stores uploads; nothing else is ever deleted.
     """
 
-    def __init__(self, samples: Iterable[Path]):
-        self._samples = tuple(samples)
+    def __init__(self, samples: Iterable[Path], folder: Callable[[], str]):
+        self._samples, self._folder = tuple(samples), folder
         self._of_session: dict[str, frozenset[Path]] = {}
         self._lock = Lock()
 
     def keep(self, session: str, paths: Iterable[str]) -> None:
         """Keep these uploads for a session, and delete its others."""
-        folder = Path(get_upload_folder()).resolve()
+        folder = Path(self._folder()).resolve()
         kept = frozenset(path for path in map(Path, paths) if path.resolve().is_relative_to(folder))
         with self._lock:
             left = self._of_session.pop(session, frozenset()) - kept

@@ -4,17 +4,20 @@ import base64
 import inspect
 import io
 import os
+import re
 import select
 import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from molmo2.image.limits import MediaLimitError, MediaLimits
+from molmo2.image.loading import load_images
 from molmo2.video.decoding import decord_process
 from molmo2.video.decoding.backends import VideoDecodeError, open_video
 from molmo2.video.decoding.decord_process import DecordProcess
@@ -30,6 +33,32 @@ from support.hostile_media import (
 )
 
 pytest.importorskip("decord")
+GIVEN = Path(__file__).resolve().parents[3] / "shared" / "hostile" / "media"
+# Given file -> number of its frames and their duration by every backend that reads it, or what is said instead.
+GIVEN_VIDEOS = {
+    "decord_abort.avi": (9, 0.9),
+    "decord_memory.mkv": "cannot be decoded",
+    "flash.flv": (16, 1.6),
+    "gif_bomb_frames.gif": "video_frame_pixels=36,000,000",
+    "gif_screen.gif": "video_frame_pixels=36,000,000",
+    "h264.ts": (16, 1.6),
+    "hflip.mp4": (75, 3.0),
+    "multi.webp": (6, 0.6),
+    "png_170mpx_1bit.png": "video_frame_pixels=36,000,000",
+    "png_empty_170.png": "video_frame_pixels=36,000,000",
+    "postscript_as_picture.png": "is a text, not a video",
+    "sizes.ts": (24, 2.4),
+    "stco_far.mp4": "No video backend could read",
+    "stts_2e9.mp4": (16, 1.6),
+    "tiff_bomb.tiff": "video_frame_pixels=36,000,000",
+    "tkhd_flip.mp4": (16, 1.6),
+    "tkhd_matrix0.mp4": (16, 1.6),
+    "transp.mp4": (75, 3.0),
+    "ts_restart.ts": "its time stamps restart at frame|its frame times are unusable",
+    "vflip.mp4": (75, 3.0),
+    "webp_16383.webp": "video_frame_pixels=36,000,000",
+}
+GIVEN_BOMBS = ("gif_screen.gif", "png_170mpx_1bit.png", "png_empty_170.png", "tiff_bomb.tiff", "webp_16383.webp")
 
 
 def ways_in(content, tmp_path):
@@ -42,6 +71,43 @@ def ways_in(content, tmp_path):
 def all_frames(content, backend):
     with open_video(content, backend) as reader:
         return list(reader.frames(range(reader.timeline.num_frames))), reader.timeline
+
+
+@pytest.mark.parametrize("name", GIVEN_VIDEOS)
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_given_files(name):
+    """By path and as bytes: what a backend reads, all read alike, and what none reads is refused by its reason."""
+    if not GIVEN.is_dir():
+        pytest.skip("shared/hostile is not beside this checkout")
+    file, expected, shown, said = GIVEN / name, GIVEN_VIDEOS[name], [], []
+    for source in (file, file.read_bytes()):
+        for backend in ("decord", "pyav", None):
+            try:
+                frames, timeline = all_frames(source, backend)
+            except (VideoDecodeError, MediaLimitError) as error:
+                said.append(str(error))
+                continue
+            assert (timeline.num_frames, round(timeline.duration_seconds, 3)) == expected
+            shown.append(np.stack(frames))
+    assert shown or all(re.search(expected, message) for message in said)
+    for frames in shown[1:]:
+        np.testing.assert_array_equal(frames, shown[0])
+
+
+@pytest.mark.parametrize("name", [*GIVEN_BOMBS, "postscript_as_picture.png"])
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_given_files_as_images(name):
+    if not GIVEN.is_dir():
+        pytest.skip("shared/hostile is not beside this checkout")
+    said = "image_pixels=100,000,000" if name in GIVEN_BOMBS else "one of the formats PNG, JPEG"
+    with pytest.raises(ValueError, match=said):
+        load_images(GIVEN / name)
+
+
+def test_every_given_file_has_its_row():
+    if not GIVEN.is_dir():
+        pytest.skip("shared/hostile is not beside this checkout")
+    assert {path.name for path in GIVEN.iterdir()} == GIVEN_VIDEOS.keys()
 
 
 @pytest.mark.parametrize("content", [with_frame_count(clip(kind), 2**31 - 1) for kind in ("mp4", "avi")])
@@ -212,3 +278,38 @@ def test_boxes_that_lead_nowhere_end():
     content = patched(clip(), b"moov", 0, bytes(8))  # a box without length
     with pytest.raises(ValueError, match="could read"):
         load_video(content)
+
+
+@pytest.mark.parametrize("backend", ["decord", "pyav"])
+def test_damaged_frames_of_mpeg4_look_alike_every_time(backend):
+    """What threads that work on several frames make of them depends on chance."""
+    start = clip("avi").index(b"movi")
+    rng = np.random.default_rng(4)
+    for _ in range(6):
+        damaged = bytearray(clip("avi"))
+        for place in rng.integers(start + 200, len(damaged) - 400, 12):
+            damaged[place] ^= 1 << int(rng.integers(8))
+        shown = set()
+        for _ in range(12):
+            try:
+                shown.add(b"".join(frame.tobytes() for frame in all_frames(bytes(damaged), backend)[0]))
+            except VideoDecodeError as error:
+                shown.add(type(error))
+        assert len(shown) == 1
+
+
+def test_frames_that_are_not_in_the_order_of_their_times():
+    """A damaged time stamp would exchange two frames with one decoder, and not with the other."""
+    content = bytearray(clip("flv"))
+    place, stamps = 13, []
+    while place + 15 <= len(content):  # tags: kind, size, time stamp in milliseconds, its highest byte
+        size = int.from_bytes(content[place + 1 : place + 4], "big")
+        if content[place] == 9 and size > 5:
+            stamps.append(place + 4)
+        place += 11 + size + 4
+    content[stamps[6] : stamps[6] + 3] = (767).to_bytes(3, "big")
+    with (
+        open_video(bytes(content), "pyav") as reader,
+        pytest.raises(VideoDecodeError, match="its time stamps are not in the order of its frames"),
+    ):
+        list(reader.frames([0, 7, 11]))
