@@ -6,7 +6,7 @@ TEST := scripts/pytest python
 MINIATURE := $(IN) dev env -C examples python -m miniature
 
 .DEFAULT_GOAL := help
-.PHONY: help demo app test test-slow nightly mutate fuzz check style bundle matrix test-app test-fiftyone test-training test-quantization test-batch test-metrics test-tools test-common test-lmms-eval test-vllm docs wheel browser benchmarks miniature miniature-scores notebooks screenshots clean
+.PHONY: help demo app test test-slow nightly mutate fuzz check style bundle matrix test-app test-fiftyone test-training test-quantization test-batch test-metrics test-tools test-common test-lmms-eval test-vllm docs wheel browser benchmarks miniature miniature-scores notebooks cookbook screenshots clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -101,6 +101,11 @@ miniature-scores: ## what the shipped miniature scores on seeds that training ne
 
 notebooks: ## runs the notebooks and stores what they print
 	$(IN) app python notebooks/execute.py
+
+cookbook: ## runs the pages of the cookbook and stores what they print and draw
+	$(IN) dev python scripts/cookbook.py
+	$(IN) quantization python scripts/cookbook.py quantized
+	$(IN) fiftyone python scripts/with_mongod 600 python scripts/cookbook.py labelling map
 
 screenshots: ## takes the images of the app in docs/images anew, in a headless browser
 	$(IN) app python tests/support/app_screenshots.py

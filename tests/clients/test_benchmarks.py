@@ -2,6 +2,7 @@
 
 import cProfile
 import json
+import math
 import re
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import profile, report, runner
+from benchmarks import fits, profile, report, runner
 from benchmarks.bounds import Products, weight_reads
 from benchmarks.curves import Curve, exponent, growth, linear_fit
 from benchmarks.harness import Goal, NotAvailable, Row, Settings, Side, measure
@@ -294,3 +295,19 @@ def test_rows_that_miss_their_goal_are_profiled(tmp_path, monkeypatch):
     (tmp_path / "cpu.json").write_text(json.dumps({"rows": rows}), encoding="utf-8")
     monkeypatch.setattr(profile, "RESULTS", tmp_path / "cpu.json")
     assert profile.missed() == ["False"]
+
+
+def test_the_memory_table_is_what_is_computed():
+    """docs/quantization.md prints what `python -m benchmarks.fits` does."""
+    page = (REPOSITORY / "docs" / "quantization.md").read_text(encoding="utf-8")
+    lines = fits.table()
+    assert "\n".join(lines) in page
+    assert len(lines) == 2 + len(fits.MODELS) * len(fits.PRECISIONS)
+
+
+def test_weights_of_the_memory_table_are_the_published_ones():
+    """Of 4B and O-7B, whose tensors are listed."""
+    for name in ("Molmo2-4B", "Molmo2-O-7B"):
+        tensors = json.loads((fits.PUBLISHED / name / "tensors.json").read_text(encoding="utf-8"))
+        listed = sum(math.prod(entry["shape"]) * entry.get("layers", 1) for entry in tensors.values())
+        assert sum(parameter.numel() for parameter in fits.published(name).parameters()) == listed

@@ -15,6 +15,7 @@ pytest.importorskip("nbformat")
 
 import nbformat
 
+from support.answers import assert_same_answer
 from support.checkpoints import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "notebooks"))
@@ -35,7 +36,6 @@ KEY_OUTPUTS = {
     ],
 }
 MOST_BYTES = 200_000
-NUMBER = re.compile(r"\d+(?:\.\d+)?")
 MEASURED = re.compile(r"(?<=logits differ by )\S+")
 each = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 
@@ -53,17 +53,6 @@ def image_size(output):
     data = output.get("data", {})
     encoded = next((data[name] for name in data if name.startswith("image/")), None)
     return None if encoded is None else Image.open(io.BytesIO(base64.b64decode(encoded))).size
-
-
-def tolerance(number):
-    """Of what a model says: small numbers count, large ones are places, which may be a little beside."""
-    return 0 if number < 10 else 2 if number < 100 else 20
-
-
-def assert_same_answer(found, stored):
-    assert NUMBER.sub("#", found) == NUMBER.sub("#", stored)
-    for one, other in zip(NUMBER.findall(found), NUMBER.findall(stored), strict=True):
-        assert abs(float(one) - float(other)) <= tolerance(float(other)), (found, stored)
 
 
 def test_there_are_notebooks_for_everything():
