@@ -28,7 +28,8 @@ def pages_of(environment: str) -> list[str]:
 
 
 def prepare(folder: Path) -> Path:
-    """Puts the examples and the converted miniature at the places that the pages name; returns `folder`."""
+    """The examples of the checkout and the converted miniature, where the pages name them; returns `folder`."""
+    os.environ.setdefault("FIFTYONE_DATABASE_VALIDATION", "false")  # prints about the age of the database
     sys.path.insert(0, str(REPOSITORY / "examples"))
     from miniature import native
 

@@ -159,7 +159,7 @@ class Molmo2BaseConfig(PretrainedConfig):
         return differing
 
     def to_dict(self) -> dict[str, Any]:
-        settings = super().to_dict()
+        settings = {k: v for k, v in super().to_dict().items() if k != "_pre_quantization_dtype"}  # 4.57's; no JSON
         for name in getattr(self, "sub_configs", {}):
             settings[name] = getattr(self, name).to_dict()
             settings[name].pop("transformers_version", None)

@@ -2,6 +2,7 @@
 
 import cProfile
 import json
+import math
 import os
 import re
 import subprocess
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import cost, gpu_day, profile, report, runner, scaling, throughput
+from benchmarks import cost, fits, gpu_day, profile, report, runner, scaling, throughput
 from benchmarks.bounds import Products, weight_reads
 from benchmarks.curves import Curve, exponent, growth, linear_fit
 from benchmarks.harness import Goal, NotAvailable, Row, Settings, Side, measure
@@ -481,3 +482,19 @@ def test_a_gpu_day_without_a_gpu(tmp_path):
 def test_a_gpu_day_ends_in_time(tmp_path, capsys):
     assert gpu_day.main(["--pretend", "--minutes", "0", "--cache", str(tmp_path)]) == 0
     assert capsys.readouterr().out.count("skipped: ") == len(gpu_day.STEPS)
+
+
+def test_the_memory_table_is_what_is_computed():
+    """docs/quantization.md prints what `python -m benchmarks.fits` does."""
+    page = (REPOSITORY / "docs" / "quantization.md").read_text(encoding="utf-8")
+    lines = fits.table()
+    assert "\n".join(lines) in page
+    assert len(lines) == 2 + len(fits.MODELS) * len(fits.PRECISIONS)
+
+
+def test_weights_of_the_memory_table_are_the_published_ones():
+    """Of 4B and O-7B, whose tensors are listed."""
+    for name in ("Molmo2-4B", "Molmo2-O-7B"):
+        tensors = json.loads((fits.PUBLISHED / name / "tensors.json").read_text(encoding="utf-8"))
+        listed = sum(math.prod(entry["shape"]) * entry.get("layers", 1) for entry in tensors.values())
+        assert sum(parameter.numel() for parameter in fits.published(name).parameters()) == listed

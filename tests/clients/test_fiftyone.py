@@ -36,6 +36,7 @@ from molmo2.grounding.format import format_points, format_tracks
 from molmo2.grounding.parse import parse_grounding
 from molmo2.tools.embedding import POOLINGS
 from support.checkpoints import picture, read_json, write_checkpoint, write_json
+from support.cookbook import check, cookbook
 from support.scripted_model import ScriptedModel
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -709,6 +710,11 @@ def test_the_page_runs_as_written(clips, downloads, tmp_path, monkeypatch):
         exec(compile(block, page.name, "exec"), names)
     assert names["dataset"].count("vector") == names["dataset"].count("story_summary") == 3
     names["dataset"].delete()
+
+
+@pytest.mark.parametrize("name", cookbook.pages_of("fiftyone"))
+def test_a_page_of_the_cookbook(name, tmp_path):
+    check(name, cookbook.prepare(tmp_path))
 
 
 def test_the_app_can_ask_for_settings(ours):

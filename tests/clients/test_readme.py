@@ -26,8 +26,9 @@ def python_blocks(page):
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 BLOCKS = python_blocks(REPOSITORY / "README.md")
-# test_transformers_serve.py, test_fiftyone.py, beside a database, test_tools.py and test_trainers.py run these.
-ELSEWHERE = ("batch", "client", "fiftyone", "serving", "tools", "training")
+# test_transformers_serve.py, test_fiftyone.py, beside a database, test_quantization.py, test_tools.py and
+# test_trainers.py run these.
+ELSEWHERE = ("batch", "client", "fiftyone", "quantization", "serving", "tools", "training")
 PAGES = [
     page for page in sorted((REPOSITORY / "docs").glob("*.md")) if python_blocks(page) and page.stem not in ELSEWHERE
 ]

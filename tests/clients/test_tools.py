@@ -7,8 +7,10 @@ Runs in an environment of its own (`constraints/tools.txt`).
 
 import json
 import re
-from importlib.metadata import version
-from pathlib import Path
+import sys
+from importlib.metadata import files, version
+from importlib.util import module_from_spec, spec_from_file_location
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,6 +34,7 @@ from label_studio_sdk._extensions.label_studio_tools.postprocessing.video import
 from label_studio_sdk.converter import Converter
 from label_studio_sdk.label_interface import LabelInterface
 from mlx.utils import tree_flatten
+from mlx_vlm.convert import convert
 from mlx_vlm.models.molmo2 import config as mlx_molmo2
 from mlx_vlm.utils import load_model
 from safetensors.torch import load_file
@@ -44,6 +47,8 @@ from transformers import (
 )
 
 from clients.test_readme import python_blocks
+from miniature import native
+from molmo2 import load
 from molmo2.convert.exchange_names import exchange_patterns, mlx_config
 from molmo2.convert.names import LAYER_NUMBER
 from molmo2.grounding.files import save
@@ -58,7 +63,7 @@ from molmo2.interop import (
     to_supervision,
 )
 from molmo2.model.modeling import Molmo2ForConditionalGeneration
-from support.checkpoints import picture_inputs, read_json, write_checkpoint, write_json
+from support.checkpoints import REPOSITORY, picture_inputs, read_json, write_checkpoint, write_json
 from unit.test_interop import FPS, IMAGES, TRACKS, numbers, without_ids
 
 SIZES = IMAGES.media.sizes
@@ -267,6 +272,18 @@ def test_mlx_loads_a_folder_and_computes_the_same_text(tmp_path):
     torch.testing.assert_close(again(**inputs).logits, own(**inputs).logits, rtol=0, atol=0)
 
 
+def test_mlx_vlm_converts_a_folder(tmp_path):
+    """`mlx_vlm.convert` writes a folder of its own names, which its loader takes and which says the same."""
+    folder, converted = native.to_transformers(native.CHECKPOINT, tmp_path / "molmo2"), tmp_path / "mlx"
+    write_json(folder / "config.json", mlx_config(read_json(folder / "config.json")))
+    convert(str(folder), str(converted))
+    names = {name for path in converted.glob("*.safetensors") for name in load_file(path)}
+    model = load_model(converted)
+    assert names == {name for name, _ in tree_flatten(model.parameters())}
+    ids = mx.arange(24)[None]
+    np.testing.assert_array_equal(np.array(model(ids).logits), np.array(load_model(folder)(ids).logits))
+
+
 def test_mlx_counts_published_layers_from_another_depth():
     """Why `mlx_config` is needed; where this fails, docs/hub.md has a caveat less."""
     vit = mlx_molmo2.VitConfig.from_dict({"num_hidden_layers": 27})
@@ -276,13 +293,84 @@ def test_mlx_counts_published_layers_from_another_depth():
     assert mlx_molmo2.VitConfig.from_dict(fixed["vit_config"]).num_hidden_layers == 25
 
 
+# --- ms-swift
+
+
+class SwiftTemplate:
+    """What ms-swift's template for Molmo2 takes from its base class: prompts as ids, and expansion of placeholders."""
+
+    def __init__(self, processor):
+        self.processor, self.tokenizer = processor, processor.tokenizer
+
+    def _encode(self, inputs):
+        ids = self.tokenizer.encode(inputs.prompt, add_special_tokens=False)
+        return {"input_ids": ids, "labels": list(ids), "loss_scale": None}
+
+    @staticmethod
+    def _extend_tokens(ids, labels, loss_scale, places, tokens_of):
+        for number, place in reversed(list(enumerate(places))):
+            new = tokens_of(number)
+            ids = [*ids[:place], *new, *ids[place + 1 :]]
+            labels = [*labels[:place], *[-100] * len(new), *labels[place + 1 :]]
+        return ids, labels, loss_scale
+
+
+@pytest.fixture
+def swift(monkeypatch):
+    """Its module with the template, loaded from the installed file; the package around it wants dozens of others."""
+    names = {"molmo": "molmo", "molmo2": "molmo2"}
+    parts = {
+        "": {},
+        ".template": {},
+        ".template.base": {"Template": SwiftTemplate},
+        ".template.constant": {"MLLMTemplateType": SimpleNamespace(**names)},
+        ".template.register": {"TemplateMeta": lambda *args, **options: None, "register_template": lambda meta: None},
+        ".template.template_inputs": {"StdTemplateInputs": SimpleNamespace},
+        ".template.utils": {
+            "Context": str,
+            "findall": lambda ids, token: [place for place, found in enumerate(ids) if found == token],
+        },
+        ".template.templates": {},
+        ".template.templates.utils": {"ChatmlTemplateMeta": lambda *args, **options: None},
+    }
+    for name, values in parts.items():
+        module = ModuleType(f"swift{name}")
+        vars(module).update(values)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    (file,) = (file for file in files("ms-swift") if file.name == "molmo.py" and "templates" in file.parts)
+    spec = spec_from_file_location("swift.template.templates.molmo", file.locate())
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_ms_swifts_template_makes_the_inputs_of_the_processor(swift, tmp_path, kind):
+    """Its own code asks our processor for tokens and tensors: the same as ours, but for the first token, which its
+    base class adds, and the chat format, which both have.
+    """
+    _, processor = load(write_checkpoint(tmp_path / "molmo2", "qwen3"))
+    media = [REPOSITORY / "examples" / "data" / ("nasa_frame.jpg" if kind == "image" else "nasa_clip.mp4")]
+    prompt = f"<|{kind}|><|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n"
+    expected = processor(text=prompt, **{f"{kind}s": media}, return_tensors="pt")
+    inputs = SimpleNamespace(prompt=prompt, images=[], videos=[])
+    setattr(inputs, f"{kind}s", media)
+    found = swift.Molmo2Template(processor)._encode(inputs)
+    assert found["input_ids"] == expected["input_ids"][0, 1:].tolist()
+    assert found["token_type_ids"] == expected["token_type_ids"][0, 1:].tolist()
+    names = {name for name in expected if name.startswith(("pixel", "image", "video"))}
+    assert names <= set(found)
+    for name in names:
+        torch.testing.assert_close(torch.as_tensor(found[name]), expected[name], rtol=0, atol=0)
+
+
 # --- The page
 
 
 def test_the_page_says_what_is_so(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names = {}
-    page = Path(__file__).resolve().parents[2] / "docs" / "tools.md"
+    page = REPOSITORY / "docs" / "tools.md"
     for block in python_blocks(page):
         exec(compile(block, page.name, "exec"), names)
         printed = capsys.readouterr().out.splitlines()

@@ -11,6 +11,7 @@ import re
 from typing import Any
 
 import pytest
+import torch
 from transformers.utils import logging as transformers_logging
 
 from molmo2.configuration import (
@@ -737,3 +738,13 @@ def test_wrong_values_under_the_native_names():
         Molmo2Config(image_patch_id=3, image_token_id=4)
     with pytest.raises(ValueError, match=re.escape("`rope_scaling` has 'factor' = 'x'; expected a number above 0.")):
         Molmo2TextConfig(rope_scaling={"rope_type": "linear", "factor": "x"})
+
+
+def test_a_quantised_models_settings_can_be_written():
+    """transformers 4.57 leaves the dtype of before in the parts too, and takes it out of the whole alone."""
+    config = Molmo2Config()
+    for part in (config, config.text_config, config.vit_config, config.adapter_config):
+        part._pre_quantization_dtype = torch.float32
+    written = config.to_json_string()
+    assert "_pre_quantization_dtype" not in written
+    assert json.loads(written) == json.loads(Molmo2Config().to_json_string())
