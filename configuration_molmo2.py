@@ -77,6 +77,10 @@ def _same_settings(config: PretrainedConfig, other: object) -> bool:
 class _TextView(property):
     """A setting of the text model at the top level; a file states it in `text_config` alone."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For cloudpickle, which knows plain properties only: vLLM sends configurations to its processes with it."""
+        return type(self), (self.fget, self.fset, None, self.__doc__)
+
 
 class Molmo2BaseConfig(PretrainedConfig):
     """Base of the four configurations: aliases, validation helpers and complete serialisation."""
@@ -104,12 +108,8 @@ class Molmo2BaseConfig(PretrainedConfig):
 
     def _settable(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Without keys that are computed from others: no key that is not known may keep a file from loading."""
-        own = {name: getattr(type(self), name, None) for name in kwargs}
-        computed = {
-            name
-            for name, found in own.items()
-            if isinstance(found, _TextView) or (isinstance(found, property) and found.fset is None)
-        }
+        own = {name: found for name in kwargs if isinstance(found := getattr(type(self), name, None), property)}
+        computed = {name for name, found in own.items() if found.fset is None or isinstance(found, _TextView)}
         return {name: value for name, value in kwargs.items() if name not in computed}
 
     def _refuse(self, found: str, expected: str) -> None:
@@ -167,7 +167,7 @@ class Molmo2BaseConfig(PretrainedConfig):
         return differing
 
     def to_dict(self) -> dict[str, Any]:
-        settings = super().to_dict()
+        settings = {k: v for k, v in super().to_dict().items() if k != "_pre_quantization_dtype"}  # 4.57's; no JSON
         for name in getattr(self, "sub_configs", {}):
             settings[name] = getattr(self, name).to_dict()
             settings[name].pop("transformers_version", None)
@@ -359,8 +359,13 @@ class Molmo2TextConfig(Molmo2BaseConfig):
 
     model_type = "molmo2_text"
     base_config_key = "text_config"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     attribute_map = {"attention_bias": "qkv_bias", "rms_norm_eps": "layer_norm_eps"}
+    base_model_pp_plan = {  # where a pipeline may cut the text model, and what its pieces pass on
+        "wte": (["input_ids"], ["inputs_embeds"]),
+        "blocks": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "ln_f": (["hidden_states"], ["hidden_states"]),
+    }
 
     def __init__(
         self,
@@ -537,7 +542,7 @@ class Molmo2Config(Molmo2BaseConfig):
         "text_config": Molmo2TextConfig,
     }
     # A trainer's predictions are all other outputs, of all batches alike: one without images has no vectors of them.
-    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "image_hidden_states"]
     attribute_map = {
         "image_token_id": "image_patch_id",
         "video_token_id": "image_patch_id",

@@ -196,11 +196,15 @@ class MediaLimits:
 
     Attributes:
         image_pixels: height times width of an image.
+        reduce_jpeg: decode a JPEG with more pixels than that at 1/2, 1/4 or 1/8 of its size instead of refusing it;
+            tokens and points stay those of its own size. Not for progressive ones, which would take all the memory.
         image_formats: formats that are opened, by Pillow's names; HEIF where a package has registered it.
         video_frames: frames of a video file, sampled or not.
         video_frame_pixels: height times width of a video.
         video_pixels_per_byte: pixels of all frames together for each byte of the file, for videos of more than a
             billion pixels. Films have 10 to 10,000, a file made to fill memory or time has millions.
+        decode_seconds: longest wait for the decoder of a video; with one every decoder runs in a process of its own,
+            which is ended in time. None (no limit) for files that are trusted. Needs the package.
         visual_tokens: visual tokens of one image or video.
         sources: where media may come from: "path" (of a local file), "file" and "data" (URLs), "base64" (text),
             "http" and "https". Bytes, open files, arrays and PIL images are always accepted. A server that passes on
@@ -217,10 +221,12 @@ class MediaLimits:
     """
 
     image_pixels: int = 100_000_000
+    reduce_jpeg: bool = False
     image_formats: tuple[str, ...] = IMAGE_FORMATS
     video_frames: int = 2_000_000
     video_frame_pixels: int = 36_000_000
     video_pixels_per_byte: int = 250_000
+    decode_seconds: float | None = None
     visual_tokens: int = 131_072
     sources: tuple[str, ...] = SOURCES
     allow_private_hosts: bool = False
@@ -233,6 +239,8 @@ class MediaLimits:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
+            if value is None and field.default is None:
+                continue
             if isinstance(field.default, tuple):
                 if isinstance(value, str) or not all(isinstance(entry, str) for entry in value):
                     raise ValueError(f"MediaLimits: {field.name} is {value!r}. Pass a tuple of names.")
@@ -1077,11 +1085,34 @@ ACCEPTED_IMAGES = (
 )
 CHANNEL_COUNTS = (1, 3, 4)  # grey, RGB, RGB with alpha
 LAYOUTS = ("channels_last", "channels_first")
-# Suffixes of frames that are passed as a list of files.
 CLIPPING_PIL_MODES = ("I", "F")  # modes (also "I;16" and its kin) with values above 255, which PIL's conversion clips
 FLOAT_TOLERANCE = 0.01  # how far a float image may exceed 0..1 (filters overshoot a little) without a warning
 MAX_QUOTED_CHARACTERS = 80  # of a path or text in an error
 MIN_BASE64_CHARACTERS = 32  # no image file is smaller; shorter text is a path
+# Of an image that is converted in one piece, and of the strips of larger ones.
+MAX_WHOLE_PIXELS, STRIP_PIXELS = 1 << 24, 1 << 20
+
+
+class ReducedImage(np.ndarray):
+    """A JPEG that was decoded at a part of its size, which was `original_size` (height, width)."""
+
+    original_size: tuple[int, int] = (0, 0)
+
+
+def original_size(image: np.ndarray) -> tuple[int, int]:
+    """(height, width) of an image as it was given; plans, tokens and points are made for it."""
+    return image.original_size if isinstance(image, ReducedImage) else image.shape[:2]
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The decoded image, turned by its orientation tag; itself where that does not turn it, which saves a copy."""
+    image.load()
+    if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
+        return image
+    turned = ImageOps.exif_transpose(image)
+    if hasattr(image, "original_size"):
+        turned.original_size = _upright_size(image)  # type: ignore[attr-defined]
+    return turned
 
 
 def load_images(
@@ -1122,7 +1153,7 @@ def load_images(
 def fetch_images(
     images: Any,
     where: str = "images",
-    finish: Callable[[Image.Image], Any] = ImageOps.exif_transpose,
+    finish: Callable[[Image.Image], Any] = upright,
     limits: MediaLimits | None = None,
 ) -> Any:
     """`images` with paths, URLs, base64 text, bytes and open files loaded; other items and the nesting are kept.
@@ -1165,9 +1196,15 @@ def measure_images(images: Any, limits: MediaLimits | None = None) -> list[tuple
 
 def _upright_placeholder(image: Image.Image) -> np.ndarray:
     """An array of zeros, without memory of its own, of the size that an image has once it is turned upright."""
-    turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # 5 to 8 swap height and width
-    height, width = image.size if turned else image.size[::-1]
+    width, height = _upright_size(image)
     return np.broadcast_to(np.uint8(0), (height, width, 3))
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    """(width, height) once it is turned, of a reduced image before it was reduced."""
+    width, height = getattr(image, "original_size", image.size)
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # 5 to 8 swap height and width
+    return (height, width) if turned else (width, height)
 
 
 def _flatten(images: Any, where: str) -> Iterator[tuple[str, Image.Image | np.ndarray]]:
@@ -1283,11 +1320,26 @@ def open_image(file: Path | IO[bytes], where: str, limits: MediaLimits) -> Image
     limits.check("image_pixels", webp_pixels, f"{where} is a WebP image of {webp_pixels:,} pixels")
     image = Image.open(file, formats=[name for name in limits.image_formats if name in Image.OPEN])
     try:
+        _reduce_jpeg(image, limits)
         _check_pixels(image, where, limits)
     except MediaLimitError:
         image.close()
         raise
     return image
+
+
+def _reduce_jpeg(image: Image.Image, limits: MediaLimits) -> None:
+    """Have a JPEG with too many pixels decoded at a half, a quarter or an eighth of its size, if that is accepted.
+
+    A progressive one is left alone: its decoder has all of it in memory at any size.
+    """
+    if not limits.reduce_jpeg or image.format != "JPEG" or image.info.get("progressive"):
+        return
+    size = width, height = image.size
+    scales = [scale for scale in (1, 2, 4, 8) if -(-width // scale) * -(-height // scale) <= limits.image_pixels]
+    if scales and scales[0] > 1:
+        image.draft(image.mode, (width // scales[0], height // scales[0]))
+        image.original_size = size  # type: ignore[attr-defined]
 
 
 def _can_seek(file: IO[bytes]) -> bool:
@@ -1355,7 +1407,12 @@ def _rgb_array(
     """(H, W, 3), uint8 or native floating point."""
     if isinstance(item, Image.Image):
         _check_pixels(item, where, limits)  # its file may be open and not yet decoded
-        return _pil_to_rgb(item, where, do_convert_rgb)
+        pixels = _pil_to_rgb(item, where, do_convert_rgb)
+        if hasattr(item, "original_size"):
+            reduced = pixels.view(ReducedImage)
+            reduced.original_size = item.original_size[::-1]
+            return reduced
+        return pixels
     image = _channels_last(item, where, layout)
     found = f"{where} is an array of {image.shape[0]} x {image.shape[1]} pixels"
     limits.check("image_pixels", image.shape[0] * image.shape[1], found)
@@ -1378,7 +1435,15 @@ def _pil_to_rgb(image: Image.Image, where: str, do_convert_rgb: bool) -> np.ndar
                 "them to 0..255 (or pass a float array in 0..1) if they reach further."
             )
     try:
-        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+        if image.width * image.height <= MAX_WHOLE_PIXELS:
+            return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+        image.load()
+        pixels = np.empty((image.height, image.width, 3), dtype=np.uint8)
+        rows = max(1, STRIP_PIXELS // image.width)
+        for top in range(0, image.height, rows):  # the same values, without the whole image in a second form
+            strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+            pixels[top : top + rows] = np.asarray(strip if strip.mode == "RGB" else strip.convert("RGB"))
+        return pixels
     except Exception as error:  # opened lazily by the caller, decoded only now; decoders raise nearly anything
         raise ValueError(
             f"{where} cannot be read as RGB ({error}). Check that its file is complete, or convert it to RGB first."
@@ -2387,7 +2452,8 @@ class Molmo2ImageProcessor(OptionsMixin, BaseImageProcessor):  # type: ignore[mi
             input_data_format=kwargs.get("input_data_format"),
             limits=options.limits,
         )
-        plans = [plan_image(image.shape[0], image.shape[1], options.crops, options.max_crops) for image in loaded]
+        sizes = [original_size(image) for image in loaded]
+        plans = [plan_image(height, width, options.crops, options.max_crops) for height, width in sizes]
         for index, plan in enumerate(plans):
             found = f"Image {index} would take {plan.num_pooled_tokens:,} visual tokens"
             options.limits.check("visual_tokens", plan.num_pooled_tokens, found)
@@ -2400,7 +2466,7 @@ class Molmo2ImageProcessor(OptionsMixin, BaseImageProcessor):  # type: ignore[mi
             "image_grids": np.array([plan.grid for plan in plans], dtype=np.int64).reshape(len(plans), 4),
             "image_num_crops": np.array([plan.num_crops for plan in plans], dtype=np.int64),
         }
-        media = [image_media(image.shape[:2]) for image in loaded]
+        media = [image_media(size) for size in sizes]
         features: Any = MediaFeatures(data, kwargs.get("return_tensors"), media)
         if kwargs.get("device") is not None and kwargs.get("return_tensors") is not None:
             features = features.to(kwargs["device"])
@@ -2454,7 +2520,7 @@ def _pixel_values(images: list[np.ndarray], plans: list[ImagePlan], options: Ima
     first_crop = 0
     for image, plan in zip(images, plans, strict=True):
         out = pixel_values[first_crop : first_crop + plan.num_crops]
-        write_image_pixel_values(image, plan, out, resample=options.resample, steps=options.steps)
+        write_image_pixel_values(np.asarray(image), plan, out, resample=options.resample, steps=options.steps)
         first_crop += plan.num_crops
     return as_output(pixel_values)
 

@@ -17,10 +17,10 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, wraps
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -35,10 +35,10 @@ from transformers.generation.candidate_generator import CandidateGenerator, Prom
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.utils import ModelOutput, logging
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_molmo2 import (
@@ -615,7 +615,7 @@ def _append(states: Tensor, new: Tensor) -> Tensor:
 
 
 # --- src/molmo2/model/compat.py --------------------------------------------------------------------------------------
-# The one place for calls whose signature changed between the supported releases of transformers (4.57.1 .. 5.23).
+# The one place for calls whose signature changed between the supported releases of transformers (4.57.1 .. 5.24).
 
 
 _MASK_PARAMETERS = inspect.signature(create_causal_mask).parameters
@@ -623,7 +623,38 @@ _EMBEDS_NAME = "inputs_embeds" if "inputs_embeds" in _MASK_PARAMETERS else "inpu
 _MASK_WANTS_CACHE_POSITION = (
     "cache_position" in _MASK_PARAMETERS and _MASK_PARAMETERS["cache_position"].default is inspect.Parameter.empty
 )
+# What the library calls `past_key_values` in arguments, outputs and options of `generate`: "cache" from 5.24 on.
+CACHE_NAME = next(
+    field.name for field in fields(BaseModelOutputWithPast) if field.name in ("past_key_values", "cache")
+)
 _CACHE_TAKES_KWARGS_DICT = "cache_kwargs" in inspect.signature(Cache.update).parameters
+
+
+Function = TypeVar("Function", bound=Callable)
+
+
+def takes_cache(function: Function) -> Function:
+    """A forward pass or hook of `generate` whose `past_key_values` may be passed as `cache`, its name from 5.24 on.
+
+    Raises:
+        ValueError: When called with both.
+    """
+
+    @wraps(function)
+    def with_either_name(*args: Any, **kwargs: Any) -> Any:
+        if "cache" in kwargs:
+            cache = kwargs.pop("cache")
+            if kwargs.get("past_key_values", cache) is not cache:
+                raise ValueError("`cache` and `past_key_values` are two names of one argument: pass one of them.")
+            kwargs["past_key_values"] = cache
+        return function(*args, **kwargs)
+
+    # `generate` looks for its own name among the arguments.
+    signature = inspect.signature(function)
+    names = {"past_key_values": CACHE_NAME}
+    parameters = [entry.replace(name=names.get(name, name)) for name, entry in signature.parameters.items()]
+    with_either_name.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return with_either_name  # type: ignore[return-value]
 
 
 def _every_pair(batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
@@ -651,13 +682,12 @@ def make_causal_mask(
     Returns:
         None, a (B, 1, S, keys) tensor, a (B, keys) tensor or a BlockMask, as the implementation wants it.
     """
-    arguments: dict[str, Any] = {_EMBEDS_NAME: inputs_embeds}
+    arguments: dict[str, Any] = {_EMBEDS_NAME: inputs_embeds, CACHE_NAME: past_key_values}
     if _MASK_WANTS_CACHE_POSITION:
         arguments["cache_position"] = cache_position
     return create_causal_mask(
         config=config,
         attention_mask=attention_mask,
-        past_key_values=past_key_values,
         position_ids=None,
         or_mask_function=None if mask_mod is None else _every_pair,
         and_mask_function=mask_mod,
@@ -1169,7 +1199,7 @@ class Molmo2PreTrainedModel(PreTrainedModel):
     input_modalities: Any = ("image", "video", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["Molmo2DecoderLayer", "Molmo2VisionBlock", "Molmo2Pooling", "Molmo2Projector"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_flash_attn_2 = True
     _supports_sdpa = True
@@ -2179,16 +2209,16 @@ def latest_continuation(ids: Tensor, max_ngram: int, max_tokens: int) -> Tensor:
     Returns:
         (drafted,) int64, `max_tokens` at most; empty where not even the last token occurs again.
     """
-    ends, length = (ids[:-1] == ids[-1:]).nonzero()[:, 0], 1  # where the last token occurs, then the last two, ...
+    known = ids.numpy()  # in one thread: waiting for another one would take longer than the search
+    ends, length = (known[:-1] == known[-1:]).nonzero()[0], 1  # where the last token occurs, then the last two, ...
     while len(ends) and length < max_ngram:
         longer = ends[ends >= length]
-        longer = longer[ids[longer - length] == ids[-1 - length]]
+        longer = longer[known[longer - length] == known[-1 - length]]
         if not len(longer):
             break
         ends, length = longer, length + 1
-    if not len(ends) or max_ngram < 1:
-        return ids[:0]
-    return ids[ends[-1] + 1 :][: max(0, max_tokens)]
+    is_found = len(ends) and max_ngram > 0
+    return ids[ends[-1] + 1 :][: max(0, max_tokens)] if is_found else ids[:0]
 
 
 class LatestMatchLookup(PromptLookupCandidateGenerator):
@@ -2277,6 +2307,7 @@ class Molmo2GenerationMixin(GenerationMixin):
     model: Any
     config: Any
 
+    @takes_cache
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
@@ -2308,7 +2339,7 @@ class Molmo2GenerationMixin(GenerationMixin):
             kwargs = _restore_next_sequence_length(kwargs, input_ids, past_key_values)
         library: Any = super()
         model_inputs = library.prepare_inputs_for_generation(
-            input_ids, *args, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
+            input_ids, *args, inputs_embeds=inputs_embeds, **{CACHE_NAME: past_key_values}, **kwargs
         )
         if is_prefill:
             model_inputs["token_type_ids"] = kwargs["token_type_ids"]  # some releases shift or cut what they are given
@@ -2316,6 +2347,7 @@ class Molmo2GenerationMixin(GenerationMixin):
         return model_inputs
 
     @staticmethod
+    @takes_cache
     def create_masks_for_generate(
         config: Any,
         inputs_embeds: Tensor | None = None,
@@ -2353,7 +2385,7 @@ class Molmo2GenerationMixin(GenerationMixin):
     ) -> Any:
         library: Any = super()
         done = library._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        use_preallocated_layers(model_kwargs.get("past_key_values"))
+        use_preallocated_layers(model_kwargs.get(CACHE_NAME))
         return done
 
     def _expand_inputs_for_generation(
@@ -2378,7 +2410,7 @@ class Molmo2GenerationMixin(GenerationMixin):
 
     def _require_cached_media(self, input_ids: Tensor | None, model_kwargs: dict[str, Any]) -> None:
         """Refuses media after the tokens of a given cache, which can be continued with text only."""
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE_NAME)
         past_length = int(cached_length(cache)) if isinstance(cache, Cache) else 0
         if past_length == 0 or input_ids is None:
             return
@@ -2459,14 +2491,14 @@ def weighted_loss(
     Args:
         logits: (B, S, vocab_size).
         targets: (B, S) int64 from `shift_labels`; -100 is ignored.
-        weights: (B, S) float, aligned with the labels: the target of a token has the weight of the next token.
+        weights: (B, S) float, those of the targets.
         num_items_in_batch: Divide by this instead: the sum of weights over all batches of an accumulated step.
     Raises:
         ValueError: For negative weights.
     """
     counted = targets.to(logits.device) != IGNORED
     targets = targets.to(logits.device)[counted]
-    weights = nn.functional.pad(weights[:, 1:], (0, 1)).to(logits.device, torch.float32)[counted]
+    weights = weights.to(logits.device, torch.float32)[counted]
     if bool((weights < 0).any()):
         raise ValueError("`loss_weights` has negative entries: use 0 for tokens without loss.")
     entropies = nn.functional.cross_entropy(logits[counted].float(), targets, reduction="none")
@@ -2673,6 +2705,7 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
         }
         return arguments, rotary
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -2738,9 +2771,9 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
         all_states[-1] = hidden_states
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values if use_cache else None,
             hidden_states=tuple(all_states) if output_hidden_states else None,
             attentions=tuple(all_weights) if output_attentions else None,
+            **{CACHE_NAME: past_key_values if use_cache else None},
         )
 
 
@@ -2748,23 +2781,19 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
 
 
 @dataclass
-class Molmo2ModelOutputWithPast(ModelOutput):
-    """Output of `Molmo2Model`.
+class Molmo2ModelOutputWithPast(BaseModelOutputWithPast):
+    """Output of `Molmo2Model`, that of a text model and the vectors of images and videos.
 
     Attributes:
         last_hidden_state: (B, S, D).
         image_hidden_states: (T, D) vectors added to the patch tokens, in the order of the prompts; None without media.
     """
 
-    last_hidden_state: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
     image_hidden_states: Tensor | None = None
 
 
 @dataclass
-class Molmo2CausalLMOutputWithPast(ModelOutput):
+class Molmo2CausalLMOutputWithPast(CausalLMOutputWithPast):
     """Output of `Molmo2ForConditionalGeneration`; see `Molmo2ModelOutputWithPast`.
 
     Attributes:
@@ -2772,11 +2801,6 @@ class Molmo2CausalLMOutputWithPast(ModelOutput):
         logits: (B, kept positions, vocab_size).
     """
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
     image_hidden_states: Tensor | None = None
 
 
@@ -2795,6 +2819,7 @@ class Molmo2Model(Molmo2PreTrainedModel, Molmo2VisionInputsMixin):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.transformer.wte = value  # type: ignore[assignment]
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -2885,10 +2910,10 @@ class Molmo2Model(Molmo2PreTrainedModel, Molmo2VisionInputsMixin):
         )
         return Molmo2ModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=vectors,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
 
@@ -2896,6 +2921,7 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
     """Molmo2 with its output matrix: logits, loss and `generate`."""
 
     accepts_loss_kwargs = True
+    _pp_plan: Any = {"lm_head": (["hidden_states"], ["logits"])}  # as transformers has it
 
     def __init__(self, config: Molmo2Config):
         super().__init__(config)
@@ -2934,6 +2960,12 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
         """See `Molmo2Model.encode_frames`."""
         return self.model.encode_frames(*args, **kwargs)
 
+    def learnable_labels(self, labels: Tensor) -> Tensor:
+        """(B, S) labels without visual tokens, which no answer contains, and ids past `vocab_size`, without logits."""
+        is_lost = (labels >= self.config.text_config.vocab_size) | self.model.visual_token_mask(labels)
+        return labels.masked_fill(is_lost, IGNORED)
+
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -2966,10 +2998,9 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
         """Logits, and the loss when labels are given. The other arguments are those of `Molmo2Model.forward`.
 
         Args:
-            labels: (B, S) ids to predict, shifted inside; -100 is ignored, and so are visual tokens, which no answer
-                contains, and ids past `vocab_size`, for which there are no logits; where `num_items_in_batch` counted
-                them, it shrinks by their share. First tokens of packed examples are not predicted; first tokens of
-                branches must be -100.
+            labels: (B, S) ids to predict, shifted inside; -100 and what `learnable_labels` drops are ignored, and
+                `num_items_in_batch` shrinks by their share. First tokens of packed examples are not predicted; first
+                tokens of branches must be -100.
             loss_weights: (B, S) weights of the labels at the same places; the loss is `sum(weight * cross entropy)`
                 over their sum, or over `num_items_in_batch` where that is given (the sum over an accumulated step).
             logits_to_keep: Number of last positions (0: all), or a tensor of positions.
@@ -3018,7 +3049,7 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         if copies > 1:
-            outputs.past_key_values.batch_repeat_interleave(copies)
+            getattr(outputs, CACHE_NAME).batch_repeat_interleave(copies)
             outputs.hidden_states, outputs.attentions = (
                 states if states is None else tuple(state.repeat_interleave(copies, dim=0) for state in states)
                 for states in (outputs.hidden_states, outputs.attentions)
@@ -3031,25 +3062,24 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
                     f"There are logits for {logits.shape[1]} positions and labels for {labels.shape[1]}: leave "
                     "`logits_to_keep` at 0 when passing labels."
                 )
-            vocab_size = self.config.text_config.vocab_size
-            targets = labels.masked_fill((labels >= vocab_size) | self.model.visual_token_mask(labels), IGNORED)
+            targets = self.learnable_labels(labels)
             if kwargs.get("num_items_in_batch") is not None and loss_weights is None:
                 kwargs["num_items_in_batch"] = kwargs["num_items_in_batch"] * kept_label_fraction(targets, labels)
-            labels = targets
-            packed = packed_rows(attention_mask, example_ids, branch_ids, labels.shape)
+            packed = packed_rows(attention_mask, example_ids, branch_ids, targets.shape)
             if packed is not None or loss_weights is not None:
-                kwargs["shift_labels"] = shift_labels(labels, packed)
+                kwargs["shift_labels"] = shift_labels(targets, packed)
             if loss_weights is None:
-                loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+                loss = self.loss_function(logits=logits, labels=targets, vocab_size=logits.shape[-1], **kwargs)
             else:
-                loss = weighted_loss(logits, kwargs["shift_labels"], loss_weights, kwargs.get("num_items_in_batch"))
+                weights = nn.functional.pad(loss_weights[:, 1:], (0, 1))
+                loss = weighted_loss(logits, kwargs["shift_labels"], weights, kwargs.get("num_items_in_batch"))
         return Molmo2CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
 

@@ -172,12 +172,13 @@ def make_timeline(
         raise VideoDecodeError(
             f"its frame times are unusable: first {starts[0]:.6g}, last {starts[-1]:.6g}, end {end_seconds:.6g} s"
         )
-    places = np.arange(len(times), dtype=np.float64)
     for rate in _likely_rates(starts, declared_fps):
-        ideal = places * rate.denominator / rate.numerator
-        close = np.abs(times - ideal) <= CONSTANT_RATE_TOLERANCE_SECONDS
+        ideal = np.arange(len(times), dtype=np.float64) * rate.denominator
+        ideal /= rate.numerator  # in place: hours have a million frames
+        gaps = times - ideal
+        close = np.abs(gaps, out=gaps) <= CONSTANT_RATE_TOLERANCE_SECONDS
         if close[:-1].all():  # the last frame may be held longer than the others
-            times = np.where(close, ideal, times)
+            np.copyto(times, ideal, where=close)
             break
     return VideoTimeline(
         start_seconds=times[:-1],
@@ -232,14 +233,16 @@ SILENT_SECONDS, READ_BYTES_PER_SECOND = 10, 5_000_000
 WATCH_SECONDS = 0.5  # between looks at the clock
 MAX_CHILD_BYTES = 8 << 30  # memory of a child, where the system can limit it
 PIPE_BYTES = 1 << 20  # most a system grants without privileges; where it has one size only, this is ignored
+HEADER_BYTES = 1 << 16  # in which, at either end of a file, its codec is named
+MPEG4_SIGN = re.compile(rb"(?i)FMP4|XVID|DIVX|DX50|mp4v\0|V_MPEG4/ISO")
 MAX_IDLE_CHILDREN = 4  # kept for the next videos; threads of a program may decode as many at a time
 
 
 def _serve_decord(max_bytes: int) -> None:  # noqa: C901  # has to be one function: its source is all the child gets
     """What the child runs, from its source alone: answers requests on stdin, each a line of JSON, until that ends.
 
-    {"open": path, "most": count} is answered by {"count", "fps", "shape"} and the spans of the frames, (count, 2)
-    float64 seconds, or by {"count"} alone where it announces more than `most`;
+    {"open": path, "most": count, "threads": count or 0} is answered by {"count", "fps", "shape"} and the spans of the
+    frames, (count, 2) float64 seconds, or by {"count"} alone where it announces more than `most`;
     {"decode": indices, "count": count} by {"index", "shape"} and the pixels of each frame, then by {"more": bool},
     whether there are more frames than counted. {"error"} ends an answer, {"alive"} may come at any time between them.
     """
@@ -283,18 +286,18 @@ def _serve_decord(max_bytes: int) -> None:  # noqa: C901  # has to be one functi
         return
     send({"ready": True})
 
-    def opened(path: str) -> "Any":
+    def opened() -> "Any":
         # decord repeats the last frame in place of missing ones; this fraction of the frames allows none (0: any).
-        return decord.VideoReader(path, ctx=decord.cpu(0), fault_tol=1e-9)
+        return decord.VideoReader(path, ctx=decord.cpu(0), num_threads=threads, fault_tol=1e-9)
 
-    path = ""
+    path, threads = "", 0
     for line in sys.stdin.buffer:
         request = json.loads(line)
         index = None
         try:
             if "open" in request:
-                path = request["open"]
-                reader = opened(path)
+                path, threads = request["open"], request["threads"]
+                reader = opened()
                 count = len(reader)
                 if count > request["most"]:
                     send({"count": count})
@@ -303,7 +306,7 @@ def _serve_decord(max_bytes: int) -> None:  # noqa: C901  # has to be one functi
                 shape = reader.next().asnumpy().shape
                 send({"count": count, "fps": float(reader.get_avg_fps()), "shape": shape}, spans.reshape(-1, 2))
                 continue
-            reader, wanted, spoke = opened(path), set(request["decode"]), time.monotonic()
+            reader, wanted, spoke = opened(), set(request["decode"]), time.monotonic()
             for index in range(request["count"]):  # to the end: a frame missing anywhere shifts those after it
                 try:
                     frame = reader.next()
@@ -328,21 +331,17 @@ def _serve_decord(max_bytes: int) -> None:  # noqa: C901  # has to be one functi
         reader = None
 
 
+Process = TypeVar("Process", bound="DecordProcess")
+
+
 class DecordProcess:
     """A child that decodes with decord; `borrow` one and `give_back` it when its last answer is read to the end."""
 
-    _idle: list["DecordProcess"] = []
+    _idle: list[Any] = []
     _lock = threading.Lock()
 
     def __init__(self) -> None:
-        if importlib.util.find_spec("decord") is None:
-            raise VideoDecodeError(
-                "decord cannot be loaded (there is no such package). Install it with `pip install decord2`."
-            )
-        code = (
-            f"import sys; sys.path[:] = {sys.path!r}\n"
-            f"{inspect.getsource(_serve_decord)}\n_serve_decord({MAX_CHILD_BYTES})"
-        )
+        code = f"import sys; sys.path[:] = {sys.path!r}\n{self._code()}"
         self._parent = os.getpid()
         self._child: Any = None
         self._file_bytes = 0
@@ -368,8 +367,16 @@ class DecordProcess:
                 f"decord cannot be loaded ({answer['error'][:200]}). Install it with `pip install decord2`."
             )
 
+    def _code(self) -> str:
+        """The program of the child."""
+        if importlib.util.find_spec("decord") is None:
+            raise VideoDecodeError(
+                "decord cannot be loaded (there is no such package). Install it with `pip install decord2`."
+            )
+        return f"{inspect.getsource(_serve_decord)}\n_serve_decord({MAX_CHILD_BYTES})"
+
     @classmethod
-    def borrow(cls) -> "DecordProcess":
+    def borrow(cls: type[Process]) -> Process:
         """An idle child of this process, or a new one."""
         while True:
             with cls._lock:
@@ -415,7 +422,7 @@ class DecordProcess:
         """
         limits = checked_limits(limits)
         self._file_bytes = Path(path).stat().st_size
-        self._ask({"open": path, "most": limits.video_frames})
+        self._ask({"open": path, "most": limits.video_frames, "threads": int(_may_be_mpeg4(path))})
         answer = self._answer(self._patience)
         self.is_busy = False
         if "error" in answer:
@@ -490,6 +497,14 @@ class DecordProcess:
         code = self._child.returncode
         how = f"signal {-code}" if code < 0 else f"exit status {code}"
         return VideoDecodeError(f"decord's process ended with {how}; the file is damaged, or made to do this")
+
+
+def _may_be_mpeg4(path: str) -> bool:
+    """True for MPEG-4 Visual: what several threads make of its damaged frames depends on chance, one is as quick."""
+    with open(path, "rb") as file:
+        head = file.read(HEADER_BYTES)
+        file.seek(max(0, Path(path).stat().st_size - HEADER_BYTES))
+        return MPEG4_SIGN.search(head + file.read()) is not None
 
 
 class FrameError(VideoDecodeError):
@@ -1035,15 +1050,12 @@ class _PyavReader(VideoReader):
         self._av = _import_backend("av", "pyav")
         self._open()
         self._packets = _PacketTable.from_packets(self._stream, self._counted(self._demuxed()))
-        self._open()
         frames = self._decoded_from(0)
         stamp, first = next(frames, (None, None))  # tells rotation and size
         if first is None:
             raise VideoDecodeError("not one frame could be decoded")
         self._started = itertools.chain([(stamp, first)], frames)
-        size = self._to_rgb(first).shape[:2]
-        times, rate = self._packets.times_and_rate()
-        self.timeline = make_timeline(times[:-1], float(times[-1]), rate, size, self._packets.first_timestamp_seconds)
+        self.timeline = self._packets.timeline(self._to_rgb(first).shape[:2])
 
     def close(self) -> None:
         if self._container is not None:
@@ -1061,7 +1073,8 @@ class _PyavReader(VideoReader):
         limits.check_video(name, 1, (context.height, context.width), self._source.num_bytes)
         self._size = context.width, context.height
         context.options = {"max_pixels": str(limits.video_frame_pixels)}  # for frames that are larger than announced
-        self._stream.thread_type = "AUTO"
+        # Threads that work on several frames make other pictures of damaged ones in MPEG-4, now these, now those.
+        self._stream.thread_type = "SLICE" if context.name == "mpeg4" else "AUTO"
         context.thread_count = min(MAX_THREADS, THREADS_PER_CORE * (os.cpu_count() or 1))
 
     def _decode(self, indices: list[int]) -> Iterator[np.ndarray]:
@@ -1073,9 +1086,7 @@ class _PyavReader(VideoReader):
                 frames, from_start = self._frames_from(key), key == 0
             try:
                 frame = _frame_with(stamp, frames)
-                if (
-                    frame is None and not from_start
-                ):  # decoding cannot start at that key frame: read from the beginning
+                if frame is None and not from_start:  # decoding cannot start at that key frame: read all before it
                     frames, from_start = self._decoded_from(0), True
                     frame = _frame_with(stamp, frames)
                 if frame is None:
@@ -1101,13 +1112,17 @@ class _PyavReader(VideoReader):
         frames = (frame for packet in self._packets_from(place) for frame in packet.decode())
         self._last_stamp = None
         for count, frame in enumerate(frames):
-            self._last_stamp = frame.pts if self._packets.has_stamps else count
-            yield self._last_stamp, frame
+            stamp = frame.pts if self._packets.has_stamps else count
+            if None not in (stamp, self._last_stamp) and stamp < self._last_stamp:
+                raise VideoDecodeError("its time stamps are not in the order of its frames")
+            self._last_stamp = stamp
+            yield stamp, frame
 
     def _packets_from(self, place: int) -> Iterator[Any]:
-        """Packets in file order from the one at `place` on; seeks if that gets there."""
-        if place > 0:
-            self._container.seek(int(self._packets.file_stamps[place]), stream=self._stream)
+        """Packets in file order from the one at `place` on; seeks if that gets there, in MP4 to the start too."""
+        if place > 0 or (self._container.format.name.startswith("mov") and 0 in self._packets.key_places[:1]):
+            with suppress(self._av.FFmpegError):  # then no packet lands where it should
+                self._container.seek(int(self._packets.file_stamps[place]), stream=self._stream)
             packets = self._demuxed()
             first = next(packets, None)
             landed = self._packets.place_of(first.pts) if first is not None else -1
@@ -1157,12 +1172,14 @@ class _PyavReader(VideoReader):
             self._converter = (shape, graph)
         graph = self._converter[1]
         graph.push(frame)
-        return np.ascontiguousarray(upright(_rgb_view(graph.pull()), _display_matrix(frame)))
+        # Not `frame.side_data`: the frame would keep its container, which keeps the frame, until a garbage collection.
+        side_data = self._av.sidedata.sidedata.SideDataContainer(frame)
+        return np.ascontiguousarray(upright(_rgb_view(graph.pull()), _display_matrix(side_data)))
 
 
-def _display_matrix(frame: Any) -> Matrix:
-    """The display matrix of a frame of PyAV; that of an upright one where it has none."""
-    data = frame.side_data.get("DISPLAYMATRIX")
+def _display_matrix(side_data: Mapping[Any, Any]) -> Matrix:
+    """The display matrix among the side data of a frame of PyAV; that of an upright one where there is none."""
+    data = side_data.get("DISPLAYMATRIX")
     return (1, 0, 0, 1) if data is None else matrix_from_bytes(bytes(data))
 
 
@@ -1261,18 +1278,21 @@ class _PacketTable:
     def first_timestamp_seconds(self) -> float | None:
         return float(self.stamps[0] * self.tick_seconds) if self.has_stamps else None
 
-    def times_and_rate(self) -> tuple[np.ndarray, float | None]:
-        """Starts of the frames and the end of the last, (N + 1) float64 seconds from the first; the declared rate."""
+    def timeline(self, size: tuple[int, int]) -> VideoTimeline:
+        """When each frame, of this (height, width), is shown."""
         rate = None if self.rate is None else float(self.rate)
-        if not self.has_stamps:
-            if self.rate is None:
-                raise VideoDecodeError("it has neither time stamps nor a frame rate")
-            return np.arange(len(self.stamps) + 1) * self.rate.denominator / self.rate.numerator, rate
-        last_ticks = self.last_ticks
-        if last_ticks <= 0:  # unknown: as long as the frame before it
-            last_ticks = int(self.stamps[-1] - self.stamps[-2]) if len(self.stamps) > 1 else 0
-        ticks = np.append(self.stamps, int(self.stamps[-1]) + last_ticks) - self.stamps[0]
-        return ticks * self.tick_seconds.numerator / self.tick_seconds.denominator, rate
+        if self.has_stamps:
+            last_ticks = self.last_ticks
+            if last_ticks <= 0:  # unknown: as long as the frame before it
+                last_ticks = int(self.stamps[-1] - self.stamps[-2]) if len(self.stamps) > 1 else 0
+            times = np.append(self.stamps, int(self.stamps[-1]) + last_ticks) - self.stamps[0]
+            times *= self.tick_seconds.numerator
+            times = times / self.tick_seconds.denominator
+        elif self.rate is None:
+            raise VideoDecodeError("it has neither time stamps nor a frame rate")
+        else:
+            times = np.arange(len(self.stamps) + 1) * self.rate.denominator / self.rate.numerator
+        return make_timeline(times[:-1], float(times[-1]), rate, size, self.first_timestamp_seconds)
 
 
 def _require_one_time_line(stamps: np.ndarray, num_lost: int, tick_seconds: Fraction) -> None:
@@ -1472,7 +1492,11 @@ def _first_success(
 
 def _open_reader(name: str, source: Source, only_choice: bool) -> VideoReader:
     try:
-        reader = READERS[name](source, only_choice=only_choice)
+        if source.limits.decode_seconds is None:
+            reader = READERS[name](source, only_choice=only_choice)
+        else:
+            isolation = importlib.import_module("molmo2.video.decoding.isolation")
+            reader = isolation.IsolatedReader(name, source, only_choice)
     except MediaLimitError:
         raise
     except Exception as error:  # decoders raise nearly anything

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -128,10 +128,13 @@ def _serve_decord(max_bytes: int) -> None:  # noqa: C901  # has to be one functi
         reader = None
 
 
+Process = TypeVar("Process", bound="DecordProcess")
+
+
 class DecordProcess:
     """A child that decodes with decord; `borrow` one and `give_back` it when its last answer is read to the end."""
 
-    _idle: list["DecordProcess"] = []
+    _idle: list[Any] = []
     _lock = threading.Lock()
 
     def __init__(self) -> None:
@@ -170,7 +173,7 @@ class DecordProcess:
         return f"{inspect.getsource(_serve_decord)}\n_serve_decord({MAX_CHILD_BYTES})"
 
     @classmethod
-    def borrow(cls) -> "DecordProcess":
+    def borrow(cls: type[Process]) -> Process:
         """An idle child of this process, or a new one."""
         while True:
             with cls._lock:

@@ -78,7 +78,7 @@ class IsolatedReader(VideoReader):
 class IsolatedProcess(DecordProcess):
     """A child that decodes with any of `READERS`; `allow` it some time before its first request."""
 
-    _idle: list[DecordProcess] = []
+    _idle: list[Any] = []
     seconds_left = math.inf
     limits = MediaLimits(decode_seconds=0)
     name = "The video"
@@ -187,7 +187,7 @@ def serve(max_bytes: int) -> None:
     def send(answer: dict[str, Any], data: np.ndarray | None = None) -> None:
         output.write(json.dumps(answer).encode() + b"\n")
         if data is not None and data.nbytes:
-            output.write(memoryview(np.ascontiguousarray(data)).cast("B"))
+            output.write(np.ascontiguousarray(data).data.cast("B"))
         output.flush()
 
     send({"ready": True})
