@@ -501,7 +501,8 @@ class _PyavReader(VideoReader):
         self._last_stamp = None
         for count, frame in enumerate(frames):
             stamp = frame.pts if self._packets.has_stamps else count
-            if None not in (stamp, self._last_stamp) and stamp < self._last_stamp:
+            last: int | None = self._last_stamp
+            if stamp is not None and last is not None and stamp < last:
                 raise VideoDecodeError("its time stamps are not in the order of its frames")
             self._last_stamp = stamp
             yield stamp, frame
