@@ -354,8 +354,9 @@ def _rgb_array(
         _check_pixels(item, where, limits)  # its file may be open and not yet decoded
         pixels = _pil_to_rgb(item, where, do_convert_rgb)
         if hasattr(item, "original_size"):
-            pixels = pixels.view(ReducedImage)
-            pixels.original_size = item.original_size[::-1]
+            reduced = pixels.view(ReducedImage)
+            reduced.original_size = item.original_size[::-1]
+            return reduced
         return pixels
     image = _channels_last(item, where, layout)
     found = f"{where} is an array of {image.shape[0]} x {image.shape[1]} pixels"
