@@ -1112,8 +1112,8 @@ class _PyavReader(VideoReader):
         frames = (frame for packet in self._packets_from(place) for frame in packet.decode())
         self._last_stamp = None
         for count, frame in enumerate(frames):
-            stamp = frame.pts if self._packets.has_stamps else count
             last: int | None = self._last_stamp
+            stamp = frame.pts if self._packets.has_stamps else count
             if stamp is not None and last is not None and stamp < last:
                 raise VideoDecodeError("its time stamps are not in the order of its frames")
             self._last_stamp = stamp

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -53,7 +53,7 @@ class IsolatedReader(VideoReader):
 
     def _opened(self) -> VideoTimeline:
         """The timeline from a child that now has the video open."""
-        process = self._process = cast("IsolatedProcess", IsolatedProcess.borrow())
+        process = self._process = IsolatedProcess.borrow()
         try:
             process.allow(self._seconds, self._source)
             return process.open_reader(self.backend, self._source, self._only_choice)
@@ -161,7 +161,7 @@ def call_isolated(function: Callable[..., object], *arguments: Any, seconds: flo
         MediaLimitError: It took longer than this.
         VideoDecodeError: It raised this text, or its process died.
     """
-    process = cast("IsolatedProcess", IsolatedProcess.borrow())
+    process = IsolatedProcess.borrow()
     try:
         process.seconds_left, process.limits = seconds, MediaLimits(decode_seconds=seconds)
         process.call(function, arguments)
