@@ -35,8 +35,9 @@ SIDE_SECONDS, START_SECONDS = 300, 300  # limits
 SIDES: dict[str, tuple[str, str, str | None, int]] = {
     "one-by-one": ("`ask`, one by one", "batch", None, 1),
     "batched": ("`ask`, batches of 16", "batch", "one-by-one", 2),
+    "core-1": ("`molmo2 batch`, 1 worker on one core", "batch", "one-by-one", 4),
     "workers-1": ("`molmo2 batch`, 1 worker", "batch", "one-by-one", 4),
-    "workers-2": ("`molmo2 batch`, 2 workers", "batch", "workers-1", 4),
+    "workers-2": ("`molmo2 batch`, 2 workers", "batch", "core-1", 4),
     "ray-1": ("`--engine ray`, 1 worker", "batch", "workers-1", 4),
     "ray-2": ("`--engine ray`, 2 workers", "batch", "ray-1", 4),
     "ray-4": ("`--engine ray`, 4 workers", "batch", "ray-1", 4),
@@ -177,7 +178,9 @@ def worker_logs(folder: Path) -> list[list[tuple[str, float, float, int]]]:
 def run_side(name: str, work: Path, url: str | None) -> dict[str, Any]:
     """One side's figures, measured in this process."""
     kind, _, number = name.rpartition("-")
-    if kind in ("workers", "ray"):
+    if kind == "core":  # a worker decodes ahead beside the model: without this one has two cores for itself
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:number])
+    if kind in ("workers", "core", "ray"):
         return _workers(kind, int(number), table_of(work, SIDES[name][3]), work)
     if kind.startswith("vllm"):
         return _server(int(number), table_of(work, SIDES[name][3]), str(url))
