@@ -5,7 +5,13 @@ import torch
 from transformers import DynamicCache
 
 from molmo2.model.attention.dispatch import attention_implementation, make_attention_mask
-from molmo2.model.attention.mask import AttentionSpec, make_position_ids, mask_mod, starts_sequence
+from molmo2.model.attention.mask import (
+    AttentionSpec,
+    make_position_ids,
+    mask_mod,
+    split_examples_by_position_ids,
+    starts_sequence,
+)
 from support.checkpoints import tiny_config
 
 
@@ -99,6 +105,18 @@ def test_positions_count_real_tokens():
     # A mask may cover places that nothing fills yet, as for caches of fixed size.
     assert make_position_ids(mask, torch.arange(1, 3), 2).tolist() == [row[1:3] for row in expected]
     assert make_position_ids(None, torch.arange(3, 5), 2).tolist() == [[3, 4]]
+    # As many queries as rows are still a later step, and slots past the mask come after what it counts.
+    assert make_position_ids(mask[1:2], torch.arange(4, 5), 1).tolist() == [[4]]
+    assert make_position_ids(mask[1:2], torch.arange(6, 7), 1).tolist() == [[4]]
+
+
+def test_examples_by_positions_that_restart():
+    spec = AttentionSpec(is_visual=torch.tensor([[True, False, False]]))
+    assert split_examples_by_position_ids(spec, torch.tensor([[0, 1, 2]]), 1) is spec
+    split = split_examples_by_position_ids(spec, torch.tensor([[0, 1, 0]]), 2)
+    assert (split.is_visual is spec.is_visual, split.example_ids.tolist()) == (True, [[0, 0, 1]] * 2)
+    told = AttentionSpec(example_ids=torch.tensor([[0, 1, 1]]))
+    assert split_examples_by_position_ids(told, torch.tensor([[0, 1, 0]]), 1) is told
 
 
 def test_only_a_prefill_starts_a_sequence():
