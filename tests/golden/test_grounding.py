@@ -337,7 +337,8 @@ def test_results_are_values():
     assert MUG[slice(*found.tags[0].span)] == MUG
     for older in ('<point x="10.5" alt="a" y="20.1">mug</point>', '<point y="20.1" alt="a" x="10.5">mug</point>'):
         start, end = parse_grounding(older, kind="image").points[0].span
-        assert {older[start:][:4], older[:end][-4:]} <= {"10.5", "20.1"} and start < older.index("alt") < end
+        assert {older[start:][:4], older[:end][-4:]} <= {"10.5", "20.1"}
+        assert start < older.index("alt") < end
 
 
 # --- streams ---------------------------------------------------------------------------------------------------------

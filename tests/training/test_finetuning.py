@@ -2,9 +2,6 @@
 
 import copy
 import re
-import subprocess
-import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +16,7 @@ from molmo2.training.finetuning import FSDP_UNITS, LORA_TARGETS, PARTS, part_fro
 from support.checkpoints import FAMILIES, build_model
 from support.fresh_process import run
 from support.paths import REPOSITORY
+from support.ranks import run_ranks
 from support.training_cases import CONVERSATIONS, collate, example, gradients
 
 WORLD_SIZE = 2
@@ -170,24 +168,7 @@ def test_the_trainer_shards_with_fsdp2_and_saves_whole_checkpoints(qwen3, tmp_pa
 
 def in_processes(mode: str, folder: Path) -> list[dict]:
     """What each process reports after one step."""
-    program = str(REPOSITORY / "tests" / "support" / "two_processes.py")
-    running, errors = [], [folder / f"{rank}.err" for rank in range(WORLD_SIZE)]
-    for rank, path in enumerate(errors):
-        command = [sys.executable, program, str(folder), str(rank), str(WORLD_SIZE), mode]
-        with path.open("w") as file:
-            running.append(subprocess.Popen(command, stderr=file))
-    end = time.monotonic() + 240
-    try:
-        while time.monotonic() < end:
-            if {process.poll() for process in running} not in ({None}, {None, 0}):
-                break  # all are done, or one has failed, which the others would wait for
-            time.sleep(0.05)
-    finally:
-        for process in running:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in running] == [0] * WORLD_SIZE, "\n".join(map(Path.read_text, errors))
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD_SIZE)]
+    return run_ranks(REPOSITORY / "tests" / "support" / "two_processes.py", folder, WORLD_SIZE, (mode,), seconds=240)
 
 
 @pytest.mark.slow

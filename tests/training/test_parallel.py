@@ -2,9 +2,6 @@
 
 import functools
 import re
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +13,7 @@ from molmo2.training.tensor_parallel import head_spans
 from support.checkpoints import build_model, write_processor
 from support.parallel_cases import ATTENTION, alone, cases
 from support.paths import REPOSITORY
+from support.ranks import run_ranks
 
 PROGRAM = REPOSITORY / "tests" / "support" / "parallel_processes.py"
 
@@ -38,24 +36,7 @@ def reports(folders):
 
 
 def in_processes(count: int, wanted: tuple[str, ...], folder: Path) -> dict[str, list[dict]]:
-    errors = [folder / f"{rank}.err" for rank in range(count)]
-    running = []
-    for rank, path in enumerate(errors):
-        command = [sys.executable, str(PROGRAM), str(folder), str(rank), str(count), *wanted]
-        with path.open("w") as file:
-            running.append(subprocess.Popen(command, stderr=file))
-    end = time.monotonic() + 320
-    try:
-        while time.monotonic() < end:
-            if {process.poll() for process in running} not in ({None}, {None, 0}):
-                break  # all are done, or one has failed, which the others would wait for
-            time.sleep(0.05)
-    finally:
-        for process in running:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in running] == [0] * count, "\n".join(map(Path.read_text, errors))
-    found = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(count)]
+    found = run_ranks(PROGRAM, folder, count, wanted, seconds=320)
     return {each: [report[each] for report in found] for each in wanted}
 
 
