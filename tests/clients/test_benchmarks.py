@@ -22,6 +22,7 @@ from benchmarks.bounds import Products, weight_reads
 from benchmarks.curves import Curve, exponent, growth, linear_fit
 from benchmarks.harness import Goal, NotAvailable, Row, Settings, Side, measure
 from benchmarks.memory import PeakMemory, held_bytes
+from molmo2.model.attention.mask import AttentionSpec, mask_mod
 from molmo2.tools.memory import RequestShape
 from support.checkpoints import build_model
 from support.model_inputs import batch
@@ -424,7 +425,7 @@ def test_the_multiply_adds_of_a_prompt_and_of_its_images():
     assert multiply_adds(lambda: model(**inputs, use_cache=True, logits_to_keep=1)) == expected
     shape = RequestShape(0, 0, 0, 1, length)
     text = model.config.text_config
-    pairs = length**2 // 2 * 2 * text.num_hidden_layers * text.num_attention_heads * text.head_dim
+    pairs = length * (length + 1) * text.num_hidden_layers * text.num_attention_heads * text.head_dim
     assert cost.prefill(model, shape).products == length * cost.matrices(model.get_decoder()) + pairs
 
     crops, patches = 2, 49
@@ -435,6 +436,14 @@ def test_the_multiply_adds_of_a_prompt_and_of_its_images():
     found = cost.vision(model, shape).products
     pairs = crops * 2 * patches**2 * tower.num_attention_heads * tower.head_dim * tower.num_hidden_layers
     assert counted <= found <= 1.3 * counted + pairs
+
+
+def test_visual_tokens_see_each_other_in_both_directions():
+    """As many pairs as the mask of training has."""
+    visual = torch.tensor([[False, True, True, False, True, True, True, False]])
+    place = torch.arange(8)
+    seen = mask_mod(AttentionSpec(is_visual=visual))(torch.tensor(0), torch.tensor(0), place[:, None], place)
+    assert cost.pairs(RequestShape(1, 2 * 5, 9, 2, 8)) == seen.sum()  # of each of two rows
 
 
 def test_a_token_reads_weights_and_what_is_cached():
