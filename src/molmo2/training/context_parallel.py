@@ -31,7 +31,7 @@ def context_parallel(model: nn.Module, group: Any = None) -> nn.Module:
     """Let processes share the tokens of every row, and its crops, in training mode.
 
     All processes of the group must get the same batches. The loss is that of the whole batch, logits are those of the
-    tokens in `own_tokens`. Gradients that DDP, FSDP2 or `average_gradients` averages over the group are those of one
+    tokens in `local_tokens`. Gradients that DDP, FSDP2 or `average_gradients` averages over the group are those of one
     process. In evaluation mode nothing is shared, so each process may generate on its own.
 
     Args:
@@ -77,7 +77,7 @@ def context_parallel(model: nn.Module, group: Any = None) -> nn.Module:
     return model
 
 
-def own_tokens(length: int, group: Any = None) -> slice:
+def local_tokens(length: int, group: Any = None) -> slice:
     """The columns of rows of this length that the process has under `context_parallel`."""
     ranks = Ranks(group)
     return slice(*ranks.bounds(length)[ranks.index])
@@ -99,6 +99,9 @@ def context_group(processes: int) -> Any:
 class RepeatedRows(IterableDataset):
     """Each batch of a stream of rows several times, so that accelerate gives it to each process of a `context_group`.
 
+    Rows at the end that do not fill a batch are dropped: accelerate would fill it up from the copies that follow, and
+    the processes of a group would get different rows.
+
     Args:
         rows: The stream.
         processes: Of a group.
@@ -110,7 +113,7 @@ class RepeatedRows(IterableDataset):
 
     def __iter__(self) -> Iterator[Any]:
         rows = iter(self.rows)
-        while own := list(itertools.islice(rows, self.batch)):
+        while len(own := list(itertools.islice(rows, self.batch))) == self.batch:
             for _ in range(self.processes):
                 yield from own
 
