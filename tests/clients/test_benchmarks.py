@@ -493,6 +493,32 @@ def test_a_gpu_day_ends_in_time(tmp_path, capsys):
     assert capsys.readouterr().out.count("skipped: ") == len(gpu_day.STEPS)
 
 
+def test_an_error_of_a_gpu_day_is_one_row_of_the_table_and_whole_in_the_json(tmp_path, capsys, monkeypatch):
+    text = "a | b\n" + "line\n" * 400 + "the end"
+
+    def fails(day):
+        raise RuntimeError(text)
+
+    def fails_beside(day):
+        """The side that is compared with runs out of memory."""
+        day.models.update(ours=None, native=None)
+        return day.each(lambda name, _: (lambda: None) if name == "ours" else lambda: fails(day))
+
+    steps = (gpu_day.Step("one", fails, 0), gpu_day.Step("two", fails_beside, 0))
+    monkeypatch.setattr(gpu_day, "STEPS", steps)
+    output = tmp_path / "gpu.json"
+    assert gpu_day.main(["--pretend", "--output", str(output), "--cache", str(tmp_path)]) == 1
+    found = json.loads(output.read_text(encoding="utf-8"))["steps"]
+    assert found["one"]["ours"]["failed"] == found["two"]["native"]["failed"] == f"RuntimeError: {text}"
+    rows = [line for line in capsys.readouterr().out.splitlines() if re.match(r"\| (one|two) \|", line)]
+    assert len(rows) == 2
+    for row in rows:
+        assert row.count("|") == 4
+        assert "failed RuntimeError: a / b line" in row
+        assert "line the end |" in row
+        assert len(row) < 400
+
+
 def test_the_memory_table_is_what_is_computed():
     """docs/quantization.md prints what `python -m benchmarks.fits` does."""
     page = (REPOSITORY / "docs" / "quantization.md").read_text(encoding="utf-8")
