@@ -166,24 +166,24 @@ def _attend(
     copies = max(1, ranks.size // key.shape[1])  # of key heads that several processes need
     if copies > 1:
         key, value = (states.repeat_interleave(copies, dim=1) for states in (key, value))
-    query, key, value = (_own_heads(states, ranks, lengths) for states in (query, key, value))
+    query, key, value = (_tokens_to_heads(states, ranks, lengths) for states in (query, key, value))
     groups = module.num_key_value_groups
     module.num_key_value_groups = query.shape[1] // key.shape[1]  # transformers' functions repeat keys by it
     try:
         attended, _ = attend(query, key, value, *args, **kwargs)
     finally:
         module.num_key_value_groups = groups
-    return _own_tokens(attended, ranks, lengths), None
+    return _heads_to_tokens(attended, ranks, lengths), None
 
 
-def _own_heads(states: Tensor, ranks: Ranks, lengths: list[int]) -> Tensor:
+def _tokens_to_heads(states: Tensor, ranks: Ranks, lengths: list[int]) -> Tensor:
     """(B, heads, own tokens, D) to (B, own heads, tokens, D)."""
     by_process = states.unflatten(1, (ranks.size, -1)).permute(1, 3, 0, 2, 4)  # process, own token, B, own head, D
     sent = [lengths[ranks.index]] * ranks.size
     return exchange(by_process.flatten(0, 1), ranks, sent, lengths).permute(1, 2, 0, 3)
 
 
-def _own_tokens(states: Tensor, ranks: Ranks, lengths: list[int]) -> Tensor:
+def _heads_to_tokens(states: Tensor, ranks: Ranks, lengths: list[int]) -> Tensor:
     """(B, tokens, own heads * D) to (B, own tokens, heads * D)."""
     received = [lengths[ranks.index]] * ranks.size
     by_process = exchange(states.transpose(0, 1), ranks, lengths, received)  # process and own token, B, own heads * D

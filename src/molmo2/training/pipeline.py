@@ -28,7 +28,7 @@ class _RemoteLayer(nn.Module):
         return hidden_states, None
 
 
-class _NoEmbedding(nn.Module):
+class _RemoteEmbedding(nn.Module):
     """The embedding that the first process holds: zeros, which the received hidden states replace."""
 
     def __init__(self, width: int, dtype: torch.dtype):
@@ -74,20 +74,20 @@ class Pipeline:
             if not start <= layer < start + counts[index]:
                 text.blocks[layer] = _RemoteLayer()
         if not self.is_first:
-            text.wte = _NoEmbedding(self.width, self.dtype)
+            text.wte = _RemoteEmbedding(self.width, self.dtype)
             model.model.vision_backbone = _RemoteLayer()
             model.model._media_features = model.model._require_media = lambda *_: None
         if not self.is_last:
             text.ln_f = model.lm_head = nn.Identity()
         self._received: Tensor | None = None
         self._is_passing = False
-        text.emb_drop.register_forward_hook(lambda _module, _inputs, states: self._entered(states))
+        text.emb_drop.register_forward_hook(lambda _module, _inputs, states: self._stage_input(states))
         for part in (model, model.model):
             part.register_forward_pre_hook(lambda *_: self._require_pass())
         model.generate = self._refuse_generating
         model.save_pretrained = self._refuse_saving
 
-    def _entered(self, states: Tensor) -> Tensor:
+    def _stage_input(self, states: Tensor) -> Tensor:
         return states if self._received is None else self._received
 
     def _require_pass(self) -> None:
@@ -117,7 +117,7 @@ class Pipeline:
         given = {name: value for name, value in batch.items() if self.is_first or name not in MEDIA_INPUTS}
         if not self.is_first:
             states = torch.empty(*batch["input_ids"].shape, self.width, dtype=self.dtype, device=self._device())
-            distributed.recv(states, self._process(-1), group=self.ranks.group)
+            distributed.recv(states, self._global_rank(-1), group=self.ranks.group)
             self._received = states.requires_grad_(torch.is_grad_enabled())
         received = self._received
         self._is_passing = True
@@ -128,7 +128,7 @@ class Pipeline:
             states = self.model.model(**own, use_cache=False).last_hidden_state
         finally:
             self._received, self._is_passing = None, False
-        distributed.send(states.detach().contiguous(), self._process(1), group=self.ranks.group)
+        distributed.send(states.detach().contiguous(), self._global_rank(1), group=self.ranks.group)
         return received, states
 
     def forward_backward(
@@ -154,11 +154,11 @@ class Pipeline:
                 total += loss.detach().float()
             else:
                 gradient = torch.empty_like(output)
-                distributed.recv(gradient, self._process(1), group=self.ranks.group)
+                distributed.recv(gradient, self._global_rank(1), group=self.ranks.group)
                 output.backward(gradient)
             if received is not None:
                 assert received.grad is not None
-                distributed.send(received.grad.contiguous(), self._process(-1), group=self.ranks.group)
+                distributed.send(received.grad.contiguous(), self._global_rank(-1), group=self.ranks.group)
         distributed.broadcast(
             total, distributed.get_global_rank(self.ranks.group, self.ranks.size - 1), self.ranks.group
         )
@@ -198,5 +198,5 @@ class Pipeline:
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def _process(self, step: int) -> int:
+    def _global_rank(self, step: int) -> int:
         return distributed.get_global_rank(self.ranks.group, self.ranks.index + step)
