@@ -58,7 +58,7 @@ test-fiftyone: ## the FiftyOne model and labels beside a database
 test-training: ## runs with TRL, PEFT and two processes, and the example of fine-tuning
 	$(IN) training $(TEST) $(addprefix tests/training/test_,trainers.py finetuning.py training_round_trip.py training_example.py data_sets.py recipes.py)
 
-test-quantization: ## bitsandbytes, torchao, quanto and torch's own, on the oldest and the newest transformers
+test-quantization: ## bitsandbytes, torchao, quanto and torch's own, on transformers 4.57.1 and the release of development
 	$(IN) quantization@4.57.1 $(TEST) tests/clients/test_quantization.py
 	$(IN) quantization $(TEST) tests/clients/test_quantization.py
 
@@ -71,7 +71,7 @@ test-metrics: ## the metrics beside TrackEval, pycocotools and SciPy
 test-tools: ## answers read by annotation tools and SAM 2's processors, tensor names by gguf and mlx-vlm, a linter for containers
 	$(IN) tools $(TEST) tests/clients/test_tools.py tests/unit/test_containers.py
 
-test-common: ## transformers' own common tests of models and processors, on the oldest and the newest transformers
+test-common: ## transformers' own common tests of models and processors, on transformers 4.57.1 and the release of development
 	$(IN) common@4.57.1 scripts/common_tests.py python $(OPTIONS)
 	$(IN) common scripts/common_tests.py python $(OPTIONS)
 

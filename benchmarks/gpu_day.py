@@ -36,6 +36,7 @@ from benchmarks.sides import chat_inputs, load_model
 Figures = dict[str, Any]
 SIDES = ("ours", "native")
 REPEATS = 3
+MAX_CELL = 200  # characters of a text in the table
 
 
 class Gpu:
@@ -137,7 +138,7 @@ class Day:
                 except Exception as error:  # such as out of memory
                     if name == "ours":
                         raise
-                    found[name] = {"failed": f"{type(error).__name__}: {error}"[:200]}
+                    found[name] = {"failed": f"{type(error).__name__}: {error}"}
                     continue
                 first = found.setdefault(name, figures)
                 first["seconds"] = min(first["seconds"], figures["seconds"])
@@ -342,12 +343,19 @@ def line(title: str, found: dict[str, Figures]) -> str:
     for name, figures in found.items():
         parts = [duration(figures["seconds"])] if figures.get("seconds") is not None else []
         parts += [size(figures["peak_bytes"])] if figures.get("peak_bytes") is not None else []
-        parts += [f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
-                  for key, value in figures.items() if key not in ("seconds", "peak_bytes")]  # fmt: skip
+        for key, value in figures.items():
+            if key not in ("seconds", "peak_bytes"):
+                parts.append(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {_in_a_cell(value)}")
         cells.append(f"{name}: {', '.join(parts)}")
     ours, native = (found.get(name, {}).get("seconds") for name in SIDES)
     ratio = f"ours / native {ours / native:.3f}" if ours and native else ""
     return f"| {title} | {'; '.join(cells)} | {ratio} |"
+
+
+def _in_a_cell(value: Any) -> str:
+    """Any text, such as that of an error, as one short line that ends no cell; the JSON has all of it."""
+    text = " ".join(str(value).split()).replace("|", "/")
+    return text if len(text) <= MAX_CELL else f"{text[: MAX_CELL // 2]} ... {text[-MAX_CELL // 2 :]}"
 
 
 def main(given: Sequence[str] | None = None) -> int:
@@ -378,7 +386,7 @@ def main(given: Sequence[str] | None = None) -> int:
             found = {"ours": {"not measured": str(reason)}}
         except Exception as error:  # the other steps are worth having
             failed += 1
-            found = {"ours": {"failed": f"{type(error).__name__}: {error}"[-1000:]}}
+            found = {"ours": {"failed": f"{type(error).__name__}: {error}"}}
         results["steps"][step.title] = found
         results["seconds"] = time.monotonic() - started
         print(line(step.title, found), flush=True)

@@ -2,7 +2,7 @@
 """Runs pages of docs/cookbook and stores what they print and draw: make cookbook, or scripts/cookbook.py PAGE ...
 
 The Python blocks of a page run in order, in a folder that looks like a checkout after `make demo`. What a block prints
-is the block "```text" behind it; images that it saves below `images/` are those of docs/cookbook/images.
+is the block "```text" behind it; images that it saves, "*.webp", are those of docs/cookbook/images.
 """
 
 import contextlib
@@ -50,8 +50,7 @@ def _inside(folder: Path) -> Iterator[None]:
 
 
 def executed(name: str, folder: Path) -> str:
-    """The page with what its blocks print now; images are in `folder / "images"` then."""
-    (folder / "images").mkdir(exist_ok=True)
+    """The page with what its blocks print now; `images(folder)` are those that it saved then."""
     names: dict[str, object] = {}
 
     def run(match: re.Match[str]) -> str:
@@ -65,12 +64,17 @@ def executed(name: str, folder: Path) -> str:
         return BLOCK.sub(run, (PAGES / f"{name}.md").read_text(encoding="utf-8"))
 
 
+def images(folder: Path) -> list[Path]:
+    """What pages saved in a folder."""
+    return sorted(folder.glob("*.webp"))
+
+
 def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = prepare(Path(scratch))
         for name in sys.argv[1:] or pages_of("dev"):
             (PAGES / f"{name}.md").write_text(executed(name, folder), encoding="utf-8")
-            for path in sorted((folder / "images").iterdir()):
+            for path in images(folder):
                 path.replace(PAGES / "images" / path.name)
                 print(f"{name}: wrote images/{path.name}, {(PAGES / 'images' / path.name).stat().st_size} bytes")
 

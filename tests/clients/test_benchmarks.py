@@ -22,6 +22,7 @@ from benchmarks.bounds import Products, weight_reads
 from benchmarks.curves import Curve, exponent, growth, linear_fit
 from benchmarks.harness import Goal, NotAvailable, Row, Settings, Side, measure
 from benchmarks.memory import PeakMemory, held_bytes
+from molmo2.model.attention.mask import AttentionSpec, mask_mod
 from molmo2.tools.memory import RequestShape
 from support.checkpoints import build_model
 from support.model_inputs import batch
@@ -424,7 +425,7 @@ def test_the_multiply_adds_of_a_prompt_and_of_its_images():
     assert multiply_adds(lambda: model(**inputs, use_cache=True, logits_to_keep=1)) == expected
     shape = RequestShape(0, 0, 0, 1, length)
     text = model.config.text_config
-    pairs = length**2 // 2 * 2 * text.num_hidden_layers * text.num_attention_heads * text.head_dim
+    pairs = length * (length + 1) * text.num_hidden_layers * text.num_attention_heads * text.head_dim
     assert cost.prefill(model, shape).products == length * cost.matrices(model.get_decoder()) + pairs
 
     crops, patches = 2, 49
@@ -435,6 +436,14 @@ def test_the_multiply_adds_of_a_prompt_and_of_its_images():
     found = cost.vision(model, shape).products
     pairs = crops * 2 * patches**2 * tower.num_attention_heads * tower.head_dim * tower.num_hidden_layers
     assert counted <= found <= 1.3 * counted + pairs
+
+
+def test_visual_tokens_see_each_other_in_both_directions():
+    """As many pairs as the mask of training has."""
+    visual = torch.tensor([[False, True, True, False, True, True, True, False]])
+    place = torch.arange(8)
+    seen = mask_mod(AttentionSpec(is_visual=visual))(torch.tensor(0), torch.tensor(0), place[:, None], place)
+    assert cost.pairs(RequestShape(1, 2 * 5, 9, 2, 8)) == seen.sum()  # of each of two rows
 
 
 def test_a_token_reads_weights_and_what_is_cached():
@@ -482,6 +491,32 @@ def test_a_gpu_day_without_a_gpu(tmp_path):
 def test_a_gpu_day_ends_in_time(tmp_path, capsys):
     assert gpu_day.main(["--pretend", "--minutes", "0", "--cache", str(tmp_path)]) == 0
     assert capsys.readouterr().out.count("skipped: ") == len(gpu_day.STEPS)
+
+
+def test_an_error_of_a_gpu_day_is_one_row_of_the_table_and_whole_in_the_json(tmp_path, capsys, monkeypatch):
+    text = "a | b\n" + "line\n" * 400 + "the end"
+
+    def fails(day):
+        raise RuntimeError(text)
+
+    def fails_beside(day):
+        """The side that is compared with runs out of memory."""
+        day.models.update(ours=None, native=None)
+        return day.each(lambda name, _: (lambda: None) if name == "ours" else lambda: fails(day))
+
+    steps = (gpu_day.Step("one", fails, 0), gpu_day.Step("two", fails_beside, 0))
+    monkeypatch.setattr(gpu_day, "STEPS", steps)
+    output = tmp_path / "gpu.json"
+    assert gpu_day.main(["--pretend", "--output", str(output), "--cache", str(tmp_path)]) == 1
+    found = json.loads(output.read_text(encoding="utf-8"))["steps"]
+    assert found["one"]["ours"]["failed"] == found["two"]["native"]["failed"] == f"RuntimeError: {text}"
+    rows = [line for line in capsys.readouterr().out.splitlines() if re.match(r"\| (one|two) \|", line)]
+    assert len(rows) == 2
+    for row in rows:
+        assert row.count("|") == 4
+        assert "failed RuntimeError: a / b line" in row
+        assert "line the end |" in row
+        assert len(row) < 400
 
 
 def test_the_memory_table_is_what_is_computed():

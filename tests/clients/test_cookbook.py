@@ -26,6 +26,13 @@ def test_a_page_prints_and_draws_what_it_shows(name, folder):
     check(name, folder)
 
 
+def test_a_page_runs_again_where_it_has_run(tmp_path):
+    """The one that writes a folder and a journal."""
+    folder = cookbook.prepare(tmp_path)
+    for _ in range(2):
+        check("many", folder)
+
+
 def test_every_page_runs_somewhere_and_says_what_real_weights_change():
     assert {path.stem for path in PAGES} == set(cookbook.pages_of("dev")) | set(cookbook.ENVIRONMENTS)
     for path in PAGES:
@@ -55,9 +62,9 @@ def test_the_command_writes_a_page_anew(tmp_path, monkeypatch):
     monkeypatch.setattr(cookbook, "prepare", lambda folder: folder)
     monkeypatch.setattr(sys, "argv", ["cookbook.py", "page"])
     (tmp_path / "images").mkdir()
-    image = "from PIL import Image\n\nImage.new('RGB', (3, 2)).save('images/new.png')\n"
+    image = "from PIL import Image\n\nImage.new('RGB', (3, 2)).save('new.webp')\n"
     code = f"# Title\n\n```python\nprint('new')\n```\n\n%s```python\nx = 1\n{image}```\n\nEnd.\n"
     (tmp_path / "page.md").write_text(code % "```text\nold\n```\n\n")
     cookbook.main()
     assert (tmp_path / "page.md").read_text() == code % "```text\nnew\n```\n\n"
-    assert Image.open(tmp_path / "images" / "new.png").size == (3, 2)
+    assert Image.open(tmp_path / "images" / "new.webp").size == (3, 2)

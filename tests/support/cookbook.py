@@ -19,10 +19,10 @@ def check(name: str, folder: Path) -> None:
     Args:
         folder: As `cookbook.prepare` leaves it; images of earlier pages are taken away.
     """
-    for path in sorted((folder / "images").glob("*")):
+    for path in cookbook.images(folder):
         path.unlink()
     stored = (cookbook.PAGES / f"{name}.md").read_text(encoding="utf-8")
     assert_same_answer(cookbook.executed(name, folder), stored)
-    sizes = {f"images/{path.name}": Image.open(path).size for path in (folder / "images").iterdir()}
+    sizes = {f"images/{path.name}": Image.open(path).size for path in cookbook.images(folder)}
     shown = {source: Image.open(cookbook.PAGES / source).size for source in re.findall(r"\]\((images/.*?)\)", stored)}
     assert sizes == shown

@@ -17,7 +17,7 @@ import torch
 from torch import distributed
 
 from molmo2.model.attention.blockwise import BlockwiseMask
-from molmo2.training.context_parallel import average_gradients, context_parallel, own_tokens
+from molmo2.training.context_parallel import average_gradients, context_parallel, local_tokens
 from molmo2.training.pipeline import Pipeline
 from molmo2.training.tensor_parallel import clip_gradients, full_gradients, full_state_dict, tensor_parallel
 from support.parallel_cases import ATTENTION, cases, generated, gradients_of, model_of
@@ -38,7 +38,15 @@ def in_tensor_parallel(family: str, saved: Path) -> dict:
     found["norms"] = [clip_gradients(model, 0.5), clip_gradients(model, 0.5)]
     found["weights"] = full_state_dict(model)
     found["generated"] = generated(model)
-    model.save_pretrained(saved)
+    try:
+        model.save_pretrained(saved, True, model.state_dict())  # the third one is `state_dict`
+        model.save_pretrained(saved / "config.json" / "folder")  # a file
+    except (RuntimeError, OSError) as error:
+        found["refused"] = f"{type(error).__name__}: {error}"
+    try:
+        type(model).from_pretrained(saved, tp_plan="auto")
+    except ValueError as error:
+        found["without a plan"] = str(error)
     found["held"] = sum(parameter.numel() for parameter in model.parameters())
     return found
 
@@ -57,7 +65,7 @@ def in_context_parallel(family: str, saved: Path) -> dict:
             result = model(**batch)
             result.loss.backward()
             average_gradients(model)
-            own = own_tokens(batch["input_ids"].shape[1])
+            own = local_tokens(batch["input_ids"].shape[1])
             found[f"{attention}, {name}"] = {
                 "loss": result.loss.detach(),
                 "logits": result.logits.detach(),
@@ -91,6 +99,7 @@ def in_pipeline(family: str, saved: Path) -> dict:
             result = pipeline.forward(batch)[1]
         if pipeline.is_last:
             found[name]["logits"] = result.logits
+    found["norms"] = [pipeline.clip_gradients(0.5), pipeline.clip_gradients(0.5)]
     pipeline.model.zero_grad()
     loss = pipeline.forward_backward(list(cases().values()), num_items_in_batch=100.0)
     found["step"] = {"loss": loss, "gradients": gradients_of(pipeline.model)}
@@ -105,7 +114,7 @@ def in_pipeline(family: str, saved: Path) -> dict:
 def main(output: Path, rank: int, world_size: int, wanted: list[str]) -> None:
     faulthandler.dump_traceback_later(SECONDS, exit=True)
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     meeting_point = (output / "rendezvous").as_uri()
     distributed.init_process_group("gloo", init_method=meeting_point, rank=rank, world_size=world_size)
     report = {}

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from molmo2.registration import load
-from molmo2.training import Pipeline, context_parallel, full_state_dict, tensor_parallel
+from molmo2.training import Pipeline, RepeatedRows, context_parallel, full_state_dict, tensor_parallel
 from molmo2.training.tensor_parallel import head_spans
 from support.checkpoints import build_model, write_processor
-from support.parallel_cases import ATTENTION, alone, cases
+from support.parallel_cases import ATTENTION, alone, cases, model_of
 from support.paths import REPOSITORY
 from support.ranks import run_ranks
 
@@ -66,6 +66,10 @@ def test_tensor_parallel(count, family, reports, folders):
         assert report["generated"].equal(expected["generated"])
         assert report["weights"].keys() == expected["weights"].keys()
         assert all(report["weights"][name].equal(tensor) for name, tensor in expected["weights"].items())
+    errors = [report["refused"] for report in own]
+    assert "config.json/folder" in errors[0]
+    assert errors[1:] == [f"RuntimeError: The first process could not save the model: {errors[0]}"] * (count - 1)
+    assert all("has no `tp_plan`" in report["without a plan"] for report in own)  # docs/training.md says so
     whole = sum(tensor.numel() for tensor in expected["weights"].values())
     assert max(report["held"] for report in own) < whole * (1.2 / count + 0.1)
     again, _ = load(write_processor(folders[count] / family))
@@ -112,6 +116,8 @@ def test_pipeline(reports):
         if name != "step":
             torch.testing.assert_close(stages[1][name]["logits"], expected[name]["logits"], atol=1e-4, rtol=1e-4)
     for report in stages:
+        torch.testing.assert_close(report["norms"][0], expected["norm"], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(report["norms"][1], torch.tensor(0.5), atol=1e-5, rtol=1e-5)
         assert report["weights"].keys() == expected["weights"].keys()
         assert all(report["weights"][name].equal(tensor) for name, tensor in expected["weights"].items())
         assert report["refused"] == "This process holds some of the layers only: save `pipeline.full_state_dict()`."
@@ -149,12 +155,23 @@ def with_another_layer(model):
     return model
 
 
+class PackedWeight(torch.Tensor):
+    """As torchao has them: a layer that is still nn.Linear, with a weight of another class."""
+
+
+def with_packed_weight(model):
+    layer = model.model.transformer.blocks[1].mlp.ff_out
+    layer.weight = torch.nn.Parameter(layer.weight.detach().as_subclass(PackedWeight))
+    return model
+
+
 @pytest.mark.parametrize(
     ("count", "prepare", "message"),
     [
         (4, build_model, "resblocks.0.attention has 3 query heads and 3 key heads, which 4 processes cannot share"),
         (2, lambda name: with_dropout(build_model(name)), "set {'residual_dropout': 0.1} to 0"),
         (2, lambda name: with_another_layer(build_model(name)), "blocks.1.mlp.ff_out' is a Identity; expected nn.Lin"),
+        (2, lambda name: with_packed_weight(build_model(name)), "blocks.1.mlp.ff_out.weight' is a PackedWeight; expe"),
         (2, lambda _: torch.nn.Linear(2, 2), "Nothing to cut was found in a Linear"),
     ],
 )
@@ -174,11 +191,46 @@ def test_what_a_model_in_parts_refuses(one_process):
         tensor_parallel(model)
     with pytest.raises(ValueError, match="resize it before `tensor_parallel`"):
         model.resize_token_embeddings(2000)
-    model.model.transformer.blocks[0].self_attn.att_proj = torch.nn.Sequential(torch.nn.Linear(40, 96))
-    with pytest.raises(ValueError, match="'att_proj' of a Molmo2Attention became a Sequential after"):
-        model.model.transformer.blocks[0].self_attn(torch.zeros(1, 2, 40))
     with pytest.raises(ValueError, match=r"call `tensor_parallel\(model\)` first"):
         full_state_dict(build_model("qwen3"))
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("transformer.blocks.0.self_attn", "att_proj"),
+        ("transformer.blocks.0.self_attn", "attn_out"),
+        ("transformer.blocks.0.mlp", "ff_out"),
+        ("vision_backbone.image_pooling_2d", "wo"),
+        ("vision_backbone.image_projector", "w2"),
+    ],
+)
+def test_layers_that_were_replaced_after_cutting(name, layer, one_process):
+    """As by adapters, whose sum over the processes nobody would take."""
+    one_process(2)
+    model = tensor_parallel(build_model("qwen3"))
+    module = model.model.get_submodule(name)
+    setattr(module, layer, torch.nn.Sequential(getattr(module, layer)))
+    with pytest.raises(ValueError, match=f"'{layer}' of a {type(module).__name__} became a Sequential after"):
+        module(torch.zeros(1, 2, 40))
+
+
+@pytest.mark.parametrize(("count", "family"), [(2, "qwen3"), (4, "four heads")])
+def test_frozen_parts_are_cut(count, family, one_process):
+    """Norms of heads, whose gradients are sums, and in four processes shared keys: none of them wants a gradient."""
+    one_process(count)
+    model = model_of(family)
+    model.model.transformer.requires_grad_(False)
+    cut = tensor_parallel(model)
+    assert not any(parameter.requires_grad for parameter in cut.model.transformer.parameters())
+    assert all(parameter.requires_grad for parameter in cut.model.vision_backbone.parameters())
+    with pytest.raises(ValueError, match="cut over processes already"):
+        tensor_parallel(model)
+
+
+def test_rows_that_do_not_fill_a_batch_are_dropped():
+    """Else processes of a group would get different rows."""
+    assert list(RepeatedRows(range(5), processes=2, batch=2)) == [0, 1, 0, 1, 2, 3, 2, 3]
 
 
 def test_rows_that_cannot_be_shared(one_process):
@@ -196,6 +248,18 @@ def test_rows_that_cannot_be_shared(one_process):
 def test_layers_of_a_pipeline_add_up(one_process):
     with pytest.raises(ValueError, match=r"`layers` is \[2\]; expected a positive number for each of 1 process"):
         Pipeline(build_model("qwen3"), layers=[2])
+
+
+def test_a_model_in_a_pipeline_is_not_called_directly(one_process):
+    pipeline = Pipeline(build_model("qwen3"))
+    batch = cases()["weighted"]
+    for _ in range(2):
+        for call in (pipeline.model, pipeline.model.model):
+            with pytest.raises(ValueError, match=re.escape("call `pipeline.forward` or `pipeline.forward_backward`")):
+                call(input_ids=batch["input_ids"])
+        with pytest.raises(ValueError, match=re.escape("from `pipeline.full_state_dict()` to generate")):
+            pipeline.model.generate(input_ids=batch["input_ids"])
+        assert pipeline.forward(batch)[1].loss > 0  # and it refuses afterwards as well
 
 
 def test_a_group_of_processes_is_needed():

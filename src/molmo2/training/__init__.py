@@ -11,7 +11,7 @@ from molmo2.training.context_parallel import (
     average_gradients,
     context_group,
     context_parallel,
-    own_tokens,
+    local_tokens,
 )
 from molmo2.training.examples import build_training_example, example_from_feature, messages_from_row
 from molmo2.training.finetuning import (
@@ -54,9 +54,9 @@ __all__ = [
     "fsdp_config",
     "full_gradients",
     "full_state_dict",
+    "local_tokens",
     "lora_targets",
     "messages_from_row",
-    "own_tokens",
     "parameter_groups",
     "resume_mixture",
     "tensor_parallel",

@@ -1,5 +1,6 @@
 """Sums, gathers and exchanges between processes that gradients flow through."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -89,6 +90,18 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         return _Exchange.apply(gradients[0], ctx.ranks, ctx.received, ctx.sent), None, None, None
+
+
+def clip_to_norm(gradients: Sequence[Tensor], norm: Tensor, max_norm: float) -> Tensor:
+    """Scale gradients in place, so that their norm over all processes, which is `norm`, is at most `max_norm`.
+
+    Returns:
+        `norm`, that before.
+    """
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # the margin of torch.nn.utils.clip_grad_norm_
+    for gradient in gradients:
+        gradient.mul_(factor.to(gradient))
+    return norm
 
 
 def enter_parts(tensor: Tensor, ranks: Ranks) -> Tensor:

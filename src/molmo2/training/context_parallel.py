@@ -31,7 +31,7 @@ def context_parallel(model: nn.Module, group: Any = None) -> nn.Module:
     """Let processes share the tokens of every row, and its crops, in training mode.
 
     All processes of the group must get the same batches. The loss is that of the whole batch, logits are those of the
-    tokens in `own_tokens`. Gradients that DDP, FSDP2 or `average_gradients` averages over the group are those of one
+    tokens in `local_tokens`. Gradients that DDP, FSDP2 or `average_gradients` averages over the group are those of one
     process. In evaluation mode nothing is shared, so each process may generate on its own.
 
     Args:
@@ -77,7 +77,7 @@ def context_parallel(model: nn.Module, group: Any = None) -> nn.Module:
     return model
 
 
-def own_tokens(length: int, group: Any = None) -> slice:
+def local_tokens(length: int, group: Any = None) -> slice:
     """The columns of rows of this length that the process has under `context_parallel`."""
     ranks = Ranks(group)
     return slice(*ranks.bounds(length)[ranks.index])
@@ -99,6 +99,9 @@ def context_group(processes: int) -> Any:
 class RepeatedRows(IterableDataset):
     """Each batch of a stream of rows several times, so that accelerate gives it to each process of a `context_group`.
 
+    Rows at the end that do not fill a batch are dropped: accelerate would fill it up from the copies that follow, and
+    the processes of a group would get different rows.
+
     Args:
         rows: The stream.
         processes: Of a group.
@@ -110,7 +113,7 @@ class RepeatedRows(IterableDataset):
 
     def __iter__(self) -> Iterator[Any]:
         rows = iter(self.rows)
-        while own := list(itertools.islice(rows, self.batch)):
+        while len(own := list(itertools.islice(rows, self.batch))) == self.batch:
             for _ in range(self.processes):
                 yield from own
 
@@ -163,24 +166,24 @@ def _attend(
     copies = max(1, ranks.size // key.shape[1])  # of key heads that several processes need
     if copies > 1:
         key, value = (states.repeat_interleave(copies, dim=1) for states in (key, value))
-    query, key, value = (_own_heads(states, ranks, lengths) for states in (query, key, value))
+    query, key, value = (_tokens_to_heads(states, ranks, lengths) for states in (query, key, value))
     groups = module.num_key_value_groups
     module.num_key_value_groups = query.shape[1] // key.shape[1]  # transformers' functions repeat keys by it
     try:
         attended, _ = attend(query, key, value, *args, **kwargs)
     finally:
         module.num_key_value_groups = groups
-    return _own_tokens(attended, ranks, lengths), None
+    return _heads_to_tokens(attended, ranks, lengths), None
 
 
-def _own_heads(states: Tensor, ranks: Ranks, lengths: list[int]) -> Tensor:
+def _tokens_to_heads(states: Tensor, ranks: Ranks, lengths: list[int]) -> Tensor:
     """(B, heads, own tokens, D) to (B, own heads, tokens, D)."""
     by_process = states.unflatten(1, (ranks.size, -1)).permute(1, 3, 0, 2, 4)  # process, own token, B, own head, D
     sent = [lengths[ranks.index]] * ranks.size
     return exchange(by_process.flatten(0, 1), ranks, sent, lengths).permute(1, 2, 0, 3)
 
 
-def _own_tokens(states: Tensor, ranks: Ranks, lengths: list[int]) -> Tensor:
+def _heads_to_tokens(states: Tensor, ranks: Ranks, lengths: list[int]) -> Tensor:
     """(B, tokens, own heads * D) to (B, own tokens, heads * D)."""
     received = [lengths[ranks.index]] * ranks.size
     by_process = exchange(states.transpose(0, 1), ranks, lengths, received)  # process and own token, B, own heads * D

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, distributed, nn
 
 from molmo2.model.vision_inputs import MEDIA_INPUTS
-from molmo2.training.collectives import Ranks
+from molmo2.training.collectives import Ranks, clip_to_norm
 
 LABELS = ("labels", "loss_weights", "num_items_in_batch")
 
 
-class _Elsewhere(nn.Module):
+class _RemoteLayer(nn.Module):
     """A layer that another process holds: hidden states go through it unchanged."""
 
     def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
@@ -28,7 +28,7 @@ class _Elsewhere(nn.Module):
         return hidden_states, None
 
 
-class _NoEmbedding(nn.Module):
+class _RemoteEmbedding(nn.Module):
     """The embedding that the first process holds: zeros, which the received hidden states replace."""
 
     def __init__(self, width: int, dtype: torch.dtype):
@@ -43,7 +43,8 @@ class _NoEmbedding(nn.Module):
 class Pipeline:
     """The layers of this process, and the steps that all processes take together.
 
-    Parameters keep their names; those of other processes are gone from the model, and `save_pretrained` is refused:
+    Parameters keep their names; those of other processes are gone from the model. So the model itself refuses, by a
+    ValueError, to be called, to generate and to be saved: `forward` and `forward_backward` take batches, and
     `full_state_dict` has the tensors of all.
 
     Args:
@@ -71,19 +72,36 @@ class Pipeline:
         self.dtype = text.ln_f.weight.dtype
         for layer in range(depth):
             if not start <= layer < start + counts[index]:
-                text.blocks[layer] = _Elsewhere()
+                text.blocks[layer] = _RemoteLayer()
         if not self.is_first:
-            text.wte = _NoEmbedding(self.width, self.dtype)
-            model.model.vision_backbone = _Elsewhere()
+            text.wte = _RemoteEmbedding(self.width, self.dtype)
+            model.model.vision_backbone = _RemoteLayer()
             model.model._media_features = model.model._require_media = lambda *_: None
         if not self.is_last:
             text.ln_f = model.lm_head = nn.Identity()
         self._received: Tensor | None = None
-        text.emb_drop.register_forward_hook(lambda _module, _inputs, states: self._entered(states))
+        self._is_passing = False
+        text.emb_drop.register_forward_hook(lambda _module, _inputs, states: self._stage_input(states))
+        for part in (model, model.model):
+            part.register_forward_pre_hook(lambda *_: self._require_pass())
+        model.generate = self._refuse_generating
         model.save_pretrained = self._refuse_saving
 
-    def _entered(self, states: Tensor) -> Tensor:
+    def _stage_input(self, states: Tensor) -> Tensor:
         return states if self._received is None else self._received
+
+    def _require_pass(self) -> None:
+        if not self._is_passing:
+            raise ValueError(
+                "This process holds some of the layers only: call `pipeline.forward` or `pipeline.forward_backward`."
+            )
+
+    @staticmethod
+    def _refuse_generating(*_: Any, **__: Any) -> None:
+        raise ValueError(
+            "This process holds some of the layers only, and passes nothing on while answering: build the model anew "
+            "from `pipeline.full_state_dict()` to generate."
+        )
 
     @staticmethod
     def _refuse_saving(*_: Any, **__: Any) -> None:
@@ -99,17 +117,18 @@ class Pipeline:
         given = {name: value for name, value in batch.items() if self.is_first or name not in MEDIA_INPUTS}
         if not self.is_first:
             states = torch.empty(*batch["input_ids"].shape, self.width, dtype=self.dtype, device=self._device())
-            distributed.recv(states, self._process(-1), group=self.ranks.group)
+            distributed.recv(states, self._global_rank(-1), group=self.ranks.group)
             self._received = states.requires_grad_(torch.is_grad_enabled())
         received = self._received
+        self._is_passing = True
         try:
             if self.is_last:
                 return received, self.model(**given, use_cache=False)
             own = {name: value for name, value in given.items() if name not in LABELS}
             states = self.model.model(**own, use_cache=False).last_hidden_state
         finally:
-            self._received = None
-        distributed.send(states.detach().contiguous(), self._process(1), group=self.ranks.group)
+            self._received, self._is_passing = None, False
+        distributed.send(states.detach().contiguous(), self._global_rank(1), group=self.ranks.group)
         return received, states
 
     def forward_backward(
@@ -135,15 +154,29 @@ class Pipeline:
                 total += loss.detach().float()
             else:
                 gradient = torch.empty_like(output)
-                distributed.recv(gradient, self._process(1), group=self.ranks.group)
+                distributed.recv(gradient, self._global_rank(1), group=self.ranks.group)
                 output.backward(gradient)
             if received is not None:
                 assert received.grad is not None
-                distributed.send(received.grad.contiguous(), self._process(-1), group=self.ranks.group)
+                distributed.send(received.grad.contiguous(), self._global_rank(-1), group=self.ranks.group)
         distributed.broadcast(
             total, distributed.get_global_rank(self.ranks.group, self.ranks.size - 1), self.ranks.group
         )
         return total
+
+    def clip_gradients(self, max_norm: float) -> Tensor:
+        """Scale gradients down to a norm, that of all layers; all processes must call it.
+
+        `torch.nn.utils.clip_grad_norm_` would take the norm of a process's layers.
+
+        Returns:
+            The norm before, 0-d float32.
+        """
+        gradients = [each.grad for each in self.model.parameters() if each.grad is not None]
+        squares = torch.zeros((), device=self._device())
+        for gradient in gradients:
+            squares += (gradient.float() ** 2).sum()
+        return clip_to_norm(gradients, self.ranks.sum(squares).sqrt(), max_norm)
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """The tensors of the whole model on the CPU, by their published names; all processes must call it."""
@@ -165,5 +198,5 @@ class Pipeline:
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def _process(self, step: int) -> int:
+    def _global_rank(self, step: int) -> int:
         return distributed.get_global_rank(self.ranks.group, self.ranks.index + step)

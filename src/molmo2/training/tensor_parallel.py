@@ -10,6 +10,7 @@ grouped-query attention q has more rows than k, and a process would get queries 
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from molmo2.training.collectives import Ranks, enter_parts, gather_parts, leave_parts, sum_parts
+from molmo2.training.collectives import Ranks, clip_to_norm, enter_parts, gather_parts, leave_parts, sum_parts
 
 Spans = list[tuple[int, int]]
 DROPOUTS = ("attention_dropout", "residual_dropout", "embedding_dropout", "image_feature_dropout")
@@ -88,7 +89,8 @@ def tensor_parallel(model: nn.Module, group: Any = None) -> nn.Module:
     Attention is cut by heads, feed-forward networks, projector and output matrix by rows and columns, the embedding by
     its width; norms, position vectors and biases of sums stay whole. Losses, logits and gradients are those of the
     whole model as long as all processes get the same batches. Parameters keep their names. All processes must call
-    `save_pretrained`, which writes whole tensors from the first one.
+    `save_pretrained`, which writes whole tensors from the first one. Freeze and unfreeze parameters before: gradients
+    of those that several processes hold are added only if they were wanted when the model was cut.
 
     Args:
         model: Molmo2, or its text model or vision backbone alone; not shared with DDP or FSDP over the same processes.
@@ -97,7 +99,8 @@ def tensor_parallel(model: nn.Module, group: Any = None) -> nn.Module:
         `model` itself.
     Raises:
         ValueError: torch.distributed is not initialised, heads do not divide, a linear layer is another module (of
-            adapters or quantisation), some dropout is not 0, or the model is cut already.
+            adapters or quantisation), a weight is no plain tensor (quantisation, FSDP), some dropout is not 0, or the
+            model is cut already.
     """
     ranks = Ranks(group)
     if hasattr(model, LAYOUT):
@@ -160,10 +163,7 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
             own = own / _holders(own, cut, layout.ranks)
         squares[0 if cut is not None else 1] += own.sum()
     norm = (layout.ranks.sum(squares[0]) + squares[1]).sqrt()
-    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for _, gradient in found:
-        gradient.mul_(factor.to(gradient))
-    return norm
+    return clip_to_norm([gradient for _, gradient in found], norm, max_norm)
 
 
 def _holders(part: Tensor, cut: Cut, ranks: Ranks) -> Tensor:
@@ -177,13 +177,28 @@ def _holders(part: Tensor, cut: Cut, ranks: Ranks) -> Tensor:
     return Cut(0, cut.size, cut.spans).part(count, ranks.index).view(shape)
 
 
-def _save(model: nn.Module, save: Callable, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-    """`save_pretrained` with whole tensors, from the first process."""
+def _save(model: nn.Module, save: Callable, *args: Any, **kwargs: Any) -> None:
+    """`save_pretrained` with whole tensors, from the first process; what fails there is raised in all.
+
+    Raises:
+        RuntimeError: The first process, which raises its own error, could not save.
+    """
     layout = _layout(model)
-    whole = full_state_dict(model, kwargs.pop("state_dict", None))
+    given = inspect.signature(save).bind(*args, **kwargs)
+    given.arguments["state_dict"] = full_state_dict(model, given.arguments.get("state_dict"))
+    failure: list[str | None] = [None]
+    error = None
     if layout.ranks.index == 0:
-        save(save_directory, *args, state_dict=whole, **kwargs)
-    distributed.barrier(layout.ranks.group)
+        try:
+            save(*given.args, **given.kwargs)
+        except Exception as caught:
+            error, failure = caught, [f"{type(caught).__name__}: {caught}"]
+    group = layout.ranks.group
+    distributed.broadcast_object_list(failure, distributed.get_global_rank(group, 0), group)
+    if error is not None:
+        raise error
+    if failure[0] is not None:
+        raise RuntimeError(f"The first process could not save the model: {failure[0]}")
 
 
 def _refuse_resizing(*args: Any, **kwargs: Any) -> None:
@@ -253,6 +268,14 @@ class _Plan:
             self.head(model.lm_head)
         if not self.cuts:
             raise ValueError(f"Nothing to cut was found in a {type(model).__name__}: pass a Molmo2 model.")
+        parameters = dict(model.named_parameters())
+        for name in self.cuts:
+            found = type(parameters[name].data)
+            if found is not Tensor:
+                raise ValueError(
+                    f"'{name}' is a {found.__name__}; expected a plain tensor. Cut the model before quantisation or "
+                    "FSDP replaces its weights."
+                )
 
     def carry_out(self) -> None:
         parameters = dict(self.model.named_parameters())
@@ -261,10 +284,11 @@ class _Plan:
             whole = parameters[name]
             part = nn.Parameter(cut.part(whole.detach(), self.ranks.index), requires_grad=whole.requires_grad)
             setattr(self.model.get_submodule(owner), own_name, part)
-            if cut.is_shared():
+            if cut.is_shared() and part.requires_grad:  # a hook on another one is an error
                 part.register_hook(functools.partial(_sum_shared, cut=cut, ranks=self.ranks))
         for name in self.sums:
-            parameters[name].register_hook(self.ranks.sum)
+            if parameters[name].requires_grad:
+                parameters[name].register_hook(self.ranks.sum)
         for action in self.actions:
             action()
 
@@ -297,7 +321,7 @@ class _Plan:
         self.actions.append(lambda: setattr(module, "forward", functools.partial(_row_linear, module, self.ranks)))
 
     def enters(self, module: nn.Module, *layers: str) -> None:
-        """The input of a module is that of parts."""
+        """The input of a module is that of parts; its layers, checked in each pass, must stay what they are."""
         hook = functools.partial(_enter, ranks=self.ranks, layers=layers)
         self.actions.append(lambda: module.register_forward_pre_hook(hook))
 
@@ -332,14 +356,14 @@ class _Plan:
             self.cuts[f"{name}.{norm}.weight"] = cut
             forward = functools.partial(_norm_of_all, own, self.ranks, cut.size, sum(cut.lengths()) / cut.size)
             self.actions.append(functools.partial(setattr, own, "forward", forward))
-        self.enters(module, "att_proj")
+        self.enters(module, "att_proj", "attn_out")
 
     def text_mlp(self, name: str, module: Any) -> None:
         width = self.linear(f"{name}.ff_out", module.ff_out).in_features
         own = self.spread(width)
         self.columns(f"{name}.ff_proj", module.ff_proj, _stacked([own, own], [width, width]))
         self.rows(f"{name}.ff_out", module.ff_out, own)
-        self.enters(module, "ff_proj")
+        self.enters(module, "ff_proj", "ff_out")
 
     def vision_attention(self, name: str, module: Any) -> None:
         queries, keys = self.heads(name, module)
@@ -352,14 +376,14 @@ class _Plan:
             self.columns(f"{name}.{layer}", getattr(module, layer), cut)
             if layer == "wq":
                 self.rows(f"{name}.wo", module.wo, cut.spans)
-        self.enters(module, "wq", "wk", "wv")
+        self.enters(module, "wq", "wk", "wv", "wo")
 
     def mlp(self, name: str, module: Any, columns: tuple[str, ...], rows: str) -> None:
         width = self.linear(f"{name}.{rows}", getattr(module, rows)).in_features
         for layer in columns:
             self.columns(f"{name}.{layer}", getattr(module, layer), Cut(0, width, self.spread(width)))
         self.rows(f"{name}.{rows}", getattr(module, rows), self.spread(width))
-        self.enters(module, *columns)
+        self.enters(module, *columns, rows)
 
     def embedding(self, name: str, module: Any) -> None:
         cut = Cut(1, module.embedding_dim, self.spread(module.embedding_dim))
