@@ -245,7 +245,7 @@ def test_copies_of_a_prompt_under_gradient_checkpointing():
 
 
 def test_no_cache_comes_to_the_layers_under_gradient_checkpointing():
-    """Releases differ in the name by which a layer drops it: one that is written to in both passes has tokens twice."""
+    """Releases differ in the name by which a layer drops it, and both passes would write to it."""
     model, inputs = build_model("qwen3").train(), batch("image")
     model.gradient_checkpointing_enable()
     caches = []
