@@ -89,7 +89,8 @@ class Backend:
     Attributes:
         num_frames: Maximum number of frames of a video, unless the user chooses another or the engine takes none.
         max_new_tokens: Maximum number of tokens of an answer.
-        max_seconds: Longest time of an answer, after which it ends as if it had been stopped.
+        max_seconds: Longest time of an answer, after which it ends as if it had been stopped; and once more of
+            drawing its points into a video, so that an answer that ended late is drawn too.
         notice: A text about the model, shown to all users.
         limits: What is refused of uploads.
     """

@@ -137,10 +137,10 @@ class Page:
         request: gr.Request | None = None,
     ) -> dict[Any, Any]:
         """Start a conversation about the uploaded files; an answer in the previous one ends."""
+        if previous is not None:
+            previous.stop()  # the page no longer listens, but the model would go on, and read the files
         if request is not None:
             self.uploads.keep(request.session_hash or "", paths or [])
-        if previous is not None:
-            previous.stop()  # the page no longer listens, but the model would go on
         fresh = {self.chat: [], self.note: "", self.raw: "", self.video: gr.Video(visible=False), **self._exports({})}
         nothing = {**fresh, self.conversation: None, self.images: gr.Gallery(visible=False)}
         if not paths:

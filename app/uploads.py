@@ -11,7 +11,7 @@ class Uploads:
     """The uploaded files of each session.
 
     gradio stores a file by its content: what two visitors upload may be one file, which is deleted with the last of
-    them.
+    them. One that was uploaded anew since a page opened it is left to the page that is about to.
 
     Args:
         samples: The files of the page's examples; copies of them stay.
@@ -21,6 +21,7 @@ class Uploads:
     def __init__(self, samples: Iterable[Path], folder: Callable[[], str]):
         self._samples, self._folder = tuple(samples), folder
         self._of_session: dict[str, frozenset[Path]] = {}
+        self._opened: dict[Path, tuple[int, int] | None] = {}  # which file it was that a page opened last
         self._lock = Lock()
 
     def keep(self, session: str, paths: Iterable[str]) -> None:
@@ -31,10 +32,20 @@ class Uploads:
             left = self._of_session.pop(session, frozenset()) - kept
             if kept:
                 self._of_session[session] = kept
+                self._opened.update((path, _identity(path)) for path in kept)
             for path in left - frozenset().union(*self._of_session.values()):
-                if not any(path.name == sample.name and _same(path, sample) for sample in self._samples):
+                is_same = self._opened.pop(path, None) == _identity(path)
+                if is_same and not any(path.name == sample.name and _same(path, sample) for sample in self._samples):
                     with suppress(OSError):
                         path.unlink()
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What changes when a file is uploaded again; None for no file."""
+    with suppress(OSError):
+        status = path.stat()
+        return status.st_ino, status.st_mtime_ns
+    return None
 
 
 def _same(path: Path, sample: Path) -> bool:

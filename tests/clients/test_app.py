@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -69,6 +70,14 @@ def gate():
 def page(gate):
     model = DictatedModel(build_model("qwen3").eval(), processor(), SCRIPT, gate)
     return Page(Backend(LocalEngine(model, processor()), num_frames=6, notice="The answers are *dictated*."))
+
+
+def test_an_answer_ends_before_its_files_go(page, monkeypatch):
+    ended = []
+    monkeypatch.setattr(page.uploads, "keep", lambda *_: ended.append("files"))
+    previous = SimpleNamespace(stop=lambda: ended.append("answer"))
+    page.open(None, previous=previous, request=SimpleNamespace(session_hash="one"))
+    assert ended == ["answer", "files"]
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 import ast
 import functools
+import importlib
+import importlib.machinery
 import importlib.util
 import re
 import sys
@@ -142,6 +144,21 @@ def test_torchvision_is_never_imported():
             elif isinstance(node, ast.Constant) and isinstance(node.value, str) and " " not in node.value:
                 imported.add(node.value)  # a name that importlib could be given
         assert [found for found in imported if found.split(".")[0] == "torchvision"] == [], name
+
+
+def test_decoders_in_a_process_are_refused_with_what_to_install(monkeypatch):
+    """The process would raise errors of the package, which no `except` with these classes catches."""
+    folder = importlib.machinery.ModuleSpec("generated_molmo2", None, is_package=True)
+    folder.submodule_search_locations = [str(REPOSITORY)]
+    monkeypatch.setitem(sys.modules, "generated_molmo2", importlib.util.module_from_spec(folder))
+    videos = importlib.import_module("generated_molmo2.video_processing_molmo2")
+    images = importlib.import_module("generated_molmo2.image_processing_molmo2")
+    for name in [name for name in sys.modules if name.startswith("generated_molmo2.")]:
+        monkeypatch.setitem(sys.modules, name, sys.modules.pop(name))  # forgotten after the test
+    assert videos.open_video(VIDEO, limits=images.MediaLimits()).timeline.num_frames == 1
+    with pytest.raises(ValueError, match=r"decode_seconds=\.\.\.\) needs the package molmo2-transformers") as caught:
+        videos.open_video(VIDEO, limits=images.MediaLimits(decode_seconds=60))
+    assert type(caught.value) is ValueError
 
 
 def test_checks_are_not_assertions():

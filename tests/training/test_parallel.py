@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from molmo2.registration import load
 from molmo2.training import Pipeline, RepeatedRows, context_parallel, full_state_dict, tensor_parallel
@@ -241,8 +242,15 @@ def test_rows_that_cannot_be_shared(one_process):
     model = context_parallel(build_model("qwen3")).train()
     with pytest.raises(ValueError, match="shared out already"):
         context_parallel(model)
-    with pytest.raises(ValueError, match=re.escape("there is no `use_cache`; call `model.eval()` first")):
-        model(torch.zeros(1, 2, dtype=torch.int64), use_cache=True)
+    refused = {
+        "use_cache": True,
+        "past_key_values": DynamicCache(),
+        "cache": DynamicCache(),
+        "logits_to_keep": torch.tensor([0, 1]),
+    }
+    for name, value in refused.items():
+        with pytest.raises(ValueError, match=re.escape(f"there is no `{name}`; call `model.eval()` first")):
+            model(torch.zeros(1, 2, dtype=torch.int64), **{name: value})
 
 
 def test_layers_of_a_pipeline_add_up(one_process):

@@ -1,5 +1,7 @@
 """Uploads of the app: deleted with the last page that shows them, and nothing else is."""
 
+from pathlib import Path
+
 import pytest
 
 from app.samples import SAMPLES
@@ -44,6 +46,19 @@ def test_a_file_of_two_sessions_stays_for_the_other(uploads, folder):
     uploads.keep("one", [])
     assert [entry.name for entry in folder.iterdir()] == ["a.png"]
     uploads.keep("two", [])
+    assert not list(folder.iterdir())
+
+
+def test_a_file_that_another_visitor_is_about_to_open_stays(uploads, folder):
+    file = stored(folder, "a.png")
+    uploads.keep("one", [file])
+    Path(stored(folder, "new")).replace(file)  # as gradio stores what "two" uploads; its page has not yet opened it
+    uploads.keep("one", [])
+    assert [entry.name for entry in folder.iterdir()] == ["a.png"]
+    uploads.keep("two", [file])
+    uploads.keep("one", [file])
+    uploads.keep("two", [])
+    uploads.keep("one", [])
     assert not list(folder.iterdir())
 
 

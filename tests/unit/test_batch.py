@@ -17,6 +17,7 @@ from molmo2.batch import engines as batch_engines
 from molmo2.batch import rows as batch_rows
 from molmo2.batch.engines import LocalEngine
 from molmo2.batch.journal import Journal
+from molmo2.batch.ray_data import RayEngine
 from molmo2.batch.run import Shard
 from molmo2.batch.worker import gpu_index
 from molmo2.cli.batches import shard_of, workers_of
@@ -383,3 +384,8 @@ def test_no_row_ends_a_run_but_a_lost_gpu_ends_a_worker(photo, monkeypatch):
     assert "LookupError" in next(worker)["error"]
     with pytest.raises(SystemExit):
         next(worker)
+
+
+def test_a_gpu_has_at_least_one_worker():
+    with pytest.raises(ValueError, match="`workers_per_gpu` is 0, but at least one worker"):
+        RayEngine(EngineSettings(model="some"), (1, 1), workers_per_gpu=0)

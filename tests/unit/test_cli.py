@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import os
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -322,6 +323,23 @@ def test_batch_from_a_folder_to_a_table(photos, monkeypatch, capsys):
     assert main(["batch", str(photos), str(photos / "new.jsonl"), "-q", "a", "-m", "some", "--workers", "4:2"]) == 2
     assert main(["batch", str(photos), str(photos / "new.jsonl"), "-q", "a", "-m", "missing"]) == 3
     assert "the same command continues" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [[], ["--engine", "ray", "--server", "http://127.0.0.1:1/v1"]])
+def test_workers_per_gpu_are_rays(more, photos, capsys):
+    arguments = ["batch", str(photos), str(photos / "out.jsonl"), "-q", "a", "-m", "some", "--workers-per-gpu", "3"]
+    assert main([*arguments, *more]) == 2
+    assert "--workers-per-gpu is of --engine ray" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough():
+    """As of `molmo2 ... | head`: silent, and no failure."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "molmo2.cli", "doctor"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=300)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_app_is_that_of_the_checkout(monkeypatch, tmp_path, capsys):

@@ -160,7 +160,8 @@ def test_a_dead_or_silent_child_is_replaced(monkeypatch):
 def test_a_child_ends_with_its_parent():
     """Though its input stays open and it never comes back to it."""
     stubs = "import sys, types; sys.modules.update(numpy=types.ModuleType('n'), decord=types.ModuleType('d'))"
-    code = f"{stubs}\n{inspect.getsource(decord_process._serve_decord)}\n_serve_decord(1 << 40)"
+    functions = map(inspect.getsource, (decord_process.prepare_child, decord_process._serve_decord))
+    code = "\n".join([stubs, *functions, "_serve_decord(prepare_child(1 << 40))"])
     parent = (
         f"import subprocess, sys\nchild = subprocess.Popen([sys.executable, '-c', {code!r}], stdout=subprocess.PIPE)\n"
         "assert b'ready' in child.stdout.readline()"

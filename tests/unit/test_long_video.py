@@ -1,5 +1,6 @@
 """Long videos as windows: files opened once, live frames, journals that survive a kill, merged answers."""
 
+import errno
 import itertools
 import json
 import math
@@ -742,4 +743,53 @@ def test_what_the_command_line_refuses(command, path, tmp_path, capsys, monkeypa
     assert command("track", "cat", "--journal", journal) == 2
     assert "overwrite" in capsys.readouterr().err
     monkeypatch.delenv("MOLMO2_MODEL")
+    capsys.readouterr()
     assert command("ask", "What?") == 2
+    said = capsys.readouterr().err
+    assert "Pass --model" in said
+    assert "--server" not in said
+
+
+def test_what_the_command_line_refuses_before_the_model_is_loaded(command, tmp_path, capsys, monkeypatch):
+    from molmo2.cli import main, models
+
+    monkeypatch.setattr(models, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    assert command("track", "dog", "-o", str(tmp_path / "missing" / "dog.csv")) == 2
+    assert "there is no folder" in capsys.readouterr().err
+    assert main(["long", "track", "dog", "https://example.com/day.mp4", "--draw", str(tmp_path)]) == 2
+    assert "download it first" in " ".join(capsys.readouterr().err.split())
+
+
+def test_errors_on_the_command_line_name_what_failed(command, path, capsys, monkeypatch):
+    def failing(error):
+        def stream(*_, **__):
+            raise error
+            yield
+
+        return stream
+
+    for error, name in ((ValueError("the prompt is too long"), ""), (VideoDecodeError("frame 7"), f"{path}: ")):
+        monkeypatch.setattr("molmo2.long_video.stream_long", failing(error))
+        assert command("ask", "What?") == 1
+        assert capsys.readouterr().err.strip() == f"Error: {name}{error}"
+
+
+def test_an_output_that_fails_and_one_that_nobody_reads(command, tmp_path, capsys, monkeypatch):
+    from molmo2.cli import long
+
+    echo = long.click.echo
+    for error, code, said in (
+        (OSError(errno.ENOSPC, "no space left"), 1, f"Error: '{tmp_path / 'dog.txt'}' cannot be written: "),
+        (BrokenPipeError(errno.EPIPE, "closed"), 0, ""),
+    ):
+
+        def fail(text, file=None, err=False, error=error):
+            if err or file is None or file.name != str(tmp_path / "dog.txt"):
+                return echo(text, file=file, err=err)
+            raise error
+
+        monkeypatch.setattr(long.click, "echo", fail)
+        assert command("ask", "What?", "-o", str(tmp_path / "dog.txt")) == code
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith(said) if said else err == ""

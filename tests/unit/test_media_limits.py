@@ -226,6 +226,39 @@ def test_a_large_jpeg_is_decoded_at_a_part_of_its_size(scale, orientation):
     assert np.abs(found["pixel_values"] - expected["pixel_values"]).max() > 0  # why it is no default
 
 
+def test_frames_that_are_reduced_keep_their_size(tmp_path):
+    (tmp_path / "frame.jpg").write_bytes(jpeg((800, 480)))
+    frames = [str(tmp_path / "frame.jpg")] * 2
+    limits = MediaLimits(image_pixels=100 * 60, reduce_jpeg=True)
+    options = {"video_metadata": {"fps": 1.0}, "return_metadata": True, "limits": limits}
+    (metadata,) = Molmo2VideoProcessor()(frames, **options)["video_metadata"]
+    assert metadata.frame_size == (800, 480)
+
+
+def test_files_of_several_jpegs_are_reduced_too():
+    file, image = io.BytesIO(), Image.open(io.BytesIO(jpeg((800, 480))))
+    image.save(file, "MPO", save_all=True, append_images=[image])
+    limits = MediaLimits(image_pixels=100 * 60, reduce_jpeg=True)
+    (reduced,) = load_images(file.getvalue(), limits=limits)
+    assert Image.open(file).format == "MPO"
+    assert reduced.shape == (100, 60, 3)
+    assert loading.original_size(reduced) == (800, 480)
+
+
+def test_very_narrow_jpegs_are_refused_by_name():
+    limits = MediaLimits(image_pixels=1000, reduce_jpeg=True)
+    for width in (1, 3):  # Pillow reduces no side below one pixel
+        with pytest.raises(MediaLimitError, match="over the limit image_pixels=1,000"):
+            load_images(jpeg((8000, width)), limits=limits)
+
+
+def test_arrays_made_of_a_reduced_one_have_their_own_size():
+    (reduced,) = load_images(jpeg((800, 480)), limits=MediaLimits(image_pixels=6000, reduce_jpeg=True))
+    assert loading.original_size(reduced) == (800, 480)
+    assert loading.original_size(reduced[10:30, 20:30]) == (20, 10)
+    assert loading.original_size(reduced.copy()) == (100, 60)
+
+
 def test_what_cannot_be_reduced_is_refused():
     limits = MediaLimits(image_pixels=100 * 60, reduce_jpeg=True)
     assert load_images(jpeg((800, 480)), limits=limits)[0].shape == (100, 60, 3)

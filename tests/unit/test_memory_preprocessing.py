@@ -5,6 +5,7 @@ high-water mark the kernel keeps.
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,28 @@ processor(sys.argv[6], return_tensors="pt")
 memory = PeakMemory("cpu")
 output = processor(path, return_tensors="pt")
 print(json.dumps([memory.peak_bytes(), held_bytes(dict(output)), len(output["pixel_values_videos"])]))
+"""
+
+
+# Prints the peak of fetching an image, what is held afterwards, and the peak of loading it. A small one comes first.
+FETCH = """
+import io, json, sys
+sys.path[:0] = sys.argv[1:2]
+from PIL import Image
+from benchmarks.memory import PeakMemory, _status
+from molmo2.image.loading import fetch_images, load_images
+kind, side = sys.argv[2], int(sys.argv[3])
+first, file = io.BytesIO(), io.BytesIO()
+Image.linear_gradient("L").convert("RGB").save(first, kind)
+Image.linear_gradient("L").resize((side, side)).convert("RGB").save(file, kind)
+load_images(first.getvalue())
+content, memory = file.getvalue(), PeakMemory("cpu")
+image = fetch_images(content)
+found = [memory.peak_bytes(), _status("VmRSS") - memory._before]
+del image
+memory = PeakMemory("cpu")
+load_images(content)
+print(json.dumps([*found, memory.peak_bytes()]))
 """
 
 
@@ -68,6 +91,23 @@ def test_a_large_photo_needs_little_besides_its_output(max_crops):
     """Neither the photo nor its canvas is ever there as floating point."""
     peak, output = image_peak([photo(1080, 1920)], max_crops)
     assert peak < 1.5 * output
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the high-water mark is the Linux kernel's")
+@pytest.mark.parametrize(
+    ("kind", "most", "held"),
+    [("PNG", 10, 4), ("WEBP", 16, 4)],  # bytes a pixel, as SECURITY.md has them; 8 of WebP's are libwebp's canvases
+)
+def test_images_of_a_decoder_with_canvases_are_held_without_them(kind, most, held):
+    side = 2048
+    command = [sys.executable, "-c", FETCH, str(REPOSITORY), kind, str(side)]
+    # Memory that is freed goes back to the system at once.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
+    assert done.returncode == 0, done.stderr
+    fetching, holding, loading = (number / side**2 for number in json.loads(done.stdout))
+    assert 0.95 * held < holding < 1.1 * held
+    assert max(fetching, loading) < 1.1 * most
 
 
 def write_clip(path: Path, height: int, width: int, frames: int) -> Path:

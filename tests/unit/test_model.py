@@ -244,6 +244,22 @@ def test_copies_of_a_prompt_under_gradient_checkpointing():
     torch.testing.assert_close(logits, model(**inputs).logits.expand_as(logits), atol=2e-5, rtol=0)
 
 
+def test_no_cache_comes_to_the_layers_under_gradient_checkpointing():
+    """Releases differ in the name by which a layer drops it, and both passes would write to it."""
+    model, inputs = build_model("qwen3").train(), batch("image")
+    model.gradient_checkpointing_enable()
+    caches = []
+    layer = model.model.transformer.blocks[0]
+    layer.register_forward_pre_hook(lambda *call: caches.append(call[2]["past_key_values"]), with_kwargs=True)
+    cache = DynamicCache()
+    model(**inputs, past_key_values=cache, use_cache=True).logits.sum().backward()
+    assert caches == [None] * len(caches) != []
+    assert cache.get_seq_length() == 0
+    model.eval()(**inputs, past_key_values=cache, use_cache=True)
+    with pytest.raises(ValueError, match="cannot be continued under gradient checkpointing"):
+        model.train()(input_ids=inputs["input_ids"][:, -1:], past_key_values=cache)
+
+
 def test_gradient_checkpointing_in_both_towers():
     plain, saving = build_model("olmo3").train(), build_model("olmo3").train()
     saving.gradient_checkpointing_enable()

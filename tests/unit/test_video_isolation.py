@@ -1,17 +1,20 @@
 """Decoders in a process that is ended at a deadline: the same frames, and an end whatever the decoder does."""
 
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import GifImagePlugin
 
 from molmo2.image.limits import MediaLimitError, MediaLimits
 from molmo2.video.decoding import decord_process
 from molmo2.video.decoding.backends import VideoDecodeError, open_video
 from molmo2.video.decoding.isolation import IsolatedProcess, call_isolated
+from molmo2.video.decoding.readers import Source
 from molmo2.video.processing import load_video
-from support.hostile_media import CONTAINERS, clip, mutated
+from support.hostile_media import CONTAINERS, clip, gif_of_size, mutated, picture
 
 pytest.importorskip("av")
 
@@ -120,11 +123,76 @@ def test_calls_of_functions(tmp_path):
     assert (tmp_path / "number").read_text(encoding="utf-8") == "5"
     with pytest.raises(VideoDecodeError, match="No such file"):
         call_isolated(write_number, tmp_path / "no" / "folder", 5, seconds=60)
-    before = os.times()
-    with pytest.raises(MediaLimitError, match=r"not decoded in time"):
+
+
+def test_a_call_without_end_names_itself_not_the_video_before(tmp_path):
+    file = tmp_path / "private.mp4"
+    file.write_bytes(clip())
+    load_video(file, num_frames=2, limits=ISOLATED)
+    process = IsolatedProcess._idle[-1]  # the next to be used
+    with pytest.raises(MediaLimitError) as caught:
         call_isolated(wait_for_ever, seconds=0.5)
-    after = os.times()
-    assert after.children_user - before.children_user < 60  # it was ended, and waited for
+    late = "wait_for_ever did not end within 0.5 seconds and was ended. Allow it more `seconds`."
+    assert str(caught.value) == late
+    assert process._child.poll() is not None
+
+
+def test_an_idle_child_holds_no_video(tmp_path):
+    file = tmp_path / "clip.mp4"
+    file.write_bytes(clip())
+    with open_video(file, "pyav", ISOLATED) as reader:
+        assert list(reader.frames([0])) != []
+        process = reader._process
+        assert str(file) in files_open_in(process)
+    assert process in IsolatedProcess._idle
+    assert str(file) not in files_open_in(process)
+
+
+def files_open_in(process):
+    folder = Path(f"/proc/{process._child.pid}/fd")
+    if not folder.is_dir():
+        pytest.skip("open files of a process are listed on Linux only")
+    return [os.readlink(entry) for entry in folder.iterdir()]
+
+
+def test_an_interrupt_does_not_end_a_child():
+    process = IsolatedProcess.borrow()
+    process._child.send_signal(signal.SIGINT)
+    process.call(abs, (1,))  # an interrupted child would not answer
+    process.give_back()
+
+
+def long_gif(folder):
+    file = folder / "long.gif"
+    file.write_bytes(gif_of_size(4, 4, 20_000))
+    return file
+
+
+def test_pillow_looks_at_animations_in_the_child(monkeypatch, tmp_path):
+    file = long_gif(tmp_path)
+    monkeypatch.setattr(Source, "open_animation", lambda _: pytest.fail("opened in this process"))
+    assert Source.from_input(file, ISOLATED).image_format == "GIF"
+    with pytest.raises(VideoDecodeError, match=r"is an image \(PNG\), not a video"):
+        Source.from_input(picture("PNG"), ISOLATED)
+
+
+def test_no_walk_through_an_animation_without_a_count(monkeypatch, tmp_path):
+    file = long_gif(tmp_path)
+    walked = []
+    own = GifImagePlugin.GifImageFile._seek
+    monkeypatch.setattr(
+        GifImagePlugin.GifImageFile, "_seek", lambda image, *place: walked.append(place) or own(image, *place)
+    )
+    assert Source.from_input(file).image_format == "GIF"
+    assert len(walked) < 5
+    with pytest.raises(MediaLimitError, match="over the limit video_frames=100"):
+        open_video(file, None, MediaLimits(video_frames=100))
+
+
+def test_a_pillow_without_end(stuck):
+    stuck("from molmo2.video.decoding.readers import Source\nSource.open_animation = lambda _: time.sleep(1000)")
+    with pytest.raises(MediaLimitError, match=r"not decoded in time, over the limit decode_seconds=0\.2\."):
+        open_video(gif_of_size(4, 4, 2), None, SHORT)
 
 
 def test_a_program_without_a_deadline_starts_no_process(monkeypatch):

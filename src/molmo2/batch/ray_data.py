@@ -40,6 +40,8 @@ class RayEngine:
         command: Sequence[str] = WORKER,
         workers_per_gpu: int = 1,
     ):
+        if workers_per_gpu < 1:
+            raise ValueError(f"`workers_per_gpu` is {workers_per_gpu}, but at least one worker has to use a GPU.")
         try:
             self._ray, self._data = importlib.import_module("ray"), importlib.import_module("ray.data")
         except ImportError as error:

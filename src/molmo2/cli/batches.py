@@ -29,6 +29,11 @@ def run_batch_command(source: str, output: Path, options: dict[str, Any]) -> int
     models.require_one(options["model"], options["server"])
     shard_index, shard_count = shard_of(options["shard"], os.environ)
     workers_of(options["workers"])  # wrong ones are said before anything is read
+    if options["workers_per_gpu"] is not None and (options["engine"] != "ray" or options["server"] is not None):
+        raise click.UsageError(
+            "--workers-per-gpu is of --engine ray with a --model: processes of this machine share its GPUs as they "
+            "are (--workers), and a server has its own."
+        )
     settings = _settings(options)
     identity = {
         "question": options["question"],
@@ -76,7 +81,8 @@ def _engine(options: Mapping[str, Any], settings: EngineSettings) -> Any:
         from molmo2.batch.ray_data import RayEngine
 
         share = options["workers_per_gpu"]
-        return RayEngine(settings, (fewest, most), row_seconds=options["row_timeout"], workers_per_gpu=share)
+        own = {} if share is None else {"workers_per_gpu": share}
+        return RayEngine(settings, (fewest, most), row_seconds=options["row_timeout"], **own)
     return WorkerPool(settings, most, row_seconds=options["row_timeout"])
 
 

@@ -6,7 +6,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,16 +49,25 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         click.echo("Interrupted.", err=True)
         return INTERRUPTED
-    except BrokenPipeError:  # the reader has seen enough: `molmo2 ... | head`
-        sys.stderr.close()
-        return 0
 
 
 class _Group(click.Group):
-    """A group that lists its commands in the order in which they are useful, not by the alphabet."""
+    """A group that lists its commands in the order in which they are useful, not by the alphabet.
+
+    It ends well when nobody reads any more, as in `molmo2 ... | head`.
+    """
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """See `click.Group`, which would end with 1 where nobody reads."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            with suppress(OSError):  # or Python would complain at its end about what is still to be written
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(0)
 
 
 @click.group(cls=_Group, context_settings=CONTEXT, epilog=EXIT_CODES)
@@ -290,7 +299,7 @@ def _grouped(media: list[MediaFile], together: bool) -> list[list[MediaFile]]:
 def _ask(options: dict[str, Any], question: Callable[[list[MediaFile]], Any]) -> int:
     """What every asking command does once its question is known."""
     models.require_one(options["model"], options["server"])
-    _require_writable(options["output"])
+    printing.require_writable(options["output"])
     requests = _grouped(_find(options["files"], options["recursive"], options["kind"]), options["together"])
     for files in requests:
         question(files)  # a wrong one is reported before the model is loaded
@@ -307,20 +316,6 @@ def _ask(options: dict[str, Any], question: Callable[[list[MediaFile]], Any]) ->
         options["drawings"],
     )
     return job.run()
-
-
-def _require_writable(output: Path | None) -> None:
-    """Check before the model is loaded that answers can be written.
-
-    Raises:
-        UsageError: The folder of the output does not exist, or nothing can be written there.
-    """
-    if output is None or str(output) == "-":
-        return
-    if not output.parent.is_dir():
-        raise click.UsageError(f"'{output}' cannot be written: there is no folder '{output.parent}'. Make it first.")
-    if not os.access(output if output.exists() else output.parent, os.W_OK):
-        raise click.UsageError(f"'{output}' cannot be written: permission is denied. Name another output.")
 
 
 def _fixed(write: Callable[..., Any], *arguments: Any, **options: Any) -> Callable[[list[MediaFile]], Any]:
@@ -521,7 +516,7 @@ def long_ask(question: str, video: str, **options: Any) -> int:
 )
 @click.option("--workers", metavar="N|MIN:MAX", default="1", show_default=True, help="MIN:MAX lets Ray scale.")
 @click.option(
-    "--workers-per-gpu", type=click.IntRange(1), default=1, show_default=True, help="Actors of Ray that share a GPU."
+    "--workers-per-gpu", type=click.IntRange(1), help="Actors of Ray that share a GPU of a cluster. [default: 1]"
 )
 @click.option(
     "--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Rows at a time, each worker."

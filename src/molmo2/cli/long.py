@@ -24,18 +24,25 @@ def run_long(kind: str, what: str | None, source: str, options: Mapping[str, Any
         kind: "ask", "track", "count" or "events".
         options: The others of the command.
     Raises:
-        ClickException: The video cannot be read, the journal belongs to another run, or the model cannot be loaded.
+        ClickException: The video cannot be read, the journal belongs to another run, the model cannot be loaded, or
+            the output not be written.
     """
     if what is not None and not what.strip():
         raise click.UsageError("The question is empty.")
-    models.require_one(options["model"], None)
+    if options["model"] is None:
+        raise click.UsageError(
+            f"There is no model to ask. Pass --model, or set {models.MODEL_VARIABLE}; long videos are asked about in "
+            "this process, not on a server."
+        )
+    printing.require_writable(options["output"])
     models.quiet_libraries()
-    from molmo2.batch.journal import OutputError
-    from molmo2.long_video import Cutting, JoinSettings, LongVideo, stream_long
+    from molmo2.long_video import Cutting, JoinSettings, LongVideo
     from molmo2.long_video.tasks import AskTask, CountTask, LocalizeTask, TrackTask
 
     try:
         Cutting(options["window"], options["overlap"], options["fps"])
+        if options.get("drawings") is not None:
+            printing.require_drawable(source)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     joins = JoinSettings(unique=options.get("unique", False))
@@ -46,35 +53,71 @@ def run_long(kind: str, what: str | None, source: str, options: Mapping[str, Any
         "events": lambda: LocalizeTask(what),
     }
     try:
-        with LongVideo(source, options["window"], options["overlap"], options["fps"]) as video:
-            model, processor = models.load_model(options["model"], options["device"], options["dtype"])
-            interval = options["key_frame_interval"]
-            partials = stream_long(
-                model,
-                processor,
-                video,
-                tasks[kind](),
-                journal=options["journal"],
-                overwrite=options["overwrite"],
-                progress=sys.stderr.isatty(),
-                processor_kwargs=None if interval is None else {"key_frame_interval": interval},
-                max_new_tokens=options["max_new_tokens"],
-            )
-            result: Any = None
-            for partial in partials:
-                result = partial.result
-            with click.open_file(str(options["output"] or "-"), "w", encoding="utf-8") as stream:
-                for line in _lines(options["form"], source, what, result, video):
-                    click.echo(line, file=stream)
-            if options.get("drawings") is not None:
-                _draw(source, result, video, options["drawings"])
-    except OutputError as error:
-        raise click.UsageError(str(error)) from error
-    except (OSError, ValueError) as error:  # of opening and decoding
+        video = LongVideo(source, options["window"], options["overlap"], options["fps"])
+    except (OSError, ValueError) as error:
         raise click.ClickException(f"{source}: {error}") from error
+    with video:
+        result = _last_result(source, video, tasks[kind](), options)
+        _write(_lines(options["form"], source, what, result, video), options["output"])
+        if options.get("drawings") is not None:
+            _draw(source, result, video, options["drawings"])
     for problem in result.problems:
         click.echo(f"incomplete: {problem}", err=True)
     return 0
+
+
+def _last_result(source: str, video: Any, task: Any, options: Mapping[str, Any]) -> Any:
+    """What the model made of all windows.
+
+    Raises:
+        ClickException: Of the video, the journal or the model, whichever failed.
+    """
+    from molmo2.batch.journal import OutputError
+    from molmo2.image.limits import MediaLimitError
+    from molmo2.long_video import stream_long
+    from molmo2.video.decoding.timeline import VideoDecodeError
+
+    model, processor = models.load_model(options["model"], options["device"], options["dtype"])
+    interval = options["key_frame_interval"]
+    partials = stream_long(
+        model,
+        processor,
+        video,
+        task,
+        journal=options["journal"],
+        overwrite=options["overwrite"],
+        progress=sys.stderr.isatty(),
+        processor_kwargs=None if interval is None else {"key_frame_interval": interval},
+        max_new_tokens=options["max_new_tokens"],
+    )
+    result: Any = None
+    try:
+        for partial in partials:
+            result = partial.result
+    except OutputError as error:
+        raise click.UsageError(str(error)) from error
+    except (MediaLimitError, VideoDecodeError) as error:
+        raise click.ClickException(f"{source}: {error}") from error
+    except (OSError, ValueError) as error:  # of the model, or of the journal
+        raise click.ClickException(str(error)) from error
+    return result
+
+
+def _write(lines: Iterator[str], output: Path | None) -> None:
+    """Write the lines, to the terminal where no file is named.
+
+    Raises:
+        BrokenPipeError: Nobody reads them.
+        ClickException: The file cannot be written.
+    """
+    try:
+        with click.open_file(str(output or "-"), "w", encoding="utf-8") as stream:
+            for line in lines:
+                click.echo(line, file=stream)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise click.ClickException(f"'{output or 'the output'}' cannot be written: {error}") from error
 
 
 def _lines(form: str, source: str, what: str | None, result: Any, video: Any) -> Iterator[str]:
@@ -154,7 +197,11 @@ def _draw(source: str, result: Any, video: Any, folder: Path) -> None:
     from molmo2.long_video import as_grounding
     from molmo2.tools.media_files import MediaFile
 
-    saved = printing.save_marks([MediaFile(source, "video")], as_grounding(result.tracks, video), folder, set())
+    grounding = as_grounding(result.tracks, video)
+    try:
+        saved = printing.save_marks([MediaFile(source, "video")], grounding, folder, set())
+    except Exception as error:  # decoders raise nearly anything; the answer is written by now
+        raise click.ClickException(f"{source}: not drawn: {error}") from error
     for path in saved:
         click.echo(f"wrote {path}", err=True)
     if not saved:

@@ -4,6 +4,7 @@ import csv
 import io
 import itertools
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
+
+import click
 
 from molmo2.grounding.parse import Grounding
 from molmo2.tools.answer import Answer, answer_record, readable
@@ -81,8 +84,7 @@ def save_marks(files: Sequence[MediaFile], grounding: Grounding, folder: Path, t
     folder.mkdir(parents=True, exist_ok=True)
     videos = [media for media in files if media.is_video]
     if videos:
-        if is_url(videos[0].path):
-            raise ValueError("Marks are drawn on videos on disk only: download it first.")
+        require_drawable(videos[0].path)
         target = _free_name(folder, videos[0].path, ".mp4", taken)
         return [annotate_video(videos[0].path, grounding, target).path]
     written = []
@@ -93,6 +95,30 @@ def save_marks(files: Sequence[MediaFile], grounding: Grounding, folder: Path, t
             written.append(_free_name(folder, media.path, ".png", taken))
             image.save(written[-1])
     return written
+
+
+def require_writable(output: Path | None) -> None:
+    """Check before the model is loaded that answers can be written.
+
+    Raises:
+        UsageError: The folder of the output does not exist, or nothing can be written there.
+    """
+    if output is None or str(output) == "-":
+        return
+    if not output.parent.is_dir():
+        raise click.UsageError(f"'{output}' cannot be written: there is no folder '{output.parent}'. Make it first.")
+    if not os.access(output if output.exists() else output.parent, os.W_OK):
+        raise click.UsageError(f"'{output}' cannot be written: permission is denied. Name another output.")
+
+
+def require_drawable(source: str) -> None:
+    """Check that marks can be drawn on a video.
+
+    Raises:
+        ValueError: It is a URL.
+    """
+    if is_url(source):
+        raise ValueError("Marks are drawn on videos on disk only: download it first.")
 
 
 @contextmanager

@@ -223,9 +223,9 @@ def _forward(
     **kwargs: Any,
 ) -> Any:
     """Logits of the process's tokens, and the loss of the whole batch."""
-    taken = [
-        name for name in ("past_key_values", "output_attentions", "use_cache", "logits_to_keep") if kwargs.get(name)
-    ]
+    names = ("past_key_values", "cache", "output_attentions", "use_cache", "logits_to_keep")
+    given = ((name, kwargs.get(name)) for name in names)  # neither tensors nor empty caches are False
+    taken = [name for name, value in given if value is not None and not (isinstance(value, int) and value == 0)]
     if taken:
         raise ValueError(f"In training under `context_parallel` there is no `{taken[0]}`; call `model.eval()` first.")
     outputs = forward(input_ids, **{**kwargs, "use_cache": False, "return_dict": True})

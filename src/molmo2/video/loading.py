@@ -26,6 +26,7 @@ from molmo2.image.loading import (
     is_file_on_disk,
     is_stored_file,
     load_images,
+    original_size,
     shortened,
     stored_file,
 )
@@ -292,7 +293,7 @@ def _read_frames(
         video_backend=_get(given, "video_backend"),
     )
     first = int(chosen[0])
-    metadata.frame_size = _rgb_frame(item, frames[first], first, options).shape[:2]
+    metadata.frame_size = original_size(_rgb_frame(item, frames[first], first, options))
     metadata.sampled_timestamps = times.seconds[chosen].tolist()
     metadata.source_first_timestamp = getattr(given, "source_first_timestamp", None)
     if times.are_irregular:

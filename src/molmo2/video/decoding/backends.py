@@ -8,14 +8,22 @@
 A backend refuses what it cannot read reliably (see `molmo2.video.decoding.readers`), and the next one is tried.
 """
 
-import importlib
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from transformers.utils import logging
 
 from molmo2.image.limits import MediaLimitError, MediaLimits
-from molmo2.video.decoding.readers import BACKENDS, PACKAGES, READERS, Source, VideoReader, VideoSource, brief
+from molmo2.video.decoding.readers import (
+    BACKENDS,
+    PACKAGES,
+    READERS,
+    Source,
+    VideoReader,
+    VideoSource,
+    brief,
+    isolation,
+)
 from molmo2.video.decoding.timeline import VideoDecodeError
 
 logger = logging.get_logger(__name__)
@@ -106,8 +114,7 @@ def _open_reader(name: str, source: Source, only_choice: bool) -> VideoReader:
         if source.limits.decode_seconds is None:
             reader = READERS[name](source, only_choice=only_choice)
         else:
-            isolation = importlib.import_module("molmo2.video.decoding.isolation")
-            reader = isolation.IsolatedReader(name, source, only_choice)
+            reader = isolation().IsolatedReader(name, source, only_choice)
     except MediaLimitError:
         raise
     except Exception as error:  # decoders raise nearly anything

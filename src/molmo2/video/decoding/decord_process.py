@@ -35,25 +35,17 @@ MPEG4_SIGN = re.compile(rb"(?i)FMP4|XVID|DIVX|DX50|mp4v\0|V_MPEG4/ISO")
 MAX_IDLE_CHILDREN = 4  # kept for the next videos; threads of a program may decode as many at a time
 
 
-def _serve_decord(max_bytes: int) -> None:  # noqa: C901  # has to be one function: its source is all the child gets
-    """What the child runs, from its source alone: answers requests on stdin, each a line of JSON, until that ends.
-
-    {"open": path, "most": count, "threads": count or 0} is answered by {"count", "fps", "shape"} and the spans of the
-    frames, (count, 2) float64 seconds, or by {"count"} alone where it announces more than `most`;
-    {"decode": indices, "count": count} by {"index", "shape"} and the pixels of each frame, then by {"more": bool},
-    whether there are more frames than counted. {"error"} ends an answer, {"alive"} may come at any time between them.
-    """
+def prepare_child(max_bytes: int) -> "Any":
+    """Set up a child, which ends with its parent and may take so much memory; gives the file that answers go to."""
     import importlib
-    import json
     import os
     import signal
-    import sys
     import threading
     import time
 
     parent = os.getppid()
 
-    def follow_parent() -> None:  # a file may keep decord busy for ever, and a pipe may outlive its owner in a fork
+    def follow_parent() -> None:  # a file may keep decoders busy for ever, and a pipe may outlive its owner in a fork
         while os.getppid() == parent:
             time.sleep(0.5)
         os._exit(1)
@@ -68,6 +60,21 @@ def _serve_decord(max_bytes: int) -> None:  # noqa: C901  # has to be one functi
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     except Exception:  # Windows has no limits, and a parent may have set narrower ones
         pass
+    return output
+
+
+def _serve_decord(output: "Any") -> None:  # noqa: C901  # one function: its source and the one above are all it gets
+    """What the child runs, from its source alone: answers requests on stdin, each a line of JSON, until that ends.
+
+    {"open": path, "most": count, "threads": count or 0} is answered by {"count", "fps", "shape"} and the spans of the
+    frames, (count, 2) float64 seconds, or by {"count"} alone where it announces more than `most`;
+    {"decode": indices, "count": count} by {"index", "shape"} and the pixels of each frame, then by {"more": bool},
+    whether there are more frames than counted. {"error"} ends an answer, {"alive"} may come at any time between them.
+    """
+    import importlib
+    import json
+    import sys
+    import time
 
     def send(answer: dict, data: "Any" = None) -> None:
         output.write(json.dumps(answer).encode() + b"\n")
@@ -136,6 +143,7 @@ class DecordProcess:
 
     _idle: list[Any] = []
     _lock = threading.Lock()
+    decoder = "decord"  # in errors
 
     def __init__(self) -> None:
         code = f"import sys; sys.path[:] = {sys.path!r}\n{self._code()}"
@@ -156,7 +164,7 @@ class DecordProcess:
                 pipesize=PIPE_BYTES,
             )
         except OSError as error:
-            raise VideoDecodeError(f"no process could be started for decord ({error})") from error
+            raise VideoDecodeError(f"no process could be started for {self.decoder} ({error})") from error
         answer = self._answer(START_SECONDS)
         if "error" in answer:
             self.kill()
@@ -170,7 +178,8 @@ class DecordProcess:
             raise VideoDecodeError(
                 "decord cannot be loaded (there is no such package). Install it with `pip install decord2`."
             )
-        return f"{inspect.getsource(_serve_decord)}\n_serve_decord({MAX_CHILD_BYTES})"
+        functions = map(inspect.getsource, (prepare_child, _serve_decord))
+        return "\n".join([*functions, f"_serve_decord(prepare_child({MAX_CHILD_BYTES}))"])
 
     @classmethod
     def borrow(cls: type[Process]) -> Process:
@@ -290,10 +299,11 @@ class DecordProcess:
     def _death(self) -> VideoDecodeError:
         self.kill()
         if self._was_late:
-            return VideoDecodeError("decord stopped answering and was ended; the file is damaged, or made to do this")
+            how = "stopped answering and was ended"
+            return VideoDecodeError(f"{self.decoder} {how}; the file is damaged, or made to do this")
         code = self._child.returncode
         how = f"signal {-code}" if code < 0 else f"exit status {code}"
-        return VideoDecodeError(f"decord's process ended with {how}; the file is damaged, or made to do this")
+        return VideoDecodeError(f"{self.decoder}'s process ended with {how}; the file is damaged, or made to do this")
 
 
 def _may_be_mpeg4(path: str) -> bool:

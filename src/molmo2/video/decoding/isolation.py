@@ -12,10 +12,8 @@ import base64
 import importlib
 import json
 import math
-import os
 import pickle
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -23,9 +21,10 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from molmo2.image.limits import MediaLimitError, MediaLimits
-from molmo2.video.decoding.decord_process import MAX_CHILD_BYTES, DecordProcess
+from molmo2.video.decoding.decord_process import MAX_CHILD_BYTES, DecordProcess, prepare_child
 from molmo2.video.decoding.readers import READERS, Source, VideoReader, brief
 from molmo2.video.decoding.timeline import VideoDecodeError, VideoTimeline
 
@@ -55,7 +54,7 @@ class IsolatedReader(VideoReader):
         """The timeline from a child that now has the video open."""
         process = self._process = IsolatedProcess.borrow()
         try:
-            process.allow(self._seconds, self._source)
+            process.allow_decoding(self._source, self._seconds)
             return process.open_reader(self.backend, self._source, self._only_choice)
         except BaseException:
             self.close()
@@ -79,16 +78,40 @@ class IsolatedProcess(DecordProcess):
     """A child that decodes with any of `READERS`; `allow` it some time before its first request."""
 
     _idle: list[Any] = []
+    decoder = "the decoder"
     seconds_left = math.inf
-    limits = MediaLimits(decode_seconds=0)
-    name = "The video"
+    _late = ""
+    _has_video = False
 
     def _code(self) -> str:
         return f"from molmo2.video.decoding import isolation; isolation.serve({MAX_CHILD_BYTES})"
 
-    def allow(self, seconds: float, source: Source) -> None:
-        """Wait so many seconds for the answers about this video, all together."""
-        self.seconds_left, self.limits, self.name = seconds, source.limits, source.name
+    def allow(self, seconds: float, late: str) -> None:
+        """Wait so many seconds for the answers to come, all together; then a `MediaLimitError` says this."""
+        self.seconds_left, self._late = seconds, late
+
+    def allow_decoding(self, source: Source, seconds: float) -> None:
+        """Wait so many of the seconds that the limits of a video allow."""
+        try:
+            source.limits.check("decode_seconds", math.inf, f"{source.name} was not decoded in time")
+        except MediaLimitError as late:
+            self.allow(seconds, str(late))
+
+    def give_back(self) -> None:
+        if self._has_video and not self.is_busy:  # else an idle child keeps a file open, and what its frames took
+            self._has_video = False
+            with suppress(MediaLimitError, VideoDecodeError):  # then it has ended
+                self._ask({"close": True})
+                self._result()
+                self.is_busy = False
+        super().give_back()
+
+    def inspect(self, source: Source) -> str:
+        """See `Source.animated_format`."""
+        self._ask({"inspect": True, **_described(source)})
+        image_format = self._result()["image_format"]
+        self.is_busy = False
+        return str(image_format)
 
     def open_reader(self, backend: str, source: Source, only_choice: bool) -> VideoTimeline:
         """Open a video in the child.
@@ -96,9 +119,8 @@ class IsolatedProcess(DecordProcess):
         Raises:
             MediaLimitError, VideoDecodeError: As the reader, or the child is late or dies.
         """
-        about = {"path": source.path, "num_bytes": source.num_bytes, "image_format": source.image_format}
-        limits = {**asdict(source.limits), "decode_seconds": None}
-        self._ask({"open": backend, "name": source.name, **about, "limits": limits, "only_choice": only_choice})
+        self._has_video = True
+        self._ask({"open": backend, **_described(source), "only_choice": only_choice})
         answer = self._result()
         starts = np.empty(answer.pop("count"), dtype=np.float64)
         self._read_into(starts)
@@ -148,8 +170,23 @@ class IsolatedProcess(DecordProcess):
         error = super()._death()
         if self._was_late and self.seconds_left < math.inf:
             self.seconds_left = 0.0
-            self.limits.check("decode_seconds", math.inf, f"{self.name} was not decoded in time")
-        return VideoDecodeError(error.reason.replace("decord", "the decoder"))
+            raise MediaLimitError(self._late)
+        return error
+
+
+def animated_format(source: Source) -> str:
+    """`Source.animated_format` of a child.
+
+    Raises:
+        MediaLimitError: Pillow was waited for longer than `decode_seconds`; others as there.
+        VideoDecodeError: As there, or the child died.
+    """
+    process = IsolatedProcess.borrow()
+    try:
+        process.allow_decoding(source, float(source.limits.decode_seconds or 0))
+        return process.inspect(source)
+    finally:
+        process.give_back()
 
 
 def call_isolated(function: Callable[..., object], *arguments: Any, seconds: float) -> None:
@@ -163,10 +200,19 @@ def call_isolated(function: Callable[..., object], *arguments: Any, seconds: flo
     """
     process = IsolatedProcess.borrow()
     try:
-        process.seconds_left, process.limits = seconds, MediaLimits(decode_seconds=seconds)
+        name = function.__name__
+        process.allow(
+            seconds, f"{name} did not end within {seconds:g} seconds and was ended. Allow it more `seconds`."
+        )
         process.call(function, arguments)
     finally:
         process.give_back()
+
+
+def _described(source: Source) -> dict[str, Any]:
+    """A source as JSON; the child waits for nobody."""
+    about = {name: getattr(source, name) for name in ("name", "path", "num_bytes", "image_format")}
+    return {**about, "limits": {**asdict(source.limits), "decode_seconds": None}}
 
 
 # --- the child -------------------------------------------------------------------------------------------------------
@@ -178,10 +224,8 @@ def serve(max_bytes: int) -> None:
     Args:
         max_bytes: Of memory, where the system can limit it.
     """
-    _follow_parent()
-    _limit_memory(max_bytes)
-    output = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what libraries print does not mix with answers
+    output = prepare_child(max_bytes)
+    Image.init()  # loads the formats of Pillow, which is no part of the first video's time
     reader: VideoReader | None = None
 
     def send(answer: dict[str, Any], data: np.ndarray | None = None) -> None:
@@ -194,51 +238,39 @@ def serve(max_bytes: int) -> None:
     for line in sys.stdin.buffer:
         request = json.loads(line)
         try:
-            if "open" in request:
-                if reader is not None:
-                    reader.close()
-                reader = None  # also where opening fails
-                reader = _open(request)
+            if "inspect" in request:
+                send({"image_format": _source(request).animated_format()})
+            elif "open" in request:
+                reader = READERS[request["open"]](_source(request), only_choice=request["only_choice"])
                 timeline = {name: value for name, value in vars(reader.timeline).items() if name != "start_seconds"}
                 send({**timeline, "count": reader.timeline.num_frames}, reader.timeline.start_seconds)
+            elif "close" in request:
+                if reader is not None:
+                    reader.close()
+                reader = None
+                send({"end": True})
             elif "call" in request:
                 function = getattr(importlib.import_module(request["of"]), request["call"])
                 function(*pickle.loads(base64.b64decode(request["arguments"])))
                 send({"end": True})
             elif reader is not None:
-                for frame in reader.frames(request["decode"]):
-                    send({"shape": frame.shape}, frame)
+                _send_frames(reader, request["decode"], send)
                 send({"end": True})
         except Exception as error:  # decoders raise nearly anything
             reason = error.reason if isinstance(error, VideoDecodeError) else brief(error)
             send({"error": type(error).__name__, "text": str(error), "reason": reason})
 
 
-def _open(request: dict[str, Any]) -> VideoReader:
-    source = Source(
+def _send_frames(reader: VideoReader, indices: list[int], send: Callable[..., None]) -> None:
+    for frame in reader.frames(indices):  # the last one is freed with this function, not with the next request
+        send({"shape": frame.shape}, frame)
+
+
+def _source(request: dict[str, Any]) -> Source:
+    return Source(
         request["name"],
         request["path"],
         request["num_bytes"],
         MediaLimits(**request["limits"]),
         request["image_format"],
     )
-    return READERS[request["open"]](source, only_choice=request["only_choice"])
-
-
-def _limit_memory(max_bytes: int) -> None:
-    with suppress(Exception):  # Windows has no limits, and a parent may have set narrower ones
-        resource = importlib.import_module("resource")
-        resource.setrlimit(resource.RLIMIT_DATA, (max_bytes, resource.getrlimit(resource.RLIMIT_DATA)[1]))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
-def _follow_parent() -> None:
-    """End this process with its parent: a file may keep a decoder busy for ever, and a pipe outlive its owner."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

@@ -111,7 +111,10 @@ class Source:
             result = cls._from_stream(source, name or repr(getattr(source, "name", "a file object")), limits)
         else:
             raise TypeError(f"A video is a path, bytes or a file object, not {type(source).__name__}.")
-        return replace(result, image_format=result._animated_format())
+        result._require_video()
+        if limits.decode_seconds is None:
+            return replace(result, image_format=result.animated_format())
+        return replace(result, image_format=isolation().animated_format(result))
 
     @classmethod
     def _from_path(cls, path: Path, limits: MediaLimits) -> "Source":
@@ -128,8 +131,8 @@ class Source:
         copy = _TemporaryCopy(stream, name, limits)
         return cls(name, copy.path, Path(copy.path).stat().st_size, limits, keeps=copy)
 
-    def _animated_format(self) -> str:
-        """The format of an animation; "" for any other video. Refuses what is no video by its first bytes."""
+    def _require_video(self) -> None:
+        """Refuse what is no video by its first bytes."""
         if self.num_bytes == 0:
             raise VideoDecodeError(f"{self.name} is empty (0 bytes). Check that it was written completely.")
         with open(self.path, "rb") as file:
@@ -139,15 +142,27 @@ class Source:
                 f"{self.name} is a text, not a video. Playlists and other lists of addresses are not followed; pass "
                 "the video itself."
             )
+
+    def animated_format(self) -> str:
+        """The format of an animation; "" for any other video.
+
+        Raises:
+            MediaLimitError: it is over a limit that shows in its header.
+            VideoDecodeError: it is an image.
+        """
         try:
             with self.open_animation() as image:
-                kind, num_images = image.format, getattr(image, "n_frames", 1)
-                size = (image.height, image.width)
+                kind, size = image.format, (image.height, image.width)
+                num_images = 1
+                if kind == "GIF":  # has no count: Pillow would walk to its end; the decoders hold it to the limit
+                    num_images += image.is_animated
+                elif kind in ANIMATED_FORMATS:
+                    num_images = getattr(image, "n_frames", 1)
         except MediaLimitError as error:  # the limit has another name for videos
             raise MediaLimitError(str(error).replace("image_pixels", "video_frame_pixels")) from None
         except Exception:  # no image, or one that decoders of videos may understand better
             return ""
-        if not (kind in ANIMATED_FORMATS and num_images > 1):
+        if num_images == 1:
             raise VideoDecodeError(f"{self.name} is an image ({kind}), not a video. Pass it as an image.")
         self.limits.check_video(self.name, num_images, size, self.num_bytes)
         return kind
@@ -156,6 +171,20 @@ class Source:
         """The file as an image of Pillow, held to the limit on frames of videos."""
         as_frame = replace(self.limits, image_pixels=self.limits.video_frame_pixels)
         return open_image(Path(self.path), self.name, as_frame)
+
+
+def isolation() -> Any:
+    """The module of readers in a child, which the files beside a checkpoint lack.
+
+    Raises:
+        ValueError: this is one of those files.
+    """
+    if not __name__.startswith("molmo2."):
+        raise ValueError(
+            "MediaLimits(decode_seconds=...) needs the package molmo2-transformers, and a model that `molmo2.load` "
+            "loads: the files beside a checkpoint decode in this process. Leave it out here."
+        )
+    return importlib.import_module("molmo2.video.decoding.isolation")
 
 
 class _TemporaryCopy:
@@ -366,6 +395,7 @@ class _TorchcodecReader(VideoReader):
             device="cpu",
             seek_mode="exact",
         )
+        source.limits.check_frames(source.name, len(self._decoder))
         metadata = self._decoder.metadata
         self._first_timestamp = float(metadata.begin_stream_seconds)
         end = float(metadata.end_stream_seconds) - self._first_timestamp
@@ -503,7 +533,7 @@ class _PyavReader(VideoReader):
             last: int | None = self._last_stamp
             stamp = frame.pts if self._packets.has_stamps else count
             if stamp is not None and last is not None and stamp < last:
-                raise VideoDecodeError("its time stamps are not in the order of its frames")
+                raise self._error("its time stamps are not in the order of its frames")
             self._last_stamp = stamp
             yield stamp, frame
 
