@@ -1096,19 +1096,19 @@ MAX_WHOLE_PIXELS, STRIP_PIXELS = 1 << 24, 1 << 20
 class ReducedImage(np.ndarray):
     """A JPEG that was decoded at a part of its size, which was `original_size` (height, width)."""
 
-    original_size: tuple[int, int] = (0, 0)
+    original_size: tuple[int, int] | None = None  # also of arrays made of one: they are of their own shape
 
 
 def original_size(image: np.ndarray) -> tuple[int, int]:
     """(height, width) of an image as it was given; plans, tokens and points are made for it."""
-    return image.original_size if isinstance(image, ReducedImage) else image.shape[:2]
+    return getattr(image, "original_size", None) or image.shape[:2]
 
 
 def upright(image: Image.Image) -> Image.Image:
     """The decoded image, turned by its orientation tag; itself where that does not turn it, which saves a copy."""
     image.load()
     if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
-        return image
+        return image.copy() if image.format == "WEBP" else image  # which keeps its decoder and two canvases
     turned = ImageOps.exif_transpose(image)
     if hasattr(image, "original_size"):
         turned.original_size = _upright_size(image)  # type: ignore[attr-defined]
@@ -1331,15 +1331,17 @@ def open_image(file: Path | IO[bytes], where: str, limits: MediaLimits) -> Image
 def _reduce_jpeg(image: Image.Image, limits: MediaLimits) -> None:
     """Have a JPEG with too many pixels decoded at a half, a quarter or an eighth of its size, if that is accepted.
 
-    A progressive one is left alone: its decoder has all of it in memory at any size.
+    A progressive one is left alone: its decoder has all of it in memory at any size. Pillow halves no side below one
+    pixel, so that very narrow ones may be refused.
     """
-    if not limits.reduce_jpeg or image.format != "JPEG" or image.info.get("progressive"):
+    if not limits.reduce_jpeg or image.format not in ("JPEG", "MPO") or image.info.get("progressive"):
         return
     size = width, height = image.size
     scales = [scale for scale in (1, 2, 4, 8) if -(-width // scale) * -(-height // scale) <= limits.image_pixels]
     if scales and scales[0] > 1:
-        image.draft(image.mode, (width // scales[0], height // scales[0]))
-        image.original_size = size  # type: ignore[attr-defined]
+        image.draft(image.mode, (max(1, width // scales[0]), max(1, height // scales[0])))
+        if image.size != size:
+            image.original_size = size  # type: ignore[attr-defined]
 
 
 def _can_seek(file: IO[bytes]) -> bool:

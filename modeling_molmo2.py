@@ -2732,7 +2732,8 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
             packed_rows: Examples and branches that do not see each other. Without these, without a mask and with
                 `use_cache=False`, examples are told by `position_ids` that restart.
         Raises:
-            ValueError: Neither or both of ids and embeddings, or more tokens than `max_position_embeddings`.
+            ValueError: Neither or both of ids and embeddings, more tokens than `max_position_embeddings`, or a cache
+                with tokens under gradient checkpointing.
         """
         if input_ids is not None and inputs_embeds is None:
             inputs_embeds = self.wte(input_ids.clamp(min=0))
@@ -2745,8 +2746,10 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
         output_hidden_states = self._setting("output_hidden_states", output_hidden_states)
         if use_cache is None:
             use_cache = self.config.use_cache and packed_rows is None
-        if self.drops_cache:
-            use_cache = False
+        if self.drops_cache:  # also for layers of releases that drop it by another name only
+            if past_key_values is not None and cached_length(past_key_values) > 0:
+                raise ValueError("Tokens in a cache cannot be continued under gradient checkpointing in training.")
+            use_cache, past_key_values = False, None
         if use_cache and past_key_values is None:
             past_key_values = use_preallocated_layers(DynamicCache(config=self.config))
 

@@ -80,6 +80,7 @@ from .image_processing_molmo2 import (
     masked,
     normalization,
     open_image,
+    original_size,
     pair,
     pixel_dtype,
     plain,
@@ -238,25 +239,17 @@ MPEG4_SIGN = re.compile(rb"(?i)FMP4|XVID|DIVX|DX50|mp4v\0|V_MPEG4/ISO")
 MAX_IDLE_CHILDREN = 4  # kept for the next videos; threads of a program may decode as many at a time
 
 
-def _serve_decord(max_bytes: int) -> None:  # noqa: C901  # has to be one function: its source is all the child gets
-    """What the child runs, from its source alone: answers requests on stdin, each a line of JSON, until that ends.
-
-    {"open": path, "most": count, "threads": count or 0} is answered by {"count", "fps", "shape"} and the spans of the
-    frames, (count, 2) float64 seconds, or by {"count"} alone where it announces more than `most`;
-    {"decode": indices, "count": count} by {"index", "shape"} and the pixels of each frame, then by {"more": bool},
-    whether there are more frames than counted. {"error"} ends an answer, {"alive"} may come at any time between them.
-    """
+def prepare_child(max_bytes: int) -> "Any":
+    """Set up a child, which ends with its parent and may take so much memory; gives the file that answers go to."""
     import importlib
-    import json
     import os
     import signal
-    import sys
     import threading
     import time
 
     parent = os.getppid()
 
-    def follow_parent() -> None:  # a file may keep decord busy for ever, and a pipe may outlive its owner in a fork
+    def follow_parent() -> None:  # a file may keep decoders busy for ever, and a pipe may outlive its owner in a fork
         while os.getppid() == parent:
             time.sleep(0.5)
         os._exit(1)
@@ -271,6 +264,21 @@ def _serve_decord(max_bytes: int) -> None:  # noqa: C901  # has to be one functi
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     except Exception:  # Windows has no limits, and a parent may have set narrower ones
         pass
+    return output
+
+
+def _serve_decord(output: "Any") -> None:  # noqa: C901  # one function: its source and the one above are all it gets
+    """What the child runs, from its source alone: answers requests on stdin, each a line of JSON, until that ends.
+
+    {"open": path, "most": count, "threads": count or 0} is answered by {"count", "fps", "shape"} and the spans of the
+    frames, (count, 2) float64 seconds, or by {"count"} alone where it announces more than `most`;
+    {"decode": indices, "count": count} by {"index", "shape"} and the pixels of each frame, then by {"more": bool},
+    whether there are more frames than counted. {"error"} ends an answer, {"alive"} may come at any time between them.
+    """
+    import importlib
+    import json
+    import sys
+    import time
 
     def send(answer: dict, data: "Any" = None) -> None:
         output.write(json.dumps(answer).encode() + b"\n")
@@ -339,6 +347,7 @@ class DecordProcess:
 
     _idle: list[Any] = []
     _lock = threading.Lock()
+    decoder = "decord"  # in errors
 
     def __init__(self) -> None:
         code = f"import sys; sys.path[:] = {sys.path!r}\n{self._code()}"
@@ -359,7 +368,7 @@ class DecordProcess:
                 pipesize=PIPE_BYTES,
             )
         except OSError as error:
-            raise VideoDecodeError(f"no process could be started for decord ({error})") from error
+            raise VideoDecodeError(f"no process could be started for {self.decoder} ({error})") from error
         answer = self._answer(START_SECONDS)
         if "error" in answer:
             self.kill()
@@ -373,7 +382,8 @@ class DecordProcess:
             raise VideoDecodeError(
                 "decord cannot be loaded (there is no such package). Install it with `pip install decord2`."
             )
-        return f"{inspect.getsource(_serve_decord)}\n_serve_decord({MAX_CHILD_BYTES})"
+        functions = map(inspect.getsource, (prepare_child, _serve_decord))
+        return "\n".join([*functions, f"_serve_decord(prepare_child({MAX_CHILD_BYTES}))"])
 
     @classmethod
     def borrow(cls: type[Process]) -> Process:
@@ -493,10 +503,11 @@ class DecordProcess:
     def _death(self) -> VideoDecodeError:
         self.kill()
         if self._was_late:
-            return VideoDecodeError("decord stopped answering and was ended; the file is damaged, or made to do this")
+            how = "stopped answering and was ended"
+            return VideoDecodeError(f"{self.decoder} {how}; the file is damaged, or made to do this")
         code = self._child.returncode
         how = f"signal {-code}" if code < 0 else f"exit status {code}"
-        return VideoDecodeError(f"decord's process ended with {how}; the file is damaged, or made to do this")
+        return VideoDecodeError(f"{self.decoder}'s process ended with {how}; the file is damaged, or made to do this")
 
 
 def _may_be_mpeg4(path: str) -> bool:
@@ -723,7 +734,10 @@ class Source:
             result = cls._from_stream(source, name or repr(getattr(source, "name", "a file object")), limits)
         else:
             raise TypeError(f"A video is a path, bytes or a file object, not {type(source).__name__}.")
-        return replace(result, image_format=result._animated_format())
+        result._require_video()
+        if limits.decode_seconds is None:
+            return replace(result, image_format=result.animated_format())
+        return replace(result, image_format=isolation().animated_format(result))
 
     @classmethod
     def _from_path(cls, path: Path, limits: MediaLimits) -> "Source":
@@ -740,8 +754,8 @@ class Source:
         copy = _TemporaryCopy(stream, name, limits)
         return cls(name, copy.path, Path(copy.path).stat().st_size, limits, keeps=copy)
 
-    def _animated_format(self) -> str:
-        """The format of an animation; "" for any other video. Refuses what is no video by its first bytes."""
+    def _require_video(self) -> None:
+        """Refuse what is no video by its first bytes."""
         if self.num_bytes == 0:
             raise VideoDecodeError(f"{self.name} is empty (0 bytes). Check that it was written completely.")
         with open(self.path, "rb") as file:
@@ -751,15 +765,27 @@ class Source:
                 f"{self.name} is a text, not a video. Playlists and other lists of addresses are not followed; pass "
                 "the video itself."
             )
+
+    def animated_format(self) -> str:
+        """The format of an animation; "" for any other video.
+
+        Raises:
+            MediaLimitError: it is over a limit that shows in its header.
+            VideoDecodeError: it is an image.
+        """
         try:
             with self.open_animation() as image:
-                kind, num_images = image.format, getattr(image, "n_frames", 1)
-                size = (image.height, image.width)
+                kind, size = image.format, (image.height, image.width)
+                num_images = 1
+                if kind == "GIF":  # has no count: Pillow would walk to its end; the decoders hold it to the limit
+                    num_images += image.is_animated
+                elif kind in ANIMATED_FORMATS:
+                    num_images = getattr(image, "n_frames", 1)
         except MediaLimitError as error:  # the limit has another name for videos
             raise MediaLimitError(str(error).replace("image_pixels", "video_frame_pixels")) from None
         except Exception:  # no image, or one that decoders of videos may understand better
             return ""
-        if not (kind in ANIMATED_FORMATS and num_images > 1):
+        if num_images == 1:
             raise VideoDecodeError(f"{self.name} is an image ({kind}), not a video. Pass it as an image.")
         self.limits.check_video(self.name, num_images, size, self.num_bytes)
         return kind
@@ -768,6 +794,20 @@ class Source:
         """The file as an image of Pillow, held to the limit on frames of videos."""
         as_frame = replace(self.limits, image_pixels=self.limits.video_frame_pixels)
         return open_image(Path(self.path), self.name, as_frame)
+
+
+def isolation() -> Any:
+    """The module of readers in a child, which the files beside a checkpoint lack.
+
+    Raises:
+        ValueError: this is one of those files.
+    """
+    if not __name__.startswith("molmo2."):
+        raise ValueError(
+            "MediaLimits(decode_seconds=...) needs the package molmo2-transformers, and a model that `molmo2.load` "
+            "loads: the files beside a checkpoint decode in this process. Leave it out here."
+        )
+    return importlib.import_module("molmo2.video.decoding.isolation")
 
 
 class _TemporaryCopy:
@@ -978,6 +1018,7 @@ class _TorchcodecReader(VideoReader):
             device="cpu",
             seek_mode="exact",
         )
+        source.limits.check_frames(source.name, len(self._decoder))
         metadata = self._decoder.metadata
         self._first_timestamp = float(metadata.begin_stream_seconds)
         end = float(metadata.end_stream_seconds) - self._first_timestamp
@@ -1115,7 +1156,7 @@ class _PyavReader(VideoReader):
             last: int | None = self._last_stamp
             stamp = frame.pts if self._packets.has_stamps else count
             if stamp is not None and last is not None and stamp < last:
-                raise VideoDecodeError("its time stamps are not in the order of its frames")
+                raise self._error("its time stamps are not in the order of its frames")
             self._last_stamp = stamp
             yield stamp, frame
 
@@ -1496,8 +1537,7 @@ def _open_reader(name: str, source: Source, only_choice: bool) -> VideoReader:
         if source.limits.decode_seconds is None:
             reader = READERS[name](source, only_choice=only_choice)
         else:
-            isolation = importlib.import_module("molmo2.video.decoding.isolation")
-            reader = isolation.IsolatedReader(name, source, only_choice)
+            reader = isolation().IsolatedReader(name, source, only_choice)
     except MediaLimitError:
         raise
     except Exception as error:  # decoders raise nearly anything
@@ -2054,7 +2094,7 @@ def _read_frames(
         video_backend=_get(given, "video_backend"),
     )
     first = int(chosen[0])
-    metadata.frame_size = _rgb_frame(item, frames[first], first, options).shape[:2]
+    metadata.frame_size = original_size(_rgb_frame(item, frames[first], first, options))
     metadata.sampled_timestamps = times.seconds[chosen].tolist()
     metadata.source_first_timestamp = getattr(given, "source_first_timestamp", None)
     if times.are_irregular:
