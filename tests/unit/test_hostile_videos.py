@@ -309,8 +309,6 @@ def test_frames_that_are_not_in_the_order_of_their_times():
             stamps.append(place + 4)
         place += 11 + size + 4
     content[stamps[6] : stamps[6] + 3] = (767).to_bytes(3, "big")
-    with (
-        open_video(bytes(content), "pyav") as reader,
-        pytest.raises(VideoDecodeError, match="its time stamps are not in the order of its frames"),
-    ):
+    message = "pyav cannot read .*: its time stamps are not in the order of its frames"
+    with open_video(bytes(content), "pyav") as reader, pytest.raises(VideoDecodeError, match=message):
         list(reader.frames([0, 7, 11]))

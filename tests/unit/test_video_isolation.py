@@ -155,6 +155,12 @@ def files_open_in(process):
     return [os.readlink(entry) for entry in folder.iterdir()]
 
 
+def test_an_answer_after_the_deadline_is_late_too(monkeypatch):
+    monkeypatch.setattr(decord_process, "WATCH_SECONDS", 1000)  # nobody looks at the clock
+    with pytest.raises(MediaLimitError, match=r"not decoded in time, over the limit decode_seconds=0\."):
+        open_video(clip(), "pyav", MediaLimits(decode_seconds=0))
+
+
 def test_an_interrupt_does_not_end_a_child():
     process = IsolatedProcess.borrow()
     process._child.send_signal(signal.SIGINT)

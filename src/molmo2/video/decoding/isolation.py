@@ -164,6 +164,8 @@ class IsolatedProcess(DecordProcess):
         answer = super()._answer(max(0.0, seconds))
         if "ready" not in answer:  # the start of a child is no fault of the file
             self.seconds_left -= time.monotonic() - asked
+            if self.seconds_left < 0:  # between two looks at the clock; `is_busy` has the child ended
+                raise MediaLimitError(self._late)
         return answer
 
     def _death(self) -> VideoDecodeError:
