@@ -29,6 +29,7 @@ if importlib.util.find_spec("vllm") is None:
     pytest.skip("needs vLLM: `make test-vllm`", allow_module_level=True)
 
 import numpy as np
+import psutil
 import torch
 from openai import OpenAI
 from PIL import Image
@@ -638,6 +639,13 @@ def test_hostile_requests(server, body):
     else:
         assert 400 <= status < 500, text
     assert server.is_healthy()
+
+
+def test_clips_are_decoded_in_a_process_with_a_deadline(server, questions):
+    """The child that `decode_seconds` asks for stays with the server for the next clip."""
+    server.answer(questions[-1].endpoint)
+    started = psutil.Process(server.process.pid).children(recursive=True)
+    assert any("isolation.serve" in " ".join(process.cmdline()) for process in started)
 
 
 def test_hostile_options_for_clips_and_the_engine_lives_on(server, reference, clip, questions, expected):

@@ -17,6 +17,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.processing import BaseMultiModalProcessor, PromptReplacement, PromptUpdate, PromptUpdateDetails
 
+from molmo2.image.limits import MediaLimits
 from molmo2.model.vision_inputs import MediaGrids, flat_pooling
 from molmo2.processing.processor import Molmo2Processor
 from molmo2.processing.prompt_tokens import (
@@ -46,6 +47,8 @@ ROWS = {
 }
 PER_ITEM = {"image": ("image_num_patches",), "video": ("video_num_patches",)}
 PROMPT_FIELDS = {"image": "image_tokens", "video": "video_prompt"}
+# Requests are those of strangers: decoders of videos run in a process that is ended after so many seconds.
+LIMITS = MediaLimits(decode_seconds=60)
 PLACEHOLDERS = {"image": IMAGE_PLACEHOLDER, "video": VIDEO_PLACEHOLDER}
 
 
@@ -53,7 +56,9 @@ PLACEHOLDERS = {"image": IMAGE_PLACEHOLDER, "video": VIDEO_PLACEHOLDER}
 def _processor(folder_or_repo: str, revision: str | None, options: str) -> Molmo2Processor:
     by_modality = json.loads(options)
     own = {name: value for values in by_modality.values() for name, value in values.items()}
-    return Molmo2Processor.from_pretrained(folder_or_repo, revision=revision or "main", **own)
+    processor = Molmo2Processor.from_pretrained(folder_or_repo, revision=revision or "main", **own)
+    processor.limits = LIMITS
+    return processor
 
 
 class ProcessingInfo(original.Molmo2ProcessingInfo):
