@@ -301,7 +301,8 @@ def test_a_side_of_the_throughput(tmp_path, monkeypatch, side):
     assert found["answers"] == 6 * len(found["texts"]) == 36
     assert 0 < found["measured_seconds"] <= found["whole_seconds"]
     assert found["tokens"] > found["requests"] > 0
-    assert side == "one-by-one" or (found["workers"] == 2 and 0 <= found["outside"] < 1)
+    # Of so few questions one worker may have answered all before the other one was ready.
+    assert side == "one-by-one" or (found["workers"] in (1, 2) and 0 <= found["outside"] < 1)
 
 
 # Nothing varies, and nothing but decoding and the model takes time.
@@ -470,6 +471,7 @@ def test_the_check_runs(tmp_path, monkeypatch):
 # --- a day with a GPU ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_gpu_day_without_a_gpu(tmp_path):
     """Every step with a small model on the pretend device; what needs kernels is left out by name."""
     output = tmp_path / "gpu.json"
