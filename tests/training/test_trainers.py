@@ -536,7 +536,9 @@ def test_the_page_runs_as_written(tmp_path, monkeypatch, capsys):
     """`py` blocks need TRL and run where it is; `print(...)  # text` prints that text."""
     page = (REPOSITORY / "docs" / "training.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```(python|py)\n(.*?)^```", page, re.M | re.S)
-    assert len(blocks) == 10
+    assert len(blocks) == 11
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
+        monkeypatch.setenv(name, value)  # as torchrun does it, for the block that begins a process group
     write_miniature(tmp_path / "Molmo2-4B")
     shutil.copy(REPOSITORY / "examples" / "data" / "nasa_frame.jpg", tmp_path / "boats.jpg")
     shutil.copy(REPOSITORY / "examples" / "data" / "nasa_clip.mp4", tmp_path / "penguins.mp4")
@@ -546,6 +548,8 @@ def test_the_page_runs_as_written(tmp_path, monkeypatch, capsys):
         if language == "py" and importlib.util.find_spec("trl") is None:
             continue
         exec(compile(block, "training.md", "exec"), names)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
         printed = capsys.readouterr().out.splitlines()
         for line in re.findall(r"^print\(.*\)(?:  |\n)# (.*)$", block, re.M):
             assert line in printed
