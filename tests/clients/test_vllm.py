@@ -326,6 +326,36 @@ def test_files_that_vllm_reads_in_its_own_way(engine, reference, pictures):
         assert chat(engine, [endpoint]) == [generate(reference, own)]
 
 
+def test_the_blocks_of_the_page_run_as_written(server, engine, page, pictures, reference, monkeypatch):
+    """The address, the model and the image are those of this test; the engine is the one that runs already."""
+    import vllm
+
+    online, offline = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    own, endpoint = ask("Point to the red circles.", pictures[0])
+    address = endpoint[0]["content"][0]["image_url"]["url"]
+    for written, real in [
+        ("http://127.0.0.1:8000", server.url),
+        ("allenai/Molmo2-4B", "miniature"),
+        ("https://example.org/boats.jpg", address),
+        ("Point to the boats.", "Point to the red circles."),
+    ]:
+        assert written in online
+        online = online.replace(written, real)
+    found = {}
+    exec(online, found)
+    expected = reference[1].decode(generate(reference, own)[1], skip_special_tokens=True)
+    assert found["reply"].choices[0].message.content == expected
+    assert [point.x_norm for point in found["points"]] == [
+        point.x_norm for point in reference[1].post_process_grounding(expected).points
+    ]
+    asked = []
+    monkeypatch.setattr(vllm, "LLM", lambda *arguments, **options: asked.append(options) or engine)
+    found = {"conversations": [endpoint]}
+    exec(offline, found)
+    assert found["outputs"][0].outputs[0].text == expected
+    assert asked[0].keys() <= set(vllm.EngineArgs.__dataclass_fields__)
+
+
 def test_frames_that_are_decoded_already(engine, reference):
     from vllm import SamplingParams
 
@@ -420,7 +450,10 @@ def write_shape(name, folder: Path, target: Path) -> Path:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_shape(name, folder, work, pictures, clip):
-    """Tokens, and the logarithms of their probabilities."""
+    """Tokens, and the logarithms of their probabilities.
+
+    All tests of `engine` come before: shutting an engine down ends the process groups of this process.
+    """
     from vllm import LLM, SamplingParams
 
     shape = write_shape(name, folder, work / "".join(filter(str.isalnum, name)))
@@ -723,36 +756,6 @@ def test_the_client_of_this_package(server, reference, questions):
 @pytest.fixture
 def page():
     return (REPOSITORY / "docs" / "serving.md").read_text(encoding="utf-8")
-
-
-def test_the_blocks_of_the_page_run_as_written(server, engine, page, pictures, reference, monkeypatch):
-    """The address, the model and the image are those of this test; the engine is the one that runs already."""
-    import vllm
-
-    online, offline = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
-    own, endpoint = ask("Point to the red circles.", pictures[0])
-    address = endpoint[0]["content"][0]["image_url"]["url"]
-    for written, real in [
-        ("http://127.0.0.1:8000", server.url),
-        ("allenai/Molmo2-4B", "miniature"),
-        ("https://example.org/boats.jpg", address),
-        ("Point to the boats.", "Point to the red circles."),
-    ]:
-        assert written in online
-        online = online.replace(written, real)
-    found = {}
-    exec(online, found)
-    expected = reference[1].decode(generate(reference, own)[1], skip_special_tokens=True)
-    assert found["reply"].choices[0].message.content == expected
-    assert [point.x_norm for point in found["points"]] == [
-        point.x_norm for point in reference[1].post_process_grounding(expected).points
-    ]
-    asked = []
-    monkeypatch.setattr(vllm, "LLM", lambda *arguments, **options: asked.append(options) or engine)
-    found = {"conversations": [endpoint]}
-    exec(offline, found)
-    assert found["outputs"][0].outputs[0].text == expected
-    assert asked[0].keys() <= set(vllm.EngineArgs.__dataclass_fields__)
 
 
 def test_the_flags_of_the_page_are_those_of_vllm(page):
