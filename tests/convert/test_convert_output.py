@@ -1003,6 +1003,18 @@ def test_settings_that_no_native_file_can_say(tmp_path, converted, capsys):
     assert not (tmp_path / "back").exists()
 
 
+@pytest.mark.parametrize("value", [[3], [], 3, None, {"height": 3}, "33"])
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "video_preprocessor_config.json"])
+def test_wrong_sizes_on_the_way_back(tmp_path, converted, capsys, name, value):
+    shutil.copytree(converted, tmp_path / "hf")
+    settings = json.loads((tmp_path / "hf" / name).read_text())
+    (tmp_path / "hf" / name).write_text(json.dumps({**settings, "pooling_size": value}))
+    assert main([str(tmp_path / "hf"), str(tmp_path / "back"), "--to-native", "--quiet"]) in (3, 4)
+    assert "Traceback" not in (message := capsys.readouterr().err)
+    assert message.startswith("error: ")
+    assert not (tmp_path / "back").exists()
+
+
 def test_no_folder_to_go_back_from(tmp_path, capsys):
     assert main([str(tmp_path), str(tmp_path / "back"), "--to-native", "--quiet"]) == 3
     assert "model.safetensors is missing" in capsys.readouterr().err

@@ -189,7 +189,7 @@ def _readable(folder: Path) -> Iterator[None]:
         raise CheckpointError(
             f"The JSON files of {folder} lack {error}; expected those of a published folder."
         ) from None
-    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+    except (TypeError, ValueError, AttributeError, OverflowError, IndexError) as error:
         raise CheckpointError(
             f"The JSON files of {folder} hold a wrong value ({error}); expected those of a published folder."
         ) from None
@@ -258,12 +258,13 @@ def _image_values(image: dict[str, Any], processor: dict[str, Any]) -> dict[str,
 
 
 def _video_values(video: dict[str, Any], processor: dict[str, Any]) -> dict[str, Any]:
+    pooling_h, pooling_w = video["pooling_size"]
     return {
         "max_frames": video["num_frames"],
         "frame_sample_mode": video["frame_sample_mode"],
         "max_fps": [video["max_fps"]],
-        "pooling_h": video["pooling_size"][0],
-        "pooling_w": video["pooling_size"][1],
+        "pooling_h": pooling_h,
+        "pooling_w": pooling_w,
         "use_frame_special_tokens": processor["use_frame_special_tokens"],
     }
 
