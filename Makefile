@@ -56,7 +56,7 @@ test-fiftyone: ## the FiftyOne model and labels beside a database
 	$(IN) fiftyone python scripts/with_mongod 600 $(TEST) -W ignore::DeprecationWarning tests/clients/test_fiftyone.py
 
 test-training: ## runs with TRL, PEFT and two processes, and the example of fine-tuning
-	$(IN) training $(TEST) $(addprefix tests/training/test_,trainers.py finetuning.py training_round_trip.py training_example.py data_sets.py recipes.py)
+	$(IN) training $(TEST) $(addprefix tests/training/test_,trainers.py finetuning.py parallel.py training_round_trip.py training_example.py data_sets.py recipes.py)
 
 test-quantization: ## bitsandbytes, torchao, quanto and torch's own, on transformers 4.57.1 and the release of development
 	$(IN) quantization@4.57.1 $(TEST) tests/clients/test_quantization.py
