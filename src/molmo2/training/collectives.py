@@ -37,6 +37,10 @@ class Ranks:
         start, end = self.bounds(tensor.shape[dim])[self.index]
         return tensor.narrow(dim, start, end - start)
 
+    def global_rank(self, index: int) -> int:
+        """The rank among all processes of one of the group, as calls of torch.distributed name sources and targets."""
+        return distributed.get_global_rank(self.group, index)
+
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over the processes; no gradient, and `tensor` itself is kept."""
         total = tensor.detach().clone(memory_format=torch.contiguous_format)

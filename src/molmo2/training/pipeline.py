@@ -117,7 +117,7 @@ class Pipeline:
         given = {name: value for name, value in batch.items() if self.is_first or name not in MEDIA_INPUTS}
         if not self.is_first:
             states = torch.empty(*batch["input_ids"].shape, self.width, dtype=self.dtype, device=self._device())
-            distributed.recv(states, self._global_rank(-1), group=self.ranks.group)
+            distributed.recv(states, self._neighbour(-1), group=self.ranks.group)
             self._received = states.requires_grad_(torch.is_grad_enabled())
         received = self._received
         self._is_passing = True
@@ -128,7 +128,7 @@ class Pipeline:
             states = self.model.model(**own, use_cache=False).last_hidden_state
         finally:
             self._received, self._is_passing = None, False
-        distributed.send(states.detach().contiguous(), self._global_rank(1), group=self.ranks.group)
+        distributed.send(states.detach().contiguous(), self._neighbour(1), group=self.ranks.group)
         return received, states
 
     def forward_backward(
@@ -154,14 +154,12 @@ class Pipeline:
                 total += loss.detach().float()
             else:
                 gradient = torch.empty_like(output)
-                distributed.recv(gradient, self._global_rank(1), group=self.ranks.group)
+                distributed.recv(gradient, self._neighbour(1), group=self.ranks.group)
                 output.backward(gradient)
             if received is not None:
-                assert received.grad is not None
-                distributed.send(received.grad.contiguous(), self._global_rank(-1), group=self.ranks.group)
-        distributed.broadcast(
-            total, distributed.get_global_rank(self.ranks.group, self.ranks.size - 1), self.ranks.group
-        )
+                to_previous: Any = received.grad
+                distributed.send(to_previous.contiguous(), self._neighbour(-1), group=self.ranks.group)
+        distributed.broadcast(total, self.ranks.global_rank(self.ranks.size - 1), self.ranks.group)
         return total
 
     def clip_gradients(self, max_norm: float) -> Tensor:
@@ -190,13 +188,12 @@ class Pipeline:
                 tensor = (
                     own[name] if index == self.ranks.index else torch.empty(shape, dtype=dtype, device=self._device())
                 )
-                source = distributed.get_global_rank(self.ranks.group, index)
-                distributed.broadcast(tensor.contiguous(), source, group=self.ranks.group)
+                distributed.broadcast(tensor.contiguous(), self.ranks.global_rank(index), group=self.ranks.group)
                 found[name] = tensor.cpu()
         return found
 
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def _global_rank(self, step: int) -> int:
-        return distributed.get_global_rank(self.ranks.group, self.ranks.index + step)
+    def _neighbour(self, step: int) -> int:
+        return self.ranks.global_rank(self.ranks.index + step)

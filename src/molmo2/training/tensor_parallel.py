@@ -193,8 +193,7 @@ def _save(model: nn.Module, save: Callable, *args: Any, **kwargs: Any) -> None:
             save(*given.args, **given.kwargs)
         except Exception as caught:
             error, failure = caught, [f"{type(caught).__name__}: {caught}"]
-    group = layout.ranks.group
-    distributed.broadcast_object_list(failure, distributed.get_global_rank(group, 0), group)
+    distributed.broadcast_object_list(failure, layout.ranks.global_rank(0), layout.ranks.group)
     if error is not None:
         raise error
     if failure[0] is not None:
