@@ -50,6 +50,7 @@ TASKS: dict[str, Callable[[str], Any]] = {
     "Count": prompts.count,
     "Track": prompts.track,
 }
+CLOSING_SECONDS = 30.0  # of an answer whose conversation has ended: a step of a large model on a CPU takes seconds
 SHEET_COLUMNS = 3
 SHEET_CELL_WIDTH = 180  # pixels; frames are stored no wider than this
 
@@ -203,6 +204,7 @@ class Conversation:
         images: The images; empty for a video.
         video: The video, or None.
         frames: The sampled frames of the video.
+        name: Random; no other conversation has it.
     """
 
     def __init__(
@@ -217,12 +219,36 @@ class Conversation:
         self._backend, self._options = backend, options
         self._session: EngineSession | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="molmo2_app_")  # deleted with the conversation
+        self.name = Path(self._folder.name).name
         self._num_answers = 0
-        self._stopped = Event()
+        self._stopped, self._idle = Event(), Event()
+        self._idle.set()
+        self._closed = False
+
+    @property
+    def is_answering(self) -> bool:
+        """Whether an answer is being generated or drawn."""
+        return not self._idle.is_set()
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
 
     def stop(self) -> None:
         """End the answer that is being generated; its text so far becomes the answer."""
         self._stopped.set()
+
+    def close(self, seconds: float = CLOSING_SECONDS) -> None:
+        """End the conversation: no answer begins any more, and one that runs ends without another update.
+
+        Args:
+            seconds: Longest time to wait for its end, which comes with the next token.
+        """
+        self._closed = True
+        self._stopped.set()
+        if not self._idle.wait(seconds):
+            log.warning("An answer still runs %g s after the end of its conversation.", seconds)
 
     def answer(self, question: str, task: str = "Ask") -> Generator[Update, None, None]:
         """The answer to the next question, piece by piece. Closing the generator stops the model.
@@ -239,13 +265,16 @@ class Conversation:
         if not question.strip():
             example = "“Point to the red circles.”" if task == "Ask" else "“red circles”"
             raise UserError(f"Write a question first, for example {example}")
+        self._idle.clear()
         self._stopped = Event()
         try:
-            yield from self._updates(TASKS[task](question.strip()), self._stopped)
+            if not self._closed:  # from here on, closing sets the new event
+                yield from self._updates(TASKS[task](question.strip()), self._stopped)
         except (EngineError, ValueError) as error:  # such as a prompt that is too long; these messages say what to do
             raise UserError(str(error)) from error
         finally:
             self.stop()
+            self._idle.set()
 
     def _updates(self, question: Any, stopped: Event) -> Generator[Update, None, None]:
         session = self._opened_session()
@@ -261,6 +290,8 @@ class Conversation:
             return stopped.is_set()
 
         for piece in session.stream(question, self._backend.max_new_tokens, should_stop):
+            if self._closed:
+                return
             raw, points, answer = raw + piece.text, points + piece.points, piece.answer
             drawn = self._draw(replace(empty, points=points)) if piece.points else None
             if answer is None:

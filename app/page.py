@@ -37,6 +37,8 @@ class Page:
             if backend.notice:
                 gr.Markdown(backend.notice, elem_id="notice")
             self.conversation = gr.State(None)
+            # What the visitor sees, while the state is what the server has by the time it comes to a question.
+            self.name = gr.Textbox(visible=False)
             self.question = gr.Textbox(
                 label="Question",
                 placeholder="Point to the red circles.",
@@ -113,16 +115,18 @@ class Page:
 
     def _connect(self) -> None:
         shown = [self.conversation, self.status, self.images, self.video, self.chat, self.note, self.raw]
-        outputs = [*shown, *self.exports.values()]
+        outputs = [*shown, self.name, *self.exports.values()]
         opening = [self.files.change, self.again.click, self.chat.clear, self.num_frames.submit, self.max_fps.submit]
         media = [self.files, self.num_frames, self.max_fps, self.conversation]
-        asking = self.question.submit(
+        self.question.submit(
             self.ask,
-            [self.question, self.conversation, self.chat, self.task],
+            [self.question, self.conversation, self.chat, self.task, self.name],
             [*outputs, self.question],
             show_progress="hidden",
         )
-        gr.on(opening, self.open, media, outputs, show_progress="hidden", cancels=[asking])
+        # No `cancels`: gradio may send an update of an answer after its cancellation, which its page then shows, or
+        # calls an error. `open` waits for the end of the answer instead.
+        gr.on(opening, self.open, media, outputs, show_progress="hidden")
         self.stop.click(lambda conversation: conversation and conversation.stop(), self.conversation)
         self.blocks.unload(self.leave)
 
@@ -135,14 +139,20 @@ class Page:
         max_fps: float | None = None,
         previous: Conversation | None = None,
         request: gr.Request | None = None,
-    ) -> dict[Any, Any]:
-        """Start a conversation about the uploaded files; an answer in the previous one ends."""
+    ) -> Iterator[dict[Any, Any]]:
+        """Start a conversation about the uploaded files, once the answer in the previous one has ended."""
+        fresh = {self.chat: [], self.note: "", self.raw: "", self.video: gr.Video(visible=False), **self._exports({})}
         if previous is not None:
-            previous.stop()  # the page no longer listens, but the model would go on, and read the files
+            if previous.is_answering:
+                yield fresh  # at once; the model may take a while
+            previous.close()  # its last update has been sent: none can follow those below
         if request is not None:
             self.uploads.keep(request.session_hash or "", paths or [])
-        fresh = {self.chat: [], self.note: "", self.raw: "", self.video: gr.Video(visible=False), **self._exports({})}
-        nothing = {**fresh, self.conversation: None, self.images: gr.Gallery(visible=False)}
+        yield {**fresh, **self._opened(paths, num_frames, max_fps)}
+
+    def _opened(self, paths: list[str] | None, num_frames: float | None, max_fps: float | None) -> dict[Any, Any]:
+        """The components of a new conversation, or of what is wrong with its files."""
+        nothing = {self.conversation: None, self.name: "", self.images: gr.Gallery(visible=False)}
         if not paths:
             return {**nothing, self.status: gr.Markdown(visible=False)}
         try:
@@ -152,7 +162,11 @@ class Page:
         except Exception:
             log.exception("Opening %s failed.", paths)
             return {**nothing, **self._message(FAILED)}
-        opened = {**fresh, self.conversation: conversation, self.status: gr.Markdown(visible=False)}
+        opened = {
+            self.conversation: conversation,
+            self.name: conversation.name,
+            self.status: gr.Markdown(visible=False),
+        }
         if conversation.video is None:
             return {**opened, self.images: self._gallery(conversation.images)}
         video = gr.Video(str(conversation.video), visible=True)
@@ -163,16 +177,28 @@ class Page:
         self.uploads.keep(request.session_hash or "", [])
 
     def ask(
-        self, question: str, conversation: Conversation | None, chat: list[dict[str, Any]], task: str = "Ask"
-    ) -> Iterator[dict[Any, Any]]:
-        """Answer a question, piece by piece."""
-        updates = None
+        self,
+        question: str,
+        conversation: Conversation | None,
+        chat: list[dict[str, Any]],
+        task: str = "Ask",
+        name: str = "",
+    ) -> Iterator[Any]:
+        """Answer a question, piece by piece.
+
+        Args:
+            name: That of the conversation in which it was asked. If another has begun since, nothing is answered.
+        """
+        if conversation is None and not name:
+            yield self._message("Add an image or a video first.")
+            return
+        if conversation is None or conversation.name != name:
+            yield gr.skip()
+            return
+        updates, message = conversation.answer(question, task), None
+        asked = question.strip() if task == "Ask" else f"{task}: {question.strip()}"
+        turns = [*chat, _turn("user", asked)]
         try:
-            if conversation is None:
-                raise UserError("Add an image or a video first.")
-            updates = conversation.answer(question, task)
-            asked = question.strip() if task == "Ask" else f"{task}: {question.strip()}"
-            turns = [*chat, _turn("user", asked)]
             for update in updates:
                 yield {
                     self.chat: [*turns, _turn("assistant", update.text)],
@@ -180,13 +206,16 @@ class Page:
                     **self._changed(update),
                 }
         except UserError as error:
-            yield self._message(error)
+            message = str(error)
         except Exception:
             log.exception("Answering %r failed.", question)
-            yield self._message(FAILED)
+            message = FAILED
         finally:
-            if updates is not None:
-                updates.close()  # stops the model when the user does
+            updates.close()  # stops the model when the user does
+        if conversation.is_closed:
+            yield gr.skip()  # gradio sends what came last once more when an answer ends
+        elif message is not None:
+            yield self._message(message)
 
     def _changed(self, update: Update) -> dict[Any, Any]:
         """The components that an update changes besides the text."""

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,8 @@ import pytest
 
 pytest.importorskip("gradio")
 pytest.importorskip("playwright")
+
+import gradio as gr
 
 from app.backend import Backend
 from app.engines import LocalEngine
@@ -75,9 +78,37 @@ def page(gate):
 def test_an_answer_ends_before_its_files_go(page, monkeypatch):
     ended = []
     monkeypatch.setattr(page.uploads, "keep", lambda *_: ended.append("files"))
-    previous = SimpleNamespace(stop=lambda: ended.append("answer"))
-    page.open(None, previous=previous, request=SimpleNamespace(session_hash="one"))
+    previous = SimpleNamespace(close=lambda: ended.append("answer"), is_answering=True)
+    cleared, _ = page.open(None, previous=previous, request=SimpleNamespace(session_hash="one"))
+    assert cleared[page.chat] == []
     assert ended == ["answer", "files"]
+
+
+def test_a_late_question_is_not_asked_in_the_next_conversation(page):
+    """Where many ask, a question may wait until its conversation has ended."""
+    first, second = (page.backend.open([DATA / "world_clip.mp4"]) for _ in range(2))
+    assert list(page.ask("Point to the cups.", second, [], name=first.name)) == [gr.skip()]
+    assert list(page.ask("Point to the cups.", None, [], name=first.name)) == [gr.skip()]
+    assert not second.is_answering
+    assert len(list(page.ask("Point to the cups.", second, [], name=second.name))) > 1
+
+
+def test_nothing_follows_the_end_of_a_conversation(page, paths):
+    conversation = page.backend.open(paths[:1])
+    answer = page.ask("Tell a story.", conversation, [], name=conversation.name)
+    next(answer)
+    ended = []
+    closing = threading.Thread(target=lambda: ended.append(conversation.close()))
+    closing.start()
+    while not conversation.is_closed:
+        time.sleep(0.001)
+    assert conversation.is_answering
+    assert not ended  # it waits for the answer
+    assert list(answer) == [gr.skip()]
+    closing.join(30)
+    assert ended == [None]
+    assert not conversation.is_answering
+    assert list(page.ask("Tell a story.", conversation, [], name=conversation.name)) == [gr.skip()]
 
 
 @pytest.fixture
