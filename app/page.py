@@ -126,7 +126,7 @@ class Page:
         )
         # No `cancels`: gradio may send an update of an answer after its cancellation, which its page then shows, or
         # calls an error. `open` waits for the end of the answer instead.
-        gr.on(opening, self.open, media, outputs, show_progress="hidden")
+        gr.on(opening, self.open, media, outputs, show_progress="hidden", trigger_mode="always_last")
         self.stop.click(lambda conversation: conversation and conversation.stop(), self.conversation)
         self.blocks.unload(self.leave)
 

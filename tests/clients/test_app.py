@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 pytest.importorskip("gradio")
 pytest.importorskip("playwright")
@@ -292,6 +293,22 @@ def test_a_new_conversation_ends_the_answer(visitor, gate, paths):
     assert 2 < gate.text.count("word") < 10  # the model does not run on
     expect(visitor.answers).to_have_count(0)
     expect(visitor.page.locator("#note")).not_to_contain_text("tokens in")
+    visitor.ask("Point to the cups.")
+    expect(visitor.answers).to_have_text("Counting the cups (2 points) shows a total of 2.")
+
+
+def test_files_that_come_while_an_answer_ends(visitor, gate, paths):
+    visitor.upload(paths[:1])
+    expect(visitor.page.locator(IMAGE)).to_be_visible()
+    gate.place = "word word word"
+    visitor.ask("Tell a story.")
+    expect(visitor.answers).to_contain_text("word word")
+    before = visitor.page.locator(IMAGE).get_attribute("src")
+    visitor.upload(paths[1:])
+    expect(visitor.answers).to_have_count(0)
+    gate.opened.set()
+    expect(visitor.page.locator(IMAGE)).not_to_have_attribute("src", before)
+    assert (visitor.shown(IMAGE) == np.asarray(Image.open(paths[1]))).all()
     visitor.ask("Point to the cups.")
     expect(visitor.answers).to_have_text("Counting the cups (2 points) shows a total of 2.")
 
