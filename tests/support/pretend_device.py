@@ -11,14 +11,16 @@ Operations are counted where they reach the backend, after composite ones are ta
     wait     the host needs a value: `item`, `tolist`, `bool`, `nonzero`, boolean indices, copies to the CPU
     copy     from the host to the device, among them `torch.tensor(..., device="cuda")` and indices on the CPU
 
-and refused, with the words of CUDA, where tensors of both devices meet. Not simulated: streams, memory, autocast,
-inference mode (which is `no_grad` here) and what the compiler would fuse.
+and refused, with the words of CUDA, where tensors of both devices meet. `device.capture()` records the kernels with
+the memory that they read and write, and starts them again, as a CUDA graph does. Not simulated: streams, memory,
+autocast, inference mode (which is `no_grad` here) and what the compiler would fuse.
 """
 
 import functools
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -106,6 +108,36 @@ def moved(model: Any) -> Any:
     return model
 
 
+class Capture:
+    """The kernels that a piece of code started, as a CUDA graph has them: with their arguments and their memory.
+
+    Numbers of the host are those of the capture for ever, and so are the addresses of tensors.
+
+    Attributes:
+        kernels: (operation, shapes of its tensors) of each.
+    """
+
+    def __init__(self) -> None:
+        self.kernels: list[tuple[str, tuple[torch.Size, ...]]] = []
+        self._calls: list[tuple[Callable[..., Any], Any, Any, list[Tensor]]] = []
+
+    def add(self, name: str, func: Callable[..., Any], args: Any, kwargs: Any, result: Any) -> None:
+        """A kernel, with arguments and result on the CPU."""
+        given = _tensors(args, kwargs)
+        self.kernels.append((name, tuple(tensor.shape for tensor in given)))
+        made = [tensor for tensor in _tensors(result) if not any(tensor is argument for argument in given)]
+        self._calls.append((func, args, kwargs, made))
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        """Start all kernels again; what they read has been written to the memory of the captured run before."""
+        for func, args, kwargs, made in self._calls:
+            given = _tensors(args, kwargs)
+            found = [t for t in _tensors(func(*args, **kwargs)) if not any(t is argument for argument in given)]
+            for memory, tensor in zip(made, found, strict=True):
+                memory.copy_(tensor)
+
+
 class PretendDevice:
     """The device, within a `with` block.
 
@@ -117,6 +149,7 @@ class PretendDevice:
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self.places: Counter[tuple[str, str, str]] = Counter()
+        self._capture: Capture | None = None
         self._modes: tuple[TorchFunctionMode, TorchDispatchMode] = (_Functions(self), _Operations(self))
 
     def __enter__(self) -> "PretendDevice":
@@ -133,6 +166,22 @@ class PretendDevice:
             mode.__exit__(*error)
         self._patch.stop()
         _active.remove(self)
+
+    @contextmanager
+    def capture(self) -> Iterator[Capture]:
+        """Records the kernels of a `with` block."""
+        self._capture = found = Capture()
+        try:
+            yield found
+        finally:
+            self._capture = None
+
+    def captured(self, name: str, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The result of a kernel on the CPU, recorded in a capture."""
+        result = func(*args, **kwargs)
+        if self._capture is not None:
+            self._capture.add(name, func, args, kwargs, result)
+        return result
 
     def count(self, kind: str, name: str) -> None:
         frame: Any = sys._getframe(1)
@@ -153,9 +202,12 @@ class PretendDevice:
             return func(*args, **kwargs)
         if _is_composite(func):
             return func.decompose(*args, **({**kwargs, "device": target} if target is not None else kwargs))
+        num_launched = self.counts["launch"]
         self._account(func, args, kwargs, tensors, goes_here)
         originals = {id(t.data_on_cpu): t for t in tensors if isinstance(t, PretendTensor)}
-        result = func(*_each(on_cpu, args), **_each(on_cpu, kwargs))
+        given, named = _each(on_cpu, args), _each(on_cpu, kwargs)
+        is_kernel = self.counts["launch"] > num_launched
+        result = self.captured(func.name(), func, given, named) if is_kernel else func(*given, **named)
         is_placed = goes_here if not func.name().startswith("aten::copy_") else isinstance(args[0], PretendTensor)
 
         def placed(value: Tensor) -> Tensor:
@@ -244,7 +296,8 @@ class _Functions(TorchFunctionMode):
         for _ in range(1 + any(tensor.dtype == torch.bool for tensor in tensors)):
             self.owner.count("launch", func.__name__)
         with torch._C.DisableTorchFunction():
-            return PretendTensor(func(*_each(on_cpu, args), **_each(on_cpu, kwargs)))
+            given, named = _each(on_cpu, args), _each(on_cpu, kwargs)
+            return PretendTensor(self.owner.captured(func.__name__, func, given, named))
 
 
 @functools.cache

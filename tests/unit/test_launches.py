@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, StaticCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from molmo2 import MediaSession
@@ -88,6 +88,95 @@ def test_a_token_launches_half_as_much_as_in_the_library(dtype, tmp_path):
 def test_a_prefill_waits_at_most_five_times(name):
     device = counted(model_of(4, torch.float32), placed(name), 1)
     assert device.counts["wait"] <= 5, device.places
+
+
+# --- CUDA graphs -----------------------------------------------------------------------------------------------------
+
+CACHED = 256  # length of the static cache
+
+
+class StaticStep:
+    """A step of decoding whose inputs and cache are always at the same addresses, as for a CUDA graph."""
+
+    def __init__(self, model, inputs):
+        self.model = model
+        rows, self.place = inputs["input_ids"].shape
+        mask = on_cpu(inputs["attention_mask"]).bool()
+        self.starts = mask.sum(1)
+        self.cache = StaticCache(config=model.config.get_text_config(), max_cache_len=CACHED)
+        self.ids = on_device(torch.zeros(rows, 1, dtype=torch.long))
+        self.positions, self.cache_position = on_device(self.starts[:, None]), on_device(torch.tensor([self.place]))
+        seen = torch.cat((mask, mask.new_zeros(rows, CACHED - self.place)), 1)
+        self.mask = on_device(seen[:, None, None])
+        model(**inputs, past_key_values=self.cache)
+
+    def write(self, token: int) -> None:
+        """The inputs of the next step, from the host."""
+        on_cpu(self.ids).fill_(token)
+        on_cpu(self.mask)[..., self.place] = True
+        on_cpu(self.cache_position).fill_(self.place)
+        on_cpu(self.positions).copy_(self.starts[:, None])
+        self.place, self.starts = self.place + 1, self.starts + 1
+
+    def run(self) -> Tensor:
+        given = {"input_ids": self.ids, "attention_mask": self.mask, "position_ids": self.positions}
+        given |= {"cache_position": self.cache_position, "past_key_values": self.cache}
+        return self.model(**given, use_cache=True, logits_to_keep=1).logits
+
+    def memory(self) -> list[Tensor]:
+        """Of the cache, which a step changes."""
+        return [
+            on_cpu(part) for layer in self.cache.layers for part in (layer.keys, layer.values, layer.cumulative_length)
+        ]
+
+    def addresses(self) -> list[int]:
+        weights = [on_cpu(part) for part in (*self.model.parameters(), *self.model.buffers())]
+        return [part.data_ptr() for part in (*self.memory(), *weights)]
+
+
+@pytest.mark.skipif(not IS_RECENT, reason="static caches of early releases keep their place on the host")
+@pytest.mark.parametrize("names", [("text",), ("text", "two images")], ids=["alone", "padded"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_a_step_can_be_captured_and_replayed(names, dtype):
+    with PretendDevice() as device:
+        step = StaticStep(model_of(2, dtype), placed(*names, dtype=dtype))
+        addresses = step.addresses()
+        captures = []
+        for token in (5, 6, 7):
+            step.write(token)
+            device.counts.clear()
+            with device.capture() as capture:
+                logits = step.run()
+            captures.append(capture.kernels)
+            assert (device.counts["wait"], device.counts["copy"]) == (0, 0), device.places
+            assert device.counts["launch"] >= len(capture.kernels) > 20
+            assert step.addresses() == addresses
+        assert captures[0] == captures[1] == captures[2]
+
+        for token in (8, 9, 10):  # the last capture is replayed instead of a run
+            step.write(token)
+            before = [part.clone() for part in step.memory()]
+            expected = on_cpu(step.run()).clone()
+            after = [part.clone() for part in step.memory()]
+            for part, content in zip(step.memory(), before, strict=True):
+                part.copy_(content)
+            capture.replay()
+            assert torch.equal(on_cpu(logits), expected)
+            assert all(map(torch.equal, step.memory(), after))
+
+
+@torch.no_grad()
+def test_a_replay_has_the_numbers_of_the_host_and_the_memory_of_the_capture():
+    given, factor = on_device(torch.ones(2)), 2
+    with PretendDevice() as device:
+        with device.capture() as capture:
+            found = (given * factor)[1:].add_(1)
+        on_cpu(given).fill_(5)
+        factor = 3
+        capture.replay()
+    assert on_cpu(found).tolist() == [11]
+    assert capture.kernels == [("aten::mul.Tensor", ((2,),)), ("aten::add_.Tensor", ((1,),))]
 
 
 # --- nothing on both devices -----------------------------------------------------------------------------------------

@@ -4,8 +4,10 @@ import importlib
 import io
 import json
 import shutil
+import tracemalloc
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -301,9 +303,86 @@ def test_pyav_jumps_over_long_gaps(tmp_path, monkeypatch):
 def test_pyav_starts_again_where_a_key_frame_was_none(tmp_path, monkeypatch):
     file = encode(tmp_path / "long.mp4", "libx264", count=96, options={"g": "48"})
     with open_video(file, "pyav") as reader:
-        wrong = reader._packets.place_of(reader._packets.stamps[80]) + 2  # a packet that cannot be decoded by itself
+        wrong = reader._packets.place_of(reader._packets.stamp_of(80)) + 2  # a packet that cannot be decoded by itself
         monkeypatch.setattr(readers_module._PacketTable, "key_before", lambda self, index: wrong if index > 70 else 0)
         assert [number_on(rgb) for rgb in reader.frames([3, 80])] == [3, 80]
+
+
+# --- the table of packets --------------------------------------------------------------------------------------------
+
+
+def packet_table(shown_at, decoded_at=None, hidden=(), tick=Fraction(1, 12800)):
+    """The table of packets with these time stamps in file order, every tenth of them a key frame."""
+    stream = SimpleNamespace(time_base=tick, average_rate=None)
+    packets = (
+        SimpleNamespace(
+            size=1, pts=pts, dts=dts, is_keyframe=place % 10 == 0, is_discard=place in hidden, duration=512
+        )
+        for place, (pts, dts) in enumerate(zip(shown_at, decoded_at or shown_at, strict=True))
+    )
+    return readers_module._PacketTable.from_packets(stream, packets)
+
+
+@pytest.mark.parametrize("origin", [0, -1024, 1 << 40, -(1 << 62)])
+@pytest.mark.parametrize("step", [512, 1 << 28], ids=["32 bits", "64 bits"])
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [0, 3, 1, 2]], ids=["as shown", "as decoded"])
+@pytest.mark.parametrize("hidden", [(), (0, 1, 5)], ids=["all", "cut"])
+def test_packets_are_found_by_their_time_stamps(origin, step, order, hidden):
+    shown_at = [origin + step * (group + place) for group in range(0, 200, 4) for place in order]
+    table = packet_table(shown_at, sorted(shown_at), hidden)
+    assert table.file_stamps.dtype == (np.int32 if step == 512 else np.int64)
+    assert [table.place_of(stamp) for stamp in shown_at] == list(range(200))
+    assert [table.stamp_at(place) for place in range(200)] == shown_at
+    strangers = (None, origin - 1, origin + 1, shown_at[-1] + 2 * step, -(1 << 63), (1 << 63) - 1)
+    assert [table.place_of(stamp) for stamp in strangers] == [-1] * len(strangers)
+    visible = sorted(stamp for place, stamp in enumerate(shown_at) if place not in hidden)
+    assert [table.stamp_of(index) for index in range(len(visible))] == visible
+    assert [table.num_until(stamp) for stamp in (visible[0] - 1, visible[7], visible[-1])] == [0, 8, len(visible)]
+    for index in (0, 3, 50, len(visible) - 1):
+        earlier = [
+            p for p in range(0, 200, 10) if p <= shown_at.index(visible[index]) and shown_at[p] <= visible[index]
+        ]
+        assert table.key_before(index) == max(earlier, default=0)
+    starts = table.timeline((2, 2)).start_seconds
+    np.testing.assert_allclose(starts, [(stamp - visible[0]) / 12800 for stamp in visible], rtol=1e-12)
+
+
+def test_of_two_packets_with_one_time_stamp_the_first_is_found():
+    table = packet_table([0, 1024, 512, 512, 1536], [0, 1, 2, 3, 4])
+    assert (table.place_of(512), table.num_until(1536)) == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("decoded_at", "problem"),
+    [
+        ([0, 512, None, 0, 512], "restart at frame 3 of 5 \\(0.000 s after 0.040 s\\)"),  # frames hide each other
+        ([0, 51200, 50000, None, 0], "restart at frame 4 of 5 \\(0.000 s after 3.906 s\\)"),
+        ([0, 51200, 50000, 50512, 51024], None),  # less than a second back, and no frame is lost
+    ],
+)
+def test_joined_recordings_show_in_their_time_stamps(decoded_at, problem):
+    shown_at = [0, 512, 1024, 512, 1536] if decoded_at[1] == 512 else [0, 512, 1024, 1536, 2048]
+    if problem is None:
+        assert packet_table(shown_at, decoded_at).num_until(2048) == 5
+    else:
+        with pytest.raises(VideoDecodeError, match=problem):
+            packet_table(shown_at, decoded_at)
+
+
+def test_a_table_of_hours_takes_few_bytes_a_frame():
+    """Twelve stay and few more for a moment; FFmpeg's own table has 35, and 30 more while it reads the file."""
+    count = 100_000
+    tracemalloc.start()
+    try:
+        table = packet_table(range(0, 512 * count, 512))
+        timeline = table.timeline((2, 2))
+        kept, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert timeline.num_frames == count
+    assert timeline.start_seconds[-1] == (count - 1) / 25
+    assert kept / count < 14
+    assert peak / count < 24
 
 
 # --- fallback --------------------------------------------------------------------------------------------------------

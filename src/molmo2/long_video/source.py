@@ -304,7 +304,7 @@ class _FrameStore:
         """Args: shown_from: from an index to the indices of all frames that windows show from there on, ascending."""
         self._reader, self._shown_from = reader, shown_from
         self._kept: dict[int, np.ndarray] = {}
-        self._pending: Iterator[int] = iter(())
+        self._pending: Iterator[np.int64] = iter(())
         self._frames: Iterator[np.ndarray] = iter(())
         self.num_decoded = 0
 
@@ -313,7 +313,7 @@ class _FrameStore:
         if index not in self._kept:
             if next(self._pending, None) != index:  # the first one, another window, or a second reading of this one
                 indices = self._shown_from(index)
-                self._pending, self._frames = iter(indices[1:].tolist()), self._reader.frames(indices)
+                self._pending, self._frames = iter(indices[1:]), self._reader.frames(indices)
             frame = next(self._frames)
             self.num_decoded += 1
             self._kept = {number: kept for number, kept in self._kept.items() if number >= keep_from}

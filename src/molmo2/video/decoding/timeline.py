@@ -4,7 +4,7 @@ Times come from the frames themselves, never from the header of the file. Decode
 precision; a constant frame rate is recognised and its times are computed exactly, so that all decide ties alike.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TypeGuard
@@ -18,6 +18,7 @@ CONSTANT_RATE_TOLERANCE_SECONDS = 1e-4
 # Ticks per second of common containers, to undo the float32 rounding of time stamps (coarsest first).
 COMMON_TICK_RATES = (600, 1000, 10240, 12288, 12800, 15360, 16000, 24000, 30000, 60000, 90000)
 FLOAT32_RELATIVE_ERROR = 2.0**-23
+BLOCK_FRAMES = 1 << 13  # whose times are computed at a time
 
 
 class VideoDecodeError(ValueError):
@@ -76,31 +77,60 @@ def make_timeline(
     Backends round: decord to float32, containers to their tick. A constant rate is recognised and its times computed
     exactly, so that "exactly at the start of a frame" means the same for every backend.
 
+    Args:
+        starts: they become those of the timeline, and are changed in place: hours have a million.
+        end_seconds: end of the last frame.
+        declared_fps: the rate in the header; None if it has none.
+        size: (height, width) of the frames.
+        first_timestamp_seconds: the file's own time of the first frame.
+
     Raises:
         VideoDecodeError: the times are not ascending from 0.
     """
     starts = np.asarray(starts, dtype=np.float64)
-    times = np.append(starts, end_seconds)
-    if not np.all(np.isfinite(times)) or starts[0] != 0 or np.any(np.diff(starts) <= 0) or end_seconds < starts[-1]:
+    if starts[0] != 0 or not end_seconds >= starts[-1] or not np.isfinite(end_seconds) or not is_ascending(starts):
         raise VideoDecodeError(
             f"its frame times are unusable: first {starts[0]:.6g}, last {starts[-1]:.6g}, end {end_seconds:.6g} s"
         )
     for rate in _likely_rates(starts, declared_fps):
-        ideal = np.arange(len(times), dtype=np.float64) * rate.denominator
-        ideal /= rate.numerator  # in place: hours have a million frames
-        gaps = times - ideal
-        close = np.abs(gaps, out=gaps) <= CONSTANT_RATE_TOLERANCE_SECONDS
-        if close[:-1].all():  # the last frame may be held longer than the others
-            np.copyto(times, ideal, where=close)
+        # The last frame may be held longer than the others: its end is not asked.
+        if all(_is_close(starts[block], rate, block.start).all() for block in frame_blocks(len(starts))):
+            for block in frame_blocks(len(starts)):
+                starts[block] = _ideal_times(rate, block.start, block.stop)
+            end = np.array([end_seconds])
+            if _is_close(end, rate, len(starts)).all():
+                end_seconds = float(_ideal_times(rate, len(starts), len(starts) + 1)[0])
             break
     return VideoTimeline(
-        start_seconds=times[:-1],
-        duration_seconds=float(times[-1]),
-        fps=_average_fps(len(starts), float(times[-1]), declared_fps),
+        start_seconds=starts,
+        duration_seconds=float(end_seconds),
+        fps=_average_fps(len(starts), float(end_seconds), declared_fps),
         height=size[0],
         width=size[1],
         first_timestamp_seconds=first_timestamp_seconds,
     )
+
+
+def frame_blocks(count: int) -> Iterator[slice]:
+    """Places 0 to `count` in pieces, so that what is computed of them never takes the memory of all."""
+    for start in range(0, count, BLOCK_FRAMES):
+        yield slice(start, min(start + BLOCK_FRAMES, count))
+
+
+def is_ascending(values: np.ndarray) -> bool:
+    """Whether each value is larger than the one before it."""
+    later, earlier = values[1:], values[:-1]
+    return all(bool(np.all(later[block] > earlier[block])) for block in frame_blocks(len(later)))
+
+
+def _ideal_times(rate: Fraction, first: int, stop: int) -> np.ndarray:
+    """Starts of the frames `first` to `stop` at a constant rate, in seconds."""
+    return np.arange(first, stop, dtype=np.float64) * rate.denominator / rate.numerator
+
+
+def _is_close(times: np.ndarray, rate: Fraction, first: int) -> np.ndarray:
+    """Which times, of the frames from `first` on, are those of a constant rate."""
+    return np.abs(times - _ideal_times(rate, first, first + len(times))) <= CONSTANT_RATE_TOLERANCE_SECONDS
 
 
 def _likely_rates(starts: np.ndarray, declared_fps: float | None) -> list[Fraction]:
