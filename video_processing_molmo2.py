@@ -27,7 +27,7 @@ import time
 import weakref
 from abc import ABC, abstractmethod
 from array import array
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -106,6 +106,7 @@ CONSTANT_RATE_TOLERANCE_SECONDS = 1e-4
 # Ticks per second of common containers, to undo the float32 rounding of time stamps (coarsest first).
 COMMON_TICK_RATES = (600, 1000, 10240, 12288, 12800, 15360, 16000, 24000, 30000, 60000, 90000)
 FLOAT32_RELATIVE_ERROR = 2.0**-23
+BLOCK_FRAMES = 1 << 13  # whose times are computed at a time
 
 
 class VideoDecodeError(ValueError):
@@ -164,31 +165,60 @@ def make_timeline(
     Backends round: decord to float32, containers to their tick. A constant rate is recognised and its times computed
     exactly, so that "exactly at the start of a frame" means the same for every backend.
 
+    Args:
+        starts: they become those of the timeline, and are changed in place: hours have a million.
+        end_seconds: end of the last frame.
+        declared_fps: the rate in the header; None if it has none.
+        size: (height, width) of the frames.
+        first_timestamp_seconds: the file's own time of the first frame.
+
     Raises:
         VideoDecodeError: the times are not ascending from 0.
     """
     starts = np.asarray(starts, dtype=np.float64)
-    times = np.append(starts, end_seconds)
-    if not np.all(np.isfinite(times)) or starts[0] != 0 or np.any(np.diff(starts) <= 0) or end_seconds < starts[-1]:
+    if starts[0] != 0 or not end_seconds >= starts[-1] or not np.isfinite(end_seconds) or not is_ascending(starts):
         raise VideoDecodeError(
             f"its frame times are unusable: first {starts[0]:.6g}, last {starts[-1]:.6g}, end {end_seconds:.6g} s"
         )
     for rate in _likely_rates(starts, declared_fps):
-        ideal = np.arange(len(times), dtype=np.float64) * rate.denominator
-        ideal /= rate.numerator  # in place: hours have a million frames
-        gaps = times - ideal
-        close = np.abs(gaps, out=gaps) <= CONSTANT_RATE_TOLERANCE_SECONDS
-        if close[:-1].all():  # the last frame may be held longer than the others
-            np.copyto(times, ideal, where=close)
+        # The last frame may be held longer than the others: its end is not asked.
+        if all(_is_close(starts[block], rate, block.start).all() for block in frame_blocks(len(starts))):
+            for block in frame_blocks(len(starts)):
+                starts[block] = _ideal_times(rate, block.start, block.stop)
+            end = np.array([end_seconds])
+            if _is_close(end, rate, len(starts)).all():
+                end_seconds = float(_ideal_times(rate, len(starts), len(starts) + 1)[0])
             break
     return VideoTimeline(
-        start_seconds=times[:-1],
-        duration_seconds=float(times[-1]),
-        fps=_average_fps(len(starts), float(times[-1]), declared_fps),
+        start_seconds=starts,
+        duration_seconds=float(end_seconds),
+        fps=_average_fps(len(starts), float(end_seconds), declared_fps),
         height=size[0],
         width=size[1],
         first_timestamp_seconds=first_timestamp_seconds,
     )
+
+
+def frame_blocks(count: int) -> Iterator[slice]:
+    """Places 0 to `count` in pieces, so that what is computed of them never takes the memory of all."""
+    for start in range(0, count, BLOCK_FRAMES):
+        yield slice(start, min(start + BLOCK_FRAMES, count))
+
+
+def is_ascending(values: np.ndarray) -> bool:
+    """Whether each value is larger than the one before it."""
+    later, earlier = values[1:], values[:-1]
+    return all(bool(np.all(later[block] > earlier[block])) for block in frame_blocks(len(later)))
+
+
+def _ideal_times(rate: Fraction, first: int, stop: int) -> np.ndarray:
+    """Starts of the frames `first` to `stop` at a constant rate, in seconds."""
+    return np.arange(first, stop, dtype=np.float64) * rate.denominator / rate.numerator
+
+
+def _is_close(times: np.ndarray, rate: Fraction, first: int) -> np.ndarray:
+    """Which times, of the frames from `first` on, are those of a constant rate."""
+    return np.abs(times - _ideal_times(rate, first, first + len(times))) <= CONSTANT_RATE_TOLERANCE_SECONDS
 
 
 def _likely_rates(starts: np.ndarray, declared_fps: float | None) -> list[Fraction]:
@@ -874,12 +904,12 @@ class VideoReader(ABC):
                 f"Frame {outside[0]} of {self._source.name} was requested, but the video has frames 0 to "
                 f"{self.timeline.num_frames - 1}."
             )
-        ascending = np.unique(indices)
-        decoded = zip(ascending.tolist(), self._checked(ascending.tolist()), strict=True)
+        found, counts = np.unique(indices, return_counts=True)
+        ascending = found.tolist()
+        decoded = zip(ascending, self._checked(ascending), strict=True)
         if np.all(np.diff(indices) >= 0):
-            counts = np.unique(indices, return_counts=True)[1]
-            for (_, frame), count in zip(decoded, counts.tolist(), strict=True):
-                yield from [frame] * count
+            for (_, frame), count in zip(decoded, counts, strict=True):
+                yield from [frame] * int(count)
         else:
             frames = dict(decoded)
             for index in indices.tolist():
@@ -1122,7 +1152,7 @@ class _PyavReader(VideoReader):
         frames: Iterator[tuple[int | None, Any]] | None = None
         from_start, reached = False, 0
         for index in indices:
-            stamp, key = int(self._packets.stamps[index]), self._packets.key_before(index)
+            stamp, key = self._packets.stamp_of(index), self._packets.key_before(index)
             if frames is None or key > reached + MIN_SEEK_PACKETS:
                 frames, from_start = self._frames_from(key), key == 0
             try:
@@ -1138,7 +1168,7 @@ class _PyavReader(VideoReader):
             except Exception as error:
                 if self._last_stamp is None:
                     raise self._frame_error(index, error) from error
-                after_last = bisect_right(self._packets.stamps, self._last_stamp)
+                after_last = self._packets.num_until(self._last_stamp)
                 raise self._frame_error(min(after_last, index), error) from error
             reached = self._packets.place_of(stamp)
             yield rgb
@@ -1164,7 +1194,7 @@ class _PyavReader(VideoReader):
         """Packets in file order from the one at `place` on; seeks if that gets there, in MP4 to the start too."""
         if place > 0 or (self._container.format.name.startswith("mov") and 0 in self._packets.key_places[:1]):
             with suppress(self._av.FFmpegError):  # then no packet lands where it should
-                self._container.seek(int(self._packets.file_stamps[place]), stream=self._stream)
+                self._container.seek(self._packets.stamp_at(place), stream=self._stream)
             packets = self._demuxed()
             first = next(packets, None)
             landed = self._packets.place_of(first.pts) if first is not None else -1
@@ -1236,12 +1266,14 @@ def _rgb_view(frame: Any) -> np.ndarray:
 class _PacketTable:
     """The packets of a stream. A *place* counts them in file order, an index in display order.
 
-    Arrays, of at most 24 bytes a packet: ten hours have a million.
+    Arrays, of 4 bytes a packet, 12 where frames are not stored in the order they are shown in (twice as many where 32
+    bits do not hold the time stamps): ten hours have a million.
 
     Attributes:
+        origin: what is added to the numbers of `file_stamps` and `shown_stamps`, in ticks.
         file_stamps: time stamp of each place, in ticks (the place itself if the file has no time stamps).
         by_stamp: places in the order of their time stamps; None if that is the order of the file.
-        stamps: time stamps of the frames that are shown, ascending.
+        shown_stamps: time stamps of the frames that are shown, ascending.
         key_places: places of key frames, ascending.
         has_stamps: False for raw streams; their frames are counted and a constant rate is assumed.
         last_ticks: duration of the last frame, in ticks.
@@ -1249,9 +1281,10 @@ class _PacketTable:
         rate: declared frames per second; None if unknown.
     """
 
+    origin: int
     file_stamps: np.ndarray
     by_stamp: np.ndarray | None
-    stamps: np.ndarray
+    shown_stamps: np.ndarray
     key_places: np.ndarray
     has_stamps: bool
     last_ticks: int
@@ -1261,101 +1294,169 @@ class _PacketTable:
     @classmethod
     def from_packets(cls, stream: Any, packets: Iterator[Any]) -> "_PacketTable":
         """The table of all packets. Those that an edit list cuts off are needed for decoding but not shown."""
-        shown_at, decoded_at, flags = array("q"), array("q"), bytearray()
+        listed, line, keys, hidden = _Stamps(), _TimeLine(stream.time_base), array("q"), array("q")
         has_stamps, highest, ticks_of_highest, ticks_of_latest = True, NO_TICKS, 0, 0
         for packet in packets:
             if packet.size:
+                place, stamp = len(listed.offsets), NO_TICKS if packet.pts is None else packet.pts
                 has_stamps = has_stamps and packet.pts is not None
-                stamp = NO_TICKS if packet.pts is None else packet.pts
-                shown_at.append(stamp)
-                decoded_at.append(NO_TICKS if packet.dts is None else packet.dts)
-                flags.append(packet.is_keyframe + 2 * packet.is_discard)
-                if not packet.is_discard:
+                listed.append(packet.pts)
+                line.follow(place, packet.dts)
+                if packet.is_keyframe:
+                    keys.append(place)
+                if packet.is_discard:
+                    hidden.append(place)
+                else:
                     ticks_of_latest = packet.duration or 0
                     if stamp >= highest:
                         highest, ticks_of_highest = stamp, ticks_of_latest
-        kinds = np.frombuffer(flags, dtype=np.uint8)
-        file_stamps = np.frombuffer(shown_at, dtype=np.int64) if has_stamps else np.arange(len(flags))
-        is_shown = kinds < 2
-        if not is_shown.any():
+        count = len(listed.offsets)
+        if count == len(hidden):
             raise VideoDecodeError("its video track has no frames")
-        by_stamp, stamps, num_lost = None, file_stamps, 0
-        if np.any(file_stamps[1:] <= file_stamps[:-1]):  # frames are stored in another order than they are shown in
-            by_stamp = np.argsort(file_stamps, kind="stable")
-            stamps = file_stamps[by_stamp]
-            num_lost = int(np.count_nonzero(stamps[1:] == stamps[:-1]))
-            stamps = np.unique(file_stamps[is_shown])
-        elif not is_shown.all():
-            stamps = file_stamps[is_shown]
         if has_stamps:
-            _require_one_time_line(np.frombuffer(decoded_at, dtype=np.int64), num_lost, stream.time_base)
+            origin, file_stamps = listed.origin, np.frombuffer(listed.offsets, dtype=listed.offsets.typecode)
+        else:
+            origin, file_stamps = 0, np.arange(count, dtype=np.int32)
+        shown = np.delete(file_stamps, hidden) if hidden else file_stamps
+        by_stamp, num_lost = None, 0
+        if not is_ascending(file_stamps):  # frames are stored in another order than they are shown in
+            by_stamp = np.argsort(file_stamps, kind="stable").astype(np.int32)
+            ordered = file_stamps[by_stamp]
+            num_lost = int(np.count_nonzero(ordered[1:] == ordered[:-1]))
+            shown = np.unique(shown) if hidden or num_lost else ordered
+        if has_stamps:
+            line.require_one(num_lost, count)
         rate = stream.average_rate
         return cls(
+            origin=origin,
             file_stamps=file_stamps,
             by_stamp=by_stamp,
-            stamps=stamps,
-            key_places=np.flatnonzero(kinds & 1) if has_stamps else np.array([], dtype=np.int64),
+            shown_stamps=shown,
+            key_places=np.array(keys if has_stamps else [], dtype=np.int64),
             has_stamps=has_stamps,
             last_ticks=ticks_of_highest if has_stamps else ticks_of_latest,
             tick_seconds=stream.time_base,
             rate=rate if rate else None,
         )
 
+    def stamp_of(self, index: int) -> int:
+        """Time stamp of a frame, in ticks."""
+        return self.origin + int(self.shown_stamps[index])
+
+    def stamp_at(self, place: int) -> int:
+        """Time stamp of a packet, in ticks."""
+        return self.origin + int(self.file_stamps[place])
+
+    def num_until(self, stamp: int) -> int:
+        """Of the frames, how many are shown up to this time stamp."""
+        return bisect_right(self.shown_stamps, stamp - self.origin)
+
     def place_of(self, stamp: int | None) -> int:
         """Place of the first packet with this time stamp; -1 if there is none."""
         if stamp is None:
             return -1
-        rank = int(np.searchsorted(self.file_stamps, stamp, sorter=self.by_stamp))
-        place = min(rank, len(self.file_stamps) - 1)
-        place = place if self.by_stamp is None else int(self.by_stamp[place])
-        return place if self.file_stamps[place] == stamp else -1
+        # Not `np.searchsorted`, which copies the whole array where the types differ.
+        if self.by_stamp is None:
+            place = min(bisect_left(self.file_stamps, stamp - self.origin), len(self.file_stamps) - 1)
+        else:
+            rank = bisect_left(self.by_stamp, stamp - self.origin, key=self.file_stamps.__getitem__)
+            place = int(self.by_stamp[min(rank, len(self.by_stamp) - 1)])
+        return place if self.stamp_at(place) == stamp else -1
 
     def key_before(self, index: int) -> int:
         """Place from which this frame can be decoded: that of a key frame stored and shown no later; 0 if none is."""
-        stamp = int(self.stamps[index])
+        stamp = self.stamp_of(index)
         keys = self.key_places[: np.searchsorted(self.key_places, self.place_of(stamp), side="right")]
-        return next((int(key) for key in keys[::-1] if self.file_stamps[key] <= stamp), 0)
+        return next((int(key) for key in keys[::-1] if self.stamp_at(int(key)) <= stamp), 0)
 
     @property
     def first_timestamp_seconds(self) -> float | None:
-        return float(self.stamps[0] * self.tick_seconds) if self.has_stamps else None
+        return float(self.stamp_of(0) * self.tick_seconds) if self.has_stamps else None
 
     def timeline(self, size: tuple[int, int]) -> VideoTimeline:
         """When each frame, of this (height, width), is shown."""
         rate = None if self.rate is None else float(self.rate)
+        stamps, count = self.shown_stamps, len(self.shown_stamps)
         if self.has_stamps:
-            last_ticks = self.last_ticks
+            tick, last_ticks = self.tick_seconds, self.last_ticks
             if last_ticks <= 0:  # unknown: as long as the frame before it
-                last_ticks = int(self.stamps[-1] - self.stamps[-2]) if len(self.stamps) > 1 else 0
-            times = np.append(self.stamps, int(self.stamps[-1]) + last_ticks) - self.stamps[0]
-            times *= self.tick_seconds.numerator
-            times = times / self.tick_seconds.denominator
+                last_ticks = int(stamps[-1]) - int(stamps[-2]) if count > 1 else 0
+            end = float((int(stamps[-1]) - int(stamps[0]) + last_ticks) * tick.numerator) / tick.denominator
         elif self.rate is None:
             raise VideoDecodeError("it has neither time stamps nor a frame rate")
         else:
-            times = np.arange(len(self.stamps) + 1) * self.rate.denominator / self.rate.numerator
-        return make_timeline(times[:-1], float(times[-1]), rate, size, self.first_timestamp_seconds)
+            tick = 1 / self.rate
+            end = float(count * tick.numerator) / tick.denominator
+        starts = np.empty(count, dtype=np.float64)
+        for block in frame_blocks(count):
+            if self.has_stamps:
+                ticks = stamps[block].astype(np.int64) - int(stamps[0])
+            else:
+                ticks = np.arange(block.start, block.stop)
+            starts[block] = ticks * tick.numerator / tick.denominator
+        return make_timeline(starts, end, rate, size, self.first_timestamp_seconds)
 
 
-def _require_one_time_line(stamps: np.ndarray, num_lost: int, tick_seconds: Fraction) -> None:
-    """Refuse recordings that are joined without new time stamps: frames of the same time would hide each other.
+class _Stamps:
+    """Time stamps, kept in 32 bits as long as these hold their distance from the first one.
 
-    Args:
-        stamps: when each packet is decoded, in ticks and file order, `NO_TICKS` where unknown; they ascend within a
-            recording.
-        num_lost: packets whose time to be shown is that of another one.
-        tick_seconds: length of a tick.
+    Attributes:
+        origin: what is added to the offsets.
+        offsets: of the time stamps, in ticks; 0 where a packet has none.
     """
-    if not np.any(stamps[1:] < stamps[:-1]):
-        return
-    places = np.flatnonzero(stamps != NO_TICKS)
-    known = stamps[places]
-    steps = np.diff(known)
-    for number in np.flatnonzero(steps < 0).tolist():
-        if num_lost or -int(steps[number]) * tick_seconds > MAX_BACKWARD_SECONDS:
-            new, old = (float(int(known[number + late]) * tick_seconds) for late in (1, 0))
+
+    def __init__(self) -> None:
+        self.origin, self.offsets = 0, array("i")
+
+    def append(self, stamp: int | None) -> None:
+        if stamp is None:
+            stamp = self.origin
+        elif not self.offsets:
+            self.origin = stamp
+        try:
+            self.offsets.append(stamp - self.origin)
+        except OverflowError:
+            self.offsets = array("q", (self.origin + offset for offset in self.offsets))
+            self.origin = 0
+            self.offsets.append(stamp)
+
+
+class _TimeLine:
+    """Watches when packets are decoded: within a recording the times ascend, those of the next one restart.
+
+    It keeps (place, ticks, ticks before) of the first step back, and of the first that is longer than
+    `MAX_BACKWARD_SECONDS`.
+    """
+
+    def __init__(self, tick_seconds: Fraction) -> None:
+        self._tick_seconds = tick_seconds
+        self._latest: int | None = None
+        self._back: tuple[int, int, int] | None = None
+        self._far_back: tuple[int, int, int] | None = None
+
+    def follow(self, place: int, ticks: int | None) -> None:
+        """The packet at this place is decoded at this time, None where unknown."""
+        if ticks is None:
+            return
+        latest, self._latest = self._latest, ticks
+        if latest is not None and ticks < latest and self._far_back is None:
+            step = place, ticks, latest
+            self._back = self._back or step
+            if (latest - ticks) * self._tick_seconds > MAX_BACKWARD_SECONDS:
+                self._far_back = step
+
+    def require_one(self, num_lost: int, count: int) -> None:
+        """Refuse recordings that are joined without new time stamps: frames of the same time would hide each other.
+
+        Args:
+            num_lost: packets whose time to be shown is that of another one.
+            count: of all packets.
+        """
+        step = self._back if num_lost else self._far_back
+        if step is not None:
+            new, old = (float(ticks * self._tick_seconds) for ticks in step[1:])
             raise VideoDecodeError(
-                f"its time stamps restart at frame {places[number + 1]} of {len(stamps)} ({new:.3f} s after {old:.3f} "
+                f"its time stamps restart at frame {step[0]} of {count} ({new:.3f} s after {old:.3f} "
                 "s), as if recordings were joined; join them anew with ffmpeg's concat demuxer"
             )
 
@@ -1369,8 +1470,6 @@ def _frame_with(stamp: int, frames: Iterator[tuple[int | None, Any]]) -> Any:
             return None
     return None
 
-
-# --- backends --------------------------------------------------------------------------------------------------------
 
 # --- Pillow ----------------------------------------------------------------------------------------------------------
 
