@@ -89,6 +89,45 @@ def test_the_processor_warns_where_the_native_class_is_loaded(tmp_path, monkeypa
     assert native.generate(**library_inputs(inputs), max_new_tokens=2).shape[1] == inputs["input_ids"].shape[1] + 2
 
 
+def test_several_videos(tmp_path):
+    """Pooling indices of a later video count the frames of those before it."""
+    folder = write_native(tmp_path, "qwen3")
+    ours = Molmo2ForConditionalGeneration.from_pretrained(folder).eval()
+    native = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=False).eval()
+    inputs = batch("two videos", "video")
+    given = library_inputs(inputs)
+    assert not torch.equal(given["video_token_pooling"], inputs["video_token_pooling"])
+    with torch.no_grad():
+        expected, found = native(**given).logits, ours(**inputs).logits
+        assert torch.equal(ours(**given).logits, found)
+    for a, b in zip(real_tokens(expected, inputs), real_tokens(found, inputs), strict=True):
+        torch.testing.assert_close(b, a, atol=5e-5, rtol=0)
+
+
+def test_added_tokens_travel_between_the_classes(tmp_path):
+    """A resized model, whose tables are one: from here to the library's class and back, with equal logits."""
+    ours = Molmo2ForConditionalGeneration.from_pretrained(write_native(tmp_path / "a", "qwen3")).eval()
+    rows = ours.get_input_embeddings().num_embeddings + 3
+    ours.resize_token_embeddings(rows)
+    ours.save_pretrained(tmp_path / "b")
+    native, report = AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "b", trust_remote_code=False, output_loading_info=True
+    )
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    inputs = batch("image", "text")
+    inputs["input_ids"][:, -1] = rows - 1
+    native.eval().save_pretrained(tmp_path / "c")
+    back = Molmo2ForConditionalGeneration.from_pretrained(tmp_path / "c").eval()
+    with torch.no_grad():
+        expected = ours(**inputs).logits
+        found = native(**library_inputs(inputs)).logits
+        assert torch.equal(back(**inputs).logits, expected)
+    assert expected.shape[-1] == rows
+    for a, b in zip(real_tokens(expected, inputs), real_tokens(found, inputs), strict=True):
+        torch.testing.assert_close(b, a, atol=5e-5, rtol=0)
+
+
 def test_inputs_that_the_native_class_cannot_take_are_refused():
     with pytest.raises(ValueError, match="takes images or videos in one call, not both"):
         library_inputs(batch("image and video"))

@@ -685,7 +685,9 @@ def test_details_of_evaluation_sets():
         evaluation_examples(f"allenai/{name}", [EVALUATED[f"allenai/{name}"][0]], everywhere)[0] for name in names
     )
     assert count.messages[0]["content"][0]["clip"] == (1.0, 9.0)
-    assert (count.groups, count.max_new_tokens) == ({"category": "object"}, 2048)
+    assert (count.groups, count.max_new_tokens) == ({"category": "object", "count": "0-4"}, 2048)
+    ((image,), _) = evaluation_examples("allenai/pixmo-count", [EVALUATED["allenai/pixmo-count"][0]], everywhere)
+    assert (image.groups, image.max_new_tokens) == ({"count": "2"}, 192)  # also per true count, as published
     assert (track.groups, sorted(track.truth["points"])) == ({"group": "animal"}, [0, 2])
 
 
