@@ -181,6 +181,8 @@ def test_questions_about_a_clip_form_a_tree_and_sometimes_turns():
         ({"two_fps_timestamps": [4.5, 6.1]}, "not on the grid"),
         ({"two_fps_timestamps": [3.5, 6.0]}, "outside of the clip"),
         ({"points": [[], [{"x": 100.1, "y": 0.0}]]}, "outside of its image"),
+        ({"points": [[], [{"x": 0.0, "y": 100.1}]]}, "outside of its image"),
+        ({"points": [[], [{"x": -0.1, "y": 0.0}]]}, "outside of its image"),
         ({"label": " "}, "no label"),
         ({"label": "<points>"}, "contains a tag"),
     ],
@@ -310,11 +312,32 @@ def test_academic_tracks(row, style, answer):
         ({"sampling_fps": 4}, "does not divide"),
         ({"task": "single_point_track"}, "not one object"),
         ({"width": 90}, "outside of its image"),
+        ({"height": 49}, "outside of its image"),
+        ({"frame_trajectories": [rows_of._seen(0, (0, [-1.0, 5.0], False))]}, "outside of its image"),
         ({"expression": ""}, "no label"),
     ],
 )
 def test_academic_rows_that_are_left_out(changes, reason):
     assert reason in str(examples("molmo2-mevis", {**rows_of.ACADEMIC, **changes}).report)
+
+
+def test_points_at_the_edges_of_a_video_are_inside():
+    edges = [rows_of._seen(0, (0, [0.0, 100.0], False)), rows_of._seen(3, (0, [200.0, 0.0], False))]
+    assert len(examples("molmo2-mevis", {**rows_of.ACADEMIC, "frame_trajectories": edges})) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "video"),
+    [
+        ("MolmoPoint-TrackAny", {**rows_of.ACADEMIC, "video_path": "all/v.mp4", "video_source": "any"}, "all/v.mp4"),
+        ("MolmoPoint-TrackSyn", rows_of.ACADEMIC, "v.mp4"),
+        ("molmo2-track-instruction", {**rows_of.ACADEMIC, "clip": "c.mp4", "video_dataset": "sav"}, "c.mp4"),
+        ("Molmo2-VideoTrack", {**rows_of.VIDEO_TRACK, "clip": None}, "v.mp4"),
+    ],
+)
+def test_which_column_names_the_video(name, row, video):
+    (example,) = examples(name, row)
+    assert media_parts(example)[0]["video"] == f"/media/{video}"
 
 
 # --- questions, captions, text ---------------------------------------------------------------------------------------
