@@ -84,7 +84,7 @@ def test_code_of_one_repository_with_weights_of_another(checkpoint, tmp_path):
 
 
 def test_a_pinned_revision_of_the_code(checkpoint, tmp_path):
-    """The tag `v0.2.0` of a repository of code, whose main branch is another; by name, and as an `auto_map` says it."""
+    """The tag `v0.2.0` of a repository of code, whose main branch is another; by name, and by an `auto_map`."""
     weights, root = tmp_path / "weights", tmp_path / "cache" / "models--owner--molmo2-code"
     shutil.copytree(checkpoint("qwen3"), weights)
     for name, letter in (("v0.2.0", "a"), ("main", "b")):
