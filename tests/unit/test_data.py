@@ -343,6 +343,9 @@ def test_which_column_names_the_video(name, row, video):
 # --- questions, captions, text ---------------------------------------------------------------------------------------
 
 
+NO_ANSWERS = {"question": ["How many cups?"], "answer": [""]}
+
+
 def test_video_captions():
     found = drawn("Molmo2-Cap", rows_of.CAPTION, number=10)
     texts = {"video_short_caption": "Short.", "video_merged_caption": "Merged.", "video_long_caption": "Long."}
@@ -361,6 +364,7 @@ def test_video_captions():
         ("Molmo2-VideoCapQA", rows_of.CAPTION_QA, {"NegativeAnswers": []}, {}, "no other option"),
         ("Molmo2-MultiImageQA", rows_of.MULTI_IMAGE_QA, {"image_urls": ["http://a"]}, {}, "only one image"),
         ("Molmo2-MultiImageQA", rows_of.MULTI_IMAGE_QA, {}, {"max_images": 1}, "not 1 to 1 images"),
+        ("Molmo2-MultiImageQA", rows_of.MULTI_IMAGE_QA, {"qa_pairs": NO_ANSWERS}, {}, "there is no answer"),
         ("pixmo-cap-qa", rows_of.PIXMO_CAP_QA, {"question": "[USER] a [USER] b"}, {}, "do not alternate"),
         ("molmo2-tulu4-classified", rows_of.TULU, {"has_special_token": True}, {}, "a special token"),
         ("molmo2-tulu4-classified", rows_of.TULU, {"messages": rows_of.TULU["messages"][:2]}, {}, "do not alternate"),
@@ -458,6 +462,8 @@ def test_text():
     assert example["messages"][0] == {"role": "system", "content": "Be brief."}
     assert turns(example["messages"]) == [("text_sft", "Hi", "Hello"), ("text_sft", "Bye", "See you")]
     assert [turn[2] for turn in drawn("molmo2-hardcodes", rows_of.HARDCODES, number=1)] == ["Molmo2.", "Molmo2."]
+    (example,) = examples("molmo2-hardcodes", {**rows_of.HARDCODES, "images": ["a picture"]})
+    assert media_parts(example) == [{"type": "image", "image": "a picture"}]
 
 
 # --- media -----------------------------------------------------------------------------------------------------------
