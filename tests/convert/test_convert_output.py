@@ -1050,6 +1050,21 @@ def test_wrong_sizes_on_the_way_back(tmp_path, converted, capsys, name, value):
     assert not (tmp_path / "back").exists()
 
 
+def test_a_resized_model_has_no_native_form(tmp_path, converted, tokenizer, capsys):
+    """Its tables are one; the trainer's are two, with the visual tokens in the second."""
+    folder = tmp_path / "resized"
+    shutil.copytree(converted, folder)
+    (folder / "native_config.yaml").unlink()
+    for weights in folder.glob("*.safetensors*"):
+        weights.unlink()
+    model = AutoModelForImageTextToText.from_pretrained(converted, trust_remote_code=True)
+    model.resize_token_embeddings(model.get_input_embeddings().num_embeddings + 2)
+    model.save_pretrained(folder)
+    assert main([str(folder), str(tmp_path / "back"), "--to-native", "--tokenizer", tokenizer, "--quiet"]) == 4
+    assert "llm.additional_vocab_size is 0" in capsys.readouterr().err
+    assert not (tmp_path / "back").exists()
+
+
 def test_no_folder_to_go_back_from(tmp_path, capsys):
     assert main([str(tmp_path), str(tmp_path / "back"), "--to-native", "--quiet"]) == 3
     assert "model.safetensors is missing" in capsys.readouterr().err
