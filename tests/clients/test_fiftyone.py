@@ -131,6 +131,7 @@ def begins(path):
 def test_describe(dataset, scripted):
     dataset.apply_model(scripted("Two people talk.", operation="describe"), label_field="text", skip_failures=False)
     assert dataset.values("text") == ["Two people talk."] * len(dataset)
+    assert isinstance(dataset.get_field("text"), fo.StringField)
 
 
 def test_pointing(dataset, scripted):
@@ -141,7 +142,9 @@ def test_pointing(dataset, scripted):
     found = {number: frame.cups for number, frame in dataset.first().frames.items()}
     assert sorted(found) == [1, 11]
     assert [keypoint.points[0] for keypoint in found[1].keypoints] == [[0.25, 0.5], [0.75, 0.125]]
-    assert [keypoint.label for keypoint in found[11].keypoints] == ["cup"]
+    assert [[keypoint.label for keypoint in found[number].keypoints] for number in (1, 11)] == [["cup"] * 2, ["cup"]]
+    assert [keypoint.index for number in (1, 11) for keypoint in found[number].keypoints] == [1, 2, 3]
+    assert dataset.get_field("frames.cups").document_type is fo.Keypoints
 
 
 def test_pointing_at_nothing(dataset, scripted):
@@ -162,6 +165,9 @@ def test_tracking_links_objects(dataset, scripted):
         for keypoint in frame.balls.keypoints
     }
     assert sorted(keypoints) == [(1, 1), (6, 1), (6, 2), (11, 1), (11, 2)]
+    assert dataset.get_field("frames.balls").document_type is fo.Keypoints
+    assert {keypoint.label for keypoint in keypoints.values()} == {"ball"}
+    assert [keypoints[11, number].points for number in (1, 2)] == [[[0.3, 0.2]], [[0.8, 0.9]]]
     instances = {key: keypoint.instance.id for key, keypoint in keypoints.items()}
     assert instances[1, 1] == instances[6, 1] == instances[11, 1] != instances[6, 2] == instances[11, 2]
 
@@ -172,6 +178,15 @@ def test_temporal_localization(dataset, scripted):
     dataset.apply_model(model, label_field="events", skip_failures=False)
     (event,) = dataset.first().events.detections
     assert (event.label, event.support) == ("lift-off", [1, 11])
+
+
+# Beside the summary, the fields of an answer with everything that is asked for, and their types.
+COMPREHENSIVE = {
+    **dict.fromkeys(("events", "objects", "text_content"), fo.TemporalDetections),
+    **dict.fromkeys(("scene_info_setting", "scene_info_time_of_day", "scene_info_location_type"), fo.Classification),
+    "activities_primary": fo.Classification,
+    "activities_secondary": fo.Classifications,
+}
 
 
 def test_comprehensive(dataset, scripted, caplog):
@@ -197,6 +212,13 @@ def test_comprehensive(dataset, scripted, caplog):
     assert scene == {"setting": "outdoors", "time_of_day": "day", "location_type": "launch pad"}
     assert sample.all_activities_primary.label == "a launch"
     assert [each.label for each in sample.all_activities_secondary.classifications] == ["filming", "waiting"]
+    kinds = {name: dataset.get_field(f"all_{name}").document_type for name in COMPREHENSIVE}
+    assert kinds == COMPREHENSIVE
+    assert isinstance(dataset.get_field("all_summary"), fo.StringField)
+    assert {name for name in dataset.get_field_schema() if name.startswith("all_")} == {
+        "all_summary",
+        *(f"all_{name}" for name in COMPREHENSIVE),
+    }
 
 
 # --- frame numbers, clips, readers -----------------------------------------------------------------------------------
@@ -654,6 +676,7 @@ def test_every_call_of_the_plugin_page(dataset, downloads):
     molmo2_fiftyone.register()
     dataset.set_values("question", ["What is it?"] * len(dataset))
     dataset = dataset.limit(3).clone()
+    dataset.add_samples([fo.Sample(filepath=path, question="Why?") for path in dataset.values("filepath")[:2]])
     model = foz.load_zoo_model("allenai/Molmo2-4B")
 
     model.pooling_strategy = "mean"
@@ -661,9 +684,9 @@ def test_every_call_of_the_plugin_page(dataset, downloads):
         model, batch_size=8, num_workers=2, embeddings_field="molmo_embeddings", skip_failures=False
     )
     results = fob.compute_visualization(
-        dataset, method="pca", brain_key="molmo_viz", embeddings="molmo_embeddings", num_dims=2
+        dataset, method="umap", brain_key="molmo_viz", embeddings="molmo_embeddings", num_dims=2
     )
-    assert results.points.shape == (3, 2)
+    assert results.points.shape == (5, 2)
 
     model.operation = "describe"
     model.prompt = "Provide a short description for what is happening in the video"
@@ -695,7 +718,7 @@ def test_every_call_of_the_plugin_page(dataset, downloads):
     assert dataset.get_field("temporal_localization").document_type is fo.TemporalDetections
     for name in ("point_pred", "track_pred"):
         assert dataset.get_field(f"frames.{name}").document_type is fo.Keypoints
-    assert dataset.count("molmo_embeddings") == dataset.count("comprehensive_summary") == 3
+    assert dataset.count("molmo_embeddings") == dataset.count("comprehensive_summary") == 5
     dataset.delete()
 
 

@@ -454,11 +454,34 @@ def test_every_shape(name, folder, work, pictures, clip):
 
     All tests of `engine` come before: shutting an engine down ends the process groups of this process.
     """
+    shape = write_shape(name, folder, work / "".join(filter(str.isalnum, name)))
+    asked = [ask("Point to the red circles.", pictures[0]), ask("What is this?", pictures[1], clip), ask("Hello?")]
+    assert len(require_equal_answers(shape, work, asked)) > 3
+
+
+def test_added_tokens(folder, work, pictures):
+    """Tables that were resized for tokens behind the visual ones, which are read and predicted."""
+    shape = write_shape("qwen3 without a mask in the pooling", folder, work / "added")
+    model, processor = load(shape, dtype="float32")
+    processor.tokenizer.add_tokens(["<turn_left>", "<turn_right>"])
+    model.resize_token_embeddings(len(processor.tokenizer))
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for table in (model.get_input_embeddings().weight, model.lm_head.weight):
+            table[-2:] = 3 * torch.randn_like(table[-2:]) * table[:-2].std()
+    model.save_pretrained(shape)
+    processor.save_pretrained(shape)
+    asked = [ask(f"Now <turn_left> {name}", pictures[0]) for name in ("a", "b")] + [
+        ask("<turn_right> or <turn_left>?")
+    ]
+    assert require_equal_answers(shape, work, asked) & set(range(len(processor.tokenizer))[-2:])
+
+
+def require_equal_answers(shape, work, asked):
+    """Compares vLLM with `generate`; returns the tokens of the answers."""
     from vllm import LLM, SamplingParams
 
-    shape = write_shape(name, folder, work / "".join(filter(str.isalnum, name)))
     reference = load(shape, dtype="float32")
-    asked = [ask("Point to the red circles.", pictures[0]), ask("What is this?", pictures[1], clip), ask("Hello?")]
     engine = LLM(str(shape), dtype="float32", enforce_eager=True, max_num_seqs=4, allowed_local_media_path=str(work))
     sampling = SamplingParams(temperature=0, max_tokens=SHAPE_TOKENS, logprobs=1)
     try:
@@ -474,7 +497,7 @@ def test_every_shape(name, folder, work, pictures, clip):
         steps = [step[token].logprob for step, token in zip(written.logprobs, tokens, strict=True)]
         assert steps == pytest.approx(logprobs, abs=1e-4)
         found |= set(tokens)
-    assert len(found) > 3
+    return found
 
 
 def scored(reference, messages):

@@ -479,6 +479,41 @@ def test_verify_on_the_command_line(tmp_path, converted, checkpoint, tokenizer, 
     assert "'model.transformer.blocks.3.ff_norm.weight' is missing" in capsys.readouterr().err
 
 
+def test_verify_on_the_command_line_reads_the_code_too(tmp_path, converted, checkpoint, capsys):
+    folder = tmp_path / "edited"
+    shutil.copytree(converted, folder)
+    with (folder / "processing_molmo2.py").open("a", encoding="utf-8") as file:
+        file.write("# edited\n")
+    assert main([str(checkpoint), str(folder), "--verify"]) == 6
+    found = capsys.readouterr()
+    assert "170 tensors" in found.out  # they are as they were
+    assert re.search(r"'processing_molmo2\.py' has SHA-256 [0-9a-f]+", found.err)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], {}),
+        (["--create-pr"], {"create_pr": True}),
+        (["--private"], {"private": True}),
+        (["--revision", "refs/pr/3"], {"revision": "refs/pr/3"}),
+    ],
+    ids=["plain", "pull request", "private", "revision"],
+)
+def test_options_of_an_upload_reach_it(tmp_path, converted, checkpoint, monkeypatch, capsys, options, expected):
+    calls = []
+
+    def push_folder(folder, repo_id, *, log, warn, **given):
+        calls.append((str(folder), repo_id, given))
+        return "https://hub/pr/1"
+
+    monkeypatch.setattr("molmo2.convert.hub.push_folder", push_folder)
+    assert main([str(checkpoint), str(converted), "--push-to-hub", "owner/name", *options]) == 0
+    given = {"private": False, "revision": None, "create_pr": False, **expected}
+    assert calls == [(str(converted), "owner/name", given)]
+    assert "Uploaded: https://hub/pr/1" in capsys.readouterr().out
+
+
 def test_probe_finds_exchanged_tensors(tmp_path, converted, checkpoint, tokenizer):
     source = plan_conversion(checkpoint, ConversionOptions(tokenizer=tokenizer)).source
     assert probe_folder(source, converted) <= 1e-6
@@ -1012,6 +1047,21 @@ def test_wrong_sizes_on_the_way_back(tmp_path, converted, capsys, name, value):
     assert main([str(tmp_path / "hf"), str(tmp_path / "back"), "--to-native", "--quiet"]) in (3, 4)
     assert "Traceback" not in (message := capsys.readouterr().err)
     assert message.startswith("error: ")
+    assert not (tmp_path / "back").exists()
+
+
+def test_a_resized_model_has_no_native_form(tmp_path, converted, tokenizer, capsys):
+    """Its tables are one; the trainer's are two, with the visual tokens in the second."""
+    folder = tmp_path / "resized"
+    shutil.copytree(converted, folder)
+    (folder / "native_config.yaml").unlink()
+    for weights in folder.glob("*.safetensors*"):
+        weights.unlink()
+    model = AutoModelForImageTextToText.from_pretrained(converted, trust_remote_code=True)
+    model.resize_token_embeddings(model.get_input_embeddings().num_embeddings + 2)
+    model.save_pretrained(folder)
+    assert main([str(folder), str(tmp_path / "back"), "--to-native", "--tokenizer", tokenizer, "--quiet"]) == 4
+    assert "llm.additional_vocab_size is 0" in capsys.readouterr().err
     assert not (tmp_path / "back").exists()
 
 

@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from molmo2 import library_inputs
+from molmo2 import library_inputs, media_features
+from molmo2.training import DataCollator
 from support.checkpoints import picture
 from support.generated import generated
-from support.model_inputs import batch, real_tokens
+from support.model_inputs import batch, processor, real_tokens
 from support.native_oracle import SHAPES, write_native
 
 modeling = generated("modeling_molmo2")
@@ -70,14 +71,14 @@ def test_the_processor_warns_where_the_native_class_is_loaded(tmp_path, monkeypa
     folder = write_native(tmp_path, "qwen3")
     said = []
     monkeypatch.setattr(features_module.logger, "warning_once", said.append)
-    processor = processor_module.Molmo2Processor.from_pretrained(folder)
+    own = processor_module.Molmo2Processor.from_pretrained(folder)
     with monkeypatch.context() as patch:
         patch.delitem(sys.modules, features_module.LIBRARY_MODEL, raising=False)
-        inputs = processor(images=[picture()], text="<|image|>", return_tensors="pt")
+        inputs = own(images=[picture()], text="<|image|>", return_tensors="pt")
         dict(**inputs)
         assert not said
         patch.setitem(sys.modules, features_module.LIBRARY_MODEL, sys)
-        dict(**processor(text="no image"))
+        dict(**own(text="no image"))
         assert not said
         dict(**inputs)  # as a call of the model
         assert [text.partition(".")[0] for text in said] == [
@@ -87,6 +88,61 @@ def test_the_processor_warns_where_the_native_class_is_loaded(tmp_path, monkeypa
     with pytest.raises(ValueError, match=r"not used by the model: \['token_type_ids'"):
         native.generate(**inputs, max_new_tokens=2)
     assert native.generate(**library_inputs(inputs), max_new_tokens=2).shape[1] == inputs["input_ids"].shape[1] + 2
+
+
+def test_batches_for_training_are_warned_about_too(monkeypatch):
+    """They would be read as wrongly: without a word the loss is another one."""
+    said = []
+    monkeypatch.setattr(media_features.logger, "warning_once", said.append)
+    content = [{"type": "image", "image": picture()}, {"type": "text", "text": "What is this?"}]
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "A boat."}]}
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, media_features.LIBRARY_MODEL, sys)
+        collate = DataCollator(processor())
+        collate([{"messages": [{"role": "user", "content": content[1:]}, answer]}])
+        assert not said
+        batch = collate([{"messages": [{"role": "user", "content": content}, answer]}])
+    assert said == [media_features.LIBRARY_MODEL_WARNING]
+    assert library_inputs(batch)["labels"] is batch["labels"]
+
+
+def test_several_videos(tmp_path):
+    """Pooling indices of a later video count the frames of those before it."""
+    folder = write_native(tmp_path, "qwen3")
+    ours = Molmo2ForConditionalGeneration.from_pretrained(folder).eval()
+    native = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=False).eval()
+    inputs = batch("two videos", "video")
+    given = library_inputs(inputs)
+    assert not torch.equal(given["video_token_pooling"], inputs["video_token_pooling"])
+    with torch.no_grad():
+        expected, found = native(**given).logits, ours(**inputs).logits
+        assert torch.equal(ours(**given).logits, found)
+    for a, b in zip(real_tokens(expected, inputs), real_tokens(found, inputs), strict=True):
+        torch.testing.assert_close(b, a, atol=5e-5, rtol=0)
+
+
+def test_added_tokens_travel_between_the_classes(tmp_path):
+    """A resized model, whose tables are one: from here to the library's class and back, with equal logits."""
+    ours = Molmo2ForConditionalGeneration.from_pretrained(write_native(tmp_path / "a", "qwen3")).eval()
+    rows = ours.get_input_embeddings().num_embeddings + 3
+    ours.resize_token_embeddings(rows)
+    ours.save_pretrained(tmp_path / "b")
+    native, report = AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "b", trust_remote_code=False, output_loading_info=True
+    )
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    inputs = batch("image", "text")
+    inputs["input_ids"][:, -1] = rows - 1
+    native.eval().save_pretrained(tmp_path / "c")
+    back = Molmo2ForConditionalGeneration.from_pretrained(tmp_path / "c").eval()
+    with torch.no_grad():
+        expected = ours(**inputs).logits
+        found = native(**library_inputs(inputs)).logits
+        assert torch.equal(back(**inputs).logits, expected)
+    assert expected.shape[-1] == rows
+    for a, b in zip(real_tokens(expected, inputs), real_tokens(found, inputs), strict=True):
+        torch.testing.assert_close(b, a, atol=5e-5, rtol=0)
 
 
 def test_inputs_that_the_native_class_cannot_take_are_refused():

@@ -83,6 +83,38 @@ def test_code_of_one_repository_with_weights_of_another(checkpoint, tmp_path):
     assert torch.equal(logits(model, checkpoint("qwen3")), logits(expected, checkpoint("qwen3")))
 
 
+def test_a_pinned_revision_of_the_code(checkpoint, tmp_path):
+    """The tag `v0.2.0` of a repository of code, whose main branch is another; by name, and by an `auto_map`."""
+    weights, root = tmp_path / "weights", tmp_path / "cache" / "models--owner--molmo2-code"
+    shutil.copytree(checkpoint("qwen3"), weights)
+    for name, letter in (("v0.2.0", "a"), ("main", "b")):
+        commit = letter * 40
+        snapshot = root / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        (root / "refs").mkdir(exist_ok=True)
+        (root / "refs" / name).write_text(commit, encoding="utf-8")
+        for file in weights.glob("*.py"):
+            text = "raise RuntimeError('the code of main')" if name == "main" else file.read_text(encoding="utf-8")
+            (snapshot / file.name).write_text(text, encoding="utf-8")
+    for file in weights.glob("*.py"):
+        file.unlink()
+    config = read_json(weights / "config.json")
+    auto_map = {name: f"owner/molmo2-code--{reference}" for name, reference in config["auto_map"].items()}
+    write_json(weights / "config.json", {**config, "auto_map": auto_map})
+
+    cached = {"cache_dir": str(tmp_path / "cache"), "local_files_only": True}
+    reference = "modeling_molmo2.Molmo2ForConditionalGeneration"
+    by_name = get_class_from_dynamic_module(reference, "owner/molmo2-code", code_revision="v0.2.0", **cached)
+    by_auto_map = load(weights, code_revision="v0.2.0", **cached)
+
+    expected = logits(load(checkpoint("qwen3")), checkpoint("qwen3"))
+    for model in (by_name.from_pretrained(weights), by_auto_map):
+        assert f".{'a' * 40}." in type(model).__module__
+        assert torch.equal(logits(model, checkpoint("qwen3")), expected)
+    with pytest.raises(RuntimeError, match="the code of main"):
+        get_class_from_dynamic_module(reference, "owner/molmo2-code", **cached)
+
+
 @functools.cache
 def expected_logits(folder: Path, dtype: torch.dtype = torch.float32) -> Tensor:
     return logits(build_model(folder.name).to(dtype), folder)

@@ -143,6 +143,36 @@ def test_tokenizer_alone(checkpoint, saved):
         assert getattr(after, token) == getattr(before, token)
 
 
+@torch.no_grad()
+def test_added_tokens_are_read_and_predicted_after_saving(checkpoint, tmp_path):
+    """Tokenizer, both tables and the output matrix, from a folder with code; also in beams."""
+    model, processor = load_model(checkpoint("qwen3")), load_processor(checkpoint("qwen3"))
+    processor.tokenizer.add_tokens(["<turn_left>", "<turn_right>"])
+    model.resize_token_embeddings(len(processor.tokenizer))
+    right = processor.tokenizer.convert_tokens_to_ids("<turn_right>")
+    assert right == model.get_input_embeddings().num_embeddings - 1
+    inputs = processor(
+        text="<|image|>After <turn_left>", images=[picture_messages()[0]["content"][0]["image"]], return_tensors="pt"
+    )
+    assert right - 1 in inputs["input_ids"][0]
+    last = model(**inputs, output_hidden_states=True).hidden_states[-1][0, -1]
+    model.lm_head.weight[:] = 0
+    model.lm_head.weight[right] = last
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+
+    loaded, reader = load_model(tmp_path), load_processor(tmp_path)
+
+    again = reader(
+        text="<|image|>After <turn_left>", images=[picture_messages()[0]["content"][0]["image"]], return_tensors="pt"
+    )
+    assert again["input_ids"].tolist() == inputs["input_ids"].tolist()
+    assert torch.equal(loaded(**again).logits, model(**inputs).logits)
+    for beams in (1, 2):
+        output = loaded.generate(**again, max_new_tokens=1, num_beams=beams, do_sample=False)
+        assert reader.batch_decode(output[:, again["input_ids"].shape[1] :]) == ["<turn_right>"]
+
+
 # --- files -----------------------------------------------------------------------------------------------------------
 
 

@@ -181,6 +181,8 @@ def test_questions_about_a_clip_form_a_tree_and_sometimes_turns():
         ({"two_fps_timestamps": [4.5, 6.1]}, "not on the grid"),
         ({"two_fps_timestamps": [3.5, 6.0]}, "outside of the clip"),
         ({"points": [[], [{"x": 100.1, "y": 0.0}]]}, "outside of its image"),
+        ({"points": [[], [{"x": 0.0, "y": 100.1}]]}, "outside of its image"),
+        ({"points": [[], [{"x": -0.1, "y": 0.0}]]}, "outside of its image"),
         ({"label": " "}, "no label"),
         ({"label": "<points>"}, "contains a tag"),
     ],
@@ -310,6 +312,8 @@ def test_academic_tracks(row, style, answer):
         ({"sampling_fps": 4}, "does not divide"),
         ({"task": "single_point_track"}, "not one object"),
         ({"width": 90}, "outside of its image"),
+        ({"height": 49}, "outside of its image"),
+        ({"frame_trajectories": [rows_of._seen(0, (0, [-1.0, 5.0], False))]}, "outside of its image"),
         ({"expression": ""}, "no label"),
     ],
 )
@@ -317,7 +321,29 @@ def test_academic_rows_that_are_left_out(changes, reason):
     assert reason in str(examples("molmo2-mevis", {**rows_of.ACADEMIC, **changes}).report)
 
 
+def test_points_at_the_edges_of_a_video_are_inside():
+    edges = [rows_of._seen(0, (0, [0.0, 100.0], False)), rows_of._seen(3, (0, [200.0, 0.0], False))]
+    assert len(examples("molmo2-mevis", {**rows_of.ACADEMIC, "frame_trajectories": edges})) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "video"),
+    [
+        ("MolmoPoint-TrackAny", {**rows_of.ACADEMIC, "video_path": "all/v.mp4", "video_source": "any"}, "all/v.mp4"),
+        ("MolmoPoint-TrackSyn", rows_of.ACADEMIC, "v.mp4"),
+        ("molmo2-track-instruction", {**rows_of.ACADEMIC, "clip": "c.mp4", "video_dataset": "sav"}, "c.mp4"),
+        ("Molmo2-VideoTrack", {**rows_of.VIDEO_TRACK, "clip": None}, "v.mp4"),
+    ],
+)
+def test_which_column_names_the_video(name, row, video):
+    (example,) = examples(name, row)
+    assert media_parts(example)[0]["video"] == f"/media/{video}"
+
+
 # --- questions, captions, text ---------------------------------------------------------------------------------------
+
+
+NO_ANSWERS = {"question": ["How many cups?"], "answer": [""]}
 
 
 def test_video_captions():
@@ -338,6 +364,7 @@ def test_video_captions():
         ("Molmo2-VideoCapQA", rows_of.CAPTION_QA, {"NegativeAnswers": []}, {}, "no other option"),
         ("Molmo2-MultiImageQA", rows_of.MULTI_IMAGE_QA, {"image_urls": ["http://a"]}, {}, "only one image"),
         ("Molmo2-MultiImageQA", rows_of.MULTI_IMAGE_QA, {}, {"max_images": 1}, "not 1 to 1 images"),
+        ("Molmo2-MultiImageQA", rows_of.MULTI_IMAGE_QA, {"qa_pairs": NO_ANSWERS}, {}, "there is no answer"),
         ("pixmo-cap-qa", rows_of.PIXMO_CAP_QA, {"question": "[USER] a [USER] b"}, {}, "do not alternate"),
         ("molmo2-tulu4-classified", rows_of.TULU, {"has_special_token": True}, {}, "a special token"),
         ("molmo2-tulu4-classified", rows_of.TULU, {"messages": rows_of.TULU["messages"][:2]}, {}, "do not alternate"),
@@ -435,6 +462,8 @@ def test_text():
     assert example["messages"][0] == {"role": "system", "content": "Be brief."}
     assert turns(example["messages"]) == [("text_sft", "Hi", "Hello"), ("text_sft", "Bye", "See you")]
     assert [turn[2] for turn in drawn("molmo2-hardcodes", rows_of.HARDCODES, number=1)] == ["Molmo2.", "Molmo2."]
+    (example,) = examples("molmo2-hardcodes", {**rows_of.HARDCODES, "images": ["a picture"]})
+    assert media_parts(example) == [{"type": "image", "image": "a picture"}]
 
 
 # --- media -----------------------------------------------------------------------------------------------------------
@@ -685,7 +714,9 @@ def test_details_of_evaluation_sets():
         evaluation_examples(f"allenai/{name}", [EVALUATED[f"allenai/{name}"][0]], everywhere)[0] for name in names
     )
     assert count.messages[0]["content"][0]["clip"] == (1.0, 9.0)
-    assert (count.groups, count.max_new_tokens) == ({"category": "object"}, 2048)
+    assert (count.groups, count.max_new_tokens) == ({"category": "object", "count": "0-4"}, 2048)
+    ((image,), _) = evaluation_examples("allenai/pixmo-count", [EVALUATED["allenai/pixmo-count"][0]], everywhere)
+    assert (image.groups, image.max_new_tokens) == ({"count": "2"}, 192)  # also per true count, as published
     assert (track.groups, sorted(track.truth["points"])) == ({"group": "animal"}, [0, 2])
 
 

@@ -181,6 +181,21 @@ def test_time_counts_as_much_as_place():
         evaluate.video_pointing(answer, SIZE, 0, [], [])
 
 
+def test_distances_are_neither_squared_nor_exact():
+    """Published: Euclidean distances are summed, and places in a video are first rounded to a tenth of a per cent."""
+    predicted, true = [(0, 0), (10, 0)], [(10, 0), (20, 5)]  # 20.6 + 0 is less than 10 + 11.2, but not squared
+    assert evaluate.point_scores(predicted, true, [box(9, 0, 12, 2), box(90, 40, 91, 41)])["precision"] == 0.5
+    both = {"points": [(1.0, 100.4, 20), (1.0, 99.8, 20)], "masks": [{1.0: box(99, 19, 102, 22, (1000, 50))}, {}]}
+    answer = points((1.0, 1, 100, 400))  # nearer to the second, and as near to the first after rounding
+    assert evaluate.video_pointing(answer, (1000, 50), 10.0, **both)["precision"] == 1
+
+
+def test_nothing_to_point_at_in_a_video():
+    expected = {**prf(1, 1, 1), "valid": 0}
+    assert evaluate.video_pointing("There are none.", SIZE, 10.0, [], []) == expected
+    assert evaluate.video_pointing(points((1.0, 1, 1, 1)), SIZE, 10.0, [], []) == {**prf(0, 0, 0), "valid": 1}
+
+
 # --- counts ----------------------------------------------------------------------------------------------------------
 
 

@@ -854,13 +854,17 @@ def test_published_repositories(shared, repository):
     assert processor.to_dict() == json.loads(file.read_text(encoding="utf-8")) == PUBLISHED
 
 
+STEPS = {"do_resize": False, "do_rescale": False, "do_normalize": False, "rescale_factor": 0.5}
+
+
 def test_changed_options_are_saved(tmp_path):
-    options = {**OVERRIDES, "do_convert_rgb": False, "size": 42, "overlap_margins": [0, 0]}
+    options = {**OVERRIDES, **STEPS, "do_convert_rgb": False, "size": 42, "overlap_margins": [0, 0]}
     processor = Molmo2ImageProcessor(**options)
     processor.max_crops = 5
     processor.save_pretrained(tmp_path)
     loaded = Molmo2ImageProcessor.from_pretrained(tmp_path)
     assert loaded.to_dict() == processor.to_dict()
+    assert {name: getattr(loaded, name) for name in STEPS} == STEPS
     assert loaded.max_crops == 5
     assert loaded.do_convert_rgb is False
     assert loaded.resample == 0

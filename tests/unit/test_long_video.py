@@ -320,6 +320,14 @@ def test_a_run_that_ended_at_any_byte_continues(path, finished, tmp_path):
             shutil.rmtree(folder)
 
 
+def test_a_bar_counts_windows(path, capsys):
+    with LongVideo(path, **CUT) as video:
+        final(run_windows(video, TrackTask("dog"), oracle))
+        assert capsys.readouterr().err == ""
+        final(run_windows(video, TrackTask("dog"), oracle, progress=True))
+        assert "7/7" in capsys.readouterr().err
+
+
 def test_a_finished_journal_needs_no_model(path, finished):
     journal, result = finished
     with LongVideo(path, **CUT) as video:

@@ -536,6 +536,33 @@ def test_resample_as_a_keyword_reaches_images_only(processor):
     assert not np.array_equal(nearest["pixel_values_videos"], default["pixel_values_videos"])
 
 
+@pytest.mark.parametrize(
+    "option",
+    [{"do_rescale": False}, {"do_normalize": False}, {"rescale_factor": 0.5}, {"image_mean": [0.1, 0.2, 0.3]}],
+    ids=lambda option: next(iter(option)),
+)
+def test_steps_of_pixels_in_every_place(option, processor, tmp_path):
+    """In a call, for images or videos alone, in a message, at loading, and after saving."""
+    names = ("pixel_values", "pixel_values_videos")
+    media = {"images": [image()], "videos": [video()], "video_metadata": [METADATA]}
+    call = {"text": "<|image|><|video|>", **media, "return_tensors": "np"}
+    plain, changed = processor(**call), processor(**call, **option)
+    assert not any(np.array_equal(plain[name], changed[name]) for name in names)
+    for part, kwargs in ((0, "images_kwargs"), (1, "videos_kwargs")):
+        found = processor(**call, **{kwargs: option})
+        np.testing.assert_array_equal(found[names[part]], changed[names[part]])
+        np.testing.assert_array_equal(found[names[1 - part]], plain[names[1 - part]])
+    asked = ask(processor, {"type": "image", "image": image()}, **option)
+    np.testing.assert_array_equal(asked["pixel_values"].numpy(), changed["pixel_values"])
+    processor.save_pretrained(tmp_path / "plain")
+    loaded = Molmo2Processor.from_pretrained(tmp_path / "plain", **option)
+    loaded.save_pretrained(tmp_path / "changed")
+    for own in (loaded, Molmo2Processor.from_pretrained(tmp_path / "changed")):
+        found = own(**call)
+        for name in names:
+            np.testing.assert_array_equal(found[name], changed[name])
+
+
 def test_unknown_options_are_warned_about(processor, warnings_logged):
     output = processor(text="Hi", max_corps=3)
     assert output["input_ids"] == [with_bos("Hi")]

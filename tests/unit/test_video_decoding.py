@@ -469,9 +469,26 @@ def test_unknown_backend():
         open_video(CLIPS / "vfr.mp4", "opencv")
 
 
-@pytest.mark.parametrize("error", [ImportError("gone"), OSError("libavutil.so.60"), RuntimeError("no ffmpeg")])
-def test_a_backend_that_cannot_be_loaded_is_passed_over(error, monkeypatch):
+INSTALLED = "It is installed, but does not start: mend what this names, or uninstall it."
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (ModuleNotFoundError("No module named", name="{package}"), "Install it with `pip install {package}`."),
+        (ModuleNotFoundError("No module named 'numpy'", name="numpy"), INSTALLED),
+        (ImportError("gone"), INSTALLED),
+        (OSError("libavutil.so.60"), INSTALLED),
+        (RuntimeError("no ffmpeg"), INSTALLED),
+    ],
+    ids=["absent", "without another package", "import", "library", "ffmpeg"],
+)
+def test_a_backend_that_cannot_be_loaded_is_passed_over(error, advice, monkeypatch):
+    """The advice fits: what is installed and does not start is not to be installed again."""
+
     def fail(name):
+        if getattr(error, "name", None) == "{package}":
+            raise ModuleNotFoundError("No module named", name=name.partition(".")[0])
         raise error
 
     monkeypatch.setattr(readers_module.importlib, "import_module", fail)
@@ -484,7 +501,16 @@ def test_a_backend_that_cannot_be_loaded_is_passed_over(error, monkeypatch):
     )
     for backend, package in (("torchcodec", "torchcodec"), ("pyav", "av")):
         reason = f"{backend}: {backend} cannot be loaded ({type(error).__name__}: {error}). "
-        assert reason + f"Install it with `pip install {package}`." in str(caught.value)
+        assert reason + advice.format(package=package) in str(caught.value)
+
+
+def test_decord_that_does_not_start_is_not_to_be_installed(tmp_path, monkeypatch):
+    (tmp_path / "decord.py").write_text("raise OSError('libdecord.so: no such file')", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(decord_process.DecordProcess, "_idle", [])
+    with pytest.raises(VideoDecodeError) as caught:
+        open_video(CLIPS / "vfr.mp4", "decord")
+    assert f"decord cannot be loaded (OSError: libdecord.so: no such file). {INSTALLED}" in str(caught.value)
 
 
 @needs_decord

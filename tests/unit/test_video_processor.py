@@ -311,6 +311,10 @@ def test_a_forced_decoder_is_named_in_the_metadata():
         {"pooling_size": [1, 2]},
         {"patch_size": 7},
         {"image_mean": 0.0, "image_std": [1, 2, 3]},
+        {"image_mean": [0.1, 0.2, 0.3]},
+        {"do_rescale": False},
+        {"do_normalize": False},
+        {"rescale_factor": 0.5},
         {"resample": 0},
     ],
     ids=str,
@@ -467,6 +471,10 @@ def test_settings_survive_saving(tmp_path):
         "image_mean": [0.1, 0.2, 0.3],
         "image_std": [1.0, 2.0, 3.0],
         "resample": 3,
+        "do_resize": False,
+        "do_rescale": False,
+        "do_normalize": False,
+        "rescale_factor": 0.5,
         "video_backend": "pyav",
     }
     Molmo2VideoProcessor(**settings).save_pretrained(tmp_path)

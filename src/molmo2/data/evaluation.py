@@ -13,6 +13,7 @@ from molmo2.data.queries import Row, images_of, records, video_of
 from molmo2.grounding import prompts
 
 TRACK_FPS = 2
+COUNT_BINS = (0, 5, 10, 15, 20, 25)  # first counts of the bins
 TRACK_GROUPS = {
     "APTv2": "animal",
     "dancetrack": "dance",
@@ -67,6 +68,18 @@ class _Set:
     num_shown: int | None = None
 
 
+def count_bin(count: int) -> str:
+    """The bin of a true count in which the published evaluation reports it: "0-4", "5-9", ... "25+".
+
+    Raises:
+        ValueError: The count is negative.
+    """
+    if count < 0:
+        raise ValueError(f"A count is 0 or more; found {count}.")
+    start = max(first for first in COUNT_BINS if first <= count)
+    return f"{start}+" if start == COUNT_BINS[-1] else f"{start}-{start + 4}"
+
+
 def _video_points(row: Row, sources: Sequence[Any]) -> _Asked:
     places = zip(row["two_fps_timestamps"], records(row["points"]))
     truth = {
@@ -81,6 +94,7 @@ def _video_points(row: Row, sources: Sequence[Any]) -> _Asked:
 def _video_count(row: Row, sources: Sequence[Any]) -> _Asked:
     question = row.get("question") or prompts.count(row["label"]).text
     groups = {"category": row["category"]} if row.get("category") else {}
+    groups["count"] = count_bin(row["count"])
     return _Asked(question, {"count": row["count"]}, groups, {"max_fps": 2})
 
 
@@ -115,7 +129,7 @@ def _image_points(row: Row, sources: Sequence[Any]) -> _Asked:
 
 
 def _image_count(row: Row, sources: Sequence[Any]) -> _Asked:
-    return _Asked(prompts.count(row["label"]).text, {"count": row["count"]})
+    return _Asked(prompts.count(row["label"]).text, {"count": row["count"]}, {"count": str(row["count"])})
 
 
 def _pointbench(row: Row, sources: Sequence[Any]) -> _Asked:

@@ -95,7 +95,8 @@ def _read_video_tracks(rows: Sequence[Row], draw: Draw) -> Item:
 
 
 def _academic_video(row: Row) -> list[MediaReference]:
-    return [MediaReference("video", row.get("video_path") or row["video"], None, row)]
+    name = row.get("clip") or row.get("video_path") or row["video"]  # of molmo2-track-instruction, of TrackAny, of all
+    return [MediaReference("video", name, None, row)]
 
 
 def _academic_problem(row: Row, settings: Settings) -> str | None:

@@ -8,9 +8,10 @@ Each metric takes one answer as text and the truth, and returns the scores of th
 
 from collections.abc import Callable
 
+from molmo2.data.evaluation import count_bin
 from molmo2.evaluate.answers import CHOICE_RULES, anls, edit_distance, multiple_choice, relaxed_accuracy
 from molmo2.evaluate.assignment import assign
-from molmo2.evaluate.counting import count_bin, countbench, image_counting, video_counting
+from molmo2.evaluate.counting import countbench, image_counting, video_counting
 from molmo2.evaluate.masks import contains, mask_array
 from molmo2.evaluate.pointing import Scores, point_scores, pointbench, pointing, video_pointing
 from molmo2.evaluate.summary import Estimate, Interval, estimate, summarize

@@ -30,7 +30,6 @@ NUMBER_WORDS = {
     "ninety": 90,
     "hundred": 100,
 }
-COUNT_BINS = (0, 5, 10, 15, 20, 25)
 
 
 def image_counting(answer: str, count: int, *, strict: bool = False) -> Scores:
@@ -88,18 +87,6 @@ def countbench(answer: str, count: int, *, strict: bool = False) -> Scores:
     elif "none" in words:
         predicted = 0
     return _count_scores(1 if strict and predicted is not None else predicted, count, 1)
-
-
-def count_bin(count: int) -> str:
-    """The bin of a true count in which the published evaluation reports it: "0-4", "5-9", ... "25+".
-
-    Raises:
-        ValueError: The count is negative.
-    """
-    if count < 0:
-        raise ValueError(f"A count is 0 or more; found {count}.")
-    start = max(first for first in COUNT_BINS if first <= count)
-    return f"{start}+" if start == COUNT_BINS[-1] else f"{start}-{start + 4}"
 
 
 def _count_scores(predicted: int | None, count: int, tolerance: int) -> Scores:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from molmo2.configuration import PAD_SLOT
+from molmo2.media_features import warn_about_library_model
 from molmo2.model.loss import IGNORED
 from molmo2.model.vision import normalize_on_device
 from molmo2.training.examples import example_from_feature
@@ -74,7 +75,9 @@ class DataCollator:
         columns = [_token_columns(row, names) for row in rows]
         if all(len(row) == 1 for row in rows):
             columns = [{name: value for name, value in row.items() if name != "example_ids"} for row in columns]
-        return {**self._pad(columns), **_concatenate_media(examples, self._media_names())}
+        batch = {**self._pad(columns), **_concatenate_media(examples, self._media_names())}
+        warn_about_library_model(batch)
+        return batch
 
     def _media_names(self) -> list[str]:
         return [*self.processor.image_processor.model_input_names, *self.processor.video_processor.model_input_names]

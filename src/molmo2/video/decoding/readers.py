@@ -33,7 +33,7 @@ import numpy as np
 
 from molmo2.image.limits import MediaLimitError, MediaLimits, checked_limits
 from molmo2.image.loading import is_file_on_disk, open_image
-from molmo2.video.decoding.decord_process import DecordProcess, FrameError
+from molmo2.video.decoding.decord_process import BROKEN, DecordProcess, FrameError
 from molmo2.video.decoding.orientation import Matrix, matrix_from_bytes, mp4_matrices, quarter_turns, upright
 from molmo2.video.decoding.timeline import (
     CONSTANT_RATE_TOLERANCE_SECONDS,
@@ -871,9 +871,9 @@ def _import_backend(module: str, backend: str) -> Any:
     try:
         return importlib.import_module(module)
     except Exception as error:  # also OSError or RuntimeError: libraries of ffmpeg missing
-        raise VideoDecodeError(
-            f"{backend} cannot be loaded ({brief(error)}). Install it with `pip install {PACKAGES[backend]}`."
-        ) from error
+        is_absent = isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]
+        advice = f"Install it with `pip install {PACKAGES[backend]}`." if is_absent else BROKEN
+        raise VideoDecodeError(f"{backend} cannot be loaded ({brief(error)}). {advice}") from error
 
 
 def _others_usable(backend: str) -> bool:
