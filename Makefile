@@ -69,8 +69,8 @@ test-batch: ## batches on a local Ray cluster and in Parquet, and the client aga
 test-metrics: ## the metrics beside TrackEval, pycocotools and SciPy
 	$(IN) metrics $(TEST) tests/clients/test_trackeval.py
 
-test-tools: ## answers read by annotation tools and SAM 2, tensor names by gguf and mlx-vlm, a linter for containers
-	$(IN) tools $(TEST) tests/clients/test_tools.py tests/clients/test_sam2.py tests/unit/test_containers.py
+test-tools: ## answers read by annotation tools and SAM 2, tensor names by gguf and mlx-vlm, files of trainers, a linter for containers
+	$(IN) tools $(TEST) $(addprefix tests/clients/test_,tools.py sam2.py training_tools.py) tests/unit/test_containers.py
 
 test-common: ## transformers' own common tests of models and processors, on transformers 4.57.1 and the release of development
 	$(IN) common@4.57.1 scripts/common_tests.py python $(OPTIONS)

@@ -1,7 +1,7 @@
 """Finishes the environment of the tools with sam2, run by its interpreter.
 
-Its source package names torch as a tool of its build. pip would download one for that, with CUDA: it is built with the torch
-that is there, and without the kernels for CUDA, which only fill holes in masks.
+Its source package names torch as a tool of its build, and pip would download one for that, with CUDA. It is built with
+the torch that is there, and without the kernels for CUDA, which only fill holes in masks.
 """
 
 import os

@@ -1,6 +1,7 @@
-"""llm-compressor's `oneshot` quantises a miniature, which is saved in compressed-tensors, loaded, and still answers correctly.
+"""llm-compressor's `oneshot` quantises a miniature; saved in compressed-tensors and loaded, it answers as before.
 
-Runs in an environment of its own (`constraints/llm-compressor.txt`). docs/quantization.md has the table: `pytest -s` prints its rows.
+Runs in an environment of its own (`constraints/llm-compressor.txt`). docs/quantization.md has the table: `pytest -s`
+prints its rows.
 """
 
 import sys
@@ -138,7 +139,9 @@ def test_a_recipe_from_start_to_saved_answers(name, folder, processor, asked, ex
     model = quantize(load(folder), RECIPES[name](), **options)
     assert quantized_layers(model) == every_layer - left_out
     found = judge(processor, asked, answers(model, processor, asked))
-    print(f"\nllm-compressor {version('llmcompressor')} | {name} | {len(quantized_layers(model))} layers | {summary(found)}")
+    print(
+        f"\nllm-compressor {version('llmcompressor')} | {name} | {len(quantized_layers(model))} layers | {summary(found)}"
+    )
     for score in TARGETS.keys() & expected.keys():  # so few questions leave out some kinds
         worse = found[score] - expected[score] if score in LOW_IS_GOOD else expected[score] - found[score]
         assert worse <= 0.1, f"{score}: {found[score]:.2f} instead of {expected[score]:.2f}"
@@ -163,7 +166,7 @@ def test_the_vision_part_is_left_out_by_its_name(folder):
 
 
 def test_groups_want_rows_of_whole_groups(folder):
-    """The usual scheme has groups of 128, which divide the published checkpoints' rows but not the patches'."""
+    """The usual scheme has groups of 128; the layers that do not fit are named."""
     with pytest.raises(ValueError, match="not divisible by group_size") as error:
         quantize(load(folder), QuantizationModifier(targets="Linear", scheme="W4A16", ignore=[LM_HEAD]))
     assert f"{PATCH_EMBEDDING} (columns=588" in str(error.value)

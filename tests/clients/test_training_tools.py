@@ -1,10 +1,11 @@
-"""What axolotl and Unsloth read of the processor, by their own files; the packages around them want a GPU and dozens of others.
+"""What axolotl and Unsloth read of the processor, by their own files; the packages want a GPU and dozens of others.
 
 Runs in the environment of the tools (`constraints/tools.txt`). docs/training.md says what follows.
 """
 
 # ruff: noqa: E402  (axolotl reads processors of transformers that want torchvision importable first)
 
+import ast
 import logging
 import runpy
 import sys
@@ -89,7 +90,7 @@ def test_axolotl_with_the_roles_learns_the_answer_alone(axolotl, loaded):
 
 
 def test_axolotl_without_the_roles_learns_questions_too(axolotl, loaded):
-    """It knows the placeholder, not the tokens that it becomes: their labels, of no meaning, are dropped by the model."""
+    """It knows the placeholder, not the tokens that it becomes: labels on those are dropped by the model."""
     model, processor = loaded
     strategy = axolotl["ProcessingStrategy"](processor)
     image_token = processor.tokenizer.convert_tokens_to_ids("<|image|>")
@@ -106,15 +107,21 @@ def test_axolotl_without_the_roles_learns_questions_too(axolotl, loaded):
 
 
 def test_unsloth_knows_the_placeholders_alone(loaded):
-    """Its list of tokens that are never learned has ours for images and videos, not those that they become; it looks for
-    the names of `_media_feature_token_ids` in configurations, and for `vision_config`, of which ours has none.
-    """
-    model, processor = loaded
+    """Its list of tokens that are never learned has ours for images and videos, not those that they become."""
+    _, processor = loaded
     names = runpy.run_path(str(installed(UNSLOTH, "unsloth_zoo/vlm_tokens.py")))["IMAGE_TOKENS"]
     assert {processor.image_token, processor.video_token} <= set(names)
     assert {"<im_patch>", "<im_col>", "<im_start>", "<im_end>", "<im_low>"} & set(names) == set()
+
+
+def test_unsloth_makes_every_image_one_crop_unless_told_otherwise(loaded):
+    """The default of its collator, "min", takes the size of images from our configuration: that of a crop."""
+    model, _ = loaded
     source = installed(UNSLOTH, "unsloth_zoo/vision_utils.py").read_text(encoding="utf-8")
-    for name in ("image_token_id", "image_token_index", "video_token_id"):
-        assert f'"{name}"' in source
-    assert "model.config.vision_config.image_size" in source
-    assert not hasattr(model.config, "vision_config")
+    (collator,) = (node for node in ast.parse(source).body if getattr(node, "name", "") == "UnslothVisionDataCollator")
+    (start,) = (node for node in collator.body if getattr(node, "name", "") == "__init__")
+    defaults = dict(zip([entry.arg for entry in start.args.args[::-1]], start.args.defaults[::-1]))
+    assert ast.literal_eval(defaults["resize"]) == "min"
+    assert ast.literal_eval(defaults["train_on_responses_only"]) is False
+    assert "model.config.vision_config.image_size" in ast.unparse(start)
+    assert list(model.config.vision_config.image_size) == list(model.config.vit_config.image_default_input_size)
