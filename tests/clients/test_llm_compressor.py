@@ -139,9 +139,7 @@ def test_a_recipe_from_start_to_saved_answers(name, folder, processor, asked, ex
     model = quantize(load(folder), RECIPES[name](), **options)
     assert quantized_layers(model) == every_layer - left_out
     found = judge(processor, asked, answers(model, processor, asked))
-    print(
-        f"\nllm-compressor {version('llmcompressor')} | {name} | {len(quantized_layers(model))} layers | {summary(found)}"
-    )
+    print(f"\n{version('llmcompressor')} | {name} | {len(quantized_layers(model))} layers | {summary(found)}")
     for score in TARGETS.keys() & expected.keys():  # so few questions leave out some kinds
         worse = found[score] - expected[score] if score in LOW_IS_GOOD else expected[score] - found[score]
         assert worse <= 0.1, f"{score}: {found[score]:.2f} instead of {expected[score]:.2f}"
