@@ -58,9 +58,10 @@ test-fiftyone: ## the FiftyOne model and labels beside a database
 test-training: ## runs with TRL, PEFT and two processes, and the example of fine-tuning
 	$(IN) training $(TEST) $(addprefix tests/training/test_,trainers.py finetuning.py parallel.py training_round_trip.py training_example.py data_sets.py recipes.py)
 
-test-quantization: ## bitsandbytes, torchao, quanto and torch's own, on transformers 4.57.1 and the release of development
+test-quantization: ## bitsandbytes, torchao, quanto and torch's own, on transformers 4.57.1 and the release of development; llm-compressor on 5.17.0
 	$(IN) quantization@4.57.1 $(TEST) tests/clients/test_quantization.py
 	$(IN) quantization $(TEST) tests/clients/test_quantization.py
+	$(IN) llm-compressor $(TEST) tests/clients/test_llm_compressor.py
 
 test-batch: ## batches on a local Ray cluster and in Parquet, and the client against `transformers serve`
 	$(IN) batch $(TEST) tests/clients/test_batch_ray.py tests/clients/test_transformers_serve.py
@@ -68,8 +69,8 @@ test-batch: ## batches on a local Ray cluster and in Parquet, and the client aga
 test-metrics: ## the metrics beside TrackEval, pycocotools and SciPy
 	$(IN) metrics $(TEST) tests/clients/test_trackeval.py
 
-test-tools: ## answers read by annotation tools and SAM 2's processors, tensor names by gguf and mlx-vlm, a linter for containers
-	$(IN) tools $(TEST) tests/clients/test_tools.py tests/unit/test_containers.py
+test-tools: ## answers read by annotation tools and SAM 2, tensor names by gguf and mlx-vlm, files of trainers, a linter for containers
+	$(IN) tools $(TEST) $(addprefix tests/clients/test_,tools.py sam2.py training_tools.py) tests/unit/test_containers.py
 
 test-common: ## transformers' own common tests of models and processors, on transformers 4.57.1 and the release of development
 	$(IN) common@4.57.1 scripts/common_tests.py python $(OPTIONS)

@@ -1,0 +1,196 @@
+"""llm-compressor's `oneshot` quantises a miniature; saved in compressed-tensors and loaded, it answers as before.
+
+Runs in an environment of its own (`constraints/llm-compressor.txt`). docs/quantization.md has the table: `pytest -s`
+prints its rows.
+"""
+
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+for place in (REPOSITORY, REPOSITORY / "examples"):
+    sys.path.insert(0, str(place))
+
+pytest.importorskip("llmcompressor", reason="quantisation has an environment of its own")
+
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme  # noqa: E402
+from llmcompressor import oneshot  # noqa: E402
+from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier  # noqa: E402
+
+from miniature import native  # noqa: E402
+from miniature.evaluate import FRESH_SEED, LOW_IS_GOOD, TARGETS, answers, examples, judge  # noqa: E402
+
+LM_HEAD = "lm_head"
+PATCH_EMBEDDING = "model.vision_backbone.image_vit.patch_embedding"  # rows of 588, in no groups
+VISION = ["re:.*vision_backbone.*"]  # tower and connector
+QUESTIONS = 12  # about single images; sets and clips come on top
+CALIBRATION = 4
+
+
+def groups(bits: int, group_size: int | None = None) -> dict:
+    """Weights alone, in whole rows or in groups; the miniature's rows of 192 are no multiple of the usual 128."""
+    strategy = {"strategy": "group", "group_size": group_size} if group_size else {"strategy": "channel"}
+    weights = QuantizationArgs(num_bits=bits, type="int", symmetric=True, **strategy)
+    return {"config_groups": {"all": QuantizationScheme(targets=["Linear"], weights=weights)}}
+
+
+RECIPES = {
+    "W8A16": lambda: QuantizationModifier(**groups(8), ignore=[LM_HEAD]),
+    "W8A8": lambda: QuantizationModifier(targets="Linear", scheme="W8A8", ignore=[LM_HEAD]),
+    "W4A16 by GPTQ": lambda: GPTQModifier(**groups(4, 64), ignore=[LM_HEAD, PATCH_EMBEDDING]),
+}
+# Layers that keep their weights, and the bytes of the saved weights, of those in float32, that are allowed.
+LEFT_OUT = {
+    "W8A16": ({LM_HEAD}, 0.3),
+    "W8A8": ({LM_HEAD}, 0.3),
+    "W4A16 by GPTQ": ({LM_HEAD, PATCH_EMBEDDING}, 0.21),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return native.to_transformers(native.CHECKPOINT, tmp_path_factory.mktemp("miniature") / "model")
+
+
+@pytest.fixture(scope="module")
+def processor(folder):
+    return AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+
+
+@pytest.fixture(scope="module")
+def asked():
+    return examples(FRESH_SEED + 1, QUESTIONS)
+
+
+@pytest.fixture(scope="module")
+def expected(folder, processor, asked):
+    """Scores without quantisation."""
+    return judge(processor, asked, answers(load(folder), processor, asked))
+
+
+def load(folder):
+    return AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
+
+
+def linear_layers(model) -> set[str]:
+    return {name for name, module in model.named_modules() if type(module) is nn.Linear}
+
+
+def quantized_layers(model) -> set[str]:
+    schemes = ((name, getattr(module, "quantization_scheme", None)) for name, module in model.named_modules())
+    return {name for name, scheme in schemes if scheme is not None}
+
+
+def calibration(processor) -> DataLoader:
+    """Questions about images, as the processor makes them, one a batch."""
+    rows = [
+        processor.apply_chat_template(
+            [{"role": "user", "content": [*example.parts, {"type": "text", "text": example.question.text}]}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        for example in examples(FRESH_SEED + 2, CALIBRATION)[:CALIBRATION]
+    ]
+    assert all("pixel_values" in row for row in rows)
+    return DataLoader([dict(row) for row in rows], batch_size=None)
+
+
+def quantize(model, recipe, **options):
+    """`trust_remote_code_model`: it reads the configuration again, from the folder."""
+    return oneshot(model=model, recipe=recipe, trust_remote_code_model=True, **options)
+
+
+def summary(scores) -> str:
+    return ", ".join(f"{name} {scores[name]:.3f}" for name in TARGETS if name in scores)
+
+
+def weight_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def stored_types(folder: Path) -> set[str]:
+    (path,) = folder.glob("*.safetensors")
+    with safe_open(path, "pt") as file:
+        return {str(file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_from_start_to_saved_answers(name, folder, processor, asked, expected, tmp_path):
+    options = {}
+    if "GPTQ" in name:
+        options = {
+            "dataset": calibration(processor),
+            "num_calibration_samples": CALIBRATION,
+            "pipeline": "basic",
+        }
+    left_out, share = LEFT_OUT[name]
+    every_layer = linear_layers(load(folder))
+    assert len(every_layer) == 63
+    model = quantize(load(folder), RECIPES[name](), **options)
+    assert quantized_layers(model) == every_layer - left_out
+    found = judge(processor, asked, answers(model, processor, asked))
+    print(f"\n{version('llmcompressor')} | {name} | {len(quantized_layers(model))} layers | {summary(found)}")
+    for score in TARGETS.keys() & expected.keys():  # so few questions leave out some kinds
+        worse = found[score] - expected[score] if score in LOW_IS_GOOD else expected[score] - found[score]
+        assert worse <= 0.1, f"{score}: {found[score]:.2f} instead of {expected[score]:.2f}"
+
+    model.save_pretrained(tmp_path, save_compressed=True)
+    print(f"{weight_bytes(tmp_path)} of {weight_bytes(folder)} bytes, {stored_types(tmp_path)}")
+    assert weight_bytes(tmp_path) <= share * weight_bytes(folder)
+    assert stored_types(tmp_path) & {"I8", "I32"}
+    again = load(tmp_path)
+    assert again.config.quantization_config.quant_method == "compressed-tensors"
+    assert type(again).__module__.startswith("transformers_modules.")
+    assert quantized_layers(again) == quantized_layers(model)
+    assert answers(again, processor, asked[::4]) == answers(model, processor, asked[::4])
+
+
+def test_the_vision_part_is_left_out_by_its_name(folder):
+    every_layer = linear_layers(load(folder))
+    recipe = QuantizationModifier(targets="Linear", scheme="W8A8", ignore=[LM_HEAD, *VISION])
+    found = quantized_layers(quantize(load(folder), recipe))
+    assert found == {layer for layer in every_layer if layer.startswith("model.transformer.")}
+    assert len(found) == 24
+
+
+def test_groups_want_rows_of_whole_groups(folder):
+    """The usual scheme has groups of 128; the layers that do not fit are named."""
+    with pytest.raises(ValueError, match="not divisible by group_size") as error:
+        quantize(load(folder), QuantizationModifier(targets="Linear", scheme="W4A16", ignore=[LM_HEAD]))
+    assert f"{PATCH_EMBEDDING} (columns=588" in str(error.value)
+
+
+def test_the_remote_code_has_to_be_allowed(folder):
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        oneshot(model=load(folder), recipe=RECIPES["W8A16"]())
+
+
+def test_layer_by_layer_calibration_is_refused(folder, processor):
+    """It cuts the forward pass by tracing it; where this fails, docs/quantization.md has a caveat less."""
+    with pytest.raises(ValueError, match="does not implement `forward`"):
+        quantize(
+            load(folder),
+            RECIPES["W4A16 by GPTQ"](),
+            dataset=calibration(processor),
+            num_calibration_samples=CALIBRATION,
+        )
+
+
+def test_a_model_of_the_package_is_quantized_too(folder):
+    """Loaded by `molmo2.load`, with the same names of layers."""
+    import molmo2
+
+    model, _ = molmo2.load(folder)
+    assert type(model).__module__ == "molmo2.model.modeling"
+    assert len(quantized_layers(quantize(model, RECIPES["W8A16"]()))) == 62
+    assert model.get_output_embeddings().weight.dtype == torch.float32
