@@ -26,7 +26,7 @@ import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping, Sequence, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, KeysView, Mapping, Sequence, Sized
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property, lru_cache
@@ -2153,17 +2153,11 @@ class MediaFeatures(BatchFeature):
     def __init__(self, data: dict[str, Any] | None = None, tensor_type: Any = None, media: Sequence[MediaInfo] = ()):
         super().__init__(data, tensor_type)
         self.media = list(media)
-        self._warn_about_library_model()
+        warn_about_library_model(self.data)
 
     def keys(self) -> KeysView[str]:  # which a call with `**inputs` asks for
-        self._warn_about_library_model()
+        warn_about_library_model(self.data)
         return super().keys()
-
-    def _warn_about_library_model(self) -> None:
-        """Warns where the library's model is loaded, to which these inputs may go: no later moment could say so."""
-        has_media = any(name.endswith("_grids") for name in self.data)
-        if has_media and "token_type_ids" in self.data and LIBRARY_MODEL in sys.modules:
-            logger.warning_once(LIBRARY_MODEL_WARNING)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"data": self.data, "media": self.media}
@@ -2171,6 +2165,13 @@ class MediaFeatures(BatchFeature):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.data = state["data"]
         self.media = state["media"]
+
+
+def warn_about_library_model(names: Collection[str]) -> None:
+    """Warns where the library's model is loaded, to which inputs of these names may go: nothing later could say so."""
+    has_media = any(name.endswith("_grids") for name in names)
+    if has_media and "token_type_ids" in names and LIBRARY_MODEL in sys.modules:
+        logger.warning_once(LIBRARY_MODEL_WARNING)
 
 
 def image_media(size: tuple[int, int]) -> MediaInfo:

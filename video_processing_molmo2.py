@@ -266,6 +266,7 @@ MAX_CHILD_BYTES = 8 << 30  # memory of a child, where the system can limit it
 PIPE_BYTES = 1 << 20  # most a system grants without privileges; where it has one size only, this is ignored
 HEADER_BYTES = 1 << 16  # in which, at either end of a file, its codec is named
 MPEG4_SIGN = re.compile(rb"(?i)FMP4|XVID|DIVX|DX50|mp4v\0|V_MPEG4/ISO")
+BROKEN = "It is installed, but does not start: mend what this names, or uninstall it."  # advice about a decoder
 MAX_IDLE_CHILDREN = 4  # kept for the next videos; threads of a program may decode as many at a time
 
 
@@ -402,9 +403,7 @@ class DecordProcess:
         answer = self._answer(START_SECONDS)
         if "error" in answer:
             self.kill()
-            raise VideoDecodeError(
-                f"decord cannot be loaded ({answer['error'][:200]}). Install it with `pip install decord2`."
-            )
+            raise VideoDecodeError(f"decord cannot be loaded ({answer['error'][:200]}). {BROKEN}")
 
     def _code(self) -> str:
         """The program of the child."""
@@ -1522,9 +1521,9 @@ def _import_backend(module: str, backend: str) -> Any:
     try:
         return importlib.import_module(module)
     except Exception as error:  # also OSError or RuntimeError: libraries of ffmpeg missing
-        raise VideoDecodeError(
-            f"{backend} cannot be loaded ({brief(error)}). Install it with `pip install {PACKAGES[backend]}`."
-        ) from error
+        is_absent = isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]
+        advice = f"Install it with `pip install {PACKAGES[backend]}`." if is_absent else BROKEN
+        raise VideoDecodeError(f"{backend} cannot be loaded ({brief(error)}). {advice}") from error
 
 
 def _others_usable(backend: str) -> bool:
