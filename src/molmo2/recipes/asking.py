@@ -40,11 +40,11 @@ class AskedModel:
         given = {"max_crops": max_crops, "num_frames": num_frames, "max_fps": max_fps}
         self.processor_kwargs = {name: value for name, value in given.items() if value is not None}
         self.system_prompt = system_prompt
-        model, processor = load(pretrained, dtype=dtype, **options)
-        self.model: Any = model
-        self.processor: Any = processor
+        loaded: Any = load(pretrained, dtype=dtype, **options)
+        self.model, self.processor = loaded
         if "device_map" not in options:
-            self.model.to(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+            own: Any = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+            self.model.to(own)
 
     def answers(self, conversations: Sequence[list[dict[str, Any]]], **generate_options: Any) -> list[str]:
         """The answers to conversations, in one call of `generate`."""
