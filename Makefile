@@ -6,7 +6,7 @@ TEST := scripts/pytest python
 MINIATURE := $(IN) dev env -C examples python -m miniature
 
 .DEFAULT_GOAL := help
-.PHONY: help demo app test test-slow nightly mutate fuzz check style bundle matrix test-app test-fiftyone test-training test-quantization test-batch test-metrics test-tools test-common test-lmms-eval test-vllm docs wheel browser benchmarks miniature miniature-scores notebooks cookbook screenshots clean
+.PHONY: help demo app test test-slow nightly mutate fuzz check style bundle matrix test-app test-fiftyone test-training test-quantization test-batch test-metrics test-tools test-common test-lmms-eval test-vlmevalkit test-vllm docs wheel browser benchmarks miniature miniature-scores notebooks cookbook screenshots clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -78,6 +78,9 @@ test-common: ## transformers' own common tests of models and processors, on tran
 
 test-lmms-eval: ## lmms-eval with the model and the tasks of this package, in one process and in two
 	$(IN) lmms-eval $(TEST) tests/clients/test_lmms_eval.py
+
+test-vlmevalkit: ## VLMEvalKit's runner with the model of this package, on images and clips
+	$(IN) vlmevalkit $(TEST) tests/clients/test_vlmevalkit.py
 
 test-vllm: ## vLLM for CPUs with the plugin molmo2.vllm: answers token by token, server, hostile requests
 	$(IN) vllm timeout 900 $(TEST) tests/clients/test_vllm.py

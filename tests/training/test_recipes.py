@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +113,11 @@ def test_presets_hold_unless_the_recipe_has_its_own():
     ("entries", "message"),
     [
         ({"step": 3}, r"there is no entry 'step' \(did you mean steps\?\)"),
+        (
+            {"tensor_parallel": 2},
+            r"tensor_parallel: recipes do not cut .* `molmo2\.training\.tensor_parallel`",
+        ),
+        ({"pipeline": 2}, r"pipeline: recipes do not cut .* `molmo2\.training\.Pipeline` in a loop"),
         ({"data": []}, "data is empty"),
         ({"data": [{"name": "a"}]}, r"data\[0\]: files is missing"),
         (
@@ -226,6 +232,54 @@ def test_a_stopped_run_has_the_losses_of_one_that_was_not(folder):
     other = read_recipe(folder / "recipe.yaml", output="stopped", seed=1, max_tokens=400)
     with pytest.raises(RecipeError, match="another max_tokens, seed"):
         train(other, resume=True)
+
+
+def test_curves_in_tensorboard(folder):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train(read_recipe(folder / "recipe.yaml", report_to=["tensorboard"], evaluation=[]), say=lambda line: None)
+    (path,) = (folder / "run").rglob("events.out.tfevents.*")
+    found = events.EventAccumulator(str(path)).Reload()
+    for entry, tag in (("loss", "train/loss"), ("grad_norm", "train/grad_norm"), ("learning_rate", "train/lear")):
+        (tag,) = [name for name in found.Tags()["scalars"] if name.startswith(tag)]
+        expected = {line["step"]: line[entry] for line in log(folder) if entry in line}
+        assert len(expected) == 4
+        assert {each.step: each.value for each in found.Scalars(tag)} == pytest.approx(expected, rel=1e-6), tag
+
+
+def level_db_records(data, header):
+    """The records of a log in LevelDB's format: blocks of 32 KiB, pieces behind checksum, length and kind."""
+    place, record = header, b""
+    while place + 7 <= len(data):
+        left = 32768 - place % 32768
+        if left < 7:  # too short for a piece
+            place += left
+            continue
+        length, kind = struct.unpack("<HB", data[place + 4 : place + 7])
+        record += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last piece
+            yield record
+            record = b""
+
+
+def test_curves_in_wandb(folder, monkeypatch):
+    """Offline: the file that `wandb sync` would send later."""
+    wandb = pytest.importorskip("wandb")
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(folder))
+    train(read_recipe(folder / "recipe.yaml", report_to=["wandb"], evaluation=[]), say=lambda line: None)
+    wandb.finish()
+    (path,) = (folder / "wandb").glob("offline-run-*/run-*.wandb")
+    found = {}
+    for record in level_db_records(path.read_bytes(), header=7):
+        items = Record.FromString(record).history.item
+        row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+        if "train/loss" in row:
+            found[row["train/global_step"]] = row["train/loss"]
+    assert len(found) == 4
+    assert found == pytest.approx(losses(folder), rel=1e-6)
 
 
 def test_parts_have_their_own_rates_and_frozen_ones_none(folder):

