@@ -266,7 +266,7 @@ MAX_CHILD_BYTES = 8 << 30  # memory of a child, where the system can limit it
 PIPE_BYTES = 1 << 20  # most a system grants without privileges; where it has one size only, this is ignored
 HEADER_BYTES = 1 << 16  # in which, at either end of a file, its codec is named
 MPEG4_SIGN = re.compile(rb"(?i)FMP4|XVID|DIVX|DX50|mp4v\0|V_MPEG4/ISO")
-BROKEN = "It is installed, but does not start: mend what this names, or uninstall it."  # advice about a decoder
+BROKEN_INSTALLATION = "It is installed, but does not start: fix the error that is named here, or uninstall it."
 MAX_IDLE_CHILDREN = 4  # kept for the next videos; threads of a program may decode as many at a time
 
 
@@ -403,7 +403,7 @@ class DecordProcess:
         answer = self._answer(START_SECONDS)
         if "error" in answer:
             self.kill()
-            raise VideoDecodeError(f"decord cannot be loaded ({answer['error'][:200]}). {BROKEN}")
+            raise VideoDecodeError(f"decord cannot be loaded ({answer['error'][:200]}). {BROKEN_INSTALLATION}")
 
     def _code(self) -> str:
         """The program of the child."""
@@ -1265,8 +1265,8 @@ def _rgb_view(frame: Any) -> np.ndarray:
 class _PacketTable:
     """The packets of a stream. A *place* counts them in file order, an index in display order.
 
-    Arrays, of 4 bytes a packet, 12 where frames are not stored in the order they are shown in (twice as many where 32
-    bits do not hold the time stamps): ten hours have a million.
+    Arrays, of 4 bytes a packet, 12 where frames are not stored in the order they are shown in (8 and 20 where 32 bits
+    do not hold the time stamps), and 8 for each key frame: ten hours have a million packets.
 
     Attributes:
         origin: what is added to the numbers of `file_stamps` and `shown_stamps`, in ticks.
@@ -1522,7 +1522,7 @@ def _import_backend(module: str, backend: str) -> Any:
         return importlib.import_module(module)
     except Exception as error:  # also OSError or RuntimeError: libraries of ffmpeg missing
         is_absent = isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]
-        advice = f"Install it with `pip install {PACKAGES[backend]}`." if is_absent else BROKEN
+        advice = f"Install it with `pip install {PACKAGES[backend]}`." if is_absent else BROKEN_INSTALLATION
         raise VideoDecodeError(f"{backend} cannot be loaded ({brief(error)}). {advice}") from error
 
 

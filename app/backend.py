@@ -243,7 +243,7 @@ class Conversation:
         """End the conversation: no answer begins any more, and one that runs ends without another update.
 
         Args:
-            seconds: Longest time to wait for its end, which comes with the next token.
+            seconds: Longest time to wait for its end, which comes with the next token, or once its points are drawn.
         """
         self._closed = True
         self._stopped.set()
@@ -269,7 +269,10 @@ class Conversation:
         self._stopped = Event()
         try:
             if not self._closed:  # from here on, closing sets the new event
-                yield from self._updates(TASKS[task](question.strip()), self._stopped)
+                for update in self._updates(TASKS[task](question.strip()), self._stopped):
+                    if self._closed:
+                        return
+                    yield update
         except (EngineError, ValueError) as error:  # such as a prompt that is too long; these messages say what to do
             raise UserError(str(error)) from error
         finally:
@@ -290,13 +293,11 @@ class Conversation:
             return stopped.is_set()
 
         for piece in session.stream(question, self._backend.max_new_tokens, should_stop):
-            if self._closed:
-                return
             raw, points, answer = raw + piece.text, points + piece.points, piece.answer
             drawn = self._draw(replace(empty, points=points)) if piece.points else None
             if answer is None:
                 yield Update(readable(parse_grounding(raw, session.media)), raw, drawn)
-        if answer is None:
+        if answer is None or self._closed:
             return
         grounding = answer.grounding
         last = Update(readable(grounding), answer.text, note=_note(answer, stopped.is_set()))

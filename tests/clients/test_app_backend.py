@@ -4,6 +4,7 @@ import json
 import time
 import tracemalloc
 from dataclasses import replace
+from threading import Event, Thread
 
 import numpy as np
 import pytest
@@ -192,6 +193,31 @@ def test_an_answer_ends_when_its_time_is_over(model, paths):
     *_, last = Backend(LocalEngine(endless, processor()), max_seconds=0).open(paths[:1]).answer("Tell a story.")
     assert last.note.endswith("; stopped")
     assert last.raw.count("word") < 3
+
+
+def test_nothing_of_an_answer_follows_the_end_of_its_conversation(model, paths, monkeypatch):
+    """Neither where it ends while the last points are drawn, which nothing interrupts, nor before an answer begins."""
+    dictated = DictatedModel(model, processor(), lambda prompt: '<points coords="1 1 250 500">cup</points>')
+    conversation = Backend(LocalEngine(dictated, processor())).open(paths[:1])
+    drawing, drawn, answered = Event(), Event(), []
+
+    def export(grounding):
+        drawing.set()
+        assert drawn.wait(60)
+        return None, {}
+
+    monkeypatch.setattr(conversation, "_export", export)
+    answering = Thread(target=lambda: answered.extend(conversation.answer("Point to the cup.")))
+    answering.start()
+    assert drawing.wait(60)
+    conversation.close(seconds=0.1)  # it does not wait for ever
+    assert conversation.is_answering
+    drawn.set()
+    answering.join(60)
+    assert answered
+    assert not any(update.note for update in answered)  # the last one has a note
+    assert not conversation.is_answering
+    assert list(conversation.answer("Point to the cup.")) == []
 
 
 def test_logins_come_from_a_file(tmp_path, monkeypatch, capsys):

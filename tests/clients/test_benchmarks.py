@@ -456,6 +456,12 @@ def test_a_token_reads_weights_and_what_is_cached():
     assert once.bytes == 4 * (cost.matrices(model.get_decoder()) + cost.matrices(model.lm_head))
 
 
+def test_products_of_few_rows_have_a_speed_of_their_own():
+    speeds = cost.Speeds("any", products=1e12, bytes=1e12, few_rows={4: 1e9})
+    assert cost.Work(1e9, 0, rows=4).seconds(speeds) == 1
+    assert cost.Work(1e9, 0, rows=512).seconds(speeds) == 1e-3
+
+
 def test_the_page_has_the_tables():
     page = (REPOSITORY / "docs" / "cost.md").read_text(encoding="utf-8")
     assert cost.tables().strip() == page.split("<!-- tables -->")[1].split("<!-- end of tables -->")[0].strip()

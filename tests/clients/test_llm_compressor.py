@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from torch import nn
 from torch.utils.data import DataLoader
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoProcessor
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 for place in (REPOSITORY, REPOSITORY / "examples"):
@@ -26,12 +25,19 @@ from llmcompressor import oneshot  # noqa: E402
 from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier  # noqa: E402
 
 from miniature import native  # noqa: E402
-from miniature.evaluate import FRESH_SEED, LOW_IS_GOOD, TARGETS, answers, examples, judge  # noqa: E402
+from miniature.evaluate import FRESH_SEED, answers, examples, judge  # noqa: E402
+from support.quantization import (  # noqa: E402
+    PATCH_EMBEDDING,
+    fresh_questions,
+    linear_layers,
+    load,
+    require_similar,
+    summary,
+    weight_bytes,
+)
 
 LM_HEAD = "lm_head"
-PATCH_EMBEDDING = "model.vision_backbone.image_vit.patch_embedding"  # rows of 588, in no groups
 VISION = ["re:.*vision_backbone.*"]  # tower and connector
-QUESTIONS = 12  # about single images; sets and clips come on top
 CALIBRATION = 4
 
 
@@ -67,21 +73,13 @@ def processor(folder):
 
 @pytest.fixture(scope="module")
 def asked():
-    return examples(FRESH_SEED + 1, QUESTIONS)
+    return fresh_questions()
 
 
 @pytest.fixture(scope="module")
 def expected(folder, processor, asked):
     """Scores without quantisation."""
     return judge(processor, asked, answers(load(folder), processor, asked))
-
-
-def load(folder):
-    return AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
-
-
-def linear_layers(model) -> set[str]:
-    return {name for name, module in model.named_modules() if type(module) is nn.Linear}
 
 
 def quantized_layers(model) -> set[str]:
@@ -110,14 +108,6 @@ def quantize(model, recipe, **options):
     return oneshot(model=model, recipe=recipe, trust_remote_code_model=True, **options)
 
 
-def summary(scores) -> str:
-    return ", ".join(f"{name} {scores[name]:.3f}" for name in TARGETS if name in scores)
-
-
-def weight_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
 def stored_types(folder: Path) -> set[str]:
     (path,) = folder.glob("*.safetensors")
     with safe_open(path, "pt") as file:
@@ -140,9 +130,7 @@ def test_a_recipe_from_start_to_saved_answers(name, folder, processor, asked, ex
     assert quantized_layers(model) == every_layer - left_out
     found = judge(processor, asked, answers(model, processor, asked))
     print(f"\n{version('llmcompressor')} | {name} | {len(quantized_layers(model))} layers | {summary(found)}")
-    for score in TARGETS.keys() & expected.keys():  # so few questions leave out some kinds
-        worse = found[score] - expected[score] if score in LOW_IS_GOOD else expected[score] - found[score]
-        assert worse <= 0.1, f"{score}: {found[score]:.2f} instead of {expected[score]:.2f}"
+    require_similar(found, expected, 0.1)
 
     model.save_pretrained(tmp_path, save_compressed=True)
     print(f"{weight_bytes(tmp_path)} of {weight_bytes(folder)} bytes, {stored_types(tmp_path)}")

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoProcessor
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 for place in (REPOSITORY, REPOSITORY / "examples"):
@@ -23,14 +23,20 @@ for place in (REPOSITORY, REPOSITORY / "examples"):
 
 from clients.test_readme import python_blocks  # noqa: E402
 from miniature import native  # noqa: E402
-from miniature.evaluate import FRESH_SEED, LOW_IS_GOOD, TARGETS, answers, examples, judge  # noqa: E402
+from miniature.evaluate import answers, judge  # noqa: E402
 from molmo2.training import DataCollator  # noqa: E402
 from support.cookbook import check, cookbook  # noqa: E402
+from support.quantization import (  # noqa: E402
+    PATCH_EMBEDDING,
+    fresh_questions,
+    linear_layers,
+    load,
+    require_similar,
+    summary,
+    weight_bytes,
+)
 from support.training_cases import IMAGE, turn  # noqa: E402
 
-# Kernels of bitsandbytes for 4 bits on the CPU want rows of whole blocks (64); a patch has 588 numbers.
-PATCH_EMBEDDING = "model.vision_backbone.image_vit.patch_embedding"
-QUESTIONS = 12  # about single images; sets and clips come on top
 ADAPTED = r".*\.(att_proj|ff_proj)"  # 24 matrices of adapters in 12 layers
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="quantisation has an environment of its own")
@@ -41,10 +47,6 @@ quanto = pytest.importorskip("optimum.quanto", reason="quantisation has an envir
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return native.to_transformers(native.CHECKPOINT, tmp_path_factory.mktemp("miniature") / "model")
-
-
-def load(folder, **options):
-    return AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, **options).eval()
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ def _quanto() -> Any:
     return QuantoConfig(weights="int8")
 
 
+# Kernels of bitsandbytes for 4 bits on the CPU want rows of whole blocks (64).
 WHOLE_BLOCKS = frozenset({"lm_head", PATCH_EMBEDDING})
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "llm_int8_skip_modules": sorted(WHOLE_BLOCKS)}
 METHODS = {
@@ -119,7 +122,7 @@ def processor(folder):
 
 @pytest.fixture(scope="module")
 def asked():
-    return examples(FRESH_SEED + 1, QUESTIONS)
+    return fresh_questions()
 
 
 @pytest.fixture(scope="module")
@@ -128,33 +131,14 @@ def expected(folder, processor, asked):
     return judge(processor, asked, answers(load(folder), processor, asked))
 
 
-def linear_layers(model) -> set[str]:
-    return {name for name, module in model.named_modules() if type(module) is nn.Linear}
-
-
 @pytest.fixture(scope="module", params=METHODS)
 def quantized(request, folder):
     """Name and model; the tests of a method follow one another, and the last of them adds adapters."""
     return request.param, load(folder, quantization_config=METHODS[request.param].config(), device_map="cpu")
 
 
-def require_similar(found, expected, tolerance):
-    """Scores that are not much worse."""
-    for name in TARGETS.keys() & expected.keys():  # so few questions leave out some kinds
-        worse = found[name] - expected[name] if name in LOW_IS_GOOD else expected[name] - found[name]
-        assert worse <= tolerance, f"{name}: {found[name]:.2f} instead of {expected[name]:.2f}"
-
-
 def quantized_layers(model) -> set[str]:
     return {name for name, module in model.named_modules() if is_quantized(module)}
-
-
-def weight_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
-def summary(scores) -> str:
-    return ", ".join(f"{name} {scores[name]:.3f}" for name in TARGETS if name in scores)
 
 
 def test_every_linear_layer_is_quantized(quantized, folder, processor, asked, expected):

@@ -172,12 +172,41 @@ def test_arguments_that_name_no_model(model_args, capsys):
     assert f"--model_args is {model_args!r}; expected" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("24", 24), ("0.5", 0.5), ("true", True), ("null", None), ("a: b: c", "a: b: c"), ("Be: brief", "Be: brief")],
+)
+def test_values_of_arguments(text, expected, monkeypatch):
+    """Numbers are numbers; a prompt or a folder that looks like one is text."""
+    registered, started = {}, []
+    monkeypatch.setattr("molmo2.vlmevalkit.__main__.register", lambda name, **options: registered.update(options))
+    monkeypatch.setattr("vlmeval.run.main", lambda: started.append(sys.argv[1:]))
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    main(["--model_args", f"pretrained=2026,system_prompt={text},max_crops={text}", "--config=sets.json"])
+    main(["--model_args", "pretrained=2026", "--data", "MMStar"])
+    assert registered == {"pretrained": "2026", "system_prompt": text, "max_crops": expected}
+    assert started == [["--config=sets.json"], ["--model", "molmo2", "--data", "MMStar"]]
+
+
 def test_turns_of_a_conversation(checkpoint):
     """VLMEvalKit's `chat` gives each turn a role; images may stand in any of them."""
     pictures, table = picture_rows()
-    path = {"type": "image", "value": pictures[0].pixels}
-    model = Molmo2(str(checkpoint), device="cpu", max_new_tokens=40, system_prompt="Be brief.")
-    question = {"type": "text", "value": table[0]["question"]}
-    turns = [{"role": "user", "content": [path, question]}]
-    (expected,) = model.asked.answers([asked(table[0]["question"], image=pictures[0].pixels)], **model.generation)
+    model = Molmo2(str(checkpoint), device="cpu", max_new_tokens=40)
+    contents = [
+        ("system", [("text", "Be brief.")]),
+        ("user", [("image", pictures[0].pixels), ("text", table[0]["question"])]),
+        ("assistant", [("text", "There are none.")]),
+        ("user", [("image", pictures[1].pixels), ("text", table[1]["question"])]),
+    ]
+    turns = [
+        {"role": role, "content": [{"type": kind, "value": value} for kind, value in parts]}
+        for role, parts in contents
+    ]
+    ours = [
+        {"role": role, "content": [{"type": kind, kind: value} for kind, value in parts]} for role, parts in contents
+    ]
+    (expected,) = model.asked.answers([ours], **model.generation)
+    assert expected
     assert model.chat_inner(turns) == expected
+    with pytest.raises(ValueError, match="the role 'tool'; expected one of system, user, assistant"):
+        model.chat_inner([*turns, {"role": "tool", "content": []}])

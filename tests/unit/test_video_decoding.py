@@ -168,17 +168,17 @@ def test_constant_rate_undoes_rounding():
     exact = np.arange(76) * 1001 / 30000
     rounded = exact.astype(np.float32).astype(np.float64)
     assert np.any(rounded != exact)
-    timeline = make_timeline(rounded[:-1], float(rounded[-1]), 29.97002997, (2, 2))
+    timeline = make_timeline(rounded[:-1].copy(), float(rounded[-1]), 29.97002997, (2, 2))
     assert timeline.start_seconds.tolist() == exact[:-1].tolist()
     assert timeline.duration_seconds == exact[-1]
-    held = make_timeline(rounded[:-1], 9.0, 29.97002997, (2, 2))  # the last frame stays on
+    held = make_timeline(rounded[:-1].copy(), 9.0, 29.97002997, (2, 2))  # the last frame stays on
     assert held.start_seconds.tolist() == exact[:-1].tolist()
     assert held.duration_seconds == 9.0
 
 
 def test_variable_rate_keeps_its_times_and_averages_its_rate():
     starts = np.array([0.0, 0.033, 0.067, 0.5])
-    timeline = make_timeline(starts, 0.8, 2000.0, (2, 2))
+    timeline = make_timeline(starts.copy(), 0.8, 2000.0, (2, 2))
     assert timeline.start_seconds.tolist() == starts.tolist()
     assert timeline.fps == pytest.approx(4 / 0.8)
 
@@ -370,7 +370,7 @@ def test_joined_recordings_show_in_their_time_stamps(decoded_at, problem):
 
 
 def test_a_table_of_hours_takes_few_bytes_a_frame():
-    """Twelve stay and few more for a moment; FFmpeg's own table has 35, and 30 more while it reads the file."""
+    """Twelve stay and few more for a moment; FFmpeg's own table has three times as many."""
     count = 100_000
     tracemalloc.start()
     try:
@@ -469,7 +469,7 @@ def test_unknown_backend():
         open_video(CLIPS / "vfr.mp4", "opencv")
 
 
-INSTALLED = "It is installed, but does not start: mend what this names, or uninstall it."
+INSTALLED = "It is installed, but does not start: fix the error that is named here, or uninstall it."
 
 
 @pytest.mark.parametrize(

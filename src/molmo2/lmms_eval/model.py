@@ -8,7 +8,7 @@ from typing import Any
 from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
-from molmo2.recipes import asking
+from molmo2.recipes import harness
 
 GENERATION = ("do_sample", "max_new_tokens", "num_beams", "temperature", "top_k", "top_p", "until")
 # What chat tasks add to a part for other models.
@@ -22,7 +22,7 @@ class Molmo2(lmms):
         pretrained: Folder or repository.
         device: "auto" is a GPU if there is one; under `accelerate launch` that of the process.
         batch_size: Questions of one call of `generate`.
-        options: Further ones of `molmo2.recipes.asking.AskedModel`.
+        options: Further ones of `molmo2.recipes.harness.HarnessModel`.
     Raises:
         OSError, TypeError, ValueError: The model cannot be loaded, or an option is unknown.
     """
@@ -33,13 +33,13 @@ class Molmo2(lmms):
         super().__init__()
         self.batch_size = _number_of_questions(batch_size)
         self._rank, self._world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        own: Any = device
+        target: Any = device
         if self._world_size > 1:
             from accelerate import Accelerator
 
             self.accelerator = Accelerator()
-            own = self.accelerator.device if device == "auto" else device
-        self.asked = asking.AskedModel(pretrained, own, **options)
+            target = self.accelerator.device if device == "auto" else device
+        self.asked = harness.HarnessModel(pretrained, target, **options)
         self.model, self.processor = self.asked.model, self.asked.processor
 
     @property
@@ -134,7 +134,7 @@ def generation_options(given: Mapping[str, Any]) -> dict[str, Any]:
     unknown = sorted(set(given) - set(GENERATION))
     if unknown:
         warnings.warn(f"The task's generation_kwargs {', '.join(unknown)} are ignored.", stacklevel=2)
-    return asking.generation_options({name: given.get(name) for name in GENERATION if name != "until"})
+    return harness.generation_options({name: given.get(name) for name in GENERATION if name != "until"})
 
 
 def cut_at(text: str, until: str | Sequence[str] | None) -> str:

@@ -259,14 +259,8 @@ class Recipe:
         return values
 
 
-# What is there for loops of one's own, and not in recipes, with what to do instead.
-NOT_IN_RECIPES = {
-    name: f"recipes do not cut a model over processes: the trainer would clip and save the parts. Shard weights with "
-    f"`sharding: fsdp`, share rows with `context_parallel`, or call `molmo2.training.{call}` in a loop of your own"
-    for name, call in (
-        ("tensor_parallel", "tensor_parallel"), ("pipeline_parallel", "Pipeline"), ("pipeline", "Pipeline")
-    )
-}  # fmt: skip
+# Entry -> what of `molmo2.training` does it, in a loop of one's own.
+NOT_IN_RECIPES = {"tensor_parallel": "tensor_parallel", "pipeline": "Pipeline"}
 
 # Arguments of the trainer that other entries of a recipe decide.
 TAKEN_ARGUMENTS = frozenset(
@@ -317,7 +311,11 @@ def recipe_from(entries: Mapping[str, Any], folder: Path = Path()) -> Recipe:
         raise RecipeError(f"preset is {preset!r}{_near(str(preset), PRESETS)}; expected one of {', '.join(PRESETS)}")
     for name in entries:
         if name in NOT_IN_RECIPES:
-            raise RecipeError(f"{name}: {NOT_IN_RECIPES[name]}")
+            raise RecipeError(
+                f"{name}: recipes do not cut a model over processes: the trainer would clip and save the parts. Shard "
+                "weights with `sharding: fsdp`, share rows with `context_parallel`, or call "
+                f"`molmo2.training.{NOT_IN_RECIPES[name]}` in a loop of your own"
+            )
     given = dict(entries)
     for name, value in PRESETS.get(preset or "", {}).items():
         is_merged = name in ("learning_rates", "processor") and isinstance(given.get(name), Mapping)

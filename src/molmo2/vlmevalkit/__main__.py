@@ -2,10 +2,13 @@
 
 import argparse
 import sys
+from typing import Any
 
 import yaml
 
 from molmo2.vlmevalkit import NAME, register
+
+TEXTS = frozenset({"pretrained", "system_prompt"})  # even where they look like numbers
 
 
 def main(arguments: list[str]) -> None:
@@ -15,17 +18,31 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--model", default=NAME, help="the name of the results")
     own, rest = parser.parse_known_args(arguments)
     try:
-        options = dict(pair.split("=", 1) for pair in own.model_args.split(","))
+        options = {
+            name: _value(name, text) for name, text in (pair.split("=", 1) for pair in own.model_args.split(","))
+        }
     except ValueError:
         parser.error(f"--model_args is {own.model_args!r}; expected pairs such as pretrained=FOLDER,max_crops=24")
     if "pretrained" not in options:
         parser.error(f"--model_args is {own.model_args!r}; expected a folder or repository as pretrained=")
-    register(own.model, **{name: yaml.safe_load(value) for name, value in options.items()})
+    register(own.model, **options)
     from vlmeval import run
 
-    named = [] if "--config" in rest else ["--model", own.model]  # a file names the model itself
+    has_config = any(word.partition("=")[0] == "--config" for word in rest)
+    named = [] if has_config else ["--model", own.model]  # a file names the model itself
     sys.argv = ["vlmeval", *named, *rest]
     run.main()
+
+
+def _value(name: str, text: str) -> Any:
+    """A number, true, false or null where the text is one; names and prompts stay as they are."""
+    if name in TEXTS:
+        return text
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    return value if value is None or isinstance(value, (bool, int, float)) else text
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ MAX_CHILD_BYTES = 8 << 30  # memory of a child, where the system can limit it
 PIPE_BYTES = 1 << 20  # most a system grants without privileges; where it has one size only, this is ignored
 HEADER_BYTES = 1 << 16  # in which, at either end of a file, its codec is named
 MPEG4_SIGN = re.compile(rb"(?i)FMP4|XVID|DIVX|DX50|mp4v\0|V_MPEG4/ISO")
-BROKEN = "It is installed, but does not start: mend what this names, or uninstall it."  # advice about a decoder
+BROKEN_INSTALLATION = "It is installed, but does not start: fix the error that is named here, or uninstall it."
 MAX_IDLE_CHILDREN = 4  # kept for the next videos; threads of a program may decode as many at a time
 
 
@@ -169,7 +169,7 @@ class DecordProcess:
         answer = self._answer(START_SECONDS)
         if "error" in answer:
             self.kill()
-            raise VideoDecodeError(f"decord cannot be loaded ({answer['error'][:200]}). {BROKEN}")
+            raise VideoDecodeError(f"decord cannot be loaded ({answer['error'][:200]}). {BROKEN_INSTALLATION}")
 
     def _code(self) -> str:
         """The program of the child."""

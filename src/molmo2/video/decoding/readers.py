@@ -33,7 +33,7 @@ import numpy as np
 
 from molmo2.image.limits import MediaLimitError, MediaLimits, checked_limits
 from molmo2.image.loading import is_file_on_disk, open_image
-from molmo2.video.decoding.decord_process import BROKEN, DecordProcess, FrameError
+from molmo2.video.decoding.decord_process import BROKEN_INSTALLATION, DecordProcess, FrameError
 from molmo2.video.decoding.orientation import Matrix, matrix_from_bytes, mp4_matrices, quarter_turns, upright
 from molmo2.video.decoding.timeline import (
     CONSTANT_RATE_TOLERANCE_SECONDS,
@@ -615,8 +615,8 @@ def _rgb_view(frame: Any) -> np.ndarray:
 class _PacketTable:
     """The packets of a stream. A *place* counts them in file order, an index in display order.
 
-    Arrays, of 4 bytes a packet, 12 where frames are not stored in the order they are shown in (twice as many where 32
-    bits do not hold the time stamps): ten hours have a million.
+    Arrays, of 4 bytes a packet, 12 where frames are not stored in the order they are shown in (8 and 20 where 32 bits
+    do not hold the time stamps), and 8 for each key frame: ten hours have a million packets.
 
     Attributes:
         origin: what is added to the numbers of `file_stamps` and `shown_stamps`, in ticks.
@@ -872,7 +872,7 @@ def _import_backend(module: str, backend: str) -> Any:
         return importlib.import_module(module)
     except Exception as error:  # also OSError or RuntimeError: libraries of ffmpeg missing
         is_absent = isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]
-        advice = f"Install it with `pip install {PACKAGES[backend]}`." if is_absent else BROKEN
+        advice = f"Install it with `pip install {PACKAGES[backend]}`." if is_absent else BROKEN_INSTALLATION
         raise VideoDecodeError(f"{backend} cannot be loaded ({brief(error)}). {advice}") from error
 
 

@@ -11,7 +11,7 @@ from molmo2.registration import load
 MAX_NEW_TOKENS = 1024  # where a task says nothing
 
 
-class AskedModel:
+class HarnessModel:
     """A model and its processor, with the classes of this package; no code of the checkpoint is executed.
 
     Args:
@@ -43,8 +43,8 @@ class AskedModel:
         loaded: Any = load(pretrained, dtype=dtype, **options)
         self.model, self.processor = loaded
         if "device_map" not in options:
-            own: Any = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-            self.model.to(own)
+            target: Any = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+            self.model.to(target)
 
     def answers(self, conversations: Sequence[list[dict[str, Any]]], **generate_options: Any) -> list[str]:
         """The answers to conversations, in one call of `generate`."""
