@@ -22,10 +22,11 @@ from app.backend import Backend
 from app.engines import LocalEngine
 from app.page import Page
 from molmo2.tools.draw import DrawingStyle
-from support.app_browser import expect, free_port, look_at, visit
+from support.app_browser import expect, look_at, visit
 from support.browser import browser, require_browser
 from support.checkpoints import REPOSITORY, build_model, picture
 from support.model_inputs import processor
+from support.ports import free_port
 from support.scripted_model import DictatedModel
 
 pytestmark = pytest.mark.slow

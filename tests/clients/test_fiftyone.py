@@ -4,6 +4,7 @@ Answers that a random model can't give are scripted: the processor, its inputs a
 real. The rest runs the tiny model itself.
 """
 
+import json
 import os
 import re
 import shutil
@@ -14,6 +15,8 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import quote
+from urllib.request import Request, urlopen
 
 import av
 import numpy as np
@@ -37,6 +40,7 @@ from molmo2.grounding.parse import parse_grounding
 from molmo2.tools.embedding import POOLINGS
 from support.checkpoints import picture, read_json, write_checkpoint, write_json
 from support.cookbook import check, cookbook
+from support.ports import free_port
 from support.scripted_model import ScriptedModel
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -145,6 +149,45 @@ def test_pointing(dataset, scripted):
     assert [[keypoint.label for keypoint in found[number].keypoints] for number in (1, 11)] == [["cup"] * 2, ["cup"]]
     assert [keypoint.index for number in (1, 11) for keypoint in found[number].keypoints] == [1, 2, 3]
     assert dataset.get_field("frames.cups").document_type is fo.Keypoints
+
+
+def test_the_app_serves_what_was_found(dataset, scripted):
+    """The page's `session = fo.launch_app(dataset)`: its server has the media and the points of a frame."""
+    answer = format_points({0.0: [(0.25, 0.5)]}, "cup")
+    dataset.apply_model(scripted(answer, operation="pointing", prompt="cup"), label_field="cups", skip_failures=False)
+    sample, port = dataset.first(), free_port()
+    session = fo.launch_app(dataset, port=port, address="127.0.0.1", auto=False)
+    try:
+        about = {"dataset": dataset.name, "sampleId": str(sample.id), "view": []}
+        wanted = {"frameNumber": 1, "numFrames": 1, "frameCount": 20, **about}
+        headers = {"Content-Type": "application/json"}
+        request = Request(f"http://127.0.0.1:{port}/frames", json.dumps(wanted).encode(), headers)
+        (frame,) = json.load(urlopen(request, timeout=60))["frames"]
+        media = urlopen(f"http://127.0.0.1:{port}/media?filepath={quote(sample.filepath)}", timeout=60)
+        assert media.read() == Path(sample.filepath).read_bytes()
+    finally:
+        session.close()
+    (keypoint,) = frame["cups"]["keypoints"]
+    assert (keypoint["label"], keypoint["points"], keypoint["index"]) == ("cup", [[0.25, 0.5]], 1)
+
+
+def test_metadata_changes_no_frame(dataset, scripted):
+    """The page computes metadata first, which takes ffprobe; points land in the same frames with it and without."""
+    if shutil.which("ffprobe") is None:
+        pytest.skip("ffprobe is not installed")
+    answer = format_points({0.0: [(0.25, 0.5)], 1.0: [(0.1, 0.9)]}, "cup")
+    model = scripted(answer, operation="pointing", prompt="cup")
+    dataset.apply_model(model, label_field="before", skip_failures=False)
+    dataset.compute_metadata()
+    assert dataset.first().metadata.total_frame_count == FRAMES[0]
+    dataset.apply_model(model, label_field="after", skip_failures=False)
+    for sample in dataset:
+        frames = {
+            field: [number for number, frame in sample.frames.items() if frame[field] and frame[field].keypoints]
+            for field in ("before", "after")
+        }
+        assert len(frames["after"]) == 2
+        assert frames["after"] == frames["before"]
 
 
 def test_pointing_at_nothing(dataset, scripted):

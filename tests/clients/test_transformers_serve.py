@@ -18,6 +18,7 @@ from molmo2.batch import EngineSettings, WorkerPool, open_source, run_batch
 from molmo2.cli.serving import ServeOptions, serve_command
 from molmo2.client import Client, ServerError
 from support.paths import REPOSITORY
+from support.ports import free_port
 
 sys.path.insert(0, str(REPOSITORY / "examples"))
 
@@ -42,9 +43,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def url(folder):
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     command = serve_command("transformers", ServeOptions(str(folder), port=port, more=["--device", "cpu"]))
     assert "--trust-remote-code" not in command
     with (folder.parent / "log").open("w") as log:

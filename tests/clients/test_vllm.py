@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -40,6 +39,7 @@ from molmo2 import load
 from molmo2.cli.serving import ServeOptions, serve_command
 from molmo2.client import Client
 from support.clips import write_clip
+from support.ports import free_port
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(REPOSITORY / "examples"))
@@ -98,12 +98,6 @@ def ask(text, *parts, as_file=False):
         [{"role": "user", "content": [*parts, written]}],
         [{"role": "user", "content": [*(part_for_endpoint(part, as_file) for part in parts), written]}],
     )
-
-
-def free_port() -> int:
-    with socket.socket() as made:
-        made.bind(("127.0.0.1", 0))
-        return made.getsockname()[1]
 
 
 class Server:

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from playwright.sync_api import Page as BrowserPage
 from playwright.sync_api import expect
 
 from app.page import Page, launch
+from support.ports import free_port
 
 TIMEOUT = 30_000  # milliseconds
 READ_PIXELS = """async picture => {
@@ -24,12 +24,6 @@ READ_PIXELS = """async picture => {
     canvas.getContext("2d").drawImage(picture, 0, 0);
     return canvas.toDataURL("image/png").split(",")[1];
 }"""
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @contextmanager

@@ -16,6 +16,7 @@ ALLOWED = {
     r"an offloaded cache needs an accelerator|needs an accelerator|CUDA": "GPU checks run on machines with a GPU",
     r"which the pretend device does not follow": "masks of early releases go through vmap",
     r"static caches of early releases keep their place on the host": "no step of theirs can be captured",
+    r"ffprobe is not installed": "a system package; our own code needs none",
     r"needs FiftyOne and a database": "`make test-fiftyone` runs them",
     r"(could not import|No module named) '(peft|trl|datasets|tensorboard|wandb)": "`make test-training` runs them",
     r"could not import '(gradio|playwright|nbclient|ipykernel|nbformat)'": "`make test-app` runs them",
