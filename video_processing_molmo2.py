@@ -265,7 +265,7 @@ WATCH_SECONDS = 0.5  # between looks at the clock
 MAX_CHILD_BYTES = 8 << 30  # memory of a child, where the system can limit it
 PIPE_BYTES = 1 << 20  # most a system grants without privileges; where it has one size only, this is ignored
 HEADER_BYTES = 1 << 16  # in which, at either end of a file, its codec is named
-MPEG4_SIGN = re.compile(rb"(?i)FMP4|XVID|DIVX|DX50|mp4v\0|V_MPEG4/ISO")
+MPEG4_SIGN = re.compile(rb"(?i)FMP4|XVID|DIVX|DX50|mp4v\0|V_MPEG4/ISO/A?S?P")
 BROKEN_INSTALLATION = "It is installed, but does not start: fix the error that is named here, or uninstall it."
 MAX_IDLE_CHILDREN = 4  # kept for the next videos; threads of a program may decode as many at a time
 
@@ -308,7 +308,10 @@ def _serve_decord(output: "Any") -> None:  # noqa: C901  # one function: its sou
     """
     import importlib
     import json
+    import os
+    import re
     import sys
+    import tempfile
     import time
 
     def send(answer: dict, data: "Any" = None) -> None:
@@ -320,14 +323,25 @@ def _serve_decord(output: "Any") -> None:  # noqa: C901  # one function: its sou
     try:
         numpy = importlib.import_module("numpy")
         decord = importlib.import_module("decord")
+        decord.logging.set_level(decord.logging.INFO)  # at which decoders say what they conceal
     except Exception as error:
         send({"error": f"{type(error).__name__}: {error}"})
         return
+    log = tempfile.TemporaryFile("ab+", buffering=0)  # noqa: SIM115  # what decoders complain about, of one video
+    nowhere = os.dup(2)
     send({"ready": True})
 
     def opened() -> "Any":
+        # How a damaged frame is concealed depends on the number of threads, and on chance: see `is_damaged`.
+        os.dup2(nowhere if threads == 1 else log.fileno(), 2)
         # decord repeats the last frame in place of missing ones; this fraction of the frames allows none (0: any).
         return decord.VideoReader(path, ctx=decord.cpu(0), num_threads=threads, fault_tol=1e-9)
+
+    def is_damaged() -> bool:
+        if threads == 1 or not os.fstat(log.fileno()).st_size:
+            return False
+        log.seek(0)
+        return re.search(rb"(?i)error|conceal|corrupt|invalid|could not|unavailable", log.read(1 << 20)) is not None
 
     path, threads = "", 0
     for line in sys.stdin.buffer:
@@ -336,6 +350,7 @@ def _serve_decord(output: "Any") -> None:  # noqa: C901  # one function: its sou
         try:
             if "open" in request:
                 path, threads = request["open"], request["threads"]
+                log.truncate(0)
                 reader = opened()
                 count = len(reader)
                 if count > request["most"]:
@@ -349,6 +364,11 @@ def _serve_decord(output: "Any") -> None:  # noqa: C901  # one function: its sou
             for index in range(request["count"]):  # to the end: a frame missing anywhere shifts those after it
                 try:
                     frame = reader.next()
+                    if is_damaged():  # maybe of a later frame: decoders run ahead. From here on one thread decodes
+                        threads = 1
+                        reader = opened()
+                        for _ in range(index + 1):
+                            frame = reader.next()
                 except StopIteration:
                     raise EOFError("the file ends here, some frames were not decoded") from None
                 if index in wanted:
@@ -1114,6 +1134,7 @@ class _PyavReader(VideoReader):
     _size: tuple[int, int] = (0, 0)  # (width, height) as the file announces them, to which other frames are scaled
     _started: Iterator[tuple[int | None, Any]] | None = None  # all frames, the first of which is decoded already
     _last_stamp: int | None = None  # of the frame that the decoder returned last
+    _is_damaged = False
 
     def __init__(self, source: Source, only_choice: bool) -> None:
         super().__init__(source)
@@ -1143,9 +1164,11 @@ class _PyavReader(VideoReader):
         limits.check_video(name, 1, (context.height, context.width), self._source.num_bytes)
         self._size = context.width, context.height
         context.options = {"max_pixels": str(limits.video_frame_pixels)}  # for frames that are larger than announced
-        # Threads that work on several frames make other pictures of damaged ones in MPEG-4, now these, now those.
-        self._stream.thread_type = "SLICE" if context.name == "mpeg4" else "AUTO"
-        context.thread_count = min(MAX_THREADS, THREADS_PER_CORE * (os.cpu_count() or 1))
+        # How a damaged frame is concealed depends on the number of threads, and on chance. In MPEG-4 it is not marked.
+        is_serial = self._is_damaged or context.name == "mpeg4"
+        self._stream.thread_type = "SLICE" if is_serial else "AUTO"
+        threads = min(MAX_THREADS, THREADS_PER_CORE * (os.cpu_count() or 1))
+        context.thread_count = 1 if self._is_damaged else threads
 
     def _decode(self, indices: list[int]) -> Iterator[np.ndarray]:
         frames: Iterator[tuple[int | None, Any]] | None = None
@@ -1179,15 +1202,27 @@ class _PyavReader(VideoReader):
 
     def _decoded_from(self, place: int) -> Iterator[tuple[int | None, Any]]:
         """(stamp, frame) in display order, decoded from the packet at this place of the file on."""
-        frames = (frame for packet in self._packets_from(place) for frame in packet.decode())
         self._last_stamp = None
-        for count, frame in enumerate(frames):
+        for count, frame in enumerate(self._alike(place)):
             last: int | None = self._last_stamp
             stamp = frame.pts if self._packets.has_stamps else count
             if stamp is not None and last is not None and stamp < last:
                 raise self._error("its time stamps are not in the order of its frames")
             self._last_stamp = stamp
             yield stamp, frame
+
+    def _alike(self, place: int) -> Iterator[Any]:
+        """The frames decoded from this packet on, from the first damaged one on by one thread."""
+        for count, frame in enumerate(self._decoded(place)):
+            if frame.is_corrupt and not self._is_damaged:
+                self._is_damaged = True
+                self._open()
+                yield from itertools.islice(self._decoded(place), count, None)
+                return
+            yield frame
+
+    def _decoded(self, place: int) -> Iterator[Any]:
+        return (frame for packet in self._packets_from(place) for frame in packet.decode())
 
     def _packets_from(self, place: int) -> Iterator[Any]:
         """Packets in file order from the one at `place` on; seeks if that gets there, in MP4 to the start too."""

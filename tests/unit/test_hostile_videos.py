@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from PIL import Image
 
 from molmo2.image.limits import MediaLimitError, MediaLimits
 from molmo2.image.loading import load_images
-from molmo2.video.decoding import decord_process
+from molmo2.video.decoding import decord_process, readers
 from molmo2.video.decoding.backends import VideoDecodeError, open_video
 from molmo2.video.decoding.decord_process import DecordProcess
 from molmo2.video.processing import Molmo2VideoProcessor, load_video
@@ -298,6 +299,27 @@ def test_damaged_frames_of_mpeg4_look_alike_every_time(backend):
             except VideoDecodeError as error:
                 shown.add(type(error))
         assert len(shown) == 1
+
+
+@pytest.mark.parametrize("kind", ["mp4", "mkv", "ts"])
+def test_damaged_frames_look_alike_whatever_decodes_them(kind, monkeypatch):
+    """How H.264 is concealed depends on threads: the first damaged frame and all after it are decoded by one."""
+    rng = np.random.default_rng(3)
+    whole, num_read = clip(kind, num_frames=24, size=(96, 128)), 0
+    for _ in range(12):
+        damaged = bytearray(whole)
+        for place in rng.integers(int(0.3 * len(whole)), int(0.9 * len(whole)), 3):
+            damaged[place] ^= int(rng.integers(1, 255))
+        shown = []
+        for backend, threads in (("decord", 0), ("pyav", 1), ("pyav", 2), ("pyav", 7)):
+            monkeypatch.setattr(readers, "MAX_THREADS", threads)
+            monkeypatch.setattr(readers, "THREADS_PER_CORE", threads)
+            with suppress(VideoDecodeError):
+                shown.append(np.stack(all_frames(bytes(damaged), backend)[0]))
+        num_read += len(shown) == 4
+        for frames in shown[1:]:
+            np.testing.assert_array_equal(frames, shown[0])
+    assert num_read > 6
 
 
 def test_frames_that_are_not_in_the_order_of_their_times():

@@ -31,7 +31,7 @@ WATCH_SECONDS = 0.5  # between looks at the clock
 MAX_CHILD_BYTES = 8 << 30  # memory of a child, where the system can limit it
 PIPE_BYTES = 1 << 20  # most a system grants without privileges; where it has one size only, this is ignored
 HEADER_BYTES = 1 << 16  # in which, at either end of a file, its codec is named
-MPEG4_SIGN = re.compile(rb"(?i)FMP4|XVID|DIVX|DX50|mp4v\0|V_MPEG4/ISO")
+MPEG4_SIGN = re.compile(rb"(?i)FMP4|XVID|DIVX|DX50|mp4v\0|V_MPEG4/ISO/A?S?P")
 BROKEN_INSTALLATION = "It is installed, but does not start: fix the error that is named here, or uninstall it."
 MAX_IDLE_CHILDREN = 4  # kept for the next videos; threads of a program may decode as many at a time
 
@@ -74,7 +74,10 @@ def _serve_decord(output: "Any") -> None:  # noqa: C901  # one function: its sou
     """
     import importlib
     import json
+    import os
+    import re
     import sys
+    import tempfile
     import time
 
     def send(answer: dict, data: "Any" = None) -> None:
@@ -86,14 +89,25 @@ def _serve_decord(output: "Any") -> None:  # noqa: C901  # one function: its sou
     try:
         numpy = importlib.import_module("numpy")
         decord = importlib.import_module("decord")
+        decord.logging.set_level(decord.logging.INFO)  # at which decoders say what they conceal
     except Exception as error:
         send({"error": f"{type(error).__name__}: {error}"})
         return
+    log = tempfile.TemporaryFile("ab+", buffering=0)  # noqa: SIM115  # what decoders complain about, of one video
+    nowhere = os.dup(2)
     send({"ready": True})
 
     def opened() -> "Any":
+        # How a damaged frame is concealed depends on the number of threads, and on chance: see `is_damaged`.
+        os.dup2(nowhere if threads == 1 else log.fileno(), 2)
         # decord repeats the last frame in place of missing ones; this fraction of the frames allows none (0: any).
         return decord.VideoReader(path, ctx=decord.cpu(0), num_threads=threads, fault_tol=1e-9)
+
+    def is_damaged() -> bool:
+        if threads == 1 or not os.fstat(log.fileno()).st_size:
+            return False
+        log.seek(0)
+        return re.search(rb"(?i)error|conceal|corrupt|invalid|could not|unavailable", log.read(1 << 20)) is not None
 
     path, threads = "", 0
     for line in sys.stdin.buffer:
@@ -102,6 +116,7 @@ def _serve_decord(output: "Any") -> None:  # noqa: C901  # one function: its sou
         try:
             if "open" in request:
                 path, threads = request["open"], request["threads"]
+                log.truncate(0)
                 reader = opened()
                 count = len(reader)
                 if count > request["most"]:
@@ -115,6 +130,11 @@ def _serve_decord(output: "Any") -> None:  # noqa: C901  # one function: its sou
             for index in range(request["count"]):  # to the end: a frame missing anywhere shifts those after it
                 try:
                     frame = reader.next()
+                    if is_damaged():  # maybe of a later frame: decoders run ahead. From here on one thread decodes
+                        threads = 1
+                        reader = opened()
+                        for _ in range(index + 1):
+                            frame = reader.next()
                 except StopIteration:
                     raise EOFError("the file ends here, some frames were not decoded") from None
                 if index in wanted:

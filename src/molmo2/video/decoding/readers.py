@@ -464,6 +464,7 @@ class _PyavReader(VideoReader):
     _size: tuple[int, int] = (0, 0)  # (width, height) as the file announces them, to which other frames are scaled
     _started: Iterator[tuple[int | None, Any]] | None = None  # all frames, the first of which is decoded already
     _last_stamp: int | None = None  # of the frame that the decoder returned last
+    _is_damaged = False
 
     def __init__(self, source: Source, only_choice: bool) -> None:
         super().__init__(source)
@@ -493,9 +494,11 @@ class _PyavReader(VideoReader):
         limits.check_video(name, 1, (context.height, context.width), self._source.num_bytes)
         self._size = context.width, context.height
         context.options = {"max_pixels": str(limits.video_frame_pixels)}  # for frames that are larger than announced
-        # Threads that work on several frames make other pictures of damaged ones in MPEG-4, now these, now those.
-        self._stream.thread_type = "SLICE" if context.name == "mpeg4" else "AUTO"
-        context.thread_count = min(MAX_THREADS, THREADS_PER_CORE * (os.cpu_count() or 1))
+        # How a damaged frame is concealed depends on the number of threads, and on chance. In MPEG-4 it is not marked.
+        is_serial = self._is_damaged or context.name == "mpeg4"
+        self._stream.thread_type = "SLICE" if is_serial else "AUTO"
+        threads = min(MAX_THREADS, THREADS_PER_CORE * (os.cpu_count() or 1))
+        context.thread_count = 1 if self._is_damaged else threads
 
     def _decode(self, indices: list[int]) -> Iterator[np.ndarray]:
         frames: Iterator[tuple[int | None, Any]] | None = None
@@ -529,15 +532,27 @@ class _PyavReader(VideoReader):
 
     def _decoded_from(self, place: int) -> Iterator[tuple[int | None, Any]]:
         """(stamp, frame) in display order, decoded from the packet at this place of the file on."""
-        frames = (frame for packet in self._packets_from(place) for frame in packet.decode())
         self._last_stamp = None
-        for count, frame in enumerate(frames):
+        for count, frame in enumerate(self._alike(place)):
             last: int | None = self._last_stamp
             stamp = frame.pts if self._packets.has_stamps else count
             if stamp is not None and last is not None and stamp < last:
                 raise self._error("its time stamps are not in the order of its frames")
             self._last_stamp = stamp
             yield stamp, frame
+
+    def _alike(self, place: int) -> Iterator[Any]:
+        """The frames decoded from this packet on, from the first damaged one on by one thread."""
+        for count, frame in enumerate(self._decoded(place)):
+            if frame.is_corrupt and not self._is_damaged:
+                self._is_damaged = True
+                self._open()
+                yield from itertools.islice(self._decoded(place), count, None)
+                return
+            yield frame
+
+    def _decoded(self, place: int) -> Iterator[Any]:
+        return (frame for packet in self._packets_from(place) for frame in packet.decode())
 
     def _packets_from(self, place: int) -> Iterator[Any]:
         """Packets in file order from the one at `place` on; seeks if that gets there, in MP4 to the start too."""
