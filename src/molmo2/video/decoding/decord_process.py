@@ -109,7 +109,13 @@ def _serve_decord(output: "Any") -> None:  # noqa: C901  # one function: its sou
         log.seek(0)
         return re.search(rb"(?i)error|conceal|corrupt|invalid|could not|unavailable", log.read(1 << 20)) is not None
 
-    path, threads = "", 0
+    def show_life() -> None:
+        nonlocal spoke
+        if time.monotonic() - spoke > 1:
+            send({"alive": index})
+            spoke = time.monotonic()
+
+    path, threads, spoke = "", 0, 0.0
     for line in sys.stdin.buffer:
         request = json.loads(line)
         index = None
@@ -134,6 +140,7 @@ def _serve_decord(output: "Any") -> None:  # noqa: C901  # one function: its sou
                         threads = 1
                         reader = opened()
                         for _ in range(index + 1):
+                            show_life()
                             frame = reader.next()
                 except StopIteration:
                     raise EOFError("the file ends here, some frames were not decoded") from None
@@ -141,9 +148,8 @@ def _serve_decord(output: "Any") -> None:  # noqa: C901  # one function: its sou
                     pixels = numpy.ascontiguousarray(frame.asnumpy())
                     send({"index": index, "shape": pixels.shape}, pixels)
                     spoke = time.monotonic()
-                elif time.monotonic() - spoke > 1:
-                    send({"alive": index})
-                    spoke = time.monotonic()
+                else:
+                    show_life()
             try:
                 reader.next()
             except Exception:  # StopIteration as expected, or damage after the last frame
