@@ -161,7 +161,11 @@ def test_a_dead_or_silent_child_is_replaced(monkeypatch):
 
 def test_a_child_ends_with_its_parent():
     """Though its input stays open and it never comes back to it."""
-    stubs = "import sys, types; sys.modules.update(numpy=types.ModuleType('n'), decord=types.ModuleType('d'))"
+    stubs = (
+        "import sys\nfrom types import SimpleNamespace\n"
+        "logging = SimpleNamespace(INFO=32, set_level=lambda level: None)\n"
+        "sys.modules.update(numpy=SimpleNamespace(), decord=SimpleNamespace(logging=logging))"
+    )
     functions = map(inspect.getsource, (decord_process.prepare_child, decord_process._serve_decord))
     code = "\n".join([stubs, *functions, "_serve_decord(prepare_child(1 << 40))"])
     parent = (
