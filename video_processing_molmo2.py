@@ -329,6 +329,7 @@ def _serve_decord(output: "Any") -> None:  # noqa: C901  # one function: its sou
         return
     log = tempfile.TemporaryFile("ab+", buffering=0)  # noqa: SIM115  # what decoders complain about, of one video
     nowhere = os.dup(2)
+    path, threads, spoke = "", 0, 0.0
     send({"ready": True})
 
     def opened() -> "Any":
@@ -349,7 +350,6 @@ def _serve_decord(output: "Any") -> None:  # noqa: C901  # one function: its sou
             send({"alive": index})
             spoke = time.monotonic()
 
-    path, threads, spoke = "", 0, 0.0
     for line in sys.stdin.buffer:
         request = json.loads(line)
         index = None
