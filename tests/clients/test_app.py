@@ -132,6 +132,15 @@ def paths(tmp_path):
     return paths
 
 
+def begin_a_story(visitor, gate, paths):
+    """An answer about the first image that the gate holds after its first words."""
+    visitor.upload(paths[:1])
+    expect(visitor.page.locator(IMAGE)).to_be_visible()
+    gate.place = "word word word"
+    visitor.ask("Tell a story.")
+    expect(visitor.answers).to_contain_text("word word")
+
+
 def color(label, object_id):
     return DrawingStyle().color(label, object_id)
 
@@ -268,11 +277,7 @@ def test_an_example_and_a_new_conversation(visitor):
 
 
 def test_stop(visitor, gate, paths):
-    visitor.upload(paths[:1])
-    expect(visitor.page.locator(IMAGE)).to_be_visible()
-    gate.place = "word word word"
-    visitor.ask("Tell a story.")
-    expect(visitor.answers).to_contain_text("word word")
+    begin_a_story(visitor, gate, paths)
     with visitor.page.expect_response(lambda response: "/queue/join" in response.url):
         visitor.page.locator("#stop").click()
     visitor.page.wait_for_timeout(500)
@@ -284,11 +289,7 @@ def test_stop(visitor, gate, paths):
 
 
 def test_a_new_conversation_ends_the_answer(visitor, gate, paths):
-    visitor.upload(paths[:1])
-    expect(visitor.page.locator(IMAGE)).to_be_visible()
-    gate.place = "word word word"
-    visitor.ask("Tell a story.")
-    expect(visitor.answers).to_contain_text("word word")
+    begin_a_story(visitor, gate, paths)
     visitor.page.locator("#again").click()
     expect(visitor.answers).to_have_count(0)
     gate.opened.set()
@@ -301,11 +302,7 @@ def test_a_new_conversation_ends_the_answer(visitor, gate, paths):
 
 
 def test_files_that_come_while_an_answer_ends(visitor, gate, paths):
-    visitor.upload(paths[:1])
-    expect(visitor.page.locator(IMAGE)).to_be_visible()
-    gate.place = "word word word"
-    visitor.ask("Tell a story.")
-    expect(visitor.answers).to_contain_text("word word")
+    begin_a_story(visitor, gate, paths)
     before = visitor.page.locator(IMAGE).get_attribute("src")
     visitor.upload(paths[1:])
     expect(visitor.answers).to_have_count(0)

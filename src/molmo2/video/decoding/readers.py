@@ -496,9 +496,8 @@ class _PyavReader(VideoReader):
         context.options = {"max_pixels": str(limits.video_frame_pixels)}  # for frames that are larger than announced
         # How a damaged frame is concealed depends on the number of threads, and on chance. In MPEG-4 it is not marked.
         is_serial = self._is_damaged or context.name == "mpeg4"
-        self._stream.thread_type = "SLICE" if is_serial else "AUTO"
-        threads = min(MAX_THREADS, THREADS_PER_CORE * (os.cpu_count() or 1))
-        context.thread_count = 1 if self._is_damaged else threads
+        self._stream.thread_type = "AUTO"
+        context.thread_count = 1 if is_serial else min(MAX_THREADS, THREADS_PER_CORE * (os.cpu_count() or 1))
 
     def _decode(self, indices: list[int]) -> Iterator[np.ndarray]:
         frames: Iterator[tuple[int | None, Any]] | None = None
