@@ -246,7 +246,7 @@ class Conversation:
             seconds: Longest time to wait for its end, which comes with the next token, or once its points are drawn.
         """
         self._closed = True
-        self._stopped.set()
+        self.stop()
         if not self._idle.wait(seconds):
             log.warning("An answer still runs %g s after the end of its conversation.", seconds)
 

@@ -187,13 +187,14 @@ class Page:
         """Answer a question, piece by piece.
 
         Args:
-            name: That of the conversation in which it was asked. If another has begun since, nothing is answered.
+            name: That of the conversation in which it was asked: if another has begun since, nothing is answered. It
+                is empty where files were still being opened.
         """
-        if conversation is None and not name:
-            yield self._message("Add an image or a video first.")
+        if conversation is None:
+            yield self._message("Add an image or a video first. Ask once it is shown.")
             return
-        if conversation is None or conversation.name != name:
-            yield gr.skip()
+        if name and conversation.name != name:
+            yield self._message("This question came as its conversation ended. Ask it again.")
             return
         updates, message = conversation.answer(question, task), None
         asked = question.strip() if task == "Ask" else f"{task}: {question.strip()}"

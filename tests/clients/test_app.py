@@ -18,7 +18,7 @@ pytest.importorskip("playwright")
 
 import gradio as gr
 
-from app.backend import Backend
+from app.backend import Backend, Conversation
 from app.engines import LocalEngine
 from app.page import Page
 from molmo2.tools.draw import DrawingStyle
@@ -89,10 +89,14 @@ def test_an_answer_ends_before_its_files_go(page, monkeypatch):
 def test_a_late_question_is_not_asked_in_the_next_conversation(page):
     """Where many ask, a question may wait until its conversation has ended."""
     first, second = (page.backend.open([DATA / "world_clip.mp4"]) for _ in range(2))
-    assert list(page.ask("Point to the cups.", second, [], name=first.name)) == [gr.skip()]
-    assert list(page.ask("Point to the cups.", None, [], name=first.name)) == [gr.skip()]
+    (late,) = page.ask("Point to the cups.", second, [], name=first.name)
+    assert "Ask it again" in late[page.status].value
+    (early,) = page.ask("Point to the cups.", None, [], name=first.name)
+    assert "Add an image or a video first" in early[page.status].value
     assert not second.is_answering
-    assert len(list(page.ask("Point to the cups.", second, [], name=second.name))) > 1
+    # With its name, and from a page that has not got the name yet.
+    for name in (second.name, ""):
+        assert len(list(page.ask("Point to the cups.", second, [], name=name))) > 1
 
 
 def test_nothing_follows_the_end_of_a_conversation(page, paths):
@@ -139,6 +143,19 @@ def begin_a_story(visitor, gate, paths):
     gate.place = "word word word"
     visitor.ask("Tell a story.")
     expect(visitor.answers).to_contain_text("word word")
+
+
+@pytest.fixture
+def told_to_stop(monkeypatch):
+    """Set once a conversation has been told to end its answer."""
+    told, stop = threading.Event(), Conversation.stop
+
+    def stop_and_tell(conversation):
+        stop(conversation)
+        told.set()
+
+    monkeypatch.setattr(Conversation, "stop", stop_and_tell)
+    return told
 
 
 def color(label, object_id):
@@ -255,6 +272,7 @@ def test_what_goes_wrong_is_said(visitor, paths, tmp_path):
     visitor.upload([broken])
     expect(status).to_contain_text("“broken.png” cannot be read as an image.")
     visitor.upload(paths[:1])
+    expect(visitor.page.locator(IMAGE)).to_be_visible()  # nothing follows that would hide the next message
     expect(status).to_be_hidden()
     visitor.ask("   ")
     expect(status).to_contain_text("Write a question first")
@@ -276,11 +294,10 @@ def test_an_example_and_a_new_conversation(visitor):
     expect(visitor.page.locator(IMAGE)).to_be_visible()
 
 
-def test_stop(visitor, gate, paths):
+def test_stop(visitor, gate, paths, told_to_stop):
     begin_a_story(visitor, gate, paths)
-    with visitor.page.expect_response(lambda response: "/queue/join" in response.url):
-        visitor.page.locator("#stop").click()
-    visitor.page.wait_for_timeout(500)
+    visitor.page.locator("#stop").click()
+    assert told_to_stop.wait(30)
     gate.opened.set()
     expect(visitor.page.locator("#note")).to_contain_text("; stopped")
     assert 2 < visitor.answers.inner_text().count("word") < 10
@@ -288,10 +305,11 @@ def test_stop(visitor, gate, paths):
     expect(visitor.answers.last).to_contain_text("total of 2")
 
 
-def test_a_new_conversation_ends_the_answer(visitor, gate, paths):
+def test_a_new_conversation_ends_the_answer(visitor, gate, paths, told_to_stop):
     begin_a_story(visitor, gate, paths)
     visitor.page.locator("#again").click()
     expect(visitor.answers).to_have_count(0)
+    assert told_to_stop.wait(30)
     gate.opened.set()
     visitor.page.wait_for_timeout(1000)
     assert 2 < gate.text.count("word") < 10  # the model does not run on
@@ -301,11 +319,12 @@ def test_a_new_conversation_ends_the_answer(visitor, gate, paths):
     expect(visitor.answers).to_have_text("Counting the cups (2 points) shows a total of 2.")
 
 
-def test_files_that_come_while_an_answer_ends(visitor, gate, paths):
+def test_files_that_come_while_an_answer_ends(visitor, gate, paths, told_to_stop):
     begin_a_story(visitor, gate, paths)
     before = visitor.page.locator(IMAGE).get_attribute("src")
     visitor.upload(paths[1:])
     expect(visitor.answers).to_have_count(0)
+    assert told_to_stop.wait(30)
     gate.opened.set()
     expect(visitor.page.locator(IMAGE)).not_to_have_attribute("src", before)
     assert (visitor.shown(IMAGE) == np.asarray(Image.open(paths[1]))).all()
