@@ -845,6 +845,12 @@ class Source:
         self.limits.check_video(self.name, num_images, size, self.num_bytes)
         return kind
 
+    def is_avi(self) -> bool:
+        """True for a file of the container AVI, by its signature."""
+        with open(self.path, "rb") as file:
+            head = file.read(12)
+        return head[:4] == b"RIFF" and head[8:] == b"AVI "
+
     def open_animation(self) -> Any:
         """The file as an image of Pillow, held to the limit on frames of videos."""
         as_frame = replace(self.limits, image_pixels=self.limits.video_frame_pixels)
@@ -1075,6 +1081,8 @@ class _TorchcodecReader(VideoReader):
         )
         source.limits.check_frames(source.name, len(self._decoder))
         metadata = self._decoder.metadata
+        if metadata.codec in ("h264", "hevc") and source.is_avi():  # torchcodec finds frames by their time stamps
+            raise VideoDecodeError("AVI does not store the order on the screen of its B-frames")
         self._first_timestamp = float(metadata.begin_stream_seconds)
         end = float(metadata.end_stream_seconds) - self._first_timestamp
         self.timeline = self._predicted_timeline(end) or self._measured_timeline()
@@ -1146,7 +1154,8 @@ class _PyavReader(VideoReader):
         super().__init__(source)
         self._av = _import_backend("av", "pyav")
         self._open()
-        self._packets = _PacketTable.from_packets(self._stream, self._counted(self._demuxed()))
+        packets = self._counted(self._demuxed())
+        self._packets = _PacketTable.from_packets(self._stream, packets, is_avi=source.is_avi())
         frames = self._decoded_from(0)
         stamp, first = next(frames, (None, None))  # tells rotation and size
         if first is None:
@@ -1210,7 +1219,7 @@ class _PyavReader(VideoReader):
         self._last_stamp = None
         for count, frame in enumerate(self._alike(place)):
             last: int | None = self._last_stamp
-            stamp = frame.pts if self._packets.has_stamps else count
+            stamp = self._packets.stamp_of_shown(count) if self._packets.is_counted else frame.pts
             if stamp is not None and last is not None and stamp < last:
                 raise self._error("its time stamps are not in the order of its frames")
             self._last_stamp = stamp
@@ -1314,7 +1323,8 @@ class _PacketTable:
         by_stamp: places in the order of their time stamps; None if that is the order of the file.
         shown_stamps: time stamps of the frames that are shown, ascending.
         key_places: places of key frames, ascending.
-        has_stamps: False for raw streams; their frames are counted and a constant rate is assumed.
+        has_stamps: False for raw streams; a constant rate is assumed.
+        is_counted: frames are counted from the start, as their time stamps do not tell the order on the screen.
         last_ticks: duration of the last frame, in ticks.
         tick_seconds: length of a tick.
         rate: declared frames per second; None if unknown.
@@ -1326,20 +1336,23 @@ class _PacketTable:
     shown_stamps: np.ndarray
     key_places: np.ndarray
     has_stamps: bool
+    is_counted: bool
     last_ticks: int
     tick_seconds: Fraction
     rate: Fraction | None
 
     @classmethod
-    def from_packets(cls, stream: Any, packets: Iterator[Any]) -> "_PacketTable":
+    def from_packets(cls, stream: Any, packets: Iterator[Any], *, is_avi: bool = False) -> "_PacketTable":
         """The table of all packets. Those that an edit list cuts off are needed for decoding but not shown."""
         listed, line, keys, hidden = _Stamps(), _TimeLine(stream.time_base), array("q"), array("q")
+        unordered = _Unordered(is_avi and stream.codec_context.has_b_frames)
         has_stamps, highest, ticks_of_highest, ticks_of_latest = True, NO_TICKS, 0, 0
         for packet in packets:
             if packet.size:
                 place, stamp = len(listed.offsets), NO_TICKS if packet.pts is None else packet.pts
                 has_stamps = has_stamps and packet.pts is not None
                 listed.append(packet.pts)
+                unordered.follow(packet.pts, packet.dts)
                 line.follow(place, packet.dts)
                 if packet.is_keyframe:
                     keys.append(place)
@@ -1352,6 +1365,7 @@ class _PacketTable:
         count = len(listed.offsets)
         if count == len(hidden):
             raise VideoDecodeError("its video track has no frames")
+        listed = unordered.decoded if unordered else listed
         if has_stamps:
             origin, file_stamps = listed.origin, np.frombuffer(listed.offsets, dtype=listed.offsets.typecode)
         else:
@@ -1365,14 +1379,16 @@ class _PacketTable:
             shown = np.unique(shown) if hidden or num_lost else ordered
         if has_stamps:
             line.require_one(num_lost, count)
+        is_counted = bool(unordered) or not has_stamps
         rate = stream.average_rate
         return cls(
             origin=origin,
             file_stamps=file_stamps,
             by_stamp=by_stamp,
             shown_stamps=shown,
-            key_places=np.array(keys if has_stamps else [], dtype=np.int64),
+            key_places=np.array([] if is_counted else keys, dtype=np.int64),
             has_stamps=has_stamps,
+            is_counted=is_counted,
             last_ticks=ticks_of_highest if has_stamps else ticks_of_latest,
             tick_seconds=stream.time_base,
             rate=rate if rate else None,
@@ -1381,6 +1397,10 @@ class _PacketTable:
     def stamp_of(self, index: int) -> int:
         """Time stamp of a frame, in ticks."""
         return self.origin + int(self.shown_stamps[index])
+
+    def stamp_of_shown(self, count: int) -> int | None:
+        """Time stamp of the frame that comes after so many from the decoder; None after the last one."""
+        return self.stamp_of(count) if count < len(self.shown_stamps) else None
 
     def stamp_at(self, place: int) -> int:
         """Time stamp of a packet, in ticks."""
@@ -1458,6 +1478,31 @@ class _Stamps:
             self.offsets = array("q", (self.origin + offset for offset in self.offsets))
             self.origin = 0
             self.offsets.append(stamp)
+
+
+class _Unordered:
+    """Watches for time stamps that do not tell the order on the screen, and is true while they may not.
+
+    AVI stores no order of B-frames. Where ffmpeg does not derive it, the time stamps follow the order of the file,
+    and only the times of decoding are evenly spaced.
+
+    Attributes:
+        decoded: when the packets are decoded, in ticks.
+    """
+
+    def __init__(self, is_possible: bool) -> None:
+        self.decoded = _Stamps()
+        self._is_possible, self._latest = is_possible, NO_TICKS
+
+    def follow(self, shown: int | None, decoded: int | None) -> None:
+        """The next packet has these times, in ticks."""
+        if self._is_possible:
+            self._is_possible = shown is not None and decoded is not None and shown >= self._latest
+            self._latest = NO_TICKS if shown is None else shown
+            self.decoded.append(decoded)
+
+    def __bool__(self) -> bool:
+        return self._is_possible
 
 
 class _TimeLine:

@@ -7,8 +7,6 @@ import pytest
 
 from scripts import fuzz
 
-pytestmark = pytest.mark.slow
-
 SHARES = {
     "answers": 1500,
     "checkpoints": 60,

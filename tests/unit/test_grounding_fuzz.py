@@ -15,8 +15,6 @@ from molmo2.grounding import parse, structured
 from molmo2.grounding.parse import GroundingStream, parse_grounding
 from support.grounding_answers import answers, card_rows
 
-pytestmark = pytest.mark.slow  # no release of transformers can change this
-
 # What means something to a reader, for damage and for texts made of nothing else.
 TAG_PIECES = ["<points ", "<tracks ", "<point ", "</points>", "</tracks>", "coords=", 'coords="', "alt='", "label="]
 MARKS = [

@@ -16,7 +16,6 @@ from molmo2.tools.draw import DrawingStyle  # noqa: E402
 from molmo2.tools.draw_video import MarksOverTime, annotate_video  # noqa: E402
 from molmo2.video.processing import Molmo2VideoProcessor  # noqa: E402
 
-pytestmark = pytest.mark.slow  # no release of transformers can change this
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 SHARED = REPOSITORY.parent / "shared" / "media"
 BIG = DrawingStyle(radius=12, show_ids=False, show_labels=False, trail_seconds=0)
