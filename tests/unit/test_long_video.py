@@ -100,9 +100,9 @@ def work(monkeypatch):
     counts = {"indexed": 0, "decoded": 0, "converted": 0}
 
     def counted(name, function):
-        def call(*arguments):
+        def call(*arguments, **options):
             counts[name] += 1
-            return function(*arguments)
+            return function(*arguments, **options)
 
         return call
 
