@@ -19,6 +19,20 @@ from typing import Any
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PretrainedConfig
 
+# --- src/molmo2/values.py --------------------------------------------------------------------------------------------
+# What counts as a number, in settings, options and limits. Needs Python alone.
+
+
+def is_whole(value: Any) -> bool:
+    """Whether this is an integer; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Whether this is a finite number."""
+    return is_whole(value) or (isinstance(value, float) and math.isfinite(value))
+
+
 # --- src/molmo2/configuration.py -------------------------------------------------------------------------------------
 
 
@@ -54,16 +68,6 @@ TOKEN_ID_OFFSETS = {
     "frame_start_token_id": 7,
     "frame_end_token_id": 8,
 }
-
-
-def is_whole(value: Any) -> bool:
-    """Whether this is an integer; True and False are none."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_number(value: Any) -> bool:
-    """Whether this is a finite number."""
-    return is_whole(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _settings(config: PretrainedConfig) -> dict[str, Any]:

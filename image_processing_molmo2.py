@@ -1075,6 +1075,90 @@ def _require_int(name: str, value: int, *, minimum: int, hint: str = "") -> None
         raise ValueError(f"{name} is {value!r}, but must be a whole number of at least {minimum}. {hint}".rstrip())
 
 
+# --- src/molmo2/image/opening.py -------------------------------------------------------------------------------------
+# Opening of image files: their format and size are checked before a pixel is decoded.
+
+
+def is_file_on_disk(path: Path) -> bool:
+    """True for a file that has an end: no folder, device or pipe."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except (OSError, ValueError):  # base64 text is too long for a file name, or holds what no file name may hold
+        return False
+
+
+def open_image(file: Path | IO[bytes], where: str, limits: MediaLimits) -> Image.Image:
+    """An image of an accepted format and size, of which only the header is read.
+
+    Raises:
+        MediaLimitError: it has more pixels than allowed.
+        UnidentifiedImageError: it is of no accepted format. Other errors of Pillow are passed on.
+    """
+    Image.init()  # registers all formats that Pillow has
+    if not isinstance(file, Path) and not _can_seek(file):
+        content = file.read(limits.fetch_bytes + 1)
+        limits.check("fetch_bytes", len(content), f"{where} is a stream of more than {limits.fetch_bytes:,} bytes")
+        file = BytesIO(content)
+    webp_pixels = _webp_pixels(file)  # Pillow takes the memory of a WebP as it opens it
+    limits.check("image_pixels", webp_pixels, f"{where} is a WebP image of {webp_pixels:,} pixels")
+    image = Image.open(file, formats=[name for name in limits.image_formats if name in Image.OPEN])
+    try:
+        _reduce_jpeg(image, limits)
+        check_pixels(image, where, limits)
+    except MediaLimitError:
+        image.close()
+        raise
+    return image
+
+
+def _reduce_jpeg(image: Image.Image, limits: MediaLimits) -> None:
+    """Have a JPEG with too many pixels decoded at a half, a quarter or an eighth of its size, if that is accepted.
+
+    A progressive one is left alone: its decoder has all of it in memory at any size. Pillow halves no side below one
+    pixel, so that very narrow ones may be refused.
+    """
+    if not limits.reduce_jpeg or image.format not in ("JPEG", "MPO") or image.info.get("progressive"):
+        return
+    size = width, height = image.size
+    scales = [scale for scale in (1, 2, 4, 8) if -(-width // scale) * -(-height // scale) <= limits.image_pixels]
+    if scales and scales[0] > 1:
+        image.draft(image.mode, (max(1, width // scales[0]), max(1, height // scales[0])))
+        if image.size != size:
+            image.original_size = size  # type: ignore[attr-defined]
+
+
+def _can_seek(file: IO[bytes]) -> bool:
+    try:
+        return file.seek(0) == 0
+    except (AttributeError, OSError):
+        return False
+
+
+def check_pixels(image: Image.Image, where: str, limits: MediaLimits) -> None:
+    """Raise `MediaLimitError` for an image, decoded or not, of more pixels than allowed."""
+    found = f"{where} is an image of {image.height} x {image.width} pixels"
+    limits.check("image_pixels", image.height * image.width, found)
+
+
+def _webp_pixels(file: Path | IO[bytes]) -> int:
+    """Pixels that the header of a WebP file announces; 0 for any other file. Layout: RFC 9649."""
+    if isinstance(file, Path):
+        with file.open("rb") as opened:
+            return _webp_pixels(opened)
+    file.seek(0)
+    head = file.read(30)
+    file.seek(0)
+    if head[:4] != b"RIFF" or head[8:12] != b"WEBP":
+        return 0
+    kind, data = head[12:16], head[20:]
+    if kind == b"VP8X":
+        return (1 + int.from_bytes(data[4:7], "little")) * (1 + int.from_bytes(data[7:10], "little"))
+    if kind == b"VP8L":
+        bits = int.from_bytes(data[1:5], "little")
+        return (1 + (bits & 0x3FFF)) * (1 + (bits >> 14 & 0x3FFF))
+    return (int.from_bytes(data[6:8], "little") & 0x3FFF) * (int.from_bytes(data[8:10], "little") & 0x3FFF)
+
+
 # --- src/molmo2/image/loading.py -------------------------------------------------------------------------------------
 # Loading of images: files, URLs, bytes, PIL images, arrays and tensors become (height, width, 3) arrays.
 
@@ -1296,85 +1380,6 @@ def embedded_bytes(reference: Any, where: str, limits: MediaLimits) -> bytes | N
     return content
 
 
-def is_file_on_disk(path: Path) -> bool:
-    """True for a file that has an end: no folder, device or pipe."""
-    try:
-        return stat.S_ISREG(path.stat().st_mode)
-    except (OSError, ValueError):  # base64 text is too long for a file name, or holds what no file name may hold
-        return False
-
-
-def open_image(file: Path | IO[bytes], where: str, limits: MediaLimits) -> Image.Image:
-    """An image of an accepted format and size, of which only the header is read.
-
-    Raises:
-        MediaLimitError: it has more pixels than allowed.
-        UnidentifiedImageError: it is of no accepted format. Other errors of Pillow are passed on.
-    """
-    Image.init()  # registers all formats that Pillow has
-    if not isinstance(file, Path) and not _can_seek(file):
-        content = file.read(limits.fetch_bytes + 1)
-        limits.check("fetch_bytes", len(content), f"{where} is a stream of more than {limits.fetch_bytes:,} bytes")
-        file = BytesIO(content)
-    webp_pixels = _webp_pixels(file)  # Pillow takes the memory of a WebP as it opens it
-    limits.check("image_pixels", webp_pixels, f"{where} is a WebP image of {webp_pixels:,} pixels")
-    image = Image.open(file, formats=[name for name in limits.image_formats if name in Image.OPEN])
-    try:
-        _reduce_jpeg(image, limits)
-        _check_pixels(image, where, limits)
-    except MediaLimitError:
-        image.close()
-        raise
-    return image
-
-
-def _reduce_jpeg(image: Image.Image, limits: MediaLimits) -> None:
-    """Have a JPEG with too many pixels decoded at a half, a quarter or an eighth of its size, if that is accepted.
-
-    A progressive one is left alone: its decoder has all of it in memory at any size. Pillow halves no side below one
-    pixel, so that very narrow ones may be refused.
-    """
-    if not limits.reduce_jpeg or image.format not in ("JPEG", "MPO") or image.info.get("progressive"):
-        return
-    size = width, height = image.size
-    scales = [scale for scale in (1, 2, 4, 8) if -(-width // scale) * -(-height // scale) <= limits.image_pixels]
-    if scales and scales[0] > 1:
-        image.draft(image.mode, (max(1, width // scales[0]), max(1, height // scales[0])))
-        if image.size != size:
-            image.original_size = size  # type: ignore[attr-defined]
-
-
-def _can_seek(file: IO[bytes]) -> bool:
-    try:
-        return file.seek(0) == 0
-    except (AttributeError, OSError):
-        return False
-
-
-def _check_pixels(image: Image.Image, where: str, limits: MediaLimits) -> None:
-    found = f"{where} is an image of {image.height} x {image.width} pixels"
-    limits.check("image_pixels", image.height * image.width, found)
-
-
-def _webp_pixels(file: Path | IO[bytes]) -> int:
-    """Pixels that the header of a WebP file announces; 0 for any other file. Layout: RFC 9649."""
-    if isinstance(file, Path):
-        with file.open("rb") as opened:
-            return _webp_pixels(opened)
-    file.seek(0)
-    head = file.read(30)
-    file.seek(0)
-    if head[:4] != b"RIFF" or head[8:12] != b"WEBP":
-        return 0
-    kind, data = head[12:16], head[20:]
-    if kind == b"VP8X":
-        return (1 + int.from_bytes(data[4:7], "little")) * (1 + int.from_bytes(data[7:10], "little"))
-    if kind == b"VP8L":
-        bits = int.from_bytes(data[1:5], "little")
-        return (1 + (bits & 0x3FFF)) * (1 + (bits >> 14 & 0x3FFF))
-    return (int.from_bytes(data[6:8], "little") & 0x3FFF) * (int.from_bytes(data[8:10], "little") & 0x3FFF)
-
-
 def _decode(
     where: str, source: str, file: Path | IO[bytes], finish: Callable[[Image.Image], Any], limits: MediaLimits
 ) -> Any:
@@ -1408,7 +1413,7 @@ def _rgb_array(
 ) -> np.ndarray:
     """(H, W, 3), uint8 or native floating point."""
     if isinstance(item, Image.Image):
-        _check_pixels(item, where, limits)  # its file may be open and not yet decoded
+        check_pixels(item, where, limits)  # its file may be open and not yet decoded
         pixels = _pil_to_rgb(item, where, do_convert_rgb)
         if hasattr(item, "original_size"):
             reduced = pixels.view(ReducedImage)

@@ -267,7 +267,7 @@ PIPE_BYTES = 1 << 20  # most a system grants without privileges; where it has on
 HEADER_BYTES = 1 << 16  # in which, at either end of a file, its codec is named
 MPEG4_SIGN = re.compile(rb"(?i)FMP4|XVID|DIVX|DX50|mp4v\0|V_MPEG4/ISO/A?S?P")
 BROKEN_INSTALLATION = "It is installed, but does not start: fix the error that is named here, or uninstall it."
-MAX_IDLE_CHILDREN = 4  # kept for the next videos; threads of a program may decode as many at a time
+MAX_IDLE_CHILDREN = 8  # kept for the next videos: vLLM reads media in as many threads
 
 
 def prepare_child(max_bytes: int) -> "Any":

@@ -1,13 +1,14 @@
 """Requests and tokens a second of the ways to answer many questions, in one run on one machine.
 
-    python -m benchmarks.throughput                          # all rows, about six minutes; prints the table
+    python -m benchmarks.throughput                          # all rows in three rounds, ten minutes; prints the table
     python -m benchmarks.throughput --rows batched vllm-16   # some of them
     python -m benchmarks.throughput --markdown FILE          # ... and puts the table between the marks in FILE
 
 The trained miniature answers short questions about images, sets and clips, in float32, greedy. Every side runs in a
 process and an environment of its own (constraints/environments.toml), one after the other, with one thread in each
-process that holds a model. Start-up does not count: rates are those of the time in which all workers or requests are
-busy, from the last one's first answer to the first one's last answer; `whole run` has it all.
+process that holds a model. A row is the round with the median rate, and names the lowest and highest rate: servers on
+few cores vary by a factor of two. Start-up does not count: rates are those of the time in which all workers or all
+requests are busy, from the last one's first answer to the first one's last answer; `whole run` has it all.
 """
 
 import argparse
@@ -179,7 +180,7 @@ def run_side(name: str, work: Path, url: str | None) -> dict[str, Any]:
     """One side's figures, measured in this process."""
     kind, _, number = name.rpartition("-")
     if kind == "core":  # a worker decodes ahead beside the model: without this one has two cores for itself
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:number])
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(number)])
     if kind in ("workers", "core", "ray"):
         return _workers(kind, int(number), table_of(work, SIDES[name][3]), work)
     if kind.startswith("vllm"):
@@ -391,6 +392,21 @@ def measure(names: Sequence[str], work: Path, limit: float) -> dict[str, dict[st
     return {name: found[name] for name in names}
 
 
+def median_of(rounds: Sequence[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Of each side the round with the median rate, with `range` of all; an error if it failed in one."""
+    found = {}
+    for name in rounds[0]:
+        taken = [each[name] for each in rounds]
+        failed = next((entry for entry in taken if "error" in entry), None)
+        if failed is None:
+            taken.sort(key=lambda entry: entry["requests"])
+            ends = taken[0]["requests"], taken[-1]["requests"]
+            found[name] = {**taken[len(taken) // 2], "range": ends}
+        else:
+            found[name] = failed
+    return found
+
+
 def markdown(found: dict[str, dict[str, Any]]) -> str:
     """The table of the figures."""
     lines = [
@@ -403,15 +419,13 @@ def markdown(found: dict[str, dict[str, Any]]) -> str:
         if "error" in entry:
             lines.append(f"| {title} | - | - | {entry['error'].replace('|', '/')} | | | |")
             continue
-        base = found.get(of or "", {})
+        base, (lowest, highest) = found.get(of or "", {}), entry["range"]
         ratio = f"{entry['requests'] / base['requests']:.2f} of {of}" if "requests" in base else ""
         outside = f"{entry['outside']:.1%}" if "outside" in entry else ""
         same = sum(entry["texts"][key] == text for key, text in first.items())
         whole = f"{entry['answers']} in {entry['whole_seconds']:.0f} s"
-        lines.append(
-            f"| {title} | {entry['requests']:.2f} | {entry['tokens']:.0f} | {ratio} | {whole} | {outside} "
-            f"| {same} of {len(first)} |"
-        )
+        rate = f"{entry['requests']:.1f} ({lowest:.1f} to {highest:.1f}) | {entry['tokens']:.0f}"
+        lines.append(f"| {title} | {rate} | {ratio} | {whole} | {outside} | {same} of {len(first)} |")
     return "\n".join(lines)
 
 
@@ -430,6 +444,7 @@ def main(given: Sequence[str] | None = None) -> int:
     default = [name for name in SIDES if name not in EXTRA]
     parser.add_argument("--rows", nargs="+", choices=list(SIDES), default=default, metavar="NAME", help=str(default))
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="a page with <!-- throughput -->")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="how many times each row is measured")
     parser.add_argument("--limit", type=float, default=SIDE_SECONDS, metavar="SECONDS", help="of each row")
     for name in ("--side", "--url", "--work", "--worker", "--prepare"):  # of the children
         parser.add_argument(name, help=argparse.SUPPRESS)
@@ -446,7 +461,7 @@ def main(given: Sequence[str] | None = None) -> int:
         made = run_child("batch", "--prepare", scratch)
         if "error" in made:
             raise SystemExit(made["error"])
-        found = measure(arguments.rows, Path(scratch), arguments.limit)
+        found = median_of([measure(arguments.rows, Path(scratch), arguments.limit) for _ in range(arguments.rounds)])
     print(markdown(found))
     if arguments.markdown:
         replace_table(arguments.markdown, "throughput", markdown(found))

@@ -40,7 +40,7 @@ class Bundle:
 
 
 BUNDLES = {
-    "configuration_molmo2": Bundle("molmo2.configuration", "Molmo2Config", ("molmo2.configuration",)),
+    "configuration_molmo2": Bundle("molmo2.configuration", "Molmo2Config", ("molmo2.configuration", "molmo2.values")),
     "grounding_molmo2": Bundle("molmo2.grounding.parse", "Grounding", ("molmo2.grounding",)),
     "modeling_molmo2": Bundle("molmo2.model.modeling", "Molmo2ForConditionalGeneration", ("molmo2.model",)),
     "image_processing_molmo2": Bundle(

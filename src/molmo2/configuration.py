@@ -14,6 +14,8 @@ from typing import Any
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PretrainedConfig
 
+from molmo2.values import is_number, is_whole
+
 # What processor and model agree on without passing it along.
 CHANNELS = 3  # red, green, blue
 PAD_PATCH = -1  # in pooling tables: a place of a pooling window that lies outside the image
@@ -46,16 +48,6 @@ TOKEN_ID_OFFSETS = {
     "frame_start_token_id": 7,
     "frame_end_token_id": 8,
 }
-
-
-def is_whole(value: Any) -> bool:
-    """Whether this is an integer; True and False are none."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_number(value: Any) -> bool:
-    """Whether this is a finite number."""
-    return is_whole(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _settings(config: PretrainedConfig) -> dict[str, Any]:

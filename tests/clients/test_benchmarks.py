@@ -265,7 +265,7 @@ def test_time_outside_of_spans(spans, share):
 
 
 def test_the_table_of_throughput(tmp_path):
-    figures = {"requests": 2.0, "tokens": 40.0, "answers": 66, "whole_seconds": 33.0}
+    figures = {"requests": 2.0, "range": (1.5, 2.25), "tokens": 40.0, "answers": 66, "whole_seconds": 33.0}
     found = {
         "one-by-one": {**figures, "texts": {"0": "a", "1": "b"}},
         "workers-1": {**figures, "requests": 3.0, "outside": 0.034, "texts": {"0": "a", "1": "c"}},
@@ -275,12 +275,32 @@ def test_the_table_of_throughput(tmp_path):
     page.write_text("before\n<!-- throughput -->\nold\n<!-- end of throughput -->\nafter\n", encoding="utf-8")
     throughput.replace_table(page, "throughput", throughput.markdown(found))
     lines = page.read_text(encoding="utf-8").splitlines()
-    assert lines[5] == "| `ask`, one by one | 2.00 | 40 |  | 66 in 33 s |  | 2 of 2 |"
-    assert lines[6] == "| `molmo2 batch`, 1 worker | 3.00 | 40 | 1.50 of one-by-one | 66 in 33 s | 3.4% | 1 of 2 |"
+    assert lines[5] == "| `ask`, one by one | 2.0 (1.5 to 2.2) | 40 |  | 66 in 33 s |  | 2 of 2 |"
+    assert lines[6].startswith(
+        "| `molmo2 batch`, 1 worker | 3.0 (1.5 to 2.2) | 40 | 1.50 of one-by-one | 66 in 33 s | "
+    )
+    assert lines[6].endswith(" | 3.4% | 1 of 2 |")
     assert "no / Ray" in lines[7]
     assert (lines[0], lines[-1], "old" in lines) == ("before", "after", False)
     with pytest.raises(ValueError, match="has no place for the table"):
         throughput.replace_table(page, "scaling", "")
+
+
+def test_the_round_of_the_median_rate_counts():
+    rounds = [{"vllm-1": {"requests": rate, "round": number}} for number, rate in enumerate((5.0, 1.0, 3.0))]
+    assert throughput.median_of(rounds) == {"vllm-1": {"requests": 3.0, "round": 2, "range": (1.0, 5.0)}}
+    rounds[1]["vllm-1"] = {"error": "no end"}
+    assert throughput.median_of(rounds) == {"vllm-1": {"error": "no end"}}
+
+
+def test_a_side_on_one_core(tmp_path, monkeypatch):
+    confined, sides = [], []
+    monkeypatch.setattr(os, "sched_setaffinity", lambda *arguments: confined.append(arguments), raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {5, 3}, raising=False)
+    monkeypatch.setattr(throughput, "table_of", lambda work, times: work)
+    monkeypatch.setattr(throughput, "_workers", lambda *arguments: sides.append(arguments))
+    throughput.run_side("core-1", tmp_path, None)
+    assert (confined, sides) == ([(0, [3])], [("core", 1, tmp_path, tmp_path)])
 
 
 @pytest.mark.parametrize(("page", "name"), [("benchmarks/README.md", "throughput"), ("docs/batch.md", "scaling")])

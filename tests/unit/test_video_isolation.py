@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +86,17 @@ def test_one_child_is_kept_and_replaced_when_it_dies():
         next(iter(reader.frames([0, 5])))  # not read to its end: what follows has a child of its own
         assert len(list(reader.frames(range(12)))) == 12
         assert child._child.poll() is not None
+
+
+def test_a_child_needs_neither_torch_nor_transformers():
+    """They take two seconds and 0.3 GB, in each child of a server."""
+    code = (
+        "import sys\nfrom molmo2.video.decoding import isolation\n"
+        "print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_a_decoder_that_never_opens_a_file(stuck):

@@ -9,7 +9,7 @@ They belong to a program, not to a model: no processor file holds them, and none
 from dataclasses import dataclass, fields
 from typing import Any
 
-from molmo2.configuration import is_number
+from molmo2.values import is_number
 
 SOURCES = ("path", "file", "data", "base64", "http", "https")
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")  # Pillow's names

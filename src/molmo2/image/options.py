@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
-from molmo2.configuration import CHANNELS, UINT8_MEAN, UINT8_STD, is_number, is_whole
+from molmo2.configuration import CHANNELS, UINT8_MEAN, UINT8_STD
 from molmo2.image.limits import MediaLimits, checked_limits
 from molmo2.image.pixels import RESCALE_FACTOR, Normalization
+from molmo2.values import is_number, is_whole
 
 logger = logging.get_logger(__name__)
 

@@ -15,7 +15,7 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.processing_utils import Unpack, VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
 
-from molmo2.configuration import CHANNELS, is_number
+from molmo2.configuration import CHANNELS
 from molmo2.image.geometry import CropSettings, VideoPlan, plan_video, stack_pooling, video_token_pooling
 from molmo2.image.options import (
     FIXED_STEPS,
@@ -36,6 +36,7 @@ from molmo2.image.pixels import (
     interpolation_mode,
     require_size,
 )
+from molmo2.values import is_number
 from molmo2.video.decoding.timeline import VideoDecodeError
 from molmo2.video.frame_encoding import FrameEncoder, encode_frames, read_ahead
 from molmo2.video.loading import (

@@ -32,7 +32,7 @@ from typing import IO, Any
 import numpy as np
 
 from molmo2.image.limits import MediaLimitError, MediaLimits, checked_limits
-from molmo2.image.loading import is_file_on_disk, open_image
+from molmo2.image.opening import is_file_on_disk, open_image
 from molmo2.video.decoding.decord_process import BROKEN_INSTALLATION, DecordProcess, FrameError
 from molmo2.video.decoding.orientation import Matrix, matrix_from_bytes, mp4_matrices, quarter_turns, upright
 from molmo2.video.decoding.timeline import (

@@ -1,0 +1,14 @@
+"""What counts as a number, in settings, options and limits. Needs Python alone."""
+
+import math
+from typing import Any
+
+
+def is_whole(value: Any) -> bool:
+    """Whether this is an integer; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Whether this is a finite number."""
+    return is_whole(value) or (isinstance(value, float) and math.isfinite(value))
