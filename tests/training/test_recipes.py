@@ -109,6 +109,24 @@ def test_presets_hold_unless_the_recipe_has_its_own():
     assert [first.warmup_of(part) for part in ("vision", "connector", "text")] == [2000, 200, 2000]
 
 
+def test_presets_are_the_stages_of_the_release():
+    grouped = [{"name": name, "files": "a.jsonl", "group": name} for name in ("captions", "pointing", "nlp")]
+    first = recipe_from({"model": "model", "output": "run", "preset": "pretrain", "data": grouped})
+    assert first.shares() == {"captions": 0.6, "pointing": 0.3, "nlp": 0.1}
+    assert (first.steps, first.rows_per_step, first.max_tokens) == (31_000, 128, 2536)
+    assert first.learning_rates == Rates(vision=6e-6, connector=2e-4, text=2e-5)
+    sft, last = (
+        recipe_from({key: value for key, value in MINIMAL.items() if key != "steps"} | {"preset": name})
+        for name in ("sft", "long-context")
+    )
+    for stage, tokens, frames in ((sft, 16_384, 128), (last, 36_864, 384)):
+        assert (stage.rows_per_step, stage.max_tokens, stage.processor) == (128, tokens, {"num_frames": frames})
+        assert stage.learning_rates == Rates(vision=5e-6, connector=5e-6, text=1e-5)
+        assert (stage.final_rate, stage.pool_size) == (0.1, 48)
+        assert [stage.warmup_of(part) for part in ("vision", "connector", "text")] == [200, 200, 200]
+    assert (sft.steps, last.steps) == (30_000, 2000)
+
+
 @pytest.mark.parametrize(
     ("entries", "message"),
     [

@@ -63,7 +63,7 @@ _POINT_THEN_COUNT = (
     *(
         f"{text} {how}"
         for text, how in product(
-            _COUNT[:8],
+            _COUNT[:12],
             ("Point to them first.", "Point to each one, then say how many.", "Show your count with points."),
         )
     ),
@@ -71,6 +71,10 @@ _POINT_THEN_COUNT = (
     "Mark each of the {label}, then give the total.",
     "Find the {label}, point to them and say how many there are.",
     "Count the {label} by pointing to them.",
+    "Point to all {label}. How many are there?",
+    "Put a point on each of the {label} and say how many you found.",
+    "Use points to count the {label}.",
+    "Go through the {label} one by one, with a point on each, and give their number.",
 )
 _COUNT_THEN_POINT = (
     "How many {label} are there? Then point to them.",
