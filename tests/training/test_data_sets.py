@@ -40,6 +40,22 @@ def test_points_are_at_times_that_the_prompt_prints():
     assert example["loss_weights"].unique().tolist() == pytest.approx([0.0, 0.2])
 
 
+@pytest.mark.parametrize("num_frames", [4, 20])
+@pytest.mark.parametrize("name", ["Molmo2-VideoTrack", "molmo2-mevis"])
+def test_tracks_are_at_times_that_the_prompt_prints(name, num_frames):
+    """At the rate of the answer, and where more frames fit at a multiple of it that divides the file's rate."""
+    row = {**data_rows.ROWS[f"allenai/{name}"], "clip": None, "video": "nasa_clip"}
+    (item,) = Examples(f"allenai/{name}", [row], Folder(CLIPS))
+    example = build_training_example(processor(), item["messages"], weighting=TokenWeighting(), num_frames=num_frames)
+    printed = re.findall(r"(\d+\.\d)(?= ?<)", decoded(example).split("<|im_start|>")[0])
+    answer = item["messages"][-1]["content"][0]["text"]
+    times = [group.split(" ")[0] for group in answer.split('"')[1].split("\t")]
+    assert times == ["0.0", "0.5", "1.0"]
+    assert set(times) <= set(printed)
+    assert (len(printed) > 2 * len(times)) == (num_frames == 20)
+    assert example["loss_weights"].unique().tolist() == pytest.approx([0.0, 0.2])
+
+
 def test_explanations_and_counts_are_pointing_answers(tmp_path):
     """The style of an explanation stands before its question, that of a count does not; both have weight 0.2."""
     Image.new("RGB", (200, 100)).save(tmp_path / "boats.png")

@@ -19,7 +19,7 @@ from molmo2.data import SFT_GROUPS
 from molmo2.recipes import RecipeError, read_recipe
 from molmo2.recipes.recipe import Rates, recipe_from
 from molmo2.recipes.rows import media_resolver, read_rows
-from molmo2.recipes.train import _require_divisible, rate_curve, train
+from molmo2.recipes.train import _mixture, _require_divisible, rate_curve, train
 from molmo2.registration import load
 from support.checkpoints import write_checkpoint
 
@@ -200,6 +200,23 @@ def test_rows_and_media_that_are_not_there(folder):
         read_rows(["broken.jsonl"], folder)
     with pytest.raises(RecipeError, match="neither a folder nor a file"):
         media_resolver(["none"], folder)
+
+
+def test_settings_of_readers(folder):
+    """Those that are functions are no entries; images of rows with points in pixels are measured in their folder."""
+    Image.new("RGB", (200, 100)).save(folder / "images" / "harbour.png")
+    counted = {"label": "boats", "count": 2, "points": {"x": [100.0, 20.0], "y": [20.0, 90.0]}}
+    lines(folder / "pixels.jsonl", [{"image_url": name, **counted} for name in ("harbour", "gone", "http://images/1")])
+    entry = {"name": "counts", "files": "pixels.jsonl", "reader": "allenai/pixmo-count", "media": "images"}
+    said = []
+    mixture = _mixture(read_recipe(folder / "recipe.yaml", data=[entry], groups=None), said.append)
+    assert said[0].startswith("allenai/pixmo-count: 3 rows, 1 examples, 2 left out: 1 because")
+    ((_, answer),) = [example["messages"] for example in mixture.sources["counts"]]
+    assert '"1 1 100 900 2 500 200"' in answer["content"][0]["text"]
+    for name in ("image_size", "frame_times", "min_scores"):
+        changed = {**entry, "settings": {name: 3}}
+        with pytest.raises(RecipeError, match=f"data 'counts': settings have no '{name}'; they are .*min_score"):
+            _mixture(read_recipe(folder / "recipe.yaml", data=[changed]), said.append)
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------

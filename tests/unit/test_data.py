@@ -618,6 +618,13 @@ def test_multiple_choice():
     assert set(places) == set("ABCD")
 
 
+def test_choices_about_a_video_form_a_tree():
+    other = {**rows_of.CAPTION_QA, "video_id": "vid2"}
+    first, second = examples("Molmo2-VideoCapQA", rows_of.CAPTION_QA, other, {**rows_of.CAPTION_QA, "Answer": "A dog"})
+    assert (first["rows"], second["rows"]) == ([0, 2], [1])
+    assert [len(branches(example)) for example in (first, second)] == [2, 1]
+
+
 def test_questions_about_a_video_form_a_tree():
     (example,) = examples("Molmo2-AskModelAnything", rows_of.USER_QA, {**rows_of.USER_QA, "question": "Where?"})
     assert [turns(branch) for branch in branches(example)] == [
