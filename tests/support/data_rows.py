@@ -113,6 +113,25 @@ PIXMO_POINTS = {
     "points": [{"x": 50.0, "y": 20.0}, {"x": 10.0, "y": 90.0}],
     "collection_method": "counting",
 }
+PIXMO_COUNT = {  # in pixels of an image of 200 by 100
+    "image_url": "http://images/1.jpg",
+    "label": "boats",
+    "count": 2,
+    "points": {"x": [100.0, 20.0], "y": [20.0, 90.0]},
+}
+EXPLANATION = {  # the mark in the answer is an assumption of the reader
+    "image_url": "http://images/1.jpg",
+    "question": "Is it a harbour?",
+    "parsed_response": "Yes: <|POINT|> lie beside <|POINT|>.",
+    "points": [[{"x": 50.0, "y": 20.0}, {"x": 10.0, "y": 90.0}], [{"x": 99.9, "y": 0.0}]],
+    "inline_text": ["boats", "a pier"],
+    "alt_text": ["moored boats", None],
+}
+LOCAL_MULTI_POINT = {
+    "images": [f"pixmo/{number}.jpg" for number in range(7)],
+    "normalized_labels": ["dog", "dog", "dog", "dog", "dog", "cat", "dog"],
+    "points": MULTI_IMAGE_POINT["points"],
+}
 PIXMO_CAP = {"image_url": "http://images/1.jpg", "caption": "x" * 1500, "transcripts": ["y" * 600]}
 PIXMO_CAP_QA = {
     "image_url": "http://images/1.jpg",
@@ -154,6 +173,9 @@ ROWS = {
     "allenai/molmo2-mevis": ACADEMIC,
     "allenai/pixmo-cap": PIXMO_CAP,
     "allenai/pixmo-points": PIXMO_POINTS,
+    "allenai/pixmo-count": PIXMO_COUNT,
+    "allenai/pixmo-point-explanations": EXPLANATION,
+    "allenai/molmo2-pixmo-multi-points": LOCAL_MULTI_POINT,
     "allenai/pixmo-cap-qa": PIXMO_CAP_QA,
     "allenai/pixmo-ask-model-anything": {"image_url": "http://images/1.jpg", "question": "Why?", "answer": "So."},
     "allenai/CoSyn-400K": {**SYNTHETIC_QA, "image": "a chart", "images": None},

@@ -40,6 +40,35 @@ def test_points_are_at_times_that_the_prompt_prints():
     assert example["loss_weights"].unique().tolist() == pytest.approx([0.0, 0.2])
 
 
+@pytest.mark.parametrize("num_frames", [4, 20])
+@pytest.mark.parametrize("name", ["Molmo2-VideoTrack", "molmo2-mevis"])
+def test_tracks_are_at_times_that_the_prompt_prints(name, num_frames):
+    """At the rate of the answer, and where more frames fit at a multiple of it that divides the file's rate."""
+    row = {**data_rows.ROWS[f"allenai/{name}"], "clip": None, "video": "nasa_clip"}
+    (item,) = Examples(f"allenai/{name}", [row], Folder(CLIPS))
+    example = build_training_example(processor(), item["messages"], weighting=TokenWeighting(), num_frames=num_frames)
+    printed = re.findall(r"(\d+\.\d)(?= ?<)", decoded(example).split("<|im_start|>")[0])
+    answer = item["messages"][-1]["content"][0]["text"]
+    times = [group.split(" ")[0] for group in answer.split('"')[1].split("\t")]
+    assert times == ["0.0", "0.5", "1.0"]
+    assert set(times) <= set(printed)
+    assert (len(printed) > 2 * len(times)) == (num_frames == 20)
+    assert example["loss_weights"].unique().tolist() == pytest.approx([0.0, 0.2])
+
+
+def test_explanations_and_counts_are_pointing_answers(tmp_path):
+    """The style of an explanation stands before its question, that of a count does not; both have weight 0.2."""
+    Image.new("RGB", (200, 100)).save(tmp_path / "boats.png")
+    for name, head in (("pixmo-point-explanations", "point_qa: Is it a harbour?"), ("pixmo-count", None)):
+        own = {**data_rows.ROWS[f"allenai/{name}"], "image_url": "boats"}
+        (row,) = Examples(f"allenai/{name}", [own], Folder(tmp_path))
+        example = build_training_example(processor(), row["messages"], weighting=TokenWeighting(), max_crops=1)
+        question = row["messages"][0]["content"][-1]["text"] if head is None else head
+        assert f"<|im_start|>user\n{question}<|im_end|>" in decoded(example)
+        assert row["messages"][1]["content"][0]["text"] in decoded(example)
+        assert example["loss_weights"].unique().tolist() == pytest.approx([0.0, 0.2])
+
+
 def test_trees_share_their_video():
     rows = [{**data_rows.USER_QA, "video_id": "nasa_clip", "question": text} for text in ("Why?", "Where?")]
     examples = Examples("allenai/Molmo2-AskModelAnything", rows, Folder(CLIPS))
@@ -57,9 +86,24 @@ def test_rows_of_datasets(name, form, tmp_path):
     if form == "parquet":
         rows.to_parquet(tmp_path / "rows.parquet")
         rows = datasets.Dataset.from_parquet(str(tmp_path / "rows.parquet"), cache_dir=str(tmp_path))
-    settings = Settings(config="chart")
+    settings = Settings(config="chart", image_size=lambda source: (200, 100))
     found = list(Examples(name, rows, lambda reference: reference.name, settings))
     assert found == list(Examples(name, [row, row], lambda reference: reference.name, settings))
+
+
+def test_sizes_of_held_images(tmp_path):
+    """An image that a row holds is not decoded to learn its size; it is upright both before and after decoding."""
+    datasets = pytest.importorskip("datasets")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn: 100 by 200 in the file
+    Image.new("RGB", (100, 200)).save(tmp_path / "turned.jpg", exif=exif)
+    held = {"bytes": (tmp_path / "turned.jpg").read_bytes(), "path": None}
+    row = {name: value for name, value in data_rows.PIXMO_COUNT.items() if name != "image_url"}
+    rows = datasets.Dataset.from_list([{**row, "image": held}]).cast_column("image", datasets.Image())
+    (example,) = Examples("allenai/pixmo-count", rows)
+    image, _ = example["messages"][0]["content"]
+    assert image["image"].size == (200, 100)
+    assert '"1 1 100 900 2 500 200"' in example["messages"][1]["content"][0]["text"]
 
 
 def test_rows_of_lists_and_decoded_images(tmp_path):

@@ -41,7 +41,17 @@ def test_rates():
     assert mixture_rates(SOURCES) == pytest.approx({"a": 10 / 24, "b": 5 / 24, "c": 3 / 24, "d": 6 / 24})
     rates = mixture_rates(SOURCES, {"points": 3, "demo": 1})
     assert rates == pytest.approx({"a": 0.5, "b": 0.25, "c": 1 / 12, "d": 1 / 6})
-    assert sum(SFT_GROUPS.values()) == pytest.approx(1.1)
+    assert SFT_GROUPS == {  # of the released script; they add up to 1.1
+        "demo": 0.15,
+        "video_academic": 0.20,
+        "image_academic": 0.25,
+        "tracking": 0.15,
+        "video_pointing": 0.15,
+        "image_pointing": 0.10,
+        "nlp": 0.10,
+    }
+    one_each = [Source(group, [1], group) for group in SFT_GROUPS]
+    assert mixture_rates(one_each, SFT_GROUPS)["image_academic"] == pytest.approx(0.25 / 1.1)
 
 
 def test_draws_follow_the_rates_and_see_every_example_before_one_again():

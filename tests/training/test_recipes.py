@@ -1,8 +1,9 @@
 """Recipes: what is read and refused, a run in two processes, runs that are continued, scores on the way."""
 
 import json
-import os
+import re
 import shutil
+import socket
 import struct
 import subprocess
 import sys
@@ -18,10 +19,11 @@ from molmo2.data import SFT_GROUPS
 from molmo2.recipes import RecipeError, read_recipe
 from molmo2.recipes.recipe import Rates, recipe_from
 from molmo2.recipes.rows import media_resolver, read_rows
-from molmo2.recipes.train import rate_curve, train
+from molmo2.recipes.train import _mixture, _require_divisible, rate_curve, train
 from molmo2.registration import load
 from support.checkpoints import write_checkpoint
 
+ROOT = Path(__file__).resolve().parents[2]
 MINIMAL = {"model": "model", "output": "run", "steps": 4, "data": [{"name": "a", "files": "a.jsonl"}]}
 RECIPE = """\
 model: model
@@ -109,6 +111,24 @@ def test_presets_hold_unless_the_recipe_has_its_own():
     assert [first.warmup_of(part) for part in ("vision", "connector", "text")] == [2000, 200, 2000]
 
 
+def test_presets_are_the_stages_of_the_release():
+    grouped = [{"name": name, "files": "a.jsonl", "group": name} for name in ("captions", "pointing", "nlp")]
+    first = recipe_from({"model": "model", "output": "run", "preset": "pretrain", "data": grouped})
+    assert first.shares() == {"captions": 0.6, "pointing": 0.3, "nlp": 0.1}
+    assert (first.steps, first.rows_per_step, first.max_tokens) == (31_000, 128, 2536)
+    assert first.learning_rates == Rates(vision=6e-6, connector=2e-4, text=2e-5)
+    sft, last = (
+        recipe_from({key: value for key, value in MINIMAL.items() if key != "steps"} | {"preset": name})
+        for name in ("sft", "long-context")
+    )
+    for stage, tokens, frames in ((sft, 16_384, 128), (last, 36_864, 384)):
+        assert (stage.rows_per_step, stage.max_tokens, stage.processor) == (128, tokens, {"num_frames": frames})
+        assert stage.learning_rates == Rates(vision=5e-6, connector=5e-6, text=1e-5)
+        assert (stage.final_rate, stage.pool_size) == (0.1, 48)
+        assert [stage.warmup_of(part) for part in ("vision", "connector", "text")] == [200, 200, 200]
+    assert (sft.steps, last.steps) == (30_000, 2000)
+
+
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
@@ -180,6 +200,23 @@ def test_rows_and_media_that_are_not_there(folder):
         read_rows(["broken.jsonl"], folder)
     with pytest.raises(RecipeError, match="neither a folder nor a file"):
         media_resolver(["none"], folder)
+
+
+def test_settings_of_readers(folder):
+    """Those that are functions are no entries; images of rows with points in pixels are measured in their folder."""
+    Image.new("RGB", (200, 100)).save(folder / "images" / "harbour.png")
+    counted = {"label": "boats", "count": 2, "points": {"x": [100.0, 20.0], "y": [20.0, 90.0]}}
+    lines(folder / "pixels.jsonl", [{"image_url": name, **counted} for name in ("harbour", "gone", "http://images/1")])
+    entry = {"name": "counts", "files": "pixels.jsonl", "reader": "allenai/pixmo-count", "media": "images"}
+    said = []
+    mixture = _mixture(read_recipe(folder / "recipe.yaml", data=[entry], groups=None), said.append)
+    assert said[0].startswith("allenai/pixmo-count: 3 rows, 1 examples, 2 left out: 1 because")
+    ((_, answer),) = [example["messages"] for example in mixture.sources["counts"]]
+    assert '"1 1 100 900 2 500 200"' in answer["content"][0]["text"]
+    for name in ("image_size", "frame_times", "min_scores"):
+        changed = {**entry, "settings": {name: 3}}
+        with pytest.raises(RecipeError, match=f"data 'counts': settings have no '{name}'; they are .*min_score"):
+            _mixture(read_recipe(folder / "recipe.yaml", data=[changed]), said.append)
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
@@ -305,17 +342,43 @@ def test_rows_have_to_fit_the_processes(folder, monkeypatch):
         train(read_recipe(folder / "recipe.yaml", context_parallel=2))
 
 
+@pytest.mark.parametrize("processes", [1, 8, 64])
+def test_the_recipe_of_the_docs_fits_the_processes_of_its_commands(processes, tmp_path):
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    assert f"| {processes}" in text.split("| processes | command |")[1].split("\n\n")[0]
+    (recipe,) = re.findall(r"```yaml\n(model: .*?)```", text, re.S)
+    (tmp_path / "points.yaml").write_text(recipe, encoding="utf-8")
+    _require_divisible(read_recipe(tmp_path / "points.yaml"), processes)
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("shared", [1, 2], ids=["rows of their own", "rows that they share"])
-def test_two_processes_have_the_losses_of_one(folder, shared):
+@pytest.mark.parametrize(
+    ("machines", "shared"),
+    [(1, 1), (1, 2), (2, 1)],
+    ids=["rows of their own", "rows that they share", "two machines"],
+)
+def test_two_processes_have_the_losses_of_one(folder, machines, shared):
+    """Also where torchrun is started on each machine, with one process, as the docs say for 64 processes."""
     train(read_recipe(folder / "recipe.yaml", evaluation=[]), say=lambda line: None)
     recipe = folder / "two.yaml"
     recipe.write_text(RECIPE.replace("output: run", f"output: two\ncontext_parallel: {shared}"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
-    command += ["--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-    command += ["-m", "molmo2.cli", "train", str(recipe)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ})
-    assert done.returncode == 0, done.stderr[-3000:]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(2 // machines)]
+    command += ["--nnodes", str(machines), "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
+    command += ["--local-addr", "127.0.0.1", "-m", "molmo2.cli", "train", str(recipe)]
+    logs = [folder / f"machine {number}.txt" for number in range(machines)]
+    started = [subprocess.Popen(command, stdout=path.open("w"), stderr=subprocess.STDOUT) for path in logs]
+    try:
+        codes = [process.wait(timeout=300) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert codes == [0] * machines, "".join(path.read_text()[-3000:] for path in logs)
     assert losses(folder, "two") == pytest.approx(losses(folder), rel=1e-4)
     scores = log(folder, "two", "scores.jsonl")
     assert [(entry["step"], entry["examples"]) for entry in scores] == [(2, 3), (4, 3)]

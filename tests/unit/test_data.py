@@ -1,6 +1,7 @@
 """Rows of the published data sets become conversations: contents by hand, draws by statistics, all losses counted."""
 
 import hashlib
+import io
 import json
 import logging
 import random
@@ -10,11 +11,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from molmo2 import data, prompts
 from molmo2.data.evaluation import EVALUATION_SETS, evaluation_examples
-from molmo2.data.media import MediaReference
-from molmo2.data.styles import COUNT_FORMS, NO_POINTING, TEMPLATES
+from molmo2.data.media import MediaReference, image_size
+from molmo2.data.styles import COUNT_FORMS, LETTER_INSTRUCTIONS, NO_POINTING, TEMPLATES, TEXT_INSTRUCTIONS
 from molmo2.evaluate import METRICS
 from molmo2.grounding import parse_grounding
 from support import data_rows as rows_of
@@ -25,7 +27,13 @@ def everywhere(reference):
     return f"/media/{reference.name}"
 
 
-def examples(name, *rows, media=everywhere, seed=0, **settings):
+def wide(source):
+    """The size of every image, for points in pixels."""
+    return 200, 100
+
+
+def examples(name, *rows, media=everywhere, seed=0, image_size=wide, **settings):
+    settings["image_size"] = image_size
     return data.Examples(f"allenai/{name}", list(rows), media, data.Settings(**settings), seed=seed)
 
 
@@ -63,7 +71,7 @@ def media_parts(example):
 @pytest.mark.parametrize("name", rows_of.ROWS)
 def test_every_set_gives_conversations(name):
     row = rows_of.ROWS[name]
-    found = data.Examples(name, [row], everywhere, data.Settings(config="chart"))
+    found = data.Examples(name, [row], everywhere, data.Settings(config="chart", image_size=wide))
     assert len(found) == found.report.examples == found.report.rows == 1
     assert not found.report.left_out
     (example,) = found
@@ -83,7 +91,17 @@ def test_every_reader_has_a_row_of_its_own():
     assert set(data.DATASETS) - set(rows_of.ROWS) == academic - {"allenai/molmo2-mevis"}
 
 
-@pytest.mark.parametrize("name", ["allenai/Molmo2-VideoPoint", "allenai/Molmo2-VideoTrack", "allenai/pixmo-points"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "allenai/Molmo2-VideoPoint",
+        "allenai/Molmo2-VideoTrack",
+        "allenai/pixmo-points",
+        "allenai/pixmo-count",
+        "allenai/pixmo-point-explanations",
+        "allenai/molmo2-pixmo-multi-points",
+    ],
+)
 def test_a_missing_column_is_named(name):
     row = {key: value for key, value in rows_of.ROWS[name].items() if key != "points"}
     with pytest.raises(ValueError, match=f"Row 0 of {name} has no column 'points'"):
@@ -108,6 +126,8 @@ def test_draws_depend_on_seed_epoch_and_index_alone():
         (lambda: data.Settings(p_multi_turn=2), "`p_multi_turn` from 0 to 1"),
         (lambda: data.Settings(sampling_fps=12), "up to 10"),
         (lambda: data.Settings(subtitle_mode="frame_1"), "needs `frame_times`"),
+        (lambda: data.Settings(point_mark=""), "`point_mark` and `explanation_style` are texts"),
+        (lambda: data.Settings(explanation_style=""), "found an empty one"),
         (lambda: examples("CoSyn-400K", rows_of.SYNTHETIC_QA), "several configurations"),
         (lambda: evaluation_examples("allenai/x", []), "no reader for 'allenai/x'"),
     ],
@@ -196,16 +216,48 @@ def test_rows_that_are_left_out_are_counted(changes, reason, caplog):
     assert "2 rows, 1 examples, 1 left out" in caplog.text
 
 
+def test_the_choices_of_the_training_are_the_defaults():
+    """Those of the released mixture; only subtitles are not chosen by the sampled frames."""
+    expected = {
+        "min_score": 3,
+        "use_unsure": False,
+        "p_multi_turn": 0.2,
+        "max_captions": 4,
+        "max_images": 5,
+        "max_clip_seconds": 63,
+        "sampling_fps": 2,
+        "excluded_ids": frozenset(),
+        "subtitle_mode": "all",
+    }
+    assert {name: getattr(data.Settings(), name) for name in expected} == expected
+
+
+def test_a_clip_may_last_63_seconds():
+    row = {**rows_of.VIDEO_POINT, "video_duration": 90.0, "clip_start": 2.0, "clip_end": 65.0}
+    assert len(examples("Molmo2-VideoPoint", row)) == 1
+    assert "longer than 63 s" in str(examples("Molmo2-VideoPoint", {**row, "clip_end": 65.5}).report)
+    assert len(examples("Molmo2-VideoPoint", {**row, "clip_end": 65.5}, max_clip_seconds=64)) == 1
+
+
 def test_unsure_annotators_may_be_used():
     assert len(examples("Molmo2-VideoPoint", {**rows_of.VIDEO_POINT, "annotator_unsure": True}, use_unsure=True)) == 1
 
 
-def test_points_in_image_sets():
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("Molmo2-MultiImagePoint", rows_of.MULTI_IMAGE_POINT),
+        ("molmo2-pixmo-multi-points", rows_of.LOCAL_MULTI_POINT),
+    ],
+)
+def test_points_in_image_sets(name, row):
     """Images of the drawn label alone, two to five; points are those of the images that are shown."""
-    numbers = Counter()
+    numbers, styles = Counter(), set()
     for seed in range(80):
-        (example,) = examples("Molmo2-MultiImagePoint", rows_of.MULTI_IMAGE_POINT, seed=seed)
+        (example,) = examples(name, row, seed=seed)
         ((style, question, answer),) = turns(example["messages"])
+        styles.add(style)
+        assert "dog" in question.lower()
         shown = [int(part["image"][-5]) for part in media_parts(example)]
         assert shown == sorted(set(shown))
         assert 5 not in shown  # the cat
@@ -220,6 +272,45 @@ def test_points_in_image_sets():
             ]
             assert grounding.count == (total if COUNT_FORMS[style] or not total else None)
     assert set(numbers) == {2, 3, 4, 5}
+    assert styles == {style for style in COUNT_FORMS if style.startswith("multi_image")}
+
+
+def test_local_images_of_sets():
+    """Names are looked up, images are taken as they are; a label that two images share is drawn with them."""
+    row = rows_of.LOCAL_MULTI_POINT
+    labels = ["dog", "cat", "dog", "cat", "cow", "cat", "dog"]
+    drawn_labels = set()
+    for seed in range(30):
+        (example,) = examples("molmo2-pixmo-multi-points", {**row, "normalized_labels": labels}, seed=seed)
+        shown = [int(part["image"][-5]) for part in media_parts(example)]
+        drawn_labels |= {labels[number] for number in shown}
+        assert len({labels[number] for number in shown}) == 1
+    assert drawn_labels == {"dog", "cat"}
+    (example,) = examples("molmo2-pixmo-multi-points", row)
+    assert media_parts(example)[0]["image"].startswith("/media/pixmo/")
+    held = {**row, "images": [f"picture {number}".encode() for number in range(7)]}
+    (example,) = examples("molmo2-pixmo-multi-points", held, media=lambda reference: None)
+    assert {part["image"][:8] for part in media_parts(example)} == {b"picture "}
+    found = examples(
+        "molmo2-pixmo-multi-points", row, media=lambda reference: None if "3" in reference.name else "file"
+    )
+    assert (len(found), found.report.missing) == (0, ["pixmo/3.jpg"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"normalized_labels": ["dog"]}, "not one label per image"),
+        ({"normalized_labels": None}, "not one label per image"),
+        ({"normalized_labels": [["dog"]] * 7}, "not one label per image"),
+        ({"normalized_labels": list("abcdefg")}, "no two images share a label"),
+        ({"points": [[]] * 6}, "not one list of points per image"),
+        ({"points": [[{"x": 101.0, "y": 1.0}], *[[]] * 6]}, "outside of its image"),
+    ],
+)
+def test_local_sets_that_are_left_out(changes, reason):
+    found = examples("molmo2-pixmo-multi-points", {**rows_of.LOCAL_MULTI_POINT, **changes})
+    assert (len(found), reason in str(found.report)) == (0, True)
 
 
 def test_labels_that_differ():
@@ -243,6 +334,136 @@ def test_rows_with_images_of_their_own_are_not_one_group():
     row = {key: value for key, value in rows_of.PIXMO_POINTS.items() if key != "image_url"}
     found = examples("pixmo-points", {**row, "image": "one"}, {**row, "image": "two"})
     assert [media_parts(example)[0]["image"] for example in found] == ["one", "two"]
+
+
+# --- points in pixels ------------------------------------------------------------------------------------------------
+
+
+def test_counts_of_images():
+    """Points in pixels become thousandths of the image's size; rows about one image are one tree."""
+    other = {**rows_of.PIXMO_COUNT, "label": "sails", "count": 0, "points": {"x": [], "y": []}}
+    (example,) = examples("pixmo-count", rows_of.PIXMO_COUNT, other)
+    (first,), (second,) = map(turns, branches(example))
+    tag = '<points coords="1 1 100 900 2 500 200">boats</points>'
+    assert (first[0], first[2]) == ("point_count", f"Counting the {tag} shows a total of 2.")
+    assert "boats" in first[1]
+    assert (second[0], second[2]) == ("point_count", "There are none.")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"points": None}, "not as many points as it counts"),  # validation and test
+        ({"points": {"x": None, "y": None}}, "not as many points as it counts"),
+        ({"count": 3}, "not as many points as it counts"),
+        ({"points": {"x": [200.1, 5.0], "y": [5.0, 5.0]}}, "outside of its image"),
+        ({"points": {"x": [5.0, 5.0], "y": [5.0, 100.1]}}, "outside of its image"),
+        ({"points": {"x": [5.0, -0.1], "y": [5.0, 5.0]}}, "outside of its image"),
+        ({"label": ""}, "no label"),
+    ],
+)
+def test_counts_that_are_left_out(changes, reason):
+    found = examples("pixmo-count", {**rows_of.PIXMO_COUNT, **changes}, rows_of.PIXMO_COUNT)
+    assert (len(found), found.report.left_out.total()) == (1, 1)
+    assert reason in str(found.report)
+
+
+def test_points_at_the_edges_of_an_image_are_inside():
+    row = {**rows_of.PIXMO_COUNT, "points": {"x": [200.0, 0.0], "y": [0.0, 100.0]}}
+    ((_, _, answer),) = drawn("pixmo-count", row, number=1)
+    assert '"1 1 000 1000 2 1000 000"' in answer
+
+
+def test_sizes_of_images_come_from_their_files(tmp_path):
+    """By the header; an image that is missing, one that is broken and one whose URL alone is known are counted."""
+    Image.new("RGB", (400, 100)).save(tmp_path / "a.png")
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    several = [{**rows_of.PIXMO_COUNT, "image_url": name} for name in ("a", "gone", "broken", "http://images/1.jpg")]
+    found = examples(
+        "pixmo-count", *several, media=data.first_of(data.Folder(tmp_path), data.urls), image_size=image_size
+    )
+    (example,) = found
+    assert media_parts(example) == [{"type": "image", "image": tmp_path / "a.png"}]
+    assert '"1 1 050 900 2 250 200"' in turns(branches(example)[0])[0][2]
+    assert found.report.left_out == {
+        "the points are in pixels, and the size of the image is not known": 2,
+        "an image or a video is missing": 1,
+    }
+    assert found.report.missing == ["gone"]
+    assert data.Settings().image_size is image_size
+
+
+def test_image_sizes(tmp_path):
+    """(width, height); files are turned upright, as the processor does, open images and arrays are as they are."""
+    image, exif = Image.new("RGB", (8, 4)), Image.Exif()
+    for orientation, size in ((1, (8, 4)), (3, (8, 4)), (4, (8, 4)), (5, (4, 8)), (6, (4, 8)), (8, (4, 8))):
+        exif[0x0112] = orientation
+        image.save(tmp_path / "turned.jpg", exif=exif)
+        path = tmp_path / "turned.jpg"
+        content = path.read_bytes()
+        for source in (path, str(path), content, {"bytes": content, "path": None}, {"bytes": None, "path": str(path)}):
+            assert image_size(source) == size
+    assert image_size(Image.open(path)) == (8, 4)
+    with io.BytesIO() as file:
+        image.save(file, "png")
+        assert image_size(file.getvalue()) == (8, 4)
+    for shape, size in (((4, 8, 3), (8, 4)), ((4, 8), (8, 4)), ((3, 4, 8), None), ((2, 4, 8, 3), None)):
+        assert image_size(np.zeros(shape)) == size
+    for source in ("http://images/1.jpg", tmp_path / "gone.jpg", b"no image", None, 5, {"bytes": None, "path": None}):
+        assert image_size(source) is None
+
+
+# --- points in prose -------------------------------------------------------------------------------------------------
+
+
+def test_explanations():
+    """A tag for each mark, its texts within and in `alt`; points are numbered over the whole answer."""
+    (turn,) = drawn("pixmo-point-explanations", rows_of.EXPLANATION, number=1)
+    first = '<points alt="moored boats" coords="1 1 100 900 2 500 200">boats</points>'
+    second = '<points coords="1 3 999 000">a pier</points>'
+    assert turn == ("point_qa", "Is it a harbour?", f"Yes: {first} lie beside {second}.")
+    found = parse_grounding(turn[2])
+    assert [(point.id, point.label, point.alt) for point in found] == [
+        (1, "boats", "moored boats"),
+        (2, "boats", "moored boats"),
+        (3, "a pier", None),
+    ]
+    (example,) = examples("pixmo-point-explanations", rows_of.EXPLANATION, rows_of.EXPLANATION)
+    assert len(branches(example)) == 2
+    assert media_parts(example) == [{"type": "image", "image": "/media/http://images/1.jpg"}]
+
+
+def test_explanations_in_other_forms():
+    """Another mark and style, points as lists or alone, and an answer without any."""
+    row = {**rows_of.EXPLANATION, "parsed_response": "Yes: @ lie beside @."}
+    row["points"] = [{"x": [50.0, 10.0], "y": [20.0, 90.0]}, {"x": 99.9, "y": 0.0}]
+    (expected,) = drawn("pixmo-point-explanations", rows_of.EXPLANATION, number=1)
+    (turn,) = drawn("pixmo-point-explanations", row, number=1, point_mark="@", explanation_style="user_qa")
+    assert turn == ("user_qa", *expected[1:])
+    none = {**rows_of.EXPLANATION, "parsed_response": " Yes. ", "points": [], "inline_text": [], "alt_text": []}
+    assert drawn("pixmo-point-explanations", none, number=1)[0][2] == "Yes."
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"parsed_response": "Yes: [POINT] lie beside [POINT]."}, r"has not one <|POINT|> for each list of points"),
+        ({"parsed_response": "Yes: <|POINT|>."}, "has not one"),
+        ({"parsed_response": "<points> <|POINT|> <|POINT|>"}, "the answer contains a tag"),
+        ({"parsed_response": None}, "no question, or no answer"),
+        ({"question": " "}, "no question, or no answer"),
+        ({"inline_text": ["boats"]}, "not as many texts"),
+        ({"alt_text": None}, "not as many texts"),
+        ({"points": [[], [{"x": 1.0, "y": 1.0}]]}, "a list of points is empty"),
+        ({"points": [[{"x": 1.0, "y": 100.1}], [{"x": 1.0, "y": 1.0}]]}, "outside of its image"),
+        ({"inline_text": ["boats", "<points>"]}, "cannot stand in a tag"),
+        ({"alt_text": ["\"'", None]}, "cannot stand in a tag"),
+    ],
+)
+def test_explanations_that_are_left_out(changes, reason):
+    found = examples("pixmo-point-explanations", {**rows_of.EXPLANATION, **changes}, rows_of.EXPLANATION)
+    assert (len(found), found.report.left_out.total()) == (1, 1)
+    assert reason in str(found.report)
 
 
 def test_cosyn_points():
@@ -351,7 +572,7 @@ def test_video_captions():
     texts = {"video_short_caption": "Short.", "video_merged_caption": "Merged.", "video_long_caption": "Long."}
     assert {style: answer for style, _, answer in found} == texts
     assert len(drawn("Molmo2-Cap", rows_of.CAPTION, number=10, max_captions=2)) == 20
-    (example,) = examples("Molmo2-Cap", rows_of.CAPTION)
+    (example,) = examples("Molmo2-Cap", {**rows_of.CAPTION, "annotation_score": 3})
     assert media_parts(example)[0]["clip"] == (0.0, 10.0)
 
 
@@ -364,6 +585,8 @@ def test_video_captions():
         ("Molmo2-VideoCapQA", rows_of.CAPTION_QA, {"NegativeAnswers": []}, {}, "no other option"),
         ("Molmo2-MultiImageQA", rows_of.MULTI_IMAGE_QA, {"image_urls": ["http://a"]}, {}, "only one image"),
         ("Molmo2-MultiImageQA", rows_of.MULTI_IMAGE_QA, {}, {"max_images": 1}, "not 1 to 1 images"),
+        ("Molmo2-MultiImageQA", rows_of.MULTI_IMAGE_QA, {"image_urls": ["http://a"] * 6}, {}, "not 1 to 5 images"),
+        ("Molmo2-SynMultiImageQA", rows_of.SYNTHETIC_QA, {"images": ["a"] * 6}, {"config": "table"}, "not 1 to 5"),
         ("Molmo2-MultiImageQA", rows_of.MULTI_IMAGE_QA, {"qa_pairs": NO_ANSWERS}, {}, "there is no answer"),
         ("pixmo-cap-qa", rows_of.PIXMO_CAP_QA, {"question": "[USER] a [USER] b"}, {}, "do not alternate"),
         ("molmo2-tulu4-classified", rows_of.TULU, {"has_special_token": True}, {}, "a special token"),
@@ -393,6 +616,13 @@ def test_multiple_choice():
             assert {"A cup", "A car", "A cat", "A cow"} < set(lines)
     assert 70 < forms[True] < 130
     assert set(places) == set("ABCD")
+
+
+def test_choices_about_a_video_form_a_tree():
+    other = {**rows_of.CAPTION_QA, "video_id": "vid2"}
+    first, second = examples("Molmo2-VideoCapQA", rows_of.CAPTION_QA, other, {**rows_of.CAPTION_QA, "Answer": "A dog"})
+    assert (first["rows"], second["rows"]) == ([0, 2], [1])
+    assert [len(branches(example)) for example in (first, second)] == [2, 1]
 
 
 def test_questions_about_a_video_form_a_tree():
@@ -449,11 +679,14 @@ def test_questions_about_images():
     assert drawn("pixmo-cap-qa", plain, number=1) == [("synthetic_qa", "What is it?", "Red.")]
 
 
-def test_captions_say_about_how_long_they_are():
-    found = [turn for turn in drawn("pixmo-cap", rows_of.PIXMO_CAP, number=400) if turn[0] == "long_caption"]
-    numbers = [int(question[len("long_caption ") : -1]) for _, question, _ in found if question != "long_caption:"]
+@pytest.mark.parametrize(("style", "length"), [("long_caption", 1500), ("transcript", 2400)])
+def test_captions_say_about_how_long_they_are(style, length):
+    row = {**rows_of.PIXMO_CAP, "transcripts": ["y" * 2400]}
+    found = [turn for turn in drawn("pixmo-cap", row, number=400) if turn[0] == style]
+    assert len(found) == 400
+    numbers = [int(question[len(style) + 1 : -1]) for _, question, _ in found if question != f"{style}:"]
     assert 0.05 < 1 - len(numbers) / len(found) < 0.16  # one time in ten without
-    assert np.mean(numbers) == pytest.approx(100, abs=5)  # 1500 / 15
+    assert np.mean(numbers) == pytest.approx(length / 15, abs=5)
     assert np.std(numbers) == pytest.approx(25, abs=4)
 
 
@@ -561,6 +794,21 @@ def test_templates(style):
     found = {data.draw_prompt(style, random.Random(seed), **FIELDS) for seed in range(400)}
     assert found <= set(texts)
     assert len(found) > 0.7 * len(texts)
+
+
+def test_as_many_templates_as_in_training():
+    """Of the styles whose number is known; those of pointing were about 40, those of first and last points 5 to 7."""
+    numbers = {
+        "pointing": 40,
+        "point_count": 58,
+        "video_point_track_per_frame": 10,
+        "video_point_track_per_frame_fps": 8,
+        "video_point_track_start_end": 6,
+        "video_single_point_track_start_end": 12,
+        "video_clip_caption_start_end": 10,
+    }
+    assert {style: len(TEMPLATES[style]) for style in numbers} == numbers
+    assert (len(set(LETTER_INSTRUCTIONS)), len(set(TEXT_INSTRUCTIONS))) == (16, 14)
 
 
 def test_prompts_that_users_see_are_among_them():

@@ -31,6 +31,9 @@ DATASETS: dict[str, Family] = {
     "allenai/MolmoPoint-TrackSyn": tracks.ACADEMIC_TRACKS,
     "allenai/pixmo-cap": questions.IMAGE_CAPTIONS,
     "allenai/pixmo-points": pointing.IMAGE_POINTS,
+    "allenai/pixmo-count": pointing.IMAGE_COUNTS,
+    "allenai/pixmo-point-explanations": pointing.EXPLANATIONS,
+    "allenai/molmo2-pixmo-multi-points": pointing.LOCAL_SET_POINTS,
     "allenai/pixmo-cap-qa": questions.CAPTION_QUESTIONS,
     "allenai/pixmo-ask-model-anything": questions.IMAGE_QUESTIONS,
     "allenai/CoSyn-400K": questions.SYNTHETIC_QUESTIONS,
@@ -39,6 +42,7 @@ DATASETS: dict[str, Family] = {
     "allenai/molmo2-hardcodes": questions.FIXED_ANSWERS,
 }
 MISSING = "an image or a video is missing"
+NO_SIZE = "the points are in pixels, and the size of the image is not known"
 MAX_NAMED = 20  # missing media that a report names
 
 
@@ -133,6 +137,7 @@ class Examples(Sequence[dict[str, Any]]):
             self.settings,
             bool(getattr(self.media, "has_cut_clips", False)),
             self._frame_times(references, sources),
+            self._sizes(sources),
         )
         item = self.family.read(rows, draw)
         kept = range(len(sources)) if item.kept is None else item.kept
@@ -155,13 +160,17 @@ class Examples(Sequence[dict[str, Any]]):
             self.report.rows += 1
             try:
                 reason = self.family.problem(row, self.settings)
-                absent = [] if reason else [each for each in self.family.media(row) if self._is_missing(each, known)]
+                references = [] if reason else list(self.family.media(row))
+                absent = [each for each in references if self._is_missing(each, known)]
             except KeyError as error:
                 raise ValueError(f"Row {index} of {self.name} has no column {error}; it has {sorted(row)}.") from None
             if absent:
                 reason = MISSING
                 self.report.missing += [each.name for each in absent if each.name not in self.report.missing]
                 del self.report.missing[MAX_NAMED:]
+            elif not reason and self.family.size_problem is not None:
+                sizes = self._sizes([self._source(each) for each in references])
+                reason = NO_SIZE if None in sizes else self.family.size_problem(row, sizes)
             if reason:
                 self.report.left_out[reason] += 1
             else:
@@ -194,6 +203,10 @@ class Examples(Sequence[dict[str, Any]]):
         if reference.clip is not None and not getattr(self.media, "has_cut_clips", False):
             part["clip"] = reference.clip
         return part
+
+    def _sizes(self, sources: Sequence[Any]) -> list[Any]:
+        """The sizes of images with points in pixels, None for one that is not known; nothing for other families."""
+        return [] if self.family.size_problem is None else [self.settings.image_size(source) for source in sources]
 
     def _frame_times(self, references: Sequence[Any], sources: Sequence[Any]) -> Sequence[float] | None:
         frame_times = self.settings.frame_times

@@ -5,6 +5,7 @@ is missing. `Folder` and `UrlMapping` are two; `first_of` asks several.
 """
 
 import hashlib
+import io
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from typing import Any
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".gif")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+ORIENTATION, FIRST_ON_ITS_SIDE = 0x0112, 5  # the tag of EXIF, and its first value that swaps width and height
 
 
 @dataclass(frozen=True)
@@ -109,3 +111,31 @@ def first_of(*resolvers: Resolver) -> Resolver:
 
     resolve.has_cut_clips = kinds == {True}  # type: ignore[attr-defined]
     return resolve
+
+
+def image_size(source: Any) -> tuple[int, int] | None:
+    """(width, height) of an image as the processor shows it: of a file its header alone, turned upright.
+
+    Args:
+        source: A PIL image, an array (H, W) or (H, W, channels), a path, the bytes of a file, or {"bytes", "path"}.
+    Returns:
+        None where that is not known: for a URL, which is not fetched, and for what is no image.
+    """
+    from PIL import Image
+
+    if isinstance(source, Image.Image):
+        return source.size
+    if hasattr(source, "shape"):
+        is_known = len(source.shape) == 2 or (len(source.shape) == 3 and source.shape[2] in (1, 3, 4))
+        return (source.shape[1], source.shape[0]) if is_known else None
+    if isinstance(source, Mapping):
+        source = source.get("path") if source.get("bytes") is None else source["bytes"]
+    if not isinstance(source, (str, Path, bytes)):
+        return None
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            width, height = image.size
+            is_turned = image.getexif().get(ORIENTATION, 1) >= FIRST_ON_ITS_SIDE
+            return (height, width) if is_turned else (width, height)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None

@@ -1,4 +1,7 @@
-"""Rows with points: VideoPoint, MultiImagePoint, PixMo's points, CoSyn-point. Coordinates are per cent of the size."""
+"""Rows with points: VideoPoint, MultiImagePoint, CoSyn-point and PixMo's sets.
+
+Coordinates are per cent of the size; those of pixmo-count are pixels.
+"""
 
 import math
 import re
@@ -6,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from molmo2.data.media import MediaReference
-from molmo2.data.queries import Draw, Family, Item, Query, Row, Settings, images_of, label_problem, records
+from molmo2.data.queries import Draw, Family, Item, Query, Row, Settings, Size, images_of, label_problem, records
 from molmo2.data.styles import COUNT_FORMS, draw_prompt
-from molmo2.grounding.format import NO_POINTS, format_points
+from molmo2.grounding.format import NO_POINTS, TAG_EDGE, format_points
+from molmo2.grounding.parse import Point
 
 GRID_SECONDS = 0.5  # points of videos are at two frames a second
 VIDEO_STYLES = ("video_point", "video_point_count", "video_count", "video_count_point")
@@ -23,15 +27,18 @@ OUTSIDE = "a point lies outside of its image"
 Position = tuple[float, float]
 
 
-def positions(points: Any) -> list[Position]:
-    """Points in per cent, a list of {"x", "y"} or {"x": list, "y": list}, as fractions sorted by (x, y)."""
+def positions(points: Any, size: Size = (100, 100)) -> list[Position]:
+    """Points as fractions sorted by (x, y); they are in per cent, or in pixels of an image of `size`.
+
+    Args:
+        points: A list of {"x", "y"}, or {"x": list, "y": list}.
+    """
     if isinstance(points, Mapping):
-        pairs = (
-            list(zip(points["x"], points["y"])) if isinstance(points["x"], Sequence) else [(points["x"], points["y"])]
-        )
+        x, y = points["x"], points["y"]
+        pairs = list(zip(x, y)) if isinstance(x, Sequence) else [(x, y)] if x is not None else []
     else:
         pairs = [(point["x"], point["y"]) for point in points or []]
-    return sorted((x / 100, y / 100) for x, y in pairs)
+    return sorted((x / size[0], y / size[1]) for x, y in pairs)
 
 
 def are_inside(points: list[Position]) -> bool:
@@ -129,6 +136,67 @@ def _read_image_points(rows: Sequence[Row], draw: Draw) -> Item:
     return Item(branches)
 
 
+def _count_problem(row: Row, settings: Settings) -> str | None:
+    """Rows of the validation and test splits of pixmo-count have no points, so that no answer can be made of them."""
+    if len(positions(row["points"])) != row["count"]:
+        return "there are not as many points as it counts"
+    return label_problem(row["label"])
+
+
+def _count_size_problem(row: Row, sizes: Sequence[Size]) -> str | None:
+    return None if are_inside(positions(row["points"], sizes[0])) else OUTSIDE
+
+
+def _read_image_counts(rows: Sequence[Row], draw: Draw) -> Item:
+    """Points, then their number, as in counting rows of pixmo-points: the single-image style with a count."""
+    branches = []
+    for row in rows:
+        label = _plain(row["label"])
+        answer = point_answer("point_count", {1: positions(row["points"], draw.sizes[0])}, label)
+        branches.append([Query("point_count", draw_prompt("point_count", draw.rng, label=label), answer)])
+    return Item(branches)
+
+
+def _explained(row: Row, mark: str) -> str:
+    """The answer of a row of pixmo-point-explanations: a tag in place of each mark, points numbered throughout."""
+    first, *pieces = row["parsed_response"].split(mark)
+    texts, number = [first], 0
+    for piece, points, label, alt in zip(pieces, records(row["points"]), row["inline_text"], row["alt_text"]):
+        label, alt = _plain(label or ""), _plain(alt or "") or None
+        numbered = []
+        for x, y in positions(points):
+            number += 1
+            numbered.append(Point("points", label, alt, 1, number, None, None, x, y, 0, None, (0, 0)))
+        texts += [format_points(numbered), piece]
+    return "".join(texts).strip()
+
+
+def _explanation_problem(row: Row, settings: Settings) -> str | None:
+    answer, points = row["parsed_response"] or "", records(row["points"])
+    if not answer.strip() or not (row["question"] or "").strip():
+        return "there is no question, or no answer"
+    if TAG_EDGE.search(answer.replace(settings.point_mark, " ")):
+        return "the answer contains a tag"
+    if not len(points) == len(row["inline_text"] or []) == len(row["alt_text"] or []):
+        return "there are not as many texts as lists of points"
+    if answer.count(settings.point_mark) != len(points):
+        return f"the answer has not one {settings.point_mark} for each list of points"
+    if not all(map(positions, points)):
+        return "a list of points is empty"
+    if not all(are_inside(positions(each)) for each in points):
+        return OUTSIDE
+    try:
+        _explained(row, settings.point_mark)
+    except ValueError:
+        return "a text cannot stand in a tag"
+    return None
+
+
+def _read_explanations(rows: Sequence[Row], draw: Draw) -> Item:
+    style, mark = draw.settings.explanation_style, draw.settings.point_mark
+    return Item([[Query(style, row["question"].strip(), _explained(row, mark))] for row in rows])
+
+
 def _read_cosyn_points(rows: Sequence[Row], draw: Draw) -> Item:
     return Item(
         [
@@ -182,7 +250,31 @@ def _read_image_set_points(rows: Sequence[Row], draw: Draw) -> Item:
     return Item([[Query(style, question, point_answer(style, points, _plain(label)))]], kept=kept)
 
 
+def _local_images(row: Row) -> list[Any]:
+    """The images of a row of molmo2-pixmo-multi-points: references to files, or images that it holds."""
+    return [MediaReference("image", each, None, row) if isinstance(each, str) else each for each in row["images"]]
+
+
+def _as_image_set(row: Row) -> Row:
+    """A row of molmo2-pixmo-multi-points in the columns of its published form, MultiImagePoint."""
+    return {"image_urls": row["images"], "labels": row["normalized_labels"], "points": row["points"]}
+
+
+def _local_set_problem(row: Row, settings: Settings) -> str | None:
+    labels = row["normalized_labels"] or []
+    if len(labels) != len(row["images"] or []) or not all(isinstance(label, str) for label in labels):
+        return "there is not one label per image"
+    return _image_set_problem(_as_image_set(row), settings)
+
+
+def _read_local_set_points(rows: Sequence[Row], draw: Draw) -> Item:
+    return _read_image_set_points([_as_image_set(row) for row in rows], draw)
+
+
 VIDEO_POINTS = Family(_read_video_points, _video, ("video_id", "clip_start", "clip_end"), _video_problem, _two_fps)
 IMAGE_POINTS = Family(_read_image_points, images_of, ("image_url",), _image_problem)
 IMAGE_SET_POINTS = Family(_read_image_set_points, images_of, (), _image_set_problem)
+LOCAL_SET_POINTS = Family(_read_local_set_points, _local_images, (), _local_set_problem)
+IMAGE_COUNTS = Family(_read_image_counts, images_of, ("image_url",), _count_problem, size_problem=_count_size_problem)
+EXPLANATIONS = Family(_read_explanations, images_of, ("image_url",), _explanation_problem)
 COSYN_POINTS = Family(_read_cosyn_points, images_of, (), _cosyn_problem)

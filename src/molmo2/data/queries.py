@@ -5,12 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from molmo2.data.media import MediaReference
+from molmo2.data.media import MediaReference, image_size
 from molmo2.grounding.format import TAG_EDGE
 
 Row = Mapping[str, Any]
 MAX_TRACK_FPS = 10  # times in answers have one decimal
 Conversation = list[dict[str, Any]]
+Size = tuple[float, float]  # (width, height) in pixels
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,11 @@ class Settings:
         subtitle_mode: "all", or "frame_1" as in Molmo2's training, see `subtitle_text`. "frame_1" is not the default
             as it needs `frame_times`.
         frame_times: From the reference and the source of a video to the times of its sampled frames.
+        image_size: From the source of an image to its (width, height), None where it is not known; for sets with
+            points in pixels. The default reads files and does not fetch URLs.
+        point_mark: What stands for a tag in `parsed_response` of pixmo-point-explanations. An assumption: the
+            description that the readers follow does not say. Rows with another number of marks are left out.
+        explanation_style: The style of pixmo-point-explanations. An assumption likewise.
     Raises:
         ValueError: A value is out of its range.
     """
@@ -76,6 +82,9 @@ class Settings:
     sampling_fps: float = 2
     subtitle_mode: str = "all"
     frame_times: Callable[[MediaReference, Any], Sequence[float]] | None = None
+    image_size: Callable[[Any], Size | None] = image_size
+    point_mark: str = "<|POINT|>"
+    explanation_style: str = "point_qa"
 
     def __post_init__(self) -> None:
         is_rate = 0 < self.sampling_fps <= MAX_TRACK_FPS
@@ -85,6 +94,8 @@ class Settings:
                 f"`max_images` of 1 or more; found {self.p_multi_turn}, {self.sampling_fps}, {self.max_captions} and "
                 f"{self.max_images}."
             )
+        if not self.point_mark or not self.explanation_style:
+            raise ValueError("`point_mark` and `explanation_style` are texts; found an empty one.")
         if self.subtitle_mode == "frame_1" and self.frame_times is None:
             raise ValueError("`subtitle_mode='frame_1'` needs `frame_times`, the times of the sampled frames.")
 
@@ -96,12 +107,14 @@ class Draw:
     Attributes:
         has_cut_clips: Files of clips begin at 0; otherwise times are those of the whole video.
         times: Of the sampled frames, if the settings can tell.
+        sizes: Of the images, for families with a `size_problem`.
     """
 
     rng: random.Random
     settings: Settings
     has_cut_clips: bool = False
     times: Sequence[float] | None = None
+    sizes: Sequence[Size] = ()
 
 
 def records(value: Any) -> list[dict[str, Any]]:
@@ -138,6 +151,7 @@ class Family:
         group_by: Columns; rows with the same values become one example.
         problem: Why a row is left out, or None.
         video_options: Options of the video part.
+        size_problem: For rows with points in pixels: why one is left out, from the sizes of its images, or None.
     """
 
     read: Callable[[Sequence[Row], Draw], Item]
@@ -145,6 +159,7 @@ class Family:
     group_by: tuple[str, ...] = ()
     problem: Callable[[Row, Settings], str | None] = no_problem
     video_options: Callable[[Row, Settings], dict[str, Any]] = field(default=no_options)
+    size_problem: Callable[[Row, Sequence[Size]], str | None] | None = None
 
 
 def video_of(row: Row) -> list[MediaReference]:

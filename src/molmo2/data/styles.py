@@ -58,19 +58,20 @@ _COUNT = (
     "Number of {label}?",
     "How many {label}?",
 )
+_BY_POINTING = ("Point to them first.", "Point to each one, then say how many.", "Show your count with points.")
 _POINT_THEN_COUNT = (
     *_COUNT,
-    *(
-        f"{text} {how}"
-        for text, how in product(
-            _COUNT[:8],
-            ("Point to them first.", "Point to each one, then say how many.", "Show your count with points."),
-        )
-    ),
+    *_all_of(_COUNT[:8], _BY_POINTING),
     "Point to the {label} and count them.",
     "Mark each of the {label}, then give the total.",
     "Find the {label}, point to them and say how many there are.",
     "Count the {label} by pointing to them.",
+)
+_COUNT_IN_AN_IMAGE = (
+    "How many {label} are in the image?",
+    "How many {label} are in this image?",
+    "What is the number of {label} in the image?",
+    "Count the {label} in the image.",
 )
 _COUNT_THEN_POINT = (
     "How many {label} are there? Then point to them.",
@@ -145,7 +146,7 @@ def _about(what: str, templates: Sequence[str]) -> tuple[str, ...]:
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "pointing": _POINTING,
-    "point_count": _POINT_THEN_COUNT,
+    "point_count": (*_POINT_THEN_COUNT, *_COUNT_IN_AN_IMAGE, *_all_of(_COUNT_IN_AN_IMAGE, _BY_POINTING)),
     "multi_image_pointing": tuple(text.replace("in the image", "in the images") for text in _POINTING),
     "multi_image_point_then_count": _POINT_THEN_COUNT,
     "multi_image_count_then_point": _COUNT_THEN_POINT,

@@ -168,7 +168,7 @@ def _examples(recipe: Recipe, data: DataSet) -> Any:
         if data.reader is None:
             return rows
         media = media_resolver(data.media, recipe.folder, cut_clips=data.cut_clips)
-        known = {each.name for each in dataclasses.fields(Settings)} - {"frame_times"}
+        known = {each.name for each in dataclasses.fields(Settings)} - {"frame_times", "image_size"}
         if unknown := sorted(set(data.settings) - known):
             raise RecipeError(f"settings have no {unknown[0]!r}; they are {', '.join(sorted(known))}")
         return Examples(data.reader, rows, media, Settings(**data.settings), seed=recipe.seed)
