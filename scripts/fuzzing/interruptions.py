@@ -13,6 +13,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -62,6 +63,8 @@ def _start(work: Callable[[], object]) -> int:
             code = DONE
         except OutputError:
             code = REFUSED
+        except Exception:
+            traceback.print_exc()
         finally:
             os._exit(code)
     return number

@@ -36,7 +36,7 @@ from molmo2.convert.native_config import parse_config
 from molmo2.convert.numerics import BlockConverter
 from molmo2.convert.probe import probe_folder
 from molmo2.convert.reader import Piece, SourceTensor
-from molmo2.convert.staging import STATE_FILE
+from molmo2.convert.staging import STATE_FILE, ensure_disjoint, ensure_replaceable
 from molmo2.convert.verify import verify_folder
 from support.native_checkpoints import (
     ShardLayout,
@@ -1179,3 +1179,19 @@ def test_memory_does_not_grow_with_the_tensors(tmp_path):
     embedding = 8192 * 2048 * 4
     assert used[2048] < embedding / 2
     assert used[2048] < used[256] + 16_000_000
+
+
+def test_folders_that_another_conversion_removes_meanwhile(tmp_path, monkeypatch):
+    output, is_dir = tmp_path / "out", Path.is_dir
+
+    def and_gone(path):
+        found = is_dir(path)
+        if path == output and found:
+            output.rmdir()
+        return found
+
+    monkeypatch.setattr(Path, "is_dir", and_gone)
+    for check in (lambda: ensure_disjoint([output], [tmp_path]), lambda: ensure_replaceable(output, overwrite=False)):
+        output.mkdir()
+        check()
+        assert not output.exists()

@@ -94,6 +94,14 @@ def _identity(path: Path) -> list[int]:
     return [status.st_dev, status.st_ino]
 
 
+def _has_content(folder: Path) -> bool:
+    """Whether a folder has anything in it; False once it is gone, which may be at any moment without the lock."""
+    try:
+        return any(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
 def _remove(entry: Path) -> None:
     shutil.rmtree(entry) if _kind(entry) == "folder" else entry.unlink()
 
@@ -226,7 +234,7 @@ class Staging:
             return
         old = self._retired / OLD_FOLDER
         if _kind(old) == "folder" and not self._is_in_place(self._state_of(self._retired)):
-            if _kind(self.output) == "folder" and not any(self.output.iterdir()):
+            if _kind(self.output) == "folder" and not _has_content(self.output):
                 self.output.rmdir()
             if _kind(self.output) != "":
                 raise OutputError(
@@ -351,7 +359,7 @@ class Staging:
         (self.folder / STATE_FILE).unlink()
         try:
             flush(self.folder)
-            is_replaced = self._overwrite and self.output.exists() and any(self.output.iterdir())
+            is_replaced = self._overwrite and _has_content(self.output)
             if is_replaced:
                 self._retire()
             elif self.output.exists():
@@ -433,15 +441,18 @@ def ensure_disjoint(places: Iterable[Path], inputs: Iterable[Path]) -> None:
     Raises:
         OutputError: If one of the places is an input, or holds one.
     """
-    replaced = [place for place in places if place.is_dir()]
+    replaced = {}
+    for place in filter(Path.is_dir, places):
+        with suppress(FileNotFoundError):  # another conversion may remove it at any moment
+            replaced[tuple(_identity(place.resolve()))] = place
     resolved = {path.resolve() for path in inputs if path.exists()} if replaced else set()
     for folder in resolved.union(*(path.parents for path in resolved)):
-        for place in replaced:
-            if folder.samefile(place):
-                held = min(path for path in resolved if folder in (path, *path.parents))
-                raise OutputError(
-                    f"Replacing {place} would delete {held}, which this conversion reads. Choose another OUTPUT."
-                )
+        found = replaced.get(tuple(_identity(folder)))
+        if found is not None:
+            held = min(path for path in resolved if folder in (path, *path.parents))
+            raise OutputError(
+                f"Replacing {found} would delete {held}, which this conversion reads. Choose another OUTPUT."
+            )
 
 
 def ensure_replaceable(output: Path, overwrite: bool) -> None:
@@ -454,7 +465,7 @@ def ensure_replaceable(output: Path, overwrite: bool) -> None:
     if os.path.ismount(output):
         raise OutputError(f"{output} is the root of a mounted disk, which cannot be exchanged. Choose a folder in it.")
     if output.is_dir():
-        if any(output.iterdir()):
+        if _has_content(output):
             if not overwrite:
                 raise OutputError(f"{output} is not empty. Choose another folder, or replace it with --overwrite.")
             if output.is_symlink():
