@@ -3,9 +3,15 @@
 Time is that of the whole program, Python and torch included, or that of its last step; the peak is the program's own.
 Both sides read folders with the same files, of which ours has the code as well: a vocabulary of the published size, as
 copying or searching that is what may take long, and hardly any weights. The code of checkpoints is in transformers'
-cache of modules by then, and compiled. Starts differ by more than the sides do, hence the many rounds.
+cache of modules by then, and compiled. Programs have one thread: beside other work, two on two cores wait for each
+other, which made the first call take 50 or 1,200 ms of CPU time by chance. Starts still differ, hence the many rounds.
+
+Of `step-processor` transformers takes the larger part of what ours needs more: it looks through the code of a
+checkpoint for imports (`check_imports`, 27 ms of CPU time), hashes it and compares it with its cache (10 ms); running
+our modules takes 25 ms. `step-package` is without all of this but the last.
 """
 
+import os
 import subprocess
 import sys
 from typing import Any
@@ -54,10 +60,13 @@ def _program(side: Side, code: str, last: str = "") -> Work:
         photo(480, 640).save(image)
     given = f"folder, image, is_remote = {str(folder)!r}, {str(image)!r}, {side.name != 'native'}\n"
     timed = f"import time\nbegan = time.perf_counter()\n{last}\nprint(time.perf_counter() - began)\n" if last else ""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", lines_for_programs() + given + code + timed + PEAK]
 
     def work() -> Finished:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=MAX_SECONDS, check=False)
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=MAX_SECONDS, check=False
+        )
         if done.returncode and side.name == "native":
             raise NotAvailable(done.stderr.strip().splitlines()[-1])
         if done.returncode:
@@ -97,6 +106,12 @@ def startup_call(side: Side) -> Work:
 @_row("startup-answer", "processor, model and a first token about a photo")
 def startup_answer(side: Side) -> Work:
     return _program(side, AUTO_PROCESSOR + LOADED + PHOTO + FIRST_CALL + ANSWER)
+
+
+@_row("step-package", "of startup-package, from_pretrained alone", sides=("ours", "native"))
+def step_package(side: Side) -> Work:
+    imported = LIBRARY_PROCESSOR if side.name == "native" else PACKAGE_PROCESSOR
+    return _program(side, f"{imported}\n", "processor = Molmo2Processor.from_pretrained(folder)")
 
 
 @_row("step-processor", "of startup-call, AutoProcessor.from_pretrained alone")
