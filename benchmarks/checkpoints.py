@@ -50,6 +50,8 @@ SHAPES = {
     "session": Shape(1024, 8, 2, 3584, layers=4),
     # The vision tower of all published models, three of its layers; hardly any text model.
     "vision": Shape(256, 2, 1, 512, layers=1, vision_width=1152, vision_mlp=4304, vision_layers=3),
+    # The vocabulary of the 4B, hardly any weights.
+    "start": Shape(128, 1, 1, 256, layers=1, vocab_size=151936, dtype=torch.bfloat16),
     "4b": Shape(
         2560, 32, 8, 9728, 36, vision_width=1152, vision_mlp=4304, vision_layers=25, vocab_size=151936,
         dtype=torch.bfloat16,

@@ -47,9 +47,12 @@ def sides_of(row: Row, peers: Sequence[str]) -> list[str]:
 
 
 def run_row(row: Row, peers: Sequence[str], rounds: int, settings: Settings) -> dict[str, Any]:
-    """All sides of a row in alternation, `rounds` times; a side that failed or is not available is not tried again."""
+    """All sides of a row in alternation, `rounds` times, or as often as the row says; a side that failed or is not
+    available is not tried again.
+    """
     measured: dict[str, list[dict[str, Any]]] = {side: [] for side in sides_of(row, peers)}
     excluded: dict[str, dict[str, Any]] = {}
+    rounds = rounds if settings.quick else max(rounds, row.min_rounds)
     for _ in range(rounds if row.max_rounds is None else min(rounds, row.max_rounds)):
         for side in [side for side in measured if side not in excluded]:
             found = run_child(row.name, side, settings)

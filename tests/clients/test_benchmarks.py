@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import cost, fits, gpu_day, profile, report, runner, scaling, throughput
 from benchmarks.bounds import Products, weight_reads
 from benchmarks.curves import Curve, exponent, growth, linear_fit
-from benchmarks.harness import Goal, NotAvailable, Row, Settings, Side, measure
+from benchmarks.harness import Finished, Goal, NotAvailable, Row, Settings, Side, measure
 from benchmarks.memory import PeakMemory, held_bytes
 from molmo2.model.attention.mask import AttentionSpec, mask_mod
 from molmo2.tools.memory import RequestShape
@@ -81,6 +81,22 @@ def test_what_takes_long_runs_once(monkeypatch):
     assert found["seconds"] == [found["first_seconds"]]
 
 
+def test_a_program_speaks_for_itself(monkeypatch):
+    """Its own peak and, where it has one, its own time count; how often it runs depends on the time taken here."""
+    monkeypatch.setattr("benchmarks.harness.ENOUGH_SECONDS", 0.05)
+    runs = []
+
+    def work(seconds):
+        runs.append(seconds)
+        time.sleep(0.02)
+        return Finished(7, seconds)
+
+    found = measure(lambda side: lambda: work(1e-4), SIDE)
+    assert (found["peak_bytes"], set(found["seconds"])) == (7, {1e-4})
+    assert 2 <= len(runs) <= 4
+    assert 0.02 <= min(measure(lambda side: lambda: work(None), SIDE)["seconds"]) < 0.2
+
+
 def test_an_unavailable_side_says_why():
     def prepare(side):
         raise NotAvailable("no GPU")
@@ -119,6 +135,16 @@ def test_sides_take_turns_and_rounds_count_alike(monkeypatch):
     assert found["sides"]["ours"]["seconds"] == 3.0
     assert found["sides"]["/x/other"]["error"].endswith("no")
     assert [(goal["found"], goal["met"]) for goal in found["goals"]] == [(3.0, False), (2.0, False)]
+
+
+def test_rows_whose_runs_differ_get_more_rounds(monkeypatch):
+    figures = {"ours": [taken(float(seconds)) for seconds in (1, 9, 2, 9, 2)]}
+    row = replace(toy(("ours",)), min_rounds=5)
+    found, order = run_toy(monkeypatch, row, figures, rounds=1)
+    assert (len(order), found["sides"]["ours"]["seconds"]) == (1, 1.0)  # a quick run measures nothing
+    monkeypatch.setattr(sys.modules[__name__], "SIDE", Side("ours", Settings()))
+    found, order = run_toy(monkeypatch, row, figures, rounds=1)
+    assert (len(order), found["sides"]["ours"]["seconds"]) == (5, 2.0)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import TruncationStrategy
 from transformers.utils import PaddingStrategy
 from transformers.video_utils import VideoMetadata
@@ -1056,13 +1057,22 @@ def test_parts_that_are_missing(processor):
         Molmo2Processor(processor.image_processor, None, processor.tokenizer)
 
 
-def test_a_tokenizer_without_the_tokens_is_refused(processor, monkeypatch):
-    plain = AutoTokenizer.from_pretrained(GOLDEN / "tokenizer")
-    vocabulary = {token: id_ for token, id_ in plain.get_vocab().items() if token not in ("<im_low>", "<|video|>")}
-    monkeypatch.setattr(plain, "get_vocab", lambda: vocabulary)
+@pytest.mark.parametrize("unknown", [None, "<|im_end|>"], ids=["no unknown token", "an unknown token"])
+def test_a_tokenizer_without_the_tokens_is_refused(processor, unknown):
+    backend = (GOLDEN / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8")
+    backend = backend.replace('"<im_low>"', '"<other>"').replace('"<|video|>"', '"<another>"')
+    plain = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(backend), unk_token=unknown)
     message = "The tokenizer lacks ['<|video|>', '<im_low>']. Use that of a Molmo2 checkpoint, whose vocabulary ends "
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         Molmo2Processor(processor.image_processor, processor.video_processor, plain)
+
+
+def test_building_a_processor_does_not_copy_the_vocabulary(processor, monkeypatch):
+    """100 ms with the vocabulary of published checkpoints."""
+    plain = AutoTokenizer.from_pretrained(GOLDEN / "tokenizer")
+    monkeypatch.setattr(plain, "get_vocab", lambda: pytest.fail("the vocabulary was copied"))
+    built = Molmo2Processor(processor.image_processor, processor.video_processor, plain)
+    assert built.image_token_ids == processor.image_token_ids
 
 
 def test_padding_side_of_a_new_processor(processor):
