@@ -807,16 +807,16 @@ class Molmo2Processor(ProcessorMixin):
         self.use_low_res_token_for_global_crops = use_low_res_token_for_global_crops
         _ = self.visual_token_format  # refuses values that are no flags
         self.image_token, self.video_token = IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
-        vocabulary = tokenizer.get_vocab()
-        missing = [
-            token for token in (IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, *VISUAL_TOKENS) if token not in vocabulary
-        ]
+        needed = (IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, *VISUAL_TOKENS)
+        ids = {token: tokenizer.convert_tokens_to_ids(token) for token in needed}  # `get_vocab` copies 150,000 entries
+        # An unknown token has no id, or that of the unknown token.
+        missing = [t for t in needed if ids[t] is None or tokenizer.convert_ids_to_tokens(ids[t]) != t]
         if missing:
             raise ValueError(
                 f"The tokenizer lacks {missing}. Use that of a Molmo2 checkpoint, whose vocabulary ends with them."
             )
-        self.image_token_id, self.video_token_id = vocabulary[IMAGE_PLACEHOLDER], vocabulary[VIDEO_PLACEHOLDER]
-        self.image_token_ids: Any = [vocabulary[token] for token in VISUAL_TOKENS]
+        self.image_token_id, self.video_token_id = ids[IMAGE_PLACEHOLDER], ids[VIDEO_PLACEHOLDER]
+        self.image_token_ids: Any = [ids[token] for token in VISUAL_TOKENS]
         if "padding_side" not in tokenizer.init_kwargs:
             tokenizer.padding_side = "left"
 
