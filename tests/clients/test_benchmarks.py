@@ -374,12 +374,13 @@ def test_curves_and_table_of_the_simulation(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_row_from_end_to_end(tmp_path):
     """Real processes, a made-up checkpoint, this repository as its own peer; native may or may not be available."""
     output = tmp_path / "results.json"
     command = [sys.executable, "-m", "benchmarks", "--quick", "--threads", "1", "--cache", str(tmp_path / "cache")]
     command += ["--rows", "vision", "--peer", str(REPOSITORY), "--output", str(output)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=850)  # a dozen processes
     assert done.returncode == 0, done.stdout + done.stderr
     (row,) = json.loads(output.read_text(encoding="utf-8"))["rows"]
     for side in ("bound", "ours", str(REPOSITORY)):
