@@ -11,9 +11,10 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Event
+from threading import Event, Lock
 from typing import Any
 
 import numpy as np
@@ -221,9 +222,11 @@ class Conversation:
         self._folder = tempfile.TemporaryDirectory(prefix="molmo2_app_")  # deleted with the conversation
         self.name = Path(self._folder.name).name
         self._num_answers = 0
-        self._stopped, self._idle = Event(), Event()
+        self._stopped, self._idle, self._lock = Event(), Event(), Lock()
         self._idle.set()
         self._closed = False
+        self._successor: Conversation | None = None
+        self._handed_over = Event()
 
     @property
     def is_answering(self) -> bool:
@@ -250,13 +253,30 @@ class Conversation:
         if not self._idle.wait(seconds):
             log.warning("An answer still runs %g s after the end of its conversation.", seconds)
 
+    def hand_over(self, successor: "Conversation | None") -> None:
+        """Say which conversation the page shows after this one; None if its files could not be opened."""
+        self._successor = successor
+        self._handed_over.set()
+
+    def successor(self, seconds: float = CLOSING_SECONDS) -> "Conversation | None":
+        """The conversation that the page shows after this one, which is closed.
+
+        Args:
+            seconds: Longest time to wait until it is open; then None.
+        """
+        self._handed_over.wait(seconds)
+        return self._successor
+
     def answer(self, question: str, task: str = "Ask") -> Generator[Update, None, None]:
         """The answer to the next question, piece by piece. Closing the generator stops the model.
+
+        The first update is empty: the question is taken, and not refused.
 
         Args:
             task: One of `TASKS`: all but "Ask" take the name of a thing in place of a question.
         Raises:
-            UserError: There is no question, or it or the prompt is too long, or the server gives no answer.
+            UserError: There is no question, or it or the prompt is too long, the server gives no answer, or another
+                answer has not ended.
         """
         if task not in TASKS:
             raise UserError(f"“{task}” is not a task. Choose one of {', '.join(TASKS)}.")
@@ -265,14 +285,20 @@ class Conversation:
         if not question.strip():
             example = "“Point to the red circles.”" if task == "Ask" else "“red circles”"
             raise UserError(f"Write a question first, for example {example}")
-        self._idle.clear()
-        self._stopped = Event()
+        with self._lock:
+            if self.is_answering:  # its pieces and this question would mix in the session
+                raise UserError("Another answer has not ended. Wait for its end, or stop it, and ask again.")
+            self._idle.clear()
+            self._stopped = Event()
         try:
             if not self._closed:  # from here on, closing sets the new event
-                for update in self._updates(TASKS[task](question.strip()), self._stopped):
-                    if self._closed:
-                        return
-                    yield update
+                # The model has ended when this has: who waits for `_idle` finds no thread that still generates.
+                yield Update("", "")
+                with closing(self._updates(TASKS[task](question.strip()), self._stopped)) as updates:
+                    for update in updates:
+                        if self._closed:
+                            return
+                        yield update
         except (EngineError, ValueError) as error:  # such as a prompt that is too long; these messages say what to do
             raise UserError(str(error)) from error
         finally:

@@ -20,6 +20,7 @@ encoded images."""
 HINT = "Ask about your files: “Point to the red circles.”, “How many are there?”, “Track the red ring.”"
 MAX_FILE_SIZE = "1gb"  # of an upload; media have narrower limits
 MAX_QUESTIONS, MAX_WAITING = 4, 32  # at a time, of all visitors
+ENDING = "The answer is being ended …"
 FAILED = "An internal error occurred. The terminal of the app has the details."
 EXPORTS = {"json": "↓ JSON", "csv": "↓ CSV", "coco": "↓ COCO", "mot": "↓ MOT"}
 
@@ -123,6 +124,7 @@ class Page:
             [self.question, self.conversation, self.chat, self.task, self.name],
             [*outputs, self.question],
             show_progress="hidden",
+            trigger_mode="always_last",  # what is asked while an answer comes is asked when it has ended, not dropped
         )
         # No `cancels`: gradio may send an update of an answer after its cancellation, which its page then shows, or
         # calls an error. `open` waits for the end of the answer instead.
@@ -141,14 +143,19 @@ class Page:
         request: gr.Request | None = None,
     ) -> Iterator[dict[Any, Any]]:
         """Start a conversation about the uploaded files, once the answer in the previous one has ended."""
+        session = "" if request is None else request.session_hash or ""
         fresh = {self.chat: [], self.note: "", self.raw: "", self.video: gr.Video(visible=False), **self._exports({})}
-        if previous is not None:
-            if previous.is_answering:
-                yield fresh  # at once; the model may take a while
-            previous.close()  # its last update has been sent: none can follow those below
-        if request is not None:
-            self.uploads.keep(request.session_hash or "", paths or [])
-        yield {**fresh, **self._opened(paths, num_frames, max_fps)}
+        with self.uploads.opening(session):
+            if previous is not None:
+                ending = {self.status: gr.Markdown(ENDING, visible=True)} if previous.is_answering else {}
+                yield {**fresh, self.name: "", **ending}  # at once; the model may take a while
+                previous.close()  # its last update has been sent: none can follow those below
+            self.uploads.keep(session, paths or [])
+            opened = self._opened(paths, num_frames, max_fps)
+            yield {**fresh, **opened}
+            if previous is not None:
+                previous.hand_over(opened[self.conversation])  # shown by now: questions that wait for it may begin
+            yield gr.skip()  # gradio sends what came last once more at the end, which would hide a later message
 
     def _opened(self, paths: list[str] | None, num_frames: float | None, max_fps: float | None) -> dict[Any, Any]:
         """The components of a new conversation, or of what is wrong with its files."""
@@ -174,7 +181,7 @@ class Page:
 
     def leave(self, request: gr.Request) -> None:
         """Delete what the visitor has uploaded: the page was closed or loaded anew."""
-        self.uploads.keep(request.session_hash or "", [])
+        self.uploads.leave(request.session_hash or "")
 
     def ask(
         self,
@@ -188,24 +195,35 @@ class Page:
 
         Args:
             name: That of the conversation in which it was asked: if another has begun since, nothing is answered. It
-                is empty where files were still being opened.
+                is empty where files were still being opened: then the question is about those.
         """
+        while conversation is not None and conversation.is_closed and not name:
+            conversation = conversation.successor()
         if conversation is None:
             yield self._message("Add an image or a video first. Ask once it is shown.")
             return
-        if name and conversation.name != name:
+        if conversation.is_closed or (name and conversation.name != name):
             yield self._message("This question came as its conversation ended. Ask it again.")
             return
-        updates, message = conversation.answer(question, task), None
+        if not question and chat:
+            yield gr.skip()  # a second press of the key: the first one has emptied the field
+            return
+        if chat and chat[-1]["role"] == "user":  # a question that has failed
+            chat = chat[:-1]
+        updates, message, raw = conversation.answer(question, task), None, None
         asked = question.strip() if task == "Ask" else f"{task}: {question.strip()}"
         turns = [*chat, _turn("user", asked)]
         try:
             for update in updates:
-                yield {
-                    self.chat: [*turns, _turn("assistant", update.text)],
-                    self.raw: update.raw,
-                    **self._changed(update),
-                }
+                if raw is None:  # taken: from now on the field is for the next question
+                    yield {self.chat: turns, self.question: "", self.status: gr.Markdown(visible=False)}
+                else:
+                    yield {
+                        self.chat: [*turns, _turn("assistant", update.text)],
+                        self.raw: update.raw,
+                        **self._changed(update),
+                    }
+                raw = update.raw
         except UserError as error:
             message = str(error)
         except Exception:
@@ -213,10 +231,9 @@ class Page:
             message = FAILED
         finally:
             updates.close()  # stops the model when the user does
-        if conversation.is_closed:
-            yield gr.skip()  # gradio sends what came last once more when an answer ends
-        elif message is not None:
-            yield self._message(message)
+        if message is not None and not conversation.is_closed:
+            yield {**self._message(message), **({} if raw is None else {self.question: question})}
+        yield gr.skip()  # gradio sends what came last once more when an answer ends
 
     def _changed(self, update: Update) -> dict[Any, Any]:
         """The components that an update changes besides the text."""
@@ -228,7 +245,7 @@ class Page:
         if update.files is not None:
             changed |= self._exports(update.files)
         if update.note:  # the last one
-            changed |= {self.note: update.note, self.question: "", self.status: gr.Markdown(visible=False)}
+            changed[self.note] = update.note
         return changed
 
     def _message(self, text: Any) -> dict[Any, Any]:

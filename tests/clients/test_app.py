@@ -3,10 +3,12 @@
 import http.client
 import json
 import os
+import queue
 import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,7 +20,7 @@ pytest.importorskip("playwright")
 
 import gradio as gr
 
-from app.backend import Backend, Conversation
+from app.backend import Backend, Conversation, UserError
 from app.engines import LocalEngine
 from app.page import Page
 from molmo2.tools.draw import DrawingStyle
@@ -46,16 +48,25 @@ SCRIPT = {
 }
 IMAGE, VIDEO = "#images img", "#video video"
 ENCODED_TOLERANCE = 40  # grey levels, of H.264
+AT_ITS_START = """() => {
+    const video = document.querySelector("#video video");
+    if (video.readyState < 2 || video.seeking) return false;
+    if (video.paused && video.currentTime === 0) return true;
+    video.autoplay = false;  // else it may begin after it was halted
+    video.pause();
+    video.currentTime = 0;
+    return false;
+}"""
 
 
 class Gate:
-    """Holds the model at a place of its answer until it is opened; `text` is the answer so far."""
+    """Holds the model at a place of its answer until it is opened; `texts` are the answers so far, token by token."""
 
     def __init__(self):
-        self.place, self.opened, self.text = None, threading.Event(), ""
+        self.place, self.opened, self.texts = None, threading.Event(), []
 
     def __call__(self, text):
-        self.text = text
+        self.texts.append(text)
         if self.place is not None and self.place in text:
             assert self.opened.wait(60), "nobody let the model go on"
 
@@ -80,10 +91,12 @@ def page(gate):
 def test_an_answer_ends_before_its_files_go(page, monkeypatch):
     ended = []
     monkeypatch.setattr(page.uploads, "keep", lambda *_: ended.append("files"))
-    previous = SimpleNamespace(close=lambda: ended.append("answer"), is_answering=True)
-    cleared, _ = page.open(None, previous=previous, request=SimpleNamespace(session_hash="one"))
-    assert cleared[page.chat] == []
-    assert ended == ["answer", "files"]
+    previous = SimpleNamespace(close=lambda: ended.append("answer"), is_answering=True, hand_over=ended.append)
+    cleared, opened, last = page.open(None, previous=previous, request=SimpleNamespace(session_hash="one"))
+    assert (cleared[page.chat], cleared[page.name]) == ([], "")
+    assert (cleared[page.status].visible, opened[page.status].visible) == (True, False)
+    assert last == gr.skip()  # what gradio sends again at the end changes nothing
+    assert ended == ["answer", "files", None]
 
 
 def test_a_late_question_is_not_asked_in_the_next_conversation(page):
@@ -96,12 +109,65 @@ def test_a_late_question_is_not_asked_in_the_next_conversation(page):
     assert not second.is_answering
     # With its name, and from a page that has not got the name yet.
     for name in (second.name, ""):
-        assert len(list(page.ask("Point to the cups.", second, [], name=name))) > 1
+        assert len(list(page.ask("Point to the cups.", second, [], name=name))) > 2
+    second.close()  # and while the next one is being opened
+    (late,) = page.ask("Point to the cups.", second, [], name=second.name)
+    assert "Ask it again" in late[page.status].value
+
+
+def test_a_question_that_comes_while_files_open_is_about_them(page, paths):
+    first, asked = page.backend.open(paths[:1]), []
+    opening = page.open(paths[1:], previous=first)
+    cleared = next(opening)
+    opened = next(opening)
+    assert (cleared[page.name], first.is_closed) == ("", True)
+    asking = threading.Thread(target=lambda: asked.extend(page.ask("Point to the cups.", first, [])))
+    asking.start()
+    assert first.successor(0) is None  # what was opened has not been sent yet
+    assert list(opening) == [gr.skip()]
+    asking.join(60)
+    second = opened[page.conversation]
+    assert first.successor() is second is not None
+    assert not second.is_answering
+    assert "total of 2" in asked[-2][page.chat][-1]["content"]
+    # Files that cannot be opened, and a page that is gone before they are.
+    second.close()
+    second.hand_over(None)
+    for gone in (second, page.backend.open(paths[:1])):
+        gone.close()
+        gone.successor = partial(gone.successor, 0.01)
+        (early,) = page.ask("Point to the cups.", gone, [])
+        assert "Add an image or a video first" in early[page.status].value
+
+
+def test_a_question_leaves_the_field_when_it_is_taken_and_comes_back_when_it_fails(page, paths, monkeypatch):
+    conversation = page.backend.open(paths[:1])
+    refused, last = page.ask("  ", conversation, [], name=conversation.name)
+    assert "Write a question first" in refused[page.status].value
+    assert page.question not in refused
+    taken, *updates = page.ask("Point to the cups.", conversation, [], name=conversation.name)
+    assert taken[page.question] == ""
+    assert [turn["role"] for turn in taken[page.chat]] == ["user"]
+    assert not any(page.question in update for update in updates)  # what is typed meanwhile stays
+    assert last == updates[-1] == gr.skip()  # gradio sends it again at the end
+    # The key was pressed twice: the second time the field was empty by then.
+    assert list(page.ask("", conversation, taken[page.chat], name=conversation.name)) == [gr.skip()]
+
+    def fail():
+        raise UserError("no answer")
+
+    monkeypatch.setattr(conversation, "_opened_session", fail)
+    taken, failed, _ = page.ask("Point to the cups.", conversation, [], name=conversation.name)
+    assert "no answer" in failed[page.status].value
+    assert failed[page.question] == "Point to the cups."
+    again, *_ = page.ask("Point to the cups.", conversation, taken[page.chat], name=conversation.name)
+    assert again[page.chat] == taken[page.chat]
 
 
 def test_nothing_follows_the_end_of_a_conversation(page, paths):
     conversation = page.backend.open(paths[:1])
     answer = page.ask("Tell a story.", conversation, [], name=conversation.name)
+    next(answer)
     next(answer)
     ended = []
     closing = threading.Thread(target=lambda: ended.append(conversation.close()))
@@ -116,13 +182,13 @@ def test_nothing_follows_the_end_of_a_conversation(page, paths):
     closing.join(30)
     assert ended == [None]
     assert not conversation.is_answering
-    assert list(page.ask("Tell a story.", conversation, [], name=conversation.name)) == [gr.skip()]
 
 
 @pytest.fixture
 def visitor(running, page, gate):
     gate.place = None
     gate.opened.clear()
+    gate.texts.clear()
     with visit(running, page) as visitor:
         yield visitor
         gate.opened.set()
@@ -147,12 +213,12 @@ def begin_a_story(visitor, gate, paths):
 
 @pytest.fixture
 def told_to_stop(monkeypatch):
-    """Set once a conversation has been told to end its answer."""
-    told, stop = threading.Event(), Conversation.stop
+    """Gets the conversation that has been told to end its answer."""
+    told, stop = queue.Queue(), Conversation.stop
 
     def stop_and_tell(conversation):
         stop(conversation)
-        told.set()
+        told.put(conversation)
 
     monkeypatch.setattr(Conversation, "stop", stop_and_tell)
     return told
@@ -172,7 +238,7 @@ def test_an_image_its_points_as_they_come_and_the_files(visitor, gate, paths, tm
     visitor.ask("Point to the cups.")
 
     expect(visitor.page.locator(IMAGE)).not_to_have_attribute("src", before)
-    early = visitor.shown(IMAGE)
+    early = visitor.shows(IMAGE, lambda pixels: (pixels != original).any())
     assert tuple(early[50, 50]) == color("", 1)
     assert (early[50, 150] == original[50, 150]).all()
     expect(visitor.answers).to_contain_text("Counting the")
@@ -181,8 +247,8 @@ def test_an_image_its_points_as_they_come_and_the_files(visitor, gate, paths, tm
     gate.opened.set()
     expect(visitor.answers).to_have_text("Counting the cups (2 points) shows a total of 2.")
     expect(visitor.page.locator("#note")).to_contain_text("tokens in")
-    late = visitor.shown(IMAGE)
-    assert (tuple(late[50, 50]), tuple(late[50, 150])) == (color("cups", 1), color("cups", 2))
+    expected = (color("cups", 1), color("cups", 2))
+    visitor.shows(IMAGE, lambda late: (tuple(late[50, 50]), tuple(late[50, 150])) == expected)
     exported = visitor.export("coco", tmp_path)
     content = json.loads(exported.read_text(encoding="utf-8"))
     assert exported.name == "points_coco.json"
@@ -196,8 +262,8 @@ def test_two_images_and_a_follow_up(visitor, paths, tmp_path):
     visitor.ask("Point to the boats.")
     expect(visitor.answers).to_have_text("boats (2 points)")
     expect(visitor.page.locator("#export_csv")).to_be_enabled()
-    assert tuple(visitor.shown(f"{IMAGE} >> nth=0")[20, 20]) == color("boats", 1)
-    assert tuple(visitor.shown(f"{IMAGE} >> nth=1")[40, 60]) == color("boats", 2)
+    visitor.shows(f"{IMAGE} >> nth=0", lambda left: tuple(left[20, 20]) == color("boats", 1))
+    visitor.shows(f"{IMAGE} >> nth=1", lambda right: tuple(right[40, 60]) == color("boats", 2))
     lines = visitor.export("csv", tmp_path).read_text(encoding="utf-8").splitlines()
     assert len(lines) == 3
     visitor.ask("Are you sure?")
@@ -206,7 +272,7 @@ def test_two_images_and_a_follow_up(visitor, paths, tmp_path):
     expect(visitor.page.locator("#export_csv")).to_be_enabled()  # of the points that are still drawn
     visitor.ask("Any cats?")
     expect(visitor.page.locator("#export_csv")).to_be_disabled()
-    assert (visitor.shown(f"{IMAGE} >> nth=0") == np.asarray(picture(100, 200))).all()
+    visitor.shows(f"{IMAGE} >> nth=0", lambda left: (left == np.asarray(picture(100, 200))).all())
 
 
 def test_a_clip_plays_with_its_track(visitor, tmp_path):
@@ -216,14 +282,11 @@ def test_a_clip_plays_with_its_track(visitor, tmp_path):
     visitor.ask("Track the red ring.")
     expect(visitor.answers).to_have_text("ring (1 track)")
     expect(visitor.page.locator(VIDEO)).not_to_have_attribute("src", before)
-    visitor.page.wait_for_function("document.querySelector('#video video').readyState >= 2")
-    clip = visitor.page.locator(VIDEO)
-    clip.evaluate("video => { video.pause(); video.currentTime = 0; }")
-    visitor.page.wait_for_function("!document.querySelector('#video video').seeking")
+    visitor.page.wait_for_function(AT_ITS_START)
     middle = visitor.shown(VIDEO)[56, 56].astype(int)
     assert np.abs(middle - color("ring", 1)).max() < ENCODED_TOLERANCE
-    assert abs(clip.evaluate("video => video.duration") - 2.4) < 0.2
-    assert tuple(visitor.shown(IMAGE)[90, 90]) == color("ring", 1)  # the sampled frames on a sheet
+    assert abs(visitor.page.locator(VIDEO).evaluate("video => video.duration") - 2.4) < 0.2
+    visitor.shows(IMAGE, lambda sheet: tuple(sheet[90, 90]) == color("ring", 1))  # the sampled frames
     lines = visitor.export("mot", tmp_path).read_text().splitlines()
     assert [line.split(",")[:2] for line in lines] == [["1", "1"], ["11", "1"]]
 
@@ -246,13 +309,13 @@ def test_a_task_and_fewer_frames(visitor):
     expect(visitor.page.locator("#chat .user")).to_contain_text("Track: red ring")
     expect(visitor.answers).to_have_text("ring (1 track)")
     expect(visitor.page.locator(IMAGE)).to_be_visible()
-    assert visitor.shown(IMAGE).shape[1] < 3 * 180  # a sheet of two frames
+    visitor.shows(IMAGE, lambda sheet: sheet.shape[1] < 3 * 180)  # of two frames
 
 
 def test_a_name_of_a_stranger_is_refused(visitor):
     address = visitor.page.url
     port = address.rstrip("/").rpartition(":")[2]
-    connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=90)
     statuses = {}
     for name in (f"127.0.0.1:{port}", f"localhost:{port}", f"rebound.example:{port}"):
         connection.request("GET", "/config", headers={"Host": name})
@@ -297,7 +360,7 @@ def test_an_example_and_a_new_conversation(visitor):
 def test_stop(visitor, gate, paths, told_to_stop):
     begin_a_story(visitor, gate, paths)
     visitor.page.locator("#stop").click()
-    assert told_to_stop.wait(30)
+    told_to_stop.get(timeout=60)
     gate.opened.set()
     expect(visitor.page.locator("#note")).to_contain_text("; stopped")
     assert 2 < visitor.answers.inner_text().count("word") < 10
@@ -305,18 +368,40 @@ def test_stop(visitor, gate, paths, told_to_stop):
     expect(visitor.answers.last).to_contain_text("total of 2")
 
 
-def test_a_new_conversation_ends_the_answer(visitor, gate, paths, told_to_stop):
+def test_what_is_asked_during_an_answer_is_asked_after_it(visitor, gate, paths, told_to_stop):
+    begin_a_story(visitor, gate, paths)
+    expect(visitor.page.locator("#question textarea")).to_have_value("")
+    visitor.ask("Point to the cups.")
+    visitor.page.locator("#stop").click()
+    told_to_stop.get(timeout=60)
+    expect(visitor.answers).to_have_count(1)
+    expect(visitor.page.locator("#question textarea")).to_have_value("Point to the cups.")
+    gate.opened.set()
+    expect(visitor.answers).to_have_count(2)
+    expect(visitor.answers.last).to_have_text("Counting the cups (2 points) shows a total of 2.")
+    expect(visitor.page.locator("#chat .user.message")).to_have_count(2)
+
+
+@pytest.mark.parametrize("asks_at_once", [False, True])
+def test_a_new_conversation_ends_the_answer(visitor, gate, paths, told_to_stop, asks_at_once):
     begin_a_story(visitor, gate, paths)
     visitor.page.locator("#again").click()
     expect(visitor.answers).to_have_count(0)
-    assert told_to_stop.wait(30)
-    gate.opened.set()
-    visitor.page.wait_for_timeout(1000)
-    assert 2 < gate.text.count("word") < 10  # the model does not run on
-    expect(visitor.answers).to_have_count(0)
+    expect(visitor.page.locator("#status")).to_contain_text("is being ended")
+    ended = told_to_stop.get(timeout=60)
+    assert ended.is_answering
     expect(visitor.page.locator("#note")).not_to_contain_text("tokens in")
-    visitor.ask("Point to the cups.")
+    if asks_at_once:
+        visitor.ask("Point to the cups.")
+    gate.opened.set()
+    expect(visitor.page.locator("#status")).to_be_hidden()  # the next one is open
+    assert not ended.is_answering
+    if not asks_at_once:
+        expect(visitor.answers).to_have_count(0)
+        expect(visitor.page.locator("#note")).not_to_contain_text("tokens in")
+        visitor.ask("Point to the cups.")
     expect(visitor.answers).to_have_text("Counting the cups (2 points) shows a total of 2.")
+    assert 2 < max(text.count("word") for text in gate.texts) < 10  # the model did not run on
 
 
 def test_files_that_come_while_an_answer_ends(visitor, gate, paths, told_to_stop):
@@ -324,10 +409,10 @@ def test_files_that_come_while_an_answer_ends(visitor, gate, paths, told_to_stop
     before = visitor.page.locator(IMAGE).get_attribute("src")
     visitor.upload(paths[1:])
     expect(visitor.answers).to_have_count(0)
-    assert told_to_stop.wait(30)
+    told_to_stop.get(timeout=60)
     gate.opened.set()
     expect(visitor.page.locator(IMAGE)).not_to_have_attribute("src", before)
-    assert (visitor.shown(IMAGE) == np.asarray(Image.open(paths[1]))).all()
+    visitor.shows(IMAGE, lambda right: (right == np.asarray(Image.open(paths[1]))).all())
     visitor.ask("Point to the cups.")
     expect(visitor.answers).to_have_text("Counting the cups (2 points) shows a total of 2.")
 

@@ -1,7 +1,7 @@
 """What the app does, without its page: conversations, points while they come, files, and what users are told."""
 
 import json
-import time
+import threading
 import tracemalloc
 from dataclasses import replace
 from threading import Event, Thread
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from app.__main__ import arguments
-from app.backend import Backend, UserError, _note, is_video, readable
+from app.backend import Backend, Update, UserError, _note, is_video, readable
 from app.engines import NO_ANSWER, LocalEngine
 from app.models import MINIATURE, load_backend, server_backend
 from app.samples import SAMPLES
@@ -25,6 +25,7 @@ from support.checkpoints import REPOSITORY, build_model, module_cache, picture
 from support.fake_openai import serve
 from support.hostile_media import clip
 from support.model_inputs import processor
+from support.ports import closed_port
 from support.scripted_model import DictatedModel
 
 pytestmark = pytest.mark.slow
@@ -142,17 +143,25 @@ def test_a_clip_comes_back_with_its_tracks(backend):
     assert (last.files, last.video) == ({}, CLIP)
 
 
-def test_closing_stops_the_model(model, paths):
+def generating():
+    """Threads in which a model generates."""
+    return [thread for thread in threading.enumerate() if thread.name == "molmo2-answer"]
+
+
+def test_closing_stops_the_model(model, paths, monkeypatch):
     tokens = []
     endless = DictatedModel(model, processor(), lambda prompt: "word " * 300, lambda text: tokens.append(text))
-    answer = Backend(LocalEngine(endless, processor())).open(paths[:1]).answer("Describe it.")
-    next(answer)
+    conversation = Backend(LocalEngine(endless, processor())).open(paths[:1])
+    answer = conversation.answer("Describe it.")
+    assert next(answer) == Update("", "")  # the question is taken
+    assert next(answer).raw
+    idle, threads = conversation._idle.set, []
+    monkeypatch.setattr(conversation._idle, "set", lambda: (threads.extend(generating()), idle()))
+    assert generating()
     answer.close()
-    time.sleep(0.5)
-    stopped_at = len(tokens)
-    assert stopped_at < 300
-    time.sleep(0.5)
-    assert len(tokens) == stopped_at
+    assert not generating()
+    assert threads == []  # the model has ended by the time that the next answer may begin
+    assert len(tokens) < 300
 
 
 def test_without_a_model_it_starts_with_the_miniature(tmp_path):
@@ -320,6 +329,9 @@ def test_a_server_is_stopped(paths):
         conversation = server_backend(server.url, None).open(paths[:1])
         updates = conversation.answer("Tell a story.")
         next(updates)
+        assert next(updates).raw
+        with pytest.raises(UserError, match="Another answer has not ended"):
+            next(conversation.answer("And then?"))
         conversation.stop()
         *_, last = updates
         assert last.note.endswith("; stopped")
@@ -374,8 +386,8 @@ def test_what_a_server_refuses_is_said(paths, caplog, monkeypatch):
         assert f"{server.url} answers 404: too many tokens Does the address end in /v1" in caplog.text
     with serve(models=("one", "two")) as server, pytest.raises(ValueError, match="The server has 2 models"):
         server_backend(server.url, None)
-    with pytest.raises(ConnectionError):
-        server_backend("http://127.0.0.1:9/v1", None, max_seconds=1)
+    with closed_port() as port, pytest.raises(ConnectionError):
+        server_backend(f"http://127.0.0.1:{port}/v1", None, max_seconds=1)
 
 
 def test_only_a_server_has_a_model_name(monkeypatch, capsys):

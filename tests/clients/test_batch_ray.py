@@ -85,7 +85,7 @@ def test_every_worker_takes_part_and_few_processes_read(tmp_path, workers, devic
     write_table(table, questions)
     source = CountingSource(table, None, tmp_path / "readers")
     answered = tmp_path / "answered"
-    command = (*COMMAND, str(answered))
+    command = (*COMMAND, str(answered), str(workers))
     settings = EngineSettings(model="some", device=device, window=2)
     engine = RayEngine(settings, (workers, workers), command=command, workers_per_gpu=workers_per_gpu)
     summary = run_batch(source, tmp_path / "out.jsonl", engine, ordered=True)

@@ -2,7 +2,8 @@
 
 import base64
 import io
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from playwright.sync_api import expect
 from app.page import Page, launch
 from support.ports import free_port
 
-TIMEOUT = 30_000  # milliseconds
+TIMEOUT = 90_000  # milliseconds, on a machine that has other things to do
 READ_PIXELS = """async picture => {
     if (picture.decode) await picture.decode();
     const canvas = document.createElement("canvas");
@@ -80,6 +81,18 @@ class Visitor:
         """What an <img> or <video> shows, (H, W, 3) uint8 in the picture's own pixels."""
         data = self.page.locator(selector).evaluate(READ_PIXELS)
         return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"))
+
+    def shows(self, selector: str, condition: Callable[[np.ndarray], Any]) -> np.ndarray:
+        """What is shown as soon as it is as expected: a text may say so before the browser has loaded the picture.
+
+        Raises:
+            AssertionError: It never was.
+        """
+        end = time.monotonic() + TIMEOUT / 1000
+        while not condition(pixels := self.shown(selector)):
+            assert time.monotonic() < end, f"{selector} shows something else"
+            self.page.wait_for_timeout(50)
+        return pixels
 
     def export(self, name: str, folder: Path) -> Path:
         """Click on an export button and keep the file."""

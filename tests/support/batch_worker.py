@@ -4,7 +4,8 @@ die         ends the process, as a decoder that crashes does
 hang        answers never
 print       writes to stdout what is no line of the protocol
 
-Its argument, if there is one, is a file that gets the number of the process, a line for each window.
+Its first argument, if there is one, is a file that gets the number of the process, a line for each window; the second
+one a number of workers: none answers before so many have a window.
 """
 
 import json
@@ -24,6 +25,11 @@ def send(**message):
         os._exit(1)
 
 
+def workers_in(path):
+    with open(path) as log:
+        return {line for line in log if line.endswith("\n")}
+
+
 first = json.loads(sys.stdin.readline() or os._exit(1))
 if first["settings"]["model"] == "missing":
     send(failed="OSError: there is no such model")
@@ -34,6 +40,11 @@ for line in sys.stdin:
     if len(sys.argv) > 1:
         with open(sys.argv[1], "a") as log:
             log.write(f"{os.getpid()}\n")
+        end = time.monotonic() + 240
+        while len(sys.argv) > 2 and len(workers_in(sys.argv[1])) < int(sys.argv[2]):
+            if time.monotonic() > end:
+                os._exit(1)
+            time.sleep(0.02)
     for row in rows:
         send(busy=[row["number"]])
         if row["question"] == "die":

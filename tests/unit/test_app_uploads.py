@@ -62,6 +62,22 @@ def test_a_file_that_another_visitor_is_about_to_open_stays(uploads, folder):
     assert not list(folder.iterdir())
 
 
+def test_a_page_that_is_left_while_it_opens_files_keeps_none(uploads, folder):
+    first, second, common = (stored(folder, name) for name in ("a.png", "b.png", "c.png"))
+    uploads.keep("one", [first])
+    uploads.keep("two", [common])
+    with uploads.opening("one"), uploads.opening("two"):
+        uploads.leave("one")
+        assert {file.name for file in folder.iterdir()} == {"b.png", "c.png"}
+        uploads.keep("one", [second, common])
+        uploads.keep("two", [common])
+    assert [file.name for file in folder.iterdir()] == ["c.png"]
+    uploads.leave("two")
+    assert not list(folder.iterdir())
+    uploads.keep("two", [stored(folder, "d.png")])  # it is there again: only the connection was lost
+    assert [file.name for file in folder.iterdir()] == ["d.png"]
+
+
 def test_examples_and_files_elsewhere_stay(uploads, folder, tmp_path):
     example = stored(folder, SAMPLE.name, SAMPLE.read_bytes())
     namesake = tmp_path / "uploads" / "x"

@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
 from molmo2.batch import EngineError, EngineSettings, OutputError, SourceError, WorkerPool, open_source, run_batch
 from molmo2.batch import engines as batch_engines
+from molmo2.batch import pool as batch_pool
 from molmo2.batch import rows as batch_rows
 from molmo2.batch.engines import LocalEngine
 from molmo2.batch.journal import Journal
@@ -166,7 +168,17 @@ def test_a_row_that_kills_its_worker_costs_that_row(tmp_path):
     assert summary.errors == 2
 
 
-def test_a_row_that_never_ends_is_given_up(tmp_path):
+def test_a_row_that_never_ends_is_given_up(tmp_path, monkeypatch):
+    """Time passes here only while a worker is busy with that row: all others may take as long as they do."""
+    now, look = [0.0], WorkerPool._kill_the_slow
+
+    def look_later(workers):
+        now[0] += any(1 in worker.suspects for worker in workers._workers)
+        look(workers)
+
+    monkeypatch.setattr(WorkerPool, "_kill_the_slow", look_later)
+    monkeypatch.setattr(batch_pool, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(batch_pool, "POLL_SECONDS", 0.05)
     source = write_table(tmp_path / "in.jsonl", ["a", "hang", "b"])
     run_batch(source, tmp_path / "out.jsonl", pool(row_seconds=0.3), ordered=True)
     results = results_of(tmp_path / "out.jsonl")
@@ -196,12 +208,16 @@ def test_parts_of_a_table(tmp_path):
 
 
 RUN = """
-import sys
+import itertools, sys, time
 from pathlib import Path
 from molmo2.batch import EngineSettings, WorkerPool, open_source, run_batch
-source, output, *command = sys.argv[1:]
+source, output, most, *command = sys.argv[1:]
+numbers = itertools.count()
+def halt(result):  # after so many rows it waits for the kill: whoever watches it may be slow
+    if next(numbers) == int(most):
+        time.sleep(1000)
 pool = WorkerPool(EngineSettings(window=3), 2, command=command)
-run_batch(open_source(source), Path(output), pool, ordered=True)
+run_batch(open_source(source), Path(output), pool, ordered=True, on_result=halt)
 """
 
 
@@ -215,7 +231,7 @@ def test_killed_at_any_moment_it_continues(tmp_path, kills, number):
     """
     write_table(tmp_path / "in.jsonl", [f"q{place}" for place in range(number)])
     output, journal, random_ = tmp_path / "out.jsonl", tmp_path / "out.jsonl.journal", random.Random(4)
-    command = [sys.executable, "-c", RUN, str(tmp_path / "in.jsonl"), str(output), *COMMAND]
+    command = [sys.executable, "-c", RUN, str(tmp_path / "in.jsonl"), str(output)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 
     def lines():
@@ -223,14 +239,15 @@ def test_killed_at_any_moment_it_continues(tmp_path, kills, number):
 
     killed = amid_rows = 0
     for turn in range(kills):
-        process, enough = subprocess.Popen(command, env=environment), lines() + random_.randint(1, 150)
+        enough = lines() + random_.randint(1, 150)
+        process = subprocess.Popen([*command, "450", *COMMAND], env=environment)
         deadline = time.monotonic() + (random_.uniform(0, 3) if turn % 4 == 3 else 1000)
         while process.poll() is None and lines() < enough and time.monotonic() < deadline:
             time.sleep(0.005)
         process.kill()
         killed += process.wait() == -9
         amid_rows += 0 < lines() < number
-    subprocess.run(command, env=environment, check=True)
+    subprocess.run([*command, str(number), *COMMAND], env=environment, check=True)
     results = results_of(output)
     assert killed == kills
     assert amid_rows >= kills // 2
