@@ -52,6 +52,7 @@ TASKS: dict[str, Callable[[str], Any]] = {
     "Track": prompts.track,
 }
 CLOSING_SECONDS = 30.0  # of an answer whose conversation has ended: a step of a large model on a CPU takes seconds
+WAITING_SECONDS = 5  # of a question for the end of the answer before it
 SHEET_COLUMNS = 3
 SHEET_CELL_WIDTH = 180  # pixels; frames are stored no wider than this
 
@@ -206,6 +207,7 @@ class Conversation:
         video: The video, or None.
         frames: The sampled frames of the video.
         name: Random; no other conversation has it.
+        turns: (question, answer) of each answer that has ended, as the page shows them.
     """
 
     def __init__(
@@ -221,12 +223,11 @@ class Conversation:
         self._session: EngineSession | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="molmo2_app_")  # deleted with the conversation
         self.name = Path(self._folder.name).name
+        self.turns: list[tuple[str, str]] = []
         self._num_answers = 0
         self._stopped, self._idle, self._lock = Event(), Event(), Lock()
         self._idle.set()
         self._closed = False
-        self._successor: Conversation | None = None
-        self._handed_over = Event()
 
     @property
     def is_answering(self) -> bool:
@@ -253,20 +254,6 @@ class Conversation:
         if not self._idle.wait(seconds):
             log.warning("An answer still runs %g s after the end of its conversation.", seconds)
 
-    def hand_over(self, successor: "Conversation | None") -> None:
-        """Say which conversation the page shows after this one; None if its files could not be opened."""
-        self._successor = successor
-        self._handed_over.set()
-
-    def successor(self, seconds: float = CLOSING_SECONDS) -> "Conversation | None":
-        """The conversation that the page shows after this one, which is closed.
-
-        Args:
-            seconds: Longest time to wait until it is open; then None.
-        """
-        self._handed_over.wait(seconds)
-        return self._successor
-
     def answer(self, question: str, task: str = "Ask") -> Generator[Update, None, None]:
         """The answer to the next question, piece by piece. Closing the generator stops the model.
 
@@ -286,14 +273,16 @@ class Conversation:
             example = "“Point to the red circles.”" if task == "Ask" else "“red circles”"
             raise UserError(f"Write a question first, for example {example}")
         with self._lock:
-            if self.is_answering:  # its pieces and this question would mix in the session
+            if not self._idle.wait(WAITING_SECONDS):  # its pieces and this question would mix in the session
                 raise UserError("Another answer has not ended. Wait for its end, or stop it, and ask again.")
             self._idle.clear()
             self._stopped = Event()
         try:
             if not self._closed:  # from here on, closing sets the new event
-                # The model has ended when this has: who waits for `_idle` finds no thread that still generates.
                 yield Update("", "")
+                if self._closed:
+                    return
+                # The model has ended when this has: who waits for `_idle` finds no thread that still generates.
                 with closing(self._updates(TASKS[task](question.strip()), self._stopped)) as updates:
                     for update in updates:
                         if self._closed:

@@ -21,6 +21,7 @@ HINT = "Ask about your files: “Point to the red circles.”, “How many are t
 MAX_FILE_SIZE = "1gb"  # of an upload; media have narrower limits
 MAX_QUESTIONS, MAX_WAITING = 4, 32  # at a time, of all visitors
 ENDING = "The answer is being ended …"
+OPENING = "Other files are being opened. Ask once they are shown."
 FAILED = "An internal error occurred. The terminal of the app has the details."
 EXPORTS = {"json": "↓ JSON", "csv": "↓ CSV", "coco": "↓ COCO", "mot": "↓ MOT"}
 
@@ -121,10 +122,10 @@ class Page:
         media = [self.files, self.num_frames, self.max_fps, self.conversation]
         self.question.submit(
             self.ask,
-            [self.question, self.conversation, self.chat, self.task, self.name],
+            [self.question, self.conversation, self.task, self.name],
             [*outputs, self.question],
             show_progress="hidden",
-            trigger_mode="always_last",  # what is asked while an answer comes is asked when it has ended, not dropped
+            trigger_mode="multiple",  # `answer` refuses a question during an answer; gradio would drop it silently
         )
         # No `cancels`: gradio may send an update of an answer after its cancellation, which its page then shows, or
         # calls an error. `open` waits for the end of the answer instead.
@@ -147,14 +148,11 @@ class Page:
         fresh = {self.chat: [], self.note: "", self.raw: "", self.video: gr.Video(visible=False), **self._exports({})}
         with self.uploads.opening(session):
             if previous is not None:
-                ending = {self.status: gr.Markdown(ENDING, visible=True)} if previous.is_answering else {}
-                yield {**fresh, self.name: "", **ending}  # at once; the model may take a while
+                if previous.is_answering:  # at once; the model may take a while
+                    yield {**fresh, self.name: "", self.status: gr.Markdown(ENDING, visible=True)}
                 previous.close()  # its last update has been sent: none can follow those below
             self.uploads.keep(session, paths or [])
-            opened = self._opened(paths, num_frames, max_fps)
-            yield {**fresh, **opened}
-            if previous is not None:
-                previous.hand_over(opened[self.conversation])  # shown by now: questions that wait for it may begin
+            yield {**fresh, **self._opened(paths, num_frames, max_fps)}
             yield gr.skip()  # gradio sends what came last once more at the end, which would hide a later message
 
     def _opened(self, paths: list[str] | None, num_frames: float | None, max_fps: float | None) -> dict[Any, Any]:
@@ -187,43 +185,33 @@ class Page:
         self,
         question: str,
         conversation: Conversation | None,
-        chat: list[dict[str, Any]],
         task: str = "Ask",
         name: str = "",
     ) -> Iterator[Any]:
         """Answer a question, piece by piece.
 
         Args:
-            name: That of the conversation in which it was asked: if another has begun since, nothing is answered. It
-                is empty where files were still being opened: then the question is about those.
+            name: That of the conversation in which it was asked: if another has begun since, the question is refused.
+                It is empty where the page does not show yet what was opened, which the question is about.
         """
-        while conversation is not None and conversation.is_closed and not name:
-            conversation = conversation.successor()
         if conversation is None:
             yield self._message("Add an image or a video first. Ask once it is shown.")
             return
         if conversation.is_closed or (name and conversation.name != name):
-            yield self._message("This question came as its conversation ended. Ask it again.")
+            yield self._message(OPENING)
             return
-        if not question and chat:
-            yield gr.skip()  # a second press of the key: the first one has emptied the field
-            return
-        if chat and chat[-1]["role"] == "user":  # a question that has failed
-            chat = chat[:-1]
-        updates, message, raw = conversation.answer(question, task), None, None
+        updates, message, last = conversation.answer(question, task), None, None
         asked = question.strip() if task == "Ask" else f"{task}: {question.strip()}"
-        turns = [*chat, _turn("user", asked)]
         try:
             for update in updates:
-                if raw is None:  # taken: from now on the field is for the next question
-                    yield {self.chat: turns, self.question: "", self.status: gr.Markdown(visible=False)}
+                shown = _chat([*conversation.turns, (asked, None if last is None else update.text)])
+                if update.note:  # the last one
+                    conversation.turns.append((asked, update.text))
+                if last is None:  # taken: from now on the field is for the next question
+                    yield {self.chat: shown, self.question: "", self.status: gr.Markdown(visible=False)}
                 else:
-                    yield {
-                        self.chat: [*turns, _turn("assistant", update.text)],
-                        self.raw: update.raw,
-                        **self._changed(update),
-                    }
-                raw = update.raw
+                    yield {self.chat: shown, self.raw: update.raw, **self._changed(update)}
+                last = update
         except UserError as error:
             message = str(error)
         except Exception:
@@ -231,8 +219,10 @@ class Page:
             message = FAILED
         finally:
             updates.close()  # stops the model when the user does
-        if message is not None and not conversation.is_closed:
-            yield {**self._message(message), **({} if raw is None else {self.question: question})}
+        if last is None and message is None:  # it was closed at this very moment
+            yield self._message(OPENING)
+        elif message is not None and not conversation.is_closed:
+            yield {**self._message(message), **({} if last is None else {self.question: question})}
         yield gr.skip()  # gradio sends what came last once more when an answer ends
 
     def _changed(self, update: Update) -> dict[Any, Any]:
@@ -264,9 +254,14 @@ class Page:
         return gr.Gallery(list(images), columns=min(2, len(images)), visible=True)
 
 
-def _turn(role: str, text: str) -> dict[str, str]:
-    """A message with the text escaped; gradio would interpret its tags as HTML."""
-    return {"role": role, "content": html.escape(text, quote=False)}
+def _chat(turns: Iterable[tuple[str, str | None]]) -> list[dict[str, str]]:
+    """Questions and answers as messages with the text escaped; gradio would interpret its tags as HTML."""
+    return [
+        {"role": role, "content": html.escape(text, quote=False)}
+        for turn in turns
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+        if text is not None
+    ]
 
 
 def launch(

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,6 +19,7 @@ pytest.importorskip("playwright")
 
 import gradio as gr
 
+from app import backend as backend_module
 from app.backend import Backend, Conversation, UserError
 from app.engines import LocalEngine
 from app.page import Page
@@ -91,82 +91,73 @@ def page(gate):
 def test_an_answer_ends_before_its_files_go(page, monkeypatch):
     ended = []
     monkeypatch.setattr(page.uploads, "keep", lambda *_: ended.append("files"))
-    previous = SimpleNamespace(close=lambda: ended.append("answer"), is_answering=True, hand_over=ended.append)
+    previous = SimpleNamespace(close=lambda: ended.append("answer"), is_answering=True)
     cleared, opened, last = page.open(None, previous=previous, request=SimpleNamespace(session_hash="one"))
     assert (cleared[page.chat], cleared[page.name]) == ([], "")
     assert (cleared[page.status].visible, opened[page.status].visible) == (True, False)
     assert last == gr.skip()  # what gradio sends again at the end changes nothing
-    assert ended == ["answer", "files", None]
+    assert ended == ["answer", "files"]
 
 
 def test_a_late_question_is_not_asked_in_the_next_conversation(page):
     """Where many ask, a question may wait until its conversation has ended."""
     first, second = (page.backend.open([DATA / "world_clip.mp4"]) for _ in range(2))
-    (late,) = page.ask("Point to the cups.", second, [], name=first.name)
-    assert "Ask it again" in late[page.status].value
-    (early,) = page.ask("Point to the cups.", None, [], name=first.name)
+    (late,) = page.ask("Point to the cups.", second, name=first.name)
+    assert "Ask once they are shown" in late[page.status].value
+    (early,) = page.ask("Point to the cups.", None, name=first.name)
     assert "Add an image or a video first" in early[page.status].value
     assert not second.is_answering
     # With its name, and from a page that has not got the name yet.
     for name in (second.name, ""):
-        assert len(list(page.ask("Point to the cups.", second, [], name=name))) > 2
+        assert len(list(page.ask("Point to the cups.", second, name=name))) > 2
     second.close()  # and while the next one is being opened
-    (late,) = page.ask("Point to the cups.", second, [], name=second.name)
-    assert "Ask it again" in late[page.status].value
+    (late,) = page.ask("Point to the cups.", second, name=second.name)
+    assert "Ask once they are shown" in late[page.status].value
 
 
-def test_a_question_that_comes_while_files_open_is_about_them(page, paths):
-    first, asked = page.backend.open(paths[:1]), []
-    opening = page.open(paths[1:], previous=first)
-    cleared = next(opening)
-    opened = next(opening)
-    assert (cleared[page.name], first.is_closed) == ("", True)
-    asking = threading.Thread(target=lambda: asked.extend(page.ask("Point to the cups.", first, [])))
-    asking.start()
-    assert first.successor(0) is None  # what was opened has not been sent yet
-    assert list(opening) == [gr.skip()]
-    asking.join(60)
-    second = opened[page.conversation]
-    assert first.successor() is second is not None
-    assert not second.is_answering
-    assert "total of 2" in asked[-2][page.chat][-1]["content"]
-    # Files that cannot be opened, and a page that is gone before they are.
-    second.close()
-    second.hand_over(None)
-    for gone in (second, page.backend.open(paths[:1])):
-        gone.close()
-        gone.successor = partial(gone.successor, 0.01)
-        (early,) = page.ask("Point to the cups.", gone, [])
-        assert "Add an image or a video first" in early[page.status].value
+def test_a_question_to_a_conversation_that_closes_at_this_moment_is_refused(page, paths):
+    conversation = page.backend.open(paths[:1])
+    asking = page.ask("Point to the cups.", conversation, name=conversation.name)
+    answer = conversation.answer
+
+    def answer_of_a_closed_one(*arguments):
+        conversation.close()
+        return answer(*arguments)
+
+    conversation.answer = answer_of_a_closed_one
+    refused, last = asking
+    assert "Ask once they are shown" in refused[page.status].value
+    assert page.question not in refused
+    assert last == gr.skip()
+    assert not conversation.is_answering
 
 
 def test_a_question_leaves_the_field_when_it_is_taken_and_comes_back_when_it_fails(page, paths, monkeypatch):
     conversation = page.backend.open(paths[:1])
-    refused, last = page.ask("  ", conversation, [], name=conversation.name)
+    refused, last = page.ask("  ", conversation, name=conversation.name)
     assert "Write a question first" in refused[page.status].value
     assert page.question not in refused
-    taken, *updates = page.ask("Point to the cups.", conversation, [], name=conversation.name)
+    taken, *updates = page.ask("Point to the cups.", conversation, name=conversation.name)
     assert taken[page.question] == ""
     assert [turn["role"] for turn in taken[page.chat]] == ["user"]
     assert not any(page.question in update for update in updates)  # what is typed meanwhile stays
     assert last == updates[-1] == gr.skip()  # gradio sends it again at the end
-    # The key was pressed twice: the second time the field was empty by then.
-    assert list(page.ask("", conversation, taken[page.chat], name=conversation.name)) == [gr.skip()]
 
     def fail():
         raise UserError("no answer")
 
     monkeypatch.setattr(conversation, "_opened_session", fail)
-    taken, failed, _ = page.ask("Point to the cups.", conversation, [], name=conversation.name)
+    taken, failed, _ = page.ask("Point to the cups.", conversation, name=conversation.name)
     assert "no answer" in failed[page.status].value
     assert failed[page.question] == "Point to the cups."
-    again, *_ = page.ask("Point to the cups.", conversation, taken[page.chat], name=conversation.name)
-    assert again[page.chat] == taken[page.chat]
+    again, *_ = page.ask("Point to the cups.", conversation, name=conversation.name)
+    assert again[page.chat] == taken[page.chat]  # what failed is no turn
+    assert [turn["role"] for turn in taken[page.chat]] == ["user", "assistant", "user"]
 
 
 def test_nothing_follows_the_end_of_a_conversation(page, paths):
     conversation = page.backend.open(paths[:1])
-    answer = page.ask("Tell a story.", conversation, [], name=conversation.name)
+    answer = page.ask("Tell a story.", conversation, name=conversation.name)
     next(answer)
     next(answer)
     ended = []
@@ -368,18 +359,24 @@ def test_stop(visitor, gate, paths, told_to_stop):
     expect(visitor.answers.last).to_contain_text("total of 2")
 
 
-def test_what_is_asked_during_an_answer_is_asked_after_it(visitor, gate, paths, told_to_stop):
+def test_what_is_asked_during_an_answer_stays_in_the_field(visitor, gate, paths, told_to_stop, monkeypatch):
+    monkeypatch.setattr(backend_module, "WAITING_SECONDS", 0.01)
     begin_a_story(visitor, gate, paths)
     expect(visitor.page.locator("#question textarea")).to_have_value("")
     visitor.ask("Point to the cups.")
+    expect(visitor.page.locator("#status")).to_contain_text("Another answer has not ended")
+    expect(visitor.page.locator("#question textarea")).to_have_value("Point to the cups.")
     visitor.page.locator("#stop").click()
     told_to_stop.get(timeout=60)
     expect(visitor.answers).to_have_count(1)
-    expect(visitor.page.locator("#question textarea")).to_have_value("Point to the cups.")
+    monkeypatch.setattr(backend_module, "WAITING_SECONDS", 60)  # this one waits until the answer has ended
+    visitor.page.locator("#question button").click()
     gate.opened.set()
     expect(visitor.answers).to_have_count(2)
+    expect(visitor.answers.first).to_contain_text("word word")
     expect(visitor.answers.last).to_have_text("Counting the cups (2 points) shows a total of 2.")
     expect(visitor.page.locator("#chat .user.message")).to_have_count(2)
+    expect(visitor.page.locator("#status")).to_be_hidden()
 
 
 @pytest.mark.parametrize("asks_at_once", [False, True])
@@ -393,13 +390,15 @@ def test_a_new_conversation_ends_the_answer(visitor, gate, paths, told_to_stop, 
     expect(visitor.page.locator("#note")).not_to_contain_text("tokens in")
     if asks_at_once:
         visitor.ask("Point to the cups.")
+        expect(visitor.page.locator("#status")).to_contain_text("Ask once they are shown")
     gate.opened.set()
     expect(visitor.page.locator("#status")).to_be_hidden()  # the next one is open
     assert not ended.is_answering
-    if not asks_at_once:
-        expect(visitor.answers).to_have_count(0)
-        expect(visitor.page.locator("#note")).not_to_contain_text("tokens in")
-        visitor.ask("Point to the cups.")
+    expect(visitor.answers).to_have_count(0)
+    expect(visitor.page.locator("#note")).not_to_contain_text("tokens in")
+    if asks_at_once:
+        expect(visitor.page.locator("#question textarea")).to_have_value("Point to the cups.")
+    visitor.ask("Point to the cups.")
     expect(visitor.answers).to_have_text("Counting the cups (2 points) shows a total of 2.")
     assert 2 < max(text.count("word") for text in gate.texts) < 10  # the model did not run on
 
