@@ -1082,7 +1082,7 @@ class _TorchcodecReader(VideoReader):
         source.limits.check_frames(source.name, len(self._decoder))
         metadata = self._decoder.metadata
         if metadata.codec in ("h264", "hevc") and source.is_avi():  # torchcodec finds frames by their time stamps
-            raise VideoDecodeError("AVI does not store the order on the screen of its B-frames")
+            raise VideoDecodeError("AVI does not store the order of B-frames, which it may have. PyAV (av) reads it")
         self._first_timestamp = float(metadata.begin_stream_seconds)
         end = float(metadata.end_stream_seconds) - self._first_timestamp
         self.timeline = self._predicted_timeline(end) or self._measured_timeline()
@@ -1156,12 +1156,20 @@ class _PyavReader(VideoReader):
         self._open()
         packets = self._counted(self._demuxed())
         self._packets = _PacketTable.from_packets(self._stream, packets, is_avi=source.is_avi())
+        if self._packets.has_stamps and self._packets.is_counted:
+            self._require_all_frames()
         frames = self._decoded_from(0)
         stamp, first = next(frames, (None, None))  # tells rotation and size
         if first is None:
             raise VideoDecodeError("not one frame could be decoded")
         self._started = itertools.chain([(stamp, first)], frames)
         self.timeline = self._packets.timeline(self._to_rgb(first).shape[:2])
+
+    def _require_all_frames(self) -> None:
+        """Decode all once: a frame that is missing anywhere would shift those after it, which are only counted."""
+        count, expected = sum(1 for _ in self._decoded_from(0)), len(self._packets.shown_stamps)
+        if count != expected:
+            raise VideoDecodeError(f"{count} of {expected} frames can be decoded, and nothing tells which these are")
 
     def close(self) -> None:
         if self._container is not None:
@@ -1345,14 +1353,14 @@ class _PacketTable:
     def from_packets(cls, stream: Any, packets: Iterator[Any], *, is_avi: bool = False) -> "_PacketTable":
         """The table of all packets. Those that an edit list cuts off are needed for decoding but not shown."""
         listed, line, keys, hidden = _Stamps(), _TimeLine(stream.time_base), array("q"), array("q")
-        unordered = _Unordered(is_avi and stream.codec_context.has_b_frames)
+        order = _FileOrder(is_avi and stream.codec_context.has_b_frames)
         has_stamps, highest, ticks_of_highest, ticks_of_latest = True, NO_TICKS, 0, 0
         for packet in packets:
             if packet.size:
                 place, stamp = len(listed.offsets), NO_TICKS if packet.pts is None else packet.pts
                 has_stamps = has_stamps and packet.pts is not None
                 listed.append(packet.pts)
-                unordered.follow(packet.pts, packet.dts)
+                order.follow(packet.pts, packet.dts)
                 line.follow(place, packet.dts)
                 if packet.is_keyframe:
                     keys.append(place)
@@ -1365,7 +1373,7 @@ class _PacketTable:
         count = len(listed.offsets)
         if count == len(hidden):
             raise VideoDecodeError("its video track has no frames")
-        listed = unordered.decoded if unordered else listed
+        listed = order.decoded if order.is_kept else listed
         if has_stamps:
             origin, file_stamps = listed.origin, np.frombuffer(listed.offsets, dtype=listed.offsets.typecode)
         else:
@@ -1379,7 +1387,7 @@ class _PacketTable:
             shown = np.unique(shown) if hidden or num_lost else ordered
         if has_stamps:
             line.require_one(num_lost, count)
-        is_counted = bool(unordered) or not has_stamps
+        is_counted = order.is_kept or not has_stamps
         rate = stream.average_rate
         return cls(
             origin=origin,
@@ -1480,29 +1488,30 @@ class _Stamps:
             self.offsets.append(stamp)
 
 
-class _Unordered:
-    """Watches for time stamps that do not tell the order on the screen, and is true while they may not.
+class _FileOrder:
+    """Watches for time stamps that keep the order of the file, which is not that on the screen.
 
     AVI stores no order of B-frames. Where ffmpeg does not derive it, the time stamps follow the order of the file,
     and only the times of decoding are evenly spaced.
 
     Attributes:
+        is_kept: whether all time stamps until now did.
         decoded: when the packets are decoded, in ticks.
     """
 
-    def __init__(self, is_possible: bool) -> None:
-        self.decoded = _Stamps()
-        self._is_possible, self._latest = is_possible, NO_TICKS
+    def __init__(self, has_b_frames_in_avi: bool) -> None:
+        self.is_kept, self.decoded = bool(has_b_frames_in_avi), _Stamps()
+        self._latest = NO_TICKS
 
     def follow(self, shown: int | None, decoded: int | None) -> None:
         """The next packet has these times, in ticks."""
-        if self._is_possible:
-            self._is_possible = shown is not None and decoded is not None and shown >= self._latest
-            self._latest = NO_TICKS if shown is None else shown
+        if not self.is_kept:
+            return
+        if shown is None or decoded is None or shown < self._latest:
+            self.is_kept = False
+        else:
+            self._latest = shown
             self.decoded.append(decoded)
-
-    def __bool__(self) -> bool:
-        return self._is_possible
 
 
 class _TimeLine:

@@ -444,7 +444,9 @@ def main(given: Sequence[str] | None = None) -> int:
     default = [name for name in SIDES if name not in EXTRA]
     parser.add_argument("--rows", nargs="+", choices=list(SIDES), default=default, metavar="NAME", help=str(default))
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="a page with <!-- throughput -->")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="how many times each row is measured")
+    parser.add_argument(
+        "--rounds", type=int, default=3, choices=(1, 3, 5, 7), help="how many times each row is measured"
+    )
     parser.add_argument("--limit", type=float, default=SIDE_SECONDS, metavar="SECONDS", help="of each row")
     for name in ("--side", "--url", "--work", "--worker", "--prepare"):  # of the children
         parser.add_argument(name, help=argparse.SUPPRESS)

@@ -137,36 +137,61 @@ def test_sources(backend, tmp_path):
     assert_same_video(read_all(odd_name, backend), expected)
 
 
-@each_backend
-def test_b_frames_in_avi(backend, tmp_path):
-    """The container does not store their order on the screen; ffmpeg derives it for MPEG-4, not for H.264."""
+def write_avi(path, codec, b_frames):
+    """20 frames of 64 x 64 pixels, each by 12 grey levels brighter than the one before."""
     av = pytest.importorskip("av")
-    for codec in ("libx264", "mpeg4"):
-        path = tmp_path / f"{codec}.avi"
-        with av.open(str(path), "w") as container:
-            stream = container.add_stream(codec, rate=20, options={"bf": "2", "g": "12", "b_strategy": "0"})
-            stream.bit_rate = 1_000_000  # of 64 x 64 pixels: little is lost
-            stream.width = stream.height = 64
-            stream.pix_fmt = "yuv420p"
-            for index in range(20):
-                picture = av.VideoFrame.from_ndarray(np.full((64, 64, 3), 12 * index, np.uint8), format="rgb24")
-                container.mux(stream.encode(picture))
-            container.mux(stream.encode())
-        with av.open(str(path)) as container:
-            assert container.streams.video[0].codec_context.has_b_frames
-        if backend == "decord" or (backend, codec) == ("torchcodec", "libx264"):
-            problem = "shows no frames|frame times are unusable" if backend == "decord" else "does not store the order"
-            with pytest.raises(VideoDecodeError, match=problem):
-                read_all(path, backend)
-            continue
-        timeline, frames = read_all(path, backend)
-        np.testing.assert_allclose(timeline.start_seconds, np.arange(20) / 20, rtol=0, atol=1e-9)
-        grey_levels = np.array([frame.mean() for frame in frames])
-        assert np.abs(grey_levels - 12 * np.arange(20)).max() < 6  # half of a step; the rest is lost in encoding
-        with open_video(path, backend) as reader:
-            for indices in ([19], [3, 17], [8, 2]):
-                for index, frame in zip(indices, reader.frames(indices), strict=True):
-                    np.testing.assert_array_equal(frame, frames[index])
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=20, options={"bf": b_frames, "g": "12", "b_strategy": "0"})
+        stream.width = stream.height = 64
+        stream.pix_fmt, stream.bit_rate = "yuv420p", 1_000_000
+        for index in range(20):
+            picture = av.VideoFrame.from_ndarray(np.full((64, 64, 3), 12 * index, np.uint8), format="rgb24")
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].codec_context.has_b_frames == (b_frames != "0")
+
+
+@each_backend
+@pytest.mark.parametrize("b_frames", ["0", "2"])
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+def test_b_frames_in_avi(backend, tmp_path, codec, b_frames):
+    """The container does not store their order on the screen; ffmpeg derives it for MPEG-4, not for H.264."""
+    path = tmp_path / "clip.avi"
+    write_avi(path, codec, b_frames)
+    refused = {
+        "decord": (codec, b_frames) != ("mpeg4", "0") and "shows no frames|frame times are unusable",
+        "torchcodec": codec == "libx264" and "does not store the order of B-frames",
+    }.get(backend)
+    if refused:
+        with pytest.raises(VideoDecodeError, match=refused):
+            read_all(path, backend)
+        return
+    timeline, frames = read_all(path, backend)
+    np.testing.assert_allclose(timeline.start_seconds, np.arange(20) / 20, rtol=0, atol=1e-9)
+    grey_levels = np.array([frame.mean() for frame in frames])
+    assert np.abs(grey_levels - 12 * np.arange(20)).max() < 6  # half of a step; the rest is lost in encoding
+    with open_video(path, backend) as reader:
+        for indices in ([19], [3, 17], [8, 2]):
+            for index, frame in zip(indices, reader.frames(indices), strict=True):
+                np.testing.assert_array_equal(frame, frames[index])
+
+
+@needs_pyav
+def test_counted_frames_are_all_there(tmp_path):
+    """Those after a missing frame would have the times of others."""
+    import av
+
+    whole, cut = tmp_path / "whole.avi", tmp_path / "cut.avi"
+    write_avi(whole, "libx264", "2")
+    with av.open(str(whole)) as reading, av.open(str(cut), "w") as writing:
+        stream = writing.add_stream_from_template(reading.streams.video[0])
+        for packet in list(reading.demux(video=0))[1:]:  # without the first key frame
+            if packet.size:
+                packet.stream = stream
+                writing.mux(packet)
+    with pytest.raises(VideoDecodeError, match=r"\d+ of 19 frames can be decoded, and nothing tells which"):
+        read_all(cut, "pyav")
 
 
 @each_backend
