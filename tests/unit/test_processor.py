@@ -1068,7 +1068,7 @@ def test_a_tokenizer_without_the_tokens_is_refused(processor, unknown):
 
 
 def test_building_a_processor_does_not_copy_the_vocabulary(processor, monkeypatch):
-    """100 ms with the vocabulary of published checkpoints."""
+    """Copying it takes 50 ms with the vocabulary of published checkpoints."""
     plain = AutoTokenizer.from_pretrained(GOLDEN / "tokenizer")
     monkeypatch.setattr(plain, "get_vocab", lambda: pytest.fail("the vocabulary was copied"))
     built = Molmo2Processor(processor.image_processor, processor.video_processor, plain)
