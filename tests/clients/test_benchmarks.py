@@ -79,25 +79,29 @@ def test_a_measurement_times_the_work_and_not_its_preparation(monkeypatch):
 
 
 def test_what_takes_long_runs_once(monkeypatch):
-    monkeypatch.setattr("benchmarks.harness.ENOUGH_SECONDS", 0.01)
-    found = measure(lambda side: lambda: time.sleep(0.02), SIDE)
-    assert found["seconds"] == [found["first_seconds"]]
+    now = [0.0]
+    monkeypatch.setattr(harness, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def work():
+        now[0] += 2.5
+
+    assert measure(lambda side: work, SIDE)["seconds"] == [2.5]
+    assert now == [2.5]
 
 
 def test_a_program_speaks_for_itself(monkeypatch):
     """Its own peak and, where it has one, its own time count; how often it runs depends on the time taken here."""
-    monkeypatch.setattr("benchmarks.harness.ENOUGH_SECONDS", 0.05)
-    runs = []
+    now = [0.0]
+    monkeypatch.setattr(harness, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 
     def work(seconds):
-        runs.append(seconds)
-        time.sleep(0.02)
+        now[0] += 0.5
         return Finished(7, seconds)
 
     found = measure(lambda side: lambda: work(1e-4), SIDE)
-    assert (found["peak_bytes"], set(found["seconds"])) == (7, {1e-4})
-    assert 2 <= len(runs) <= 4
-    assert 0.02 <= min(measure(lambda side: lambda: work(None), SIDE)["seconds"]) < 0.2
+    assert (found["peak_bytes"], found["first_seconds"]) == (7, 1e-4)
+    assert found["seconds"] == [1e-4] * 4  # two seconds of runs
+    assert measure(lambda side: lambda: work(None), SIDE)["seconds"] == [0.5] * 4
 
 
 def test_an_unavailable_side_says_why():

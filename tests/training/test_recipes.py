@@ -1,12 +1,15 @@
 """Recipes: what is read and refused, a run in two processes, runs that are continued, scores on the way."""
 
 import json
+import os
 import re
 import shutil
-import socket
+import signal
 import struct
 import subprocess
 import sys
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -22,6 +25,7 @@ from molmo2.recipes.rows import media_resolver, read_rows
 from molmo2.recipes.train import _mixture, _require_divisible, rate_curve, train
 from molmo2.registration import load
 from support.checkpoints import write_checkpoint
+from support.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 MINIMAL = {"model": "model", "output": "run", "steps": 4, "data": [{"name": "a", "files": "a.jsonl"}]}
@@ -351,10 +355,66 @@ def test_the_recipe_of_the_docs_fits_the_processes_of_its_commands(processes, tm
     _require_divisible(read_recipe(tmp_path / "points.yaml"), processes)
 
 
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+@contextmanager
+def started(command, logs):
+    """Processes of torchrun, one per file of output; what runs at the end is ended together with its workers.
+
+    Workers are in sessions of their own, which no signal to torchrun's group reaches: torchrun passes SIGTERM on to
+    them, and kills those that stay for 30 seconds.
+    """
+    processes = []
+    try:
+        for path in logs:
+            with path.open("w") as output:
+                processes.append(
+                    subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+                )
+        yield processes
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            try:
+                process.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def torchrun(processes, machines, *arguments):
+    return [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)),
+        *("--nnodes", str(machines), "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"),
+        *("--local-addr", "127.0.0.1", *arguments),
+    ]
+
+
+def is_running(process):
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.slow
+def test_the_workers_of_torchrun_end_with_it(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, sys, time\n"
+        "from pathlib import Path\n"
+        "Path(sys.argv[1], f'worker {os.getpid()}').touch()\n"
+        "time.sleep(600)\n"
+    )
+    command = torchrun(2, 1, str(program), str(tmp_path))
+    with started(command, [tmp_path / "log.txt"]) as (process,):
+        deadline = time.monotonic() + 120
+        while len(list(tmp_path.glob("worker *"))) < 2 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        workers = [int(path.name.split()[1]) for path in tmp_path.glob("worker *")]
+        assert [is_running(worker) for worker in workers] == [True, True], (tmp_path / "log.txt").read_text()
+    assert process.returncode != 0
+    assert not any(map(is_running, workers))
 
 
 @pytest.mark.slow
@@ -368,16 +428,10 @@ def test_two_processes_have_the_losses_of_one(folder, machines, shared):
     train(read_recipe(folder / "recipe.yaml", evaluation=[]), say=lambda line: None)
     recipe = folder / "two.yaml"
     recipe.write_text(RECIPE.replace("output: run", f"output: two\ncontext_parallel: {shared}"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(2 // machines)]
-    command += ["--nnodes", str(machines), "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
-    command += ["--local-addr", "127.0.0.1", "-m", "molmo2.cli", "train", str(recipe)]
+    command = torchrun(2 // machines, machines, "-m", "molmo2.cli", "train", str(recipe))
     logs = [folder / f"machine {number}.txt" for number in range(machines)]
-    started = [subprocess.Popen(command, stdout=path.open("w"), stderr=subprocess.STDOUT) for path in logs]
-    try:
-        codes = [process.wait(timeout=300) for process in started]
-    finally:
-        for process in started:
-            process.kill()
+    with started(command, logs) as processes:
+        codes = [process.wait(timeout=300) for process in processes]
     assert codes == [0] * machines, "".join(path.read_text()[-3000:] for path in logs)
     assert losses(folder, "two") == pytest.approx(losses(folder), rel=1e-4)
     scores = log(folder, "two", "scores.jsonl")

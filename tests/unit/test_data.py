@@ -1,24 +1,30 @@
 """Rows of the published data sets become conversations: contents by hand, draws by statistics, all losses counted."""
 
+import base64
 import hashlib
 import io
 import json
 import logging
+import os
 import random
+import struct
 import subprocess
 import sys
-from collections import Counter
+from collections import Counter, deque
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from molmo2 import data, prompts
+from molmo2 import MediaLimits, data, prompts
 from molmo2.data.evaluation import EVALUATION_SETS, evaluation_examples
+from molmo2.data.examples import NO_SIZE
 from molmo2.data.media import MediaReference, image_size
+from molmo2.data.pointing import positions
 from molmo2.data.styles import COUNT_FORMS, LETTER_INSTRUCTIONS, NO_POINTING, TEMPLATES, TEXT_INSTRUCTIONS
 from molmo2.evaluate import METRICS
 from molmo2.grounding import parse_grounding
+from molmo2.image.loading import load_images, measure_images
 from support import data_rows as rows_of
 
 
@@ -129,6 +135,11 @@ def test_draws_depend_on_seed_epoch_and_index_alone():
         (lambda: data.Settings(point_mark=""), "`point_mark` and `explanation_style` are texts"),
         (lambda: data.Settings(explanation_style=""), "found an empty one"),
         (lambda: examples("CoSyn-400K", rows_of.SYNTHETIC_QA), "several configurations"),
+        (lambda: examples("Molmo2-SynMultiImageQA", rows_of.SYNTHETIC_QA), "several configurations"),
+        (
+            lambda: examples("Molmo2-SynMultiImageQA", rows_of.SYNTHETIC_QA, config="charts"),
+            r"config` is 'charts'; expected one of the configurations chart, .*, doc, .*, table\.",
+        ),
         (lambda: evaluation_examples("allenai/x", []), "no reader for 'allenai/x'"),
     ],
 )
@@ -386,7 +397,7 @@ def test_sizes_of_images_come_from_their_files(tmp_path):
     assert media_parts(example) == [{"type": "image", "image": tmp_path / "a.png"}]
     assert '"1 1 050 900 2 250 200"' in turns(branches(example)[0])[0][2]
     assert found.report.left_out == {
-        "the points are in pixels, and the size of the image is not known": 2,
+        NO_SIZE: 2,
         "an image or a video is missing": 1,
     }
     assert found.report.missing == ["gone"]
@@ -407,10 +418,134 @@ def test_image_sizes(tmp_path):
     with io.BytesIO() as file:
         image.save(file, "png")
         assert image_size(file.getvalue()) == (8, 4)
-    for shape, size in (((4, 8, 3), (8, 4)), ((4, 8), (8, 4)), ((3, 4, 8), None), ((2, 4, 8, 3), None)):
+    for shape, size in (
+        ((4, 8, 3), (8, 4)),
+        ((4, 8), (8, 4)),
+        ((3, 4, 8), (8, 4)),
+        ((3, 8, 4), (8, 3)),  # as the processor takes it
+        ((5, 4, 8), None),
+        ((2, 4, 8, 3), None),
+    ):
         assert image_size(np.zeros(shape)) == size
     for source in ("http://images/1.jpg", tmp_path / "gone.jpg", b"no image", None, 5, {"bytes": None, "path": None}):
         assert image_size(source) is None
+
+
+def png(size=(8, 4), exif=b""):
+    with io.BytesIO() as file:
+        Image.new("RGB", size).save(file, "png", exif=exif)
+        return file.getvalue()
+
+
+def test_files_in_all_forms_have_sizes(tmp_path):
+    """All that the processor reads without a download, but base64 text and open files."""
+    content, path = png(), tmp_path / "a b.png"
+    path.write_bytes(content)
+    data_url = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+    for source in (bytearray(content), memoryview(content), path.as_uri(), data_url, os.fspath(path)):
+        assert image_size(source) == (8, 4)
+        assert measure_images(source) == [(4, 8)]
+    with path.open("rb") as file:
+        assert image_size(file) is None
+        assert file.tell() == 0
+    for source in (base64.b64encode(content).decode(), "data:image/png;base64,?", tmp_path.as_uri(), os.devnull):
+        assert image_size(source) is None
+
+
+def orientation_tag(kind, number, value):
+    """EXIF with the orientation tag alone, of this type of TIFF."""
+    entry = struct.pack("<HHHI4s", 1, 0x0112, kind, number, value)
+    return b"Exif\0\0II*\0" + struct.pack("<I", 8) + entry + bytes(4)
+
+
+@pytest.mark.parametrize(
+    ("exif", "size"),
+    [
+        (orientation_tag(3, 1, b"\x06\0\0\0"), (4, 8)),
+        (orientation_tag(3, 1, b"\x09\0\0\0"), (8, 4)),  # there is no ninth
+        (orientation_tag(2, 4, b"abc\0"), (8, 4)),
+        (orientation_tag(1, 2, b"\x06\x06\0\0"), (8, 4)),
+    ],
+    ids=["short", "nine", "text", "bytes"],
+)
+def test_strange_orientations_turn_nothing(exif, size):
+    """Sizes that are measured are those that are shown."""
+    content = png(exif=exif)
+    assert image_size(content) == size
+    assert measure_images(content) == [size[::-1]]
+    assert load_images(content)[0].shape[:2] == size[::-1]
+
+
+def test_what_the_processor_refuses_has_no_size(tmp_path):
+    """Damaged metadata, formats that are not accepted, images over the limit: such rows are left out and counted."""
+    with io.BytesIO() as file:
+        Image.new("RGB", (8, 4)).save(file, "ico", sizes=[(8, 4)])
+        icon = file.getvalue()
+    cut = png(exif=orientation_tag(3, 1, b"\x06\0\0\0")[:12])
+    with pytest.raises(struct.error):
+        Image.open(io.BytesIO(cut)).getexif()
+    large = b"RIFF\0\0\0\0WEBPVP8X" + struct.pack("<II", 10, 0) + b"\xff\xff\xff" * 2  # of 2 ** 48 pixels
+    contents = {"cut": cut, "icon": icon, "large": large, "good": png((400, 100))}
+    for name, content in contents.items():
+        (tmp_path / f"{name}.png").write_bytes(content)
+        if name != "good":
+            assert image_size(content) is None
+            with pytest.raises(ValueError, match=r"cannot be decoded|over the limit"):
+                measure_images(content)
+    several = [{**rows_of.PIXMO_COUNT, "image_url": name} for name in contents]
+    found = examples("pixmo-count", *several, media=data.Folder(tmp_path), image_size=image_size)
+    assert [example["rows"] for example in found] == [[3]]
+    assert found.report.left_out == {NO_SIZE: 3}
+
+
+def test_large_jpegs_have_their_own_size(monkeypatch):
+    """Not that at which they are decoded."""
+    limits = MediaLimits(image_pixels=2000, reduce_jpeg=True)
+    with io.BytesIO() as file:
+        Image.new("RGB", (80, 40)).save(file, "jpeg")
+        content = file.getvalue()
+    with monkeypatch.context() as patch:
+        patch.setattr("molmo2.image.limits.MediaLimits", lambda: limits)
+        assert image_size(content) == (80, 40)
+    assert measure_images(content, limits) == [(40, 80)]
+    assert load_images(content, limits=limits)[0].shape == (20, 40, 3)
+
+
+@pytest.mark.parametrize("size", [None, (0, 100), (200, 0), (-200, 100), (float("nan"), 100), (200, float("inf"))])
+def test_sizes_that_are_not_known(size):
+    found = examples("pixmo-count", rows_of.PIXMO_COUNT, image_size=lambda source: size)
+    assert (len(found), found.report.left_out) == (0, {NO_SIZE: 1})
+
+
+@pytest.mark.parametrize("size", [np.array([200, 100]), [200, 100], (np.float32(200), 100.0)])
+def test_sizes_in_other_forms(size):
+    (found,) = examples("pixmo-count", rows_of.PIXMO_COUNT, image_size=lambda source: size)
+    (expected,) = examples("pixmo-count", rows_of.PIXMO_COUNT)
+    assert found == expected
+
+
+@pytest.mark.parametrize("size", [200, (200, 100, 3), "200x100"])
+def test_sizes_that_are_no_pairs_are_refused(size):
+    with pytest.raises(ValueError, match=r"`Settings.image_size` gave .*; expected \(width, height\) in pixels"):
+        examples("pixmo-count", rows_of.PIXMO_COUNT, image_size=lambda source: size)
+
+
+def test_rows_without_any_image_have_no_size():
+    found = examples("pixmo-count", {**rows_of.PIXMO_COUNT, "images": []}, rows_of.PIXMO_COUNT)
+    assert (len(found), found.report.left_out) == (1, {NO_SIZE: 1})
+
+
+def test_an_image_that_changes_after_it_was_measured(tmp_path):
+    path = tmp_path / "boats.png"
+    path.write_bytes(png((200, 100)))
+    row = {**rows_of.PIXMO_COUNT, "image_url": "boats"}
+    found = examples("pixmo-count", row, media=data.Folder(tmp_path), image_size=image_size)
+    assert len(found) == 1
+    path.write_bytes(b"no image")
+    with pytest.raises(
+        FileNotFoundError, match=r"size of an image of allenai/pixmo-count is no longer known: boats\."
+    ):
+        found[0]
 
 
 # --- points in prose -------------------------------------------------------------------------------------------------
@@ -464,6 +599,80 @@ def test_explanations_that_are_left_out(changes, reason):
     found = examples("pixmo-point-explanations", {**rows_of.EXPLANATION, **changes}, rows_of.EXPLANATION)
     assert (len(found), found.report.left_out.total()) == (1, 1)
     assert reason in str(found.report)
+
+
+OTHER_FORMS = [
+    ("pixmo-count", {"points": {"x": [None, 20.0], "y": [20.0, 90.0]}}),
+    ("pixmo-count", {"points": {"x": [100.0, 20.0], "y": None}}),
+    ("pixmo-count", {"points": {"x": "ab", "y": [20.0, 90.0]}}),
+    ("pixmo-count", {"points": [[100.0, 20.0], [20.0, 90.0]]}),
+    ("pixmo-count", {"points": np.array([[100.0, 20.0], [20.0, 90.0]])}),
+    ("pixmo-count", {"points": [{"x": 1.0}, {"x": 2.0}]}),
+    ("pixmo-count", {"points": {"x": np.ones((2, 2)), "y": np.ones((2, 2))}}),
+    ("pixmo-count", {"points": {"x": np.array(1.0), "y": np.array(1.0)}, "count": 1}),
+    ("pixmo-count", {"points": 2}),
+    ("pixmo-count", {"count": np.array([1, 2])}),
+    ("pixmo-count", {"label": 5}),
+    ("pixmo-point-explanations", {"inline_text": [5, "a pier"]}),
+    ("pixmo-point-explanations", {"alt_text": [["moored"], None]}),
+    ("pixmo-point-explanations", {"inline_text": "ab"}),
+    ("pixmo-point-explanations", {"alt_text": 5}),
+    ("pixmo-point-explanations", {"parsed_response": ["Yes"]}),
+    ("pixmo-point-explanations", {"question": 5}),
+    ("pixmo-point-explanations", {"points": [[[50.0, 20.0]], [[99.9, 0.0]]]}),
+    ("pixmo-point-explanations", {"points": [[{"x": None, "y": 1.0}], [{"x": 1.0, "y": 1.0}]]}),
+    ("pixmo-point-explanations", {"points": [[{"y": 1.0}], [{"x": 1.0, "y": 1.0}]]}),
+    ("molmo2-pixmo-multi-points", {"points": 7}),
+    ("molmo2-pixmo-multi-points", {"points": [[[1.0, 1.0]]] * 7}),
+    ("molmo2-pixmo-multi-points", {"points": [[{"x": 1.0, "y": None}]] * 7}),
+    ("molmo2-pixmo-multi-points", {"points": [[{"left": 1.0}]] * 7}),
+    ("molmo2-pixmo-multi-points", {"normalized_labels": 7}),
+    ("molmo2-pixmo-multi-points", {"images": 7}),
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), OTHER_FORMS)
+def test_rows_in_other_forms_than_assumed_are_counted(name, changes):
+    row = rows_of.ROWS[f"allenai/{name}"]
+    found = examples(name, {**row, **changes}, row)
+    assert (len(found), found.report.left_out) == (1, {"the row has another form": 1})
+
+
+@pytest.mark.parametrize("column", ["points", "images"])
+def test_local_sets_without_a_column_are_counted(column):
+    row = {**rows_of.LOCAL_MULTI_POINT, column: None}
+    found = examples("molmo2-pixmo-multi-points", row)
+    assert (len(found), found.report.left_out.total()) == (0, 1)
+
+
+def as_arrays(value):
+    """Lists as arrays, as `datasets` gives them in the format "numpy"."""
+    if isinstance(value, dict):
+        return {key: as_arrays(entry) for key, entry in value.items()}
+    if not isinstance(value, list):
+        return value
+    array = np.empty(len(value), dtype=object)
+    array[:] = list(map(as_arrays, value))
+    is_numbers = bool(value) and all(isinstance(entry, float) for entry in value)
+    return array.astype(np.float64) if is_numbers else array
+
+
+@pytest.mark.parametrize("name", ["pixmo-count", "pixmo-point-explanations", "molmo2-pixmo-multi-points"])
+def test_arrays_are_lists(name):
+    row = rows_of.ROWS[f"allenai/{name}"]
+    (expected,), (found,) = examples(name, row), examples(name, as_arrays(row))
+    assert found == expected
+
+
+def test_positions():
+    """Sorted fractions, of all forms of points that the data sets have, also as arrays and deques."""
+    expected = [(0.1, 0.9), (0.5, 0.2)]
+    for form in (list, tuple, np.array, deque):
+        assert positions({"x": form([50.0, 10.0]), "y": form([20.0, 90.0])}) == expected
+        assert positions(form([{"x": 50.0, "y": 20.0}, {"x": 10.0, "y": 90.0}])) == expected
+    assert positions({"x": 100.0, "y": 20.0}, (200, 100)) == [(0.5, 0.2)]
+    for none in (None, [], np.array([]), {"x": None, "y": None}, {"x": np.array([]), "y": np.array([])}):
+        assert positions(none) == []
 
 
 def test_cosyn_points():
@@ -669,6 +878,7 @@ def test_questions_about_images():
     assert drawn("Molmo2-SynMultiImageQA", rows_of.SYNTHETIC_QA, number=1, config="chart") == [
         ("cosyn_chart_exp", "Which?", "It is higher. Answer: The first")
     ]
+    assert drawn("CoSyn-400K", rows_of.SYNTHETIC_QA, number=1, config="math")[0][0] == "cosyn_math_exp"
     (example,) = examples("Molmo2-SynMultiImageQA", rows_of.SYNTHETIC_QA, config="chart")
     assert [part["image"] for part in media_parts(example)] == ["chart one", "chart two"]
     assert drawn("pixmo-cap-qa", rows_of.PIXMO_CAP_QA, number=1) == [

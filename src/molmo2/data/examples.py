@@ -1,6 +1,7 @@
 """The examples of a data set: its rows, grouped by their media, as conversations and message trees."""
 
 import logging
+import math
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,7 +10,7 @@ from typing import Any
 
 from molmo2.data import pointing, questions, tracks
 from molmo2.data.media import MediaReference, Resolver, urls
-from molmo2.data.queries import Draw, Family, Row, Settings, conversations
+from molmo2.data.queries import Draw, Family, Row, Settings, Size, conversations
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +23,7 @@ DATASETS: dict[str, Family] = {
     "allenai/Molmo2-VideoPoint": pointing.VIDEO_POINTS,
     "allenai/Molmo2-VideoTrack": tracks.VIDEO_TRACKS,
     "allenai/Molmo2-MultiImageQA": questions.IMAGE_SET_QUESTIONS,
-    "allenai/Molmo2-SynMultiImageQA": questions.SYNTHETIC_QUESTIONS,
+    "allenai/Molmo2-SynMultiImageQA": questions.SYNTHETIC_SET_QUESTIONS,
     "allenai/Molmo2-MultiImagePoint": pointing.IMAGE_SET_POINTS,
     "allenai/molmo2-track-instruction": tracks.ACADEMIC_TRACKS,
     **{f"allenai/molmo2-{name}": tracks.ACADEMIC_TRACKS for name in ACADEMIC_TRACKS},
@@ -92,7 +93,7 @@ class Examples(Sequence[dict[str, Any]]):
         epoch: Other numbers draw other styles, templates and subsets.
     Raises:
         FileNotFoundError: Media are missing and `missing` says "raise".
-        ValueError: There is no such data set, a column is missing, or an option has no such value.
+        ValueError: There is no such data set or configuration, a column is missing, or an option has no such value.
     """
 
     def __init__(
@@ -132,12 +133,19 @@ class Examples(Sequence[dict[str, Any]]):
         rows = [self.rows[place] for place in indices]
         references = list(self.family.media(rows[0]))
         sources = [self._source(reference) for reference in references]
+        sizes = self._sizes(sources)
+        if sizes is None:
+            names = ", ".join(getattr(each, "name", "one that its row holds") for each in references)
+            raise FileNotFoundError(
+                f"The size of an image of {self.name} is no longer known: {names}. It has been read once, so that its "
+                "file has changed or has gone missing; restore it, or make the examples anew."
+            )
         draw = Draw(
             random.Random(f"{self.seed} {self.epoch} {self.name} {number}"),
             self.settings,
             bool(getattr(self.media, "has_cut_clips", False)),
             self._frame_times(references, sources),
-            self._sizes(sources),
+            sizes,
         )
         item = self.family.read(rows, draw)
         kept = range(len(sources)) if item.kept is None else item.kept
@@ -170,7 +178,7 @@ class Examples(Sequence[dict[str, Any]]):
                 del self.report.missing[MAX_NAMED:]
             elif not reason and self.family.size_problem is not None:
                 sizes = self._sizes([self._source(each) for each in references])
-                reason = NO_SIZE if None in sizes else self.family.size_problem(row, sizes)
+                reason = NO_SIZE if sizes is None else self.family.size_problem(row, sizes)
             if reason:
                 self.report.left_out[reason] += 1
             else:
@@ -204,14 +212,33 @@ class Examples(Sequence[dict[str, Any]]):
             part["clip"] = reference.clip
         return part
 
-    def _sizes(self, sources: Sequence[Any]) -> list[Any]:
-        """The sizes of images with points in pixels, None for one that is not known; nothing for other families."""
-        return [] if self.family.size_problem is None else [self.settings.image_size(source) for source in sources]
+    def _sizes(self, sources: Sequence[Any]) -> list[Size] | None:
+        """The sizes of images with points in pixels, None if one is not known or there is none; [] for other families.
+
+        Raises:
+            ValueError: `Settings.image_size` gives something else than a pair.
+        """
+        if self.family.size_problem is None:
+            return []
+        found = [_checked_size(self.settings.image_size(source)) for source in sources]
+        sizes = [size for size in found if size is not None]
+        return sizes if sizes and len(sizes) == len(found) else None
 
     def _frame_times(self, references: Sequence[Any], sources: Sequence[Any]) -> Sequence[float] | None:
         frame_times = self.settings.frame_times
         is_video = len(references) == 1 and getattr(references[0], "kind", "") == "video"
         return frame_times(references[0], sources[0]) if frame_times is not None and is_video else None
+
+
+def _checked_size(size: Any) -> Size | None:
+    """(width, height) as numbers above 0, None for a size that is not known."""
+    if size is None:
+        return None
+    try:
+        width, height = map(float, size)
+    except (TypeError, ValueError):
+        raise ValueError(f"`Settings.image_size` gave {size!r}; expected (width, height) in pixels or None.") from None
+    return (width, height) if 0 < width < math.inf and 0 < height < math.inf else None
 
 
 def _undecoded(rows: Any) -> Iterator[Row]:

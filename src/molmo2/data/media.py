@@ -7,14 +7,17 @@ is missing. `Folder` and `UrlMapping` are two; `first_of` asks several.
 import hashlib
 import io
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".gif")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
-ORIENTATION, FIRST_ON_ITS_SIDE = 0x0112, 5  # the tag of EXIF, and its first value that swaps width and height
+CHANNEL_COUNTS = (1, 3, 4)  # grey, RGB, RGB with alpha
 
 
 @dataclass(frozen=True)
@@ -117,25 +120,51 @@ def image_size(source: Any) -> tuple[int, int] | None:
     """(width, height) of an image as the processor shows it: of a file its header alone, turned upright.
 
     Args:
-        source: A PIL image, an array (H, W) or (H, W, channels), a path, the bytes of a file, or {"bytes", "path"}.
+        source: A PIL image, an array (H, W), (H, W, channels) or (channels, H, W) with 1, 3 or 4 channels, a path, a
+            URL with `file:` or `data:`, the bytes of a file, or {"bytes", "path"}.
     Returns:
-        None where that is not known: for a URL, which is not fetched, and for what is no image.
+        None where that is not known: for a URL with `http:` or `https:`, which is not fetched; base64 text that is no
+        URL; an open file, which reading may use up; arrays of other shapes, also batches; files that are missing, of
+        none of the formats or over one of the limits that `MediaLimits()` has, or damaged; and for what is no image.
     """
     from PIL import Image
 
     if isinstance(source, Image.Image):
         return source.size
-    if hasattr(source, "shape"):
-        is_known = len(source.shape) == 2 or (len(source.shape) == 3 and source.shape[2] in (1, 3, 4))
-        return (source.shape[1], source.shape[0]) if is_known else None
+    if hasattr(source, "shape") and not isinstance(source, memoryview):
+        return _array_size(tuple(source.shape))
     if isinstance(source, Mapping):
         source = source.get("path") if source.get("bytes") is None else source["bytes"]
-    if not isinstance(source, (str, Path, bytes)):
-        return None
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            width, height = image.size
-            is_turned = image.getexif().get(ORIENTATION, 1) >= FIRST_ON_ITS_SIDE
-            return (height, width) if is_turned else (width, height)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return _file_size(source)
+    except Exception:  # decoders raise nearly anything: OSError, SyntaxError, struct.error, ...
         return None
+
+
+def _array_size(shape: tuple[int, ...]) -> tuple[int, int] | None:
+    """(width, height) of an array; (H, W, channels) where its shape could also be (channels, H, W)."""
+    if len(shape) == 2 or (len(shape) == 3 and shape[2] in CHANNEL_COUNTS):
+        return shape[1], shape[0]
+    return (shape[2], shape[1]) if len(shape) == 3 and shape[0] in CHANNEL_COUNTS else None
+
+
+def _file_size(source: Any) -> tuple[int, int] | None:
+    """(width, height) of a file, turned upright; None where there is no file. Errors of decoders are passed on."""
+    from molmo2.image.fetching import data_url_bytes, scheme_of
+    from molmo2.image.limits import MediaLimits
+    from molmo2.image.opening import is_file_on_disk, open_image, upright_size
+
+    where, limits = "the image", MediaLimits()
+    file: Path | io.BytesIO
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        file = io.BytesIO(source)
+    elif not isinstance(source, (str, os.PathLike)):
+        return None
+    elif scheme_of(text := os.fsdecode(source)) == "data":
+        file = io.BytesIO(data_url_bytes(text, where, limits))
+    else:
+        file = Path(url2pathname(urlsplit(text).path)) if scheme_of(text) == "file" else Path(text)
+        if not is_file_on_disk(file):
+            return None
+    with open_image(file, where, limits) as image:
+        return upright_size(image)

@@ -3,9 +3,10 @@
 Coordinates are per cent of the size; those of pixmo-count are pixels.
 """
 
+import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from molmo2.data.media import MediaReference
@@ -23,6 +24,7 @@ IMAGE_SET_STYLES = (
     "multi_image_count_then_point",
 )
 OUTSIDE = "a point lies outside of its image"
+OTHER_FORM = "the row has another form"
 
 Position = tuple[float, float]
 
@@ -31,13 +33,16 @@ def positions(points: Any, size: Size = (100, 100)) -> list[Position]:
     """Points as fractions sorted by (x, y); they are in per cent, or in pixels of an image of `size`.
 
     Args:
-        points: A list of {"x", "y"}, or {"x": list, "y": list}.
+        points: A list of {"x", "y"}, or {"x": list, "y": list}; arrays and other containers with a length are lists.
+    Raises:
+        KeyError, TypeError, IndexError: They have another form, or a coordinate is no number.
     """
     if isinstance(points, Mapping):
         x, y = points["x"], points["y"]
-        pairs = list(zip(x, y)) if isinstance(x, Sequence) else [(x, y)] if x is not None else []
+        is_list = hasattr(x, "__len__") and not isinstance(x, (str, bytes, Mapping))
+        pairs = list(zip(x, y)) if is_list else [(x, y)] if x is not None else []
     else:
-        pairs = [(point["x"], point["y"]) for point in points or []]
+        pairs = [(point["x"], point["y"]) for point in ([] if points is None else points)]
     return sorted((x / size[0], y / size[1]) for x, y in pairs)
 
 
@@ -57,6 +62,23 @@ def point_answer(style: str, points: Mapping[Any, Sequence[Position]], label: st
 def _plain(label: str) -> str:
     """A label as it stands in tags and prompts: on one line, without blanks at its ends."""
     return " ".join(label.split())
+
+
+def _if_of_this_form(problem: Callable[[Row, Any], str | None]) -> Callable[[Row, Any], str | None]:
+    """`problem`, which leaves out rows of other forms too: for columns whose form is assumed, not known."""
+
+    @functools.wraps(problem)
+    def checked(row: Row, about: Any) -> str | None:
+        try:
+            return problem(row, about)
+        except (TypeError, AttributeError, IndexError, ValueError):  # the last of arrays that are no truth values
+            return OTHER_FORM
+        except KeyError as error:
+            if error.args[0] in ("x", "y"):  # of a point; others are columns, whose absence is an error
+                return OTHER_FORM
+            raise
+
+    return checked
 
 
 # --- videos ----------------------------------------------------------------------------------------------------------
@@ -136,6 +158,7 @@ def _read_image_points(rows: Sequence[Row], draw: Draw) -> Item:
     return Item(branches)
 
 
+@_if_of_this_form
 def _count_problem(row: Row, settings: Settings) -> str | None:
     """Rows of the validation and test splits of pixmo-count have no points, so that no answer can be made of them."""
     if len(positions(row["points"])) != row["count"]:
@@ -161,23 +184,48 @@ def _explained(row: Row, mark: str) -> str:
     """The answer of a row of pixmo-point-explanations: a tag in place of each mark, points numbered throughout."""
     first, *pieces = row["parsed_response"].split(mark)
     texts, number = [first], 0
-    for piece, points, label, alt in zip(pieces, records(row["points"]), row["inline_text"], row["alt_text"]):
+    for piece, points, label, alt in zip(pieces, records(row["points"]), *_texts(row)):
         label, alt = _plain(label or ""), _plain(alt or "") or None
         numbered = []
         for x, y in positions(points):
             number += 1
-            numbered.append(Point("points", label, alt, 1, number, None, None, x, y, 0, None, (0, 0)))
+            numbered.append(
+                Point(
+                    tag="points",
+                    label=label,
+                    alt=alt,
+                    key=1,
+                    id=number,
+                    x=None,
+                    y=None,
+                    x_norm=x,
+                    y_norm=y,
+                    image_index=0,
+                    frame=None,
+                    span=(0, 0),
+                )
+            )
         texts += [format_points(numbered), piece]
     return "".join(texts).strip()
 
 
+def _texts(row: Row) -> tuple[list[Any], list[Any]]:
+    """`inline_text` and `alt_text` of a row of pixmo-point-explanations, each one text or None per list of points."""
+    columns = row["inline_text"], row["alt_text"]
+    if any(isinstance(column, str) for column in columns):
+        raise TypeError("Expected lists of texts; found a text.")
+    inline, alt = map(records, columns)
+    return inline, alt
+
+
+@_if_of_this_form
 def _explanation_problem(row: Row, settings: Settings) -> str | None:
     answer, points = row["parsed_response"] or "", records(row["points"])
     if not answer.strip() or not (row["question"] or "").strip():
         return "there is no question, or no answer"
     if TAG_EDGE.search(answer.replace(settings.point_mark, " ")):
         return "the answer contains a tag"
-    if not len(points) == len(row["inline_text"] or []) == len(row["alt_text"] or []):
+    if any(len(texts) != len(points) for texts in _texts(row)):
         return "there are not as many texts as lists of points"
     if answer.count(settings.point_mark) != len(points):
         return f"the answer has not one {settings.point_mark} for each list of points"
@@ -252,19 +300,23 @@ def _read_image_set_points(rows: Sequence[Row], draw: Draw) -> Item:
 
 def _local_images(row: Row) -> list[Any]:
     """The images of a row of molmo2-pixmo-multi-points: references to files, or images that it holds."""
-    return [MediaReference("image", each, None, row) if isinstance(each, str) else each for each in row["images"]]
+    images = records(row["images"])
+    return [MediaReference("image", each, None, row) if isinstance(each, str) else each for each in images]
 
 
 def _as_image_set(row: Row) -> Row:
     """A row of molmo2-pixmo-multi-points in the columns of its published form, MultiImagePoint."""
-    return {"image_urls": row["images"], "labels": row["normalized_labels"], "points": row["points"]}
+    columns = {"image_urls": "images", "labels": "normalized_labels", "points": "points"}
+    return {name: records(row[column]) for name, column in columns.items()}
 
 
+@_if_of_this_form
 def _local_set_problem(row: Row, settings: Settings) -> str | None:
-    labels = row["normalized_labels"] or []
-    if len(labels) != len(row["images"] or []) or not all(isinstance(label, str) for label in labels):
+    columns = _as_image_set(row)
+    labels = columns["labels"]
+    if len(labels) != len(columns["image_urls"]) or not all(isinstance(label, str) for label in labels):
         return "there is not one label per image"
-    return _image_set_problem(_as_image_set(row), settings)
+    return _image_set_problem(columns, settings)
 
 
 def _read_local_set_points(rows: Sequence[Row], draw: Draw) -> Item:

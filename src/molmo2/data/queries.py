@@ -50,7 +50,8 @@ class Settings:
     """How rows become examples; the defaults are those of Molmo2's training, but for `subtitle_mode`.
 
     Attributes:
-        config: The configuration of a data set that has several, such as "chart" of SynMultiImageQA.
+        config: The configuration of a data set that has several, such as "chart" of SynMultiImageQA, whose reader
+            refuses unknown ones.
         min_score: Rows of captions with a lower `annotation_score` are left out.
         excluded_ids: Values of `video_id` that are left out, such as those of corrupt files.
         use_unsure: Use points of annotators who said that they were unsure.
@@ -63,7 +64,7 @@ class Settings:
             as it needs `frame_times`.
         frame_times: From the reference and the source of a video to the times of its sampled frames.
         image_size: From the source of an image to its (width, height), None where it is not known; for sets with
-            points in pixels. The default reads files and does not fetch URLs.
+            points in pixels. The default reads files and does not fetch URLs. A side of 0 counts as not known.
         point_mark: What stands for a tag in `parsed_response` of pixmo-point-explanations. An assumption: the
             description that the readers follow does not say. Rows with another number of marks are left out.
         explanation_style: The style of pixmo-point-explanations. An assumption likewise.
@@ -118,10 +119,10 @@ class Draw:
 
 
 def records(value: Any) -> list[dict[str, Any]]:
-    """A list of rows; `datasets` may give it as one row of lists."""
+    """A list of rows from a list, an array or None; `datasets` may give it as one row of lists."""
     if isinstance(value, Mapping):
         return [dict(zip(value, entries)) for entries in zip(*value.values())]
-    return list(value or [])
+    return [] if value is None else list(value)
 
 
 def label_problem(label: str | None) -> str | None:

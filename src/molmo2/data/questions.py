@@ -16,6 +16,8 @@ CAPTION_COLUMNS = {
 COUNTING = re.compile(r"\s*(?:how many|count|what is the (?:total )?number)\b", re.I)
 TURN = re.compile(r"\[(USER|ASSISTANT)\]")
 EMPTY = "there is no answer"
+# Of Molmo2-SynMultiImageQA; which ones CoSyn-400K has is not documented, so that it takes any name.
+SET_CONFIGS = ("chart", "chemical", "circuit", "diagram", "doc", "graphic", "music", "table")
 
 
 def _is_excluded(row: Row, settings: Settings) -> str | None:
@@ -156,6 +158,14 @@ def _synthetic_problem(row: Row, settings: Settings) -> str | None:
     return _image_set_problem(row, settings)
 
 
+def _synthetic_set_problem(row: Row, settings: Settings) -> str | None:
+    if settings.config and settings.config not in SET_CONFIGS:
+        raise ValueError(
+            f"`Settings.config` is {settings.config!r}; expected one of the configurations {', '.join(SET_CONFIGS)}."
+        )
+    return _synthetic_problem(row, settings)
+
+
 def _read_caption_questions(rows: Sequence[Row], draw: Draw) -> Item:
     """Conversations of pixmo-cap-qa: `[USER] ... [ASSISTANT] ... [USER] ...` and the last answer."""
     branches = []
@@ -213,6 +223,7 @@ VIDEO_QUESTIONS = Family(_read_user_questions, video_of, ("video_id",), _answer_
 IMAGE_QUESTIONS = Family(_read_user_questions, images_of, ("image_url",), _answer_problem)
 IMAGE_SET_QUESTIONS = Family(_read_image_set_questions, images_of, (), _multi_image_problem)
 SYNTHETIC_QUESTIONS = Family(_read_synthetic_questions, images_of, (), _synthetic_problem)
+SYNTHETIC_SET_QUESTIONS = Family(_read_synthetic_questions, images_of, (), _synthetic_set_problem)
 IMAGE_CAPTIONS = Family(_read_image_captions, images_of, (), _image_caption_problem)
 CAPTION_QUESTIONS = Family(_read_caption_questions, images_of, ("image_url",), _caption_question_problem)
 TEXT = Family(_read_text, no_media, (), _text_problem)

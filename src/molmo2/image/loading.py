@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from molmo2.image.fetching import base64_bytes, data_url_bytes, fetch, masked, scheme_of
 from molmo2.image.limits import MediaLimitError, MediaLimits, checked_limits
-from molmo2.image.opening import check_pixels, is_file_on_disk, open_image
+from molmo2.image.opening import check_pixels, is_file_on_disk, open_image, upright_size
 
 logger = logging.get_logger(__name__)
 
@@ -56,7 +56,7 @@ def upright(image: Image.Image) -> Image.Image:
         return image.copy() if image.format == "WEBP" else image  # which keeps its decoder and two canvases
     turned = ImageOps.exif_transpose(image)
     if hasattr(image, "original_size"):
-        turned.original_size = _upright_size(image)  # type: ignore[attr-defined]
+        turned.original_size = upright_size(image)  # type: ignore[attr-defined]
     return turned
 
 
@@ -141,15 +141,8 @@ def measure_images(images: Any, limits: MediaLimits | None = None) -> list[tuple
 
 def _upright_placeholder(image: Image.Image) -> np.ndarray:
     """An array of zeros, without memory of its own, of the size that an image has once it is turned upright."""
-    width, height = _upright_size(image)
+    width, height = upright_size(image)
     return np.broadcast_to(np.uint8(0), (height, width, 3))
-
-
-def _upright_size(image: Image.Image) -> tuple[int, int]:
-    """(width, height) once it is turned, of a reduced image before it was reduced."""
-    width, height = getattr(image, "original_size", image.size)
-    turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # 5 to 8 swap height and width
-    return (height, width) if turned else (width, height)
 
 
 def _flatten(images: Any, where: str) -> Iterator[tuple[str, Image.Image | np.ndarray]]:

@@ -8,7 +8,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import IO
 
-from PIL import Image
+from PIL import ExifTags, Image
 
 from molmo2.image.limits import MediaLimitError, MediaLimits
 
@@ -66,6 +66,13 @@ def _can_seek(file: IO[bytes]) -> bool:
         return file.seek(0) == 0
     except (AttributeError, OSError):
         return False
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """(width, height) once it is turned by its orientation tag, of a reduced image before it was reduced."""
+    width, height = getattr(image, "original_size", image.size)
+    is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) in range(5, 9)  # these swap height and width
+    return (height, width) if is_turned else (width, height)
 
 
 def check_pixels(image: Image.Image, where: str, limits: MediaLimits) -> None:
