@@ -1134,6 +1134,13 @@ def _can_seek(file: IO[bytes]) -> bool:
         return False
 
 
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """(width, height) once it is turned by its orientation tag, of a reduced image before it was reduced."""
+    width, height = getattr(image, "original_size", image.size)
+    is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) in range(5, 9)  # these swap height and width
+    return (height, width) if is_turned else (width, height)
+
+
 def check_pixels(image: Image.Image, where: str, limits: MediaLimits) -> None:
     """Raise `MediaLimitError` for an image, decoded or not, of more pixels than allowed."""
     found = f"{where} is an image of {image.height} x {image.width} pixels"
@@ -1195,7 +1202,7 @@ def upright(image: Image.Image) -> Image.Image:
         return image.copy() if image.format == "WEBP" else image  # which keeps its decoder and two canvases
     turned = ImageOps.exif_transpose(image)
     if hasattr(image, "original_size"):
-        turned.original_size = _upright_size(image)  # type: ignore[attr-defined]
+        turned.original_size = upright_size(image)  # type: ignore[attr-defined]
     return turned
 
 
@@ -1280,15 +1287,8 @@ def measure_images(images: Any, limits: MediaLimits | None = None) -> list[tuple
 
 def _upright_placeholder(image: Image.Image) -> np.ndarray:
     """An array of zeros, without memory of its own, of the size that an image has once it is turned upright."""
-    width, height = _upright_size(image)
+    width, height = upright_size(image)
     return np.broadcast_to(np.uint8(0), (height, width, 3))
-
-
-def _upright_size(image: Image.Image) -> tuple[int, int]:
-    """(width, height) once it is turned, of a reduced image before it was reduced."""
-    width, height = getattr(image, "original_size", image.size)
-    turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # 5 to 8 swap height and width
-    return (height, width) if turned else (width, height)
 
 
 def _flatten(images: Any, where: str) -> Iterator[tuple[str, Image.Image | np.ndarray]]:
