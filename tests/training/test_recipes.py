@@ -311,7 +311,7 @@ def test_curves_in_wandb(folder, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(folder))
     train(read_recipe(folder / "recipe.yaml", report_to=["wandb"], evaluation=[]), say=lambda line: None)
-    wandb.finish()
+    wandb.teardown()  # ends the process that writes the file, which `finish` does not wait for
     (path,) = (folder / "wandb").glob("offline-run-*/run-*.wandb")
     found = {}
     for record in level_db_records(path.read_bytes(), header=7):
