@@ -1079,6 +1079,11 @@ def _require_int(name: str, value: int, *, minimum: int, hint: str = "") -> None
 # Opening of image files: their format and size are checked before a pixel is decoded.
 
 
+def local_path(text: str, scheme: str) -> Path:
+    """The file that a text names: that of a URL with `file:`, else the text itself."""
+    return Path(url2pathname(urlsplit(text).path)) if scheme == "file" else Path(text)
+
+
 def is_file_on_disk(path: Path) -> bool:
     """True for a file that has an end: no folder, device or pipe."""
     try:
@@ -1355,7 +1360,7 @@ def _open(reference: Any, where: str, finish: Callable[[Image.Image], Any], limi
             return decode(f"the answer to {masked(text)}", file)
     if scheme == "data":
         return decode(f"'{shortened(text)}', read as base64,", BytesIO(data_url_bytes(text, where, limits)))
-    path = Path(url2pathname(urlsplit(text).path)) if scheme == "file" else Path(text)
+    path = local_path(text, scheme)
     if scheme == "file" or "path" in limits.sources:
         limits.check_source(scheme or "path", where)
         if is_file_on_disk(path):

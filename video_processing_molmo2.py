@@ -37,8 +37,6 @@ from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, TypeGuard, TypeVar
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 import numpy as np
 import torch
@@ -77,6 +75,7 @@ from .image_processing_molmo2 import (
     is_file_on_disk,
     is_stored_file,
     load_images,
+    local_path,
     masked,
     normalization,
     open_image,
@@ -2253,7 +2252,7 @@ def video_source(item: VideoItem, limits: MediaLimits) -> Source:
             return Source.from_input(file, limits, name=f"the answer to {masked(text)}")
     if scheme == "data":
         return Source.from_input(data_url_bytes(text, item.where, limits), limits)
-    path = Path(url2pathname(urlsplit(text).path) if scheme == "file" else text)
+    path = local_path(text, scheme)
     if not scheme and not ("path" in limits.sources and is_file_on_disk(path)):
         content = embedded_bytes(item.video, item.where, limits)
         if content is not None:

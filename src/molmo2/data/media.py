@@ -12,8 +12,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".gif")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
@@ -152,7 +150,7 @@ def _file_size(source: Any) -> tuple[int, int] | None:
     """(width, height) of a file, turned upright; None where there is no file. Errors of decoders are passed on."""
     from molmo2.image.fetching import data_url_bytes, scheme_of
     from molmo2.image.limits import MediaLimits
-    from molmo2.image.opening import is_file_on_disk, open_image, upright_size
+    from molmo2.image.opening import is_file_on_disk, local_path, open_image, upright_size
 
     where, limits = "the image", MediaLimits()
     file: Path | io.BytesIO
@@ -163,7 +161,7 @@ def _file_size(source: Any) -> tuple[int, int] | None:
     elif scheme_of(text := os.fsdecode(source)) == "data":
         file = io.BytesIO(data_url_bytes(text, where, limits))
     else:
-        file = Path(url2pathname(urlsplit(text).path)) if scheme_of(text) == "file" else Path(text)
+        file = local_path(text, scheme_of(text))
         if not is_file_on_disk(file):
             return None
     with open_image(file, where, limits) as image:

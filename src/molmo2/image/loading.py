@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 import numpy as np
 import torch
@@ -20,7 +18,7 @@ from transformers.utils import logging
 
 from molmo2.image.fetching import base64_bytes, data_url_bytes, fetch, masked, scheme_of
 from molmo2.image.limits import MediaLimitError, MediaLimits, checked_limits
-from molmo2.image.opening import check_pixels, is_file_on_disk, open_image, upright_size
+from molmo2.image.opening import check_pixels, is_file_on_disk, local_path, open_image, upright_size
 
 logger = logging.get_logger(__name__)
 
@@ -209,7 +207,7 @@ def _open(reference: Any, where: str, finish: Callable[[Image.Image], Any], limi
             return decode(f"the answer to {masked(text)}", file)
     if scheme == "data":
         return decode(f"'{shortened(text)}', read as base64,", BytesIO(data_url_bytes(text, where, limits)))
-    path = Path(url2pathname(urlsplit(text).path)) if scheme == "file" else Path(text)
+    path = local_path(text, scheme)
     if scheme == "file" or "path" in limits.sources:
         limits.check_source(scheme or "path", where)
         if is_file_on_disk(path):

@@ -7,10 +7,17 @@ import stat
 from io import BytesIO
 from pathlib import Path
 from typing import IO
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from PIL import ExifTags, Image
 
 from molmo2.image.limits import MediaLimitError, MediaLimits
+
+
+def local_path(text: str, scheme: str) -> Path:
+    """The file that a text names: that of a URL with `file:`, else the text itself."""
+    return Path(url2pathname(urlsplit(text).path)) if scheme == "file" else Path(text)
 
 
 def is_file_on_disk(path: Path) -> bool:

@@ -8,10 +8,7 @@ full resolution is never in memory.
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 import numpy as np
 from PIL import Image
@@ -23,13 +20,13 @@ from molmo2.image.limits import MediaLimits
 from molmo2.image.loading import (
     embedded_bytes,
     is_encoded,
-    is_file_on_disk,
     is_stored_file,
     load_images,
     original_size,
     shortened,
     stored_file,
 )
+from molmo2.image.opening import is_file_on_disk, local_path
 from molmo2.image.suffixes import FRAME_SUFFIXES
 from molmo2.video.decoding.backends import Result, decode_video, open_video
 from molmo2.video.decoding.readers import Source, VideoReader
@@ -260,7 +257,7 @@ def video_source(item: VideoItem, limits: MediaLimits) -> Source:
             return Source.from_input(file, limits, name=f"the answer to {masked(text)}")
     if scheme == "data":
         return Source.from_input(data_url_bytes(text, item.where, limits), limits)
-    path = Path(url2pathname(urlsplit(text).path) if scheme == "file" else text)
+    path = local_path(text, scheme)
     if not scheme and not ("path" in limits.sources and is_file_on_disk(path)):
         content = embedded_bytes(item.video, item.where, limits)
         if content is not None:
