@@ -584,6 +584,16 @@ def test_decord_leaves_large_clips_to_others(monkeypatch):
 
 
 @needs_decord
+def test_no_process_is_started_for_a_long_mp4(monkeypatch):
+    if LOADABLE == ["decord"]:
+        pytest.skip("needs a second backend")
+    monkeypatch.setattr(readers_module, "MAX_DECORD_PIXELS", 3)
+    monkeypatch.setattr(readers_module.DecordProcess, "borrow", lambda: pytest.fail("decord was asked"))
+    with open_video(CLIPS / "unordered.mov") as reader:
+        assert reader.backend != "decord"
+
+
+@needs_decord
 def test_narrow_video_is_read_by_another_backend():
     if LOADABLE == ["decord"]:
         pytest.skip("needs a second backend")

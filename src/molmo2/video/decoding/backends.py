@@ -22,7 +22,7 @@ from molmo2.video.decoding.readers import (
     VideoReader,
     VideoSource,
     brief,
-    isolation,
+    isolated,
 )
 from molmo2.video.decoding.timeline import VideoDecodeError
 
@@ -114,7 +114,7 @@ def _open_reader(name: str, source: Source, only_choice: bool) -> VideoReader:
         if source.limits.decode_seconds is None:
             reader = READERS[name](source, only_choice=only_choice)
         else:
-            reader = isolation().IsolatedReader(name, source, only_choice)
+            reader = isolated("reader")(name, source, only_choice)
     except MediaLimitError:
         raise
     except Exception as error:  # decoders raise nearly anything

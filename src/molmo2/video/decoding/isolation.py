@@ -25,7 +25,7 @@ from PIL import Image
 
 from molmo2.image.limits import MediaLimitError, MediaLimits
 from molmo2.video.decoding.decord_process import MAX_CHILD_BYTES, DecordProcess, prepare_child
-from molmo2.video.decoding.readers import READERS, Source, VideoReader, brief
+from molmo2.video.decoding.readers import ISOLATION, READERS, Source, VideoReader, brief
 from molmo2.video.decoding.timeline import VideoDecodeError, VideoTimeline
 
 
@@ -215,6 +215,9 @@ def _described(source: Source) -> dict[str, Any]:
     """A source as JSON; the child waits for nobody."""
     about = {name: getattr(source, name) for name in ("name", "path", "num_bytes", "image_format")}
     return {**about, "limits": {**asdict(source.limits), "decode_seconds": None}}
+
+
+ISOLATION.update(reader=IsolatedReader, animated_format=animated_format)
 
 
 # --- the child -------------------------------------------------------------------------------------------------------

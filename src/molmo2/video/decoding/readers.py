@@ -34,7 +34,7 @@ import numpy as np
 from molmo2.image.limits import MediaLimitError, MediaLimits, checked_limits
 from molmo2.image.opening import is_file_on_disk, open_image
 from molmo2.video.decoding.decord_process import BROKEN_INSTALLATION, DecordProcess, FrameError
-from molmo2.video.decoding.orientation import Matrix, matrix_from_bytes, mp4_matrices, quarter_turns, upright
+from molmo2.video.decoding.orientation import Matrix, Mp4Track, matrix_from_bytes, mp4_tracks, quarter_turns, upright
 from molmo2.video.decoding.timeline import (
     CONSTANT_RATE_TOLERANCE_SECONDS,
     VideoDecodeError,
@@ -53,6 +53,7 @@ BACKENDS = tuple(PACKAGES)  # in the order they are tried
 # decord decodes and converts every frame to RGB, sampled or not: a clip with more pixels (20 seconds of 1080p) is left
 # to a backend that converts the sampled frames only.
 MAX_DECORD_PIXELS = 1_000_000_000
+TOO_LONG_FOR_DECORD = "it would have to convert all frames, wanted or not, of a video this long"
 # PyAV: a seek to a key frame pays off if it skips more packets than this.
 MIN_SEEK_PACKETS = 16
 # PyAV: decoder threads. More than cores, so that decoding continues while one core resizes a frame.
@@ -116,7 +117,7 @@ class Source:
         result._require_video()
         if limits.decode_seconds is None:
             return replace(result, image_format=result.animated_format())
-        return replace(result, image_format=isolation().animated_format(result))
+        return replace(result, image_format=isolated("animated_format")(result))
 
     @classmethod
     def _from_path(cls, path: Path, limits: MediaLimits) -> "Source":
@@ -181,18 +182,22 @@ class Source:
         return open_image(Path(self.path), self.name, as_frame)
 
 
-def isolation() -> Any:
-    """The module of readers in a child, which the files beside a checkpoint lack.
+# Decoding in a child with a deadline; `isolation.py` puts it here, which the files beside a checkpoint lack.
+ISOLATION: dict[str, Callable[..., Any]] = {}
+
+
+def isolated(name: str) -> Callable[..., Any]:
+    """What decodes in a child: "reader" or "animated_format".
 
     Raises:
-        ValueError: this is one of those files.
+        ValueError: this is one of the files beside a checkpoint.
     """
-    if not __name__.startswith("molmo2."):
+    if name not in ISOLATION:
         raise ValueError(
             "MediaLimits(decode_seconds=...) needs the package molmo2-transformers, and a model that `molmo2.load` "
             "loads: the files beside a checkpoint decode in this process. Leave it out here."
         )
-    return importlib.import_module("molmo2.video.decoding.isolation")
+    return ISOLATION[name]
 
 
 class _TemporaryCopy:
@@ -320,7 +325,11 @@ class _DecordReader(VideoReader):
 
     def __init__(self, source: Source, only_choice: bool) -> None:
         super().__init__(source)
-        _require_plain_turns(source)
+        tracks = mp4_tracks(source.path)
+        _require_plain_turns(tracks)
+        leaves_long = not only_choice and _others_usable("decord")
+        if leaves_long and any(track.num_pixels > MAX_DECORD_PIXELS for track in tracks):  # known without a child
+            raise VideoDecodeError(TOO_LONG_FOR_DECORD)
         process = self._process = DecordProcess.borrow()
         try:
             spans, fps, shape = self._opened(process)
@@ -328,8 +337,8 @@ class _DecordReader(VideoReader):
                 raise VideoDecodeError(f"its frames have the shape {shape}, expected (height, width, 3)")
             height, width = shape[:2]
             num_frames = len(spans)
-            if num_frames * height * width > MAX_DECORD_PIXELS and not only_choice and _others_usable("decord"):
-                raise VideoDecodeError(f"it would have to convert all of its {num_frames} frames")
+            if leaves_long and num_frames * height * width > MAX_DECORD_PIXELS:
+                raise VideoDecodeError(TOO_LONG_FOR_DECORD)
             starts, end = _decord_times(spans)
             self.timeline = make_timeline(starts, end, fps, (height, width))
         except BaseException:
@@ -374,9 +383,9 @@ def _decord_times(spans: np.ndarray) -> tuple[np.ndarray, float]:
     return times[:-1], float(times[-1])
 
 
-def _require_plain_turns(source: Source) -> None:
+def _require_plain_turns(tracks: Sequence[Mp4Track]) -> None:
     """Leave mirrored videos to PyAV: decord and torchcodec turn by quarters and know nothing of mirrors."""
-    if any(quarter_turns(matrix) is None for matrix in mp4_matrices(source.path)):
+    if any(quarter_turns(track.matrix) is None for track in tracks):
         raise VideoDecodeError("its display matrix mirrors it or turns it by no multiple of 90 degrees")
 
 
@@ -395,7 +404,7 @@ class _TorchcodecReader(VideoReader):
     def __init__(self, source: Source, only_choice: bool) -> None:
         super().__init__(source)
         decoders = _import_backend("torchcodec.decoders", "torchcodec")
-        _require_plain_turns(source)
+        _require_plain_turns(mp4_tracks(source.path))
         self._decoder = decoders.VideoDecoder(
             source.path,
             dimension_order="NHWC",
