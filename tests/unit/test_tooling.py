@@ -85,12 +85,12 @@ def test_the_reference_has_every_public_name():
     packages = [name.parent.name for name in (REPOSITORY / "src/molmo2").glob("*/__init__.py")]
     packages = [importlib.import_module(f"molmo2.{name}") for name in packages if name not in PLUGINS]
     homes = set()
-    for package in [molmo2, *packages]:
+    for package in packages:
         for name in getattr(package, "__all__", ()):
             value = getattr(package, name, None)  # None of a module that nothing has imported yet
             homes.add(getattr(value, "__module__", None) if value is not None else f"{package.__name__}.{name}")
-    assert len(homes) > 40
+    assert len(homes) > 30
     pages = "\n".join(page.read_text(encoding="utf-8") for page in (REPOSITORY / "docs/api").glob("*.md"))
     documented = set(re.findall(r"^::: (\S+)$", pages, re.M))
     assert {home for home in homes if home and home.startswith("molmo2")} - documented == set()
-    assert {f"molmo2.{name}" for name in PLUGINS} - documented == set()
+    assert {"molmo2", *(f"molmo2.{name}" for name in PLUGINS)} - documented == set()  # "molmo2" shows all its names
