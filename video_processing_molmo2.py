@@ -648,50 +648,78 @@ def _angle(matrix: Matrix) -> float | None:
     return math.degrees(math.atan2(b / down, a / across))
 
 
-def mp4_matrices(path: str) -> list[Matrix]:
-    """Display matrices of the video tracks of an MP4 or QuickTime file; of any other file none."""
+@dataclass(frozen=True)
+class Mp4Track:
+    """What an MP4 or QuickTime file says about a video track.
+
+    Attributes:
+        num_pixels: of all its frames together; 0 where it does not say, as in fragmented files.
+    """
+
+    matrix: Matrix
+    num_pixels: float
+
+
+def mp4_tracks(path: str) -> list[Mp4Track]:
+    """The video tracks of an MP4 or QuickTime file; of any other file none."""
     with Path(path).open("rb") as file:
         end = file.seek(0, 2)
         head = _read(file, 0, 12)
         if head[4:8] not in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot"):
             return []
         budget = [MAX_BOXES]
-        matrices: list[Matrix] = []
+        tracks: list[Mp4Track] = []
         for kind, start, stop in _boxes(file, 0, end, budget):
             if kind == "moov":
-                matrices += _movie_matrices(file, start, stop, budget)
-        return matrices
+                tracks += _movie_tracks(file, start, stop, budget)
+        return tracks
 
 
-def _movie_matrices(file: IO[bytes], start: int, stop: int, budget: list[int]) -> Iterator[Matrix]:
+def _movie_tracks(file: IO[bytes], start: int, stop: int, budget: list[int]) -> Iterator[Mp4Track]:
     movie: Matrix = (1, 0, 0, 1)
     for kind, first, last in _boxes(file, start, stop, budget):
         if kind == "mvhd":
-            movie = _matrix_of(file, kind, first) or movie
+            movie = _matrix_and_area(file, kind, first)[0] or movie
         elif kind == "trak":
-            track, is_video = None, False
+            track, area, num_frames, is_video = None, 0.0, 0, False
             for part, begin, end in _boxes(file, first, last, budget):
                 if part == "tkhd":
-                    track = _matrix_of(file, part, begin)
+                    track, area = _matrix_and_area(file, part, begin)
                 elif part == "mdia":
-                    is_video = any(
-                        name == "hdlr" and _read(file, at + 8, 4) == b"vide"
-                        for name, at, _ in _boxes(file, begin, end, budget)
-                    )
+                    for name, at, until in _boxes(file, begin, end, budget):
+                        if name == "hdlr":
+                            is_video = _read(file, at + 8, 4) == b"vide"
+                        elif name == "minf":
+                            num_frames = _num_samples(file, at, until, budget)
             if is_video and track is not None:
                 a, b, c, d = track
-                yield (
+                matrix = (
                     a * movie[0] + b * movie[2],
                     a * movie[1] + b * movie[3],
                     c * movie[0] + d * movie[2],
                     c * movie[1] + d * movie[3],
                 )
+                yield Mp4Track(matrix, area * num_frames)
 
 
-def _matrix_of(file: IO[bytes], kind: str, start: int) -> Matrix | None:
+def _matrix_and_area(file: IO[bytes], kind: str, start: int) -> tuple[Matrix | None, float]:
+    """The matrix of a box, and the width times height that follow it in a `tkhd`."""
     version = _read(file, start, 1)
-    data = _read(file, start + MATRIX_AT.get((kind, version[0] if version else 0), 40), 36)
-    return matrix_from_bytes(data, ">") if len(data) == 36 else None
+    data = _read(file, start + MATRIX_AT.get((kind, version[0] if version else 0), 40), 44)
+    if len(data) < 44:
+        return None, 0.0
+    width, height = struct.unpack(">2I", data[36:])
+    return matrix_from_bytes(data, ">"), width * height / 65536**2
+
+
+def _num_samples(file: IO[bytes], start: int, stop: int, budget: list[int]) -> int:
+    """How many samples the table of sizes in a box `minf` lists."""
+    for kind, first, last in _boxes(file, start, stop, budget):
+        if kind == "stbl":
+            return _num_samples(file, first, last, budget)
+        if kind in ("stsz", "stz2"):
+            return int.from_bytes(_read(file, first + 8, 4), "big")
+    return 0
 
 
 def _boxes(file: IO[bytes], start: int, stop: int, budget: list[int]) -> Iterator[tuple[str, int, int]]:
@@ -728,6 +756,7 @@ BACKENDS = tuple(PACKAGES)  # in the order they are tried
 # decord decodes and converts every frame to RGB, sampled or not: a clip with more pixels (20 seconds of 1080p) is left
 # to a backend that converts the sampled frames only.
 MAX_DECORD_PIXELS = 1_000_000_000
+TOO_LONG_FOR_DECORD = "it would have to convert all frames, wanted or not, of a video this long"
 # PyAV: a seek to a key frame pays off if it skips more packets than this.
 MIN_SEEK_PACKETS = 16
 # PyAV: decoder threads. More than cores, so that decoding continues while one core resizes a frame.
@@ -791,7 +820,7 @@ class Source:
         result._require_video()
         if limits.decode_seconds is None:
             return replace(result, image_format=result.animated_format())
-        return replace(result, image_format=isolation().animated_format(result))
+        return replace(result, image_format=isolated("animated_format")(result))
 
     @classmethod
     def _from_path(cls, path: Path, limits: MediaLimits) -> "Source":
@@ -856,18 +885,22 @@ class Source:
         return open_image(Path(self.path), self.name, as_frame)
 
 
-def isolation() -> Any:
-    """The module of readers in a child, which the files beside a checkpoint lack.
+# Decoding in a child with a deadline; `isolation.py` puts it here, which the files beside a checkpoint lack.
+ISOLATION: dict[str, Callable[..., Any]] = {}
+
+
+def isolated(name: str) -> Callable[..., Any]:
+    """What decodes in a child: "reader" or "animated_format".
 
     Raises:
-        ValueError: this is one of those files.
+        ValueError: this is one of the files beside a checkpoint.
     """
-    if not __name__.startswith("molmo2."):
+    if name not in ISOLATION:
         raise ValueError(
             "MediaLimits(decode_seconds=...) needs the package molmo2-transformers, and a model that `molmo2.load` "
             "loads: the files beside a checkpoint decode in this process. Leave it out here."
         )
-    return importlib.import_module("molmo2.video.decoding.isolation")
+    return ISOLATION[name]
 
 
 class _TemporaryCopy:
@@ -995,7 +1028,11 @@ class _DecordReader(VideoReader):
 
     def __init__(self, source: Source, only_choice: bool) -> None:
         super().__init__(source)
-        _require_plain_turns(source)
+        tracks = mp4_tracks(source.path)
+        _require_plain_turns(tracks)
+        leaves_long = not only_choice and _others_usable("decord")
+        if leaves_long and any(track.num_pixels > MAX_DECORD_PIXELS for track in tracks):  # known without a child
+            raise VideoDecodeError(TOO_LONG_FOR_DECORD)
         process = self._process = DecordProcess.borrow()
         try:
             spans, fps, shape = self._opened(process)
@@ -1003,8 +1040,8 @@ class _DecordReader(VideoReader):
                 raise VideoDecodeError(f"its frames have the shape {shape}, expected (height, width, 3)")
             height, width = shape[:2]
             num_frames = len(spans)
-            if num_frames * height * width > MAX_DECORD_PIXELS and not only_choice and _others_usable("decord"):
-                raise VideoDecodeError(f"it would have to convert all of its {num_frames} frames")
+            if leaves_long and num_frames * height * width > MAX_DECORD_PIXELS:
+                raise VideoDecodeError(TOO_LONG_FOR_DECORD)
             starts, end = _decord_times(spans)
             self.timeline = make_timeline(starts, end, fps, (height, width))
         except BaseException:
@@ -1049,9 +1086,9 @@ def _decord_times(spans: np.ndarray) -> tuple[np.ndarray, float]:
     return times[:-1], float(times[-1])
 
 
-def _require_plain_turns(source: Source) -> None:
+def _require_plain_turns(tracks: Sequence[Mp4Track]) -> None:
     """Leave mirrored videos to PyAV: decord and torchcodec turn by quarters and know nothing of mirrors."""
-    if any(quarter_turns(matrix) is None for matrix in mp4_matrices(source.path)):
+    if any(quarter_turns(track.matrix) is None for track in tracks):
         raise VideoDecodeError("its display matrix mirrors it or turns it by no multiple of 90 degrees")
 
 
@@ -1070,7 +1107,7 @@ class _TorchcodecReader(VideoReader):
     def __init__(self, source: Source, only_choice: bool) -> None:
         super().__init__(source)
         decoders = _import_backend("torchcodec.decoders", "torchcodec")
-        _require_plain_turns(source)
+        _require_plain_turns(mp4_tracks(source.path))
         self._decoder = decoders.VideoDecoder(
             source.path,
             dimension_order="NHWC",
@@ -1728,7 +1765,7 @@ def _open_reader(name: str, source: Source, only_choice: bool) -> VideoReader:
         if source.limits.decode_seconds is None:
             reader = READERS[name](source, only_choice=only_choice)
         else:
-            reader = isolation().IsolatedReader(name, source, only_choice)
+            reader = isolated("reader")(name, source, only_choice)
     except MediaLimitError:
         raise
     except Exception as error:  # decoders raise nearly anything

@@ -243,6 +243,13 @@ def stranger(tmp_path_factory, image_file) -> dict[str, Any]:
     return {**report, "answer": load_file(output)}
 
 
+def test_nothing_is_warned_about_in_the_ordinary_case(tmp_path, image_file):
+    """Not even of the library's own class, which transformers imports while it loads ours."""
+    folder = write_checkpoint(tmp_path / "checkpoint", "olmo3")
+    (tmp_path / "cache").mkdir()
+    assert run("messages_of_a_first_answer", tmp_path / "cache", folder=folder, image=image_file) == []
+
+
 def assert_right_answer(answer: dict[str, torch.Tensor], family: str = "olmo3") -> None:
     """The logits that were found elsewhere are those of the model that was never saved or loaded."""
     inputs = dict(answer)
