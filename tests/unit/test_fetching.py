@@ -15,7 +15,7 @@ from molmo2 import MediaLimitError, MediaLimits
 from molmo2.image import fetching
 from molmo2.image.fetching import is_public, masked
 from molmo2.image.loading import load_images
-from molmo2.video.processing import load_video
+from support.clips import load_video
 from support.hostile_media import clip, picture
 
 LOCAL = MediaLimits(allow_private_hosts=True, connect_seconds=120, read_seconds=120, total_seconds=120)

@@ -12,8 +12,9 @@ from molmo2 import MediaLimitError, MediaLimits, plan
 from molmo2.image import loading
 from molmo2.image.loading import load_images, measure_images
 from molmo2.image.processing import Molmo2ImageProcessor
-from molmo2.video.processing import Molmo2VideoProcessor, load_video
+from molmo2.video.processing import Molmo2VideoProcessor
 from molmo2.video.sampling import SamplingSettings, sample_indices, sample_times
+from support.clips import load_video
 from support.hostile_media import (
     POSTSCRIPT,
     clip,
@@ -170,9 +171,9 @@ def test_clips_have_limits():
         load_video(gif_of_size(5_000, 5_000, num_frames=300))
     for backend in ("decord", "pyav", None):
         with pytest.raises(MediaLimitError, match="has 12 frames, over the limit video_frames=11"):
-            load_video(clip(), backend=backend, limits=MediaLimits(video_frames=11))
+            load_video(clip(), video_backend=backend, limits=MediaLimits(video_frames=11))
         with pytest.raises(MediaLimitError, match="frames of 48 x 64 pixels, over the limit video_frame_pixels=3,071"):
-            load_video(clip(), backend=backend, limits=MediaLimits(video_frame_pixels=3071))
+            load_video(clip(), video_backend=backend, limits=MediaLimits(video_frame_pixels=3071))
 
 
 def test_visual_tokens_have_a_limit():

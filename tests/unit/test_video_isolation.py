@@ -15,7 +15,7 @@ from molmo2.video.decoding import decord_process
 from molmo2.video.decoding.backends import VideoDecodeError, open_video
 from molmo2.video.decoding.isolation import IsolatedProcess, call_isolated
 from molmo2.video.decoding.readers import Source
-from molmo2.video.processing import load_video
+from support.clips import load_video
 from support.hostile_media import CONTAINERS, clip, gif_of_size, mutated, picture
 
 pytest.importorskip("av")
