@@ -53,7 +53,6 @@ BACKENDS = tuple(PACKAGES)  # in the order they are tried
 # decord decodes and converts every frame to RGB, sampled or not: a clip with more pixels (20 seconds of 1080p) is left
 # to a backend that converts the sampled frames only.
 MAX_DECORD_PIXELS = 1_000_000_000
-TOO_LONG_FOR_DECORD = "it would have to convert all frames, wanted or not, of a video this long"
 # PyAV: a seek to a key frame pays off if it skips more packets than this.
 MIN_SEEK_PACKETS = 16
 # PyAV: decoder threads. More than cores, so that decoding continues while one core resizes a frame.
@@ -327,9 +326,8 @@ class _DecordReader(VideoReader):
         super().__init__(source)
         tracks = mp4_tracks(source.path)
         _require_plain_turns(tracks)
-        leaves_long = not only_choice and _others_usable("decord")
-        if leaves_long and any(track.num_pixels > MAX_DECORD_PIXELS for track in tracks):  # known without a child
-            raise VideoDecodeError(TOO_LONG_FOR_DECORD)
+        if not only_choice:  # known without a child
+            _leave_to_others(max((track.num_pixels for track in tracks), default=0))
         process = self._process = DecordProcess.borrow()
         try:
             spans, fps, shape = self._opened(process)
@@ -337,8 +335,8 @@ class _DecordReader(VideoReader):
                 raise VideoDecodeError(f"its frames have the shape {shape}, expected (height, width, 3)")
             height, width = shape[:2]
             num_frames = len(spans)
-            if leaves_long and num_frames * height * width > MAX_DECORD_PIXELS:
-                raise VideoDecodeError(TOO_LONG_FOR_DECORD)
+            if not only_choice:
+                _leave_to_others(num_frames * height * width)
             starts, end = _decord_times(spans)
             self.timeline = make_timeline(starts, end, fps, (height, width))
         except BaseException:
@@ -367,6 +365,12 @@ class _DecordReader(VideoReader):
             raise self._frame_error(error.index or 0, error.reason) from None
         except VideoDecodeError as error:
             raise self._error(error.reason) from None
+
+
+def _leave_to_others(num_pixels: float) -> None:
+    """Leaves a clip with this many pixels in all its frames to other backends, where there are any."""
+    if num_pixels > MAX_DECORD_PIXELS and _others_usable("decord"):
+        raise VideoDecodeError("it would have to convert all frames, wanted or not, of a clip this long")
 
 
 def _decord_times(spans: np.ndarray) -> tuple[np.ndarray, float]:
