@@ -756,7 +756,6 @@ BACKENDS = tuple(PACKAGES)  # in the order they are tried
 # decord decodes and converts every frame to RGB, sampled or not: a clip with more pixels (20 seconds of 1080p) is left
 # to a backend that converts the sampled frames only.
 MAX_DECORD_PIXELS = 1_000_000_000
-TOO_LONG_FOR_DECORD = "it would have to convert all frames, wanted or not, of a video this long"
 # PyAV: a seek to a key frame pays off if it skips more packets than this.
 MIN_SEEK_PACKETS = 16
 # PyAV: decoder threads. More than cores, so that decoding continues while one core resizes a frame.
@@ -1030,9 +1029,8 @@ class _DecordReader(VideoReader):
         super().__init__(source)
         tracks = mp4_tracks(source.path)
         _require_plain_turns(tracks)
-        leaves_long = not only_choice and _others_usable("decord")
-        if leaves_long and any(track.num_pixels > MAX_DECORD_PIXELS for track in tracks):  # known without a child
-            raise VideoDecodeError(TOO_LONG_FOR_DECORD)
+        if not only_choice:  # known without a child
+            _leave_to_others(max((track.num_pixels for track in tracks), default=0))
         process = self._process = DecordProcess.borrow()
         try:
             spans, fps, shape = self._opened(process)
@@ -1040,8 +1038,8 @@ class _DecordReader(VideoReader):
                 raise VideoDecodeError(f"its frames have the shape {shape}, expected (height, width, 3)")
             height, width = shape[:2]
             num_frames = len(spans)
-            if leaves_long and num_frames * height * width > MAX_DECORD_PIXELS:
-                raise VideoDecodeError(TOO_LONG_FOR_DECORD)
+            if not only_choice:
+                _leave_to_others(num_frames * height * width)
             starts, end = _decord_times(spans)
             self.timeline = make_timeline(starts, end, fps, (height, width))
         except BaseException:
@@ -1070,6 +1068,12 @@ class _DecordReader(VideoReader):
             raise self._frame_error(error.index or 0, error.reason) from None
         except VideoDecodeError as error:
             raise self._error(error.reason) from None
+
+
+def _leave_to_others(num_pixels: float) -> None:
+    """Leaves a clip with this many pixels in all its frames to other backends, where there are any."""
+    if num_pixels > MAX_DECORD_PIXELS and _others_usable("decord"):
+        raise VideoDecodeError("it would have to convert all frames, wanted or not, of a clip this long")
 
 
 def _decord_times(spans: np.ndarray) -> tuple[np.ndarray, float]:
@@ -2840,34 +2844,6 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
         return {"between_pooling_size": between, **flags}
 
 
-def load_video(
-    video: Any,
-    *,
-    backend: str | None = None,
-    sample_timestamps_fn: Callable[..., Any] | None = None,
-    num_frames: int = 384,
-    **settings: Any,
-) -> tuple[np.ndarray, SampledVideoMetadata]:
-    """The sampled frames of one video file at full resolution, and their metadata.
-
-    Args:
-        video: a path, URL, the bytes of a video file or an open one.
-        backend: "decord", "torchcodec" or "pyav" to use this decoder only.
-        sample_timestamps_fn: replaces the sampling: called with `metadata=VideoMetadata(...)`, returns the times to
-            show in seconds.
-        num_frames, settings: options as for `Molmo2VideoProcessor.preprocess`.
-
-    Returns:
-        (F, H, W, 3) uint8 frames, and their metadata.
-    """
-    if not is_encoded(video):
-        raise TypeError(f"load_video reads a path, URL, bytes or a file object, not a {type(video).__name__}.")
-    processor = Molmo2VideoProcessor()
-    return processor.fetch_videos(
-        video, sample_timestamps_fn, video_backend=backend, num_frames=num_frames, **settings
-    )
-
-
 def _decode(item: VideoItem, reading: ReadingOptions, clip: Any) -> tuple[np.ndarray, SampledVideoMetadata]:
     """The sampled frames of an encoded video, (F, H, W, 3) uint8."""
     return read_video(
@@ -2947,5 +2923,4 @@ __all__ = [
     "Molmo2VideoProcessorKwargs",
     "SampledVideoMetadata",
     "VideoDecodeError",
-    "load_video",
 ]

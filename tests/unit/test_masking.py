@@ -122,7 +122,7 @@ def test_examples_by_positions_that_restart():
 def test_only_a_prefill_starts_a_sequence():
     cache = DynamicCache()
     assert starts_sequence(4, None)
-    assert starts_sequence(4, cache)
+    assert starts_sequence(2, cache)
     assert not starts_sequence(1, cache)  # one query has no other token to see
     cache.update(torch.zeros(1, 1, 4, 2), torch.zeros(1, 1, 4, 2), 0)
     assert not starts_sequence(4, cache)
