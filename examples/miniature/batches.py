@@ -171,8 +171,8 @@ class BatchMaker:
         trees, all_pictures, questions = [], [], []
         for _ in range(number):
             count = mix.pictures if mix.pictures == 1 else int(rng.integers(2, mix.pictures + 1))
-            most = mix.max_things if count == 1 else min(4, mix.max_things)
-            pictures = [make_picture(rng, max_things=most, tiled=mix.tiled) for _ in range(count)]
+            max_things = mix.max_things if count == 1 else min(4, mix.max_things)
+            pictures = [make_picture(rng, max_things=max_things, tiled=mix.tiled) for _ in range(count)]
             all_pictures.append(pictures)
             questions.append(ask_pictures(rng, pictures, mix.branches))
         flat = [picture for pictures in all_pictures for picture in pictures]

@@ -34,7 +34,6 @@ ALLOWED = {
     r"this build of PyAV has no encoder": "builds differ in their codecs",
     r"torchcodec cannot be loaded": "it needs FFmpeg's libraries, which pip does not bring; decord and PyAV must load",
     r"part of Python from 3.11 on|could not import 'tomllib'": "older Python",
-    r"this torch was built without oneDNN": "builds of torch differ",
 }
 WITHOUT_REFERENCE = r"beside the checkout|the shared media are not here|got empty parameter set"
 

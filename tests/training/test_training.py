@@ -265,11 +265,11 @@ def test_weighted_loss_of_two_answers_by_hand(qwen3):
 
 
 @pytest.mark.parametrize(
-    ("rows", "most", "length"),
+    ("rows", "max_length", "length"),
     [(["abcd", "abxy"], 4, 2), (["abcd", "abcd"], 2, 2), (["ab", "abcd"], 9, 2), (["a", "b"], 1, 0)],
 )
-def test_branches_share_what_is_equal(rows, most, length):
-    assert common_prefix_length([[ord(letter) for letter in row] for row in rows], most) == length
+def test_branches_share_what_is_equal(rows, max_length, length):
+    assert common_prefix_length([[ord(letter) for letter in row] for row in rows], max_length) == length
 
 
 @pytest.mark.parametrize("name", TREES)

@@ -109,8 +109,8 @@ def test_points_arrive_while_the_answer_is_written(scripted):
 
 
 def test_a_truncated_answer_keeps_what_is_complete(scripted):
-    most = len(processor().tokenizer.encode(CUPS[: CUPS.index("750") + 5], add_special_tokens=False))
-    answer = ask(scripted, processor(), "The cups?", images=[picture(100, 200)], max_new_tokens=most)
+    num_tokens = len(processor().tokenizer.encode(CUPS[: CUPS.index("750") + 5], add_special_tokens=False))
+    answer = ask(scripted, processor(), "The cups?", images=[picture(100, 200)], max_new_tokens=num_tokens)
     assert answer.truncated
     assert answer.grounding.truncated
     assert [point.id for point in answer.grounding] == [1]

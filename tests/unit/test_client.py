@@ -28,7 +28,7 @@ CLIP = REPOSITORY / "examples" / "data" / "world_clip.mp4"
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch):
     monkeypatch.setattr(client_http, "FIRST_PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr(client_http, "LONGEST_PAUSE_SECONDS", 0.02)
+    monkeypatch.setattr(client_http, "MAX_PAUSE_SECONDS", 0.02)
 
 
 @pytest.fixture

@@ -178,11 +178,11 @@ def test_a_window_may_be_read_again(path):
 def test_few_frames_are_in_memory(path):
     """Those that the next window shows."""
     with LongVideo(path, **CUT) as video:
-        most = 0
+        max_kept = 0
         for clip in video.clips():
             for _ in clip.frames:
-                most = max(most, len(video._store._kept))
-        assert most == video.cutting.shared == 2
+                max_kept = max(max_kept, len(video._store._kept))
+        assert max_kept == video.cutting.shared == 2
 
 
 def test_decoders_that_cannot_seek_are_refused(path):

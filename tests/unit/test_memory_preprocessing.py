@@ -95,10 +95,10 @@ def test_a_large_photo_needs_little_besides_its_output(max_crops):
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the high-water mark is the Linux kernel's")
 @pytest.mark.parametrize(
-    ("kind", "most", "held"),
+    ("kind", "maximum", "held"),
     [("PNG", 10, 4), ("WEBP", 16, 4)],  # bytes a pixel, as SECURITY.md has them; 8 of WebP's are libwebp's canvases
 )
-def test_images_of_a_decoder_with_canvases_are_held_without_them(kind, most, held):
+def test_images_of_a_decoder_with_canvases_are_held_without_them(kind, maximum, held):
     side = 2048
     command = [sys.executable, "-c", FETCH, str(REPOSITORY), kind, str(side)]
     # Memory that is freed goes back to the system at once.
@@ -107,7 +107,7 @@ def test_images_of_a_decoder_with_canvases_are_held_without_them(kind, most, hel
     assert done.returncode == 0, done.stderr
     fetching, holding, loading = (number / side**2 for number in json.loads(done.stdout))
     assert 0.95 * held < holding < 1.1 * held
-    assert max(fetching, loading) < 1.1 * most
+    assert max(fetching, loading) < 1.1 * maximum
 
 
 def write_clip(path: Path, height: int, width: int, frames: int) -> Path:

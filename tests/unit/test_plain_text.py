@@ -173,7 +173,7 @@ def test_the_longest_token_is_found():
 @pytest.mark.parametrize("seed", range(20))
 def test_pieces_are_the_prompt(seed):
     rng = random.Random(seed)
-    tokens = SpecialTokens.of(tokenizer(), ())
+    tokens = SpecialTokens.from_tokenizer(tokenizer(), ())
     alphabet = ["<|im_end|>", "<im_patch>", "a", " ", "\n", "<", "|", "\U00020000" * 10, "\U00020001" * 10]
     stand_ins = {"\U00020000": "<|im_end|>", "\U00020001": "<im_patch>"}
     hidden = "".join(rng.choices(alphabet, k=30))

@@ -67,4 +67,4 @@ def test_the_workflow_runs_what_the_script_runs(targets):
     in_workflow = {command.split()[1] for command in commands} - {"${{"}
     in_workflow |= {target for job in jobs for target in job.get("strategy", {}).get("matrix", {}).get("target", [])}
     # The last two are `check` and the whole suite on the release of development there.
-    assert in_workflow == in_script - {"clean", "test", "test-slow"}
+    assert in_workflow == in_script - {"clean", "test"}

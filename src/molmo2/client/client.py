@@ -24,9 +24,9 @@ CHAT = "/chat/completions"
 STOPPED_HERE = "stopped here"  # beside the server's reasons why an answer ended
 
 
-def api_key(environment: Mapping[str, str] = os.environ) -> str | None:
+def api_key() -> str | None:
     """The key of a server from MOLMO2_API_KEY or OPENAI_API_KEY; None where neither is set."""
-    return next((environment[name] for name in KEY_VARIABLES if environment.get(name)), None)
+    return next((os.environ[name] for name in KEY_VARIABLES if os.environ.get(name)), None)
 
 
 class Client:

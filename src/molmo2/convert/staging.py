@@ -31,7 +31,7 @@ STATE_FILE = ".conversion.json"
 DRAFT_FILE = ".conversion.draft"
 OLD_FOLDER = "folder"  # in `.<name>.replaced`
 CHECK_BYTES = 1 << 22
-LARGEST_LOCK = 1_000
+MAX_LOCK_BYTES = 1_000
 
 
 class Segment(NamedTuple):
@@ -131,7 +131,7 @@ class _Lock:
                 if [os.fstat(self._descriptor).st_dev, os.fstat(self._descriptor).st_ino] == _identity(path):
                     break
             os.close(self._descriptor)  # its last holder removed it meanwhile, and a third process may have a new one
-        self.content = os.pread(self._descriptor, LARGEST_LOCK, 0)
+        self.content = os.pread(self._descriptor, MAX_LOCK_BYTES, 0)
 
     def _open(self, busy: str) -> None:
         if _kind(self.path) not in ("", "file"):

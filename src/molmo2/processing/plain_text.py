@@ -47,7 +47,7 @@ class SpecialTokens:
         self._heads = {token[0] for token in special}
 
     @classmethod
-    def of(cls, tokenizer: Any, always: Iterable[str]) -> "SpecialTokens":
+    def from_tokenizer(cls, tokenizer: Any, always: Iterable[str]) -> "SpecialTokens":
         """Those of a tokenizer as it is now, and the strings in `always`."""
         size, known = cls._known.get(tokenizer, (-1, None))
         if known is None or size != len(tokenizer):

@@ -67,8 +67,8 @@ def prepare_child(max_bytes: int) -> "Any":
 def _serve_decord(output: "Any") -> None:  # noqa: C901  # one function: its source and the one above are all it gets
     """What the child runs, from its source alone: answers requests on stdin, each a line of JSON, until that ends.
 
-    {"open": path, "most": count, "threads": count or 0} is answered by {"count", "fps", "shape"} and the spans of the
-    frames, (count, 2) float64 seconds, or by {"count"} alone where it announces more than `most`;
+    {"open": path, "max_frames": count, "threads": count or 0} is answered by {"count", "fps", "shape"} and the spans of the
+    frames, (count, 2) float64 seconds, or by {"count"} alone where it announces more than `max_frames`;
     {"decode": indices, "count": count} by {"index", "shape"} and the pixels of each frame, then by {"more": bool},
     whether there are more frames than counted. {"error"} ends an answer, {"alive"} may come at any time between them.
     """
@@ -125,7 +125,7 @@ def _serve_decord(output: "Any") -> None:  # noqa: C901  # one function: its sou
                 log.truncate(0)
                 reader = opened()
                 count = len(reader)
-                if count > request["most"]:
+                if count > request["max_frames"]:
                     send({"count": count})
                     continue
                 spans = numpy.asarray(reader.get_frame_timestamp(list(range(count))), dtype=numpy.float64)
@@ -253,7 +253,7 @@ class DecordProcess:
         """
         limits = checked_limits(limits)
         self._file_bytes = Path(path).stat().st_size
-        self._ask({"open": path, "most": limits.video_frames, "threads": int(_may_be_mpeg4(path))})
+        self._ask({"open": path, "max_frames": limits.video_frames, "threads": int(_may_be_mpeg4(path))})
         answer = self._answer(self._patience)
         self.is_busy = False
         if "error" in answer:

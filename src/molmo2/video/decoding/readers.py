@@ -597,9 +597,9 @@ class _PyavReader(VideoReader):
 
     def _counted(self, packets: Iterator[Any]) -> Iterator[Any]:
         """The packets, as long as they are not more than the frames a video may have."""
-        most, context = self._source.limits.video_frames, self._stream.codec_context
+        max_frames, context = self._source.limits.video_frames, self._stream.codec_context
         for count, packet in enumerate(packets):
-            if count > most or count % 1000 == 0:
+            if count > max_frames or count % 1000 == 0:
                 size = context.height, context.width
                 self._source.limits.check_video(self._source.name, count, size, self._source.num_bytes)
             yield packet
