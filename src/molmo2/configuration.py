@@ -115,7 +115,9 @@ class Molmo2BaseConfig(PretrainedConfig):
 
     def _require_numbers(self, *names: str, maximum: float = math.inf, above: float = -math.inf) -> None:
         """Numbers from 0 to `maximum`, and greater than `above`."""
-        expected = f"a number {'from' if above < 0 else 'above'} 0" + (f" to {maximum:g}" if maximum < math.inf else "")
+        expected = f"a number {'from' if above < 0 else 'above'} 0" + (
+            f" to {maximum:g}" if maximum < math.inf else ""
+        )
         self._require(
             names, lambda value: is_number(value) and max(0, above) <= value <= maximum and value > above, expected
         )

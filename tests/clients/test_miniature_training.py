@@ -16,7 +16,7 @@ for folder in (REPOSITORY, REPOSITORY / "examples"):
 from miniature import curves  # noqa: E402
 from miniature.train import Lessons, Plan, Trainer  # noqa: E402
 
-PLAN = Plan(minutes=1.0, first_lesson=0.5, pictures=2, clips=1, sets=1)
+PLAN = Plan(minutes=1.0, first_lesson=0.5, images=2, clips=1, sets=1)
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def lesson(trainer, passed, step):
     return batch
 
 
-@pytest.mark.parametrize(("passed", "measure"), [(0.0, "patch_colour"), (0.6, "pictures_loss")])
+@pytest.mark.parametrize(("passed", "measure"), [(0.0, "patch_colour"), (0.6, "images_loss")])
 @pytest.mark.slow
 def test_a_repeated_batch_is_learnt(trainer, passed, measure):
     batch = lesson(trainer, passed, 0)
@@ -89,7 +89,7 @@ def test_what_is_finished_converts_and_holds_the_trained_weights(trainer, tmp_pa
 
 
 def test_curves_are_drawn_from_a_log(tmp_path):
-    rows = [{"step": i, "minutes": i / 2, "pictures_loss": 2 / (i + 1), "pointing": i / 10} for i in range(10)]
+    rows = [{"step": i, "minutes": i / 2, "images_loss": 2 / (i + 1), "pointing": i / 10} for i in range(10)]
     rows += [{"step": 7, "minutes": 3.5, "resumed": True}, {**rows[8], "pointing": 0.95}]
     log = tmp_path / "log.jsonl"
     log.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")

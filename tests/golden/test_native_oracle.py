@@ -14,7 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from molmo2 import library_inputs, media_features
 from molmo2.training import DataCollator
-from support.checkpoints import picture
+from support.checkpoints import make_image
 from support.generated import generated
 from support.model_inputs import batch, processor, real_tokens
 from support.native_oracle import SHAPES, write_native
@@ -74,7 +74,7 @@ def test_the_processor_warns_where_the_native_class_is_loaded(tmp_path, monkeypa
     own = processor_module.Molmo2Processor.from_pretrained(folder)
     with monkeypatch.context() as patch:
         patch.delitem(sys.modules, features_module.LIBRARY_MODEL, raising=False)
-        inputs = own(images=[picture()], text="<|image|>", return_tensors="pt")
+        inputs = own(images=[make_image()], text="<|image|>", return_tensors="pt")
         dict(**inputs)
         assert not said
         patch.setitem(sys.modules, features_module.LIBRARY_MODEL, sys)
@@ -94,7 +94,7 @@ def test_batches_for_training_are_warned_about_too(monkeypatch):
     """They would be read as wrongly: without a word the loss is another one."""
     said = []
     monkeypatch.setattr(media_features.logger, "warning_once", said.append)
-    content = [{"type": "image", "image": picture()}, {"type": "text", "text": "What is this?"}]
+    content = [{"type": "image", "image": make_image()}, {"type": "text", "text": "What is this?"}]
     answer = {"role": "assistant", "content": [{"type": "text", "text": "A boat."}]}
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, media_features.LIBRARY_MODEL, sys)

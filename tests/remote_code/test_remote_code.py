@@ -24,7 +24,7 @@ from support.checkpoints import (
     PUBLISHED,
     REPOSITORY,
     build_model,
-    picture,
+    make_image,
     read_json,
     write_checkpoint,
 )
@@ -221,7 +221,7 @@ def library_limit(name: str) -> str | None:
 @pytest.fixture(scope="module")
 def image_file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("images") / "image.png"
-    picture().save(path)
+    make_image().save(path)
     return path
 
 

@@ -206,25 +206,25 @@ def write_checkpoint(
     return folder
 
 
-def picture(height: int = 90, width: int = 130, seed: int = 0) -> Image.Image:
+def make_image(height: int = 90, width: int = 130, seed: int = 0) -> Image.Image:
     """Noise over a gradient: no two patches are alike."""
     noise = np.random.default_rng(seed).integers(0, 96, (height, width, 3))
     slope = np.linspace(0, 159, width)[None, :, None]
     return Image.fromarray((noise + slope).astype(np.uint8))
 
 
-def picture_messages() -> list[dict[str, Any]]:
+def image_messages() -> list[dict[str, Any]]:
     """A conversation about one image."""
-    content = [{"type": "image", "image": picture()}, {"type": "text", "text": "What is in the picture?"}]
+    content = [{"type": "image", "image": make_image()}, {"type": "text", "text": "What is in the picture?"}]
     return [{"role": "user", "content": content}]
 
 
-def picture_inputs(folder: Path) -> dict[str, torch.Tensor]:
-    """What the processor of a checkpoint makes of `picture_messages`."""
+def image_inputs(folder: Path) -> dict[str, torch.Tensor]:
+    """What the processor of a checkpoint makes of `image_messages`."""
     processor = Molmo2Processor.from_pretrained(folder)
     return dict(
         processor.apply_chat_template(
-            picture_messages(), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            image_messages(), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )
     )
 

@@ -24,7 +24,7 @@ from molmo2.training import fsdp_config
 from support.checkpoints import build_model
 from support.training_cases import CONVERSATIONS, TREES, collate, example
 
-# What each process reads. The second one sees no picture at all, the third one fewer crops than the first.
+# What each process reads. The second one sees no image at all, the third one fewer crops than the first.
 PARTS = (
     [[example(TREES["image"]), example(CONVERSATIONS["video"])], example(CONVERSATIONS["two images"])],
     [example(CONVERSATIONS["text"])],

@@ -1,4 +1,4 @@
-"""Batches of training examples: padding, pictures of every kind, packed rows, one loss in every arrangement."""
+"""Batches of training examples: padding, images of every kind, packed rows, one loss in every arrangement."""
 
 import pytest
 import torch

@@ -10,7 +10,7 @@ from PIL import Image
 from molmo2.training import TokenWeighting, messages_from_row
 from molmo2.training.examples import common_prefix_length
 from molmo2.training.weighting import is_pointing_style
-from support.checkpoints import FAMILIES, build_model, picture
+from support.checkpoints import FAMILIES, build_model, make_image
 from support.model_inputs import processor
 from support.training_cases import (
     ATTENTION,
@@ -75,7 +75,7 @@ def test_the_answers_and_their_closing_tokens_are_learnt(name, text):
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
 def test_the_rows_are_those_of_the_chat(name):
-    """What is read in training is what is read when the model answers, pictures included."""
+    """What is read in training is what is read when the model answers, images included."""
     messages = CONVERSATIONS[name]
     row = example(messages)
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
@@ -99,7 +99,7 @@ def test_system_and_subtitle_are_read_and_not_learnt():
     assert learnt(row) == "A red boat.<|im_end|>"
 
 
-def test_options_reach_the_pictures():
+def test_options_reach_the_images():
     assert len(example(CONVERSATIONS["image"], max_crops=1)["pixel_values"]) == 2
     assert len(example(CONVERSATIONS["video"], num_frames=2)["pixel_values_videos"]) == 2
 
@@ -152,7 +152,7 @@ def test_the_end_is_cut_off():
         ),
         ([TREES["image"][0], turn("b", "c", CLIP)], {}, r"has 1 image\(s\) and 0 video\(s\), another one has 0"),
         (
-            [TREES["image"][0], turn("b", "c", {"type": "image", "image": picture(90, 130, 1)})],
+            [TREES["image"][0], turn("b", "c", {"type": "image", "image": make_image(90, 130, 1)})],
             {},
             "or different ones. All branches of a tree have the same media",
         ),
@@ -289,7 +289,7 @@ def test_the_branches_of_a_tree_are_rows(name, weighting):
     assert len(tree["input_ids"]) < sum(len(example(messages)["input_ids"]) for messages in separate(TREES[name]))
 
 
-def test_the_pictures_of_a_tree_are_there_once():
+def test_the_images_of_a_tree_are_there_once():
     assert len(example(TREES["image"])["image_grids"]) == 1
     assert torch.equal(example(separate(TREES["image"]))["input_ids"], example(TREES["image"])["input_ids"])
 
@@ -379,7 +379,7 @@ def same(row: dict, messages: list, **options) -> bool:
     return found.keys() == expected.keys() and all(torch.equal(found[field], expected[field]) for field in expected)
 
 
-def test_pictures_in_columns_of_their_own():
+def test_images_in_columns_of_their_own():
     waiting = {"type": "image", "text": None}
     messages = [
         {"role": "user", "content": [waiting, {"type": "text", "text": "What is this?"}]},
@@ -421,7 +421,7 @@ def test_a_column_with_the_frames_of_one_video(column):
     assert part["video"] is frames
 
 
-def test_branches_may_name_the_same_picture_again(tmp_path):
+def test_branches_may_name_the_same_image_again(tmp_path):
     """By another path object, or decoded once more."""
     path = tmp_path / "a.png"
     IMAGE["image"].save(path)

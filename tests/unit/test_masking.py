@@ -1,4 +1,4 @@
-"""Masks and positions as pictures: rows are queries, columns keys, 1 = may attend."""
+"""Masks and positions as drawings: rows are queries, columns keys, 1 = may attend."""
 
 import pytest
 import torch

@@ -77,7 +77,7 @@ def molmo2() -> None:
 
     \b
     First steps:
-      molmo2 ask "What is in this picture?" boats.jpg --model allenai/Molmo2-4B
+      molmo2 ask "What is in this image?" boats.jpg --model allenai/Molmo2-4B
       molmo2 point boats harbour.jpg --draw marked       # marked/harbour_points.png
       molmo2 count penguins "photos/*.jpg" --format csv > counts.csv
       molmo2 track "red car" street.mp4 --draw marked
