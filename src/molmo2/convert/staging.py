@@ -119,6 +119,9 @@ def _remove_marked(folder: Path) -> None:
 class _Lock:
     """A lock file beside the output; the system releases it when this process ends.
 
+    Not `filelock`, which locks the output of batches: this file also holds a note that outlives a kill, links to it
+    are refused, and file systems without locks are accepted. Writing needs POSIX besides: it flushes folders.
+
     Raises:
         OutputError: If another process holds it, or if there is something else at its path.
     """
