@@ -33,7 +33,7 @@ def drawn(kind: Kind, seed: Sequence[int], tiled: float = 0.35) -> np.ndarray:
 
 
 def world(number: int) -> tuple[list[Kind], list[np.ndarray]]:
-    """So many images of each kind of object."""
+    """`number` images of each kind of object."""
     kinds = [(colour, shape) for colour in COLOURS for shape in SHAPES for _ in range(number)]
     return kinds, [drawn(kind, [SEED, place]) for place, kind in enumerate(kinds)]
 

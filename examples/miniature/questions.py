@@ -189,7 +189,7 @@ def _compose(
     about_one: float,
     none: float,
 ) -> list[Question]:
-    """So many different questions, drawn by weight, about the objects at the places where they are seen."""
+    """`number` different questions, drawn by weight, about the objects at the places where they are seen."""
     things = [place.thing for place in first_places(seen)]
     weights = np.array([weight for weight, _ in makers])
     found: dict[str, Question] = {}

@@ -172,7 +172,7 @@ def _sides(rng: np.random.Generator, tiled: float) -> tuple[int, int]:
 
 
 def choose_kinds(rng: np.random.Generator, number: int) -> list[tuple[str, str]]:
-    """Colours and kinds of so many objects; several alike more often than chance would have it."""
+    """Colours and kinds of `number` objects; several alike more often than chance would have it."""
     colours, chosen = list(COLOURS), []
     alike = int(rng.integers(1, 6)) if rng.random() < 0.6 else 1
     for index in range(number):
@@ -221,7 +221,7 @@ def make_image(
     """One image.
 
     Args:
-        max_things: It has one to so many objects.
+        max_things: Maximum number of objects; at least one.
         tiled: Probability that it is larger than one crop.
         kinds: Colours and kinds instead of drawn ones.
     """
@@ -237,7 +237,7 @@ def make_clip(
     """One clip of 1 to 2.5 seconds: objects that rest, move, cross each other, leave and enter.
 
     Args:
-        max_things: It has one to so many objects.
+        max_things: Maximum number of objects; at least one.
         kinds: Colours and kinds instead of drawn ones.
     """
     shape = int(rng.integers(80, 130)), int(rng.integers(80, 130))

@@ -68,7 +68,7 @@ class Gate:
     def __call__(self, text):
         self.texts.append(text)
         if self.place is not None and self.place in text:
-            assert self.opened.wait(60), "nobody let the model go on"
+            assert self.opened.wait(60), "the model was never released"
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The training of the miniature: losses fall, and an interrupted run goes on as if nothing had happened."""
+"""The training of the miniature: losses fall, and an interrupted run continues as if nothing had happened."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def lesson(trainer, passed, step):
 
 @pytest.mark.parametrize(("passed", "measure"), [(0.0, "patch_colour"), (0.6, "images_loss")])
 @pytest.mark.slow
-def test_a_repeated_batch_is_learnt(trainer, passed, measure):
+def test_a_repeated_batch_is_fitted(trainer, passed, measure):
     batch = lesson(trainer, passed, 0)
     trainer.step = 100  # warm
     values = [trainer.train_step(batch)[measure] for _ in range(15)]
@@ -64,7 +64,7 @@ def test_attention_slot_by_slot_gives_the_losses_of_the_whole(trainer):
         torch.testing.assert_close(split, whole)
 
 
-def test_an_interrupted_run_goes_on_where_it_was(trainer):
+def test_an_interrupted_run_continues_where_it_was(trainer):
     for step in range(2):
         trainer.train_step(lesson(trainer, 0.9, step))
     trainer.save()

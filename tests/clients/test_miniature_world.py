@@ -24,7 +24,7 @@ from molmo2.grounding.parse import parse_grounding  # noqa: E402
 
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory):
-    """Model and processor of a miniature that has learnt nothing."""
+    """Model and processor of an untrained miniature."""
     folder = native.write_fresh(tmp_path_factory.mktemp("fresh") / "model", seed=3)
     model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
     return model, AutoProcessor.from_pretrained(folder, trust_remote_code=True)

@@ -693,7 +693,7 @@ def several(tokenizer: str) -> ConversionOptions:
 
 
 class Interruption:
-    """Raises once so many bytes have been reported."""
+    """Raises once this number of bytes was reported."""
 
     def __init__(self, after: int, error: BaseException):
         self.left, self.error, self.reported = after, error, []
@@ -1118,7 +1118,7 @@ def test_module_entry_point(tmp_path, checkpoint, tokenizer):
     assert result.stdout.splitlines()[-1] == f"Wrote {tmp_path / 'out'}."
     printed = re.findall(r"^sha256 ([0-9a-f]{64})  (\S+)$", result.stdout, re.M)
     assert {name: digest for digest, name in printed} == ensure_remote_code(tmp_path / "out")
-    assert result.stderr == ""  # no progress bar where nobody watches
+    assert result.stderr == ""  # no progress bar outside of a terminal
     assert AutoTokenizer.from_pretrained(tmp_path / "out").convert_tokens_to_ids("<|vit_loc|>") == 277 + 13
 
 

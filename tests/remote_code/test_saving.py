@@ -325,7 +325,7 @@ def test_files_saved_by_another_release_can_be_read(checkpoint, tmp_path, parts)
     expected = tiny_config("olmo3").to_dict()
     found = config.to_dict()
     for name in ("text_config", "vit_config", "adapter_config"):
-        for settings in (found[name], expected[name]):  # older releases list a dtype that nobody set
+        for settings in (found[name], expected[name]):  # older releases list a dtype that was never set
             settings.pop("dtype", None)
         assert found[name] == expected[name]
     assert_equal_inputs(load_processor(folder), load_processor(checkpoint("olmo3")))

@@ -231,7 +231,7 @@ def image_inputs(folder: Path) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def module_cache(folder: Path) -> Iterator[None]:
-    """Remote code is copied to `folder`, not to the cache of whoever runs the tests, and forgotten in the end."""
+    """Remote code is copied to `folder`, not to the user's cache, and forgotten in the end."""
 
     def forget() -> None:
         for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:

@@ -83,7 +83,7 @@ def main(output: Path, rank: int, world_size: int, mode: str) -> None:
     units = [type(module).__name__ for module in model.modules() if type(module).__name__.startswith("FSDP")]
     report = {"loss": loss.detach(), "units": units}
     torch.save({**report, "gradients": gradients, "weights": weights} if rank == 0 else report, output / f"{rank}.pt")
-    distributed.barrier()  # nobody leaves while another one still reads from it
+    distributed.barrier()  # no process leaves while another one still reads from it
     distributed.destroy_process_group()
     os._exit(0)  # the step is what is tested, not how the threads of gloo and of autograd end
 

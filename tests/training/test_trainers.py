@@ -91,7 +91,7 @@ def arguments(folder: Path, **settings: Any) -> dict[str, Any]:
         "report_to": [],
         "remove_unused_columns": False,
         "disable_tqdm": True,
-        "bf16": False,  # TRL's default is True, and the trained model would go on in mixed precision
+        "bf16": False,  # TRL's default is True, and the trained model would continue in mixed precision
         **settings,
     }
 
@@ -202,7 +202,7 @@ def test_accumulated_batches_are_one_weighted_batch(folder, processor, weighted)
 
 @pytest.mark.parametrize("weighted", [True, False])
 def test_every_process_takes_part_in_the_sum_of_weights(model, processor, tmp_path, monkeypatch, weighted):
-    """Also one whose batches have no weights: 10 tokens of 0.5 each are learnt in another process."""
+    """Also one whose batches have no weights: another process has 10 targets of weight 0.5."""
     batch = DataCollator(processor)(examples_with_weights(processor, (weighted,)))
     trainer = trainer_class(Trainer)(model, TrainingArguments(**arguments(tmp_path)))
     monkeypatch.setattr(trainer.accelerator, "gather", lambda own: torch.cat([own, torch.tensor([5.0, 10.0])]))
@@ -214,8 +214,8 @@ def test_every_process_takes_part_in_the_sum_of_weights(model, processor, tmp_pa
 
 
 @pytest.mark.parametrize("kind", ["prompt", "messages"])
-def test_answers_that_are_not_learnt_in_some_rows(model, processor, tmp_path, kind):
-    """Nobody asked for weights: an earlier answer of a prompt has weight 0, other rows have none."""
+def test_answers_that_are_no_targets_in_some_rows(model, processor, tmp_path, kind):
+    """No weights are asked for: an earlier answer of a prompt has weight 0, other rows have none."""
     talk = [*turn("Hello.", "Hi.", loss_weight=0), *turn("Name a number.", "Seven.")]
     rows = [{"messages": talk}, ROWS[2]]
     if kind == "prompt":

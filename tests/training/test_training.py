@@ -1,4 +1,4 @@
-"""Training examples: what is learnt, how much it counts, and trees that are what their branches are apart."""
+"""Training examples: what the targets are, how much they count, and trees that are what their branches are apart."""
 
 from pathlib import Path
 
@@ -41,8 +41,8 @@ def qwen3():
     return build_model("qwen3")
 
 
-def learnt(row: dict[str, torch.Tensor]) -> str:
-    """The text that is learnt, `|` where something between is not."""
+def target_text(row: dict[str, torch.Tensor]) -> str:
+    """The text of the targets, `|` where something between is none."""
     pieces, last = [], None
     for place in (row["labels"] != -100).nonzero()[:, 0].tolist():
         pieces += ["|"] * (last is not None and place != last + 1)
@@ -64,9 +64,9 @@ def learnt(row: dict[str, torch.Tensor]) -> str:
         ("video", "Something moves.<|im_end|>"),
     ],
 )
-def test_the_answers_and_their_closing_tokens_are_learnt(name, text):
+def test_the_answers_and_their_closing_tokens_are_targets(name, text):
     row = example(CONVERSATIONS[name])
-    assert learnt(row) == text
+    assert target_text(row) == text
     kept = row["labels"] != -100
     assert torch.equal(row["labels"][kept], row["input_ids"][kept])
     assert row["input_ids"][-1] == processor().tokenizer.convert_tokens_to_ids("<|im_end|>")  # and no newline
@@ -92,11 +92,11 @@ def test_the_rows_are_those_of_the_chat(name):
     assert torch.equal(example(messages)["input_ids"][:last_answer], prompt)
 
 
-def test_system_and_subtitle_are_read_and_not_learnt():
+def test_system_and_subtitle_are_read_and_no_targets():
     messages = [{"role": "subtitle", "content": "0.0 hello"}, {"role": "system", "content": "Be brief."}]
     row = example([*messages, *CONVERSATIONS["image"]])
     assert "Be brief." in processor().tokenizer.decode(row["input_ids"])
-    assert learnt(row) == "A red boat.<|im_end|>"
+    assert target_text(row) == "A red boat.<|im_end|>"
 
 
 def test_options_reach_the_images():
@@ -104,7 +104,7 @@ def test_options_reach_the_images():
     assert len(example(CONVERSATIONS["video"], num_frames=2)["pixel_values_videos"]) == 2
 
 
-def test_visual_tokens_in_an_answer_are_not_learnt():
+def test_visual_tokens_in_an_answer_are_no_targets():
     row = example(turn("Draw it.", "Here: <im_col> it is.", IMAGE))
     visual = processor().tokenizer.convert_tokens_to_ids("<im_col>")
     assert (row["input_ids"] == visual).sum() > 0
@@ -158,7 +158,7 @@ def test_the_end_is_cut_off():
         ),
     ],
 )
-def test_what_cannot_be_learnt(messages, options, message):
+def test_what_cannot_be_a_target(messages, options, message):
     with pytest.raises(ValueError, match=message):
         example(messages, **options)
 
@@ -172,8 +172,8 @@ def test_the_loss_by_hand(model, name):
     row = example(CONVERSATIONS[name])
     outputs = model(**collate([row]))
     log_probabilities = outputs.logits[0].float().log_softmax(-1)
-    learnt = [place for place, label in enumerate(row["labels"].tolist()) if label != -100]
-    terms = [-float(log_probabilities[place - 1, row["labels"][place]]) for place in learnt]
+    targets = [place for place, label in enumerate(row["labels"].tolist()) if label != -100]
+    terms = [-float(log_probabilities[place - 1, row["labels"][place]]) for place in targets]
     assert float(outputs.loss) == pytest.approx(sum(terms) / len(terms), abs=1e-5)
 
 
@@ -192,9 +192,9 @@ def test_the_loss_by_hand(model, name):
 )
 def test_weights_of_answers(answer, keys, weight):
     row = example(turn("Describe.", answer, IMAGE, **keys), weighting=TokenWeighting())
-    learnt = row["labels"] != -100
-    expected = 4 / int(learnt.sum()) ** 0.5 if weight is None else weight
-    torch.testing.assert_close(row["loss_weights"], learnt * expected)
+    is_target = row["labels"] != -100
+    expected = 4 / int(is_target.sum()) ** 0.5 if weight is None else weight
+    torch.testing.assert_close(row["loss_weights"], is_target * expected)
 
 
 def test_each_message_has_its_own_weight():
@@ -204,7 +204,7 @@ def test_each_message_has_its_own_weight():
         *turn("Ah.", "Oh."),
     ]
     row = example(messages, weighting=TokenWeighting(pointing=0.3, scale=2.0))
-    assert learnt(row) == "<points><|im_end|>|Oh.<|im_end|>"
+    assert target_text(row) == "<points><|im_end|>|Oh.<|im_end|>"
     weights = row["loss_weights"][row["labels"] != -100].unique()
     last = len(processor().tokenizer("Oh.<|im_end|>")["input_ids"])
     torch.testing.assert_close(weights, torch.tensor([0.3, 2 / last**0.5]))
@@ -409,8 +409,8 @@ def test_a_null_style_is_none():
 
     found, expected = example(styled(style=None)), example(styled())
     assert all(torch.equal(found[field], expected[field]) for field in expected)
-    assert learnt(found) == "A boat.<|im_end|>"
-    assert learnt(example(styled(style="vqa2"))) == "vqa2: A boat.<|im_end|>"
+    assert target_text(found) == "A boat.<|im_end|>"
+    assert target_text(example(styled(style="vqa2"))) == "vqa2: A boat.<|im_end|>"
 
 
 @pytest.mark.parametrize("column", ["video", "videos"])
@@ -433,12 +433,12 @@ def test_branches_may_name_the_same_image_again(tmp_path):
         assert all(torch.equal(found[field], wanted[field]) for field in wanted)
 
 
-def test_of_prompt_and_completion_the_second_is_learnt():
+def test_of_prompt_and_completion_the_second_is_the_target():
     prompt, completion = CONVERSATIONS["turns"][:3], CONVERSATIONS["turns"][3:]
     row = example(messages_from_row({"prompt": prompt, "completion": completion}))
-    assert learnt(row) == "It is red, I think.<|im_end|>"
+    assert target_text(row) == "It is red, I think.<|im_end|>"
     row = example(messages_from_row({"prompt": "How?", "completion": "So."}))
-    assert learnt(row) == "So.<|im_end|>"
+    assert target_text(row) == "So.<|im_end|>"
 
 
 @pytest.mark.parametrize(
@@ -460,9 +460,9 @@ def test_rows_without_a_conversation(row, message):
         collate([row])
 
 
-def test_an_empty_answer_is_learnt_where_it_is_meant():
+def test_an_empty_answer_is_a_target_where_it_is_meant():
     for empty in ("", [{"type": "text", "text": ""}]):
-        assert learnt(example(turn("What is there?", empty))) == "<|im_end|>"
+        assert target_text(example(turn("What is there?", empty))) == "<|im_end|>"
 
 
 def test_a_text_part_without_text_is_refused():

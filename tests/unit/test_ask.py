@@ -131,8 +131,8 @@ def test_a_truncated_answer_keeps_what_is_complete(scripted):
     ],
     ids=["option", "length", "length alone", "configuration", "model"],
 )
-def test_whoever_limits_the_length(model, monkeypatch, options, found):
-    """Counted from the prompt; what the model's own configuration says holds where nobody else says anything."""
+def test_what_limits_the_length(model, monkeypatch, options, found):
+    """Counted from the prompt; what the model's own configuration says holds where nothing else says a limit."""
     monkeypatch.setattr(model, "generation_config", copy.deepcopy(model.generation_config))
     monkeypatch.setattr(model.generation_config, "max_new_tokens", None if "max_length" in options else 6)
     dictated = DictatedModel(model, processor(), lambda prompt: "word " * 30)
@@ -208,7 +208,7 @@ def test_a_session_answers_like_separate_questions(model, encodings, media):
 
 
 @torch.no_grad()
-def test_a_conversation_goes_on_from_what_was_read(model, encodings):
+def test_a_conversation_continues_from_what_was_read(model, encodings):
     session = MediaSession(model, processor(), images=[make_image()])
     first = session.chat("What is it?", max_new_tokens=6, do_sample=False)
     second = session.chat("Are you sure?", max_new_tokens=6, do_sample=False)

@@ -264,7 +264,7 @@ def test_roles_in_any_case():
 
 @pytest.mark.parametrize("content", ["It is a", [text("It is"), text("a")]])
 def test_a_turn_to_continue_stays_open(content):
-    """The closing token is left out, so that generation goes on where the message stops."""
+    """The closing token is left out, so that generation continues where the message stops."""
     rendered = render(user(IMAGE, text("What?")), assistant(content), continue_final_message=True)
     assert rendered == "<|image|><|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\nIt is a"
 

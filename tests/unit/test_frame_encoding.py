@@ -188,7 +188,7 @@ def test_errors_of_the_encoder_and_of_the_file_arrive(model, tmp_path):
 
 
 def test_a_session_never_holds_the_pixels_of_a_clip(model, monkeypatch):
-    """`MediaSession` encodes frames as they come, and answers as ever."""
+    """`MediaSession` encodes frames as they come, with unchanged answers."""
     video = [(clip(4), {"fps": 2.0})]
     asked = MediaSession(model, processor(), videos=video).ask("What happens?", max_new_tokens=5)
     seen = []

@@ -267,7 +267,7 @@ def test_streaming(qwen3):
 
 
 @pytest.mark.parametrize("name", ["image", "video", "image and video"])
-def test_a_conversation_goes_on_with_its_cache(model, name):
+def test_a_conversation_continues_with_its_cache(model, name):
     inputs = batch(name)
     first = model.generate(**inputs, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
     ids = torch.cat([first.sequences, torch.tensor([[30, 31, 32, 33]])], 1)

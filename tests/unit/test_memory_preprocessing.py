@@ -130,7 +130,7 @@ def write_clip(path: Path, height: int, width: int, frames: int) -> Path:
 def test_clips_need_little_besides_their_output(tmp_path):
     """Decoded as a whole, the long clip would take 640 MB, and the wanted frames of the large one 300 MB.
 
-    With PyAV, which reads long and large clips by default; decord decodes ahead of whoever takes its frames.
+    With PyAV, which reads long and large clips by default; decord decodes ahead of its reader.
     """
     first = write_clip(tmp_path / "first.mp4", 96, 128, 4)
     extra = {}

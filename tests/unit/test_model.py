@@ -217,7 +217,7 @@ def test_loss_by_hand(model):
 
 
 def test_labels_without_logits_count_for_no_trainer(qwen3):
-    """A trainer counts the labels it sees; those of visual tokens are not learnt and must not thin out the others."""
+    """A trainer counts the labels it sees; those of visual tokens are no targets and must not thin out the others."""
     inputs = batch("image")
     labels = inputs["input_ids"]
     with torch.no_grad():

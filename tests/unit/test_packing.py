@@ -45,7 +45,7 @@ def written(ids: torch.Tensor) -> list[str]:
     ("mask", "examples", "branches", "positions"),
     [
         ("11111111", "00011222", None, "01201012"),
-        ("11111111", None, "00011222", "01234345"),  # branches go on where the prefix ends
+        ("11111111", None, "00011222", "01234345"),  # branches continue where the prefix ends
         ("111111111", "000001111", "001120011", "012320123"),  # trees packed behind each other
         ("00111111", "..000111", None, "00012012"),
         ("11111100", "000111..", None, "01201222"),

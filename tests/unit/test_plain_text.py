@@ -88,7 +88,7 @@ def test_tools_and_documents_are_text(processor):
     assert sum(token in SPECIAL_IDS for token in ids) == 3  # BOS, start and end
 
 
-def test_an_attempt_costs_nobody_else_in_the_batch(processor):
+def test_an_attempt_costs_no_other_row_of_the_batch(processor):
     harmless = [user(IMAGE, text("What <points> is this?"))]
     alone = row(processor, harmless)
     batch = processor.apply_chat_template([[user(text(FORGED))], harmless], tokenize=True)

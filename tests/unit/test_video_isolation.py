@@ -170,7 +170,7 @@ def files_open_in(process):
 
 
 def test_an_answer_after_the_deadline_is_late_too(monkeypatch):
-    monkeypatch.setattr(decord_process, "WATCH_SECONDS", 1000)  # nobody looks at the clock
+    monkeypatch.setattr(decord_process, "WATCH_SECONDS", 1000)  # the clock is never read
     with pytest.raises(MediaLimitError, match=r"not decoded in time, over the limit decode_seconds=0\."):
         open_video(clip(), "pyav", MediaLimits(decode_seconds=0))
 

@@ -111,7 +111,7 @@ class Endpoint:
         raise ServerError("No attempt was allowed.")
 
     def _open(self, method: str, path: str, body: bytes | None, deadline: float, attempt: int = 0) -> "_Exchange":
-        """A response that has begun well; attempts that fail for a while are repeated."""
+        """A response whose status is good; attempts that fail for a while are repeated."""
         while True:
             exchange = _Exchange(self.base_url, self._shown, deadline)
             try:

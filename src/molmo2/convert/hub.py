@@ -118,7 +118,7 @@ def push_folder(
 
 
 def _timely(call: Callable[[], Result], num_bytes: int = 0) -> Result:
-    """The result of calls to the Hub that send so many bytes; the client library itself waits forever."""
+    """The result of calls to the Hub that send this number of bytes; the client library itself waits forever."""
     seconds = ANSWER_SECONDS + num_bytes / MIN_UPLOAD_RATE
     return within_deadline(call, seconds, "The Hub did not answer")
 

@@ -303,7 +303,7 @@ class Staging:
                     self.notes[name] = [str(note) for note in state.get("notes", {}).get(name, [])]
 
     def _ensure_space(self, num_bytes: int) -> None:
-        """Refuse an output of so many bytes if it does not fit on the disk."""
+        """Refuse an output of this size if it does not fit on the disk."""
         present = sum((self.folder / name).stat().st_size for name in self.finished)
         abandoned = sum(f.lstat().st_size for f in self.folder.iterdir() if _kind(f) == "file") - present
         free = shutil.disk_usage(self.folder.parent).free + abandoned

@@ -47,7 +47,7 @@ ROWS = {
 }
 PER_ITEM = {"image": ("image_num_patches",), "video": ("video_num_patches",)}
 PROMPT_FIELDS = {"image": "image_tokens", "video": "video_prompt"}
-# Requests are those of strangers: decoders of videos run in a process that is ended after so many seconds.
+# Requests are those of strangers: decoders of videos run in a process that is ended after this time.
 LIMITS = MediaLimits(decode_seconds=60)
 PLACEHOLDERS = {"image": IMAGE_PLACEHOLDER, "video": VIDEO_PLACEHOLDER}
 

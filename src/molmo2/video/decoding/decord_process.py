@@ -1,7 +1,7 @@
 """decord in a process of its own, which a hostile file may end without harm to this one.
 
 decord ends its process on some files: a seek past the end of memory is a segmentation fault, a header that announces
-two billion frames an exception of C++ that nobody catches. Here it runs in a child that is started with the first
+two billion frames a C++ exception that is never caught. Here it runs in a child that is started with the first
 video, kept for the next ones, given up when it stops answering and replaced when it dies. It reads paths only.
 """
 
@@ -177,7 +177,7 @@ class DecordProcess:
         self._parent = os.getpid()
         self._child: Any = None
         self._file_bytes = 0
-        self.is_busy = False  # an answer was begun and not read to its end
+        self.is_busy = False  # an answer was started and not read to its end
         self._deadline: float | None = None
         self._was_late = False
         self._watch: threading.Thread | None = None
@@ -214,7 +214,7 @@ class DecordProcess:
                 child = cls._idle.pop() if cls._idle else None
             if child is None:
                 return cls()
-            if child._parent != os.getpid():  # that of a forked parent, which goes on using it
+            if child._parent != os.getpid():  # that of a forked parent, which still uses it
                 child._close_pipes()
             elif child._child.poll() is None:
                 return child

@@ -199,7 +199,7 @@ class _TemporaryCopy:
     """A temporary file with the content of a stream, removed with this object.
 
     Raises:
-        MediaLimitError: it is a stream of more than `fetch_bytes`; so many bytes are read, and no more.
+        MediaLimitError: it is a stream of more than `fetch_bytes`; no more bytes than that are read.
     """
 
     def __init__(self, stream: IO[bytes], name: str, limits: MediaLimits) -> None:
@@ -731,7 +731,7 @@ class _PacketTable:
         return self.origin + int(self.shown_stamps[index])
 
     def stamp_of_shown(self, count: int) -> int | None:
-        """Time stamp of the frame that comes after so many from the decoder; None after the last one."""
+        """Time stamp of the frame that comes after `count` from the decoder; None after the last one."""
         return self.stamp_of(count) if count < len(self.shown_stamps) else None
 
     def stamp_at(self, place: int) -> int:
