@@ -1587,7 +1587,7 @@ class Normalization:
 
     Attributes:
         mean, std: one number per channel.
-        rescale_factor: for pixels of 0..255; floating point images, of 0..1, are scaled as the same picture would be.
+        rescale_factor: for pixels of 0..255; floating point images, of 0..1, are scaled as the same image would be.
             None leaves the values of both kinds as they are.
     """
 
@@ -2089,10 +2089,7 @@ class OptionsMixin:
         """
         return {
             **{name: plain(values[name]) for name in cls.DEFAULTS},
-            **{
-                name: flag(name, values[name])
-                for name in ("do_convert_rgb", "do_normalize", "do_rescale", "do_resize")
-            },
+            **{name: flag(name, values[name]) for name in FLAGS},
             "rescale_factor": nonzero("rescale_factor", values["rescale_factor"]),
             "image_mean": per_channel("image_mean", values["image_mean"]),
             "image_std": divisors_per_channel("image_std", values["image_std"]),
@@ -2134,11 +2131,17 @@ class OptionsMixin:
 
 
 # --- src/molmo2/image/suffixes.py ------------------------------------------------------------------------------------
-# Suffixes of image files, in a module that needs nothing: batches and command lines read them without torch.
+# Suffixes of image and video files, in a module that imports nothing: command lines read them without torch.
 
 
-FRAME_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
-IMAGE_SUFFIXES = (*FRAME_SUFFIXES, ".avif", ".gif", ".heic")  # a GIF among videos is a clip, not a frame
+FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")  # of frames of videos too
+ANIMATION_SUFFIX = ".gif"
+IMAGE_SUFFIXES = (*FRAME_SUFFIXES, ANIMATION_SUFFIX, ".avif", ".heic")
+# The first ones are the most common in data sets. Not those of `mimetypes`, which differ between systems.
+VIDEO_SUFFIXES = (
+    *(".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v", ".mpg", ".mpeg"),
+    *(".3gp", ".flv", ".m2ts", ".mts", ".ogv", ".ts", ".wmv"),
+)
 
 
 # --- src/molmo2/media_features.py ------------------------------------------------------------------------------------
@@ -2333,7 +2336,7 @@ def _is_nested(row: Any) -> bool:
 # --- src/molmo2/image/processing.py ----------------------------------------------------------------------------------
 
 
-MOST_CROPS = 10_000  # an image of a million visual tokens; every tiling up to it is compared
+MAX_CROPS = 10_000  # an image of a million visual tokens; every tiling up to it is compared
 
 
 class Molmo2ImageProcessorKwargs(ImagesKwargs, total=False):
@@ -2538,10 +2541,10 @@ class Molmo2ImageProcessor(OptionsMixin, BaseImageProcessor):  # type: ignore[mi
     @classmethod
     def _canonical_own(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         max_crops = plain(values["max_crops"])
-        if isinstance(max_crops, bool) or not isinstance(max_crops, int) or not 1 <= max_crops <= MOST_CROPS:
+        if isinstance(max_crops, bool) or not isinstance(max_crops, int) or not 1 <= max_crops <= MAX_CROPS:
             raise ValueError(
                 f"max_crops is {max_crops!r}, but must be a whole number of at least 1: the maximum number of tiles "
-                f"of an image, up to {MOST_CROPS:,}. 1 gives one tile besides the low-resolution view; leave it out "
+                f"of an image, up to {MAX_CROPS:,}. 1 gives one tile besides the low-resolution view; leave it out "
                 "for the default."
             )
         margins = pair("overlap_margins", values["overlap_margins"], "(before, after) in patches", minimum=0)

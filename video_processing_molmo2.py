@@ -300,8 +300,8 @@ def prepare_child(max_bytes: int) -> "Any":
 def _serve_decord(output: "Any") -> None:  # noqa: C901  # one function: its source and the one above are all it gets
     """What the child runs, from its source alone: answers requests on stdin, each a line of JSON, until that ends.
 
-    {"open": path, "most": count, "threads": count or 0} is answered by {"count", "fps", "shape"} and the spans of the
-    frames, (count, 2) float64 seconds, or by {"count"} alone where it announces more than `most`;
+    {"open": path, "max_frames": count, "threads": count or 0} is answered by {"count", "fps", "shape"} and the spans
+    of the frames, (count, 2) float64 seconds, or by {"count"} alone where it announces more than `max_frames`;
     {"decode": indices, "count": count} by {"index", "shape"} and the pixels of each frame, then by {"more": bool},
     whether there are more frames than counted. {"error"} ends an answer, {"alive"} may come at any time between them.
     """
@@ -358,7 +358,7 @@ def _serve_decord(output: "Any") -> None:  # noqa: C901  # one function: its sou
                 log.truncate(0)
                 reader = opened()
                 count = len(reader)
-                if count > request["most"]:
+                if count > request["max_frames"]:
                     send({"count": count})
                     continue
                 spans = numpy.asarray(reader.get_frame_timestamp(list(range(count))), dtype=numpy.float64)
@@ -410,7 +410,7 @@ class DecordProcess:
         self._parent = os.getpid()
         self._child: Any = None
         self._file_bytes = 0
-        self.is_busy = False  # an answer was begun and not read to its end
+        self.is_busy = False  # an answer was started and not read to its end
         self._deadline: float | None = None
         self._was_late = False
         self._watch: threading.Thread | None = None
@@ -447,7 +447,7 @@ class DecordProcess:
                 child = cls._idle.pop() if cls._idle else None
             if child is None:
                 return cls()
-            if child._parent != os.getpid():  # that of a forked parent, which goes on using it
+            if child._parent != os.getpid():  # that of a forked parent, which still uses it
                 child._close_pipes()
             elif child._child.poll() is None:
                 return child
@@ -486,7 +486,7 @@ class DecordProcess:
         """
         limits = checked_limits(limits)
         self._file_bytes = Path(path).stat().st_size
-        self._ask({"open": path, "most": limits.video_frames, "threads": int(_may_be_mpeg4(path))})
+        self._ask({"open": path, "max_frames": limits.video_frames, "threads": int(_may_be_mpeg4(path))})
         answer = self._answer(self._patience)
         self.is_busy = False
         if "error" in answer:
@@ -906,7 +906,7 @@ class _TemporaryCopy:
     """A temporary file with the content of a stream, removed with this object.
 
     Raises:
-        MediaLimitError: it is a stream of more than `fetch_bytes`; so many bytes are read, and no more.
+        MediaLimitError: it is a stream of more than `fetch_bytes`; no more bytes than that are read.
     """
 
     def __init__(self, stream: IO[bytes], name: str, limits: MediaLimits) -> None:
@@ -1313,9 +1313,9 @@ class _PyavReader(VideoReader):
 
     def _counted(self, packets: Iterator[Any]) -> Iterator[Any]:
         """The packets, as long as they are not more than the frames a video may have."""
-        most, context = self._source.limits.video_frames, self._stream.codec_context
+        max_frames, context = self._source.limits.video_frames, self._stream.codec_context
         for count, packet in enumerate(packets):
-            if count > most or count % 1000 == 0:
+            if count > max_frames or count % 1000 == 0:
                 size = context.height, context.width
                 self._source.limits.check_video(self._source.name, count, size, self._source.num_bytes)
             yield packet
@@ -1447,7 +1447,7 @@ class _PacketTable:
         return self.origin + int(self.shown_stamps[index])
 
     def stamp_of_shown(self, count: int) -> int | None:
-        """Time stamp of the frame that comes after so many from the decoder; None after the last one."""
+        """Time stamp of the frame that comes after `count` from the decoder; None after the last one."""
         return self.stamp_of(count) if count < len(self.shown_stamps) else None
 
     def stamp_at(self, place: int) -> int:
@@ -1710,10 +1710,7 @@ def open_video(
 
 
 def decode_video(
-    source: VideoSource | Source,
-    read: Callable[[VideoReader], Result],
-    backend: str | None = None,
-    limits: MediaLimits | None = None,
+    source: VideoSource | Source, read: Callable[[VideoReader], Result], backend: str | None = None
 ) -> Result:
     """The result of `read(reader)`, from the first backend that does not fail before its end.
 
@@ -1721,7 +1718,7 @@ def decode_video(
     called again with each reader and must not keep anything from an earlier attempt.
 
     Args:
-        source, backend, limits: as for `open_video`.
+        source, backend: as for `open_video`; a `Source` has limits of its own, the default ones hold for all others.
         read: reads `timeline` and `frames` and returns the result.
 
     Raises:
@@ -1732,7 +1729,7 @@ def decode_video(
         with reader:
             return read(reader)
 
-    return _first_success(source, backend, limits, read_and_close)
+    return _first_success(source, backend, None, read_and_close)
 
 
 def _first_success(

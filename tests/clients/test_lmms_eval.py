@@ -33,7 +33,7 @@ from miniature.bundle import write_clip
 from miniature.evaluate import FRESH_SEED, Example, examples, judge
 from miniature.evaluate import score as miniature_score
 from miniature.rows import evaluation_rows, even_sides, mask_of
-from miniature.world import make_clip, make_picture
+from miniature.world import make_clip, make_image
 
 NUM_ROWS = 6
 READERS = {
@@ -52,14 +52,14 @@ def folder(tmp_path_factory):
 
 
 def image_rows(seed):
-    """Rows of the three image sets, about the same pictures."""
+    """Rows of the three image sets, about the same images."""
     rows = {name: [] for name in READERS if "video" not in name}
     for number in range(NUM_ROWS):
-        picture = make_picture(np.random.default_rng([seed, number]))
-        first = picture.things[0]
-        same = [thing for thing in picture.things if (thing.colour, thing.kind) == (first.colour, first.kind)]
-        label, image = f"{first.colour} {first.kind}s", Image.fromarray(picture.pixels)
-        masks = [mask_of(thing, picture.pixels.shape[:2]) for thing in same]
+        drawn = make_image(np.random.default_rng([seed, number]))
+        first = drawn.things[0]
+        same = [thing for thing in drawn.things if (thing.colour, thing.kind) == (first.colour, first.kind)]
+        label, image = f"{first.colour} {first.kind}s", Image.fromarray(drawn.pixels)
+        masks = [mask_of(thing, drawn.pixels.shape[:2]) for thing in same]
         points = [{"x": 100 * thing.x, "y": 100 * thing.y} for thing in same]
         rows["molmo2_pixmo_points"].append(
             {"image": image, "label": label, "points": points, "masks": [mask.tolist() for mask in masks]}

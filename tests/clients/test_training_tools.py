@@ -27,14 +27,14 @@ make_importable()
 
 from molmo2 import load
 from molmo2.training import DataCollator
-from support.checkpoints import picture, write_checkpoint
+from support.checkpoints import make_image, write_checkpoint
 from support.training_cases import turn
 
 ROLES = [  # `role_boundaries` of axolotl's file of settings
     {"role": "user", "start": "<|im_start|>user\n", "end": "<|im_end|>"},
     {"role": "assistant", "start": "<|im_start|>assistant\n", "end": "<|im_end|>"},
 ]
-ROW = {"messages": turn("What is this?", "A red boat.", {"type": "image", "image": picture(70, 90)})}
+ROW = {"messages": turn("What is this?", "A red boat.", {"type": "image", "image": make_image(70, 90)})}
 
 
 def installed(package, ending: str):

@@ -303,7 +303,7 @@ def test_malformed_name(folder, repo_id):
         push_folder(folder, repo_id, token="hf_none")
 
 
-def test_nobody_answers(folder):
+def test_no_answer(folder):
     with fake_hub() as hub:
         url = hub.url
     pushed = push(url, folder)

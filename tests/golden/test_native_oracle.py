@@ -16,7 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from molmo2 import library_inputs, media_features
 from molmo2.training import DataCollator
-from support.checkpoints import picture
+from support.checkpoints import make_image
 from support.generated import generated
 from support.model_inputs import batch, processor, real_tokens
 from support.native_oracle import SHAPES, write_native
@@ -78,10 +78,10 @@ def test_the_processor_warns_where_there_is_a_native_model(tmp_path, monkeypatch
     importlib.import_module(media_features.LIBRARY_MODEL)  # as transformers does while it loads remote code
     gc.collect()  # native models of earlier tests
     own = processor_module.Molmo2Processor.from_pretrained(folder)
-    content = [{"type": "image", "image": picture()}, {"type": "text", "text": "What is this?"}]
+    content = [{"type": "image", "image": make_image()}, {"type": "text", "text": "What is this?"}]
     answer = {"role": "assistant", "content": [{"type": "text", "text": "A boat."}]}
     collate = DataCollator(processor())
-    inputs = own(images=[picture()], text="<|image|>", return_tensors="pt")
+    inputs = own(images=[make_image()], text="<|image|>", return_tensors="pt")
     collate([{"messages": [{"role": "user", "content": content}, answer]}])
     assert not said  # nothing was made of that class
     native = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=False)

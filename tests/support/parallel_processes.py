@@ -122,7 +122,7 @@ def main(output: Path, rank: int, world_size: int, wanted: list[str]) -> None:
         mode, _, family = each.partition(":")
         report[each] = MODES[mode](family, output / family)
     torch.save(report, output / f"{rank}.pt")
-    distributed.barrier()  # nobody leaves while another one still reads from it
+    distributed.barrier()  # no process leaves while another one still reads from it
     distributed.destroy_process_group()
     os._exit(0)
 

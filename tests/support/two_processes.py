@@ -24,7 +24,7 @@ from molmo2.training import fsdp_config
 from support.checkpoints import build_model
 from support.training_cases import CONVERSATIONS, TREES, collate, example
 
-# What each process reads. The second one sees no picture at all, the third one fewer crops than the first.
+# What each process reads. The second one sees no image at all, the third one fewer crops than the first.
 PARTS = (
     [[example(TREES["image"]), example(CONVERSATIONS["video"])], example(CONVERSATIONS["two images"])],
     [example(CONVERSATIONS["text"])],
@@ -83,7 +83,7 @@ def main(output: Path, rank: int, world_size: int, mode: str) -> None:
     units = [type(module).__name__ for module in model.modules() if type(module).__name__.startswith("FSDP")]
     report = {"loss": loss.detach(), "units": units}
     torch.save({**report, "gradients": gradients, "weights": weights} if rank == 0 else report, output / f"{rank}.pt")
-    distributed.barrier()  # nobody leaves while another one still reads from it
+    distributed.barrier()  # no process leaves while another one still reads from it
     distributed.destroy_process_group()
     os._exit(0)  # the step is what is tested, not how the threads of gloo and of autograd end
 

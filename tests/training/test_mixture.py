@@ -125,7 +125,7 @@ def test_a_run_is_continued_with_the_very_next_row(stop):
     assert continued.state_dict() == whole.state_dict()
 
 
-def test_a_second_pass_goes_on():
+def test_a_second_pass_continues():
     rows = packed()
     assert names(rows, 5) + names(rows, 5) == names(packed(), 10)
 

@@ -149,8 +149,8 @@ def test_rows_of_a_data_set(workers):
         num_workers=workers,
     )
     batches = list(loader)
-    learnt = sum(int((batch["labels"] != -100).sum()) for batch in batches)
-    assert learnt == sum(int((example(row["messages"])["labels"] != -100).sum()) for row in rows)
+    num_targets = sum(int((batch["labels"] != -100).sum()) for batch in batches)
+    assert num_targets == sum(int((example(row["messages"])["labels"] != -100).sum()) for row in rows)
     assert all(batch["input_ids"].shape[1] <= 260 for batch in batches)
     assert sum(len(batch.get("image_grids", [])) for batch in batches) == 4
     assert sum(len(batch.get("video_grids", [])) for batch in batches) == 1

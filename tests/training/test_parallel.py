@@ -207,7 +207,7 @@ def test_what_a_model_in_parts_refuses(one_process):
     ],
 )
 def test_layers_that_were_replaced_after_cutting(name, layer, one_process):
-    """As by adapters, whose sum over the processes nobody would take."""
+    """As by adapters, whose sum over the processes would not be taken."""
     one_process(2)
     model = tensor_parallel(build_model("qwen3"))
     module = model.model.get_submodule(name)

@@ -437,7 +437,7 @@ def test_two_processes_have_the_losses_of_one(folder, machines, shared):
     scores = log(folder, "two", "scores.jsonl")
     assert [(entry["step"], entry["examples"]) for entry in scores] == [(2, 3), (4, 3)]
     stopped, whole = (folder / name / "checkpoint-2" / "mixture_state.json" for name in ("two", "run"))
-    assert json.loads(stopped.read_text()) == json.loads(whole.read_text())  # goes on with the same row
+    assert json.loads(stopped.read_text()) == json.loads(whole.read_text())  # continues with the same row
 
 
 @pytest.mark.slow

@@ -947,13 +947,17 @@ def test_folders(tmp_path):
     folder.mkdir()
     url = "http://images/1.jpg"
     (tmp_path / "secret.mp4").touch()
-    for name in ("a.mp4", "b.webm", "c.jpg"):
+    for name in ("a.mp4", "b.webm", "c.jpg", "d.gif", "e.tif", "f.heic", "g.m4v"):
         (folder / name).touch()
     find = data.Folder(folder)
     assert find(reference("a")) == find(reference("a.mp4")) == folder / "a.mp4"
     assert find(reference("b")) == folder / "b.webm"
     assert find(reference("c")) is None  # an image is no video
     assert find(reference("c", "image")) == folder / "c.jpg"
+    assert find(reference("d")) == find(reference("d", "image")) == folder / "d.gif"
+    for name in ("e.tif", "f.heic"):
+        assert find(reference(name[0], "image")) == folder / name
+    assert find(reference("g")) == folder / "g.m4v"
     assert find(reference("../secret")) is None
     assert find(reference("a/../../secret.mp4")) is None
     assert find(reference(str(tmp_path / "secret.mp4"))) is None

@@ -145,8 +145,8 @@ def write_avi(path, codec, b_frames):
         stream.width = stream.height = 64
         stream.pix_fmt, stream.bit_rate = "yuv420p", 1_000_000
         for index in range(20):
-            picture = av.VideoFrame.from_ndarray(np.full((64, 64, 3), 12 * index, np.uint8), format="rgb24")
-            container.mux(stream.encode(picture))
+            image = av.VideoFrame.from_ndarray(np.full((64, 64, 3), 12 * index, np.uint8), format="rgb24")
+            container.mux(stream.encode(image))
         container.mux(stream.encode())
     with av.open(str(path)) as container:
         assert container.streams.video[0].codec_context.has_b_frames == (b_frames != "0")

@@ -54,14 +54,14 @@ def run(arguments: Sequence[str] | None = None) -> int:
 class _Group(click.Group):
     """A group that lists its commands in the order in which they are useful, not by the alphabet.
 
-    It ends well when nobody reads any more, as in `molmo2 ... | head`.
+    It exits with 0 when its output is no longer read, as in `molmo2 ... | head`.
     """
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """See `click.Group`, which would end with 1 where nobody reads."""
+        """See `click.Group`, which would exit with 1 on a closed pipe."""
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
@@ -77,7 +77,7 @@ def molmo2() -> None:
 
     \b
     First steps:
-      molmo2 ask "What is in this picture?" boats.jpg --model allenai/Molmo2-4B
+      molmo2 ask "What is in this image?" boats.jpg --model allenai/Molmo2-4B
       molmo2 point boats harbour.jpg --draw marked       # marked/harbour_points.png
       molmo2 count penguins "photos/*.jpg" --format csv > counts.csv
       molmo2 track "red car" street.mp4 --draw marked
@@ -213,7 +213,7 @@ class Job:
 
     @staticmethod
     def _end_if_hopeless(error: Exception) -> None:
-        """Raise what would come again with every file: nobody reads, or no server answers."""
+        """Raise what would come again with every file: the output is closed, or no server answers."""
         from molmo2.client.http import ServerUnreachable
 
         if isinstance(error, BrokenPipeError):

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".gif")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+from molmo2.image.suffixes import ANIMATION_SUFFIX, IMAGE_SUFFIXES, VIDEO_SUFFIXES
+
 CHANNEL_COUNTS = (1, 3, 4)  # grey, RGB, RGB with alpha
 
 
@@ -51,7 +51,8 @@ class Folder:
         self.path, self.has_cut_clips = Path(path), has_cut_clips
 
     def __call__(self, reference: MediaReference) -> Path | None:
-        suffixes = ("", *(VIDEO_SUFFIXES if reference.kind == "video" else IMAGE_SUFFIXES))
+        # The row says that a video is meant, so a GIF is one, unlike elsewhere.
+        suffixes = ("", *((*VIDEO_SUFFIXES, ANIMATION_SUFFIX) if reference.kind == "video" else IMAGE_SUFFIXES))
         name = clip_name(reference) if self.has_cut_clips else reference.name
         # A name in a row must not lead out of the folder; links in it may.
         is_inside = "://" not in name and not Path(name).is_absolute() and ".." not in Path(name).parts

@@ -291,8 +291,8 @@ def _read_image_set_points(rows: Sequence[Row], draw: Draw) -> Item:
     rng, style = draw.rng, draw.rng.choice(IMAGE_SET_STYLES)
     label = rng.choice([label for label in row["labels"] if len(_matching_images(row, label)) > 1])
     matching = _matching_images(row, label)
-    most = max(2, min(len(matching), draw.settings.max_images))
-    kept = sorted(rng.sample(matching, rng.randint(2, most)))
+    max_images = max(2, min(len(matching), draw.settings.max_images))
+    kept = sorted(rng.sample(matching, rng.randint(2, max_images)))
     points = {number: positions(row["points"][image]) for number, image in enumerate(kept, 1)}
     question = draw_prompt(style, rng, label=_plain(label))
     return Item([[Query(style, question, point_answer(style, points, _plain(label)))]], kept=kept)

@@ -321,7 +321,7 @@ def _checkpoint(recipe: Recipe, output: Path, resume: bool) -> Path | None:
     different = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     if different:
         raise RecipeError(
-            f"the run in '{output}' has another {', '.join(different)}; go on with the recipe it began with"
+            f"the run in '{output}' has another {', '.join(different)}; continue with the recipe of its start"
         )
     # The state of the mixture is written last, so a checkpoint with one is complete.
     last = max((path.parent for path in output.glob(f"checkpoint-*/{STATE_FILE}")), key=_number, default=None)
@@ -381,7 +381,7 @@ class _Log(TrainerCallback):
 
 
 class _Evaluate(TrainerCallback):
-    """Asks the model questions every so many steps, and behind the last one; processes share the questions."""
+    """Asks the model questions every `evaluation.every` steps and after the last; processes share the questions."""
 
     def __init__(
         self,

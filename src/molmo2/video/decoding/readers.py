@@ -203,7 +203,7 @@ class _TemporaryCopy:
     """A temporary file with the content of a stream, removed with this object.
 
     Raises:
-        MediaLimitError: it is a stream of more than `fetch_bytes`; so many bytes are read, and no more.
+        MediaLimitError: it is a stream of more than `fetch_bytes`; no more bytes than that are read.
     """
 
     def __init__(self, stream: IO[bytes], name: str, limits: MediaLimits) -> None:
@@ -610,9 +610,9 @@ class _PyavReader(VideoReader):
 
     def _counted(self, packets: Iterator[Any]) -> Iterator[Any]:
         """The packets, as long as they are not more than the frames a video may have."""
-        most, context = self._source.limits.video_frames, self._stream.codec_context
+        max_frames, context = self._source.limits.video_frames, self._stream.codec_context
         for count, packet in enumerate(packets):
-            if count > most or count % 1000 == 0:
+            if count > max_frames or count % 1000 == 0:
                 size = context.height, context.width
                 self._source.limits.check_video(self._source.name, count, size, self._source.num_bytes)
             yield packet
@@ -744,7 +744,7 @@ class _PacketTable:
         return self.origin + int(self.shown_stamps[index])
 
     def stamp_of_shown(self, count: int) -> int | None:
-        """Time stamp of the frame that comes after so many from the decoder; None after the last one."""
+        """Time stamp of the frame that comes after `count` from the decoder; None after the last one."""
         return self.stamp_of(count) if count < len(self.shown_stamps) else None
 
     def stamp_at(self, place: int) -> int:
