@@ -587,12 +587,8 @@ class FrameError(VideoDecodeError):
 Matrix = tuple[float, float, float, float]  # a, b, c, d of the display matrix
 
 MAX_BOXES = 10_000  # of one file that are looked at
-MATRIX_AT = {
-    ("mvhd", 0): 36,
-    ("mvhd", 1): 48,
-    ("tkhd", 0): 40,
-    ("tkhd", 1): 52,
-}  # (box, version) -> bytes into the box
+# (box, version) -> bytes into the box
+MATRIX_AT = {("mvhd", 0): 36, ("mvhd", 1): 48, ("tkhd", 0): 40, ("tkhd", 1): 52}
 
 
 def matrix_from_bytes(data: bytes, byte_order: str = "=") -> Matrix:

@@ -18,12 +18,8 @@ from molmo2.video.decoding.timeline import VideoDecodeError
 Matrix = tuple[float, float, float, float]  # a, b, c, d of the display matrix
 
 MAX_BOXES = 10_000  # of one file that are looked at
-MATRIX_AT = {
-    ("mvhd", 0): 36,
-    ("mvhd", 1): 48,
-    ("tkhd", 0): 40,
-    ("tkhd", 1): 52,
-}  # (box, version) -> bytes into the box
+# (box, version) -> bytes into the box
+MATRIX_AT = {("mvhd", 0): 36, ("mvhd", 1): 48, ("tkhd", 0): 40, ("tkhd", 1): 52}
 
 
 def matrix_from_bytes(data: bytes, byte_order: str = "=") -> Matrix:
