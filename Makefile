@@ -55,7 +55,7 @@ test-app: ## the app in a headless browser, and the notebooks; without a browser
 test-fiftyone: ## the FiftyOne model and labels beside a database
 	$(IN) fiftyone python scripts/with_mongod 600 $(TEST) -W ignore::DeprecationWarning tests/clients/test_fiftyone.py
 
-test-training: ## runs with TRL, PEFT and two processes, and the example of fine-tuning
+test-training: ## runs with TRL, PEFT and several processes, and the example of fine-tuning
 	$(IN) training $(TEST) $(addprefix tests/training/test_,trainers.py finetuning.py parallel.py training_round_trip.py training_example.py data_sets.py recipes.py)
 
 test-quantization: ## bitsandbytes, torchao, quanto and torch's own, on transformers 4.57.1 and the release of development; llm-compressor on 5.17.0
@@ -76,7 +76,7 @@ test-common: ## transformers' own common tests of models and processors, on tran
 	$(IN) common@4.57.1 scripts/common_tests.py python $(OPTIONS)
 	$(IN) common scripts/common_tests.py python $(OPTIONS)
 
-test-lmms-eval: ## lmms-eval with the model and the tasks of this package, in one process and in two
+test-lmms-eval: ## lmms-eval with the model and the tasks of this package, in one, two and four processes
 	$(IN) lmms-eval $(TEST) tests/clients/test_lmms_eval.py
 
 test-vlmevalkit: ## VLMEvalKit's runner with the model of this package, on images and clips

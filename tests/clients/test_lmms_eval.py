@@ -142,16 +142,19 @@ def test_the_table_of_miniature_scores(folder):
     assert {"pointing in set", "track found"} <= set(found)
 
 
-def test_two_processes(folder, tasks):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
+@pytest.mark.parametrize("processes", [2, 4])
+def test_several_processes(folder, tasks, processes, tmp_path):
+    """Six questions, which four processes do not divide."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    command += ["--master-addr", "127.0.0.1"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "-m", "lmms_eval", "--model", "molmo2"]
     command += ["--model_args", f"pretrained={folder},device=cpu", "--tasks", "molmo2_pixmo_count"]
-    command += ["--include_path", str(tasks), "--batch_size", "2", "--output_path", str(tasks / "out")]
+    command += ["--include_path", str(tasks), "--batch_size", "2", "--output_path", str(tmp_path / "out")]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Traceback" not in done.stdout + done.stderr, done.stderr[-3000:]  # its exit code is 0 even then
-    (path,) = (tasks / "out").rglob("*_results.json")
+    (path,) = (tmp_path / "out").rglob("*_results.json")
     found = json.loads(path.read_text())["results"]["molmo2_pixmo_count"]
     for metric, mean in expected(folder, tasks, "molmo2_pixmo_count").items():
         assert found[f"{metric},none"] == pytest.approx(mean, abs=1e-9)

@@ -24,7 +24,7 @@ class MediaReference:
 
     Attributes:
         kind: "image", "video" or "mask".
-        name: A YouTube id, a path or a URL, as in the row.
+        name: A YouTube id, a path or a URL, as in the row. Where a row has none, nobody asks a resolver.
         clip: The part that is used, in seconds; None for the whole video.
         row: The row, for resolvers that need more of it, such as `video_source`.
     """
@@ -36,6 +36,32 @@ class MediaReference:
 
 
 Resolver = Callable[[MediaReference], Any]
+
+
+def is_named(reference: Any) -> bool:
+    """Whether a row names this image or video; no null, number or empty text is a name."""
+    return isinstance(reference, MediaReference) and isinstance(reference.name, str) and bool(reference.name)
+
+
+def source_of(reference: Any, media: Resolver) -> Any:
+    """What the processor reads of an image or a video that a row names or holds; None if it is missing.
+
+    Args:
+        reference: A `MediaReference`, or what the row holds: an image, {"bytes", "path"}, None.
+        media: Asked for what has a name.
+    """
+    if isinstance(reference, MediaReference):
+        return media(reference) if is_named(reference) else None
+    is_file = isinstance(reference, Mapping) and reference.keys() <= {"bytes", "path"}
+    return None if is_file and all(value is None for value in reference.values()) else reference
+
+
+def name_in_report(reference: Any, row: int) -> str:
+    """How a report names an image or a video that is missing: its name, or else its row."""
+    if is_named(reference):
+        return reference.name
+    kind, name = getattr(reference, "kind", "image"), getattr(reference, "name", reference)
+    return f"row {row} ({kind}: {name!r})"
 
 
 class Folder:
