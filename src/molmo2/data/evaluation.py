@@ -159,7 +159,7 @@ def _image_and_mask(row: Row) -> list[Any]:
         given = [row[name] for name in (kind, f"{kind}_filename", f"{kind}_path") if name in row]
         if not given:
             raise KeyError(kind)
-        value = next((each for each in given if each is not None), None)
+        value: Any = next((each for each in given if each is not None), None)
         is_held = value is not None and not isinstance(value, str)
         found.append(value if is_held else MediaReference(kind, value, None, row))
     return found

@@ -123,8 +123,8 @@ class Draw:
     sizes: Sequence[Size] = ()
 
 
-def records(value: Any) -> list[dict[str, Any]]:
-    """A list of rows from a list, an array or None; `datasets` may give it as one row of lists.
+def records(value: Any) -> list[Any]:
+    """The entries of a list, an array or None; `datasets` may give it as one row of lists.
 
     Raises:
         OtherForm: The lists of that row differ in length.
