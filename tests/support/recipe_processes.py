@@ -49,7 +49,7 @@ def recorded(path: Path) -> list[list[tuple]]:
 
 
 class Stopping(training._Log):
-    """The log of a process that is killed behind a checkpoint, not when anybody expects it."""
+    """The log of a process that is killed behind a checkpoint, unannounced."""
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == DONE and distributed.get_rank() == KILLED:
@@ -96,6 +96,7 @@ def main(output: Path, rank: int, world_size: int, jobs: list[str]) -> None:
     faulthandler.dump_traceback_later(SECONDS, exit=True)
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # accelerate asks for them; the group exists by then
     meeting_point = (output / "rendezvous").as_uri()
     distributed.init_process_group("gloo", init_method=meeting_point, rank=rank, world_size=world_size)
     report: dict[str, Any] = {}
@@ -106,7 +107,7 @@ def main(output: Path, rank: int, world_size: int, jobs: list[str]) -> None:
         else:
             follow(Path(recipe), output, job)
     torch.save(report, output / f"{rank}.pt")
-    distributed.barrier()  # nobody leaves while another one still reads from it
+    distributed.barrier()  # none leaves while another one still reads from it
     distributed.destroy_process_group()
     os._exit(0)
 

@@ -27,7 +27,7 @@ from molmo2.recipes.rows import media_resolver, read_rows
 from molmo2.recipes.run import _mixture, _require_divisible, rate_curve, train
 from molmo2.registration import load
 from molmo2.training import build_training_example
-from support.checkpoints import write_checkpoint
+from support.checkpoints import make_image, write_checkpoint
 from support.ports import free_port
 from support.ranks import run_ranks
 from support.recipe_processes import asked_model, questions, recorded, recording
@@ -494,6 +494,9 @@ def test_four_processes_are_as_one(folder, monkeypatch):
     """Each row is read once, also where one process is killed behind a checkpoint and all go on; losses are those of
     one process, also where pairs share rows; every question is asked, and answered as in one process.
     """
+    names = ("one", "two", "three", "gone", "one", "two")
+    for place, name in enumerate(names[:3]):
+        make_image(60 + 40 * place, 140 - 40 * place, seed=place).save(folder / "images" / f"{name}.png")
     monkeypatch.setattr("molmo2.recipes.run.DataCollator", recording(folder / "alone.jsonl"))
     train(read_recipe(folder / "recipe.yaml", rows_per_step=8, evaluation=[]), say=lambda line: None)
     rows = recorded(folder / "alone.jsonl")[:32]  # of four steps; accelerate reads one ahead
@@ -505,8 +508,7 @@ def test_four_processes_are_as_one(folder, monkeypatch):
     four.write_text(text.replace("output: run", "output: four"))
     text = text.replace("output: run", "output: pairs\ncontext_parallel: 2").replace("\nsteps: 4", "\nsteps: 2")
     pairs.write_text(text)
-    names = ("one", "two", "three", "gone", "one", "two")
-    asks = [{"image_url": name, "label": f"{place} boats", "count": 1} for place, name in enumerate(names)]
+    asks = [{"image_url": name, "label": "boats " * 2**place, "count": 1} for place, name in enumerate(names)]
     lines(folder / "questions.jsonl", asks)
     first, second = folder / "first", folder / "second"
     first.mkdir()
