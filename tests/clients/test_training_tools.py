@@ -3,6 +3,8 @@
 Runs in the environment of the tools (`constraints/tools.txt`). docs/training.md says what follows.
 """
 
+# ruff: noqa: E402  (an installed torchvision has to be importable first)
+
 import ast
 import runpy
 from importlib.metadata import files
@@ -13,6 +15,10 @@ try:
     UNSLOTH = files("unsloth-zoo")
 except ImportError:
     pytest.skip("tools have an environment of their own", allow_module_level=True)
+
+from benchmarks.torchvision_peer import make_importable
+
+make_importable()
 
 from molmo2 import load
 from support.checkpoints import write_checkpoint
