@@ -55,7 +55,7 @@ test-app: ## the app in a headless browser, and the notebooks; without a browser
 test-fiftyone: ## the FiftyOne model and labels beside a database
 	$(IN) fiftyone python scripts/with_mongod 600 $(TEST) -W ignore::DeprecationWarning tests/clients/test_fiftyone.py
 
-test-training: ## runs with TRL, PEFT and two processes, the example of fine-tuning, and ms-swift and axolotl
+test-training: ## runs with TRL, PEFT and several processes, the example of fine-tuning, and ms-swift and axolotl
 	$(IN) training $(TEST) $(addprefix tests/training/test_,trainers.py finetuning.py parallel.py training_round_trip.py training_example.py data_sets.py recipes.py)
 	$(IN) ms-swift $(TEST) tests/clients/test_ms_swift.py
 	$(IN) axolotl $(TEST) tests/clients/test_axolotl.py
@@ -78,7 +78,7 @@ test-common: ## transformers' own common tests of models and processors, on tran
 	$(IN) common@4.57.1 scripts/common_tests.py python $(OPTIONS)
 	$(IN) common scripts/common_tests.py python $(OPTIONS)
 
-test-lmms-eval: ## lmms-eval with the model and the tasks of this package, in one process and in two
+test-lmms-eval: ## lmms-eval with the model and the tasks of this package, in one, two and four processes
 	$(IN) lmms-eval $(TEST) tests/clients/test_lmms_eval.py
 
 test-vlmevalkit: ## VLMEvalKit's runner with the model of this package, on images and clips

@@ -133,11 +133,13 @@ class Molmo2BaseConfig(PretrainedConfig):
     def _require_flags(self, *names: str) -> None:
         self._require(names, lambda value: isinstance(value, bool), "true or false")
 
-    def _require_numbers(self, *names: str, most: float = math.inf, above: float = -math.inf) -> None:
-        """Numbers from 0 to `most`, and greater than `above`."""
-        expected = f"a number {'from' if above < 0 else 'above'} 0" + (f" to {most:g}" if most < math.inf else "")
+    def _require_numbers(self, *names: str, maximum: float = math.inf, above: float = -math.inf) -> None:
+        """Numbers from 0 to `maximum`, and greater than `above`."""
+        expected = f"a number {'from' if above < 0 else 'above'} 0" + (
+            f" to {maximum:g}" if maximum < math.inf else ""
+        )
         self._require(
-            names, lambda value: is_number(value) and max(0, above) <= value <= most and value > above, expected
+            names, lambda value: is_number(value) and max(0, above) <= value <= maximum and value > above, expected
         )
 
     def _require_integers(self, *names: str) -> None:
@@ -243,7 +245,7 @@ class Molmo2VitConfig(Molmo2BaseConfig):
             "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"
         )
         self._require_positive("head_dim", "image_patch_size")
-        self._require_numbers("attention_dropout", "residual_dropout", most=1.0)
+        self._require_numbers("attention_dropout", "residual_dropout", maximum=1.0)
         self._require_numbers("layer_norm_eps", above=0.0)
         self._require_numbers("initializer_range")
         self._require_flags("float32_attention")
@@ -333,7 +335,7 @@ class Molmo2AdapterConfig(Molmo2BaseConfig):
             self._refuse("`vit_layers` is empty", "expected at least one layer of the vision transformer")
         self._require_positive("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
         self._require_positive("intermediate_size", "text_hidden_size")
-        self._require_numbers("attention_dropout", "residual_dropout", "image_feature_dropout", most=1.0)
+        self._require_numbers("attention_dropout", "residual_dropout", "image_feature_dropout", maximum=1.0)
         self._require_numbers("initializer_range")
         self._require_flags("pooling_attention_mask", "float32_attention")
         self._require_heads()
@@ -445,7 +447,7 @@ class Molmo2TextConfig(Molmo2BaseConfig):
     def _require_valid(self) -> None:
         self._require_positive("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
         self._require_positive("num_hidden_layers", "intermediate_size", "max_position_embeddings")
-        self._require_numbers("embedding_dropout", "attention_dropout", "residual_dropout", most=1.0)
+        self._require_numbers("embedding_dropout", "attention_dropout", "residual_dropout", maximum=1.0)
         self._require_numbers("layer_norm_eps", "rope_theta", above=0.0)
         self._require_numbers("initializer_range")
         self._require_flags("qkv_bias", "use_qk_norm", "norm_after", "use_cache")

@@ -12,6 +12,7 @@ shows placeholders where torchvision is missing, and all pixel work is done here
 import base64
 import binascii
 import difflib
+import gc
 import http.client
 import importlib
 import ipaddress
@@ -33,6 +34,7 @@ from functools import cache, cached_property, lru_cache
 from io import BytesIO
 from itertools import groupby, pairwise
 from pathlib import Path
+from types import ModuleType
 from typing import IO, Any
 from urllib.parse import quote, unquote, unquote_to_bytes, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass, url2pathname
@@ -1585,7 +1587,7 @@ class Normalization:
 
     Attributes:
         mean, std: one number per channel.
-        rescale_factor: for pixels of 0..255; floating point images, of 0..1, are scaled as the same picture would be.
+        rescale_factor: for pixels of 0..255; floating point images, of 0..1, are scaled as the same image would be.
             None leaves the values of both kinds as they are.
     """
 
@@ -2087,10 +2089,7 @@ class OptionsMixin:
         """
         return {
             **{name: plain(values[name]) for name in cls.DEFAULTS},
-            **{
-                name: flag(name, values[name])
-                for name in ("do_convert_rgb", "do_normalize", "do_rescale", "do_resize")
-            },
+            **{name: flag(name, values[name]) for name in FLAGS},
             "rescale_factor": nonzero("rescale_factor", values["rescale_factor"]),
             "image_mean": per_channel("image_mean", values["image_mean"]),
             "image_std": divisors_per_channel("image_std", values["image_std"]),
@@ -2132,25 +2131,34 @@ class OptionsMixin:
 
 
 # --- src/molmo2/image/suffixes.py ------------------------------------------------------------------------------------
-# Suffixes of image files, in a module that needs nothing: batches and command lines read them without torch.
+# Suffixes of image and video files, in a module that imports nothing: command lines read them without torch.
 
 
-FRAME_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
-IMAGE_SUFFIXES = (*FRAME_SUFFIXES, ".avif", ".gif", ".heic")  # a GIF among videos is a clip, not a frame
+FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")  # of frames of videos too
+ANIMATION_SUFFIX = ".gif"
+IMAGE_SUFFIXES = (*FRAME_SUFFIXES, ANIMATION_SUFFIX, ".avif", ".heic")
+# The first ones are the most common in data sets. Not those of `mimetypes`, which differ between systems.
+VIDEO_SUFFIXES = (
+    *(".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v", ".mpg", ".mpeg"),
+    *(".3gp", ".flv", ".m2ts", ".mts", ".ogv", ".ts", ".wmv"),
+)
 
 
 # --- src/molmo2/media_features.py ------------------------------------------------------------------------------------
 # `MediaFeatures`: model inputs with the sizes and frame times of their media, and how answers are read with them.
 
 
-# The library's own model class, which another processor belongs to, and what is said where a process has loaded it.
+# The library's own model class, which another processor belongs to, and what is said where a process has such a model.
 LIBRARY_MODEL = "transformers.models.molmo2.modeling_molmo2"
 LIBRARY_MODEL_WARNING = (
-    "transformers' own Molmo2 class is loaded in this process. It reads other inputs than this processor writes: it "
-    "ignores `token_type_ids`, and counts pooling indices over all images or videos of a call instead of from the "
-    "first crop of each, so its logits would be wrong without an error. Use the class that belongs to this processor "
-    "(`molmo2.load`, or remote code; for a trainer pass `ref_model=` too), or give it `molmo2.library_inputs(inputs)`."
+    "There is a model of transformers' own Molmo2 class in this process. It reads other inputs than this processor "
+    "writes: it ignores `token_type_ids`, and counts pooling indices over all images or videos of a call instead of "
+    "from the first crop of each, so its logits would be wrong without an error. Use the class that belongs to this "
+    "processor (`molmo2.load`, or remote code; for a trainer pass `ref_model=` too), or give it "
+    "`molmo2.library_inputs(inputs)`."
 )
+SEARCH_SECONDS = 5.0  # at least, between two searches for such a model
+_last_search = -SEARCH_SECONDS
 
 
 class MediaFeatures(BatchFeature):
@@ -2178,10 +2186,28 @@ class MediaFeatures(BatchFeature):
 
 
 def warn_about_library_model(names: Collection[str]) -> None:
-    """Warns where the library's model is loaded, to which inputs of these names may go: nothing later could say so."""
-    has_media = any(name.endswith("_grids") for name in names)
-    if has_media and "token_type_ids" in names and LIBRARY_MODEL in sys.modules:
-        logger.warning_once(LIBRARY_MODEL_WARNING)
+    """Warns where a model of the library is in memory, to which inputs of these names may go: nothing later could.
+
+    That its module is imported says nothing, as transformers imports it while it loads remote code. A search through
+    all objects takes some 30 ms, hence the pause between two of them.
+    """
+    global _last_search
+    module = sys.modules.get(LIBRARY_MODEL)
+    if module is None or "token_type_ids" not in names or not any(name.endswith("_grids") for name in names):
+        return
+    now = time.monotonic()
+    if now - _last_search >= SEARCH_SECONDS:
+        _last_search = now
+        if _is_in_memory(module):
+            logger.warning_once(LIBRARY_MODEL_WARNING)
+
+
+def _is_in_memory(module: ModuleType) -> bool:
+    """Whether there is an instance of a class of this module."""
+    classes = {
+        value for value in vars(module).values() if isinstance(value, type) and value.__module__ == LIBRARY_MODEL
+    }
+    return any(type(value) in classes for value in gc.get_objects())
 
 
 def image_media(size: tuple[int, int]) -> MediaInfo:
@@ -2310,7 +2336,7 @@ def _is_nested(row: Any) -> bool:
 # --- src/molmo2/image/processing.py ----------------------------------------------------------------------------------
 
 
-MOST_CROPS = 10_000  # an image of a million visual tokens; every tiling up to it is compared
+MAX_CROPS = 10_000  # an image of a million visual tokens; every tiling up to it is compared
 
 
 class Molmo2ImageProcessorKwargs(ImagesKwargs, total=False):
@@ -2515,10 +2541,10 @@ class Molmo2ImageProcessor(OptionsMixin, BaseImageProcessor):  # type: ignore[mi
     @classmethod
     def _canonical_own(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         max_crops = plain(values["max_crops"])
-        if isinstance(max_crops, bool) or not isinstance(max_crops, int) or not 1 <= max_crops <= MOST_CROPS:
+        if isinstance(max_crops, bool) or not isinstance(max_crops, int) or not 1 <= max_crops <= MAX_CROPS:
             raise ValueError(
                 f"max_crops is {max_crops!r}, but must be a whole number of at least 1: the maximum number of tiles "
-                f"of an image, up to {MOST_CROPS:,}. 1 gives one tile besides the low-resolution view; leave it out "
+                f"of an image, up to {MAX_CROPS:,}. 1 gives one tile besides the low-resolution view; leave it out "
                 "for the default."
             )
         margins = pair("overlap_margins", values["overlap_margins"], "(before, after) in patches", minimum=0)

@@ -304,7 +304,7 @@ class SpecialTokens:
         self._heads = {token[0] for token in special}
 
     @classmethod
-    def of(cls, tokenizer: Any, always: Iterable[str]) -> "SpecialTokens":
+    def from_tokenizer(cls, tokenizer: Any, always: Iterable[str]) -> "SpecialTokens":
         """Those of a tokenizer as it is now, and the strings in `always`."""
         size, known = cls._known.get(tokenizer, (-1, None))
         if known is None or size != len(tokenizer):
@@ -320,8 +320,8 @@ class SpecialTokens:
 class RenderedPrompt(str):
     """A prompt that knows which special tokens in it are mere text of its messages.
 
-    It is the prompt as ever to whoever reads it; `Molmo2Processor` reads `hidden`. Copies and pickles know it too,
-    slices and sums are ordinary strings.
+    As a string it is the whole prompt; `Molmo2Processor` reads `hidden` instead. Copies and pickles keep that, slices
+    and sums are ordinary strings.
 
     Attributes:
         hidden: The prompt with stand-ins.
@@ -1017,7 +1017,7 @@ class Molmo2Processor(ProcessorMixin):
 
     @property
     def _special_tokens(self) -> SpecialTokens:
-        return SpecialTokens.of(self.tokenizer, (IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, *VISUAL_TOKENS))
+        return SpecialTokens.from_tokenizer(self.tokenizer, (IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, *VISUAL_TOKENS))
 
     def _hidden(self, prompts: list[str], options: dict[str, Any]) -> tuple[list[str], list[Mapping[str, str]]]:
         """The prompts with stand-ins for special tokens that are mere text, and what these stand for."""

@@ -300,8 +300,8 @@ def prepare_child(max_bytes: int) -> "Any":
 def _serve_decord(output: "Any") -> None:  # noqa: C901  # one function: its source and the one above are all it gets
     """What the child runs, from its source alone: answers requests on stdin, each a line of JSON, until that ends.
 
-    {"open": path, "most": count, "threads": count or 0} is answered by {"count", "fps", "shape"} and the spans of the
-    frames, (count, 2) float64 seconds, or by {"count"} alone where it announces more than `most`;
+    {"open": path, "max_frames": count, "threads": count or 0} is answered by {"count", "fps", "shape"} and the spans
+    of the frames, (count, 2) float64 seconds, or by {"count"} alone where it announces more than `max_frames`;
     {"decode": indices, "count": count} by {"index", "shape"} and the pixels of each frame, then by {"more": bool},
     whether there are more frames than counted. {"error"} ends an answer, {"alive"} may come at any time between them.
     """
@@ -358,7 +358,7 @@ def _serve_decord(output: "Any") -> None:  # noqa: C901  # one function: its sou
                 log.truncate(0)
                 reader = opened()
                 count = len(reader)
-                if count > request["most"]:
+                if count > request["max_frames"]:
                     send({"count": count})
                     continue
                 spans = numpy.asarray(reader.get_frame_timestamp(list(range(count))), dtype=numpy.float64)
@@ -410,7 +410,7 @@ class DecordProcess:
         self._parent = os.getpid()
         self._child: Any = None
         self._file_bytes = 0
-        self.is_busy = False  # an answer was begun and not read to its end
+        self.is_busy = False  # an answer was started and not read to its end
         self._deadline: float | None = None
         self._was_late = False
         self._watch: threading.Thread | None = None
@@ -447,7 +447,7 @@ class DecordProcess:
                 child = cls._idle.pop() if cls._idle else None
             if child is None:
                 return cls()
-            if child._parent != os.getpid():  # that of a forked parent, which goes on using it
+            if child._parent != os.getpid():  # that of a forked parent, which still uses it
                 child._close_pipes()
             elif child._child.poll() is None:
                 return child
@@ -486,7 +486,7 @@ class DecordProcess:
         """
         limits = checked_limits(limits)
         self._file_bytes = Path(path).stat().st_size
-        self._ask({"open": path, "most": limits.video_frames, "threads": int(_may_be_mpeg4(path))})
+        self._ask({"open": path, "max_frames": limits.video_frames, "threads": int(_may_be_mpeg4(path))})
         answer = self._answer(self._patience)
         self.is_busy = False
         if "error" in answer:
@@ -587,12 +587,8 @@ class FrameError(VideoDecodeError):
 Matrix = tuple[float, float, float, float]  # a, b, c, d of the display matrix
 
 MAX_BOXES = 10_000  # of one file that are looked at
-MATRIX_AT = {
-    ("mvhd", 0): 36,
-    ("mvhd", 1): 48,
-    ("tkhd", 0): 40,
-    ("tkhd", 1): 52,
-}  # (box, version) -> bytes into the box
+# (box, version) -> bytes into the box
+MATRIX_AT = {("mvhd", 0): 36, ("mvhd", 1): 48, ("tkhd", 0): 40, ("tkhd", 1): 52}
 
 
 def matrix_from_bytes(data: bytes, byte_order: str = "=") -> Matrix:
@@ -648,50 +644,78 @@ def _angle(matrix: Matrix) -> float | None:
     return math.degrees(math.atan2(b / down, a / across))
 
 
-def mp4_matrices(path: str) -> list[Matrix]:
-    """Display matrices of the video tracks of an MP4 or QuickTime file; of any other file none."""
+@dataclass(frozen=True)
+class Mp4Track:
+    """What an MP4 or QuickTime file says about a video track.
+
+    Attributes:
+        num_pixels: of all its frames together; 0 where it does not say, as in fragmented files.
+    """
+
+    matrix: Matrix
+    num_pixels: float
+
+
+def mp4_tracks(path: str) -> list[Mp4Track]:
+    """The video tracks of an MP4 or QuickTime file; of any other file none."""
     with Path(path).open("rb") as file:
         end = file.seek(0, 2)
         head = _read(file, 0, 12)
         if head[4:8] not in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot"):
             return []
         budget = [MAX_BOXES]
-        matrices: list[Matrix] = []
+        tracks: list[Mp4Track] = []
         for kind, start, stop in _boxes(file, 0, end, budget):
             if kind == "moov":
-                matrices += _movie_matrices(file, start, stop, budget)
-        return matrices
+                tracks += _movie_tracks(file, start, stop, budget)
+        return tracks
 
 
-def _movie_matrices(file: IO[bytes], start: int, stop: int, budget: list[int]) -> Iterator[Matrix]:
+def _movie_tracks(file: IO[bytes], start: int, stop: int, budget: list[int]) -> Iterator[Mp4Track]:
     movie: Matrix = (1, 0, 0, 1)
     for kind, first, last in _boxes(file, start, stop, budget):
         if kind == "mvhd":
-            movie = _matrix_of(file, kind, first) or movie
+            movie = _matrix_and_area(file, kind, first)[0] or movie
         elif kind == "trak":
-            track, is_video = None, False
+            track, area, num_frames, is_video = None, 0.0, 0, False
             for part, begin, end in _boxes(file, first, last, budget):
                 if part == "tkhd":
-                    track = _matrix_of(file, part, begin)
+                    track, area = _matrix_and_area(file, part, begin)
                 elif part == "mdia":
-                    is_video = any(
-                        name == "hdlr" and _read(file, at + 8, 4) == b"vide"
-                        for name, at, _ in _boxes(file, begin, end, budget)
-                    )
+                    for name, at, until in _boxes(file, begin, end, budget):
+                        if name == "hdlr":
+                            is_video = _read(file, at + 8, 4) == b"vide"
+                        elif name == "minf":
+                            num_frames = _num_samples(file, at, until, budget)
             if is_video and track is not None:
                 a, b, c, d = track
-                yield (
+                matrix = (
                     a * movie[0] + b * movie[2],
                     a * movie[1] + b * movie[3],
                     c * movie[0] + d * movie[2],
                     c * movie[1] + d * movie[3],
                 )
+                yield Mp4Track(matrix, area * num_frames)
 
 
-def _matrix_of(file: IO[bytes], kind: str, start: int) -> Matrix | None:
+def _matrix_and_area(file: IO[bytes], kind: str, start: int) -> tuple[Matrix | None, float]:
+    """The matrix of a box, and the width times height that follow it in a `tkhd`."""
     version = _read(file, start, 1)
-    data = _read(file, start + MATRIX_AT.get((kind, version[0] if version else 0), 40), 36)
-    return matrix_from_bytes(data, ">") if len(data) == 36 else None
+    data = _read(file, start + MATRIX_AT.get((kind, version[0] if version else 0), 40), 44)
+    if len(data) < 44:
+        return None, 0.0
+    width, height = struct.unpack(">2I", data[36:])
+    return matrix_from_bytes(data, ">"), width * height / 65536**2
+
+
+def _num_samples(file: IO[bytes], start: int, stop: int, budget: list[int]) -> int:
+    """How many samples the table of sizes in a box `minf` lists."""
+    for kind, first, last in _boxes(file, start, stop, budget):
+        if kind == "stbl":
+            return _num_samples(file, first, last, budget)
+        if kind in ("stsz", "stz2"):
+            return int.from_bytes(_read(file, first + 8, 4), "big")
+    return 0
 
 
 def _boxes(file: IO[bytes], start: int, stop: int, budget: list[int]) -> Iterator[tuple[str, int, int]]:
@@ -791,7 +815,7 @@ class Source:
         result._require_video()
         if limits.decode_seconds is None:
             return replace(result, image_format=result.animated_format())
-        return replace(result, image_format=isolation().animated_format(result))
+        return replace(result, image_format=isolated("animated_format")(result))
 
     @classmethod
     def _from_path(cls, path: Path, limits: MediaLimits) -> "Source":
@@ -856,25 +880,29 @@ class Source:
         return open_image(Path(self.path), self.name, as_frame)
 
 
-def isolation() -> Any:
-    """The module of readers in a child, which the files beside a checkpoint lack.
+# Decoding in a child with a deadline; `isolation.py` puts it here, which the files beside a checkpoint lack.
+ISOLATION: dict[str, Callable[..., Any]] = {}
+
+
+def isolated(name: str) -> Callable[..., Any]:
+    """What decodes in a child: "reader" or "animated_format".
 
     Raises:
-        ValueError: this is one of those files.
+        ValueError: this is one of the files beside a checkpoint.
     """
-    if not __name__.startswith("molmo2."):
+    if name not in ISOLATION:
         raise ValueError(
             "MediaLimits(decode_seconds=...) needs the package molmo2-transformers, and a model that `molmo2.load` "
             "loads: the files beside a checkpoint decode in this process. Leave it out here."
         )
-    return importlib.import_module("molmo2.video.decoding.isolation")
+    return ISOLATION[name]
 
 
 class _TemporaryCopy:
     """A temporary file with the content of a stream, removed with this object.
 
     Raises:
-        MediaLimitError: it is a stream of more than `fetch_bytes`; so many bytes are read, and no more.
+        MediaLimitError: it is a stream of more than `fetch_bytes`; no more bytes than that are read.
     """
 
     def __init__(self, stream: IO[bytes], name: str, limits: MediaLimits) -> None:
@@ -995,7 +1023,10 @@ class _DecordReader(VideoReader):
 
     def __init__(self, source: Source, only_choice: bool) -> None:
         super().__init__(source)
-        _require_plain_turns(source)
+        tracks = mp4_tracks(source.path)
+        _require_plain_turns(tracks)
+        if not only_choice:  # known without a child
+            _leave_to_others(max((track.num_pixels for track in tracks), default=0))
         process = self._process = DecordProcess.borrow()
         try:
             spans, fps, shape = self._opened(process)
@@ -1003,8 +1034,8 @@ class _DecordReader(VideoReader):
                 raise VideoDecodeError(f"its frames have the shape {shape}, expected (height, width, 3)")
             height, width = shape[:2]
             num_frames = len(spans)
-            if num_frames * height * width > MAX_DECORD_PIXELS and not only_choice and _others_usable("decord"):
-                raise VideoDecodeError(f"it would have to convert all of its {num_frames} frames")
+            if not only_choice:
+                _leave_to_others(num_frames * height * width)
             starts, end = _decord_times(spans)
             self.timeline = make_timeline(starts, end, fps, (height, width))
         except BaseException:
@@ -1035,6 +1066,12 @@ class _DecordReader(VideoReader):
             raise self._error(error.reason) from None
 
 
+def _leave_to_others(num_pixels: float) -> None:
+    """Leaves a clip with this many pixels in all its frames to other backends, where there are any."""
+    if num_pixels > MAX_DECORD_PIXELS and _others_usable("decord"):
+        raise VideoDecodeError("it would have to convert all frames, wanted or not, of a clip this long")
+
+
 def _decord_times(spans: np.ndarray) -> tuple[np.ndarray, float]:
     """Starts of the frames, (N,) float64, and the end of the last one, in seconds; spans are (N, 2)."""
     if not np.all(np.isfinite(spans)):
@@ -1049,9 +1086,9 @@ def _decord_times(spans: np.ndarray) -> tuple[np.ndarray, float]:
     return times[:-1], float(times[-1])
 
 
-def _require_plain_turns(source: Source) -> None:
+def _require_plain_turns(tracks: Sequence[Mp4Track]) -> None:
     """Leave mirrored videos to PyAV: decord and torchcodec turn by quarters and know nothing of mirrors."""
-    if any(quarter_turns(matrix) is None for matrix in mp4_matrices(source.path)):
+    if any(quarter_turns(track.matrix) is None for track in tracks):
         raise VideoDecodeError("its display matrix mirrors it or turns it by no multiple of 90 degrees")
 
 
@@ -1070,7 +1107,7 @@ class _TorchcodecReader(VideoReader):
     def __init__(self, source: Source, only_choice: bool) -> None:
         super().__init__(source)
         decoders = _import_backend("torchcodec.decoders", "torchcodec")
-        _require_plain_turns(source)
+        _require_plain_turns(mp4_tracks(source.path))
         self._decoder = decoders.VideoDecoder(
             source.path,
             dimension_order="NHWC",
@@ -1272,9 +1309,9 @@ class _PyavReader(VideoReader):
 
     def _counted(self, packets: Iterator[Any]) -> Iterator[Any]:
         """The packets, as long as they are not more than the frames a video may have."""
-        most, context = self._source.limits.video_frames, self._stream.codec_context
+        max_frames, context = self._source.limits.video_frames, self._stream.codec_context
         for count, packet in enumerate(packets):
-            if count > most or count % 1000 == 0:
+            if count > max_frames or count % 1000 == 0:
                 size = context.height, context.width
                 self._source.limits.check_video(self._source.name, count, size, self._source.num_bytes)
             yield packet
@@ -1406,7 +1443,7 @@ class _PacketTable:
         return self.origin + int(self.shown_stamps[index])
 
     def stamp_of_shown(self, count: int) -> int | None:
-        """Time stamp of the frame that comes after so many from the decoder; None after the last one."""
+        """Time stamp of the frame that comes after `count` from the decoder; None after the last one."""
         return self.stamp_of(count) if count < len(self.shown_stamps) else None
 
     def stamp_at(self, place: int) -> int:
@@ -1669,10 +1706,7 @@ def open_video(
 
 
 def decode_video(
-    source: VideoSource | Source,
-    read: Callable[[VideoReader], Result],
-    backend: str | None = None,
-    limits: MediaLimits | None = None,
+    source: VideoSource | Source, read: Callable[[VideoReader], Result], backend: str | None = None
 ) -> Result:
     """The result of `read(reader)`, from the first backend that does not fail before its end.
 
@@ -1680,7 +1714,7 @@ def decode_video(
     called again with each reader and must not keep anything from an earlier attempt.
 
     Args:
-        source, backend, limits: as for `open_video`.
+        source, backend: as for `open_video`; a `Source` has limits of its own, the default ones hold for all others.
         read: reads `timeline` and `frames` and returns the result.
 
     Raises:
@@ -1691,7 +1725,7 @@ def decode_video(
         with reader:
             return read(reader)
 
-    return _first_success(source, backend, limits, read_and_close)
+    return _first_success(source, backend, None, read_and_close)
 
 
 def _first_success(
@@ -1728,7 +1762,7 @@ def _open_reader(name: str, source: Source, only_choice: bool) -> VideoReader:
         if source.limits.decode_seconds is None:
             reader = READERS[name](source, only_choice=only_choice)
         else:
-            reader = isolation().IsolatedReader(name, source, only_choice)
+            reader = isolated("reader")(name, source, only_choice)
     except MediaLimitError:
         raise
     except Exception as error:  # decoders raise nearly anything
@@ -2803,34 +2837,6 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
         return {"between_pooling_size": between, **flags}
 
 
-def load_video(
-    video: Any,
-    *,
-    backend: str | None = None,
-    sample_timestamps_fn: Callable[..., Any] | None = None,
-    num_frames: int = 384,
-    **settings: Any,
-) -> tuple[np.ndarray, SampledVideoMetadata]:
-    """The sampled frames of one video file at full resolution, and their metadata.
-
-    Args:
-        video: a path, URL, the bytes of a video file or an open one.
-        backend: "decord", "torchcodec" or "pyav" to use this decoder only.
-        sample_timestamps_fn: replaces the sampling: called with `metadata=VideoMetadata(...)`, returns the times to
-            show in seconds.
-        num_frames, settings: options as for `Molmo2VideoProcessor.preprocess`.
-
-    Returns:
-        (F, H, W, 3) uint8 frames, and their metadata.
-    """
-    if not is_encoded(video):
-        raise TypeError(f"load_video reads a path, URL, bytes or a file object, not a {type(video).__name__}.")
-    processor = Molmo2VideoProcessor()
-    return processor.fetch_videos(
-        video, sample_timestamps_fn, video_backend=backend, num_frames=num_frames, **settings
-    )
-
-
 def _decode(item: VideoItem, reading: ReadingOptions, clip: Any) -> tuple[np.ndarray, SampledVideoMetadata]:
     """The sampled frames of an encoded video, (F, H, W, 3) uint8."""
     return read_video(
@@ -2910,5 +2916,4 @@ __all__ = [
     "Molmo2VideoProcessorKwargs",
     "SampledVideoMetadata",
     "VideoDecodeError",
-    "load_video",
 ]

@@ -23,8 +23,8 @@ from PIL import Image
 from molmo2 import Answer, Grounding, MediaLimitError, MediaLimits, annotate_video, contact_sheet, draw, prompts
 from molmo2.grounding import Point, export_grounding, parse_grounding
 from molmo2.image.loading import fetch_images, measure_images
+from molmo2.image.suffixes import VIDEO_SUFFIXES
 from molmo2.tools.answer import readable
-from molmo2.tools.media_files import VIDEO_SUFFIXES
 from molmo2.video.decoding.isolation import call_isolated
 from molmo2.video.loading import ReadingOptions, VideoItem, read_video
 from molmo2.video.sampling import SamplingSettings
@@ -361,7 +361,7 @@ class Conversation:
 
 
 def is_video(path: Path) -> bool:
-    """Whether the file is a video, by its suffix."""
+    """Whether the file is a video, by its suffix; a GIF is an image."""
     return path.suffix.lower() in VIDEO_SUFFIXES
 
 

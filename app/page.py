@@ -191,7 +191,7 @@ class Page:
         """Answer a question, piece by piece.
 
         Args:
-            name: That of the conversation in which it was asked: if another has begun since, the question is refused.
+            name: Of the conversation in which it was asked: if another was started since, the question is refused.
                 It is empty where the page does not show yet what was opened, which the question is about.
         """
         if conversation is None:

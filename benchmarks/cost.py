@@ -41,7 +41,7 @@ class Speeds:
     bytes: float
     memory: float = float("inf")
     launch: float = SECONDS_PER_KERNEL
-    few_rows: dict[int, float] = field(default_factory=dict)  # multiply-adds a second of products with so many rows
+    few_rows: dict[int, float] = field(default_factory=dict)  # number of rows -> multiply-adds a second
 
 
 # Dense bfloat16 and memory of data sheets; 60 % and 80 % of them are reached in practice.
@@ -54,7 +54,7 @@ CARDS = (
 
 @dataclass(frozen=True)
 class Request:
-    """A question about a 1080p photo in so many crops, or about a clip of so many frames; the same in each row."""
+    """A question about a 1080p photo in this many crops, or about a clip of this many frames; the same in each row."""
 
     title: str
     max_crops: int = 0
@@ -224,7 +224,7 @@ def measured_speeds() -> Speeds:
 
 
 def few_products(rows: int) -> float:
-    """Multiply-adds a second of products with so many rows, over weights beyond any cache.
+    """Multiply-adds a second of products with this many rows, over weights beyond any cache.
 
     A GPU reads the weights once for all rows and multiplies while it reads. A CPU does not where its library computes
     few rows one by one, or with the tiles of many of which most are empty.

@@ -83,7 +83,7 @@ def _hours(side: Side, point: int) -> Work:
 
 
 def _tracks(side: Side, point: int) -> Work:
-    """So many objects at once through 20 windows: their answers read and stitched."""
+    """Objects, this many at once, through 20 windows: their answers read and stitched."""
     rng = np.random.default_rng(0)
     cutting = Cutting(window=30.0, overlap=4.0, fps=2.0)
     places = np.cumsum(rng.normal(0, 0.005, (point, cutting.step * 20 + cutting.size, 2)), 1) + rng.random(

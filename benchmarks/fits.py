@@ -44,7 +44,7 @@ def weight_bytes(model: nn.Module, bytes_per_weight: float) -> float:
 
 
 def table() -> list[str]:
-    """The lines of a Markdown table, in GB (10^9 bytes): weights, and the peak with a video of so many frames."""
+    """The lines of a Markdown table, in GB (10^9 bytes): weights, and the peak by the number of frames of a video."""
     heads = ["model", "weights in", "weights", *(f"with {frames} frames" for frames in FRAMES)]
     lines = [f"| {' | '.join(heads)} |", "|---|---|" + "---:|" * (len(heads) - 2)]
     for name in MODELS:

@@ -288,7 +288,7 @@ def batched(model: Any, processor: Any, video: LongVideo, batch_size: int = 16) 
 
 
 def whole_row(scene: Scene, video: LongVideo, call: Any, num_frames: int | None) -> dict[str, Any]:
-    """Scores of one answer about the whole clip, from so many frames; None for every sample."""
+    """Scores of one answer about the whole clip, from `num_frames` frames; None for every sample."""
     cutting = video.cutting
     every = cutting.num_samples(scene.seconds)
     fps = cutting.fps if num_frames is None else num_frames / scene.seconds

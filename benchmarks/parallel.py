@@ -44,7 +44,7 @@ def model() -> Any:
 
 
 def batch(tokens: int, frames: int) -> dict[str, torch.Tensor]:
-    """One row of so many tokens: a clip, and an answer that fills it up."""
+    """One row of this many tokens: a clip, and an answer that fills it up."""
     pixels = np.random.default_rng(0).integers(0, 256, (frames, 98, 98, 3), dtype=np.uint8)
     clip = {"type": "video", "video": pixels, "video_metadata": {"fps": 2.0, "total_num_frames": frames}}
     row = example(turn("What happens?", "a " * tokens, clip), num_frames=frames, max_length=tokens)

@@ -9,6 +9,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from benchmarks.checkpoints import checkpoint
 from benchmarks.harness import NotAvailable, Side
+from molmo2 import library_inputs
 
 
 def _native_processor(side: Side, kind: str) -> Any:
@@ -68,11 +69,8 @@ def with_weights_read(model: Any) -> Any:
 
 
 def inputs_for(side: Side, inputs: Any) -> dict[str, torch.Tensor]:
-    """Inputs of our processor under the names that a side uses; for native at most one image in the batch."""
-    inputs = dict(inputs)
-    if side.name == "native":
-        inputs["mm_token_type_ids"] = inputs.pop("token_type_ids").long()
-    return inputs
+    """Inputs of our processor as a side reads them."""
+    return dict(library_inputs(inputs) if side.name == "native" else inputs)
 
 
 def chat_inputs(side: Side, shape: str, content: list[dict[str, Any]], **options: Any) -> dict[str, torch.Tensor]:

@@ -87,7 +87,7 @@ def _import_path() -> None:
 
 
 def table_of(work: Path, times: int) -> Path:
-    """The questions, asked so many times, each time in another order."""
+    """The questions, repeated, each time in another order."""
     import random
 
     target = work / f"questions-{times}.jsonl"
@@ -239,16 +239,16 @@ def _server(concurrency: int, table: Path, url: str) -> dict[str, Any]:
     starts: dict[int, float] = {}
     engine = ServerEngine(client, settings, lambda rows, busy: starts.setdefault(rows[0].number, time.time()))
     results, lane = [], []
-    begun = time.time()
+    start = time.time()
     for result in engine.run(iter(rows)):
         results.append(result)
         lane.append((starts[result["row"]], time.time(), 1))
-    seconds = time.time() - begun
+    seconds = time.time() - start
     end = max(starts.values()) if concurrency > 1 else time.time()  # from there on fewer are busy
-    requests = answered_within([lane], begun, end) / (end - begun)
+    requests = answered_within([lane], start, end) / (end - start)
     tokens = requests * _tokens_per_answer(results)
     return {
-        "requests": requests, "tokens": tokens, "measured_seconds": end - begun, "whole_seconds": seconds,
+        "requests": requests, "tokens": tokens, "measured_seconds": end - start, "whole_seconds": seconds,
         **_about(results),
     }  # fmt: skip
 
@@ -263,7 +263,7 @@ def _in_process(name: str, table: Path, work: Path) -> dict[str, Any]:
     from molmo2.tools.answer import answer_record
 
     torch.set_num_threads(1)
-    begun = time.time()
+    start = time.time()
     model, processor = load(str(work / "model"), dtype="float32")
     rows = list(all_rows(open_source(table)))
     settings = EngineSettings(batch_size=16, window=64, generate_options={"max_new_tokens": MAX_NEW_TOKENS})
@@ -283,7 +283,7 @@ def _in_process(name: str, table: Path, work: Path) -> dict[str, Any]:
     results = list(answers(rows))
     end = time.time()
     found = rates([[(start, end, len(results))]], _tokens_per_answer(results))
-    return {**found, **_about(results), "whole_seconds": end - begun}
+    return {**found, **_about(results), "whole_seconds": end - start}
 
 
 def _tokens_per_answer(results: Sequence[dict[str, Any]]) -> float:

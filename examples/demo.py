@@ -19,10 +19,10 @@ EXAMPLES = Path(__file__).resolve().parent
 sys.path.insert(0, str(EXAMPLES))
 
 from miniature.native import CHECKPOINT  # noqa: E402
-from miniature.questions import ask_pictures  # noqa: E402
-from miniature.world import make_picture  # noqa: E402
+from miniature.questions import ask_images  # noqa: E402
+from miniature.world import make_image  # noqa: E402
 
-PICTURE, CLIP = EXAMPLES / "data" / "world_picture.png", EXAMPLES / "data" / "world_clip.mp4"
+IMAGE, CLIP = EXAMPLES / "data" / "world_single.png", EXAMPLES / "data" / "world_clip.mp4"
 DRAWN_SEED = 7000  # of new images; training, scores and the bundled images use others
 
 
@@ -52,13 +52,13 @@ class Demo:
         image.save(self.output / name)
         print(f"    wrote {self.output / name}")
 
-    def bundled_picture(self) -> None:
+    def bundled_image(self) -> None:
         """Questions about the bundled image."""
-        print(f"\n{PICTURE.name}")
-        answer = self.ask("Point to the red circles.", images=PICTURE)
-        self.save(draw(PICTURE, answer.grounding), "points.png")
+        print(f"\n{IMAGE.name}")
+        answer = self.ask("Point to the red circles.", images=IMAGE)
+        self.save(draw(IMAGE, answer.grounding), "points.png")
         for question in ("How many red circles are there?", "What colour is the ring?", "Point to the green squares."):
-            self.ask(question, images=PICTURE)
+            self.ask(question, images=IMAGE)
 
     def clip(self) -> None:
         """A tracked object in the bundled clip."""
@@ -67,14 +67,14 @@ class Demo:
         drawn = annotate_video(CLIP, answer.grounding, self.output / "track.mp4")
         print(f"    wrote {drawn.path}")
 
-    def drawn_pictures(self, seeds: Sequence[int]) -> None:
+    def drawn_images(self, seeds: Sequence[int]) -> None:
         """Newly drawn images, with the correct answer to each question."""
         for seed in seeds:
             rng = np.random.default_rng([DRAWN_SEED, seed])
-            picture = make_picture(rng)
-            print(f"\na picture drawn from seed {seed}")
-            for question in ask_pictures(rng, [picture], 2):
-                self.ask(question.text, images=picture.pixels)
+            image = make_image(rng)
+            print(f"\nan image drawn from seed {seed}")
+            for question in ask_images(rng, [image], 2):
+                self.ask(question.text, images=image.pixels)
                 print(f"    the truth: {question.answer}")
 
 
@@ -87,9 +87,9 @@ def main() -> None:
         raise SystemExit("The conversion failed.")
     demo = Demo(folder, output)
     print(f"\nA {type(demo.model).__name__} with {demo.model.num_parameters() / 1e6:.1f} million parameters")
-    demo.bundled_picture()
+    demo.bundled_image()
     demo.clip()
-    demo.drawn_pictures(range(3))
+    demo.drawn_images(range(3))
 
 
 if __name__ == "__main__":

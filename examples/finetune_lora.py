@@ -33,7 +33,7 @@ sys.path.insert(0, str(EXAMPLES))
 
 from miniature import native, questions  # noqa: E402
 from miniature.evaluate import Example, answers, judge, load  # noqa: E402
-from miniature.world import COLOURS, HELD_OUT_SHAPES, Picture, choose_kinds, make_picture  # noqa: E402
+from miniature.world import COLOURS, HELD_OUT_SHAPES, DrawnImage, choose_kinds, make_image  # noqa: E402
 
 TRAINING_SEED, FRESH_SEED = 7000, 8000  # used by nothing else
 
@@ -46,7 +46,7 @@ class Plan:
         shape: One of `HELD_OUT_SHAPES`.
         minutes: Duration of training; the learning rate decays to zero by then.
         rank: Of the adapters.
-        trees: Pictures of a step, with up to `branches` questions each.
+        trees: Images of a step, with up to `branches` questions each.
         old: Fraction of images without the new shape.
     """
 
@@ -59,36 +59,36 @@ class Plan:
     old: float = 0.3
 
 
-def picture_with(shape: str, rng: np.random.Generator, max_new: int = 5) -> Picture:
+def image_with(shape: str, rng: np.random.Generator, max_new: int = 5) -> DrawnImage:
     """An image with up to seven objects, of which one to `max_new` have the new shape."""
     kinds = choose_kinds(rng, int(rng.integers(1, 5)))
     new = [(list(COLOURS)[rng.integers(len(COLOURS))], shape) for _ in range(rng.integers(1, max_new + 1))]
     mixed = [*new, *kinds][:7]
-    return make_picture(rng, kinds=[mixed[place] for place in rng.permutation(len(mixed))])
+    return make_image(rng, kinds=[mixed[place] for place in rng.permutation(len(mixed))])
 
 
-def places(picture: Picture, target: tuple) -> list[questions.Place]:
+def places(image: DrawnImage, target: tuple) -> list[questions.Place]:
     """The objects that match the target, in the first image of the prompt."""
     return [
         questions.Place(1, number, thing)
-        for number, thing in enumerate(picture.things)
+        for number, thing in enumerate(image.things)
         if questions.matches(thing, target)
     ]
 
 
-def about(shape: str, rng: np.random.Generator, picture: Picture) -> list[questions.Question]:
+def about(shape: str, rng: np.random.Generator, image: DrawnImage) -> list[questions.Question]:
     """Questions about the shape: point to all, or to those of a colour; count; name one with a unique colour."""
     colours, new = list(COLOURS), (None, shape)
     target = (colours[rng.integers(len(colours))], shape)
     asked = [
-        questions.point(new, places(picture, new), plural=True),
-        questions.count(new, places(picture, new)),
-        questions.point(target, places(picture, target), plural=bool(rng.random() < 0.5)),
-        questions.count(target, places(picture, target)),
-        questions.number_only(new, places(picture, new)),
+        questions.point(new, places(image, new), plural=True),
+        questions.count(new, places(image, new)),
+        questions.point(target, places(image, target), plural=bool(rng.random() < 0.5)),
+        questions.count(target, places(image, target)),
+        questions.number_only(new, places(image, new)),
     ]
     for colour in colours:
-        of_colour = [thing for thing in picture.things if thing.colour == colour]
+        of_colour = [thing for thing in image.things if thing.colour == colour]
         if len(of_colour) == 1 and of_colour[0].kind == shape:
             asked.append(questions.Question("what", f"What is the {colour} object?", shape, (colour, None)))
     return asked
@@ -106,15 +106,15 @@ class Lessons(IterableDataset):
             rng = np.random.default_rng([TRAINING_SEED, number])
             number += 1
             if rng.random() < self.plan.old:
-                picture = make_picture(rng)
-                asked = questions.ask_pictures(rng, [picture], self.plan.branches)
+                image = make_image(rng)
+                asked = questions.ask_images(rng, [image], self.plan.branches)
                 absent = questions.point((None, self.plan.shape), [], plural=True)  # "There are none."
                 asked += [absent] * int(rng.random() < 0.3)
             else:
-                picture = picture_with(self.plan.shape, rng)
-                asked = about(self.plan.shape, rng, picture)
+                image = image_with(self.plan.shape, rng)
+                asked = about(self.plan.shape, rng, image)
             chosen = rng.permutation(len(asked))[: self.plan.branches]
-            yield {"messages": [conversation(asked[place]) for place in chosen], "images": [picture.pixels]}
+            yield {"messages": [conversation(asked[place]) for place in chosen], "images": [image.pixels]}
 
 
 def conversation(question: questions.Question) -> list[dict[str, Any]]:
@@ -139,14 +139,14 @@ def scores(model: Any, processor: Any, number: int, shape: str = Plan.shape) -> 
     new, old = [], []
     for index in range(number):
         rng = np.random.default_rng([FRESH_SEED, index])
-        picture = picture_with(shape, rng)
-        parts = ({"type": "image", "image": picture.pixels},)
-        asked = about(shape, rng, picture)
+        image = image_with(shape, rng)
+        parts = ({"type": "image", "image": image.pixels},)
+        asked = about(shape, rng, image)
         kept = [*asked[:2], *(question for question in asked if question.task == "what")]
         new += [Example(question, parts) for question in kept]
-        picture = make_picture(rng)
-        parts = ({"type": "image", "image": picture.pixels},)
-        old += [Example(question, parts) for question in questions.ask_pictures(rng, [picture], 2)]
+        image = make_image(rng)
+        parts = ({"type": "image", "image": image.pixels},)
+        old += [Example(question, parts) for question in questions.ask_images(rng, [image], 2)]
     model.eval()
     texts = answers(model, processor, new)
     found = {"right": right_share(processor, new, texts), **judge(processor, new, texts)}
@@ -209,7 +209,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     parser.add_argument("--output", type=Path, default=Path("adapters"), help="their folder")
     parser.add_argument("--shape", default=Plan.shape, choices=HELD_OUT_SHAPES)
     parser.add_argument("--minutes", type=float, default=Plan.minutes)
-    parser.add_argument("--number", type=int, default=60, help="fresh pictures with the shape, and as many without")
+    parser.add_argument("--number", type=int, default=60, help="fresh images with the shape, and as many without")
     given = parser.parse_args(arguments)
     torch.manual_seed(0)
     model, processor = load(given.model)

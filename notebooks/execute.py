@@ -41,7 +41,7 @@ def _cleaned(notebook: Any) -> Any:
             for output in cell.outputs:
                 if "text" in output:
                     output.text = CODE_HASH.sub("sha256 ...", output.text)
-                _keep_smaller_picture(output.get("data", {}))
+                _keep_smaller_image(output.get("data", {}))
     return notebook
 
 
@@ -56,8 +56,8 @@ def _merged(outputs: list[Any]) -> list[Any]:
     return merged
 
 
-def _keep_smaller_picture(data: dict[str, Any]) -> None:
-    """PIL shows each picture twice, as PNG and as JPEG."""
+def _keep_smaller_image(data: dict[str, Any]) -> None:
+    """PIL shows each image twice, as PNG and as JPEG."""
     forms = sorted((name for name in data if name.startswith("image/")), key=lambda name: len(data[name]))
     for name in forms[1:]:
         del data[name]

@@ -121,7 +121,7 @@ def main() -> None:
         outside = folder / "outside"
         outside.mkdir()
         python = install(wheel, folder / "env")
-        checkpoint, image = ROOT / "examples/miniature/checkpoint", ROOT / "examples/data/world_picture.png"
+        checkpoint, image = ROOT / "examples/miniature/checkpoint", ROOT / "examples/data/world_single.png"
         run([str(python), "-c", TRIAL, str(checkpoint), str(image)], cwd=outside)
         if options.fiftyone:
             python = install(wheel, folder / "fiftyone", site_packages(options.fiftyone))

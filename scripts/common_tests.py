@@ -73,7 +73,7 @@ def main(arguments: list[str]) -> int | str:
     release = subprocess.check_output([python, "-c", ask], text=True)
     variables = {**os.environ, "MOLMO2_COMMON_TESTS": str(fetch(python, release))}
     variables.pop("MOLMO2_STRICT", None)  # the suites skip what a model has not
-    own_markers = ["-o", "addopts=-ra"]  # the suites have some that nobody has declared
+    own_markers = ["-o", "addopts=-ra"]  # the suites have some that are not declared
     command = [str(REPOSITORY / "scripts" / "pytest"), python, "-q", *own_markers, "tests/hf_common", *options]
     return subprocess.run(command, env=variables, cwd=REPOSITORY).returncode
 

@@ -95,7 +95,7 @@ TABLE_STEPS = {
     "tokenizer": 1,
     "visual_tokens": 1,
 }
-LONGEST_TOKEN_STRING = 400
+MAX_TOKEN_CHARACTERS = 400
 
 
 def copy_case(name: str, with_tensors: bool) -> set[str]:
@@ -113,7 +113,7 @@ def copy_table(name: str, step: int) -> None:
     content = json.loads((SOURCE / "tables" / f"{name}.json").read_text(encoding="utf-8"))
     rows = content["rows"] if name == "tiling" else content
     if name == "visual_tokens":
-        rows = [row for row in rows if len(row["text"]) <= LONGEST_TOKEN_STRING]
+        rows = [row for row in rows if len(row["text"]) <= MAX_TOKEN_CHARACTERS]
     rows = rows[::step]
     write_json(TARGET / "tables" / f"{name}.json", {**content, "rows": rows} if name == "tiling" else rows)
 

@@ -155,15 +155,15 @@ class Child:
         return self.process.wait()
 
 
-def fuzz(name: str, seed: int, seconds: float, most: int | None) -> Counter[str]:
+def fuzz(name: str, seed: int, seconds: float, max_cases: int | None) -> Counter[str]:
     """Run a corpus until this time or number of cases; prints wrong cases and returns the counts."""
     counts = Counter({"tried": 0, "refused": 0, "wrong": 0})
     deadline, first = time.monotonic() + seconds, 0
-    while time.monotonic() < deadline and (most is None or first < most):
+    while time.monotonic() < deadline and (max_cases is None or first < max_cases):
         child = Child(name, seed, first)
         if child.next_line(START_SECONDS) != {"ready": True}:
             raise SystemExit(f"{name}: the child could not start (status {child.stop()}).")
-        while time.monotonic() < deadline and (most is None or first < most):
+        while time.monotonic() < deadline and (max_cases is None or first < max_cases):
             line = child.next_line(CASE_SECONDS)
             if "start" in line:
                 continue

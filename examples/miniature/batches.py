@@ -21,8 +21,8 @@ from torch import Tensor
 from molmo2.processing.prompt_tokens import IMAGE_PATCH
 
 from .layout import CROP, PATCH, PATCHES
-from .questions import Place, Question, ask_clip, ask_pictures, clip_key, picture_number
-from .world import COLOURS, KINDS, Clip, Thing, make_clip, make_picture
+from .questions import Place, Question, ask_clip, ask_images, clip_key, image_number
+from .world import COLOURS, KINDS, Clip, Thing, make_clip, make_image
 
 MAX_CACHED = 4096  # texts whose tokens are cached
 PROMPT_TAIL = 6  # tokens from the end token of a question to its answer
@@ -41,7 +41,7 @@ class Mix:
 
     max_things: int = 7
     tiled: float = 0.35
-    pictures: int = 1  # of a set
+    images: int = 1  # of a set
     branches: int = 6
 
 
@@ -162,37 +162,37 @@ class BatchMaker:
         parts = {"input_ids": ids, "branches": branches, "position_ids": positions, "weights": weights, **looks}
         return {"slots": torch.tensor(slots), **{name: torch.from_numpy(part) for name, part in parts.items()}}
 
-    def pictures(self, rng: np.random.Generator, number: int, mix: Mix) -> dict[str, Tensor]:
+    def images(self, rng: np.random.Generator, number: int, mix: Mix) -> dict[str, Tensor]:
         """Message trees about single images or sets of images.
 
         Args:
             number: Number of trees.
         """
-        trees, all_pictures, questions = [], [], []
+        trees, all_images, questions = [], [], []
         for _ in range(number):
-            count = mix.pictures if mix.pictures == 1 else int(rng.integers(2, mix.pictures + 1))
-            most = mix.max_things if count == 1 else min(4, mix.max_things)
-            pictures = [make_picture(rng, max_things=most, tiled=mix.tiled) for _ in range(count)]
-            all_pictures.append(pictures)
-            questions.append(ask_pictures(rng, pictures, mix.branches))
-        flat = [picture for pictures in all_pictures for picture in pictures]
-        tensors = self.processor.image_processor.preprocess([picture.pixels for picture in flat], return_tensors="pt")
+            count = mix.images if mix.images == 1 else int(rng.integers(2, mix.images + 1))
+            max_things = mix.max_things if count == 1 else min(4, mix.max_things)
+            images = [make_image(rng, max_things=max_things, tiled=mix.tiled) for _ in range(count)]
+            all_images.append(images)
+            questions.append(ask_images(rng, images, mix.branches))
+        flat = [image for images in all_images for image in images]
+        tensors = self.processor.image_processor.preprocess([image.pixels for image in flat], return_tensors="pt")
         grids = iter(tensors["image_grids"].tolist())
         crops = tensors["image_num_crops"]
         first = (crops.cumsum(0) - crops).tolist()
-        tables = iter(_per_picture(tensors["image_token_pooling"], tensors["image_grids"], crops))
-        for pictures, asked in zip(all_pictures, questions):
-            texts = ["".join(self.processor.get_image_tokens(next(grids))) for _ in pictures]
+        tables = iter(_per_image(tensors["image_token_pooling"], tensors["image_grids"], crops))
+        for images, asked in zip(all_images, questions):
+            texts = ["".join(self.processor.get_image_tokens(next(grids))) for _ in images]
             opening = texts[0] if len(texts) == 1 else "".join(f"Image {i}{text}" for i, text in enumerate(texts, 1))
             patches, pooling, shift = {}, [], 0
-            for key, picture in enumerate(pictures, start=1):
+            for key, image in enumerate(images, start=1):
                 table, size = next(tables)
                 pooling.append(np.where(table < 0, NO_TARGET, table + shift))
-                for number, thing in enumerate(picture.things):
-                    patches[key, picture_number(key, number)] = shift + patch_of(thing)
+                for number, thing in enumerate(image.things):
+                    patches[key, image_number(key, number)] = shift + patch_of(thing)
                 shift += size
             trees.append(self.tree(opening, asked, patches, np.concatenate(pooling)))
-        seen = {crop: picture.things for crop, picture in zip(first, flat)}
+        seen = {crop: image.things for crop, image in zip(first, flat)}
         dense = dense_targets(len(tensors["pixel_values"]), seen)
         return {**self.finish(trees), **tensors, "dense": dense}
 
@@ -241,7 +241,7 @@ def patch_of(thing: Thing) -> int:
     return row * side + col
 
 
-def _per_picture(pooling: Tensor, grids: Tensor, crops: Tensor) -> list[tuple[np.ndarray, int]]:
+def _per_image(pooling: Tensor, grids: Tensor, crops: Tensor) -> list[tuple[np.ndarray, int]]:
     """Pooling rows of each image, with patches counted from its first crop, and how many patches it has."""
     tokens = (grids[:, 0] * grids[:, 1] + grids[:, 2] * grids[:, 3]).tolist()
     return [(table.numpy(), PATCHES * size) for table, size in zip(pooling.split(tokens), crops.tolist())]

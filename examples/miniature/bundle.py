@@ -10,10 +10,10 @@ import av
 import numpy as np
 from PIL import Image
 
-from .world import CLIP_FPS, Clip, Mover, Picture, Thing, make_clip, make_picture
+from .world import CLIP_FPS, Clip, DrawnImage, Mover, Thing, make_clip, make_image
 
 BUNDLE_SEED = 5000
-PICTURE_KINDS = (
+IMAGE_KINDS = (
     ("red", "circle"),
     ("blue", "square"),
     ("red", "circle"),
@@ -27,15 +27,15 @@ PAIR_KINDS = (
 )
 
 
-def picture() -> Picture:
+def image() -> DrawnImage:
     """Three red circles among other objects; larger than one crop."""
-    return make_picture(np.random.default_rng([BUNDLE_SEED, 0]), tiled=1.0, kinds=PICTURE_KINDS)
+    return make_image(np.random.default_rng([BUNDLE_SEED, 0]), tiled=1.0, kinds=IMAGE_KINDS)
 
 
-def pair() -> tuple[Picture, ...]:
+def pair() -> tuple[DrawnImage, ...]:
     """One and two blue squares, and a red circle each: like most sets, of small images with few objects."""
     return tuple(
-        make_picture(np.random.default_rng([BUNDLE_SEED, seed]), tiled=0.0, kinds=kinds)
+        make_image(np.random.default_rng([BUNDLE_SEED, seed]), tiled=0.0, kinds=kinds)
         for seed, kinds in zip((3, 2), PAIR_KINDS)
     )
 
@@ -65,7 +65,7 @@ def write_clip(moving: Clip, target: Path) -> None:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    Image.fromarray(picture().pixels).save(folder / "world_picture.png", optimize=True)
+    Image.fromarray(image().pixels).save(folder / "world_single.png", optimize=True)
     for number, other in enumerate(pair(), 1):
         Image.fromarray(other.pixels).save(folder / f"world_pair_{number}.png", optimize=True)
     write_clip(clip(), folder / "world_clip.mp4")

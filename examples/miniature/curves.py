@@ -15,9 +15,9 @@ PANELS = {
         ("patch_there", "patch_colour", "patch_kind", "patch_x1", "patch_x2"),
         (0, 1),
     ),
-    "Second lesson: loss per answer token": (("pictures_loss", "clips_loss"), (0, 2)),
+    "Second lesson: loss per answer token": (("images_loss", "clips_loss"), (0, 2)),
     "Second lesson: attention on what is asked about": (
-        ("pictures_named", "pictures_written", "clips_named", "clips_written"),
+        ("images_named", "images_written", "clips_named", "clips_written"),
         (0, 1),
     ),
     "Held-out answers": (("pointing", "count", "colour", "what", "none", "track error"), (0, 1)),
@@ -91,8 +91,8 @@ def draw(log: Path, target: Path) -> None:
     if not curves:
         raise ValueError(f"{log} holds no losses or scores yet: train for longer, they are written every few steps.")
     minutes = max(point[0] for curve in curves.values() for point in curve)
-    picture = Image.new("RGB", (1320, 700), "white")
-    canvas = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (1320, 700), "white")
+    canvas = ImageDraw.Draw(image)
     for number, (title, (names, (low, high))) in enumerate(PANELS.items()):
         left, top = 60 + 660 * (number % 2), 45 + 345 * (number // 2)
         panel = Panel(left, top, 450, 260, max(minutes, 1e-6), low, high)
@@ -102,7 +102,7 @@ def draw(log: Path, target: Path) -> None:
             canvas, panel, title, {name: curve if held_out else smooth(curve) for name, curve in wanted.items()}
         )
     canvas.text((60, 680), "minutes of training", fill="black", font=ImageFont.load_default(15))
-    picture.save(target, optimize=True)
+    image.save(target, optimize=True)
 
 
 if __name__ == "__main__":

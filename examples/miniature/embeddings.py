@@ -18,7 +18,7 @@ from molmo2 import embed, nearest
 
 from . import native
 from .evaluate import load
-from .world import COLOURS, SHAPES, make_picture
+from .world import COLOURS, SHAPES, make_image
 
 SEED = 3000
 FRAME_SIDE, FRAME_RATE = 98, 2.0
@@ -29,11 +29,11 @@ Kind = tuple[str, str]  # colour and shape
 
 def drawn(kind: Kind, seed: Sequence[int], tiled: float = 0.35) -> np.ndarray:
     """(H, W, 3) uint8: one object of a colour and a shape."""
-    return make_picture(np.random.default_rng(seed), max_things=1, kinds=[kind], tiled=tiled).pixels
+    return make_image(np.random.default_rng(seed), max_things=1, kinds=[kind], tiled=tiled).pixels
 
 
 def world(number: int) -> tuple[list[Kind], list[np.ndarray]]:
-    """So many images of each kind of object."""
+    """`number` images of each kind of object."""
     kinds = [(colour, shape) for colour in COLOURS for shape in SHAPES for _ in range(number)]
     return kinds, [drawn(kind, [SEED, place]) for place, kind in enumerate(kinds)]
 
@@ -54,8 +54,8 @@ def neighbours(rows: np.ndarray, kinds: Sequence[Kind]) -> tuple[float, float]:
 def slides(rng: np.random.Generator, number: int = 6) -> tuple[list[str], np.ndarray]:
     """A clip that shows one object of each colour, half a second each: colours and frames."""
     colours = [str(colour) for colour in rng.permutation(list(COLOURS))][:number]
-    pictures = [drawn((colour, str(rng.choice(SHAPES))), rng.integers(1 << 30, size=2), tiled=0) for colour in colours]
-    frames = [Image.fromarray(pixels).resize((FRAME_SIDE, FRAME_SIDE)) for pixels in pictures]
+    images = [drawn((colour, str(rng.choice(SHAPES))), rng.integers(1 << 30, size=2), tiled=0) for colour in colours]
+    frames = [Image.fromarray(pixels).resize((FRAME_SIDE, FRAME_SIDE)) for pixels in images]
     return colours, np.stack([np.asarray(frame) for frame in frames])
 
 
@@ -80,13 +80,13 @@ def moments(model: Any, processor: Any, number: int, **options: Any) -> float:
 
 def scores(model: Any, processor: Any, number: int) -> dict[str, tuple[float, ...]]:
     """Every line of the table: shares for colour and shape, or of moments."""
-    kinds, pictures = world(number)
+    kinds, images = world(number)
     lines: dict[str, tuple[float, ...]] = {"chance": (1 / len(COLOURS), 1 / len(SHAPES))}
     rows = {}
     for question in QUESTIONS:
         for pooling in ("mean", "max", "last"):
             options = {"pooling": pooling, "prompt": question, "batch_size": 24}
-            rows[pooling, question] = embed(model, processor, images=pictures, **options)
+            rows[pooling, question] = embed(model, processor, images=images, **options)
             lines[f"{pooling:5}{question}"] = neighbours(rows[pooling, question], kinds)
     asked = sorted(set(kinds))
     for pooling in ("mean", "last"):

@@ -24,8 +24,8 @@ import torch
 import molmo2
 
 from . import native
-from .questions import Place, Question, ask_clip, ask_pictures, identities
-from .world import CLIP_FPS, make_clip, make_picture
+from .questions import Place, Question, ask_clip, ask_images, identities
+from .world import CLIP_FPS, make_clip, make_image
 
 NEAR = 0.03
 MISSING_DISTANCE = 0.5
@@ -49,7 +49,7 @@ class Example:
     @property
     def group(self) -> str:
         """The kind of its media: image, set or clip."""
-        return "clip" if self.parts[0]["type"] == "video" else "set" if len(self.parts) > 1 else "picture"
+        return "clip" if self.parts[0]["type"] == "video" else "set" if len(self.parts) > 1 else "image"
 
     def message(self) -> list[dict]:
         return [{"role": "user", "content": [*self.parts, {"type": "text", "text": self.question.text}]}]
@@ -69,14 +69,14 @@ def examples(seed: int, number: int) -> list[Example]:
     made: list[Example] = []
     for index in range(number // 2):
         rng = np.random.default_rng([seed, 0, index])
-        picture = make_picture(rng)
-        parts = ({"type": "image", "image": picture.pixels},)
-        made += [Example(question, parts) for question in ask_pictures(rng, [picture], 2)]
+        image = make_image(rng)
+        parts = ({"type": "image", "image": image.pixels},)
+        made += [Example(question, parts) for question in ask_images(rng, [image], 2)]
     for index in range(number // 6):
         rng = np.random.default_rng([seed, 1, index])
-        pictures = [make_picture(rng, max_things=4, tiled=0.1) for _ in range(rng.integers(2, 4))]
-        parts = tuple({"type": "image", "image": picture.pixels} for picture in pictures)
-        made += [Example(question, parts) for question in ask_pictures(rng, pictures, 2)]
+        images = [make_image(rng, max_things=4, tiled=0.1) for _ in range(rng.integers(2, 4))]
+        parts = tuple({"type": "image", "image": image.pixels} for image in images)
+        made += [Example(question, parts) for question in ask_images(rng, images, 2)]
     for index in range(number // 4):
         rng = np.random.default_rng([seed, 2, index])
         clip = make_clip(rng)
@@ -187,7 +187,7 @@ def judge(processor, asked: Sequence[Example], texts: Sequence[str]) -> dict[str
         question, group = example.question, example.group
         grounding = processor.post_process_grounding(text)
         number = len({place.number for place in question.places})
-        suffix = "" if group == "picture" else f" in {group}"
+        suffix = "" if group == "image" else f" in {group}"
         if question.task in ("point", "count", "track") and number == 0:
             tally.add(f"none{suffix}", grounding.says_none)
         elif question.task == "track":

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .world import COLOURS, KINDS, Clip, Picture, Thing
+from .world import COLOURS, KINDS, Clip, DrawnImage, Thing
 
 NONE, NO_TRACKS = "There are none.", "No tracks available."
 MAX_POINTS = 7
@@ -48,7 +48,7 @@ class Question:
     places: tuple[Place, ...] = ()
 
 
-def picture_number(key: int, place: int) -> int:
+def image_number(key: int, place: int) -> int:
     """Number of a object in a set of images."""
     return 100 * key + place
 
@@ -189,7 +189,7 @@ def _compose(
     about_one: float,
     none: float,
 ) -> list[Question]:
-    """So many different questions, drawn by weight, about the objects at the places where they are seen."""
+    """`number` different questions, drawn by weight, about the objects at the places where they are seen."""
     things = [place.thing for place in first_places(seen)]
     weights = np.array([weight for weight, _ in makers])
     found: dict[str, Question] = {}
@@ -208,8 +208,8 @@ def _compose(
     return list(found.values())
 
 
-def ask_pictures(
-    rng: np.random.Generator, pictures: Sequence[Picture], number: int, *, about_one: float = 0.3, none: float = 0.2
+def ask_images(
+    rng: np.random.Generator, images: Sequence[DrawnImage], number: int, *, about_one: float = 0.3, none: float = 0.2
 ) -> list[Question]:
     """Questions about one image or a set of them.
 
@@ -218,9 +218,9 @@ def ask_pictures(
         none: Probability that a pointing or counting question asks for something absent.
     """
     everything = [
-        Place(index, picture_number(index, place), thing)
-        for index, picture in enumerate(pictures, start=1)
-        for place, thing in enumerate(picture.things)
+        Place(index, image_number(index, place), thing)
+        for index, image in enumerate(images, start=1)
+        for place, thing in enumerate(image.things)
     ]
 
     def places_of(target: tuple) -> list[Place]:
@@ -231,7 +231,7 @@ def ask_pictures(
         (0.35, count),
         (0.15, number_only),
     )
-    return _compose(rng, number, everything, places_of, makers, about_one if len(pictures) == 1 else 0, none)
+    return _compose(rng, number, everything, places_of, makers, about_one if len(images) == 1 else 0, none)
 
 
 def ask_clip(

@@ -31,7 +31,7 @@ from .dense_heads import DenseHeads, look_loss
 from .evaluate import score
 
 WORLD_SEED = 1  # evaluation draws from other seeds
-PICTURE_INPUTS = ("pixel_values", "image_token_pooling", "image_grids", "image_num_crops")
+IMAGE_INPUTS = ("pixel_values", "image_token_pooling", "image_grids", "image_num_crops")
 CLIP_INPUTS = ("pixel_values_videos", "video_token_pooling", "video_grids")
 LOOKS = {"named": 1, "written": 3}  # layers whose first head is supervised
 
@@ -57,7 +57,7 @@ class Plan:
     rate: float = 2e-3
     dense_weight: float = 0.1
     look_weight: float = 0.2
-    pictures: int = 16
+    images: int = 16
     clips: int = 6
     sets: int = 6
 
@@ -79,18 +79,18 @@ class Lessons(Dataset):
         if passed < plan.first_lesson:
             mix = Mix(tiled=0, branches=1)
             if step % 3 < 2:
-                return [self.maker.pictures(rng, 3 * plan.pictures, mix)]
+                return [self.maker.images(rng, 3 * plan.images, mix)]
             return [self.maker.clips(rng, 2 * plan.clips, mix)]
         second = (passed - plan.first_lesson) / (1 - plan.first_lesson)
         level = min(1.0, second / plan.single)
         tiled = float(rng.random() < 0.35 * level)  # a whole batch alike: less padding
         mix = Mix(max_things=min(7, 2 + int(6 * level)), tiled=tiled)
-        parts = [self.maker.pictures(rng, plan.pictures, mix)]
+        parts = [self.maker.images(rng, plan.images, mix)]
         turn = step % 4
         if level == 1 and (turn < 2 or (turn == 3 and second > plan.more_clips)):
             parts.append(self.maker.clips(rng, plan.clips, Mix()))
         elif level == 1 and turn == 2:
-            parts.append(self.maker.pictures(rng, plan.sets, Mix(pictures=3, tiled=0.1, branches=4)))
+            parts.append(self.maker.images(rng, plan.sets, Mix(images=3, tiled=0.1, branches=4)))
         return parts
 
 
@@ -139,10 +139,10 @@ class Trainer:
                 return attend(query, key, value, mask, *arguments, **options)
             if attention.layer_idx in LOOKS.values():
                 self.heard[attention.layer_idx] = query[:, 0], key[:, 0]
-            pictures, *branches = (slice(*ends) for ends in zip(self.slots, self.slots[1:]))
+            images, *branches = (slice(*ends) for ends in zip(self.slots, self.slots[1:]))
             parts = []
-            for own in (pictures, *branches):
-                seen = [pictures] if own is pictures else [pictures, own]
+            for own in (images, *branches):
+                seen = [images] if own is images else [images, own]
                 keys, values = (torch.cat([states[:, :, part] for part in seen], 2) for states in (key, value))
                 allowed = torch.cat([mask[..., own, part] for part in seen], -1)
                 parts.append(attend(query[:, :, own], keys, values, allowed, *arguments, **options)[0])
@@ -206,7 +206,7 @@ class Trainer:
 
     def _second_lesson(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
         is_visual = torch.isin(batch["input_ids"], self.visual)
-        inputs = {name: batch[name] for name in (*PICTURE_INPUTS, *CLIP_INPUTS) if name in batch}
+        inputs = {name: batch[name] for name in (*IMAGE_INPUTS, *CLIP_INPUTS) if name in batch}
         self.slots = batch["slots"].tolist()
         mask = tree_mask(batch["branches"], is_visual)
         outputs = self.model.model(
@@ -229,7 +229,7 @@ class Trainer:
             for name, layer in LOOKS.items()
             for attention in (self.model.model.transformer.blocks[layer].self_attn,)
         }
-        kind = "clips" if "video_grids" in batch else "pictures"
+        kind = "clips" if "video_grids" in batch else "images"
         right = (logits.argmax(-1) == batch["input_ids"][:, 1:][taught]).float().mean()
         scores = {f"{kind}_loss": answer_loss.item(), f"{kind}_right": right.item(), "dense": dense_loss.item()}
         scores |= {f"{kind}_{name}": share for name, (_, share) in looks.items()}

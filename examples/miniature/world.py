@@ -1,7 +1,7 @@
-"""Pictures and clips drawn from seeds: coloured shapes, letters and digits on textured grounds.
+"""Images and clips drawn from seeds: coloured shapes, letters and digits on textured grounds.
 
     rng = np.random.default_rng([seed, index])
-    image = make_picture(rng)      # Picture: pixels and the objects on them
+    image = make_image(rng)      # DrawnImage: pixels and the objects on them
     clip = make_clip(rng)            # Clip: frames at 10 per second and where each object is at any time
 
 Positions are fractions of width and height; (x, y), as in the model's notation.
@@ -33,7 +33,7 @@ MAX_THINGS = 7
 
 @dataclass(frozen=True)
 class Thing:
-    """Something on a image.
+    """Something on an image.
 
     Attributes:
         colour: A key of `COLOURS`.
@@ -50,7 +50,7 @@ class Thing:
 
 
 @dataclass(frozen=True)
-class Picture:
+class DrawnImage:
     """`pixels` (H, W, 3) uint8 and what is on it."""
 
     pixels: np.ndarray
@@ -155,11 +155,11 @@ def _draw_thing(canvas: ImageDraw.ImageDraw, thing: Thing, width: int, height: i
 
 def draw(ground: np.ndarray, things: Sequence[Thing]) -> np.ndarray:
     """(H, W, 3) uint8: the objects on a copy of the ground, the last one on top."""
-    picture = Image.fromarray(ground)
-    canvas = ImageDraw.Draw(picture)
+    image = Image.fromarray(ground)
+    canvas = ImageDraw.Draw(image)
     for thing in things:
-        _draw_thing(canvas, thing, *picture.size)
-    return np.asarray(picture)
+        _draw_thing(canvas, thing, *image.size)
+    return np.asarray(image)
 
 
 def _sides(rng: np.random.Generator, tiled: float) -> tuple[int, int]:
@@ -172,7 +172,7 @@ def _sides(rng: np.random.Generator, tiled: float) -> tuple[int, int]:
 
 
 def choose_kinds(rng: np.random.Generator, number: int) -> list[tuple[str, str]]:
-    """Colours and kinds of so many objects; several alike more often than chance would have it."""
+    """Colours and kinds of `number` objects; several alike more often than chance would have it."""
     colours, chosen = list(COLOURS), []
     alike = int(rng.integers(1, 6)) if rng.random() < 0.6 else 1
     for index in range(number):
@@ -211,24 +211,24 @@ def _place(
     return things
 
 
-def make_picture(
+def make_image(
     rng: np.random.Generator,
     *,
     max_things: int = MAX_THINGS,
     tiled: float = 0.35,
     kinds: Sequence[tuple[str, str]] | None = None,
-) -> Picture:
+) -> DrawnImage:
     """One image.
 
     Args:
-        max_things: It has one to so many objects.
+        max_things: Maximum number of objects; at least one.
         tiled: Probability that it is larger than one crop.
         kinds: Colours and kinds instead of drawn ones.
     """
     shape = _sides(rng, tiled)
     kinds = choose_kinds(rng, int(rng.integers(1, max_things + 1))) if kinds is None else kinds
     things = _place(rng, kinds, shape, (0.075, 0.12))
-    return Picture(draw(_ground(rng, *shape), things), tuple(things))
+    return DrawnImage(draw(_ground(rng, *shape), things), tuple(things))
 
 
 def make_clip(
@@ -237,7 +237,7 @@ def make_clip(
     """One clip of 1 to 2.5 seconds: objects that rest, move, cross each other, leave and enter.
 
     Args:
-        max_things: It has one to so many objects.
+        max_things: Maximum number of objects; at least one.
         kinds: Colours and kinds instead of drawn ones.
     """
     shape = int(rng.integers(80, 130)), int(rng.integers(80, 130))

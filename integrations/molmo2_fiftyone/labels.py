@@ -17,14 +17,13 @@ from molmo2.grounding.files import nearest_points
 logger = logging.getLogger(__name__)
 
 
-def image_keypoints(grounding: Any, image_index: int = 0) -> fo.Keypoints:
-    """The points of one image, one `fo.Keypoint` each, with the point's id as `index`.
+def image_keypoints(grounding: Any) -> fo.Keypoints:
+    """The points of the first image of a prompt, one `fo.Keypoint` each, with the point's id as `index`.
 
     Args:
         grounding: A `Grounding`; points in other images and in videos are left out.
-        image_index: Index of the image in the prompt, from 0.
     """
-    return fo.Keypoints(keypoints=[_keypoint(point) for point in grounding.points if point.image_index == image_index])
+    return fo.Keypoints(keypoints=[_keypoint(point) for point in grounding.points if point.image_index == 0])
 
 
 def frame_keypoints(grounding: Any) -> dict[int, fo.Keypoints]:

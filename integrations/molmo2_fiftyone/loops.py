@@ -2,7 +2,7 @@
 
 FiftyOne's own loop over videos drops `batch_size` and `num_workers`, decodes every file a second time with ffmpeg, and
 has no hook for models. `register_loops` puts one in front of its two functions: they hand collections of a model's own
-kind of media to its methods `apply_to_samples` and `embed_samples`, if it has them; every other call goes on as it is.
+kind of media to its methods `apply_to_samples` and `embed_samples`, if it has them; other calls stay as they are.
 """
 
 import functools

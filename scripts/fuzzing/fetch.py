@@ -9,8 +9,8 @@ import numpy as np
 from molmo2.image import fetching
 from molmo2.image.limits import MediaLimits
 from molmo2.image.loading import load_images
-from molmo2.video.processing import load_video
-from support.hostile_media import clip, mutated, picture
+from support.clips import load_video
+from support.hostile_media import clip, image_bytes, mutated
 
 LIMITS = MediaLimits(
     allow_private_hosts=True, connect_seconds=1, read_seconds=0.3, total_seconds=1, fetch_bytes=1_000_000
@@ -34,7 +34,7 @@ def cases(seed: int) -> Iterator[tuple[bytes, bool]]:
         lines = [LINES[0] if rng.random() < 0.5 else LINES[rng.integers(len(LINES))]]
         lines += [HEADERS[rng.integers(len(HEADERS))] for _ in range(rng.integers(0, 4))]
         is_video = bool(rng.random() < 0.3)
-        body = clip() if is_video else picture("PNG")
+        body = clip() if is_video else image_bytes("PNG")
         if rng.random() < 0.5:
             body = mutated(body, rng)
         if rng.random() < 0.2:

@@ -25,9 +25,9 @@ from support.native_checkpoints import ShardLayout, native_section, native_tenso
 Case = tuple[str, int]
 # What a conversion does to names on the disk; a kill comes right before one of these.
 STEPS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "fcntl.flock", "os.scandir")
-MOST_STEPS = 160
+MAX_STEPS = 160
 DONE, REFUSED, BROKEN = 0, 5, 9
-LONGEST_SECONDS = 300.0  # far more than a conversion takes: only what hangs
+MAX_SECONDS = 300.0  # far more than a conversion takes: only what hangs
 OLD = {"old.txt": b"old", "config.json": b"{}"}
 
 
@@ -72,7 +72,7 @@ def _start(work: Callable[[], object]) -> int:
 
 def _ended(number: int) -> int:
     """Exit code, or minus the signal."""
-    deadline = time.monotonic() + LONGEST_SECONDS
+    deadline = time.monotonic() + MAX_SECONDS
     while time.monotonic() < deadline:
         ended, status = os.waitpid(number, os.WNOHANG)
         if ended:
@@ -80,7 +80,7 @@ def _ended(number: int) -> int:
         time.sleep(0.001)
     os.kill(number, signal.SIGKILL)
     os.waitpid(number, 0)
-    raise AssertionError(f"a conversion did not end within {LONGEST_SECONDS} s")
+    raise AssertionError(f"a conversion did not end within {MAX_SECONDS} s")
 
 
 def _forked(work: Callable[[], object]) -> int:
@@ -156,7 +156,7 @@ def _killed(output: Path, rng: random.Random) -> str:
     """Kill one conversion after the other, then let one end."""
     had_old, is_complete, was_killed = _put_old(output, rng), False, False
     for _ in range(rng.randrange(1, 4)):
-        step, resume = rng.randrange(MOST_STEPS), rng.random() < 0.7
+        step, resume = rng.randrange(MAX_STEPS), rng.random() < 0.7
 
         def work(step: int = step, resume: bool = resume) -> None:
             _kill_before(step)
@@ -177,7 +177,7 @@ def _four(output: Path, rng: random.Random) -> str:
     """Four conversions to one place: at least one is done, the others are done or refused."""
     had_old = _put_old(output, rng)
     if rng.random() < 0.5:
-        step = rng.randrange(MOST_STEPS)
+        step = rng.randrange(MAX_STEPS)
 
         def interrupted() -> None:
             _kill_before(step)

@@ -11,13 +11,13 @@ import numpy as np
 from molmo2.image.limits import MediaLimits
 from molmo2.image.loading import load_images
 from molmo2.video.decoding.backends import VideoDecodeError, open_video
-from molmo2.video.processing import load_video
+from support.clips import load_video
 from support.hostile_media import (
     CONTAINERS,
     clip,
     gif_of_size,
+    image_bytes,
     mutated,
-    picture,
     png_of_size,
     tiff_of_size,
     webp_of_size,
@@ -43,7 +43,7 @@ def cases(seed: int) -> Iterator[tuple[str, str, bytes]]:
     while True:
         is_crafted = rng.random() < 0.08
         if rng.random() < 0.5:
-            content = _large_image(rng) if is_crafted else picture(str(rng.choice(IMAGES)))
+            content = _large_image(rng) if is_crafted else image_bytes(str(rng.choice(IMAGES)))
             yield "image", str(rng.choice(["path", "bytes", "file"])), mutated(content, rng)
         else:
             content = _odd_clip(rng) if is_crafted else clip(str(rng.choice(list(CONTAINERS))))

@@ -1,4 +1,4 @@
-"""Messages at random: what is written in them gives no special token, whoever writes it and wherever."""
+"""Messages at random: what is written in them gives no special token, whatever its role and place."""
 
 import random
 from collections.abc import Iterator

@@ -4,9 +4,12 @@ Sizes and times are needed to read an answer, but not to generate it. They are a
 `model.generate(**inputs)` does not see them, and the processor keeps no state between calls.
 """
 
+import gc
 import sys
+import time
 from collections.abc import Collection, Iterator, KeysView, Sequence
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 from transformers.image_processing_utils import BatchFeature
@@ -16,14 +19,17 @@ from molmo2.grounding.parse import IMAGE, MULTI_IMAGE, Grounding, MediaInfo, is_
 
 logger = logging.get_logger(__name__)
 
-# The library's own model class, which another processor belongs to, and what is said where a process has loaded it.
+# The library's own model class, which another processor belongs to, and what is said where a process has such a model.
 LIBRARY_MODEL = "transformers.models.molmo2.modeling_molmo2"
 LIBRARY_MODEL_WARNING = (
-    "transformers' own Molmo2 class is loaded in this process. It reads other inputs than this processor writes: it "
-    "ignores `token_type_ids`, and counts pooling indices over all images or videos of a call instead of from the "
-    "first crop of each, so its logits would be wrong without an error. Use the class that belongs to this processor "
-    "(`molmo2.load`, or remote code; for a trainer pass `ref_model=` too), or give it `molmo2.library_inputs(inputs)`."
+    "There is a model of transformers' own Molmo2 class in this process. It reads other inputs than this processor "
+    "writes: it ignores `token_type_ids`, and counts pooling indices over all images or videos of a call instead of "
+    "from the first crop of each, so its logits would be wrong without an error. Use the class that belongs to this "
+    "processor (`molmo2.load`, or remote code; for a trainer pass `ref_model=` too), or give it "
+    "`molmo2.library_inputs(inputs)`."
 )
+SEARCH_SECONDS = 5.0  # at least, between two searches for such a model
+_last_search = -SEARCH_SECONDS
 
 
 class MediaFeatures(BatchFeature):
@@ -51,10 +57,28 @@ class MediaFeatures(BatchFeature):
 
 
 def warn_about_library_model(names: Collection[str]) -> None:
-    """Warns where the library's model is loaded, to which inputs of these names may go: nothing later could say so."""
-    has_media = any(name.endswith("_grids") for name in names)
-    if has_media and "token_type_ids" in names and LIBRARY_MODEL in sys.modules:
-        logger.warning_once(LIBRARY_MODEL_WARNING)
+    """Warns where a model of the library is in memory, to which inputs of these names may go: nothing later could.
+
+    That its module is imported says nothing, as transformers imports it while it loads remote code. A search through
+    all objects takes some 30 ms, hence the pause between two of them.
+    """
+    global _last_search
+    module = sys.modules.get(LIBRARY_MODEL)
+    if module is None or "token_type_ids" not in names or not any(name.endswith("_grids") for name in names):
+        return
+    now = time.monotonic()
+    if now - _last_search >= SEARCH_SECONDS:
+        _last_search = now
+        if _is_in_memory(module):
+            logger.warning_once(LIBRARY_MODEL_WARNING)
+
+
+def _is_in_memory(module: ModuleType) -> bool:
+    """Whether there is an instance of a class of this module."""
+    classes = {
+        value for value in vars(module).values() if isinstance(value, type) and value.__module__ == LIBRARY_MODEL
+    }
+    return any(type(value) in classes for value in gc.get_objects())
 
 
 def image_media(size: tuple[int, int]) -> MediaInfo:

@@ -26,7 +26,7 @@ from app.page import Page
 from molmo2.tools.draw import DrawingStyle
 from support.app_browser import expect, look_at, visit
 from support.browser import browser, require_browser
-from support.checkpoints import REPOSITORY, build_model, picture
+from support.checkpoints import REPOSITORY, build_model, make_image
 from support.model_inputs import processor
 from support.ports import free_port
 from support.scripted_model import DictatedModel
@@ -68,7 +68,7 @@ class Gate:
     def __call__(self, text):
         self.texts.append(text)
         if self.place is not None and self.place in text:
-            assert self.opened.wait(60), "nobody let the model go on"
+            assert self.opened.wait(60), "the model was never released"
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +189,7 @@ def visitor(running, page, gate):
 def paths(tmp_path):
     paths = [tmp_path / "left.png", tmp_path / "right.png"]
     for seed, path in enumerate(paths):
-        picture(100, 200, seed).save(path)
+        make_image(100, 200, seed).save(path)
     return paths
 
 
@@ -221,7 +221,7 @@ def color(label, object_id):
 
 def test_an_image_its_points_as_they_come_and_the_files(visitor, gate, paths, tmp_path):
     gate.place = "250 500 2"  # the first point is complete
-    original = np.asarray(picture(100, 200))
+    original = np.asarray(make_image(100, 200))
     visitor.upload(paths[:1])
     expect(visitor.page.locator(IMAGE)).to_be_visible()
     assert (visitor.shown(IMAGE) == original).all()
@@ -263,7 +263,7 @@ def test_two_images_and_a_follow_up(visitor, paths, tmp_path):
     expect(visitor.page.locator("#export_csv")).to_be_enabled()  # of the points that are still drawn
     visitor.ask("Any cats?")
     expect(visitor.page.locator("#export_csv")).to_be_disabled()
-    visitor.shows(f"{IMAGE} >> nth=0", lambda left: (left == np.asarray(picture(100, 200))).all())
+    visitor.shows(f"{IMAGE} >> nth=0", lambda left: (left == np.asarray(make_image(100, 200))).all())
 
 
 def test_a_clip_plays_with_its_track(visitor, tmp_path):

@@ -21,7 +21,7 @@ from molmo2.grounding.files import from_coco, from_csv, from_json
 from molmo2.grounding.parse import parse_grounding
 from molmo2.tools.answer import Timings
 from molmo2.tools.draw import DrawingStyle
-from support.checkpoints import REPOSITORY, build_model, module_cache, picture
+from support.checkpoints import REPOSITORY, build_model, make_image, module_cache
 from support.fake_openai import serve
 from support.hostile_media import clip
 from support.model_inputs import processor
@@ -52,7 +52,7 @@ def paths(tmp_path):
     """Two images."""
     paths = [tmp_path / "left.png", tmp_path / "right.png"]
     for seed, path in enumerate(paths):
-        picture(100, 200, seed).save(path)
+        make_image(100, 200, seed).save(path)
     return paths
 
 
@@ -81,7 +81,7 @@ def test_points_are_drawn_while_the_answer_is_written(backend, paths):
     ]  # after each point, and with the label at the end
     assert updates.index(drawn[1]) < len(updates) - 5
     first, second, last = (np.asarray(update.images[0]) for update in drawn)
-    original = np.asarray(picture(100, 200))
+    original = np.asarray(make_image(100, 200))
     assert first.shape == original.shape
     assert tuple(first[50, 50]) == color("", 1)  # the label comes behind the points
     assert (first[50, 150] == original[50, 150]).all()
@@ -401,7 +401,7 @@ def test_only_a_server_has_a_model_name(monkeypatch, capsys):
 def test_files_that_are_too_large_to_send_are_refused_at_once(paths, monkeypatch):
     with serve() as server:
         backend = server_backend(server.url, None)
-        size = len(image_url(picture(100, 200, 0))) * 3 // 4
+        size = len(image_url(make_image(100, 200, 0))) * 3 // 4
         monkeypatch.setattr("app.engines.MAX_SENT_BYTES", size * 3 // 2)
         assert backend.open(paths[:1]).images
         refused = "These files are too large: at most 0 MiB are sent to the server"

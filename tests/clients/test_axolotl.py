@@ -19,7 +19,7 @@ pytest.importorskip("axolotl", reason="axolotl has an environment of its own")
 
 import molmo2
 from molmo2.training import DataCollator
-from support.checkpoints import REPOSITORY, picture, read_json, write_checkpoint
+from support.checkpoints import REPOSITORY, make_image, read_json, write_checkpoint
 
 PROGRAM = REPOSITORY / "tests" / "support" / "axolotl_program.py"
 SETTINGS = {"max_steps": 2, "micro_batch_size": 3, "optimizer": "adamw_torch", "lr_scheduler": "constant"}
@@ -54,7 +54,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("training")
     write_checkpoint(folder / "Molmo2-4B", "qwen3")
     for seed, name in enumerate(("boats.png", "harbour.png")):
-        picture(70, 90, seed).save(folder / name)
+        make_image(70, 90, seed).save(folder / name)
     (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows()))
     return folder
 

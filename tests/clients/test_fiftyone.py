@@ -38,7 +38,7 @@ from clients.test_readme import python_blocks
 from molmo2.grounding.format import format_points, format_tracks
 from molmo2.grounding.parse import parse_grounding
 from molmo2.tools.embedding import POOLINGS
-from support.checkpoints import picture, read_json, write_checkpoint, write_json
+from support.checkpoints import make_image, read_json, write_checkpoint, write_json
 from support.cookbook import check, cookbook
 from support.fake_hub import fake_hub
 from support.fresh_process import run
@@ -87,7 +87,7 @@ def clips(tmp_path_factory):
             stream = container.add_stream("mpeg4", rate=rate)
             stream.width, stream.height, stream.pix_fmt = 128, 96, "yuv420p"
             for index in range(frames):
-                pixels = np.asarray(picture(96, 128, seed=seed * 100 + index)) // (1 + seed)
+                pixels = np.asarray(make_image(96, 128, seed=seed * 100 + index)) // (1 + seed)
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
             container.mux(stream.encode())
         paths.append(path)
@@ -107,7 +107,7 @@ def images(tmp_path):
     made = fo.Dataset()
     for place, size in enumerate([(90, 130), (70, 60), (50, 200)]):
         path = tmp_path / f"{place}.png"
-        picture(*size, seed=place).save(path)
+        make_image(*size, seed=place).save(path)
         made.add_sample(fo.Sample(filepath=str(path), what=f"thing {place}"))
     yield made
     made.delete()

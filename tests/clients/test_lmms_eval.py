@@ -33,7 +33,7 @@ from miniature.bundle import write_clip
 from miniature.evaluate import FRESH_SEED, Example, examples, judge
 from miniature.evaluate import score as miniature_score
 from miniature.rows import evaluation_rows, even_sides, mask_of
-from miniature.world import make_clip, make_picture
+from miniature.world import make_clip, make_image
 
 NUM_ROWS = 6
 READERS = {
@@ -52,14 +52,14 @@ def folder(tmp_path_factory):
 
 
 def image_rows(seed):
-    """Rows of the three image sets, about the same pictures."""
+    """Rows of the three image sets, about the same images."""
     rows = {name: [] for name in READERS if "video" not in name}
     for number in range(NUM_ROWS):
-        picture = make_picture(np.random.default_rng([seed, number]))
-        first = picture.things[0]
-        same = [thing for thing in picture.things if (thing.colour, thing.kind) == (first.colour, first.kind)]
-        label, image = f"{first.colour} {first.kind}s", Image.fromarray(picture.pixels)
-        masks = [mask_of(thing, picture.pixels.shape[:2]) for thing in same]
+        drawn = make_image(np.random.default_rng([seed, number]))
+        first = drawn.things[0]
+        same = [thing for thing in drawn.things if (thing.colour, thing.kind) == (first.colour, first.kind)]
+        label, image = f"{first.colour} {first.kind}s", Image.fromarray(drawn.pixels)
+        masks = [mask_of(thing, drawn.pixels.shape[:2]) for thing in same]
         points = [{"x": 100 * thing.x, "y": 100 * thing.y} for thing in same]
         rows["molmo2_pixmo_points"].append(
             {"image": image, "label": label, "points": points, "masks": [mask.tolist() for mask in masks]}
@@ -142,16 +142,19 @@ def test_the_table_of_miniature_scores(folder):
     assert {"pointing in set", "track found"} <= set(found)
 
 
-def test_two_processes(folder, tasks):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
+@pytest.mark.parametrize("processes", [2, 4])
+def test_several_processes(folder, tasks, processes, tmp_path):
+    """Six questions, which four processes do not divide."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    command += ["--master-addr", "127.0.0.1"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "-m", "lmms_eval", "--model", "molmo2"]
     command += ["--model_args", f"pretrained={folder},device=cpu", "--tasks", "molmo2_pixmo_count"]
-    command += ["--include_path", str(tasks), "--batch_size", "2", "--output_path", str(tasks / "out")]
+    command += ["--include_path", str(tasks), "--batch_size", "2", "--output_path", str(tmp_path / "out")]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Traceback" not in done.stdout + done.stderr, done.stderr[-3000:]  # its exit code is 0 even then
-    (path,) = (tasks / "out").rglob("*_results.json")
+    (path,) = (tmp_path / "out").rglob("*_results.json")
     found = json.loads(path.read_text())["results"]["molmo2_pixmo_count"]
     for metric, mean in expected(folder, tasks, "molmo2_pixmo_count").items():
         assert found[f"{metric},none"] == pytest.approx(mean, abs=1e-9)

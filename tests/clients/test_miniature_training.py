@@ -1,4 +1,4 @@
-"""The training of the miniature: losses fall, and an interrupted run goes on as if nothing had happened."""
+"""The training of the miniature: losses fall, and an interrupted run continues as if nothing had happened."""
 
 import json
 import os
@@ -16,7 +16,7 @@ for folder in (REPOSITORY, REPOSITORY / "examples"):
 from miniature import curves  # noqa: E402
 from miniature.train import Lessons, Plan, Trainer  # noqa: E402
 
-PLAN = Plan(minutes=1.0, first_lesson=0.5, pictures=2, clips=1, sets=1)
+PLAN = Plan(minutes=1.0, first_lesson=0.5, images=2, clips=1, sets=1)
 
 
 @pytest.fixture
@@ -35,9 +35,9 @@ def lesson(trainer, passed, step):
     return batch
 
 
-@pytest.mark.parametrize(("passed", "measure"), [(0.0, "patch_colour"), (0.6, "pictures_loss")])
+@pytest.mark.parametrize(("passed", "measure"), [(0.0, "patch_colour"), (0.6, "images_loss")])
 @pytest.mark.slow
-def test_a_repeated_batch_is_learnt(trainer, passed, measure):
+def test_a_repeated_batch_is_fitted(trainer, passed, measure):
     batch = lesson(trainer, passed, 0)
     trainer.step = 100  # warm
     values = [trainer.train_step(batch)[measure] for _ in range(15)]
@@ -64,7 +64,7 @@ def test_attention_slot_by_slot_gives_the_losses_of_the_whole(trainer):
         torch.testing.assert_close(split, whole)
 
 
-def test_an_interrupted_run_goes_on_where_it_was(trainer):
+def test_an_interrupted_run_continues_where_it_was(trainer):
     for step in range(2):
         trainer.train_step(lesson(trainer, 0.9, step))
     trainer.save()
@@ -89,7 +89,7 @@ def test_what_is_finished_converts_and_holds_the_trained_weights(trainer, tmp_pa
 
 
 def test_curves_are_drawn_from_a_log(tmp_path):
-    rows = [{"step": i, "minutes": i / 2, "pictures_loss": 2 / (i + 1), "pointing": i / 10} for i in range(10)]
+    rows = [{"step": i, "minutes": i / 2, "images_loss": 2 / (i + 1), "pointing": i / 10} for i in range(10)]
     rows += [{"step": 7, "minutes": 3.5, "resumed": True}, {**rows[8], "pointing": 0.95}]
     log = tmp_path / "log.jsonl"
     log.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")

@@ -16,25 +16,25 @@ from miniature import native, tokenizer  # noqa: E402
 from miniature.batches import PATCHES, ROUNDING_WEIGHT, BatchMaker, Mix, dense_targets, patch_of, tree_mask  # noqa: E402
 from miniature.dense_heads import look_loss  # noqa: E402
 from miniature.evaluate import Example, examples, judge, sampled_times  # noqa: E402
-from miniature.questions import NO_TRACKS, NONE, Place, Question, ask_clip, ask_pictures, noun, track  # noqa: E402
+from miniature.questions import NO_TRACKS, NONE, Place, Question, ask_clip, ask_images, noun, track  # noqa: E402
 from miniature.questions import point as pointing  # noqa: E402
-from miniature.world import CLIP_FPS, HELD_OUT_SHAPES, Thing, make_clip, make_picture  # noqa: E402
+from miniature.world import CLIP_FPS, HELD_OUT_SHAPES, Thing, make_clip, make_image  # noqa: E402
 from molmo2.grounding.parse import parse_grounding  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory):
-    """Model and processor of a miniature that has learnt nothing."""
+    """Model and processor of an untrained miniature."""
     folder = native.write_fresh(tmp_path_factory.mktemp("fresh") / "model", seed=3)
     model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
     return model, AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 
 
-def pictures_and_questions(number):
+def images_and_questions(number):
     for index in range(number):
         rng = np.random.default_rng([7, index])
-        pictures = [make_picture(rng) for _ in range(1 + index % 3)]
-        yield pictures, ask_pictures(rng, pictures, 4)
+        images = [make_image(rng) for _ in range(1 + index % 3)]
+        yield images, ask_images(rng, images, 4)
 
 
 def clips_and_questions(number):
@@ -45,7 +45,7 @@ def clips_and_questions(number):
 
 
 def test_a_seed_draws_the_same_world_again():
-    (first, asked), (again, asked_again) = (next(pictures_and_questions(1)) for _ in range(2))
+    (first, asked), (again, asked_again) = (next(images_and_questions(1)) for _ in range(2))
     assert np.array_equal(first[0].pixels, again[0].pixels)
     assert asked == asked_again
     (clip, _), (same, _) = (next(clips_and_questions(1)) for _ in range(2))
@@ -53,17 +53,17 @@ def test_a_seed_draws_the_same_world_again():
 
 
 def test_things_are_where_the_world_says():
-    for pictures, _ in pictures_and_questions(20):
-        for picture in pictures:
-            height, width = picture.pixels.shape[:2]
-            for thing in picture.things:
+    for images, _ in images_and_questions(20):
+        for image in images:
+            height, width = image.pixels.shape[:2]
+            for thing in image.things:
                 if thing.kind in ("circle", "square", "cross"):  # painted at their centre
-                    middle = picture.pixels[int(thing.y * height), int(thing.x * width)].astype(int)
+                    middle = image.pixels[int(thing.y * height), int(thing.x * width)].astype(int)
                     assert middle.max() - middle.min() > 60, thing
 
 
 def test_answers_read_back_as_the_places_they_were_made_of():
-    asked = [question for _, questions in pictures_and_questions(60) for question in questions]
+    asked = [question for _, questions in images_and_questions(60) for question in questions]
     asked += [question for _, questions in clips_and_questions(40) for question in questions]
     kinds = {question.task for question in asked}
     assert kinds == {"point", "count", "number", "colour", "what", "where", "track"}
@@ -94,9 +94,9 @@ def test_an_identity_stays_with_its_object_in_tracks():
 
 @pytest.mark.parametrize("shape", HELD_OUT_SHAPES)
 def test_a_held_out_shape_is_never_seen_or_asked_for(shape):
-    seen = [thing for pictures, _ in pictures_and_questions(60) for picture in pictures for thing in picture.things]
+    seen = [thing for images, _ in images_and_questions(60) for image in images for thing in image.things]
     assert not [thing for thing in seen if thing.kind == shape]
-    texts = [f"{q.text} {q.answer}" for _, questions in pictures_and_questions(60) for q in questions]
+    texts = [f"{q.text} {q.answer}" for _, questions in images_and_questions(60) for q in questions]
     assert not [text for text in texts if shape in text]
     assert noun(("red", shape), True) == f"red {shape}s"
 
@@ -133,7 +133,7 @@ def as_messages(question, parts):
 def test_a_branch_is_what_the_processor_makes_of_the_conversation(fresh):
     _, processor = fresh
     rng = np.random.default_rng(5)
-    for batch, parts in (one_picture_batch(processor, rng), one_clip_batch(processor, rng)):
+    for batch, parts in (one_image_batch(processor, rng), one_clip_batch(processor, rng)):
         shared = int((batch["branches"][0] == 0).sum())
         for branch, question in enumerate(parts[1], start=1):
             whole = processor.apply_chat_template(
@@ -147,12 +147,12 @@ def test_a_branch_is_what_the_processor_makes_of_the_conversation(fresh):
                 assert torch.equal(batch[name], whole[name]), name
 
 
-def one_picture_batch(processor, rng):
+def one_image_batch(processor, rng):
     state = rng.bit_generator.state
-    batch = BatchMaker(processor).pictures(rng, 1, Mix(tiled=1.0, branches=3))
+    batch = BatchMaker(processor).images(rng, 1, Mix(tiled=1.0, branches=3))
     rng.bit_generator.state = state
-    picture = make_picture(rng, tiled=1.0)
-    return batch, ([{"type": "image", "image": picture.pixels}], ask_pictures(rng, [picture], 3))
+    image = make_image(rng, tiled=1.0)
+    return batch, ([{"type": "image", "image": image.pixels}], ask_images(rng, [image], 3))
 
 
 def one_clip_batch(processor, rng):
@@ -167,7 +167,7 @@ def one_clip_batch(processor, rng):
 
 def test_a_tree_gives_the_logits_of_its_branches_alone(fresh):
     model, processor = fresh
-    batch, (parts, questions) = one_picture_batch(processor, np.random.default_rng(6))
+    batch, (parts, questions) = one_image_batch(processor, np.random.default_rng(6))
     is_visual = torch.isin(batch["input_ids"], torch.tensor(processor.image_token_ids))
     names = ("pixel_values", "image_token_pooling", "image_grids", "image_num_crops")
     with torch.inference_mode():
@@ -206,9 +206,9 @@ def test_a_head_is_shown_the_things_that_are_asked_about(fresh):
     """From the end of the question to all of them, from each coordinate to its own; or to the start."""
     _, processor = fresh
     rng = np.random.default_rng(8)
-    picture = make_picture(rng, tiled=0.0, kinds=[("red", "ring"), ("blue", "ring"), ("red", "cross")])
-    places = {(1, number): patch_of(thing) for number, thing in enumerate(picture.things)}
-    found = [Place(1, number, thing) for number, thing in enumerate(picture.things)]
+    image = make_image(rng, tiled=0.0, kinds=[("red", "ring"), ("blue", "ring"), ("red", "cross")])
+    places = {(1, number): patch_of(thing) for number, thing in enumerate(image.things)}
+    found = [Place(1, number, thing) for number, thing in enumerate(image.things)]
     rings = pointing((None, "ring"), found[:2], True)
     windows = np.arange(PATCHES)[:, None]  # every token is one patch
     shared, *branches = BatchMaker(processor).tree(

@@ -24,7 +24,7 @@ from swift.template import TemplateInputs, get_template
 
 import molmo2
 from molmo2.training import DataCollator
-from support.checkpoints import REPOSITORY, picture, read_json, write_checkpoint
+from support.checkpoints import REPOSITORY, make_image, read_json, write_checkpoint
 
 PLUGIN = REPOSITORY / "examples" / "ms_swift_template.py"
 CLIP = REPOSITORY / "examples" / "data" / "nasa_clip.mp4"
@@ -57,7 +57,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("training")
     write_checkpoint(folder / "Molmo2-4B", "qwen3")
     for seed, name in enumerate(("boats.png", "harbour.png")):
-        picture(70, 90, seed).save(folder / name)
+        make_image(70, 90, seed).save(folder / name)
     shutil.copy(CLIP, folder / "clip.mp4")
     shutil.copy(PLUGIN, folder)
     (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows()))

@@ -35,7 +35,7 @@ KEY_OUTPUTS = {
         "the same weights: True",
     ],
 }
-MOST_BYTES = 200_000
+MAX_BYTES = 200_000
 MEASURED = re.compile(r"(?<=logits differ by )\S+")
 each = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 
@@ -80,7 +80,7 @@ def test_what_is_stored_is_small_complete_and_of_no_machine(path):
     text = path.read_text(encoding="utf-8")
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
-    assert len(text) < MOST_BYTES
+    assert len(text) < MAX_BYTES
     assert [cell.id for cell in notebook.cells] == [f"{path.stem}-{n:02d}" for n in range(len(notebook.cells))]
     cells = code_cells(notebook)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))

@@ -52,7 +52,7 @@ def folder(tmp_path_factory):
         shutil.copy(data / source, folder / name)
     native.to_transformers(native.CHECKPOINT, folder / "demo_output" / "miniature")
     (folder / "examples" / "data").mkdir(parents=True)
-    shutil.copy(data / "world_picture.png", folder / "examples" / "data")
+    shutil.copy(data / "world_single.png", folder / "examples" / "data")
     return folder
 
 
@@ -78,7 +78,7 @@ def test_the_blocks_of_a_page_run_as_written(page, folder, monkeypatch, capsys):
 
 
 def test_the_demo_answers_truly(monkeypatch, capsys, tmp_path):
-    """What it prints stands in the README; the bundled picture and clip are answered as they were drawn."""
+    """What it prints stands in the README; the bundled image and clip are answered as they were drawn."""
     import demo
 
     monkeypatch.setattr(sys, "argv", ["demo.py", str(tmp_path)])
@@ -87,7 +87,7 @@ def test_the_demo_answers_truly(monkeypatch, capsys, tmp_path):
     quoted = re.search(r"It prints, among others:\n\n```\n(.*?)^```", README, re.M | re.S).group(1)
     assert quoted.replace("demo_output", str(tmp_path)) in printed
     assert printed.count("the truth: ") == 6
-    red_circles = [thing for thing in bundle.picture().things if (thing.colour, thing.kind) == ("red", "circle")]
+    red_circles = [thing for thing in bundle.image().things if (thing.colour, thing.kind) == ("red", "circle")]
     found = re.findall(r"red circles \d: x (\d+), y (\d+) of (\d+)x(\d+)", printed)
     for thing in red_circles:
         gaps = [(int(x) / int(w) - thing.x) ** 2 + (int(y) / int(h) - thing.y) ** 2 for x, y, w, h in found]

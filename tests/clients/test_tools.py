@@ -59,7 +59,7 @@ from molmo2.interop import (
     to_supervision,
 )
 from molmo2.model.modeling import Molmo2ForConditionalGeneration
-from support.checkpoints import REPOSITORY, picture_inputs, read_json, write_checkpoint, write_json
+from support.checkpoints import REPOSITORY, image_inputs, read_json, write_checkpoint, write_json
 from unit.test_interop import FPS, IMAGES, TRACKS, numbers, without_ids
 
 SIZES = IMAGES.media.sizes
@@ -264,7 +264,7 @@ def test_mlx_loads_a_folder_and_computes_the_same_text(tmp_path):
     found = torch.tensor(np.array(model(mx.array(ids.numpy())).logits))
     torch.testing.assert_close(found, own(ids).logits, rtol=1e-4, atol=1e-4)
     again = Molmo2ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    inputs = picture_inputs(folder)
+    inputs = image_inputs(folder)
     torch.testing.assert_close(again(**inputs).logits, own(**inputs).logits, rtol=0, atol=0)
 
 

@@ -25,12 +25,12 @@ sys.path.insert(0, str(REPOSITORY / "examples"))
 from miniature import native
 
 DATA = REPOSITORY / "examples" / "data"
-PICTURE, CLIP = DATA / "world_picture.png", DATA / "world_clip.mp4"
+IMAGE, CLIP = DATA / "world_single.png", DATA / "world_clip.mp4"
 PAIR = [DATA / "world_pair_1.png", DATA / "world_pair_2.png"]
 START_SECONDS = 240
 QUESTIONS = [
-    (prompts.point("red circles"), {"images": PICTURE}),
-    (prompts.count("red circles"), {"images": PICTURE}),
+    (prompts.point("red circles"), {"images": IMAGE}),
+    (prompts.count("red circles"), {"images": IMAGE}),
     (prompts.point("blue squares"), {"images": PAIR}),
     (prompts.track("red ring"), {"videos": CLIP}),
 ]
@@ -82,16 +82,16 @@ def test_answers_are_those_of_the_model(folder, url):
 
 
 def test_a_conversation_and_a_limit(url):
-    session = Client(url).session(images=PICTURE)
+    session = Client(url).session(images=IMAGE)
     first = session.chat(QUESTIONS[0][0])
     assert session.chat("How many are there?").grounding.count == len(first.grounding) == 3
     assert session.ask(QUESTIONS[0][0], max_new_tokens=5).truncated
     with pytest.raises(ServerError, match="is pinned to"):
-        Client(url, "another").ask("What?", images=PICTURE)
+        Client(url, "another").ask("What?", images=IMAGE)
 
 
 def test_a_batch(url, tmp_path):
-    rows = [{"question": str(QUESTIONS[0][0]), "image": str(path)} for path in (PICTURE, PAIR[0], "none.png")]
+    rows = [{"question": str(QUESTIONS[0][0]), "image": str(path)} for path in (IMAGE, PAIR[0], "none.png")]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     pool = WorkerPool(EngineSettings(server=url, batch_size=2, window=2))
     run_batch(open_source(tmp_path / "in.jsonl"), tmp_path / "out.jsonl", pool, ordered=True)

@@ -59,7 +59,7 @@ SETTINGS = {
 os.environ.update(SETTINGS)
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # an engine in this process; its worker has one of its own
 
-NUMBER = 36  # questions about single pictures; with those about sets and clips more than 60
+NUMBER = 36  # questions about single images; with those about sets and clips more than 60
 MAX_TOKENS = 260
 START_SECONDS = 300
 LORA_RANK, LORA_TARGETS = 8, ("att_proj", "ff_out")
@@ -257,13 +257,13 @@ def clip(questions):
 
 
 @pytest.fixture(scope="module")
-def pictures(questions):
+def images(questions):
     return [questions[index].own[0]["content"][0] for index in (0, 2, 4)]
 
 
 def test_answers_are_those_of_generate_token_by_token(engine, questions, expected):
     assert len(questions) >= 60
-    assert {asked.example.group for asked in questions} == {"picture", "set", "clip"}
+    assert {asked.example.group for asked in questions} == {"image", "set", "clip"}
     assert chat(engine, [asked.endpoint for asked in questions]) == expected
 
 
@@ -281,52 +281,52 @@ def test_nothing_else_in_the_batch_changes_an_answer(engine, questions, expected
 @pytest.mark.parametrize(
     ("media", "options"),
     [
-        ("picture", {"max_crops": 1}),
-        ("picture", {"images_kwargs": {"max_crops": 3}}),
+        ("image", {"max_crops": 1}),
+        ("image", {"images_kwargs": {"max_crops": 3}}),
         ("clip", {"num_frames": 3}),
         ("clip", {"max_fps": 4.0}),
         ("clip", {"videos_kwargs": {"clip": [0.4, 1.6]}}),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
-def test_options_of_a_request(engine, reference, pictures, clip, media, options):
-    own, endpoint = ask("Point to the red circles.", clip if media == "clip" else pictures[0])
+def test_options_of_a_request(engine, reference, images, clip, media, options):
+    own, endpoint = ask("Point to the red circles.", clip if media == "clip" else images[0])
     assert chat(engine, [endpoint], mm_processor_kwargs=options) == [generate(reference, own, **options)]
 
 
-def test_images_beside_videos_and_several_of_each(engine, reference, pictures, clip, questions):
+def test_images_beside_videos_and_several_of_each(engine, reference, images, clip, questions):
     other = next(part for asked in questions for part in asked.own[0]["content"] if part["type"] == "video")
     asked = [
-        ask("What is in the image and in the video?", pictures[0], clip),
+        ask("What is in the image and in the video?", images[0], clip),
         ask("Point to the blue squares.", clip, other),
-        ask("Point to the blue squares.", pictures[1], clip, pictures[2], other),
+        ask("Point to the blue squares.", images[1], clip, images[2], other),
     ]
     assert clip != other
     assert chat(engine, [endpoint for _, endpoint in asked]) == [generate(reference, own) for own, _ in asked]
 
 
-def test_files_that_vllm_reads_in_its_own_way(engine, reference, pictures):
+def test_files_that_vllm_reads_in_its_own_way(engine, reference, images):
     """Transparency is painted white by vLLM and left out in training; orientation tags; palettes."""
-    picture = Image.fromarray(pictures[0]["image"])
-    alpha = picture.convert("RGBA")
-    alpha.putalpha(Image.linear_gradient("L").resize(picture.size))
+    image = Image.fromarray(images[0]["image"])
+    alpha = image.convert("RGBA")
+    alpha.putalpha(Image.linear_gradient("L").resize(image.size))
     turned = io.BytesIO()
     exif = Image.Exif()
     exif[0x0112] = 6
-    picture.save(turned, "JPEG", exif=exif)
-    for content in (png(alpha), turned.getvalue(), png(picture.convert("P"))):
+    image.save(turned, "JPEG", exif=exif)
+    for content in (png(alpha), turned.getvalue(), png(image.convert("P"))):
         own, endpoint = ask("Point to the red circles.")
         own[0]["content"].insert(0, {"type": "image", "image": content})
         endpoint[0]["content"].insert(0, {"type": "image_url", "image_url": {"url": data_url(content, "image/png")}})
         assert chat(engine, [endpoint]) == [generate(reference, own)]
 
 
-def test_the_blocks_of_the_page_run_as_written(server, engine, page, pictures, reference, monkeypatch):
+def test_the_blocks_of_the_page_run_as_written(server, engine, page, images, reference, monkeypatch):
     """The address, the model and the image are those of this test; the engine is the one that runs already."""
     import vllm
 
     online, offline = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
-    own, endpoint = ask("Point to the red circles.", pictures[0])
+    own, endpoint = ask("Point to the red circles.", images[0])
     address = endpoint[0]["content"][0]["image_url"]["url"]
     for written, real in [
         ("http://127.0.0.1:8000", server.url),
@@ -444,17 +444,17 @@ def write_shape(name, folder: Path, target: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_every_shape(name, folder, work, pictures, clip):
+def test_every_shape(name, folder, work, images, clip):
     """Tokens, and the logarithms of their probabilities.
 
     All tests of `engine` come before: shutting an engine down ends the process groups of this process.
     """
     shape = write_shape(name, folder, work / "".join(filter(str.isalnum, name)))
-    asked = [ask("Point to the red circles.", pictures[0]), ask("What is this?", pictures[1], clip), ask("Hello?")]
+    asked = [ask("Point to the red circles.", images[0]), ask("What is this?", images[1], clip), ask("Hello?")]
     assert len(require_equal_answers(shape, work, asked)) > 3
 
 
-def test_added_tokens(folder, work, pictures):
+def test_added_tokens(folder, work, images):
     """Tables that were resized for tokens behind the visual ones, which are read and predicted."""
     shape = write_shape("qwen3 without a mask in the pooling", folder, work / "added")
     model, processor = load(shape, dtype="float32")
@@ -466,9 +466,7 @@ def test_added_tokens(folder, work, pictures):
             table[-2:] = 3 * torch.randn_like(table[-2:]) * table[:-2].std()
     model.save_pretrained(shape)
     processor.save_pretrained(shape)
-    asked = [ask(f"Now <turn_left> {name}", pictures[0]) for name in ("a", "b")] + [
-        ask("<turn_right> or <turn_left>?")
-    ]
+    asked = [ask(f"Now <turn_left> {name}", images[0]) for name in ("a", "b")] + [ask("<turn_right> or <turn_left>?")]
     assert require_equal_answers(shape, work, asked) & set(range(len(processor.tokenizer))[-2:])
 
 
@@ -541,8 +539,8 @@ def test_server_streams_the_same(server, reference, questions, expected):
         assert "".join(pieces) == texts(reference, expected)[index]
 
 
-def test_system_message_and_follow_up(server, reference, pictures):
-    own, endpoint = ask("How many red circles are there?", pictures[0])
+def test_system_message_and_follow_up(server, reference, images):
+    own, endpoint = ask("How many red circles are there?", images[0])
     more = [
         {"role": "assistant", "content": "There are none."},
         {"role": "user", "content": "Point to the blue squares."},
@@ -552,12 +550,12 @@ def test_system_message_and_follow_up(server, reference, pictures):
     assert server.answer(system + endpoint + more) == reference[1].decode(answer, skip_special_tokens=True)
 
 
-def test_answers_of_a_given_form(server, pictures, clip):
-    _, endpoint = ask("What colour is the circle?", pictures[0])
+def test_answers_of_a_given_form(server, images, clip):
+    _, endpoint = ask("What colour is the circle?", images[0])
     chosen = server.answer(endpoint, extra={"structured_outputs": {"choice": ["purple", "orange"]}})
     assert chosen in ("purple", "orange")
     pattern = r'<points coords="1( \d \d{3} \d{3}){2}">red circles</points>'
-    _, endpoint = ask("Point to the red circles.", pictures[1])
+    _, endpoint = ask("Point to the red circles.", images[1])
     assert re.fullmatch(pattern, server.answer(endpoint, extra={"structured_outputs": {"regex": pattern}}))
     schema = {"type": "object", "properties": {"sure": {"type": "boolean"}}, "required": ["sure"]}
     form = {"type": "json_schema", "json_schema": {"name": "sure", "schema": schema, "strict": True}}
@@ -599,7 +597,7 @@ def lora_shapes(section):
     return shapes
 
 
-def test_lora_adapter(server, reference, folder, pictures, clip):
+def test_lora_adapter(server, reference, folder, images, clip):
     model, processor = load(folder, dtype="float32")
     weights = adapter_weights()
     with torch.no_grad():
@@ -607,8 +605,8 @@ def test_lora_adapter(server, reference, folder, pictures, clip):
             added = [weights[f"base_model.model.{name}.lora_{side}.weight"] for side in "BA"]
             model.get_submodule(name).weight += added[0] @ added[1]
     asked = [
-        ask("Point to the red circles.", pictures[0]),
-        ask("What is this?", pictures[1]),
+        ask("Point to the red circles.", images[0]),
+        ask("What is this?", images[1]),
         ask("Track the ring.", clip),
     ]
     changed = 0
@@ -792,7 +790,7 @@ def test_the_flags_of_the_page_are_those_of_vllm(page):
     assert flags <= known.keys()
 
 
-def test_restart_in_bfloat16_with_options_of_the_server(server, folder, work, reference, pictures, clip, questions):
+def test_restart_in_bfloat16_with_options_of_the_server(server, folder, work, reference, images, clip, questions):
     """What the server is told at its start holds for each request; it is started by what `molmo2 serve` runs."""
     server.stop()
     options = {"max_crops": 1, "num_frames": 3}
@@ -801,7 +799,7 @@ def test_restart_in_bfloat16_with_options_of_the_server(server, folder, work, re
     again = Server(folder, work / "again.log", *told, started_by_molmo2=command)
     try:
         again.wait()
-        for part in (pictures[0], clip):
+        for part in (images[0], clip):
             own, endpoint = ask("Point to the red circles.", part)
             usage = again.create(endpoint).usage
             assert usage.prompt_tokens == len(generate(reference, own, **options)[0])

@@ -37,7 +37,7 @@ from miniature import native
 from miniature.bundle import write_clip
 from miniature.questions import noun
 from miniature.rows import even_sides
-from miniature.world import make_clip, make_picture
+from miniature.world import make_clip, make_image
 
 NUM_ROWS = 8
 GREEDY = {"do_sample": False, "max_new_tokens": 192}
@@ -65,19 +65,19 @@ def run(checkpoint, folder, *options):
     return work / "mini"
 
 
-def picture_rows():
-    """Pictures with their things, and a table of how many there are of the first thing's kind."""
-    pictures = [make_picture(np.random.default_rng([71, number])) for number in range(NUM_ROWS)]
+def image_rows():
+    """Images with their things, and a table of how many there are of the first thing's kind."""
+    images = [make_image(np.random.default_rng([71, number])) for number in range(NUM_ROWS)]
     table = []
-    for number, picture in enumerate(pictures):
-        first = picture.things[0]
-        same = [thing for thing in picture.things if (thing.colour, thing.kind) == (first.colour, first.kind)]
+    for number, drawn in enumerate(images):
+        first = drawn.things[0]
+        same = [thing for thing in drawn.things if (thing.colour, thing.kind) == (first.colour, first.kind)]
         buffer = io.BytesIO()
-        Image.fromarray(picture.pixels).save(buffer, "PNG")
+        Image.fromarray(drawn.pixels).save(buffer, "PNG")
         question = f"How many {noun((first.colour, first.kind), True)} are there?"
         image = base64.b64encode(buffer.getvalue()).decode()
         table.append({"index": number, "image": image, "question": question, "answer": len(same)})
-    return pictures, table
+    return images, table
 
 
 def ours(checkpoint, conversations):
@@ -92,11 +92,11 @@ def asked(text, **media):
 
 
 def test_free_answers_are_scored_as_ours(checkpoint, data, tmp_path):
-    pictures, table = picture_rows()
+    images, table = image_rows()
     pandas.DataFrame(table).to_csv(data / "mini_openended.tsv", sep="\t", index=False)
     folder = run(checkpoint, tmp_path, "--data", "mini_openended", "--mode", "infer")
     found = load_table(str(folder / "mini_mini_openended.tsv"))
-    expected = ours(checkpoint, [asked(row["question"], image=each.pixels) for row, each in zip(table, pictures)])
+    expected = ours(checkpoint, [asked(row["question"], image=each.pixels) for row, each in zip(table, images)])
     assert list(found["prediction"]) == expected
     scores = [evaluate.image_counting(answer, row["answer"])["correct"] for answer, row in zip(expected, table)]
     assert np.mean(scores) > 0.7  # the miniature knows its world
@@ -190,13 +190,13 @@ def test_values_of_arguments(text, expected, monkeypatch):
 
 def test_turns_of_a_conversation(checkpoint):
     """VLMEvalKit's `chat` gives each turn a role; images may stand in any of them."""
-    pictures, table = picture_rows()
+    images, table = image_rows()
     model = Molmo2(str(checkpoint), device="cpu", max_new_tokens=40)
     contents = [
         ("system", [("text", "Be brief.")]),
-        ("user", [("image", pictures[0].pixels), ("text", table[0]["question"])]),
+        ("user", [("image", images[0].pixels), ("text", table[0]["question"])]),
         ("assistant", [("text", "There are none.")]),
-        ("user", [("image", pictures[1].pixels), ("text", table[1]["question"])]),
+        ("user", [("image", images[1].pixels), ("text", table[1]["question"])]),
     ]
     turns = [
         {"role": role, "content": [{"type": kind, "value": value} for kind, value in parts]}

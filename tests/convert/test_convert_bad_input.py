@@ -24,7 +24,7 @@ from support.native_checkpoints import (
     write_unsharded,
 )
 
-CHECKPOINT_ERROR, UNSUPPORTED, OUTPUT_ERROR = 3, 4, 5
+CHECKPOINT_ERROR, UNSUPPORTED = 3, 4
 EMBEDDING = "model.transformer.wte.embedding"
 
 

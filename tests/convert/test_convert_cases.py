@@ -16,10 +16,11 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 from molmo2.convert import ConversionOptions, convert_checkpoint, plan_conversion
 from molmo2.convert.cli import main
 from molmo2.convert.config_files import MODEL_MAP
-from molmo2.convert.names import expected_renames, native_name, target_name
+from molmo2.convert.names import expected_renames
 from molmo2.convert.native_config import parse_config
 from molmo2.convert.shards import GIGABYTE, index_content, plan_shards
 from support.native_checkpoints import native_section
+from support.tensor_names import native_name, target_name
 
 TOKENIZERS = {
     "olmo3_sharded_2ranks": "tiny-olmo-tokenizer",

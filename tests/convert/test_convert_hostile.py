@@ -28,7 +28,7 @@ from molmo2.convert.folder import read_folder
 from molmo2.convert.hub import HubError, push_folder
 from molmo2.convert.native_config import parse_config
 from molmo2.convert.numerics import count_non_finite
-from molmo2.convert.small_files import DEEPEST_NODE, LARGEST_YAML, read_json, read_model_section
+from molmo2.convert.small_files import MAX_DEPTH, MAX_YAML_BYTES, read_json, read_model_section
 from molmo2.convert.staging import STATE_FILE, Staging
 from molmo2.convert.torch_archive import TorchArchive
 from molmo2.convert.unpickling import ARCHIVE_GLOBALS, METADATA_GLOBALS, load_pickle
@@ -79,7 +79,7 @@ def test_programs_that_would_run_long_or_crash(name):
 
 @pytest.mark.usefixtures("at_once")
 def test_a_limit_on_instructions(monkeypatch):
-    monkeypatch.setattr("molmo2.convert.unpickling.MOST_INSTRUCTIONS", 1000)
+    monkeypatch.setattr("molmo2.convert.unpickling.MAX_INSTRUCTIONS", 1000)
     with pytest.raises(CheckpointError, match="more than 1,000 instructions"):
         load_pickle(b"}" * 1001 + b".", "here", METADATA_GLOBALS)
 
@@ -144,12 +144,12 @@ YAML = {
     "aliases": (doubling(False), "more than 100,000 values, repeated ones included"),
     "merged": (doubling(True), "more than 100,000 values, repeated ones included"),
     "in itself": ("model: &m {llm: *m}\n", "contains itself"),
-    "deep": ("model: " + "[" * 5000, f"nested more than {DEEPEST_NODE} deep"),
+    "deep": ("model: " + "[" * 5000, f"nested more than {MAX_DEPTH} deep"),
     "integer": ("model: {n_layers: " + "9" * 5000 + "}", "an integer of 5,000 characters"),
     "sexagesimal": ("model: {n_layers: 1" + ":1" * 60 + "}", "an integer of 121 characters"),
     "date": ("model: {n_layers: 2001-99-99}", "month must be in 1..12"),
     "text": ("model: {n_layers: " + "x" * 200_000 + "}", "a value of 200,000 characters"),
-    "size": ("#" * (LARGEST_YAML + 1), "has more than 1,000,000 bytes"),
+    "size": ("#" * (MAX_YAML_BYTES + 1), "has more than 1,000,000 bytes"),
     "bytes": ("model: \0", "is not readable YAML"),
 }
 

@@ -24,7 +24,7 @@ CLEAR_MARGIN = 5e-3  # greedy steps are comparable while the best token leads by
 PAD_TOKEN_ID, EOS_TOKEN_ID = 1000, 1002
 BLOCKWISE = "blockwise"  # sdpa, in blocks of a few queries
 IMPLEMENTATIONS = ("sdpa", BLOCKWISE, "eager", "flex_attention")
-# Left padding, several pictures, pictures beside text, several frames; with and without a mask in the pooling.
+# Left padding, several images, images beside text, several frames; with and without a mask in the pooling.
 CHOSEN = {
     "olmo3_98/batch_text_and_video_left_padded",
     "olmo3_98/text",
@@ -84,7 +84,7 @@ def recorded_inputs(case: GoldenCase) -> dict[str, torch.Tensor]:
 
 
 def recorded_pixels(case: GoldenCase, name: str) -> np.ndarray:
-    """Pixel values: stored as bytes, or rebuilt from the pictures with the stored rounding of values half-way."""
+    """Pixel values: stored as bytes, or rebuilt from the images with the stored rounding of values half-way."""
     if f"input.{name}_u8" in case.tensors:
         return pixel_values_of(case.tensors[f"input.{name}_u8"])
     values = to_numpy(processed(case)[name]).copy()

@@ -232,7 +232,7 @@ def gives_lone_bos(case: GoldenCase) -> None:
     assert_rows(repeat(case), [[tokenizer().bos_token_id]])
 
 
-def gives_only_pictures(case: GoldenCase) -> None:
+def gives_only_images(case: GoldenCase) -> None:
     output = repeat(case)
     assert sorted(output) == sorted(IMAGES)
     with_text = repeat(case, text="<|image|>")
@@ -335,7 +335,7 @@ def assumes_24_fps(case: GoldenCase) -> None:
 DEFAULT_RATE = "frames without a rate are taken as 24 per second, with a warning, as processors of transformers do"
 NO_STRAY_BLANK = "no blank in front of an assistant turn: training never saw it"
 PER_ROW_BOS = "BOS once per row, put in before truncation and padding; pads are never attended to"
-SAME_PICTURE = "the same picture in another layout or dtype is the same picture"
+SAME_IMAGE = "the same image in another layout or dtype is the same image"
 NOT_SILENT = "an explicit argument counts; what cannot be done is refused, not ignored"
 CLEAR_ERROR = "the original fails too, deeper down and with an error that does not help"
 BY_DISPLAY = "the frame on display at the sampled time is shown, on every decoder"
@@ -366,7 +366,7 @@ DEPARTURES: dict[str, tuple[Check, str]] = {
         "a system message is written the Qwen way instead of refused",
     ),
     "chat_role_order_error": (raises("Conversation roles must alternate", Exception), "refused, as by the original"),
-    "chat_image_url_type": (equals_case("chat_image_path_key"), "image_url content loads its picture"),
+    "chat_image_url_type": (equals_case("chat_image_path_key"), "image_url content loads its image"),
     # rows of text
     "batch_text_pad_right": (gives_padded_rows(), PER_ROW_BOS),
     "batch_text_pad_right_some_bos": (gives_padded_rows(), PER_ROW_BOS),
@@ -382,10 +382,10 @@ DEPARTURES: dict[str, tuple[Check, str]] = {
     "image_count_mismatch_fewer_placeholders": (raises("^1 `.*` in the text, but 2 image"), NOT_SILENT),
     "image_count_mismatch_more_placeholders": (raises("^2 `.*` in the text, but 1 image"), NOT_SILENT),
     "placeholder_without_images": (raises("^1 `.*` in the text, but 0 image"), NOT_SILENT),
-    "images_empty_list": (gives_texts("hi"), "no pictures are fine for a text without placeholders"),
+    "images_empty_list": (gives_texts("hi"), "no images are fine for a text without placeholders"),
     "images_contains_none": (raises("None", Exception), CLEAR_ERROR),
     "image_missing_file": (raises("/nonexistent/file.png", Exception), CLEAR_ERROR),
-    "text_none_with_image": (gives_only_pictures, "without a text the inputs of the pictures are returned"),
+    "text_none_with_image": (gives_only_images, "without a text the inputs of the images are returned"),
     "image_max_crops_zero": (raises("max_crops is 0"), NOT_SILENT),
     "do_convert_rgb_false_init_rgba": (raises("do_convert_rgb"), CLEAR_ERROR),
     "do_convert_rgb_false_kwarg_rgba": (raises("do_convert_rgb"), NOT_SILENT),
@@ -400,19 +400,19 @@ DEPARTURES: dict[str, tuple[Check, str]] = {
     "nonsquare_size": (cuts_crops_of(27, 24), "crops need not be square"),
     "size_not_multiple_of_patch": (raises("384 cannot be cut into patches"), CLEAR_ERROR),
     "overlap_0_0": (covers_every_patch_once, "crops may lie side by side"),
-    "array_uint8_chw": (equals_case("array_uint8_hwc"), SAME_PICTURE),
-    "array_torch_uint8_chw": (equals_case("array_uint8_hwc"), SAME_PICTURE),
-    "array_uint8_hw4": (equals_case("array_uint8_hwc"), SAME_PICTURE + "; alpha is dropped, as from a PIL image"),
-    "array_uint16_hwc": (equals_case("array_uint8_hwc"), SAME_PICTURE),
-    "array_int32_hwc": (equals_case("array_uint8_hwc"), SAME_PICTURE),
-    "array_int64_hwc": (equals_case("array_uint8_hwc"), SAME_PICTURE),
-    "array_float32_01_chw": (equals_case("array_float32_01_hwc"), SAME_PICTURE),
-    "array_torch_float32_01_chw": (equals_case("array_float32_01_hwc"), SAME_PICTURE),
+    "array_uint8_chw": (equals_case("array_uint8_hwc"), SAME_IMAGE),
+    "array_torch_uint8_chw": (equals_case("array_uint8_hwc"), SAME_IMAGE),
+    "array_uint8_hw4": (equals_case("array_uint8_hwc"), SAME_IMAGE + "; alpha is dropped, as from a PIL image"),
+    "array_uint16_hwc": (equals_case("array_uint8_hwc"), SAME_IMAGE),
+    "array_int32_hwc": (equals_case("array_uint8_hwc"), SAME_IMAGE),
+    "array_int64_hwc": (equals_case("array_uint8_hwc"), SAME_IMAGE),
+    "array_float32_01_chw": (equals_case("array_float32_01_hwc"), SAME_IMAGE),
+    "array_torch_float32_01_chw": (equals_case("array_float32_01_hwc"), SAME_IMAGE),
     "array_uint8_hw": (equals_call(images=lambda images: [np.stack(images * 3, axis=-1)]), "grey becomes RGB"),
     "array_uint8_hw1": (equals_call(images=lambda images: [np.repeat(images[0], 3, axis=-1)]), "grey becomes RGB"),
     "array_bool_hwc": (equals_call(images=lambda images: [images[0] * np.uint8(255)]), "True is white"),
     # videos given as arrays
-    "varray_chw": (equals_case("varray_pil_list"), SAME_PICTURE),
+    "varray_chw": (equals_case("varray_pil_list"), SAME_IMAGE),
     "varray_metadata_fps_none": (assumes_24_fps, DEFAULT_RATE),
     "varray_metadata_zero_fps": (raises("fps"), CLEAR_ERROR),
     "varray_metadata_total_too_big": (raises("50"), CLEAR_ERROR),

@@ -254,7 +254,7 @@ def test_counts(name):
     assert [found.count, found.says_none, found.truncated] == expected
 
 
-# --- pictures --------------------------------------------------------------------------------------------------------
+# --- images ----------------------------------------------------------------------------------------------------------
 
 SIZES = [(100, 50), (10, 20)]
 
@@ -322,6 +322,18 @@ def test_objects_of_different_labels_are_different():
     assert [(track.label, track.id) for track in parse_grounding(text).tracks] == [("cat", 1), ("dog", 1)]
 
 
+def test_a_sampled_frame_is_known_by_the_times_of_its_file():
+    metadata = {
+        "timestamps": [0.0, 0.5],
+        "source_frame_indices": [0, 14],
+        "source_timestamps": [0.0, 0.48],
+        "source_first_timestamp": 1.25,
+    }
+    found = parse_grounding('<points coords="0.5 1 500 250">mug</points>', metadata)
+    assert found.points[0].frame == grounding_file.SampledFrame(0.5, 1, 14, 0.48, 1.73)
+    assert "<th>time</th>" in found._repr_html_()
+
+
 def test_results_are_values():
     found = parse_grounding(MUG, (100, 50))
     assert found == parse_grounding(MUG, (100, 50))
@@ -333,6 +345,9 @@ def test_results_are_values():
     with pytest.raises(AttributeError):
         found.count = 3
     assert "&lt;points" in found._repr_html_()
+    assert "<th>image</th><th>id</th><th>x</th>" in found._repr_html_()
+    assert "<td>50.0</td><td>12.5</td>" in found._repr_html_()
+    assert "<td>0.500</td><td>0.250</td>" in parse_grounding(MUG)._repr_html_()
     assert MUG[slice(*found.points[0].span)] == "1 500 250"
     assert MUG[slice(*found.tags[0].span)] == MUG
     for older in ('<point x="10.5" alt="a" y="20.1">mug</point>', '<point y="20.1" alt="a" x="10.5">mug</point>'):

@@ -4,7 +4,9 @@ Random tiny checkpoints are written in published layout and loaded from the same
 `trust_remote_code=False`, by the native one.
 """
 
-import sys
+import gc
+import importlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from molmo2 import library_inputs, media_features
 from molmo2.training import DataCollator
-from support.checkpoints import picture
+from support.checkpoints import make_image
 from support.generated import generated
 from support.model_inputs import batch, processor, real_tokens
 from support.native_oracle import SHAPES, write_native
@@ -66,44 +68,46 @@ def test_what_we_save_loads_in_the_native_class(tmp_path):
         torch.testing.assert_close(native.eval()(**inputs).logits, expected, atol=5e-5, rtol=0)
 
 
-def test_the_processor_warns_where_the_native_class_is_loaded(tmp_path, monkeypatch):
+def test_the_processor_warns_where_there_is_a_native_model(tmp_path, monkeypatch):
     """What is wrong without an error there: one image causally, several with patches of each other."""
     folder = write_native(tmp_path, "qwen3")
     said = []
-    monkeypatch.setattr(features_module.logger, "warning_once", said.append)
+    for module in (features_module, media_features):  # that of the generated files and that of the package
+        monkeypatch.setattr(module.logger, "warning_once", said.append)
+        monkeypatch.setattr(module, "SEARCH_SECONDS", 0)
+    importlib.import_module(media_features.LIBRARY_MODEL)  # as transformers does while it loads remote code
+    gc.collect()  # native models of earlier tests
     own = processor_module.Molmo2Processor.from_pretrained(folder)
-    with monkeypatch.context() as patch:
-        patch.delitem(sys.modules, features_module.LIBRARY_MODEL, raising=False)
-        inputs = own(images=[picture()], text="<|image|>", return_tensors="pt")
-        dict(**inputs)
-        assert not said
-        patch.setitem(sys.modules, features_module.LIBRARY_MODEL, sys)
-        dict(**own(text="no image"))
-        assert not said
-        dict(**inputs)  # as a call of the model
-        assert [text.partition(".")[0] for text in said] == [
-            "transformers' own Molmo2 class is loaded in this process"
-        ]
+    content = [{"type": "image", "image": make_image()}, {"type": "text", "text": "What is this?"}]
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "A boat."}]}
+    collate = DataCollator(processor())
+    inputs = own(images=[make_image()], text="<|image|>", return_tensors="pt")
+    collate([{"messages": [{"role": "user", "content": content}, answer]}])
+    assert not said  # nothing was made of that class
     native = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=False)
+    dict(**own(text="no image"))
+    collate([{"messages": [{"role": "user", "content": content[1:]}, answer]}])
+    assert not said
+    dict(**inputs)  # as a call of the model
+    assert said == [features_module.LIBRARY_MODEL_WARNING]
     with pytest.raises(ValueError, match=r"not used by the model: \['token_type_ids'"):
         native.generate(**inputs, max_new_tokens=2)
     assert native.generate(**library_inputs(inputs), max_new_tokens=2).shape[1] == inputs["input_ids"].shape[1] + 2
-
-
-def test_batches_for_training_are_warned_about_too(monkeypatch):
-    """They would be read as wrongly: without a word the loss is another one."""
-    said = []
-    monkeypatch.setattr(media_features.logger, "warning_once", said.append)
-    content = [{"type": "image", "image": picture()}, {"type": "text", "text": "What is this?"}]
-    answer = {"role": "assistant", "content": [{"type": "text", "text": "A boat."}]}
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, media_features.LIBRARY_MODEL, sys)
-        collate = DataCollator(processor())
-        collate([{"messages": [{"role": "user", "content": content[1:]}, answer]}])
-        assert not said
-        batch = collate([{"messages": [{"role": "user", "content": content}, answer]}])
+    said.clear()
+    batch = collate([{"messages": [{"role": "user", "content": content}, answer]}])  # would be read as wrongly
     assert said == [media_features.LIBRARY_MODEL_WARNING]
     assert library_inputs(batch)["labels"] is batch["labels"]
+
+
+def test_the_search_for_a_native_model_pauses(monkeypatch):
+    importlib.import_module(media_features.LIBRARY_MODEL)
+    searched, clock = [], iter((100.0, 104.9, 105.0, 106.0))
+    monkeypatch.setattr(media_features, "_is_in_memory", searched.append)
+    monkeypatch.setattr(media_features, "_last_search", 0.0)
+    monkeypatch.setattr(media_features, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    for _ in range(4):
+        media_features.warn_about_library_model(["image_grids", "token_type_ids"])
+    assert len(searched) == 2
 
 
 def test_several_videos(tmp_path):

@@ -129,7 +129,7 @@ def test_one_logger_for_all_modules_of_a_file(tmp_path):
     assert text.index(bundle.LOGGER) < text.index("# --- ")
 
 
-def test_what_nobody_imports_does_not_travel(tmp_path):
+def test_what_is_not_imported_does_not_travel(tmp_path):
     assert "unused" not in "".join(texts(tmp_path, one__unused="def unused():\n    pass\n").values())
 
 

@@ -23,8 +23,8 @@ from support.checkpoints import (
     FAMILIES,
     PUBLISHED,
     build_model,
+    image_inputs,
     module_cache,
-    picture_inputs,
     read_json,
     tiny_config,
     write_checkpoint,
@@ -55,7 +55,7 @@ def olmo3(checkpoint) -> Path:
 
 @functools.cache
 def inputs(folder: Path) -> dict[str, Tensor]:
-    return picture_inputs(folder)
+    return image_inputs(folder)
 
 
 @torch.no_grad()

@@ -26,8 +26,8 @@ from support.checkpoints import (
     TOKENIZER,
     build_model,
     copy_remote_code,
+    image_messages,
     module_cache,
-    picture_messages,
     read_json,
     tiny_config,
     write_checkpoint,
@@ -81,7 +81,7 @@ def load_processor(folder: Path) -> Any:
 def inputs_of_a_conversation(processor: Any) -> dict[str, Tensor]:
     """Text, an image and a video."""
     frames = np.random.default_rng(0).integers(0, 256, (9, 50, 70, 3), dtype=np.uint8)
-    messages = picture_messages()
+    messages = image_messages()
     messages[0]["content"].append({"type": "video", "video": frames, "video_metadata": {"fps": 3.0}})
     return dict(
         processor.apply_chat_template(
@@ -152,7 +152,7 @@ def test_added_tokens_are_read_and_predicted_after_saving(checkpoint, tmp_path):
     right = processor.tokenizer.convert_tokens_to_ids("<turn_right>")
     assert right == model.get_input_embeddings().num_embeddings - 1
     inputs = processor(
-        text="<|image|>After <turn_left>", images=[picture_messages()[0]["content"][0]["image"]], return_tensors="pt"
+        text="<|image|>After <turn_left>", images=[image_messages()[0]["content"][0]["image"]], return_tensors="pt"
     )
     assert right - 1 in inputs["input_ids"][0]
     last = model(**inputs, output_hidden_states=True).hidden_states[-1][0, -1]
@@ -164,7 +164,7 @@ def test_added_tokens_are_read_and_predicted_after_saving(checkpoint, tmp_path):
     loaded, reader = load_model(tmp_path), load_processor(tmp_path)
 
     again = reader(
-        text="<|image|>After <turn_left>", images=[picture_messages()[0]["content"][0]["image"]], return_tensors="pt"
+        text="<|image|>After <turn_left>", images=[image_messages()[0]["content"][0]["image"]], return_tensors="pt"
     )
     assert again["input_ids"].tolist() == inputs["input_ids"].tolist()
     assert torch.equal(loaded(**again).logits, model(**inputs).logits)
@@ -325,7 +325,7 @@ def test_files_saved_by_another_release_can_be_read(checkpoint, tmp_path, parts)
     expected = tiny_config("olmo3").to_dict()
     found = config.to_dict()
     for name in ("text_config", "vit_config", "adapter_config"):
-        for settings in (found[name], expected[name]):  # older releases list a dtype that nobody set
+        for settings in (found[name], expected[name]):  # older releases list a dtype that was never set
             settings.pop("dtype", None)
         assert found[name] == expected[name]
     assert_equal_inputs(load_processor(folder), load_processor(checkpoint("olmo3")))
@@ -374,7 +374,7 @@ def test_native_model_reads_what_we_save(saved):
     assert {name: list(found) for name, found in info.items() if found} == {}
     processor = load_processor(saved("qwen3"))
     inputs = processor.apply_chat_template(
-        picture_messages(), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        image_messages(), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
     ours = build_model("qwen3")(**inputs).logits
     theirs = native(mm_token_type_ids=inputs.pop("token_type_ids").long(), **inputs).logits

@@ -17,12 +17,12 @@ from app.page import Page, launch
 from support.ports import free_port
 
 TIMEOUT = 90_000  # milliseconds, on a machine that has other things to do
-READ_PIXELS = """async picture => {
-    if (picture.decode) await picture.decode();
+READ_PIXELS = """async image => {
+    if (image.decode) await image.decode();
     const canvas = document.createElement("canvas");
-    canvas.width = picture.naturalWidth || picture.videoWidth;
-    canvas.height = picture.naturalHeight || picture.videoHeight;
-    canvas.getContext("2d").drawImage(picture, 0, 0);
+    canvas.width = image.naturalWidth || image.videoWidth;
+    canvas.height = image.naturalHeight || image.videoHeight;
+    canvas.getContext("2d").drawImage(image, 0, 0);
     return canvas.toDataURL("image/png").split(",")[1];
 }"""
 
@@ -78,12 +78,12 @@ class Visitor:
         return self.page.locator("#chat .bot.message")
 
     def shown(self, selector: str) -> np.ndarray:
-        """What an <img> or <video> shows, (H, W, 3) uint8 in the picture's own pixels."""
+        """What an <img> or <video> shows, (H, W, 3) uint8 in the image's own pixels."""
         data = self.page.locator(selector).evaluate(READ_PIXELS)
         return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"))
 
     def shows(self, selector: str, condition: Callable[[np.ndarray], Any]) -> np.ndarray:
-        """What is shown as soon as it is as expected: a text may say so before the browser has loaded the picture.
+        """What is shown as soon as it is as expected: a text may say so before the browser has loaded the image.
 
         Raises:
             AssertionError: It never was.

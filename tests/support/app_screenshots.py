@@ -20,8 +20,8 @@ from support.browser import browser, find_browser
 
 IMAGES = Path(__file__).resolve().parent.parent.parent / "docs" / "images"
 SHOTS = {  # name -> (label of the example, follow-up question)
-    "app_picture": ("Point in an image", "What colour is the ring?"),
-    "app_pictures": ("Point in several images", None),
+    "app_image": ("Point in an image", "What colour is the ring?"),
+    "app_images": ("Point in several images", None),
     "app_clip": ("Track in a video", None),
 }
 PAUSE = 1500  # milliseconds, for the page to come to rest

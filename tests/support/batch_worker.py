@@ -5,7 +5,7 @@ hang        answers never
 print       writes to stdout what is no line of the protocol
 
 Its first argument, if there is one, is a file that gets the number of the process, a line for each window; the second
-one a number of workers: none answers before so many have a window.
+one a number of workers: none answers before that number of workers have a window.
 """
 
 import json

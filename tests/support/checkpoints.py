@@ -91,12 +91,11 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def published_config(family: str, *, size: tuple[int, int] = SIZE) -> dict[str, Any]:
+def published_config(family: str) -> dict[str, Any]:
     """The config.json of a tiny checkpoint: every key of the published files, more Auto classes in `auto_map`.
 
     Args:
         family: One of `FAMILIES`.
-        size: (height, width) of a crop in pixels, multiples of 14.
     """
     config = read_json(PUBLISHED / FAMILIES[family] / "config.json")
     text, vit, adapter = config["text_config"], config["vit_config"], config["adapter_config"]
@@ -107,15 +106,15 @@ def published_config(family: str, *, size: tuple[int, int] = SIZE) -> dict[str, 
     if text["rope_scaling"] is not None:
         text["rope_scaling"]["original_max_position_embeddings"] = 128
     adapter.update(ADAPTER_SIZES, pooling_attention_mask=family != "qwen2")
-    vit.update(VIT_SIZES, image_default_input_size=list(size))
+    vit.update(VIT_SIZES, image_default_input_size=list(SIZE))
     if family == "olmo3":
         vit["image_num_pos"] = 81  # a stored table of another size than the patch grid
     return config
 
 
-def tiny_config(family: str, *, size: tuple[int, int] = SIZE) -> Molmo2Config:
+def tiny_config(family: str) -> Molmo2Config:
     """`published_config` as our configuration object."""
-    return Molmo2Config.from_dict(published_config(family, size=size))
+    return Molmo2Config.from_dict(published_config(family))
 
 
 def fill_weights(model: nn.Module, seed: int = 0) -> None:
@@ -137,15 +136,15 @@ def fill_weights(model: nn.Module, seed: int = 0) -> None:
             parameter.copy_(noise)
 
 
-def build_model(family: str, *, seed: int = 0, size: tuple[int, int] = SIZE) -> Molmo2ForConditionalGeneration:
+def build_model(family: str) -> Molmo2ForConditionalGeneration:
     """The model that `write_checkpoint` stores, built without loading, float32, in eval mode; a copy of its own."""
-    return copy.deepcopy(_built(family, seed, size))
+    return copy.deepcopy(_built(family))
 
 
 @functools.cache
-def _built(family: str, seed: int, size: tuple[int, int]) -> Molmo2ForConditionalGeneration:
-    model = Molmo2ForConditionalGeneration(tiny_config(family, size=size))
-    fill_weights(model, seed)
+def _built(family: str) -> Molmo2ForConditionalGeneration:
+    model = Molmo2ForConditionalGeneration(tiny_config(family))
+    fill_weights(model)
     return model.eval()
 
 
@@ -162,10 +161,10 @@ def copy_remote_code(folder: Path) -> None:
         shutil.copy(module, folder)
 
 
-def write_processor(folder: Path, *, size: tuple[int, int] = SIZE) -> Path:
+def write_processor(folder: Path) -> Path:
     """Everything of a checkpoint that its processor reads, without code; returns `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    crop = {"size": {"height": size[0], "width": size[1]}}
+    crop = {"size": {"height": SIZE[0], "width": SIZE[1]}}
     for name, changes in (
         ("preprocessor_config.json", IMAGE_OPTIONS | crop),
         ("video_preprocessor_config.json", VIDEO_OPTIONS | crop),
@@ -181,57 +180,53 @@ def write_processor(folder: Path, *, size: tuple[int, int] = SIZE) -> Path:
     return folder
 
 
-def write_checkpoint(
-    folder: Path, family: str, *, seed: int = 0, size: tuple[int, int] = SIZE, remote_code: bool = True
-) -> Path:
+def write_checkpoint(folder: Path, family: str, *, remote_code: bool = True) -> Path:
     """Write a complete tiny checkpoint (1 MB).
 
     Args:
         folder: Made if it is not there.
         family: One of `FAMILIES`.
-        seed: Of the weights.
-        size: (height, width) of a crop in pixels, multiples of 14.
         remote_code: Copy the shipped modules too, as in a published repository.
     Returns:
         `folder`.
     """
-    write_processor(folder, size=size)
-    write_json(folder / "config.json", published_config(family, size=size))
+    write_processor(folder)
+    write_json(folder / "config.json", published_config(family))
     tokens = {"bos_token_id": 1002, "eos_token_id": 1002, "pad_token_id": 1000}
     write_json(folder / "generation_config.json", {**tokens, "transformers_version": "4.57.1"})
-    weights = build_model(family, seed=seed, size=size).state_dict()
+    weights = build_model(family).state_dict()
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     if remote_code:
         copy_remote_code(folder)
     return folder
 
 
-def picture(height: int = 90, width: int = 130, seed: int = 0) -> Image.Image:
+def make_image(height: int = 90, width: int = 130, seed: int = 0) -> Image.Image:
     """Noise over a gradient: no two patches are alike."""
     noise = np.random.default_rng(seed).integers(0, 96, (height, width, 3))
     slope = np.linspace(0, 159, width)[None, :, None]
     return Image.fromarray((noise + slope).astype(np.uint8))
 
 
-def picture_messages() -> list[dict[str, Any]]:
+def image_messages() -> list[dict[str, Any]]:
     """A conversation about one image."""
-    content = [{"type": "image", "image": picture()}, {"type": "text", "text": "What is in the picture?"}]
+    content = [{"type": "image", "image": make_image()}, {"type": "text", "text": "What is in the picture?"}]
     return [{"role": "user", "content": content}]
 
 
-def picture_inputs(folder: Path) -> dict[str, torch.Tensor]:
-    """What the processor of a checkpoint makes of `picture_messages`."""
+def image_inputs(folder: Path) -> dict[str, torch.Tensor]:
+    """What the processor of a checkpoint makes of `image_messages`."""
     processor = Molmo2Processor.from_pretrained(folder)
     return dict(
         processor.apply_chat_template(
-            picture_messages(), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            image_messages(), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )
     )
 
 
 @contextmanager
 def module_cache(folder: Path) -> Iterator[None]:
-    """Remote code is copied to `folder`, not to the cache of whoever runs the tests, and forgotten in the end."""
+    """Remote code is copied to `folder`, not to the user's cache, and forgotten in the end."""
 
     def forget() -> None:
         for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:

@@ -2,9 +2,17 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
+
+from molmo2.video.processing import Molmo2VideoProcessor, SampledVideoMetadata
+
+
+def load_video(video: Any, **options: Any) -> tuple[np.ndarray, SampledVideoMetadata]:
+    """The sampled frames of a file, (F, H, W, 3) uint8, and their metadata; options as for `preprocess`."""
+    return Molmo2VideoProcessor().fetch_videos(video, **options)
 
 
 def write_clip(frames: Sequence[np.ndarray], target: Path, fps: int) -> Path:

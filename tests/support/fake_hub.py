@@ -85,7 +85,7 @@ class FakeHub:
         storage: SHA-256 -> content of the files in LFS.
         uploads: What the storage has received, also in requests that were cut off.
         drops: Number of coming requests to the storage that are cut off halfway,
-        drops_after: once so many files have arrived.
+        drops_after: once this number of files has arrived.
         roles: Token -> "write" or "read"; None: every token may write.
         ignored: Paths that the repository's `.gitignore` keeps out.
         unanswered: Requests that this Hub does not know.

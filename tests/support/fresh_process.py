@@ -8,10 +8,12 @@ import contextlib
 import importlib
 import io
 import json
+import logging
 import os
 import subprocess
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,6 +131,27 @@ def auto_classes(folders: dict[str, str], image: str, video: str, output: str) -
     processor(text="<|video|>", videos=video)
     report["imports with a video"] = watch.report()
     return report
+
+
+def messages_of_a_first_answer(folder: str, image: str) -> list[str]:
+    """What is logged and warned about from the imports to an answer, by remote code."""
+    said: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    for name in (None, "transformers"):  # the latter passes nothing on
+        logging.getLogger(name).addHandler(Keep(logging.WARNING))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+        model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+        model.generate(**prepare(processor, image), max_new_tokens=2, do_sample=False)
+    ours = [str(warning.message) for warning in caught if warning.filename.endswith("_molmo2.py")]
+    return said + ours
 
 
 def _pipeline_answers(folder: str, model: Any, processor: Any, image: str) -> dict[str, Any]:

@@ -39,7 +39,7 @@ FLOAT_TOLERANCE = 1e-5
 
 
 def pattern(spec: dict[str, Any]) -> Any:
-    """The deterministic test picture (`"kind": "pattern"`) or video (`"pattern_video"`) that a media spec describes.
+    """The deterministic test image (`"kind": "pattern"`) or video (`"pattern_video"`) that a media spec describes.
 
     Returns:
         A numpy array, torch tensor, PIL image or list of PIL images, as `spec["as"]` says; by default a uint8 array
@@ -48,9 +48,9 @@ def pattern(spec: dict[str, Any]) -> Any:
     size = spec["height"], spec["width"], spec.get("channels", 3)
     seed = spec.get("seed", 0)
     if spec["kind"] == "pattern":
-        values = _pattern_picture(*size, seed, t=0)
+        values = _pattern_image(*size, seed, t=0)
     else:
-        values = np.stack([_pattern_picture(*size, seed, t) for t in range(spec["frames"])])
+        values = np.stack([_pattern_image(*size, seed, t) for t in range(spec["frames"])])
 
     if "scale" in spec:
         values = values * np.float64(spec["scale"])
@@ -71,8 +71,8 @@ def pattern(spec: dict[str, Any]) -> Any:
     return values
 
 
-def _pattern_picture(height: int, width: int, channels: int, seed: int, t: int) -> np.ndarray:
-    """Picture number `t`, (height, width, channels) int64 in 0..255."""
+def _pattern_image(height: int, width: int, channels: int, seed: int, t: int) -> np.ndarray:
+    """Image number `t`, (height, width, channels) int64 in 0..255."""
     y, x, c = np.meshgrid(*(np.arange(n, dtype=np.int64) for n in (height, width, channels)), indexing="ij")
     x = x + 3 * t
     s = seed + 101 * t
@@ -84,7 +84,7 @@ def _pattern_picture(height: int, width: int, channels: int, seed: int, t: int) 
 
 
 def load_media(spec: dict[str, Any], root: Path) -> Any:
-    """The object that a media spec stands for: a generated picture or video, an opened PIL image, or a path."""
+    """The object that a media spec stands for: a generated image or video, an opened PIL image, or a path."""
     if spec["kind"] in ("pattern", "pattern_video"):
         return pattern(spec)
     path = root / spec["path"]

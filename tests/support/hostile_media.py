@@ -44,8 +44,8 @@ def clip(kind: str = "mp4", *, num_frames: int = 12, size: tuple[int, int] = (48
             stream.options = {"bf": "0"}
         rows, cols = np.mgrid[0:height, 0:width]
         for index in range(num_frames):
-            picture = np.stack([cols * 255 // width, rows * 255 // height, (cols + 9 * index) % 256], axis=-1)
-            frame = av.VideoFrame.from_ndarray(picture.astype(np.uint8), format="rgb24")
+            image = np.stack([cols * 255 // width, rows * 255 // height, (cols + 9 * index) % 256], axis=-1)
+            frame = av.VideoFrame.from_ndarray(image.astype(np.uint8), format="rgb24")
             frame.pts, frame.time_base = first + index, Fraction(1, 10)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
@@ -95,7 +95,7 @@ def mutated(data: bytes, rng: np.random.Generator) -> bytes:
 
 
 @lru_cache
-def picture(kind: str, mode: str = "RGB") -> bytes:
+def image_bytes(kind: str, mode: str = "RGB") -> bytes:
     """A small image in a format of Pillow."""
     rows, cols = np.mgrid[0:40, 0:60]
     image = Image.fromarray(np.stack([rows * 6, cols * 4, rows + cols], axis=-1).astype(np.uint8))

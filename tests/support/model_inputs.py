@@ -12,12 +12,12 @@ from transformers import AutoTokenizer
 from molmo2.image.processing import Molmo2ImageProcessor
 from molmo2.processing.processor import Molmo2Processor
 from molmo2.video.processing import Molmo2VideoProcessor
-from support.checkpoints import picture, write_processor
+from support.checkpoints import make_image, write_processor
 
 
 def clip(frames: int = 4) -> np.ndarray:
     """(frames, 50, 70, 3) uint8, no two frames alike."""
-    return np.stack([np.asarray(picture(50, 70, seed)) for seed in range(frames)])
+    return np.stack([np.asarray(make_image(50, 70, seed)) for seed in range(frames)])
 
 
 @functools.cache
@@ -37,10 +37,10 @@ def processor() -> Molmo2Processor:
 # name -> (prompt, images, videos)
 ROWS: dict[str, tuple[str, list[Any], list[Any]]] = {
     "text": ("<|im_start|>user\nWhat is the time?<|im_end|>\n", [], []),
-    "image": ("<|image|>What is this?", [picture(90, 130)], []),
-    "two images": ("Image 1<|image|>Image 2<|image|>Compare.", [picture(60, 60, 1), picture(200, 40, 2)], []),
+    "image": ("<|image|>What is this?", [make_image(90, 130)], []),
+    "two images": ("Image 1<|image|>Image 2<|image|>Compare.", [make_image(60, 60, 1), make_image(200, 40, 2)], []),
     "video": ("<|video|>What happens in this clip?", [], [clip()]),
-    "image and video": ("<|image|><|video|>Is it there?", [picture(70, 100, 3)], [clip(3)]),
+    "image and video": ("<|image|><|video|>Is it there?", [make_image(70, 100, 3)], [clip(3)]),
     "two videos": ("<|video|><|video|>Which is longer?", [], [clip(2), clip(4)]),
 }
 MIXED = list(ROWS)

@@ -265,8 +265,8 @@ class ShardLayout:
     """How a sharded checkpoint is cut.
 
     Attributes:
-        ranks: Each tensor is cut along dimension 0 into at most so many pieces; the last may be shorter.
-        files_per_rank: Pieces of one rank are spread over so many files.
+        ranks: Each tensor is cut along dimension 0 into at most this many pieces; the last may be shorter.
+        files_per_rank: Pieces of one rank are spread over this many files.
         has_optimizer: Store AdamW state beside the model.
         writer_module: Where the class that records a piece's place seems to come from.
         edit: Called with the metadata before it is written, to break it.

@@ -15,12 +15,13 @@ ATTENTION = {"sdpa": 10**9, "blockwise": 7, "eager": 10**9, "checkpointed": 7}
 
 
 def model_of(family: str) -> Any:
-    """A tiny model in training mode; of the one with "four heads" each of four processes has one, with shared keys."""
-    if family != "four heads":
+    """A tiny model in training mode; four processes can share the heads, keys and layers of the one "for four"."""
+    if family != "for four":
         model = build_model(family)
     else:
         config = tiny_config("olmo3")
         config.text_config.num_attention_heads, config.text_config.num_key_value_heads = 8, 2
+        config.text_config.num_hidden_layers = 4
         for part in (config.vit_config, config.adapter_config):
             part.num_attention_heads = part.num_key_value_heads = 4
         model = Molmo2ForConditionalGeneration(config)

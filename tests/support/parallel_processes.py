@@ -21,7 +21,7 @@ from molmo2.training.context_parallel import average_gradients, context_parallel
 from molmo2.training.pipeline import Pipeline
 from molmo2.training.tensor_parallel import clip_gradients, full_gradients, full_state_dict, tensor_parallel
 from support.parallel_cases import ATTENTION, cases, generated, gradients_of, model_of
-from support.two_processes import sharded, whole
+from support.step_processes import sharded, whole
 
 SECONDS = 300
 
@@ -122,7 +122,7 @@ def main(output: Path, rank: int, world_size: int, wanted: list[str]) -> None:
         mode, _, family = each.partition(":")
         report[each] = MODES[mode](family, output / family)
     torch.save(report, output / f"{rank}.pt")
-    distributed.barrier()  # nobody leaves while another one still reads from it
+    distributed.barrier()  # no process leaves while another one still reads from it
     distributed.destroy_process_group()
     os._exit(0)
 

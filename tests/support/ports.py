@@ -12,7 +12,7 @@ RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on, for a server that starts later and takes no other.
+    """A port of this machine without a listener, for a server that starts later and takes no other.
 
     It is none of those that the system gives to connections and to servers that ask for any port: another program may
     get one of these at every moment between this call and the start of the server.
@@ -31,7 +31,7 @@ def free_port() -> int:
 
 @contextmanager
 def closed_port() -> Iterator[int]:
-    """A port that nobody listens on, and nobody will meanwhile: it is bound."""
+    """A port without a listener, and none can come meanwhile: it is bound."""
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
         yield holder.getsockname()[1]

@@ -99,12 +99,12 @@ def model_settings() -> dict:
     }
 
 
-def write_weights(folder: Path, seed: int) -> None:
+def write_weights(folder: Path) -> None:
     """Seeded weights under the published names, scaled so that answers vary."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     config.save_pretrained(folder)  # with every setting spelled out, as published files have it
     model = AutoModelForImageTextToText.from_config(config, trust_remote_code=True)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     tensors = {}
     for name, tensor in model.state_dict().items():
         is_norm = "norm" in name or name.endswith("ln_f.weight")
@@ -118,7 +118,7 @@ def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def write_miniature(folder: Path, seed: int = 0, sizes: dict[str, dict] | None = None) -> Path:
+def write_miniature(folder: Path, sizes: dict[str, dict] | None = None) -> Path:
     """Write a complete checkpoint folder, remote code included; about 2 MB.
 
     Args:
@@ -139,6 +139,6 @@ def write_miniature(folder: Path, seed: int = 0, sizes: dict[str, dict] | None =
     write_json(folder / "processor_config.json", {**processor, "use_single_crop_col_tokens": False})
     write_json(folder / "preprocessor_config.json", {"max_crops": 8})
     write_json(folder / "video_preprocessor_config.json", {"num_frames": 384, "max_fps": 2.0})
-    write_weights(folder, seed)
+    write_weights(folder)
     AutoProcessor.from_pretrained(folder, trust_remote_code=True).save_pretrained(folder)
     return folder

@@ -22,7 +22,7 @@ from support.paths import DATA
 FILE = DATA / "native" / "expected.safetensors"
 RECORDED_SHAPES = ("qwen3", "qwen3 bias", "olmo3")
 BATCHES = {"image": ("image",), "mixed": ("text", "image", "two images"), "videos": ("text", "video")}
-NUM_LAST, STRIDE = 4, 23  # of the logits: those of the last tokens, and of these one of so many
+NUM_LAST, STRIDE = 4, 23  # of the logits: those of the last tokens, and of these every `STRIDE`-th
 NUM_NEW = 6
 
 

@@ -61,7 +61,7 @@ def _lookup(answers: dict[str, str], prompt: str) -> str:
 
 
 class DictatedModel:
-    """A real model that is told what to say: caches, streams and stopping work as ever, only the tokens are given.
+    """A real model that is told what to say: caches, streams and stopping are its own, only the tokens are given.
 
     Args:
         before_token: Called with the answer so far before each token, to hold the model or to look at the outside.

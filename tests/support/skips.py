@@ -28,14 +28,13 @@ ALLOWED = {
     r"metrics have an environment of their own": "`make test-metrics` runs them",
     r"tools have an environment of their own": "`make test-tools` runs them",
     r"(ms-swift|axolotl) has an environment of its own": "`make test-training` runs them",
-    r"browser": "`make test-app BROWSER=optional`; the page needs a browser, which not every machine can have",
+    r"There is no browser\. Install chromium": "`make test-app BROWSER=optional`; not every machine can have one",
     r"this release of TRL learns questions too": "a release of TRL that cannot do it",
     r"mounting is not permitted here|needs the right to mount": "needs root and a kernel that lets it",
     r"on Linux only|is the Linux kernel's|needs kill -9": "other systems",
     r"this build of PyAV has no encoder": "builds differ in their codecs",
     r"torchcodec cannot be loaded": "it needs FFmpeg's libraries, which pip does not bring; decord and PyAV must load",
     r"part of Python from 3.11 on|could not import 'tomllib'": "older Python",
-    r"this torch was built without oneDNN": "builds of torch differ",
 }
 WITHOUT_REFERENCE = r"beside the checkout|the shared media are not here|got empty parameter set"
 

@@ -1,4 +1,4 @@
-"""Conversations to train on: text, images, videos, several turns, and trees about one picture or clip."""
+"""Conversations to train on: text, images, videos, several turns, and trees about one image or clip."""
 
 import copy
 from typing import Any
@@ -8,20 +8,20 @@ import torch
 
 from molmo2.model.attention.blockwise import BlockwiseMask
 from molmo2.training import DataCollator, build_training_example
-from support.checkpoints import picture
+from support.checkpoints import make_image
 from support.model_inputs import clip, processor
 
 # PyTorch has no backward pass of flex_attention on the CPU.
 TRAINABLE = ("sdpa", "blockwise", "eager")
 ATTENTION = (*TRAINABLE, pytest.param("flex_attention", marks=pytest.mark.slow))  # which compiles first
 
-IMAGE = {"type": "image", "image": picture(90, 130)}
-SMALL = {"type": "image", "image": picture(60, 60, 1)}
+IMAGE = {"type": "image", "image": make_image(90, 130)}
+SMALL = {"type": "image", "image": make_image(60, 60, 1)}
 CLIP = {"type": "video", "video": clip(), "video_metadata": {"fps": 2.0, "total_num_frames": 4}}
 
 
 def turn(question: str, answer: str, *parts: dict[str, Any], **keys: Any) -> list[dict[str, Any]]:
-    """A question, with pictures, and its answer; further keys belong to the answer."""
+    """A question, with images, and its answer; further keys belong to the answer."""
     return [
         {"role": "user", "content": [*parts, {"type": "text", "text": question}]},
         {"role": "assistant", "content": answer, **keys},
@@ -49,7 +49,7 @@ TREES: dict[str, list[list[dict[str, Any]]]] = {
 
 
 def separate(branches: list[list[dict[str, Any]]]) -> list[list[dict[str, Any]]]:
-    """The branches of a tree as conversations of their own, each with the pictures."""
+    """The branches of a tree as conversations of their own, each with the images."""
     parts = [part for part in branches[0][0]["content"] if part["type"] != "text"]
     first, *others = branches
     return [first, *([{**own[0], "content": [*parts, *own[0]["content"]]}, *own[1:]] for own in others)]

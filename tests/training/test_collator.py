@@ -1,4 +1,4 @@
-"""Batches of training examples: padding, pictures of every kind, packed rows, one loss in every arrangement."""
+"""Batches of training examples: padding, images of every kind, packed rows, one loss in every arrangement."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def model():
 
 
 def letters(batch: dict[str, torch.Tensor]) -> list[str]:
-    """One letter per token: `.` padding, `v` visual, `l` learnt, `t` other text."""
+    """One letter per token: `.` padding, `v` visual, `l` target, `t` other text."""
     drawn = []
     for row in range(len(batch["input_ids"])):
         letter = ["t"] * batch["input_ids"].shape[1]
@@ -42,10 +42,10 @@ def letters(batch: dict[str, torch.Tensor]) -> list[str]:
     return drawn
 
 
-def small(tokens: int, learnt: int = 1, **more) -> dict[str, torch.Tensor]:
+def small(tokens: int, targets: int = 1, **more) -> dict[str, torch.Tensor]:
     """An example of text by hand."""
     ids = torch.arange(40, 40 + tokens)
-    labels = ids.masked_fill(torch.arange(tokens) < tokens - learnt, -100)
+    labels = ids.masked_fill(torch.arange(tokens) < tokens - targets, -100)
     return {"input_ids": ids, "labels": labels, "token_type_ids": torch.zeros(tokens, dtype=torch.bool), **more}
 
 
@@ -177,7 +177,7 @@ def apart(model, names: list[str], **options) -> tuple[float, float]:
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_a_mixed_batch_has_the_loss_of_its_rows(model, side, weighting):
-    """Text, images, several images, a video, both: padded on either side, the mean over all tokens that are learnt."""
+    """Text, images, several images, a video, both: padded on either side, the mean over all targets."""
     total, number = apart(model, NAMES, weighting=weighting)
     batch = collate([example(CONVERSATIONS[name], weighting=weighting) for name in NAMES], padding_side=side)
     assert float(model(**batch).loss) == pytest.approx(total / number, abs=1e-5)

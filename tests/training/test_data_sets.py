@@ -109,8 +109,8 @@ def test_sizes_of_held_images(tmp_path):
 def test_rows_of_lists_and_decoded_images(tmp_path):
     """A list of rows may be stored as a row of lists; images are decoded when an example is taken, not before."""
     datasets = pytest.importorskip("datasets")
-    picture = Image.fromarray(np.full((4, 4, 3), 200, dtype=np.uint8))
-    row = {**data_rows.COSYN_POINT, "image": picture, "answer_points": [{"x": [50.0, 10.0], "y": [25.0, 20.0]}]}
+    image = Image.fromarray(np.full((4, 4, 3), 200, dtype=np.uint8))
+    row = {**data_rows.COSYN_POINT, "image": image, "answer_points": [{"x": [50.0, 10.0], "y": [25.0, 20.0]}]}
     rows = datasets.Dataset.from_list([row]).cast_column("image", datasets.Image())
     (example,) = Examples("allenai/CoSyn-point", rows)
     image, _ = example["messages"][0]["content"]

@@ -19,8 +19,6 @@ from support.paths import REPOSITORY
 from support.ranks import run_ranks
 from support.training_cases import CONVERSATIONS, collate, example, gradients
 
-WORLD_SIZE = 2
-
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def model(request):
@@ -166,24 +164,24 @@ def test_the_trainer_shards_with_fsdp2_and_saves_whole_checkpoints(qwen3, tmp_pa
     assert found == {"version": 2, "state_dict": "FULL_STATE_DICT", "units": list(FSDP_UNITS)}
 
 
-def in_processes(mode: str, folder: Path) -> list[dict]:
+def in_processes(mode: str, folder: Path, count: int) -> list[dict]:
     """What each process reports after one step."""
-    return run_ranks(REPOSITORY / "tests" / "support" / "two_processes.py", folder, WORLD_SIZE, (mode,), seconds=240)
+    return run_ranks(REPOSITORY / "tests" / "support" / "step_processes.py", folder, count, (mode,), seconds=240)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["fsdp", "ddp"])
-def test_two_processes_take_the_step_of_one(mode, tmp_path):
-    """One process reads packed rows, trees and clips in several chunks, the other a line of text."""
-    from support.two_processes import PARTS as ROWS
-    from support.two_processes import RATE, number_of_labels
+@pytest.mark.parametrize(("mode", "count"), [("fsdp", 2), ("ddp", 2), ("fsdp", 4), ("ddp", 4)])
+def test_several_processes_take_the_step_of_one(mode, count, tmp_path):
+    """The first reads packed rows, trees and clips in several chunks, the second a line of text, others more."""
+    from support.step_processes import PARTS as ROWS
+    from support.step_processes import RATE, number_of_labels
 
-    reports = in_processes(mode, tmp_path)
+    reports = in_processes(mode, tmp_path, count)
     alone = build_model("qwen3").train()
-    losses = [alone(**collate(part), num_items_in_batch=number_of_labels()).loss for part in ROWS]
+    losses = [alone(**collate(part), num_items_in_batch=number_of_labels(count)).loss for part in ROWS[:count]]
     sum(losses).backward()
     for report, loss in zip(reports, losses, strict=True):
-        torch.testing.assert_close(report["loss"] / WORLD_SIZE, loss.detach(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(report["loss"] / count, loss.detach(), atol=1e-5, rtol=1e-5)
     layers = alone.config.text_config.num_hidden_layers
     assert len(reports[0]["units"]) == (layers + 1 if mode == "fsdp" else 0)  # text layers, and all the rest
     expected = dict(alone.named_parameters())

@@ -125,20 +125,21 @@ def test_a_run_is_continued_with_the_very_next_row(stop):
     assert continued.state_dict() == whole.state_dict()
 
 
-def test_a_second_pass_goes_on():
+def test_a_second_pass_continues():
     rows = packed()
     assert names(rows, 5) + names(rows, 5) == names(packed(), 10)
 
 
-def test_processes_share_the_draws():
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_processes_share_the_draws(count):
     """Process k has every n-th draw: together they have all, each once."""
 
     def drawn(number, count, length):
         rows = packed(number, count)
         return [example["drawn"] for example in itertools.islice(rows._examples(number, count), length)]
 
-    shares = [drawn(number, 3, 20) for number in range(3)]
-    assert [each for triple in zip(*shares) for each in triple] == drawn(0, 1, 60)
+    shares = [drawn(number, count, 20) for number in range(count)]
+    assert [each for together in zip(*shares) for each in together] == drawn(0, 1, 20 * count)
     with pytest.raises(ValueError, match="no process 2 of 2"):
         packed(2, 2)
 

@@ -136,7 +136,7 @@ def test_what_fits_nowhere():
         Packer(0, 10)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, 2, 4])
 def test_rows_of_a_data_set(workers):
     """Through a DataLoader: built, packed, batched; every conversation once, however many workers."""
     names = ["text", "image", "turns", "video", "text", "two images"]
@@ -149,8 +149,8 @@ def test_rows_of_a_data_set(workers):
         num_workers=workers,
     )
     batches = list(loader)
-    learnt = sum(int((batch["labels"] != -100).sum()) for batch in batches)
-    assert learnt == sum(int((example(row["messages"])["labels"] != -100).sum()) for row in rows)
+    num_targets = sum(int((batch["labels"] != -100).sum()) for batch in batches)
+    assert num_targets == sum(int((example(row["messages"])["labels"] != -100).sum()) for row in rows)
     assert all(batch["input_ids"].shape[1] <= 260 for batch in batches)
     assert sum(len(batch.get("image_grids", [])) for batch in batches) == 4
     assert sum(len(batch.get("video_grids", [])) for batch in batches) == 1
@@ -167,15 +167,15 @@ class Countable:
 
 
 class DividedStream(Countable, IterableDataset):
-    """A stream that divides itself among workers, the first of which gets most."""
+    """A stream that divides itself among workers, the first of which gets most; from the third on they get nothing."""
 
     def __iter__(self) -> Iterator[dict]:
         worker = get_worker_info()
         number = 0 if worker is None else worker.id
-        yield from self.rows if worker is None else (self.rows[:-2], self.rows[-2:])[number]
+        yield from self.rows if worker is None else (self.rows[:-2], self.rows[-2:], [], [])[number]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, 2, 4])
 @pytest.mark.parametrize("kind", [list, Countable, DividedStream])
 def test_every_example_arrives_once(kind, workers):
     """However the source is divided among workers; `test_trainers.py` has those of Hugging Face."""

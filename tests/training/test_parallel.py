@@ -21,7 +21,7 @@ PROGRAM = REPOSITORY / "tests" / "support" / "parallel_processes.py"
 
 WANTED = {
     2: ("tensor:qwen3", "tensor:qwen2", "tensor:olmo3", "context:qwen3", "shards:qwen3", "pipeline:qwen3"),
-    4: ("tensor:four heads", "context:qwen3"),
+    4: ("tensor:for four", "context:qwen3", "shards:qwen3", "pipeline:for four"),
 }
 
 
@@ -52,7 +52,7 @@ def require_equal(found: dict, expected: dict) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("count", "family"), [(2, "qwen3"), (2, "qwen2"), (2, "olmo3"), (4, "four heads")], ids=lambda value: str(value)
+    ("count", "family"), [(2, "qwen3"), (2, "qwen2"), (2, "olmo3"), (4, "for four")], ids=lambda value: str(value)
 )
 def test_tensor_parallel(count, family, reports, folders):
     """Grouped-query attention, norms per head and over all heads, biases; in four processes key heads are shared."""
@@ -97,25 +97,27 @@ def test_context_parallel(count, reports):
 
 
 @pytest.mark.slow
-def test_rows_are_shared_under_fsdp(reports):
+@pytest.mark.parametrize("count", [2, 4])
+def test_rows_are_shared_under_fsdp(count, reports):
     expected = alone("qwen3")
-    for report in reports(2)["shards:qwen3"]:
+    for report in reports(count)["shards:qwen3"]:
         for name in cases():
             require_equal(report[name], expected[name])
 
 
 @pytest.mark.slow
-def test_pipeline(reports):
+@pytest.mark.parametrize(("count", "family"), [(2, "qwen3"), (4, "for four")])
+def test_pipeline(count, family, reports):
     """Images, trees and text in a step of several batches; each stage has the gradients of its own layers."""
-    stages = reports(2)["pipeline:qwen3"]
-    expected = alone("qwen3")
+    stages = reports(count)[f"pipeline:{family}"]
+    expected = alone(family)
     for name in (*cases(), "step"):
         joined = {key: gradient for report in stages for key, gradient in report[name]["gradients"].items()}
         assert sum(len(report[name]["gradients"]) for report in stages) == len(joined)
         for report in stages:
             require_equal({"loss": report[name]["loss"], "gradients": joined}, expected[name])
         if name != "step":
-            torch.testing.assert_close(stages[1][name]["logits"], expected[name]["logits"], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(stages[-1][name]["logits"], expected[name]["logits"], atol=1e-4, rtol=1e-4)
     for report in stages:
         torch.testing.assert_close(report["norms"][0], expected["norm"], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(report["norms"][1], torch.tensor(0.5), atol=1e-5, rtol=1e-5)
@@ -207,7 +209,7 @@ def test_what_a_model_in_parts_refuses(one_process):
     ],
 )
 def test_layers_that_were_replaced_after_cutting(name, layer, one_process):
-    """As by adapters, whose sum over the processes nobody would take."""
+    """As by adapters, whose sum over the processes would not be taken."""
     one_process(2)
     model = tensor_parallel(build_model("qwen3"))
     module = model.model.get_submodule(name)
@@ -216,7 +218,7 @@ def test_layers_that_were_replaced_after_cutting(name, layer, one_process):
         module(torch.zeros(1, 2, 40))
 
 
-@pytest.mark.parametrize(("count", "family"), [(2, "qwen3"), (4, "four heads")])
+@pytest.mark.parametrize(("count", "family"), [(2, "qwen3"), (4, "for four")])
 def test_frozen_parts_are_cut(count, family, one_process):
     """Norms of heads, whose gradients are sums, and in four processes shared keys: none of them wants a gradient."""
     one_process(count)

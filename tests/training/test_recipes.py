@@ -1,5 +1,6 @@
 """Recipes: what is read and refused, a run in two processes, runs that are continued, scores on the way."""
 
+import itertools
 import json
 import os
 import re
@@ -17,17 +18,22 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
+from molmo2 import recipes
 from molmo2.cli.commands import molmo2
 from molmo2.data import SFT_GROUPS
-from molmo2.recipes import RecipeError, read_recipe
+from molmo2.recipes import RecipeError, answer_examples, read_recipe
 from molmo2.recipes.recipe import Rates, recipe_from
 from molmo2.recipes.rows import media_resolver, read_rows
-from molmo2.recipes.train import _mixture, _require_divisible, rate_curve, train
+from molmo2.recipes.run import _mixture, _require_divisible, rate_curve, train
 from molmo2.registration import load
+from molmo2.training import build_training_example
 from support.checkpoints import write_checkpoint
 from support.ports import free_port
+from support.ranks import run_ranks
+from support.recipe_processes import asked_model, questions, recorded, recording
 
 ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = ROOT / "tests" / "support" / "recipe_processes.py"
 MINIMAL = {"model": "model", "output": "run", "steps": 4, "data": [{"name": "a", "files": "a.jsonl"}]}
 RECIPE = """\
 model: model
@@ -142,6 +148,12 @@ def test_presets_are_the_stages_of_the_release():
             r"tensor_parallel: recipes do not cut .* `molmo2\.training\.tensor_parallel`",
         ),
         ({"pipeline": 2}, r"pipeline: recipes do not cut .* `molmo2\.training\.Pipeline` in a loop"),
+        ({"pipeline_parallel": 2}, r"pipeline_parallel: recipes do not cut .* `molmo2\.training\.Pipeline` in a loop"),
+        (
+            {"parallel": {"tensor": 2}},
+            r"parallel: recipes do not cut .* `molmo2\.training\.tensor_parallel` in a loop",
+        ),
+        ({"trainer": {"parallelism_config": {"tp_size": 2}}}, "trainer has parallelism_config, which other entries"),
         ({"data": []}, "data is empty"),
         ({"data": [{"name": "a"}]}, r"data\[0\]: files is missing"),
         (
@@ -172,6 +184,13 @@ def test_presets_are_the_stages_of_the_release():
 def test_what_a_recipe_cannot_say(entries, message):
     with pytest.raises(RecipeError, match=message):
         recipe_from({**MINIMAL, **entries})
+
+
+def test_what_the_package_offers_are_no_modules():
+    """`train` was once the name of a module too."""
+    assert all(callable(getattr(recipes, name)) for name in recipes.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'trian'"):
+        recipes.trian  # noqa: B018
 
 
 def test_files_that_are_no_recipes(tmp_path):
@@ -323,6 +342,36 @@ def test_curves_in_wandb(folder, monkeypatch):
     assert found == pytest.approx(losses(folder), rel=1e-6)
 
 
+def test_the_first_examples_on_a_page(folder):
+    """Those of the mixture in its order, or all of one data set; what was left out is said."""
+    page = folder / "page.html"
+    recipe = str(folder / "recipe.yaml")
+    done = CliRunner().invoke(molmo2, ["view", recipe, "--number", "5", "--output", str(page)])
+    assert done.exit_code == 0, done.output
+    assert "allenai/pixmo-points: 3 rows, 2 examples, 1 left out" in done.output
+    assert done.output.strip().endswith(str(page))
+    text = page.read_text(encoding="utf-8")
+    assert text.count('<section id="example-') == 5
+    assert "recipe.yaml: 5 examples" in text
+    read = read_recipe(recipe)
+    drawn = list(itertools.islice(_mixture(read, lambda line: None), 5))
+    found, processor = recipes.first_examples(read, 5, say=lambda line: None)
+    for example, row in zip(found, drawn, strict=True):
+        expected = build_training_example(processor, row["messages"], max_crops=1, max_length=300)
+        assert example["input_ids"].equal(expected["input_ids"])
+        assert example["loss_weights"].max() > 0  # by the rule of the recipe
+    found, _ = recipes.first_examples(read, 9, data="counts", say=lambda line: None)
+    assert len(found) == 2
+    for wrong, message in (
+        (["--data", "ships"], "there is no data set 'ships'; the recipe has boats, text, counts"),
+        (["--output", str(folder / "nowhere" / "page.html")], "there is no folder"),
+    ):
+        done = CliRunner().invoke(molmo2, ["view", recipe, *wrong])
+        assert (done.exit_code, message in done.output) == (2, True), done.output
+    (folder / "recipe.yaml").write_text(RECIPE.replace("model: model", "model: nowhere"))
+    assert CliRunner().invoke(molmo2, ["view", recipe, "--output", str(page)]).exit_code == 3
+
+
 def test_parts_have_their_own_rates_and_frozen_ones_none(folder):
     recipe = read_recipe(folder / "recipe.yaml", train=["connector"], evaluation=[], steps=2)
     before = torch_weights(folder / "model")
@@ -437,7 +486,57 @@ def test_two_processes_have_the_losses_of_one(folder, machines, shared):
     scores = log(folder, "two", "scores.jsonl")
     assert [(entry["step"], entry["examples"]) for entry in scores] == [(2, 3), (4, 3)]
     stopped, whole = (folder / name / "checkpoint-2" / "mixture_state.json" for name in ("two", "run"))
-    assert json.loads(stopped.read_text()) == json.loads(whole.read_text())  # goes on with the same row
+    assert json.loads(stopped.read_text()) == json.loads(whole.read_text())  # continues with the same row
+
+
+@pytest.mark.slow
+def test_four_processes_are_as_one(folder, monkeypatch):
+    """Each row is read once, also where one process is killed behind a checkpoint and all go on; losses are those of
+    one process, also where pairs share rows; every question is asked, and answered as in one process.
+    """
+    monkeypatch.setattr("molmo2.recipes.run.DataCollator", recording(folder / "alone.jsonl"))
+    train(read_recipe(folder / "recipe.yaml", rows_per_step=8, evaluation=[]), say=lambda line: None)
+    rows = recorded(folder / "alone.jsonl")[:32]  # of four steps; accelerate reads one ahead
+    drawn = [each for row in rows for each in row]
+    assert len(set(drawn)) == len(drawn) > 32
+
+    four, pairs, asked = (folder / f"{name}.yaml" for name in ("four", "pairs", "recipe"))
+    text = RECIPE.partition("evaluation:")[0].replace("rows_per_step: 2", "rows_per_step: 8")
+    four.write_text(text.replace("output: run", "output: four"))
+    text = text.replace("output: run", "output: pairs\ncontext_parallel: 2").replace("\nsteps: 4", "\nsteps: 2")
+    pairs.write_text(text)
+    names = ("one", "two", "three", "gone", "one", "two")
+    asks = [{"image_url": name, "label": f"{place} boats", "count": 1} for place, name in enumerate(names)]
+    lines(folder / "questions.jsonl", asks)
+    first, second = folder / "first", folder / "second"
+    first.mkdir()
+    second.mkdir()
+    with pytest.raises(AssertionError):
+        run_ranks(PROGRAM, first, 4, (f"stop:{four}",), seconds=200)
+    assert (folder / "four" / "was killed").is_file()
+    assert not (folder / "four" / "checkpoint-4").exists()
+    reports = run_ranks(PROGRAM, second, 4, (f"resume:{four}", f"train:{pairs}", f"ask:{asked}"), seconds=200)
+
+    for rank in range(4):
+        own = rows[rank::4]
+        assert recorded(first / f"four.{rank}.jsonl")[:4] == own[:4]
+        assert recorded(second / f"four.{rank}.jsonl")[:4] == own[4:]
+        assert recorded(second / f"pairs.{rank}.jsonl")[:8] == rows[rank // 2 : 16 : 2]
+    expected = losses(folder)
+    assert losses(folder, "four") == pytest.approx(expected, rel=1e-4)
+    assert losses(folder, "pairs") == pytest.approx({step: expected[step] for step in (1, 2)}, rel=1e-4)
+    ends = (folder / name / "checkpoint-4" / "mixture_state.json" for name in ("run", "four"))
+    assert len({path.read_text() for path in ends}) == 1
+
+    recipe = read_recipe(asked)
+    model, processor = asked_model(recipe)
+    alone = answer_examples(model, processor, questions(recipe), processor_kwargs=dict(recipe.processor))
+    answers = [[each.row, each.answer, each.scores] for each in alone]
+    assert [row for row, *_ in answers] == [0, 1, 2, 4, 5]
+    assert len({answer for _, answer, _ in answers}) > 1
+    assert all(report["answers"] == answers for report in reports)
+    assert [len(report["own"]) for report in reports] == [2] * 4
+    assert {row for report in reports for row in report["own"]} == {0, 1, 2, 4, 5}
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ from molmo2.training import (
     lora_targets,
     trainer_class,
 )
-from support.checkpoints import REPOSITORY, module_cache, picture, write_checkpoint
+from support.checkpoints import REPOSITORY, make_image, module_cache, write_checkpoint
 from support.fresh_process import run
 from support.random_miniature import write_miniature
 from support.training_cases import CLIP, IMAGE, turn
@@ -91,7 +91,7 @@ def arguments(folder: Path, **settings: Any) -> dict[str, Any]:
         "report_to": [],
         "remove_unused_columns": False,
         "disable_tqdm": True,
-        "bf16": False,  # TRL's default is True, and the trained model would go on in mixed precision
+        "bf16": False,  # TRL's default is True, and the trained model would continue in mixed precision
         **settings,
     }
 
@@ -202,7 +202,7 @@ def test_accumulated_batches_are_one_weighted_batch(folder, processor, weighted)
 
 @pytest.mark.parametrize("weighted", [True, False])
 def test_every_process_takes_part_in_the_sum_of_weights(model, processor, tmp_path, monkeypatch, weighted):
-    """Also one whose batches have no weights: 10 tokens of 0.5 each are learnt in another process."""
+    """Also one whose batches have no weights: another process has 10 targets of weight 0.5."""
     batch = DataCollator(processor)(examples_with_weights(processor, (weighted,)))
     trainer = trainer_class(Trainer)(model, TrainingArguments(**arguments(tmp_path)))
     monkeypatch.setattr(trainer.accelerator, "gather", lambda own: torch.cat([own, torch.tensor([5.0, 10.0])]))
@@ -214,8 +214,8 @@ def test_every_process_takes_part_in_the_sum_of_weights(model, processor, tmp_pa
 
 
 @pytest.mark.parametrize("kind", ["prompt", "messages"])
-def test_answers_that_are_not_learnt_in_some_rows(model, processor, tmp_path, kind):
-    """Nobody asked for weights: an earlier answer of a prompt has weight 0, other rows have none."""
+def test_answers_that_are_no_targets_in_some_rows(model, processor, tmp_path, kind):
+    """No weights are asked for: an earlier answer of a prompt has weight 0, other rows have none."""
     talk = [*turn("Hello.", "Hi.", loss_weight=0), *turn("Name a number.", "Seven.")]
     rows = [{"messages": talk}, ROWS[2]]
     if kind == "prompt":
@@ -277,7 +277,7 @@ def test_rates_of_parts_for_other_optimizers(model, processor, tmp_path, optimiz
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [2, 0, 2]])
 def test_predictions_are_logits(model, processor, tmp_path, order):
-    """Whichever batches have pictures."""
+    """Whichever batches have images."""
     seen = []
 
     def count(evaluation) -> dict[str, int]:
@@ -351,11 +351,11 @@ def test_columns_that_are_not_decoded(processor, kind):
 
 
 def trl_rows() -> list[dict[str, Any]]:
-    """Rows in TRL's form: pictures in a column of their own."""
+    """Rows in TRL's form: images in a column of their own."""
     asked = (("What is this?", "A red boat.", 0), ("What is that?", "A blue house.", 1))
     return [
         {
-            "images": [picture(70, 90, seed)],
+            "images": [make_image(70, 90, seed)],
             "messages": [
                 {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},
                 {"role": "assistant", "content": [{"type": "text", "text": answer}]},
@@ -376,11 +376,11 @@ def dataset():
 
 
 def answers_alone_collator() -> type:
-    """TRL's collator for pictures, where it can learn answers alone; older ones cannot."""
+    """TRL's collator for images, where it can learn answers alone; older ones cannot."""
     from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
     if "assistant_only_loss" not in DataCollatorForVisionLanguageModeling.__dataclass_fields__:
-        pytest.skip("this release of TRL learns questions too where there are pictures")
+        pytest.skip("this release of TRL learns questions too where there are images")
     return DataCollatorForVisionLanguageModeling
 
 
@@ -417,7 +417,7 @@ def preferences(kind: str) -> Any:
         return [{"role": role, "content": [*parts, {"type": "text", "text": text}]}]
 
     clip = str(REPOSITORY / "examples" / "data" / "nasa_clip.mp4")
-    media = {"image": {"images": [picture(70, 90)]}, "video": {"videos": [clip], "images": []}}[kind]
+    media = {"image": {"images": [make_image(70, 90)]}, "video": {"videos": [clip], "images": []}}[kind]
     row = {
         "prompt": said("user", "What is this?", {"type": kind}),
         "chosen": said("assistant", "A red boat."),

@@ -1,4 +1,4 @@
-"""Training examples: what is learnt, how much it counts, and trees that are what their branches are apart."""
+"""Training examples: what the targets are, how much they count, and trees that are what their branches are apart."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from PIL import Image
 from molmo2.training import TokenWeighting, messages_from_row
 from molmo2.training.examples import common_prefix_length
 from molmo2.training.weighting import is_pointing_style
-from support.checkpoints import FAMILIES, build_model, picture
+from support.checkpoints import FAMILIES, build_model, make_image
 from support.model_inputs import processor
 from support.training_cases import (
     ATTENTION,
@@ -41,8 +41,8 @@ def qwen3():
     return build_model("qwen3")
 
 
-def learnt(row: dict[str, torch.Tensor]) -> str:
-    """The text that is learnt, `|` where something between is not."""
+def target_text(row: dict[str, torch.Tensor]) -> str:
+    """The text of the targets, `|` where something between is none."""
     pieces, last = [], None
     for place in (row["labels"] != -100).nonzero()[:, 0].tolist():
         pieces += ["|"] * (last is not None and place != last + 1)
@@ -64,9 +64,9 @@ def learnt(row: dict[str, torch.Tensor]) -> str:
         ("video", "Something moves.<|im_end|>"),
     ],
 )
-def test_the_answers_and_their_closing_tokens_are_learnt(name, text):
+def test_the_answers_and_their_closing_tokens_are_targets(name, text):
     row = example(CONVERSATIONS[name])
-    assert learnt(row) == text
+    assert target_text(row) == text
     kept = row["labels"] != -100
     assert torch.equal(row["labels"][kept], row["input_ids"][kept])
     assert row["input_ids"][-1] == processor().tokenizer.convert_tokens_to_ids("<|im_end|>")  # and no newline
@@ -75,7 +75,7 @@ def test_the_answers_and_their_closing_tokens_are_learnt(name, text):
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
 def test_the_rows_are_those_of_the_chat(name):
-    """What is read in training is what is read when the model answers, pictures included."""
+    """What is read in training is what is read when the model answers, images included."""
     messages = CONVERSATIONS[name]
     row = example(messages)
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
@@ -92,19 +92,19 @@ def test_the_rows_are_those_of_the_chat(name):
     assert torch.equal(example(messages)["input_ids"][:last_answer], prompt)
 
 
-def test_system_and_subtitle_are_read_and_not_learnt():
+def test_system_and_subtitle_are_read_and_no_targets():
     messages = [{"role": "subtitle", "content": "0.0 hello"}, {"role": "system", "content": "Be brief."}]
     row = example([*messages, *CONVERSATIONS["image"]])
     assert "Be brief." in processor().tokenizer.decode(row["input_ids"])
-    assert learnt(row) == "A red boat.<|im_end|>"
+    assert target_text(row) == "A red boat.<|im_end|>"
 
 
-def test_options_reach_the_pictures():
+def test_options_reach_the_images():
     assert len(example(CONVERSATIONS["image"], max_crops=1)["pixel_values"]) == 2
     assert len(example(CONVERSATIONS["video"], num_frames=2)["pixel_values_videos"]) == 2
 
 
-def test_visual_tokens_in_an_answer_are_not_learnt():
+def test_visual_tokens_in_an_answer_are_no_targets():
     row = example(turn("Draw it.", "Here: <im_col> it is.", IMAGE))
     visual = processor().tokenizer.convert_tokens_to_ids("<im_col>")
     assert (row["input_ids"] == visual).sum() > 0
@@ -152,13 +152,13 @@ def test_the_end_is_cut_off():
         ),
         ([TREES["image"][0], turn("b", "c", CLIP)], {}, r"has 1 image\(s\) and 0 video\(s\), another one has 0"),
         (
-            [TREES["image"][0], turn("b", "c", {"type": "image", "image": picture(90, 130, 1)})],
+            [TREES["image"][0], turn("b", "c", {"type": "image", "image": make_image(90, 130, 1)})],
             {},
             "or different ones. All branches of a tree have the same media",
         ),
     ],
 )
-def test_what_cannot_be_learnt(messages, options, message):
+def test_what_cannot_be_a_target(messages, options, message):
     with pytest.raises(ValueError, match=message):
         example(messages, **options)
 
@@ -172,8 +172,8 @@ def test_the_loss_by_hand(model, name):
     row = example(CONVERSATIONS[name])
     outputs = model(**collate([row]))
     log_probabilities = outputs.logits[0].float().log_softmax(-1)
-    learnt = [place for place, label in enumerate(row["labels"].tolist()) if label != -100]
-    terms = [-float(log_probabilities[place - 1, row["labels"][place]]) for place in learnt]
+    targets = [place for place, label in enumerate(row["labels"].tolist()) if label != -100]
+    terms = [-float(log_probabilities[place - 1, row["labels"][place]]) for place in targets]
     assert float(outputs.loss) == pytest.approx(sum(terms) / len(terms), abs=1e-5)
 
 
@@ -192,9 +192,9 @@ def test_the_loss_by_hand(model, name):
 )
 def test_weights_of_answers(answer, keys, weight):
     row = example(turn("Describe.", answer, IMAGE, **keys), weighting=TokenWeighting())
-    learnt = row["labels"] != -100
-    expected = 4 / int(learnt.sum()) ** 0.5 if weight is None else weight
-    torch.testing.assert_close(row["loss_weights"], learnt * expected)
+    is_target = row["labels"] != -100
+    expected = 4 / int(is_target.sum()) ** 0.5 if weight is None else weight
+    torch.testing.assert_close(row["loss_weights"], is_target * expected)
 
 
 def test_each_message_has_its_own_weight():
@@ -204,7 +204,7 @@ def test_each_message_has_its_own_weight():
         *turn("Ah.", "Oh."),
     ]
     row = example(messages, weighting=TokenWeighting(pointing=0.3, scale=2.0))
-    assert learnt(row) == "<points><|im_end|>|Oh.<|im_end|>"
+    assert target_text(row) == "<points><|im_end|>|Oh.<|im_end|>"
     weights = row["loss_weights"][row["labels"] != -100].unique()
     last = len(processor().tokenizer("Oh.<|im_end|>")["input_ids"])
     torch.testing.assert_close(weights, torch.tensor([0.3, 2 / last**0.5]))
@@ -265,11 +265,11 @@ def test_weighted_loss_of_two_answers_by_hand(qwen3):
 
 
 @pytest.mark.parametrize(
-    ("rows", "most", "length"),
+    ("rows", "max_length", "length"),
     [(["abcd", "abxy"], 4, 2), (["abcd", "abcd"], 2, 2), (["ab", "abcd"], 9, 2), (["a", "b"], 1, 0)],
 )
-def test_branches_share_what_is_equal(rows, most, length):
-    assert common_prefix_length([[ord(letter) for letter in row] for row in rows], most) == length
+def test_branches_share_what_is_equal(rows, max_length, length):
+    assert common_prefix_length([[ord(letter) for letter in row] for row in rows], max_length) == length
 
 
 @pytest.mark.parametrize("name", TREES)
@@ -289,7 +289,7 @@ def test_the_branches_of_a_tree_are_rows(name, weighting):
     assert len(tree["input_ids"]) < sum(len(example(messages)["input_ids"]) for messages in separate(TREES[name]))
 
 
-def test_the_pictures_of_a_tree_are_there_once():
+def test_the_images_of_a_tree_are_there_once():
     assert len(example(TREES["image"])["image_grids"]) == 1
     assert torch.equal(example(separate(TREES["image"]))["input_ids"], example(TREES["image"])["input_ids"])
 
@@ -379,7 +379,7 @@ def same(row: dict, messages: list, **options) -> bool:
     return found.keys() == expected.keys() and all(torch.equal(found[field], expected[field]) for field in expected)
 
 
-def test_pictures_in_columns_of_their_own():
+def test_images_in_columns_of_their_own():
     waiting = {"type": "image", "text": None}
     messages = [
         {"role": "user", "content": [waiting, {"type": "text", "text": "What is this?"}]},
@@ -409,8 +409,8 @@ def test_a_null_style_is_none():
 
     found, expected = example(styled(style=None)), example(styled())
     assert all(torch.equal(found[field], expected[field]) for field in expected)
-    assert learnt(found) == "A boat.<|im_end|>"
-    assert learnt(example(styled(style="vqa2"))) == "vqa2: A boat.<|im_end|>"
+    assert target_text(found) == "A boat.<|im_end|>"
+    assert target_text(example(styled(style="vqa2"))) == "vqa2: A boat.<|im_end|>"
 
 
 @pytest.mark.parametrize("column", ["video", "videos"])
@@ -421,7 +421,7 @@ def test_a_column_with_the_frames_of_one_video(column):
     assert part["video"] is frames
 
 
-def test_branches_may_name_the_same_picture_again(tmp_path):
+def test_branches_may_name_the_same_image_again(tmp_path):
     """By another path object, or decoded once more."""
     path = tmp_path / "a.png"
     IMAGE["image"].save(path)
@@ -433,12 +433,12 @@ def test_branches_may_name_the_same_picture_again(tmp_path):
         assert all(torch.equal(found[field], wanted[field]) for field in wanted)
 
 
-def test_of_prompt_and_completion_the_second_is_learnt():
+def test_of_prompt_and_completion_the_second_is_the_target():
     prompt, completion = CONVERSATIONS["turns"][:3], CONVERSATIONS["turns"][3:]
     row = example(messages_from_row({"prompt": prompt, "completion": completion}))
-    assert learnt(row) == "It is red, I think.<|im_end|>"
+    assert target_text(row) == "It is red, I think.<|im_end|>"
     row = example(messages_from_row({"prompt": "How?", "completion": "So."}))
-    assert learnt(row) == "So.<|im_end|>"
+    assert target_text(row) == "So.<|im_end|>"
 
 
 @pytest.mark.parametrize(
@@ -460,9 +460,9 @@ def test_rows_without_a_conversation(row, message):
         collate([row])
 
 
-def test_an_empty_answer_is_learnt_where_it_is_meant():
+def test_an_empty_answer_is_a_target_where_it_is_meant():
     for empty in ("", [{"type": "text", "text": ""}]):
-        assert learnt(example(turn("What is there?", empty))) == "<|im_end|>"
+        assert target_text(example(turn("What is there?", empty))) == "<|im_end|>"
 
 
 def test_a_text_part_without_text_is_refused():

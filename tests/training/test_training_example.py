@@ -45,9 +45,9 @@ def test_questions_about_the_shape(folder, shape):
     _, processor = finetune_lora.load(folder)
     seen = set()
     for number in range(30):
-        picture = finetune_lora.picture_with(shape, np.random.default_rng([1, number]))
-        shown = [thing for thing in picture.things if thing.kind == shape]
-        for question in finetune_lora.about(shape, np.random.default_rng([2, number]), picture):
+        image = finetune_lora.image_with(shape, np.random.default_rng([1, number]))
+        shown = [thing for thing in image.things if thing.kind == shape]
+        for question in finetune_lora.about(shape, np.random.default_rng([2, number]), image):
             seen.add(question.task)
             grounding = processor.post_process_grounding(question.answer)
             wanted = [thing for thing in shown if question.target[0] in (None, thing.colour)]
@@ -58,7 +58,7 @@ def test_questions_about_the_shape(folder, shape):
                     assert min(np.hypot(point.x_norm - own.x, point.y_norm - own.y) for own in wanted) < 0.002
             elif question.task == "what":
                 assert question.answer == shape
-                assert [thing.kind for thing in picture.things if thing.colour == question.target[0]] == [shape]
+                assert [thing.kind for thing in image.things if thing.colour == question.target[0]] == [shape]
             else:
                 assert question.answer == str(len(shown))
     assert seen == {"point", "count", "number", "what"}
@@ -99,7 +99,7 @@ def run_notebook(name, monkeypatch, **settings):
 
 
 def test_the_notebook_runs(monkeypatch, capsys):
-    names, cells = run_notebook("finetune_lora", monkeypatch, MINUTES="0.05", PICTURES="1")
+    names, cells = run_notebook("finetune_lora", monkeypatch, MINUTES="0.05", IMAGES="1")
     assert len(cells) == 7
     assert names["after"].keys() == names["before"].keys()
     assert capsys.readouterr().out.count("| score | before | after |") == 2

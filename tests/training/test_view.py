@@ -36,7 +36,7 @@ class Elements(HTMLParser):
         return [own for name, own in self.found if name == tag and attributes.items() <= own.items()]
 
 
-def picture_of(element):
+def image_of(element):
     return Image.open(io.BytesIO(base64.b64decode(element["src"].split(",")[1])))
 
 
@@ -81,7 +81,7 @@ def test_pixels(page):
     assert [crop["alt"] for crop in crops] == ["image 1, low resolution", "image 1, crop 1"] + [
         f"image 1, crop {number}" for number in range(2, len(crops))
     ]
-    shown = np.asarray(picture_of(crops[0]), dtype=float)
+    shown = np.asarray(image_of(crops[0]), dtype=float)
     expected = np.asarray(
         IMAGE["image"].convert("RGB").resize(shown.shape[:2], Image.Resampling.BILINEAR), dtype=float
     )
@@ -97,7 +97,7 @@ def test_points(page):
 def test_mask(page, example):
     """Drawn as it is defined: causal, visual tokens see each other, branches do not."""
     (mask,) = page.all("img", **{"class": "mask"})
-    dark = np.asarray(picture_of(mask)) < 128
+    dark = np.asarray(image_of(mask)) < 128
     length = len(example["input_ids"])
     assert length <= 256
     visual, branch = example["token_type_ids"].numpy(), example["branch_ids"].numpy()
@@ -132,7 +132,7 @@ def test_files_and_packs(example, tmp_path):
 def test_long_examples_have_a_small_mask():
     page = Elements(render(build_training_example(processor(), turn("a" * 400, "b")), processor()))
     (mask,) = page.all("img", **{"class": "mask"})
-    assert picture_of(mask).size == (256, 256)
+    assert image_of(mask).size == (256, 256)
 
 
 @pytest.mark.parametrize(

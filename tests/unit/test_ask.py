@@ -8,7 +8,7 @@ import torch
 from transformers import GenerationConfig
 
 from molmo2.tools.ask import AnswerPiece, MediaSession, ask, ask_stream
-from support.checkpoints import build_model, picture
+from support.checkpoints import build_model, make_image
 from support.model_inputs import clip, processor
 from support.scripted_model import DictatedModel, ScriptedModel
 
@@ -53,7 +53,7 @@ def decoded(ids) -> str:
 
 
 def test_points_in_pixels_without_passing_anything_by_hand(scripted):
-    answer = ask(scripted, processor(), "Point to the cups.", images=picture(100, 200))
+    answer = ask(scripted, processor(), "Point to the cups.", images=make_image(100, 200))
     assert (str(answer), answer.text) == (CUPS, CUPS)
     assert [(point.x, point.y) for point in answer.grounding] == [(50, 50), (150, 50)]
     assert answer.grounding.count == 2
@@ -65,7 +65,7 @@ def test_points_in_pixels_without_passing_anything_by_hand(scripted):
 
 
 def test_one_batch_for_several_questions(scripted):
-    images = [picture(100, 200), [picture(40, 30), picture(20, 10)], None]
+    images = [make_image(100, 200), [make_image(40, 30), make_image(20, 10)], None]
     answers = ask(scripted, processor(), ["The cups?", "The boats?", "Hello"], images=images)
     assert len(scripted.calls) == 1
     assert [answer.text for answer in answers] == [CUPS, BOATS, "Hi."]
@@ -79,15 +79,18 @@ def test_an_empty_batch(scripted):
 
 @torch.no_grad()
 def test_same_answer_as_by_hand(model):
-    answer = ask(model, processor(), "What is it?", images=[picture()], max_new_tokens=8, do_sample=False)
-    ids = by_hand(model, "What is it?", [picture()], max_new_tokens=8)
+    answer = ask(model, processor(), "What is it?", images=[make_image()], max_new_tokens=8, do_sample=False)
+    ids = by_hand(model, "What is it?", [make_image()], max_new_tokens=8)
     assert answer.text == decoded(ids)
     assert answer.truncated is (processor().tokenizer.eos_token_id not in ids.tolist())
 
 
 @torch.no_grad()
 def test_a_batch_answers_as_single_questions(model):
-    questions, images = ["What is it?", "And this, what is it?", "Who?"], [picture(), [picture(70, 40, 1)] * 2, None]
+    questions, images = (
+        ["What is it?", "And this, what is it?", "Who?"],
+        [make_image(), [make_image(70, 40, 1)] * 2, None],
+    )
     options = {"max_new_tokens": 6, "do_sample": False}
     together = ask(model, processor(), questions, images=images, **options)
     alone = [
@@ -97,7 +100,7 @@ def test_a_batch_answers_as_single_questions(model):
 
 
 def test_points_arrive_while_the_answer_is_written(scripted):
-    pieces = list(ask_stream(scripted, processor(), "Point to the cups.", images=[picture(100, 200)]))
+    pieces = list(ask_stream(scripted, processor(), "Point to the cups.", images=[make_image(100, 200)]))
     assert all(isinstance(piece, AnswerPiece) for piece in pieces)
     assert "".join(piece.text for piece in pieces) == CUPS
     arrived = [number for number, piece in enumerate(pieces) for _ in piece.points]
@@ -109,8 +112,8 @@ def test_points_arrive_while_the_answer_is_written(scripted):
 
 
 def test_a_truncated_answer_keeps_what_is_complete(scripted):
-    most = len(processor().tokenizer.encode(CUPS[: CUPS.index("750") + 5], add_special_tokens=False))
-    answer = ask(scripted, processor(), "The cups?", images=[picture(100, 200)], max_new_tokens=most)
+    num_tokens = len(processor().tokenizer.encode(CUPS[: CUPS.index("750") + 5], add_special_tokens=False))
+    answer = ask(scripted, processor(), "The cups?", images=[make_image(100, 200)], max_new_tokens=num_tokens)
     assert answer.truncated
     assert answer.grounding.truncated
     assert [point.id for point in answer.grounding] == [1]
@@ -128,8 +131,8 @@ def test_a_truncated_answer_keeps_what_is_complete(scripted):
     ],
     ids=["option", "length", "length alone", "configuration", "model"],
 )
-def test_whoever_limits_the_length(model, monkeypatch, options, found):
-    """Counted from the prompt; what the model's own configuration says holds where nobody else says anything."""
+def test_what_limits_the_length(model, monkeypatch, options, found):
+    """Counted from the prompt; what the model's own configuration says holds where nothing else says a limit."""
     monkeypatch.setattr(model, "generation_config", copy.deepcopy(model.generation_config))
     monkeypatch.setattr(model.generation_config, "max_new_tokens", None if "max_length" in options else 6)
     dictated = DictatedModel(model, processor(), lambda prompt: "word " * 30)
@@ -143,7 +146,7 @@ def test_whoever_limits_the_length(model, monkeypatch, options, found):
 def test_leaving_a_stream_stops_the_model(model):
     steps = []
     dictated = DictatedModel(model, processor(), lambda prompt: "word " * 400, steps.append)
-    session = MediaSession(dictated, processor(), images=[picture()])
+    session = MediaSession(dictated, processor(), images=[make_image()])
     for pieces in (ask_stream(dictated, processor(), "Tell a story."), session.chat_stream("Tell a story.")):
         next(pieces)
         pieces.close()
@@ -154,7 +157,7 @@ def test_leaving_a_stream_stops_the_model(model):
 
 def test_pieces_are_the_answer_without_blanks_around_it(model):
     dictated = DictatedModel(model, processor(), lambda prompt: f" \n {BOATS}  and \n more \n ")
-    *pieces, last = ask_stream(dictated, processor(), "Hello", images=[picture(10, 10), picture(10, 10)])
+    *pieces, last = ask_stream(dictated, processor(), "Hello", images=[make_image(10, 10), make_image(10, 10)])
     assert last.answer.text == f"{BOATS}  and \n more" == "".join(piece.text for piece in pieces)
     points = [point for piece in (*pieces, last) for point in piece.points]
     assert [point.span for point in points] == [point.span for point in last.answer.grounding]
@@ -189,7 +192,7 @@ QUESTIONS = ["What happens?", "Who is there?", "What happens?"]
 @pytest.mark.parametrize("media", ["images", "video", "both"])
 @torch.no_grad()
 def test_a_session_answers_like_separate_questions(model, encodings, media):
-    images = [] if media == "video" else [picture(), picture(60, 40, 1)]
+    images = [] if media == "video" else [make_image(), make_image(60, 40, 1)]
     videos = [] if media == "images" else CLIP
     expected = [decoded(by_hand(model, question, images, videos, max_new_tokens=8)) for question in QUESTIONS]
     encodings.clear()
@@ -205,14 +208,17 @@ def test_a_session_answers_like_separate_questions(model, encodings, media):
 
 
 @torch.no_grad()
-def test_a_conversation_goes_on_from_what_was_read(model, encodings):
-    session = MediaSession(model, processor(), images=[picture()])
+def test_a_conversation_continues_from_what_was_read(model, encodings):
+    session = MediaSession(model, processor(), images=[make_image()])
     first = session.chat("What is it?", max_new_tokens=6, do_sample=False)
     second = session.chat("Are you sure?", max_new_tokens=6, do_sample=False)
     assert len(encodings) == 1
     assert second.timings.num_cached_tokens >= first.timings.num_prompt_tokens
     messages = [
-        {"role": "user", "content": [{"type": "image", "image": picture()}, {"type": "text", "text": "What is it?"}]},
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": make_image()}, {"type": "text", "text": "What is it?"}],
+        },
         {"role": "assistant", "content": first.text},
         {"role": "user", "content": "Are you sure?"},
     ]
@@ -228,7 +234,7 @@ def test_a_conversation_goes_on_from_what_was_read(model, encodings):
 @torch.no_grad()
 def test_a_conversation_in_pieces_is_the_same(model, encodings):
     options = {"max_new_tokens": 6, "do_sample": False}
-    session, streamed = (MediaSession(model, processor(), images=[picture()]) for _ in range(2))
+    session, streamed = (MediaSession(model, processor(), images=[make_image()]) for _ in range(2))
     expected = [session.chat(question, **options) for question in QUESTIONS]
     next(streamed.chat_stream("This one is given up.", **options))
     pieces = [list(streamed.chat_stream(question, **options)) for question in QUESTIONS]
@@ -242,13 +248,13 @@ def test_a_conversation_in_pieces_is_the_same(model, encodings):
 @torch.no_grad()
 @pytest.mark.parametrize("configured", [False, True])
 def test_beams_in_a_session(model, configured):
-    session = MediaSession(model, processor(), images=[picture()])
+    session = MediaSession(model, processor(), images=[make_image()])
     options = {"max_new_tokens": 5, "do_sample": False, "num_beams": 2}
     if configured:
         ends = model.generation_config.eos_token_id
         options = {"generation_config": GenerationConfig(**options, eos_token_id=ends)}
     answer = session.ask("What is it?", **options)
-    expected = by_hand(model, "What is it?", [picture()], max_new_tokens=5, num_beams=2)
+    expected = by_hand(model, "What is it?", [make_image()], max_new_tokens=5, num_beams=2)
     assert answer.text == decoded(expected)
 
 
@@ -279,14 +285,14 @@ def test_one_answer_per_question_by_any_configuration(model, monkeypatch, whose)
 
 @torch.no_grad()
 def test_a_session_needs_its_cache(model):
-    session = MediaSession(model, processor(), images=[picture()])
+    session = MediaSession(model, processor(), images=[make_image()])
     with pytest.raises(ValueError, match="needs its cache, but `use_cache` is False"):
         session.ask("What is it?", use_cache=False)
 
 
 @torch.no_grad()
 def test_a_session_counts_the_tokens_that_it_keeps(model, monkeypatch):
-    session = MediaSession(model, processor(), images=[picture()])
+    session = MediaSession(model, processor(), images=[make_image()])
     first = session.chat("What is it?", max_new_tokens=6, do_sample=False)
     kept = first.timings.num_prompt_tokens + first.timings.num_new_tokens
     monkeypatch.setattr(model.config.text_config, "max_position_embeddings", kept + 4)

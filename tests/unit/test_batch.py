@@ -211,10 +211,10 @@ RUN = """
 import itertools, sys, time
 from pathlib import Path
 from molmo2.batch import EngineSettings, WorkerPool, open_source, run_batch
-source, output, most, *command = sys.argv[1:]
+source, output, stop_at, *command = sys.argv[1:]
 numbers = itertools.count()
-def halt(result):  # after so many rows it waits for the kill: whoever watches it may be slow
-    if next(numbers) == int(most):
+def halt(result):  # after this many rows it waits for the kill: the process that watches it may be slow
+    if next(numbers) == int(stop_at):
         time.sleep(1000)
 pool = WorkerPool(EngineSettings(window=3), 2, command=command)
 run_batch(open_source(source), Path(output), pool, ordered=True, on_result=halt)

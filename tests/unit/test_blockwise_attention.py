@@ -91,7 +91,7 @@ def drawing(mask: torch.Tensor) -> list[str]:
     return ["".join("1" if allowed else "." for allowed in row) for row in mask[0, 0].tolist()]
 
 
-def test_packed_examples_with_their_own_pictures():
+def test_packed_examples_with_their_own_images():
     assert drawing(dense(tables_of(visual="tvvttvv", examples="0000111"), 1, 0, 7)) == [
         "1......",
         "111....",

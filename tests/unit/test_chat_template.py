@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from support.golden_cases import pattern
 from support.golden_processor import build_processor, decode, tokenizer
 
-# Crops of 98 pixels: pictures of few tokens, which keeps these tests fast.
+# Crops of 98 pixels: images of few tokens, which keeps these tests fast.
 SMALL = {
     "image_processor_init": {"size": {"height": 98, "width": 98}, "overlap_margins": [2, 2]},
     "video_processor_init": {"size": {"height": 98, "width": 98}},
@@ -84,7 +84,7 @@ class Generation(Extension):
 def test_servers_see_that_content_may_be_a_list(variables):
     source = build_processor(SMALL).chat_template
     assert loops_over_content(source, variables)
-    # Otherwise a server joins the parts to one string, and pictures land behind "user".
+    # Otherwise a server joins the parts to one string, and images land behind "user".
     assert not loops_over_content(source.replace("| default([], true)", "or []"), variables)
 
 
@@ -114,9 +114,9 @@ def test_parts_as_transformers_serve_passes_them_on():
     ],
 )
 def test_text_of_a_turn(content, written):
-    pictures = "<|image|>" * (IMAGE in content if isinstance(content, list) else 0)
+    images = "<|image|>" * (IMAGE in content if isinstance(content, list) else 0)
     rendered = render({"role": "user", "content": content})
-    assert rendered == f"{pictures}<|im_start|>user\n{written}<|im_end|>\n"
+    assert rendered == f"{images}<|im_start|>user\n{written}<|im_end|>\n"
 
 
 BARE_STYLES = """
@@ -150,7 +150,7 @@ def test_other_styles_are_written(parts, written):
     assert render(user(*parts)) == f"<|im_start|>user\n{written}<|im_end|>\n"
 
 
-# --- pictures --------------------------------------------------------------------------------------------------------
+# --- images ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_other_styles_are_written(parts, written):
         (2, 2, "Image 1<|image|>Image 2<|image|><|video|><|video|>"),
     ],
 )
-def test_pictures_open_the_prompt(num_images, num_videos, opening):
+def test_images_open_the_prompt(num_images, num_videos, opening):
     """Images first, then videos, wherever they stand: the last of them in a later turn here."""
     parts = [*[VIDEO] * num_videos, *[IMAGE] * num_images]
     rendered = render(user(text("a"), *parts[:-1]), assistant("b"), user(text("c"), *parts[-1:]))
@@ -185,15 +185,15 @@ def test_pictures_open_the_prompt(num_images, num_videos, opening):
         ({"type": "video_url", "video_url": {"url": "a.mp4"}}, "<|video|>"),
         ({"video": "a.mp4"}, "<|video|>"),
         ({"video_url": "a.mp4"}, "<|video|>"),
-        ({"image": "a.png", "video": "a.mp4"}, "<|image|>"),  # one part, one picture
+        ({"image": "a.png", "video": "a.mp4"}, "<|image|>"),  # one part, one image
         ({"type": "audio", "audio": "a.mp3"}, ""),
     ],
 )
-def test_what_counts_as_a_picture(part, opening):
+def test_what_counts_as_an_image(part, opening):
     assert render(user(part)) == f"{opening}<|im_start|>user\n<|im_end|>\n"
 
 
-def test_pictures_in_any_role_count():
+def test_images_in_any_role_count():
     messages = [
         {"role": "system", "content": [IMAGE, text("s")]},
         user(text("a")),
@@ -221,7 +221,7 @@ SUBTITLE, SYSTEM = {"role": "subtitle", "content": "0.0 hello\n"}, {"role": "sys
     ],
 )
 def test_messages_before_the_first_turn(opening, written):
-    """The subtitle follows the pictures, the system message follows the subtitle."""
+    """The subtitle follows the images, the system message follows the subtitle."""
     rendered = render(*opening, user(VIDEO, text("What?")), add_generation_prompt=True)
     assert rendered == f"<|video|>{written}<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n"
 
@@ -264,7 +264,7 @@ def test_roles_in_any_case():
 
 @pytest.mark.parametrize("content", ["It is a", [text("It is"), text("a")]])
 def test_a_turn_to_continue_stays_open(content):
-    """The closing token is left out, so that generation goes on where the message stops."""
+    """The closing token is left out, so that generation continues where the message stops."""
     rendered = render(user(IMAGE, text("What?")), assistant(content), continue_final_message=True)
     assert rendered == "<|image|><|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\nIt is a"
 
@@ -349,9 +349,9 @@ def marked(output):
     return [decode(ids[mask == 1].tolist()) for ids, mask in rows]
 
 
-@pytest.mark.parametrize(("conversation", "said"), [(SHORT, SHORT_SAID), (LONG, LONG_SAID)], ids=["text", "pictures"])
+@pytest.mark.parametrize(("conversation", "said"), [(SHORT, SHORT_SAID), (LONG, LONG_SAID)], ids=["text", "images"])
 def test_the_assistants_tokens_are_marked(conversation, said):
-    """Its text with the closing token, and nothing else, wherever pictures moved it."""
+    """Its text with the closing token, and nothing else, wherever images moved it."""
     output = encode_with_mask(conversation)
     assert marked(output) == [said]
     assert len(output["assistant_masks"][0]) == len(output["input_ids"][0])

@@ -316,7 +316,7 @@ def test_batch_from_a_folder_to_a_table(photos, monkeypatch, capsys):
     assert settings.processor_kwargs == {"max_crops": 3}
     assert options == {"row_seconds": 1800.0}
     assert main([*arguments[:4], "Another?", *arguments[5:]]) == 2
-    assert "begun with other settings or another source (question)" in " ".join(capsys.readouterr().err.split())
+    assert "started with other settings or another source (question)" in " ".join(capsys.readouterr().err.split())
     assert main([*arguments[:4], "die", *arguments[5:], "--overwrite"]) == 1
     assert "3 with an error" in capsys.readouterr().err
     assert main(["batch", str(photos), str(photos / "out.txt"), "-q", "Say it.", "-m", "some"]) == 2

@@ -28,7 +28,7 @@ CLIP = REPOSITORY / "examples" / "data" / "world_clip.mp4"
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch):
     monkeypatch.setattr(client_http, "FIRST_PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr(client_http, "LONGEST_PAUSE_SECONDS", 0.02)
+    monkeypatch.setattr(client_http, "MAX_PAUSE_SECONDS", 0.02)
 
 
 @pytest.fixture
@@ -209,7 +209,7 @@ def test_a_deadline():
         Client(server.url, "mini", kind="openai", timeout=1.0).ask("Is it?")
 
 
-def test_nobody_there(photo, capsys):
+def test_no_server(photo, capsys):
     with closed_port() as port:
         url = f"http://127.0.0.1:{port}/v1"
         with pytest.raises(ServerUnreachable, match=f"Nothing answers at {url[:-3]}"):

@@ -1,4 +1,4 @@
-"""Finding the pictures of messages, and what their parts say about them."""
+"""Finding the images of messages, and what their parts say about them."""
 
 import re
 from types import SimpleNamespace
@@ -90,7 +90,7 @@ def test_media_become_arguments_of_the_call():
         media_arguments(media, {"images": ["1"]})
 
 
-def test_pictures_of_all_turns_in_order():
+def test_images_of_all_turns_in_order():
     conversation = [
         {"role": "subtitle", "content": "said"},
         {"role": "system", "content": ({"type": "image", "image": "0"},)},
@@ -194,7 +194,7 @@ def test_metadata_object_of_a_video_part():
         ({"type": "video"}, "Part 1 of message 2, a video, has no source; expected one of the keys ['video', "),
     ],
 )
-def test_pictures_without_a_source(part, message):
+def test_images_without_a_source(part, message):
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         find_media([*turns, *user({"type": "text", "text": "c"}, part)])

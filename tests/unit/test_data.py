@@ -18,7 +18,7 @@ from PIL import Image
 
 from molmo2 import MediaLimits, data, prompts
 from molmo2.data.evaluation import EVALUATION_SETS, evaluation_examples
-from molmo2.data.examples import NO_SIZE
+from molmo2.data.examples import MISSING, NO_SIZE
 from molmo2.data.media import MediaReference, image_size
 from molmo2.data.pointing import positions
 from molmo2.data.styles import COUNT_FORMS, LETTER_INSTRUCTIONS, NO_POINTING, TEMPLATES, TEXT_INSTRUCTIONS
@@ -530,11 +530,6 @@ def test_sizes_that_are_no_pairs_are_refused(size):
         examples("pixmo-count", rows_of.PIXMO_COUNT, image_size=lambda source: size)
 
 
-def test_rows_without_any_image_have_no_size():
-    found = examples("pixmo-count", {**rows_of.PIXMO_COUNT, "images": []}, rows_of.PIXMO_COUNT)
-    assert (len(found), found.report.left_out) == (1, {NO_SIZE: 1})
-
-
 def test_an_image_that_changes_after_it_was_measured(tmp_path):
     path = tmp_path / "boats.png"
     path.write_bytes(png((200, 100)))
@@ -604,6 +599,7 @@ def test_explanations_that_are_left_out(changes, reason):
 OTHER_FORMS = [
     ("pixmo-count", {"points": {"x": [None, 20.0], "y": [20.0, 90.0]}}),
     ("pixmo-count", {"points": {"x": [100.0, 20.0], "y": None}}),
+    ("pixmo-count", {"points": {"x": None, "y": [20.0, 90.0]}}),
     ("pixmo-count", {"points": {"x": "ab", "y": [20.0, 90.0]}}),
     ("pixmo-count", {"points": [[100.0, 20.0], [20.0, 90.0]]}),
     ("pixmo-count", {"points": np.array([[100.0, 20.0], [20.0, 90.0]])}),
@@ -628,14 +624,60 @@ OTHER_FORMS = [
     ("molmo2-pixmo-multi-points", {"points": [[{"left": 1.0}]] * 7}),
     ("molmo2-pixmo-multi-points", {"normalized_labels": 7}),
     ("molmo2-pixmo-multi-points", {"images": 7}),
+    ("Molmo2-VideoPoint", {"points": [[{"x": 50.0}], []]}),
+    ("Molmo2-VideoPoint", {"clip_end": None, "video_duration": None}),
+    ("Molmo2-VideoPoint", {"two_fps_timestamps": [float("nan"), 6.0]}),
+    ("Molmo2-MultiImagePoint", {"points": None}),
+    ("Molmo2-MultiImagePoint", {"labels": [None] * 7}),
+    ("pixmo-points", {"points": [{"x": None, "y": 5.0}]}),
+    ("CoSyn-point", {"questions": None}),
+    ("Molmo2-VideoTrack", {"fps": None}),
+    ("Molmo2-VideoTrack", {"points": [{"object_id": "m0", "points": None}]}),
+    ("molmo2-mevis", {"frame_trajectories": [{"frame": None, "time": 0.0, "points": [None]}]}),
+    ("Molmo2-MultiImageQA", {"qa_pairs": None}),
+    ("pixmo-cap-qa", {"question": None}),
+    ("molmo2-tulu4-classified", {"messages": [None]}),
 ]
 
 
 @pytest.mark.parametrize(("name", "changes"), OTHER_FORMS)
-def test_rows_in_other_forms_than_assumed_are_counted(name, changes):
+def test_rows_in_other_forms_are_counted(name, changes):
     row = rows_of.ROWS[f"allenai/{name}"]
     found = examples(name, {**row, **changes}, row)
     assert (len(found), found.report.left_out) == (1, {"the row has another form": 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "reason"),
+    [
+        ("pixmo-points", {"points": {"x": [50.0, 10.0], "y": [20.0]}}, "not as many x as y"),
+        ("pixmo-points", {"points": {"x": [50.0], "y": [20.0, 90.0]}}, "not as many x as y"),
+        ("pixmo-count", {"points": {"x": [100.0, 20.0, 5.0], "y": [20.0, 90.0]}}, "not as many x as y"),
+        ("CoSyn-point", {"answer_points": [{"x": [50.0], "y": []}]}, "not as many x as y"),
+        ("CoSyn-point", {"answer_points": {"x": [[50.0], [1.0]], "y": [[25.0]]}}, "lists of x, y differ in length"),
+        ("CoSyn-point", {"names": ["bar", "line"]}, "not as many questions as answers and names"),
+        ("Molmo2-VideoPoint", {"points": [[], {"x": [50.0], "y": [20.0, 1.0]}]}, "not as many x as y"),
+        (
+            "molmo2-mevis",
+            {"frame_trajectories": {"frame": [0, 3], "time": [0.0], "points": [[], []]}},
+            "lists of frame, time, points differ in length",
+        ),
+        ("Molmo2-VideoTrack", {"points": {"object_id": ["m0"], "points": []}}, "lists of object_id, points differ"),
+        ("Molmo2-MultiImageQA", {"qa_pairs": {"question": ["A?", "B?"], "answer": ["a"]}}, "not as many answers"),
+        ("Molmo2-MultiImageQA", {"qa_pairs": {"question": ["A?"], "answer": ["a", "b"]}}, "not as many answers"),
+        (
+            "CoSyn-400K",
+            {"qa_pairs": {"question": ["A?"], "explanation": ["x", "y"], "answer": ["a"]}},
+            "not as many answers or explanations as questions",
+        ),
+        ("molmo2-tulu4-classified", {"messages": {"role": ["user"], "content": []}}, "lists of role, content differ"),
+    ],
+)
+def test_lists_that_do_not_fit_are_not_cut_to_the_shorter(name, changes, reason):
+    row = rows_of.ROWS[f"allenai/{name}"]
+    found = examples(name, {**row, **changes}, row, config="chart")
+    assert (len(found), found.report.left_out.total()) == (1, 1)
+    assert reason in str(found.report)
 
 
 @pytest.mark.parametrize("column", ["points", "images"])
@@ -774,6 +816,7 @@ def test_which_column_names_the_video(name, row, video):
 
 
 NO_ANSWERS = {"question": ["How many cups?"], "answer": [""]}
+NO_QUESTIONS = {"question": [None, "Why?"], "answer": ["3", "So."]}
 
 
 def test_video_captions():
@@ -791,7 +834,13 @@ def test_video_captions():
         ("Molmo2-Cap", rows_of.CAPTION, {"annotation_score": 2}, {}, "the score is below 3"),
         ("Molmo2-Cap", rows_of.CAPTION, {}, {"excluded_ids": frozenset({"vid1"})}, "the video is excluded"),
         ("Molmo2-AskModelAnything", rows_of.USER_QA, {"answer": " "}, {}, "there is no answer"),
+        ("Molmo2-AskModelAnything", rows_of.USER_QA, {"question": None}, {}, "there is no question"),
         ("Molmo2-VideoCapQA", rows_of.CAPTION_QA, {"NegativeAnswers": []}, {}, "no other option"),
+        ("Molmo2-VideoCapQA", rows_of.CAPTION_QA, {"NegativeAnswers": ["A car", None]}, {}, "no other option"),
+        ("Molmo2-VideoCapQA", rows_of.CAPTION_QA, {"Question": None}, {}, "there is no question"),
+        ("molmo2-hardcodes", rows_of.HARDCODES, {"questions": ["Who?", None]}, {}, "there is no question"),
+        ("molmo2-hardcodes", rows_of.HARDCODES, {"response": None}, {}, "there is no answer"),
+        ("Molmo2-MultiImageQA", rows_of.MULTI_IMAGE_QA, {"qa_pairs": NO_QUESTIONS}, {}, "there is no question"),
         ("Molmo2-MultiImageQA", rows_of.MULTI_IMAGE_QA, {"image_urls": ["http://a"]}, {}, "only one image"),
         ("Molmo2-MultiImageQA", rows_of.MULTI_IMAGE_QA, {}, {"max_images": 1}, "not 1 to 1 images"),
         ("Molmo2-MultiImageQA", rows_of.MULTI_IMAGE_QA, {"image_urls": ["http://a"] * 6}, {}, "not 1 to 5 images"),
@@ -859,7 +908,8 @@ def test_subtitles_as_lists_and_damaged_ones():
     lists = {name: [row[name] for row in rows] for name in rows[0]}
     found = examples("Molmo2-VideoSubtitleQA", {**rows_of.SUBTITLE_QA, "subtitle": lists})
     assert branches(found[0]) == branches(examples("Molmo2-VideoSubtitleQA", rows_of.SUBTITLE_QA)[0])
-    for damaged in ("no times", [{"start": 0.0}], 5):
+    unequal = {**lists, "end": lists["end"][:1]}
+    for damaged in ("no times", [{"start": 0.0}], 5, unequal):
         found = examples("Molmo2-VideoSubtitleQA", {**rows_of.SUBTITLE_QA, "subtitle": damaged})
         assert (len(found), found.report.left_out) == (0, {"the subtitle cannot be read": 1})
 
@@ -930,6 +980,62 @@ def test_missing_media_are_reported_not_dropped(caplog):
         data.Examples("allenai/Molmo2-AskModelAnything", several, media, missing="raise")
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "missing"),
+    [
+        *(("Molmo2-AskModelAnything", {"video_id": none}, f"video: {none!r}") for none in (None, "", 5, float("nan"))),
+        *((name, {"video_id": None}, "video: None") for name in ("Molmo2-Cap", "Molmo2-VideoCapQA")),
+        ("Molmo2-VideoPoint", {"video_id": None}, "video: None"),
+        ("Molmo2-VideoTrack", {"clip": None, "video": None}, "video: None"),
+        ("molmo2-mevis", {"video": None}, "video: None"),
+        *((name, {"image_url": None}, "image: None") for name in ("pixmo-points", "pixmo-count", "pixmo-cap")),
+        *((name, {"image_url": None}, "image: None") for name in ("pixmo-cap-qa", "pixmo-point-explanations")),
+        ("pixmo-points", {"image_url": None, "images": []}, "image: None"),
+        ("CoSyn-point", {"image": None}, "image: None"),
+        ("CoSyn-point", {"image": {"bytes": None, "path": None}}, "image: {'bytes': None, 'path': None}"),
+        ("CoSyn-400K", {"image": None}, "image: None"),
+        ("Molmo2-SynMultiImageQA", {"images": ["chart", None]}, "image: None"),
+        ("Molmo2-SynMultiImageQA", {"images": None}, "image: None"),
+        ("Molmo2-MultiImageQA", {"image_urls": ["http://images/1.jpg", None]}, "image: None"),
+        ("Molmo2-MultiImageQA", {"image_urls": None}, "image: None"),
+        (
+            "Molmo2-MultiImagePoint",
+            {"image_urls": [*rows_of.MULTI_IMAGE_POINT["image_urls"][1:], None]},
+            "image: None",
+        ),
+        ("Molmo2-MultiImagePoint", {"image_urls": None}, "image: None"),
+        ("molmo2-pixmo-multi-points", {"images": [None, *rows_of.LOCAL_MULTI_POINT["images"][1:]]}, "image: None"),
+        ("molmo2-pixmo-multi-points", {"images": None}, "image: None"),
+        ("molmo2-hardcodes", {"images": [None]}, "image: None"),
+    ],
+)
+def test_media_without_a_name_are_missing(name, changes, missing, tmp_path):
+    """They end no reading, whatever looks for media, and the report says which row it was."""
+    row = rows_of.ROWS[f"allenai/{name}"]
+    found = examples(name, row, {**row, **changes}, config="chart")
+    assert (len(found), found.report.left_out) == (1, {MISSING: 1})
+    assert found.report.missing == [f"row 1 ({missing})"]
+    assert f"(the first: row 1 ({missing}))" in str(found.report)
+    for media in (data.Folder(tmp_path), data.urls, data.UrlMapping({None: "http://a"})):
+        assert f"row 0 ({missing})" in examples(name, {**row, **changes}, media=media, config="chart").report.missing
+
+
+def test_a_row_without_columns_for_images_is_refused():
+    row = {key: value for key, value in rows_of.PIXMO_POINTS.items() if key != "image_url"}
+    with pytest.raises(ValueError, match="Row 0 of allenai/pixmo-points has no column 'image_url'"):
+        examples("pixmo-points", row)
+
+
+def test_errors_of_resolvers_are_not_taken_for_those_of_rows():
+    def media(reference):
+        raise TypeError("a fault of the resolver")
+
+    with pytest.raises(TypeError, match="a fault of the resolver"):
+        examples("Molmo2-AskModelAnything", rows_of.USER_QA, media=media)
+    with pytest.raises(TypeError, match="a fault of the resolver"):
+        evaluation_examples("allenai/pixmo-count", [EVALUATED["allenai/pixmo-count"][0]], media)
+
+
 def test_media_that_disappear():
     places = {"vid1": "file"}
     found = examples("Molmo2-AskModelAnything", rows_of.USER_QA, media=lambda reference: places.get(reference.name))
@@ -947,13 +1053,17 @@ def test_folders(tmp_path):
     folder.mkdir()
     url = "http://images/1.jpg"
     (tmp_path / "secret.mp4").touch()
-    for name in ("a.mp4", "b.webm", "c.jpg"):
+    for name in ("a.mp4", "b.webm", "c.jpg", "d.gif", "e.tif", "f.heic", "g.m4v"):
         (folder / name).touch()
     find = data.Folder(folder)
     assert find(reference("a")) == find(reference("a.mp4")) == folder / "a.mp4"
     assert find(reference("b")) == folder / "b.webm"
     assert find(reference("c")) is None  # an image is no video
     assert find(reference("c", "image")) == folder / "c.jpg"
+    assert find(reference("d")) == find(reference("d", "image")) == folder / "d.gif"
+    for name in ("e.tif", "f.heic"):
+        assert find(reference(name[0], "image")) == folder / name
+    assert find(reference("g")) == folder / "g.m4v"
     assert find(reference("../secret")) is None
     assert find(reference("a/../../secret.mp4")) is None
     assert find(reference(str(tmp_path / "secret.mp4"))) is None
@@ -1208,6 +1318,42 @@ def test_missing_media_of_evaluation_sets():
     row, _ = EVALUATED["allenai/pixmo-count"]
     found, report = evaluation_examples("allenai/pixmo-count", [row], lambda reference: None)
     assert (found, report.missing, report.left_out.total()) == ([], ["http://a"], 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "missing"),
+    [
+        ("allenai/Molmo2-VideoCountEval", {"video_id": None}, "row 1 (video: None)"),
+        ("allenai/Molmo2-VideoTrackEval", {"clip": None, "video": None}, "row 1 (video: None)"),
+        ("allenai/pixmo-count", {"image_url": None}, "row 1 (image: None)"),
+        ("allenai/pixmo-points-eval", {"image": None, "image_url": None}, "row 1 (image: None)"),
+        ("PointArena/pointarena-data", {"image": None}, "row 1 (image: None)"),
+        ("PointArena/pointarena-data", {"mask": None}, "row 1 (mask: None)"),
+    ],
+)
+def test_media_without_a_name_in_evaluation_sets(name, changes, missing):
+    row, _ = EVALUATED[name]
+    found, report = evaluation_examples(name, [row, {**row, **changes}], everywhere)
+    assert ([each.row for each in found], report.left_out, report.missing) == ([0], {MISSING: 1}, [missing])
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("Molmo2-VideoPointEval", {"two_fps_timestamps": [1.5, 2.0]}, "not as many times or masks as points"),
+        ("Molmo2-VideoPointEval", {"masks": []}, "not as many times or masks as points"),
+        ("Molmo2-VideoPointEval", {"points": {"x": [10.0], "y": []}}, "lists of x, y differ in length"),
+        ("Molmo2-VideoCountEval", {"count": None}, "TypeError"),
+        ("pixmo-points-eval", {"points": {"x": [50.0, 1.0], "y": [50.0]}}, "lists of x, y differ in length"),
+        ("pixmo-points-eval", {"masks": []}, "not as many masks as points"),
+        ("pixmo-points-eval", {"masks": None}, "TypeError"),
+    ],
+)
+def test_rows_that_cannot_be_judged_are_named(name, changes, message):
+    """Before anything is asked: a score without them would be one of other questions."""
+    row, _ = EVALUATED[f"allenai/{name}"]
+    with pytest.raises(ValueError, match=f"Row 1 of allenai/{name} has another form: .*{message}.*Mend it, or leave"):
+        evaluation_examples(f"allenai/{name}", [row, {**row, **changes}], everywhere)
 
 
 def test_it_needs_neither_torch_nor_transformers():

@@ -7,10 +7,10 @@ import torch
 import molmo2
 from molmo2 import embed, nearest
 from molmo2.tools.embedding import POOLINGS, pooled_states
-from support.checkpoints import build_model, picture
+from support.checkpoints import build_model, make_image
 from support.model_inputs import clip, processor
 
-IMAGES = [picture(90, 130), picture(30, 20, seed=1), picture(50, 200, seed=2)]
+IMAGES = [make_image(90, 130), make_image(30, 20, seed=1), make_image(50, 200, seed=2)]
 QUESTION = "What is this?"
 
 

@@ -15,11 +15,11 @@ from molmo2 import MediaLimitError, MediaLimits
 from molmo2.image import fetching
 from molmo2.image.fetching import is_public, masked
 from molmo2.image.loading import load_images
-from molmo2.video.processing import load_video
-from support.hostile_media import clip, picture
+from support.clips import load_video
+from support.hostile_media import clip, image_bytes
 
 LOCAL = MediaLimits(allow_private_hosts=True, connect_seconds=120, read_seconds=120, total_seconds=120)
-IMAGE = picture("PNG")
+IMAGE = image_bytes("PNG")
 BOMB = gzip.compress(bytes(5_000_000))
 
 
@@ -51,7 +51,7 @@ class Handler(BaseHTTPRequestHandler):
         kind, _, argument = self.path[1:].partition("?")[0].partition("/")
         if kind == "redirect":
             count = int(argument)
-            self.answer(b"", 302, Location=f"/redirect/{count - 1}" if count else "/picture")
+            self.answer(b"", 302, Location=f"/redirect/{count - 1}" if count else "/image")
         elif kind == "to":
             self.answer(b"", 307, Location=argument)
         elif kind == "status":
@@ -127,7 +127,7 @@ def refused(reason):
 def test_images_and_videos_are_downloaded(server):
     expected = load_images(IMAGE)[0]
     for path in (
-        "picture",
+        "image",
         "redirect/4",
         "encoded/gzip",
         "encoded/members",
@@ -176,7 +176,7 @@ def test_a_server_that_says_nothing(server):
 
 
 def test_size_is_bounded_while_it_arrives(server):
-    for path in ("bomb", "endless", "picture"):
+    for path in ("bomb", "endless", "image"):
         with pytest.raises(MediaLimitError, match=r"over the limit fetch_bytes=100\b"):
             load_images(f"{server}/{path}", limits=replace(LOCAL, fetch_bytes=100))
     for path in ("bomb", "bombs"):
@@ -197,7 +197,7 @@ def test_an_answer_that_closes_with_its_last_byte(server, monkeypatch):
         return chunk
 
     monkeypatch.setattr(http.client.HTTPResponse, "read1", closing_read1)
-    assert load_images(f"{server}/picture", limits=LOCAL)[0].shape == (40, 60, 3)
+    assert load_images(f"{server}/image", limits=LOCAL)[0].shape == (40, 60, 3)
     with refused(r"of [\d,]+ bytes came"):
         load_images(f"{server}/cut", limits=LOCAL)
 
@@ -213,7 +213,7 @@ def test_private_addresses_are_refused(server, monkeypatch):
     hosts = ("127.0.0.1", "localhost", "[::1]", "[::ffff:127.0.0.1]", "0.0.0.0", "2130706433", "0x7f.1", "127.1")
     for host in hosts:
         with refused(r"its address is private, .*allow_private_hosts=True|gaierror"):
-            load_images(f"http://{host}:{port}/picture", limits=limits)
+            load_images(f"http://{host}:{port}/image", limits=limits)
     # A name that is public at first and private later: the address that was checked is the one connected to.
     resolved = []
 
@@ -238,7 +238,7 @@ def test_private_addresses_are_refused(server, monkeypatch):
 def test_a_redirect_to_a_private_address_is_refused(server, monkeypatch):
     monkeypatch.setattr(fetching, "is_public", lambda address: address == "127.0.0.1")
     limits = replace(LOCAL, allow_private_hosts=False)
-    assert load_images(f"{server}/picture", limits=limits)
+    assert load_images(f"{server}/image", limits=limits)
     with refused("its address is private"):
         load_images(f"{server}/to/http://169.254.169.254/latest/meta-data/", limits=limits)
 
@@ -316,9 +316,9 @@ def test_a_proxy_is_used_for_names_but_not_to_reach_private_addresses(server, mo
     monkeypatch.setattr(fetching, "getproxies", lambda: {"http": server})
     limits = replace(LOCAL, allow_private_hosts=False)
     with refused("its address is private"):
-        load_images("http://127.0.0.1/picture", limits=limits)
-    assert load_images("http://8.8.8.8/picture", limits=limits)[0].shape == (40, 60, 3)
-    assert Handler.asked[-1][0] == "http://8.8.8.8/picture"
+        load_images("http://127.0.0.1/image", limits=limits)
+    assert load_images("http://8.8.8.8/image", limits=limits)[0].shape == (40, 60, 3)
+    assert Handler.asked[-1][0] == "http://8.8.8.8/image"
     load_images("http://8.8.8.8:80/a?b", limits=limits)
     assert Handler.asked[-1][0] == "http://8.8.8.8:80/a?b"
     load_images("http://user:pw@Bücher.invalid:81/ü.png", limits=limits)
@@ -331,4 +331,4 @@ def test_proxies_of_other_kinds_are_refused(proxy, monkeypatch):
     monkeypatch.setattr(fetching, "getproxies", lambda: {"http": proxy, "https": proxy})
     for scheme in ("http", "https"):
         with refused(f"the proxy that {scheme}_proxy names is no http:// address of a host"):
-            load_images(f"{scheme}://8.8.8.8/picture")
+            load_images(f"{scheme}://8.8.8.8/image")

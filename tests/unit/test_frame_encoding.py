@@ -14,7 +14,7 @@ from molmo2.tools.ask import MediaSession
 from molmo2.video import frame_encoding
 from molmo2.video import processing as video_processing
 from molmo2.video.frame_encoding import read_ahead
-from support.checkpoints import build_model, picture
+from support.checkpoints import build_model, make_image
 from support.model_inputs import MIXED, batch, clip, processor
 
 VIDEO = Path(__file__).resolve().parent.parent / "data" / "videos" / "unordered.mov"
@@ -54,7 +54,7 @@ def test_uint8_pixels_are_those_of_the_resized_image():
     ],
 )
 def test_pixels_that_the_model_could_not_normalise(options, message):
-    for arguments in ({"images": picture()}, {"videos": [(clip(2), {"fps": 2.0})]}):
+    for arguments in ({"images": make_image()}, {"videos": [(clip(2), {"fps": 2.0})]}):
         with pytest.raises(ValueError, match=message):
             processor()(**arguments, images_kwargs=options, videos_kwargs=options)
 
@@ -188,7 +188,7 @@ def test_errors_of_the_encoder_and_of_the_file_arrive(model, tmp_path):
 
 
 def test_a_session_never_holds_the_pixels_of_a_clip(model, monkeypatch):
-    """`MediaSession` encodes frames as they come, and answers as ever."""
+    """`MediaSession` encodes frames as they come, with unchanged answers."""
     video = [(clip(4), {"fps": 2.0})]
     asked = MediaSession(model, processor(), videos=video).ask("What happens?", max_new_tokens=5)
     seen = []
@@ -203,7 +203,7 @@ def test_a_session_never_holds_the_pixels_of_a_clip(model, monkeypatch):
 @pytest.mark.parametrize("dtype", ["float32", "uint8"])
 def test_pixels_are_made_on_the_device_that_is_asked_for(dtype):
     """The meta device computes nothing, but whatever was computed elsewhere could not end up on it by itself."""
-    arguments = {"images": picture(), "videos": [(clip(3), {"fps": 2.0})], "pixel_dtype": dtype}
+    arguments = {"images": make_image(), "videos": [(clip(3), {"fps": 2.0})], "pixel_dtype": dtype}
     expected = processor()(**arguments, return_tensors="pt")
     for device in ("cpu", "meta"):
         found = processor()(**arguments, return_tensors="pt", device=device)

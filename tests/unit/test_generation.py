@@ -1,4 +1,4 @@
-"""`generate` in all its ways: pictures follow their own row, caches and shortcuts change nothing."""
+"""`generate` in all its ways: images follow their own row, caches and shortcuts change nothing."""
 
 import copy
 import itertools
@@ -12,7 +12,7 @@ from transformers import DynamicCache, StaticCache, TextIteratorStreamer
 from molmo2.model import generation
 from molmo2.model.generation import LatestMatchLookup, latest_continuation
 from molmo2.model.vision_inputs import MEDIA_INPUTS
-from support.checkpoints import FAMILIES, build_model, picture, without_stopping
+from support.checkpoints import FAMILIES, build_model, make_image, without_stopping
 from support.model_inputs import MIXED, batch, clip, processor
 
 NEW_TOKENS = 8
@@ -59,7 +59,7 @@ def test_expansion_equals_a_batch_made_by_hand(model, name):
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 4}], ids=str)
-def test_pictures_are_encoded_once_for_all_answers(qwen3, options):
+def test_images_are_encoded_once_for_all_answers(qwen3, options):
     inputs = batch("image", "two images")
     crops = []
     handle = qwen3.vision_backbone.image_vit.register_forward_pre_hook(lambda _, given: crops.append(len(given[0])))
@@ -70,17 +70,17 @@ def test_pictures_are_encoded_once_for_all_answers(qwen3, options):
 
 def test_beams_on_several_crops_follow_their_row(model):
     """Each row's beams give what that row gives alone, and the scores are those of the sequences."""
-    big = picture(200, 150)  # four crops and the low-resolution view at 98 pixels
+    big = make_image(200, 150)  # four crops and the low-resolution view at 98 pixels
     prompts = ["<|image|>What is this?", "Image 1<|image|>Image 2<|image|>Compare."]
-    pictures = [big, picture(60, 60, 1), picture(200, 40, 2)]
-    inputs = dict(processor()(text=prompts, images=pictures, max_crops=4, padding=True, return_tensors="pt"))
+    images = [big, make_image(60, 60, 1), make_image(200, 40, 2)]
+    inputs = dict(processor()(text=prompts, images=images, max_crops=4, padding=True, return_tensors="pt"))
     assert int(inputs["image_num_crops"][0]) == 5
     options = {"num_beams": 3, "output_scores": True, "return_dict_in_generate": True}
     together = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, **options)
     length = inputs["input_ids"].shape[1]
     alone = [
         dict(processor()(text=prompts[0], images=big, max_crops=4, return_tensors="pt")),
-        dict(processor()(text=prompts[1], images=pictures[1:], max_crops=4, return_tensors="pt")),
+        dict(processor()(text=prompts[1], images=images[1:], max_crops=4, return_tensors="pt")),
     ]
     for row, own in enumerate(alone):
         expected = model.generate(**own, max_new_tokens=NEW_TOKENS, do_sample=False, **options)
@@ -89,16 +89,14 @@ def test_beams_on_several_crops_follow_their_row(model):
         torch.testing.assert_close(together.sequences_scores[row], expected.sequences_scores[0], atol=1e-4, rtol=0)
         # The score is the mean log-probability of the new tokens in one uncached pass over the whole sequence.
         with torch.no_grad():
-            pictures_alone = {
-                k: v for k, v in own.items() if k not in ("input_ids", "attention_mask", "token_type_ids")
-            }
-            log_probabilities = model(input_ids=expected.sequences, **pictures_alone).logits[0].log_softmax(-1)
+            images_alone = {k: v for k, v in own.items() if k not in ("input_ids", "attention_mask", "token_type_ids")}
+            log_probabilities = model(input_ids=expected.sequences, **images_alone).logits[0].log_softmax(-1)
         picked = log_probabilities[-NEW_TOKENS - 1 : -1].gather(-1, new[0][:, None])
         torch.testing.assert_close(expected.sequences_scores[0], picked.mean(), atol=1e-4, rtol=0)
 
 
-def test_beams_differ_from_rows_with_swapped_pictures(qwen3):
-    """What the test above would miss if pictures did not matter to the answer."""
+def test_beams_differ_from_rows_with_swapped_images(qwen3):
+    """What the test above would miss if images did not matter to the answer."""
     inputs = batch("image", "two images")
     swapped = {**inputs, "pixel_values": inputs["pixel_values"].flip(0)}
     scores = [
@@ -126,8 +124,8 @@ def test_caches_and_shortcuts_change_nothing(model, name, shortcut):
 
 
 @pytest.mark.parametrize("shortcut", ["none", "prompt lookup", "assisted"])
-def test_guesses_behind_a_picture_are_no_visual_tokens(qwen3, shortcut):
-    """Where a prompt ends with a picture, `generate` gives what it guesses or has written the type of that picture."""
+def test_guesses_behind_an_image_are_no_visual_tokens(qwen3, shortcut):
+    """Where a prompt ends with an image, `generate` gives what it guesses or has written the type of that image."""
     options = {
         "none": {"use_cache": False},
         "prompt lookup": {"prompt_lookup_num_tokens": 5},
@@ -269,19 +267,19 @@ def test_streaming(qwen3):
 
 
 @pytest.mark.parametrize("name", ["image", "video", "image and video"])
-def test_a_conversation_goes_on_with_its_cache(model, name):
+def test_a_conversation_continues_with_its_cache(model, name):
     inputs = batch(name)
     first = model.generate(**inputs, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
     ids = torch.cat([first.sequences, torch.tensor([[30, 31, 32, 33]])], 1)
-    pictures = {key: value for key, value in inputs.items() if "pixel" in key or "grid" in key}
-    pictures |= {key: value for key, value in inputs.items() if "pooling" in key or "crops" in key}
+    images = {key: value for key, value in inputs.items() if "pixel" in key or "grid" in key}
+    images |= {key: value for key, value in inputs.items() if "pooling" in key or "crops" in key}
     again = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    expected = model.generate(**again, **pictures, max_new_tokens=5, do_sample=False)
+    expected = model.generate(**again, **images, max_new_tokens=5, do_sample=False)
     kept = copy.deepcopy(first.past_key_values)
     assert torch.equal(model.generate(**again, past_key_values=kept, max_new_tokens=5, do_sample=False), expected)
-    # Passing the pictures again does no harm: they are in the cache.
+    # Passing the images again does no harm: they are in the cache.
     kept = copy.deepcopy(first.past_key_values)
-    found = model.generate(**again, **pictures, past_key_values=kept, max_new_tokens=5, do_sample=False)
+    found = model.generate(**again, **images, past_key_values=kept, max_new_tokens=5, do_sample=False)
     assert torch.equal(found, expected)
 
 
@@ -299,7 +297,7 @@ def test_candidates_after_a_kept_cache(qwen3, name, shortcut):
     assert torch.equal(found[:, :NEW_TOKENS], expected)
 
 
-def test_pictures_after_a_kept_cache_are_refused(qwen3):
+def test_images_after_a_kept_cache_are_refused(qwen3):
     first = qwen3.generate(**batch("text"), max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
     inputs = batch("image")
     ids = torch.cat([first.sequences, inputs["input_ids"]], 1)
@@ -370,7 +368,7 @@ def test_the_defaults_of_a_generation_config_hold(qwen3):
 
 
 def test_vision_runs_once_per_answer(qwen3):
-    """Pictures enter in the prefill and are not encoded again at later steps."""
+    """Images enter in the prefill and are not encoded again at later steps."""
     calls = []
     handle = qwen3.vision_backbone.register_forward_hook(lambda *_: calls.append(1))
     answer(qwen3, batch("image"))

@@ -106,7 +106,7 @@ def test_csv_survives_any_label(label):
 
 
 @pytest.mark.parametrize("name", PIXELS)
-def test_coco_holds_pixels_labels_and_pictures(name):
+def test_coco_holds_pixels_labels_and_images(name):
     grounding = answer(name)
     coco = json.loads(json.dumps(to_coco(grounding)))
     assert {"images", "annotations", "categories"} <= coco.keys()

@@ -1,4 +1,4 @@
-"""Answers read with what the processor's output remembers: sizes of pictures, sampled frames of videos."""
+"""Answers read with what the processor's output remembers: sizes of images, sampled frames of videos."""
 
 import copy
 import importlib.util
@@ -32,7 +32,7 @@ def processor():
     return build_processor(SMALL)
 
 
-def picture(width, height):
+def make_image(width, height):
     return Image.new("RGB", (width, height), (80, 120, 160))
 
 
@@ -52,7 +52,7 @@ def user(*parts):
 
 
 def test_one_image(processor):
-    inputs = processor(images=picture(300, 200), text="<|image|>Point to the cups.", return_tensors="pt")
+    inputs = processor(images=make_image(300, 200), text="<|image|>Point to the cups.", return_tensors="pt")
     assert inputs.media == [MediaInfo("image", ((300, 200),))]
     assert "media" not in inputs  # no key, so that `generate(**inputs)` works
     found = processor.post_process_grounding(CENTRE, inputs)
@@ -63,7 +63,7 @@ def test_one_image(processor):
 def test_rows_of_different_kinds(processor):
     inputs = processor(
         text=["<|image|><|image|>a", "b", "<|video|>c", "<|image|>d"],
-        images=[picture(300, 200), picture(100, 50), picture(20, 10)],
+        images=[make_image(300, 200), make_image(100, 50), make_image(20, 10)],
         videos=[frames()],
         video_metadata=[{"fps": 5.0}],
         padding=True,
@@ -79,7 +79,9 @@ def test_rows_of_different_kinds(processor):
 
 
 def test_several_answers_per_row(processor):
-    inputs = processor(text=["<|image|>a", "<|image|>b"], images=[picture(100, 100), picture(200, 400)], padding=True)
+    inputs = processor(
+        text=["<|image|>a", "<|image|>b"], images=[make_image(100, 100), make_image(200, 400)], padding=True
+    )
     found = processor.post_process_grounding([CENTRE] * 6, inputs)
     assert [at(one)[0] for one in found] == [(50, 50)] * 3 + [(100, 200)] * 3
     with pytest.raises(ValueError, match=r"5 answer\(s\) for 2 row\(s\)"):
@@ -88,7 +90,7 @@ def test_several_answers_per_row(processor):
 
 def test_images_beside_a_video(processor):
     inputs = processor(
-        text="<|image|><|video|>a", images=picture(300, 200), videos=[frames()], video_metadata=[{"fps": 5.0}]
+        text="<|image|><|video|>a", images=make_image(300, 200), videos=[frames()], video_metadata=[{"fps": 5.0}]
     )
     found = processor.post_process_grounding(CENTRE + '<points coords="1.0 2 500 500">cup</points>', inputs)
     assert at(found) == [(150, 100), (30, 20)]
@@ -108,8 +110,8 @@ def test_times_are_read_against_the_first_of_several_videos(processor):
     assert at(processor.post_process_grounding(answer, media.more_videos[0])) == [(15, 10)]
 
 
-def test_pictures_without_text(processor):
-    inputs = processor(images=[picture(30, 20), picture(10, 20)], videos=None)
+def test_images_without_text(processor):
+    inputs = processor(images=[make_image(30, 20), make_image(10, 20)], videos=None)
     assert inputs.media == [MediaInfo("multi_image", ((30, 20), (10, 20)))]
 
 
@@ -125,7 +127,7 @@ COPIES = {
 
 @pytest.mark.parametrize("name", COPIES)
 def test_media_survives(processor, name):
-    inputs = processor(images=picture(300, 200), text="<|image|>a", return_tensors="pt")
+    inputs = processor(images=make_image(300, 200), text="<|image|>a", return_tensors="pt")
     expected = list(inputs.media)
     assert COPIES[name](inputs).media == expected
     assert COPIES[name](inputs)["input_ids"].shape == inputs["input_ids"].shape
@@ -133,25 +135,25 @@ def test_media_survives(processor, name):
 
 def test_chat(processor):
     conversation = user(
-        {"type": "image", "image": picture(300, 200)},
-        {"type": "image", "image": picture(100, 50)},
+        {"type": "image", "image": make_image(300, 200)},
+        {"type": "image", "image": make_image(100, 50)},
         {"type": "text", "text": "Point to the cups."},
     )
     inputs = processor.apply_chat_template(conversation, tokenize=True, return_dict=True, return_tensors="pt")
     assert at(processor.post_process_grounding(SECOND, inputs)) == [(50, 12.5)]
 
 
-def test_sizes_are_those_of_the_upright_picture(processor, tmp_path):
+def test_sizes_are_those_of_the_upright_image(processor, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees
-    picture(60, 20).save(tmp_path / "turned.jpg", exif=exif)
+    make_image(60, 20).save(tmp_path / "turned.jpg", exif=exif)
     inputs = processor(images=str(tmp_path / "turned.jpg"), text="<|image|>a")
     assert inputs.media[0].sizes == ((20, 60),)
 
 
 def test_nothing_is_kept_on_the_processor(processor):
     before = dict(vars(processor))
-    processor.post_process_grounding(CENTRE, processor(images=picture(300, 200), text="<|image|>a"))
+    processor.post_process_grounding(CENTRE, processor(images=make_image(300, 200), text="<|image|>a"))
     assert vars(processor) == before
     assert at(processor.post_process_grounding(CENTRE)) == [(None, None)]
 
@@ -169,8 +171,8 @@ def test_nothing_is_kept_on_the_processor(processor):
         ([np.array([200, 100])], (100, 50)),
         (torch.tensor([[200, 100]]), (100, 50)),
         ([[(200, 100)]], (100, 50)),
-        (picture(200, 100), (100, 50)),
-        ([picture(200, 100)], (100, 50)),
+        (make_image(200, 100), (100, 50)),
+        ([make_image(200, 100)], (100, 50)),
         (MediaInfo("image", ((200, 100),)), (100, 50)),
         ([MediaInfo("image", ((200, 100),))], (100, 50)),
         (VideoMetadata(total_num_frames=10, fps=5.0, width=200, height=100), (100, 50)),
@@ -203,7 +205,7 @@ def test_media_of_a_batch(processor):
 
 
 def test_plain_dictionaries_of_inputs_are_refused(processor):
-    inputs = processor(images=picture(300, 200), text="<|image|>a")
+    inputs = processor(images=make_image(300, 200), text="<|image|>a")
     with pytest.raises(ValueError, match=r"processor's own output"):
         processor.post_process_grounding(CENTRE, dict(inputs))
 
@@ -221,14 +223,16 @@ def test_media_of_another_copy_of_the_module(processor):
     alone = importlib.util.module_from_spec(spec)
     sys.modules["grounding_alone"] = alone
     spec.loader.exec_module(alone)
-    inputs = processor(images=picture(300, 200), text="<|image|>a")
+    inputs = processor(images=make_image(300, 200), text="<|image|>a")
     assert at(alone.parse_grounding(CENTRE, inputs.media[0])) == [(150, 100)]
     assert at(processor.post_process_grounding(CENTRE, alone.MediaInfo("image", ((200, 100),)))) == [(100, 50)]
     assert at(processor.post_process_grounding([CENTRE], [alone.MediaInfo("image", ((200, 100),))])[0]) == [(100, 50)]
 
 
 def test_a_stream_of_a_row(processor):
-    inputs = processor(text=["<|image|>a", "<|image|>b"], images=[picture(100, 100), picture(200, 400)], padding=True)
+    inputs = processor(
+        text=["<|image|>a", "<|image|>b"], images=[make_image(100, 100), make_image(200, 400)], padding=True
+    )
     assert at(GroundingStream(inputs.media[1]).feed(CENTRE)) == [(100, 200)]
     assert at(GroundingStream((200, 100)).feed(CENTRE)) == [(100, 50)]
     assert at(GroundingStream().feed(CENTRE)) == [(None, None)]
@@ -249,7 +253,7 @@ def test_ids(processor):
 
 def test_ids_lose_the_prompt_that_generate_returns_with_them(processor):
     prompts = ["<|image|>Point to <points coords='1 1 000 000'>this</points>", "<|image|>a"]
-    inputs = processor(text=prompts, images=[picture(300, 200)] * 2, padding=True, return_tensors="pt")
+    inputs = processor(text=prompts, images=[make_image(300, 200)] * 2, padding=True, return_tensors="pt")
     answer = torch.tensor([encode(CENTRE)] * 4)
     output = torch.cat([inputs["input_ids"].repeat_interleave(2, dim=0), answer], dim=1)
     assert [at(one) for one in processor.post_process_grounding(output, inputs)] == [[(150, 100)]] * 4

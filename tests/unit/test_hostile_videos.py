@@ -22,7 +22,8 @@ from molmo2.image.loading import load_images
 from molmo2.video.decoding import decord_process, readers
 from molmo2.video.decoding.backends import VideoDecodeError, open_video
 from molmo2.video.decoding.decord_process import DecordProcess
-from molmo2.video.processing import Molmo2VideoProcessor, load_video
+from molmo2.video.processing import Molmo2VideoProcessor
+from support.clips import load_video
 from support.hostile_media import (
     ROTATIONS,
     clip,
@@ -133,7 +134,7 @@ def test_every_way_in_gives_the_same_and_leaves_no_file(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
     for backend in ("decord", "pyav"):
-        first, *others = [load_video(way, backend=backend)[0] for way in ways_in(clip(), tmp_path)]
+        first, *others = [load_video(way, video_backend=backend)[0] for way in ways_in(clip(), tmp_path)]
         for other in others:
             np.testing.assert_array_equal(first, other)
     assert list((tmp_path / "temporary").iterdir()) == []

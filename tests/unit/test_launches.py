@@ -13,7 +13,7 @@ from molmo2.model.modeling import Molmo2ForConditionalGeneration
 from support.checkpoints import (
     build_model,
     fill_weights,
-    picture,
+    make_image,
     read_json,
     tiny_config,
     write_checkpoint,
@@ -210,7 +210,7 @@ def test_a_session_keeps_to_the_device():
     answers = []
     for model in (moved(build_model("qwen3")), build_model("qwen3")):
         with PretendDevice():
-            session = MediaSession(model, processor(), images=[picture(90, 130)])
+            session = MediaSession(model, processor(), images=[make_image(90, 130)])
             answers.append([session.ask("What?", **options).text, session.chat("Where?", **options).text])
             answers[-1].append(session.chat("And now?", **options).text)
     assert answers[0] == answers[1]

@@ -178,11 +178,11 @@ def test_a_window_may_be_read_again(path):
 def test_few_frames_are_in_memory(path):
     """Those that the next window shows."""
     with LongVideo(path, **CUT) as video:
-        most = 0
+        max_kept = 0
         for clip in video.clips():
             for _ in clip.frames:
-                most = max(most, len(video._store._kept))
-        assert most == video.cutting.shared == 2
+                max_kept = max(max_kept, len(video._store._kept))
+        assert max_kept == video.cutting.shared == 2
 
 
 def test_decoders_that_cannot_seek_are_refused(path):
@@ -405,7 +405,7 @@ def test_answers_that_were_cut_off_are_named(path):
 
 
 def test_points_at_no_sample_are_left_out_and_named(path):
-    """Of 0.4, 0.5 and 0.6 s the nearest to the sample counts, 3.9 s is the last one's, 4.0 s is nobody's."""
+    """Of 0.4, 0.5 and 0.6 s the nearest to the sample counts, 3.9 s belongs to the last one, 4.0 s to none."""
     text = '<tracks coords="0.4 1 150 150\t0.6 1 100 100\t0.5 1 200 200\t3.9 1 300 300\t4.0 1 400 400">dog</tracks>'
     with LongVideo(path, **CUT) as video:
         first = next(run_windows(video, TrackTask("dog"), lambda prompt, clip: Reply(text)))
@@ -782,7 +782,7 @@ def test_errors_on_the_command_line_name_what_failed(command, path, capsys, monk
         assert capsys.readouterr().err.strip() == f"Error: {name}{error}"
 
 
-def test_an_output_that_fails_and_one_that_nobody_reads(command, tmp_path, capsys, monkeypatch):
+def test_an_output_that_fails_and_one_that_is_closed(command, tmp_path, capsys, monkeypatch):
     from molmo2.cli import long
 
     echo = long.click.echo

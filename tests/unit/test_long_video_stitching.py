@@ -81,7 +81,7 @@ def test_clock():
 # --- tracks ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_track_goes_on_through_the_overlap():
+def test_a_track_continues_through_the_overlap():
     """It is 0.02 beside at both shared times: 1 - 0.02 / 0.1 = 0.8."""
     (track,) = stitch([window(0, 5, moving(range(6), 0.3)), window(4, 9, moving(range(4, 10), 0.32))])
     assert times_of(track) == [float(time) for time in range(10)]

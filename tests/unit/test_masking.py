@@ -1,4 +1,4 @@
-"""Masks and positions as pictures: rows are queries, columns keys, 1 = may attend."""
+"""Masks and positions as drawings: rows are queries, columns keys, 1 = may attend."""
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def test_padding_is_never_a_key():
 
 
 def test_padding_among_visual_tokens_is_hidden_too():
-    # Right padding: the queries of padding may look anywhere, nobody looks at them.
+    # Right padding: the queries of padding may attend to anything, nothing attends to them.
     assert [row[-1] for row in drawing(dense_mask("vvtt", [1, 1, 1, 0]))] == ["."] * 4
 
 
@@ -122,7 +122,7 @@ def test_examples_by_positions_that_restart():
 def test_only_a_prefill_starts_a_sequence():
     cache = DynamicCache()
     assert starts_sequence(4, None)
-    assert starts_sequence(4, cache)
+    assert starts_sequence(2, cache)
     assert not starts_sequence(1, cache)  # one query has no other token to see
     cache.update(torch.zeros(1, 1, 4, 2), torch.zeros(1, 1, 4, 2), 0)
     assert not starts_sequence(4, cache)

@@ -12,13 +12,14 @@ from molmo2 import MediaLimitError, MediaLimits, plan
 from molmo2.image import loading
 from molmo2.image.loading import load_images, measure_images
 from molmo2.image.processing import Molmo2ImageProcessor
-from molmo2.video.processing import Molmo2VideoProcessor, load_video
+from molmo2.video.processing import Molmo2VideoProcessor
 from molmo2.video.sampling import SamplingSettings, sample_indices, sample_times
+from support.clips import load_video
 from support.hostile_media import (
     POSTSCRIPT,
     clip,
     gif_of_size,
-    picture,
+    image_bytes,
     png_of_size,
     tiff_of_size,
     webp_of_size,
@@ -54,7 +55,7 @@ def test_huge_images_are_refused_by_their_header(content, tmp_path):
 def test_the_limit_on_pixels_can_be_set_anywhere():
     image = np.zeros((30, 50, 3), np.uint8)
     narrow = MediaLimits(image_pixels=1499)
-    for given in (image, Image.fromarray(image), picture("PNG")):
+    for given in (image, Image.fromarray(image), image_bytes("PNG")):
         with pytest.raises(MediaLimitError, match="image_pixels=1,499"):
             Molmo2ImageProcessor(limits=narrow)(given)
         with pytest.raises(MediaLimitError, match="image_pixels=1,499"):
@@ -129,7 +130,7 @@ def test_limits_of_the_processor_are_those_of_both_parts(tmp_path):
 
 def test_plans_obey_the_limits_of_the_call():
     narrow, wide = MediaLimits(image_pixels=10, video_frames=11), MediaLimits()
-    for media in ({"images": picture("PNG")}, {"videos": clip()}):
+    for media in ({"images": image_bytes("PNG")}, {"videos": clip()}):
         both = copy.deepcopy(processor())
         with pytest.raises(MediaLimitError):
             plan(both, **media, limits=narrow)
@@ -141,24 +142,24 @@ def test_plans_obey_the_limits_of_the_call():
 
 def test_formats_come_from_a_list():
     for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"):
-        assert load_images(picture(kind))[0].shape == (40, 60, 3)
-    for content in (POSTSCRIPT, picture("PPM"), picture("ICO"), b"not an image at all"):
+        assert load_images(image_bytes(kind))[0].shape == (40, 60, 3)
+    for content in (POSTSCRIPT, image_bytes("PPM"), image_bytes("ICO"), b"not an image at all"):
         with pytest.raises(ValueError, match=r"cannot be decoded as an image .*one of the formats PNG, JPEG"):
             load_images(content)
-    assert load_images(picture("PPM"), limits=MediaLimits(image_formats=("PPM",)))[0].shape == (40, 60, 3)
+    assert load_images(image_bytes("PPM"), limits=MediaLimits(image_formats=("PPM",)))[0].shape == (40, 60, 3)
 
 
 def test_servers_take_no_paths(tmp_path):
     file = tmp_path / "a.png"
-    file.write_bytes(picture("PNG"))
+    file.write_bytes(image_bytes("PNG"))
     limits = MediaLimits(sources=("data",))
     for reference in (file, str(file), file.as_uri(), "/etc/passwd", "https://example.org/a.png"):
         with pytest.raises(MediaLimitError, match="not among the accepted sources"):
             load_images(reference, limits=limits)
         with pytest.raises(MediaLimitError, match="not among the accepted sources"):
             load_video(reference, limits=limits)
-    url = "data:image/png;base64," + base64.b64encode(picture("PNG")).decode()
-    assert load_images([url, picture("PNG")], limits=limits)[0].shape == (40, 60, 3)
+    url = "data:image/png;base64," + base64.b64encode(image_bytes("PNG")).decode()
+    assert load_images([url, image_bytes("PNG")], limits=limits)[0].shape == (40, 60, 3)
     with pytest.raises(MediaLimitError, match="fetch_bytes=9"):
         load_images(url, limits=MediaLimits(fetch_bytes=9))
 
@@ -170,9 +171,9 @@ def test_clips_have_limits():
         load_video(gif_of_size(5_000, 5_000, num_frames=300))
     for backend in ("decord", "pyav", None):
         with pytest.raises(MediaLimitError, match="has 12 frames, over the limit video_frames=11"):
-            load_video(clip(), backend=backend, limits=MediaLimits(video_frames=11))
+            load_video(clip(), video_backend=backend, limits=MediaLimits(video_frames=11))
         with pytest.raises(MediaLimitError, match="frames of 48 x 64 pixels, over the limit video_frame_pixels=3,071"):
-            load_video(clip(), backend=backend, limits=MediaLimits(video_frame_pixels=3071))
+            load_video(clip(), video_backend=backend, limits=MediaLimits(video_frame_pixels=3071))
 
 
 def test_visual_tokens_have_a_limit():

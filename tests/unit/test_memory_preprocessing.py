@@ -95,10 +95,10 @@ def test_a_large_photo_needs_little_besides_its_output(max_crops):
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the high-water mark is the Linux kernel's")
 @pytest.mark.parametrize(
-    ("kind", "most", "held"),
+    ("kind", "maximum", "held"),
     [("PNG", 10, 4), ("WEBP", 16, 4)],  # bytes a pixel, as SECURITY.md has them; 8 of WebP's are libwebp's canvases
 )
-def test_images_of_a_decoder_with_canvases_are_held_without_them(kind, most, held):
+def test_images_of_a_decoder_with_canvases_are_held_without_them(kind, maximum, held):
     side = 2048
     command = [sys.executable, "-c", FETCH, str(REPOSITORY), kind, str(side)]
     # Memory that is freed goes back to the system at once.
@@ -107,7 +107,7 @@ def test_images_of_a_decoder_with_canvases_are_held_without_them(kind, most, hel
     assert done.returncode == 0, done.stderr
     fetching, holding, loading = (number / side**2 for number in json.loads(done.stdout))
     assert 0.95 * held < holding < 1.1 * held
-    assert max(fetching, loading) < 1.1 * most
+    assert max(fetching, loading) < 1.1 * maximum
 
 
 def write_clip(path: Path, height: int, width: int, frames: int) -> Path:
@@ -130,7 +130,7 @@ def write_clip(path: Path, height: int, width: int, frames: int) -> Path:
 def test_clips_need_little_besides_their_output(tmp_path):
     """Decoded as a whole, the long clip would take 640 MB, and the wanted frames of the large one 300 MB.
 
-    With PyAV, which reads long and large clips by default; decord decodes ahead of whoever takes its frames.
+    With PyAV, which reads long and large clips by default; decord decodes ahead of its reader.
     """
     first = write_clip(tmp_path / "first.mp4", 96, 128, 4)
     extra = {}

@@ -12,7 +12,7 @@ from molmo2.model import vision_inputs
 from molmo2.model.compat import CACHE_NAME
 from molmo2.model.modeling import Molmo2ForConditionalGeneration
 from molmo2.model.pretrained import checkpointing_settings
-from support.checkpoints import FAMILIES, build_model, picture, write_checkpoint
+from support.checkpoints import FAMILIES, build_model, make_image, write_checkpoint
 from support.model_inputs import MIXED, batch, clip, processor, real_tokens
 
 ATOL = 2e-5
@@ -75,7 +75,7 @@ def test_each_part_calls_the_attention_that_was_chosen(qwen3, monkeypatch):
     torch.testing.assert_close(logits_of(model, batch("text")), expected, atol=ATOL, rtol=0)
     assert {name for name, *_ in calls} == {"Molmo2Attention"}
     calls.clear()
-    # With pictures the text model needs a mask that flash lacks, as does masked pooling; the vision tower does not.
+    # With images the text model needs a mask that flash lacks, as does masked pooling; the vision tower does not.
     torch.testing.assert_close(logits_of(model, batch("image")), logits_of(qwen3, batch("image")), atol=ATOL, rtol=0)
     assert {name for name, *_ in calls} == {"Molmo2VisionAttention"}
     assert {dtype for _, dtype, _ in calls} == {torch.float32}
@@ -139,7 +139,7 @@ def test_token_types_under_either_name_or_none(model):
     assert (causal - expected).abs().max() > 0.01  # the mask matters
 
 
-def test_pictures_matter_and_follow_their_order(model):
+def test_images_matter_and_follow_their_order(model):
     inputs = batch("image and video", "image")
     expected = logits_of(model, inputs)
     for name in ("pixel_values", "pixel_values_videos"):
@@ -155,9 +155,9 @@ def test_pictures_matter_and_follow_their_order(model):
 
 
 def test_a_video_before_an_image(model):
-    """The pictures go where the prompt places them, whatever the order of the arguments."""
+    """The images go where the prompt places them, whatever the order of the arguments."""
     prepared = {"return_tensors": "pt", "video_metadata": [{"total_num_frames": 3, "fps": 2.0}]}
-    inputs = dict(processor()(text="<|video|>and<|image|>?", images=picture(), videos=[clip(3)], **prepared))
+    inputs = dict(processor()(text="<|video|>and<|image|>?", images=make_image(), videos=[clip(3)], **prepared))
     image = {name: inputs[name] for name in ("pixel_values", "image_token_pooling", "image_grids", "image_num_crops")}
     video = {name: inputs[name] for name in ("pixel_values_videos", "video_token_pooling", "video_grids")}
     with torch.no_grad():
@@ -217,7 +217,7 @@ def test_loss_by_hand(model):
 
 
 def test_labels_without_logits_count_for_no_trainer(qwen3):
-    """A trainer counts the labels it sees; those of visual tokens are not learnt and must not thin out the others."""
+    """A trainer counts the labels it sees; those of visual tokens are no targets and must not thin out the others."""
     inputs = batch("image")
     labels = inputs["input_ids"]
     with torch.no_grad():
@@ -545,7 +545,7 @@ def test_features_without_slots(qwen3):
         qwen3(**{**inputs, "input_ids": stray, "attention_mask": torch.ones_like(stray), "token_type_ids": None})
 
 
-def test_incomplete_pictures(qwen3):
+def test_incomplete_images(qwen3):
     inputs = batch("image")
     inputs.pop("image_grids")
     with pytest.raises(ValueError, match="image_grids missing: pass all of"):

@@ -15,7 +15,7 @@ from molmo2.model.vision_inputs import MediaGrids, assign_media, token_groups
 from support.checkpoints import FAMILIES, build_model
 from support.model_inputs import batch
 
-PICTURES = (
+IMAGES = (
     "pixel_values",
     "image_token_pooling",
     "image_grids",
@@ -45,7 +45,7 @@ def written(ids: torch.Tensor) -> list[str]:
     ("mask", "examples", "branches", "positions"),
     [
         ("11111111", "00011222", None, "01201012"),
-        ("11111111", None, "00011222", "01234345"),  # branches go on where the prefix ends
+        ("11111111", None, "00011222", "01234345"),  # branches continue where the prefix ends
         ("111111111", "000001111", "001120011", "012320123"),  # trees packed behind each other
         ("00111111", "..000111", None, "00012012"),
         ("11111100", "000111..", None, "01201222"),
@@ -109,14 +109,14 @@ def test_ids_that_are_fine(mask, examples, branches):
     require_packed_layout(*(None if text is None else digits(text) for text in (mask, examples, branches)))
 
 
-def test_pictures_belong_into_the_prefix():
+def test_images_belong_into_the_prefix():
     is_visual = torch.tensor([[True, True, False, True, False, False]])
     with pytest.raises(ValueError, match=r"In row\(s\) \[0\] there are visual tokens in a branch: put images"):
         require_packed_layout(None, None, digits("001122"), is_visual)
     require_packed_layout(None, None, digits("000011"), is_visual)
 
 
-def test_packed_examples_are_rows_of_their_own_to_the_pictures():
+def test_packed_examples_are_rows_of_their_own_to_the_images():
     """A frame of 2 tokens, then one of 3 in the next example, are no image whose two groups are 2 and 3."""
     ids = torch.tensor([[1, 1, 2, 0, 1, 1, 1, 2, 1, 1, 2, 1, 1, 1, 2]])  # 1 patch, 2 end
     examples = digits("000011112222222")
@@ -156,10 +156,10 @@ def answer_labels(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     return inputs["input_ids"].masked_fill((mask == 0) | (from_the_end > 9), -100)
 
 
-def joined_pictures(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def joined_images(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {
         name: torch.cat([part[name] for part in parts if name in part])
-        for name in PICTURES
+        for name in IMAGES
         if any(name in part for part in parts)
     }
 
@@ -186,7 +186,7 @@ def packed(rows: list[list[str]], side: str) -> dict[str, torch.Tensor]:
         "attention_mask": padded([torch.ones_like(row) for row in ids], 0, side),
         "example_ids": padded(examples, -1, side),
         "labels": padded(labels, -100, side),
-        **joined_pictures([single for row in singles for single in row]),
+        **joined_images([single for row in singles for single in row]),
     }
 
 
@@ -247,18 +247,18 @@ def tree(name: str, branches: list[list[int]]) -> tuple[dict[str, torch.Tensor],
     labels = [tail.clone() for tail in tails]
     for label in labels:
         label[0] = -100
-    pictures = {key: value for key, value in prefix.items() if key in PICTURES}
+    images = {key: value for key, value in prefix.items() if key in IMAGES}
     in_one = {
         "input_ids": torch.cat([ids, *tails])[None],
         "labels": torch.cat([unlabelled, *labels])[None],
         "branch_ids": torch.cat([ids * 0, *(tail * 0 + number for number, tail in enumerate(tails, 1))])[None],
-        **pictures,
+        **images,
     }
     apart = {
         "input_ids": padded([torch.cat([ids, tail]) for tail in tails], 1000, "right"),
         "attention_mask": padded([torch.ones(len(ids) + len(tail)).long() for tail in tails], 0, "right"),
         "labels": padded([torch.cat([unlabelled, label]) for label in labels], -100, "right"),
-        **joined_pictures([pictures] * len(tails)),
+        **joined_images([images] * len(tails)),
     }
     return in_one, apart
 
@@ -304,7 +304,7 @@ def test_trees_packed_into_one_row(model, attention, monkeypatch):
         [torch.tensor([-1] * 3), *(part["input_ids"][0] * 0 + number for number, part in enumerate(parts))]
     )[None]
     row["loss_weights"] = (row["input_ids"] % 7 + 1) / 4
-    row |= joined_pictures(parts)
+    row |= joined_images(parts)
     separate = [apart for _, apart in trees]
     width = max(part["input_ids"].shape[1] for part in separate)
     rows = {
@@ -315,7 +315,7 @@ def test_trees_packed_into_one_row(model, attention, monkeypatch):
     }
     rows["loss_weights"] = (rows["input_ids"] % 7 + 1) / 4
     assert len(rows["input_ids"]) == 6
-    require_same_step(model, row, rows | joined_pictures(separate))
+    require_same_step(model, row, rows | joined_images(separate))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "blockwise"])

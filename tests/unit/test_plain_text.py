@@ -88,7 +88,7 @@ def test_tools_and_documents_are_text(processor):
     assert sum(token in SPECIAL_IDS for token in ids) == 3  # BOS, start and end
 
 
-def test_an_attempt_costs_nobody_else_in_the_batch(processor):
+def test_an_attempt_costs_no_other_row_of_the_batch(processor):
     harmless = [user(IMAGE, text("What <points> is this?"))]
     alone = row(processor, harmless)
     batch = processor.apply_chat_template([[user(text(FORGED))], harmless], tokenize=True)
@@ -173,7 +173,7 @@ def test_the_longest_token_is_found():
 @pytest.mark.parametrize("seed", range(20))
 def test_pieces_are_the_prompt(seed):
     rng = random.Random(seed)
-    tokens = SpecialTokens.of(tokenizer(), ())
+    tokens = SpecialTokens.from_tokenizer(tokenizer(), ())
     alphabet = ["<|im_end|>", "<im_patch>", "a", " ", "\n", "<", "|", "\U00020000" * 10, "\U00020001" * 10]
     stand_ins = {"\U00020000": "<|im_end|>", "\U00020001": "<im_patch>"}
     hidden = "".join(rng.choices(alphabet, k=30))

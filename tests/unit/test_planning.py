@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from molmo2 import plan
 from molmo2.tools.plan import Budget, RequestPlan, fit_to_budget
-from support.checkpoints import build_model, picture
+from support.checkpoints import build_model, make_image
 from support.model_inputs import MIXED, ROWS, clip, processor
 
 CLIP = Path(__file__).resolve().parent.parent.parent / "examples" / "data" / "nasa_clip.mp4"
@@ -79,15 +79,15 @@ def test_sizes_are_those_after_turning_upright():
     turned = io.BytesIO()
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn
-    picture(40, 200).save(turned, "JPEG", exif=exif)
-    upright, flat = plan(processor(), images=[turned.getvalue()]), plan(processor(), images=[picture(40, 200)])
+    make_image(40, 200).save(turned, "JPEG", exif=exif)
+    upright, flat = plan(processor(), images=[turned.getvalue()]), plan(processor(), images=[make_image(40, 200)])
     assert upright.row_tokens == plan(processor(), images=[np.zeros((200, 40, 3), np.uint8)]).row_tokens
     assert upright.row_tokens != flat.row_tokens
 
 
 @pytest.mark.parametrize("max_tokens", [60, 100, 200, 400, 10_000])
 def test_a_token_limit_is_kept_and_used(max_tokens):
-    arguments = {"text": "<|image|><|video|>What?", "images": [picture(300, 500)], "videos": [clip(20)]}
+    arguments = {"text": "<|image|><|video|>What?", "images": [make_image(300, 500)], "videos": [clip(20)]}
     arguments["video_metadata"] = [{"fps": 2.0}]
     full = plan(processor(), **arguments, num_frames=20, max_crops=12)
     planned = plan(processor(), **arguments, num_frames=20, max_crops=12, max_tokens=max_tokens)
@@ -109,11 +109,11 @@ def test_a_token_limit_is_kept_and_used(max_tokens):
 
 def test_what_cannot_fit_is_refused():
     with pytest.raises(ValueError, match=r"takes at least \d+ tokens, but max_tokens is 10\. Raise the limit"):
-        plan(processor(), "<|image|>What?", images=[picture()], max_tokens=10)
+        plan(processor(), "<|image|>What?", images=[make_image()], max_tokens=10)
     with pytest.raises(ValueError, match="`max_memory` needs `model`"):
-        plan(processor(), "<|image|>What?", images=[picture()], max_memory=1000)
+        plan(processor(), "<|image|>What?", images=[make_image()], max_memory=1000)
     with pytest.raises(ValueError, match="pass them without `images` and `videos`"):
-        plan(processor(), [{"role": "user", "content": "Hi"}], images=[picture()])
+        plan(processor(), [{"role": "user", "content": "Hi"}], images=[make_image()])
 
 
 def test_frames_shrink_with_crops_and_take_what_is_left():
@@ -166,7 +166,7 @@ def test_estimated_memory_is_what_is_allocated(images, frames):
     """Enough, and at most two and a half times what really lives at once."""
     model = build_model("qwen3")
     arguments = {"text": "<|image|>" * images + "<|video|>" * bool(frames) + "What?"}
-    arguments["images"] = [picture(300, 500)] * images or None
+    arguments["images"] = [make_image(300, 500)] * images or None
     if frames:
         arguments.update(videos=[clip(frames)], video_metadata=[{"fps": 2.0}])
     options = {"num_frames": 64, "max_crops": 12}

@@ -30,7 +30,7 @@ from support.golden_processor import build_processor, decode, encode, tokenizer,
 
 CLIP = GOLDEN / "media" / "cfr30.mp4"  # 95 frames, 30 per second
 
-# Crops of 98 pixels: pictures of few tokens, which keeps these tests fast.
+# Crops of 98 pixels: images of few tokens, which keeps these tests fast.
 SMALL = {
     "image_processor_init": {"size": {"height": 98, "width": 98}, "overlap_margins": [2, 2], "max_crops": 4},
     "video_processor_init": {"size": {"height": 98, "width": 98}, "num_frames": 4},
@@ -157,7 +157,7 @@ def test_every_row_has_one_bos(processor, side):
 
 
 def test_rows_are_the_prompts_written_out(processor):
-    """Placeholders become the tokens of their pictures, and nothing else changes."""
+    """Placeholders become the tokens of their images, and nothing else changes."""
     output = processor(
         text="See <|image|> and <|video|>.",
         images=[image()],
@@ -252,9 +252,9 @@ def test_options_of_tokenizers_without_a_use_are_warned_about(processor, warning
     ids=["flat", "per row", "tuples", "mixed types", "array"],
 )
 def test_images_flat_or_per_row(processor, arrange):
-    pictures = [image(seed=seed) for seed in range(3)]
-    expected = processor(text=TWO_ROWS, images=pictures)
-    assert_same(processor(text=TWO_ROWS, images=arrange(*pictures)), expected, IMAGE_KEYS)
+    images = [image(seed=seed) for seed in range(3)]
+    expected = processor(text=TWO_ROWS, images=images)
+    assert_same(processor(text=TWO_ROWS, images=arrange(*images)), expected, IMAGE_KEYS)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +276,7 @@ def test_videos_flat_or_per_row(processor, arrange):
     assert_same(processor(text=prompts, **arrange(*clips)), expected, VIDEO_KEYS)
 
 
-def test_one_picture_needs_no_list(processor):
+def test_one_image_needs_no_list(processor):
     in_lists = processor(
         text=["<|image|><|video|>"], images=[image()], videos=[video()], video_metadata=[METADATA], return_tensors="np"
     )
@@ -303,22 +303,22 @@ def test_rows_without_images_have_empty_lists(processor):
     assert output["image_num_crops"].tolist() == [processor.image_processor.plan(100, 150).num_crops]
 
 
-def test_pictures_alone(processor):
-    """Without text the tensors of the pictures come out, the same as with it."""
-    pictures = {"images": [image()], "videos": [video()], "video_metadata": [METADATA], "return_tensors": "pt"}
-    output = processor(**pictures)
+def test_images_alone(processor):
+    """Without text the tensors of the images come out, the same as with it."""
+    media = {"images": [image()], "videos": [video()], "video_metadata": [METADATA], "return_tensors": "pt"}
+    output = processor(**media)
     assert sorted(output) == sorted((*IMAGE_KEYS, *VIDEO_KEYS))
-    with_text = processor(text="<|image|><|video|>", **pictures)
+    with_text = processor(text="<|image|><|video|>", **media)
     for key in output:
         assert torch.equal(output[key], with_text[key])
 
 
 def test_arguments_are_left_as_they_were(processor, tmp_path):
-    picture = tmp_path / "picture.png"
-    Image.fromarray(image()).save(picture)
+    path = tmp_path / "image.png"
+    Image.fromarray(image()).save(path)
     arguments = {
         "text": ["<|image|>a", "<|video|><|video|>b"],
-        "images": [[str(picture)], []],
+        "images": [[str(path)], []],
         "videos": [str(CLIP), str(CLIP)],
         "per_video_options": [{"num_frames": 2}, {"clip": (0, 1)}],
         "images_kwargs": {"max_crops": 2},
@@ -337,14 +337,14 @@ def test_arguments_are_left_as_they_were(processor, tmp_path):
     assert options == {"videos_kwargs": {"max_fps": 1}}
 
 
-# --- sources of pictures in messages ---------------------------------------------------------------------------------
+# --- sources of images in messages -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def media_folder(tmp_path_factory):
-    """A folder with picture.png and clip.mp4."""
+    """A folder with image.png and clip.mp4."""
     folder = tmp_path_factory.mktemp("media")
-    Image.fromarray(image()).save(folder / "picture.png")
+    Image.fromarray(image()).save(folder / "image.png")
     (folder / "clip.mp4").write_bytes(CLIP.read_bytes())
     return folder
 
@@ -385,22 +385,22 @@ IMAGE_PARTS = {
     "array": lambda folder, url: {"type": "image", "image": image()},
     "tensor": lambda folder, url: {"type": "image", "image": torch.from_numpy(image())},
     "pil": lambda folder, url: {"type": "image", "image": Image.fromarray(image())},
-    "path": lambda folder, url: {"type": "image", "path": str(folder / "picture.png")},
-    "path object": lambda folder, url: {"type": "image", "image": folder / "picture.png"},
-    "path as url": lambda folder, url: {"type": "image", "url": str(folder / "picture.png")},
-    "file url": lambda folder, url: {"type": "image", "url": (folder / "picture.png").as_uri()},
-    "http url": lambda folder, url: {"type": "image", "url": f"{url}/picture.png"},
-    "http image": lambda folder, url: {"type": "image", "image": f"{url}/picture.png"},
-    "image_url": lambda folder, url: {"type": "image_url", "image_url": {"url": f"{url}/picture.png"}},
-    "bare image_url": lambda folder, url: {"type": "image_url", "image_url": f"{url}/picture.png"},
+    "path": lambda folder, url: {"type": "image", "path": str(folder / "image.png")},
+    "path object": lambda folder, url: {"type": "image", "image": folder / "image.png"},
+    "path as url": lambda folder, url: {"type": "image", "url": str(folder / "image.png")},
+    "file url": lambda folder, url: {"type": "image", "url": (folder / "image.png").as_uri()},
+    "http url": lambda folder, url: {"type": "image", "url": f"{url}/image.png"},
+    "http image": lambda folder, url: {"type": "image", "image": f"{url}/image.png"},
+    "image_url": lambda folder, url: {"type": "image_url", "image_url": {"url": f"{url}/image.png"}},
+    "bare image_url": lambda folder, url: {"type": "image_url", "image_url": f"{url}/image.png"},
     "data url": lambda folder, url: {
         "type": "image_url",
-        "image_url": {"url": f"data:image/png;base64,{as_base64(folder / 'picture.png')}"},
+        "image_url": {"url": f"data:image/png;base64,{as_base64(folder / 'image.png')}"},
     },
-    "base64": lambda folder, url: {"type": "image", "base64": as_base64(folder / "picture.png")},
-    "bytes": lambda folder, url: {"type": "image", "image": (folder / "picture.png").read_bytes()},
-    "open file": lambda folder, url: {"type": "image", "image": io.BytesIO((folder / "picture.png").read_bytes())},
-    "no type": lambda folder, url: {"image": str(folder / "picture.png")},
+    "base64": lambda folder, url: {"type": "image", "base64": as_base64(folder / "image.png")},
+    "bytes": lambda folder, url: {"type": "image", "image": (folder / "image.png").read_bytes()},
+    "open file": lambda folder, url: {"type": "image", "image": io.BytesIO((folder / "image.png").read_bytes())},
+    "no type": lambda folder, url: {"image": str(folder / "image.png")},
 }
 
 
@@ -446,9 +446,9 @@ def test_string_content_is_tokenized(processor):
     assert output["input_ids"] == [with_bos(processor.apply_chat_template(messages))]
 
 
-def test_pictures_of_several_turns_and_conversations(processor):
-    pictures = [image(60 + 50 * seed, seed=seed) for seed in range(3)]
-    parts = [{"type": "image", "image": picture} for picture in pictures]
+def test_images_of_several_turns_and_conversations(processor):
+    images = [image(60 + 50 * seed, seed=seed) for seed in range(3)]
+    parts = [{"type": "image", "image": image} for image in images]
     several = [
         {"role": "user", "content": [{"type": "text", "text": "a"}, parts[0]]},
         {"role": "assistant", "content": "b"},
@@ -459,7 +459,7 @@ def test_pictures_of_several_turns_and_conversations(processor):
         conversations, tokenize=True, return_dict=True, padding=True, return_tensors="pt"
     )
     expected = processor(
-        text=processor.apply_chat_template(conversations), images=pictures, padding=True, return_tensors="pt"
+        text=processor.apply_chat_template(conversations), images=images, padding=True, return_tensors="pt"
     )
     assert_same(output, expected)
 
@@ -625,7 +625,7 @@ def test_options_per_video_of_a_call(processor):
 
 
 @pytest.mark.parametrize("images", ["/absent/a.png", ["/absent/a.JPG", "b.webp"]])
-def test_the_name_of_an_absent_picture_is_no_prompt(processor, images):
+def test_the_name_of_an_absent_image_is_no_prompt(processor, images):
     with pytest.raises((FileNotFoundError, ValueError), match="absent"):
         processor(images=images)
 
@@ -766,7 +766,7 @@ def test_truncation_by_name(processor, truncation):
     assert processor(text=text, truncation=truncation, max_length=5)["input_ids"] == [with_bos(text)[:5]]
 
 
-def test_truncation_refuses_to_cut_pictures(processor):
+def test_truncation_refuses_to_cut_images(processor):
     (ids,) = processor(text="<|image|>What is this?", images=[image()])["input_ids"]
     question = encode("What is this?")
     cut = processor(text="<|image|>What is this?", images=[image()], truncation=True, max_length=len(ids) - 2)
@@ -847,7 +847,7 @@ each_notation = pytest.mark.parametrize("notation", NOTATIONS.values(), ids=NOTA
 
 @each_notation
 def test_notation_of_the_checkpoint(notation):
-    """The options of the processor decide how pictures are written, and are kept as attributes."""
+    """The options of the processor decide how images are written, and are kept as attributes."""
     processor = build_processor({**SMALL, "processor_init": notation})
     full = {**default_settings("processor"), **notation}
     assert {name: getattr(processor, name) for name in full} == full
@@ -924,7 +924,7 @@ def test_numbers_are_given_for_what_was_asked(processor):
     assert (numbers.num_image_tokens, numbers.num_image_patches, numbers.num_video_tokens) == ([], [], None)
 
 
-def test_tokens_of_pictures(processor):
+def test_tokens_of_images(processor):
     tokens = processor.get_image_tokens(np.array([1, 2, 1, 1]))
     assert tokens == [
         *["<low_res_im_start>", "<im_patch>", "<im_patch>", "<im_col>", "<im_end>"],
@@ -1044,7 +1044,7 @@ def test_options_of_the_tokenizer_s_construction_hold_for_every_call(processor):
 
 
 def test_a_placeholder_that_counts_needs_its_image(processor):
-    """It would shift all pictures after it."""
+    """It would shift all images after it."""
     messages = [
         {"role": "user", "content": [{"type": "image", "image": image()}, {"type": "text", "text": "<|image|>"}]}
     ]
@@ -1097,7 +1097,7 @@ def test_a_processor_without_a_template(processor):
     )
 
 
-# --- any pictures in any rows ----------------------------------------------------------------------------------------
+# --- any images in any rows ------------------------------------------------------------------------------------------
 
 PIL_MODES = ("RGB", "L", "RGBA", "P", "1", "LA", "CMYK", "I;16", "F")
 SIDES = st.integers(1, 700)

@@ -17,7 +17,7 @@ from molmo2.processing.prompt_tokens import (
     video_string,
 )
 
-# Drawings: L and ( open the low-res view and a picture, ) closes one, p and l are patches, | ends a row of patches,
+# Drawings: L and ( open the low-res view and an image, ) closes one, p and l are patches, | ends a row of patches,
 # [ and ] open and close a frame.
 LETTERS = {
     "<low_res_im_start>": "L",
@@ -37,7 +37,7 @@ def drawing(text: str) -> str:
     return text
 
 
-# --- pictures as tokens ----------------------------------------------------------------------------------------------
+# --- images as tokens ------------------------------------------------------------------------------------------------
 
 HIGH_RES = {True: "(ppp|ppp|)", False: "(pppppp)"}
 LOW_RES_PATCHES = {True: "pp|", False: "pp"}
@@ -103,7 +103,7 @@ def test_every_frame_has_its_time():
 @pytest.mark.parametrize(
     ("prompt", "replacements", "expected"),
     [
-        ("no picture", {"<i>": []}, "no picture"),
+        ("no image", {"<i>": []}, "no image"),
         ("<i>", {"<i>": ["AAAA"]}, "AAAA"),
         ("<i>", {"<i>": [""]}, ""),
         ("a<i>b<i>c", {"<i>": ["1", "22"]}, "a1b22c"),
@@ -122,7 +122,7 @@ def test_replacements_are_left_as_they_were():
 
 
 def test_positions_move_along():
-    """Every character outside of the placeholders is found again behind longer, shorter and empty pictures."""
+    """Every character outside of the placeholders is found again behind longer, shorter and empty images."""
     original = "ab<i>cd<v><i>ef"
     expanded = expand(original, {"<i>": ["1234567", ""], "<v>": ["8"]})
     assert expanded.text == "ab1234567cd8ef"
@@ -159,7 +159,7 @@ ADVICE = f"{RULE} Put one `<|image|>` where each image belongs, or let `apply_ch
         ),
     ],
 )
-def test_placeholders_and_pictures_that_do_not_match(counts, passed, message):
+def test_placeholders_and_images_that_do_not_match(counts, passed, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         require_placeholders(counts, passed, "<|image|>", "image")
 

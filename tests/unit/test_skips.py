@@ -1,4 +1,4 @@
-"""A skip that nobody allowed fails the run where MOLMO2_STRICT says so; what is for the night is left out by day."""
+"""A skip that is not allowed fails the run where MOLMO2_STRICT says so; what is for the night is left out by day."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ def test_runs():
 def test_allowed():
     pytest.skip("this release has no native Molmo2")
 
-@pytest.mark.skipif(True, reason="nobody knows why")
+@pytest.mark.skipif(True, reason="for no reason")
 def test_silent():
     pass
 
@@ -93,4 +93,4 @@ def test_levels(monkeypatch):
     with pytest.raises(ValueError, match="'yes'; expected 1, without-reference"):
         strictness()
     assert all(ALLOWED.values())
-    assert not is_allowed("nobody knows why", "1")
+    assert not is_allowed("for no reason", "1")

@@ -1,5 +1,6 @@
 """What several files of the repository say has to agree: versions, releases of transformers, make targets."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import yaml
 import molmo2
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+PLUGINS = ("vllm", "lmms_eval", "vlmevalkit")  # of other tools, which are not installed here
 
 
 def text_of(name):
@@ -59,12 +61,36 @@ def test_every_target_is_listed_and_every_command_is_a_target(targets):
     assert used <= {*targets, "PYTHON"}
 
 
+def targets_of(workflow):
+    """The make targets that the jobs of a workflow run."""
+    jobs = yaml.safe_load(text_of(f".github/workflows/{workflow}.yml"))["jobs"].values()
+    commands = [step["run"] for job in jobs for step in job["steps"] if "run" in step]
+    in_matrix = {target for job in jobs for target in job.get("strategy", {}).get("matrix", {}).get("target", [])}
+    return {command.split()[1] for command in commands} - {"${{"} | in_matrix
+
+
 def test_the_workflow_runs_what_the_script_runs(targets):
     steps = re.findall(r"^step (.*)$", text_of(".ci/run"), re.M)
     in_script = {word for step in steps for word in re.split(r"[ ;|]+", step) if word in targets}
-    jobs = yaml.safe_load(text_of(".github/workflows/ci.yml"))["jobs"].values()
-    commands = [step["run"] for job in jobs for step in job["steps"] if "run" in step]
-    in_workflow = {command.split()[1] for command in commands} - {"${{"}
-    in_workflow |= {target for job in jobs for target in job.get("strategy", {}).get("matrix", {}).get("target", [])}
-    # The last two are `check` and the whole suite on the release of development there.
-    assert in_workflow == in_script - {"clean", "test", "test-slow"}
+    # The last one is `check` and the whole suite on the release of development there.
+    assert targets_of("ci") == in_script - {"clean", "test"}
+
+
+def test_workflows_run_every_test(targets):
+    tests = {target for target in targets if target.startswith("test-")} | {"nightly", "mutate", "fuzz"}
+    assert tests - targets_of("ci") - targets_of("nightly") == set()
+
+
+def test_the_reference_has_every_public_name():
+    packages = [name.parent.name for name in (REPOSITORY / "src/molmo2").glob("*/__init__.py")]
+    packages = [importlib.import_module(f"molmo2.{name}") for name in packages if name not in PLUGINS]
+    homes = set()
+    for package in packages:
+        for name in getattr(package, "__all__", ()):
+            value = getattr(package, name, None)  # None of a module that nothing has imported yet
+            homes.add(getattr(value, "__module__", None) if value is not None else f"{package.__name__}.{name}")
+    assert len(homes) > 30
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in (REPOSITORY / "docs/api").glob("*.md"))
+    documented = set(re.findall(r"^::: (\S+)$", pages, re.M))
+    assert {home for home in homes if home and home.startswith("molmo2")} - documented == set()
+    assert {"molmo2", *(f"molmo2.{name}" for name in PLUGINS)} - documented == set()  # "molmo2" shows all its names

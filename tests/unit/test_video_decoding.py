@@ -145,8 +145,8 @@ def write_avi(path, codec, b_frames):
         stream.width = stream.height = 64
         stream.pix_fmt, stream.bit_rate = "yuv420p", 1_000_000
         for index in range(20):
-            picture = av.VideoFrame.from_ndarray(np.full((64, 64, 3), 12 * index, np.uint8), format="rgb24")
-            container.mux(stream.encode(picture))
+            image = av.VideoFrame.from_ndarray(np.full((64, 64, 3), 12 * index, np.uint8), format="rgb24")
+            container.mux(stream.encode(image))
         container.mux(stream.encode())
     with av.open(str(path)) as container:
         assert container.streams.video[0].codec_context.has_b_frames == (b_frames != "0")
@@ -581,6 +581,16 @@ def test_decord_leaves_large_clips_to_others(monkeypatch):
     monkeypatch.setattr(readers_module, "_others_usable", lambda backend: False)
     with open_video(file) as reader:  # or alone
         assert reader.backend == "decord"
+
+
+@needs_decord
+def test_no_process_is_started_for_a_long_mp4(monkeypatch):
+    if LOADABLE == ["decord"]:
+        pytest.skip("needs a second backend")
+    monkeypatch.setattr(readers_module, "MAX_DECORD_PIXELS", 3)
+    monkeypatch.setattr(readers_module.DecordProcess, "borrow", lambda: pytest.fail("decord was asked"))
+    with open_video(CLIPS / "unordered.mov") as reader:
+        assert reader.backend != "decord"
 
 
 @needs_decord

@@ -15,8 +15,8 @@ from molmo2.video.decoding import decord_process
 from molmo2.video.decoding.backends import VideoDecodeError, open_video
 from molmo2.video.decoding.isolation import IsolatedProcess, call_isolated
 from molmo2.video.decoding.readers import Source
-from molmo2.video.processing import load_video
-from support.hostile_media import CONTAINERS, clip, gif_of_size, mutated, picture
+from support.clips import load_video
+from support.hostile_media import CONTAINERS, clip, gif_of_size, image_bytes, mutated
 
 pytest.importorskip("av")
 
@@ -170,7 +170,7 @@ def files_open_in(process):
 
 
 def test_an_answer_after_the_deadline_is_late_too(monkeypatch):
-    monkeypatch.setattr(decord_process, "WATCH_SECONDS", 1000)  # nobody looks at the clock
+    monkeypatch.setattr(decord_process, "WATCH_SECONDS", 1000)  # the clock is never read
     with pytest.raises(MediaLimitError, match=r"not decoded in time, over the limit decode_seconds=0\."):
         open_video(clip(), "pyav", MediaLimits(decode_seconds=0))
 
@@ -193,7 +193,7 @@ def test_pillow_looks_at_animations_in_the_child(monkeypatch, tmp_path):
     monkeypatch.setattr(Source, "open_animation", lambda _: pytest.fail("opened in this process"))
     assert Source.from_input(file, ISOLATED).image_format == "GIF"
     with pytest.raises(VideoDecodeError, match=r"is an image \(PNG\), not a video"):
-        Source.from_input(picture("PNG"), ISOLATED)
+        Source.from_input(image_bytes("PNG"), ISOLATED)
 
 
 def test_no_walk_through_an_animation_without_a_count(monkeypatch, tmp_path):

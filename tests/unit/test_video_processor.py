@@ -22,7 +22,6 @@ from molmo2.video.processing import (
     FRAMES_AHEAD,
     Molmo2VideoProcessor,
     SampledVideoMetadata,
-    load_video,
 )
 from support.golden_cases import GOLDEN, pattern, to_numpy
 
@@ -417,7 +416,9 @@ def test_sample_timestamps_fn_replaces_the_sampling():
         seen.append(metadata)
         return np.arange(0, metadata.duration, 1.0)
 
-    frames, metadata = load_video(CFR30, sample_timestamps_fn=every_second, backend="pyav")
+    frames, metadata = Molmo2VideoProcessor().fetch_videos(
+        CFR30, sample_timestamps_fn=every_second, video_backend="pyav"
+    )
     assert frames.shape == (4, 96, 128, 3)
     assert metadata.timestamps == [0.0, 1.0, 2.0, 3.0]
     assert metadata.source_frame_indices == [0, 30, 60, 90]
@@ -429,12 +430,10 @@ def test_sample_timestamps_fn_replaces_the_sampling():
     assert by_index.timestamps == [0.1, 2.0]
 
 
-def test_load_video_takes_sampling_options():
-    frames, metadata = load_video(CFR30, num_frames=3, clip=(1, 2), max_fps=None)
+def test_fetched_frames_are_sampled_by_options():
+    frames, metadata = Molmo2VideoProcessor().fetch_videos(CFR30, num_frames=3, clip=(1, 2), max_fps=None)
     assert metadata.timestamps == [1.0, 1.5, 2.0]
     assert frames.dtype == np.uint8
-    with pytest.raises(TypeError, match="load_video reads a path, URL, bytes or a file object, not a ndarray"):
-        load_video(clip())
 
 
 def test_sample_frames_tells_the_indices():
@@ -645,7 +644,7 @@ def test_unusable_files(tmp_path):
 @pytest.mark.parametrize("times", [[], [float("nan")], [-1.0]], ids=str)
 def test_unusable_sampled_times(times):
     with pytest.raises(ValueError, match=r"sample_timestamps_fn returned .* expected seconds >= 0"):
-        load_video(CFR30, sample_timestamps_fn=lambda metadata: times)
+        Molmo2VideoProcessor().fetch_videos(CFR30, sample_timestamps_fn=lambda metadata: times)
 
 
 def test_nothing_is_imported_from_torchvision(monkeypatch):

@@ -1,4 +1,4 @@
-"""Which picture belongs where, on hand-made rows of ids."""
+"""Which image belongs where, on hand-made rows of ids."""
 
 import pytest
 import torch
@@ -79,13 +79,13 @@ def test_several_videos_in_a_row():
     assert assign_media(rows, grids(videos=[[2, 1, 2], [1, 2, 2]])) == [[("video", 0), ("video", 1)]]
 
 
-def test_pictures_that_do_not_fit_the_prompt():
+def test_images_that_do_not_fit_the_prompt():
     message = r"Row 0 of the prompt has groups of patch tokens \[2, 4\] where image 0 of 1 or video 0 of 0"
     with pytest.raises(ValueError, match=message):
         assign_media(groups_of("oppesppppe"), grids([[1, 2, 2, 3]]))
 
 
-def test_pictures_without_a_place():
+def test_images_without_a_place():
     with pytest.raises(ValueError, match=r"The prompts place 1 image\(s\), but 2 were passed"):
         assign_media(groups_of("oppesppppe"), grids([[1, 2, 2, 2], [1, 2, 2, 2]]))
 

@@ -111,8 +111,8 @@ class Journal:
                 name for name in {*about["run"], *self._identity} if about["run"].get(name) != self._identity.get(name)
             )
             raise OutputError(
-                f"'{self.output}' was begun with other settings or another source ({', '.join(changed)}). Use those, "
-                f"name another output, or {ANEW}."
+                f"'{self.output}' was started with other settings or another source ({', '.join(changed)}). Use "
+                f"those, name another output, or {ANEW}."
             )
         if about is not None and self.output.exists() and not self._path.exists():
             self.is_complete = True

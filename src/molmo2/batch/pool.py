@@ -23,7 +23,7 @@ from molmo2.batch.settings import EngineError, EngineSettings
 WORKER = (sys.executable, "-m", "molmo2.batch.worker")
 WINDOWS_IN_FLIGHT = 2  # of a worker: one is answered while the next is decoded
 DEATHS_OF_A_ROW = 2  # once among others, once alone
-MAX_IDLE_DEATHS = 3  # of workers that had begun no row: something else is wrong
+MAX_IDLE_DEATHS = 3  # of workers that had started no row: something else is wrong
 STOP_SECONDS = 5.0
 POLL_SECONDS = 0.5
 
@@ -199,8 +199,8 @@ class WorkerPool:
     def _kill_the_slow(self) -> None:
         now = time.monotonic()
         for worker in self._workers:
-            begun = min(worker.suspects.values(), default=now)
-            if worker.killed_for is None and now - begun > self.row_seconds:
+            started = min(worker.suspects.values(), default=now)
+            if worker.killed_for is None and now - started > self.row_seconds:
                 worker.killed_for = f"no answer after {self.row_seconds:g} s"
                 worker.process.kill()
 

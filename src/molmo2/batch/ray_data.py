@@ -23,7 +23,7 @@ class RayEngine:
     """Rows over a cluster; a local one is started where none is there (`ray.init`, RAY_ADDRESS).
 
     Args:
-        workers: (fewest, most) actors; Ray adds some while rows wait, and takes them away again.
+        workers: (minimum, maximum) of actors; Ray adds some while rows wait, and takes them away again.
         workers_per_gpu: Actors that share a GPU, each with a model of its own: for videos that take longer to decode
             than to answer.
         row_seconds, command: As of `WorkerPool`.
@@ -61,7 +61,7 @@ class RayEngine:
             self._ray.init(log_to_driver=False, **options)
         uses_gpus = self._settings.server is None and self._settings.device in ("auto", "cuda")
         has_gpus = self._ray.cluster_resources().get("GPU", 0) > 0
-        fewest, most = self._workers
+        min_workers, max_workers = self._workers
         results = (
             self._data.from_items(blocks, override_num_blocks=len(blocks))
             # Reading takes no share of a processor, lest actors that hold all of them wait for their rows. Without a
@@ -70,13 +70,13 @@ class RayEngine:
                 _Reader(rows.source),
                 batch_size=1,
                 num_cpus=0,
-                compute=self._data.TaskPoolStrategy(size=min(most, MAX_READERS)),
+                compute=self._data.TaskPoolStrategy(size=min(max_workers, MAX_READERS)),
             )
             .map_batches(
                 _Answers,
                 fn_constructor_kwargs={"settings": self._settings.as_dict(), "options": self._pool_options},
                 batch_size=size,  # of blocks that are not whole, several at a time
-                compute=self._data.ActorPoolStrategy(min_size=fewest, max_size=most),
+                compute=self._data.ActorPoolStrategy(min_size=min_workers, max_size=max_workers),
                 num_cpus=1,
                 num_gpus=self._gpu_share if uses_gpus and has_gpus else 0,
             )

@@ -37,7 +37,7 @@ class Row:
     """One question.
 
     Attributes:
-        number: Its place in the source, from 0; results carry it, and a run that is continued goes by it.
+        number: Its place in the source, from 0; results carry it, and a continued run finds finished rows by it.
         images, videos: Paths or URLs.
         id: What the table's column `id` says, or None.
         error: Why it cannot be asked; None if it can.

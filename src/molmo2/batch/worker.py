@@ -5,8 +5,8 @@
     -> [{"number": 7, "question": ...}, ...]        rows to sort and answer, at any time
     <- {"busy": [7]}, {"idle": [7]} and {"result": {...}}
 
-The end of the input ends the process, also amid an answer: whoever started it is gone. What libraries print goes to
-stderr, so that it cannot get between the lines.
+The end of the input ends the process, also amid an answer: the process that started it has ended. What libraries
+print goes to stderr, so that it cannot get between the lines.
 """
 
 import json
@@ -35,7 +35,7 @@ def main() -> int:
             with lock:
                 output.write(json.dumps(message) + "\n")
                 output.flush()
-        except OSError:  # nobody listens any more
+        except OSError:  # the reader has gone
             os._exit(1)
 
     line = sys.stdin.readline()

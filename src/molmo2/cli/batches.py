@@ -76,14 +76,14 @@ def run_batch_command(source: str, output: Path, options: dict[str, Any]) -> int
 
 
 def _engine(options: Mapping[str, Any], settings: EngineSettings) -> Any:
-    fewest, most = workers_of(options["workers"])
+    min_workers, max_workers = workers_of(options["workers"])
     if options["engine"] == "ray":
         from molmo2.batch.ray_data import RayEngine
 
         share = options["workers_per_gpu"]
         own = {} if share is None else {"workers_per_gpu": share}
-        return RayEngine(settings, (fewest, most), row_seconds=options["row_timeout"], **own)
-    return WorkerPool(settings, most, row_seconds=options["row_timeout"])
+        return RayEngine(settings, (min_workers, max_workers), row_seconds=options["row_timeout"], **own)
+    return WorkerPool(settings, max_workers, row_seconds=options["row_timeout"])
 
 
 def _settings(options: Mapping[str, Any]) -> EngineSettings:
@@ -124,13 +124,13 @@ def shard_of(text: str | None, environment: Mapping[str, str]) -> tuple[int, int
 
 
 def workers_of(text: str) -> tuple[int, int]:
-    """(fewest, most) of "4" or "2:16".
+    """(minimum, maximum) of "4" or "2:16".
 
     Raises:
         BadParameter: The text says something else.
     """
     match = re.fullmatch(r"(\d+)(?::(\d+))?", text)
-    fewest, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-    if not 1 <= fewest <= most:
+    minimum, maximum = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 1 <= minimum <= maximum:
         raise click.BadParameter(f"{text!r} is not a number of workers, such as 4 or 2:16", param_hint="--workers")
-    return fewest, most
+    return minimum, maximum

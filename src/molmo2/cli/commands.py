@@ -18,7 +18,7 @@ from molmo2.cli.batches import run_batch_command
 from molmo2.cli.doctor import examine, report
 from molmo2.cli.long import run_long
 from molmo2.cli.models import MODEL_VARIABLE, SERVER_VARIABLE, Asker, ModelError
-from molmo2.cli.recipes import run_evaluation, run_training
+from molmo2.cli.recipes import run_evaluation, run_training, run_view
 from molmo2.cli.serving import ENGINES, ServeError, ServeOptions, choose_engine, serve_command
 from molmo2.grounding import prompts
 from molmo2.grounding.structured import SECTIONS
@@ -54,14 +54,14 @@ def run(arguments: Sequence[str] | None = None) -> int:
 class _Group(click.Group):
     """A group that lists its commands in the order in which they are useful, not by the alphabet.
 
-    It ends well when nobody reads any more, as in `molmo2 ... | head`.
+    It exits with 0 when its output is no longer read, as in `molmo2 ... | head`.
     """
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """See `click.Group`, which would end with 1 where nobody reads."""
+        """See `click.Group`, which would exit with 1 on a closed pipe."""
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
@@ -77,7 +77,7 @@ def molmo2() -> None:
 
     \b
     First steps:
-      molmo2 ask "What is in this picture?" boats.jpg --model allenai/Molmo2-4B
+      molmo2 ask "What is in this image?" boats.jpg --model allenai/Molmo2-4B
       molmo2 point boats harbour.jpg --draw marked       # marked/harbour_points.png
       molmo2 count penguins "photos/*.jpg" --format csv > counts.csv
       molmo2 track "red car" street.mp4 --draw marked
@@ -213,7 +213,7 @@ class Job:
 
     @staticmethod
     def _end_if_hopeless(error: Exception) -> None:
-        """Raise what would come again with every file: nobody reads, or no server answers."""
+        """Raise what would come again with every file: the output is closed, or no server answers."""
         from molmo2.client.http import ServerUnreachable
 
         if isinstance(error, BrokenPipeError):
@@ -675,6 +675,31 @@ def train(recipe: Path, output: str | None, resume: bool) -> int:
       torchrun --nproc-per-node 8 -m molmo2.cli train points.yaml
     """
     return run_training(recipe, output, resume)
+
+
+@molmo2.command("view", context_settings=CONTEXT)
+@click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--data", metavar="NAME", help="Only this data set of the recipe. [default: all, as they are mixed]")
+@click.option("--number", type=click.IntRange(1), default=8, show_default=True, help="Examples on the page.")
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default="examples.html",
+    show_default=True,
+    help="The page; it is one file.",
+)
+def view_examples(recipe: Path, data: str | None, number: int, output: Path) -> int:
+    """Show what a model would learn by a recipe: the first examples, on one HTML page.
+
+    Crops, frames with their times and points, tokens with labels, weights and branches, and the mask. Weights of the
+    model are not read.
+
+    \b
+    examples:
+      molmo2 view points.yaml
+      molmo2 view points.yaml --data boats --number 20 --output boats.html
+    """
+    return run_view(recipe, output, data, number)
 
 
 @molmo2.command("eval", context_settings=CONTEXT)

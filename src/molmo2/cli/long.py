@@ -70,7 +70,7 @@ def _last_result(source: str, video: Any, task: Any, options: Mapping[str, Any])
     """What the model made of all windows.
 
     Raises:
-        ClickException: Of the video, the journal or the model, whichever failed.
+        ClickException: Something failed: the video, the journal or the model.
     """
     from molmo2.batch.journal import OutputError
     from molmo2.image.limits import MediaLimitError
@@ -107,7 +107,7 @@ def _write(lines: Iterator[str], output: Path | None) -> None:
     """Write the lines, to the terminal where no file is named.
 
     Raises:
-        BrokenPipeError: Nobody reads them.
+        BrokenPipeError: The reader of the output has gone.
         ClickException: The file cannot be written.
     """
     try:

@@ -113,7 +113,7 @@ def load_model(name: str, device: str, dtype: str) -> tuple[Any, Any]:
 
 
 def quiet_libraries() -> None:
-    """No progress bars and hints of libraries where nobody reads them: outside of a terminal."""
+    """No progress bars and hints of libraries outside of a terminal."""
     if not sys.stderr.isatty():
         from transformers.utils import logging
 

@@ -1,4 +1,4 @@
-"""`molmo2 train` and `molmo2 eval`."""
+"""`molmo2 train`, `molmo2 view` and `molmo2 eval`."""
 
 import contextlib
 import itertools
@@ -23,7 +23,7 @@ def run_training(path: Path, output: str | None, resume: bool) -> int:
     changes = {} if output is None else {"output": str(Path(output).resolve())}
     try:
         recipe = read_recipe(path, **changes)
-        from molmo2.recipes.train import train
+        from molmo2.recipes.run import train
 
         folder = train(recipe, resume=resume, say=lambda line: click.echo(line, err=True))
     except (RecipeError, FileNotFoundError) as error:
@@ -31,6 +31,31 @@ def run_training(path: Path, output: str | None, resume: bool) -> int:
     except OSError as error:
         raise models.ModelError(str(error)) from error
     click.echo(folder)
+    return 0
+
+
+def run_view(path: Path, output: Path, data: str | None, number: int) -> int:
+    """Show the examples that a run by the recipe in a file begins with.
+
+    Raises:
+        ClickException: The recipe cannot be followed, or the processor not be loaded.
+    """
+    from molmo2.recipes.recipe import RecipeError, read_recipe
+
+    if not output.absolute().parent.is_dir():
+        raise click.UsageError(f"--output: there is no folder '{output.absolute().parent}'.")
+    try:
+        recipe = read_recipe(path)
+        models.quiet_libraries()
+        from molmo2.recipes.run import first_examples
+        from molmo2.tools.view import view
+
+        examples, processor = first_examples(recipe, number, data=data, say=lambda line: click.echo(line, err=True))
+    except (RecipeError, FileNotFoundError) as error:
+        raise click.UsageError(str(error)) from error
+    except OSError as error:
+        raise models.ModelError(str(error)) from error
+    click.echo(view(examples, processor, output, title=f"{path.name}: {len(examples)} examples"))
     return 0
 
 

@@ -24,9 +24,9 @@ CHAT = "/chat/completions"
 STOPPED_HERE = "stopped here"  # beside the server's reasons why an answer ended
 
 
-def api_key(environment: Mapping[str, str] = os.environ) -> str | None:
+def api_key() -> str | None:
     """The key of a server from MOLMO2_API_KEY or OPENAI_API_KEY; None where neither is set."""
-    return next((environment[name] for name in KEY_VARIABLES if environment.get(name)), None)
+    return next((os.environ[name] for name in KEY_VARIABLES if os.environ.get(name)), None)
 
 
 class Client:
@@ -167,7 +167,7 @@ class Client:
             return self._kind
 
     def _found_kind(self) -> str:
-        """`transformers serve` goes by its routes: it lists no models unless the Hub's cache is there."""
+        """`transformers serve` is recognised by its routes: it lists no models unless the Hub's cache is there."""
         root = Endpoint(self.endpoint.base_url.removesuffix("/v1"), self.endpoint.api_key, self.endpoint.retries)
         try:
             described = root.get("/openapi.json", PROBE_SECONDS)
@@ -182,7 +182,7 @@ class Client:
             is_vllm = any(entry.get("owned_by") == "vllm" for entry in self._models())
         except ServerUnreachable:
             raise
-        except ServerError:  # it lists none; whoever names the model needs no list
+        except ServerError:  # it lists none, and with the name of a model no list is needed
             is_vllm = False
         return VLLM if is_vllm else OPENAI
 

@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 PASSING_STATUSES = frozenset({408, 409, 425, 429, 500, 502, 503, 504})  # may be over when asked again
-FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 30.0
+FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.5, 30.0
 MAX_RESPONSE_BYTES = 64 * 2**20  # no answer is longer
 READ_BYTES = 2**16
 MAX_QUOTED_CHARACTERS = 500  # of a server's message in an error
@@ -111,7 +111,7 @@ class Endpoint:
         raise ServerError("No attempt was allowed.")
 
     def _open(self, method: str, path: str, body: bytes | None, deadline: float, attempt: int = 0) -> "_Exchange":
-        """A response that has begun well; attempts that fail for a while are repeated."""
+        """A response whose status is good; attempts that fail for a while are repeated."""
         while True:
             exchange = _Exchange(self.base_url, self._shown, deadline)
             try:
@@ -155,7 +155,7 @@ class Endpoint:
 
     def _pause(self, attempt: int, wait: float | None, deadline: float) -> None:
         """Wait before the next attempt, as long as the server asks for or longer each time."""
-        seconds = min(FIRST_PAUSE_SECONDS * 2**attempt, LONGEST_PAUSE_SECONDS) * random.uniform(0.5, 1.0)
+        seconds = min(FIRST_PAUSE_SECONDS * 2**attempt, MAX_PAUSE_SECONDS) * random.uniform(0.5, 1.0)
         seconds = seconds if wait is None else wait
         if time.monotonic() + seconds > deadline:
             raise DeadlineExceeded(f"{self._shown} gives no answer in time: it is busy or does not answer.")

@@ -5,6 +5,7 @@ What a message quotes was written by strangers: `shown` keeps it short, `printab
 
 import re
 
+MAX_LISTED = 40  # problems of one message
 SECRETS = (
     (re.compile(r"hf_\w{6,}"), "hf_..."),  # access tokens of the Hub
     (re.compile(r"(?i)\b(bearer|basic) +[^\s'\",]+"), r"\1 ..."),
@@ -83,9 +84,9 @@ class VerificationError(ConversionError):
     exit_code = 6
 
 
-def listing(problems: list[str], limit: int = 40) -> str:
+def listing(problems: list[str]) -> str:
     """The problems, one per line; a very long list is cut and says so."""
-    lines = [f"  - {problem}" for problem in problems[:limit]]
-    if len(problems) > limit:
-        lines.append(f"  - ... and {len(problems) - limit} more")
+    lines = [f"  - {problem}" for problem in problems[:MAX_LISTED]]
+    if len(problems) > MAX_LISTED:
+        lines.append(f"  - ... and {len(problems) - MAX_LISTED} more")
     return "\n".join(lines)

@@ -7,7 +7,7 @@ from typing import Any
 from molmo2.convert.errors import CheckpointError, UnsupportedError, shown
 from molmo2.convert.reader import Piece, SourceTensor
 from molmo2.convert.shards import INDEX_FILE, SAFETENSORS_DTYPES, SINGLE_FILE
-from molmo2.convert.small_files import LARGEST_JSON, parse_json, read_json
+from molmo2.convert.small_files import MAX_JSON_BYTES, parse_json, read_json
 
 DTYPES = {kind: (dtype, size) for dtype, (kind, size) in SAFETENSORS_DTYPES.items()}
 # Buffers 0, 1, 2, ... that older releases of transformers stored beside the weights of vision towers, as int64.
@@ -46,7 +46,7 @@ def _read_file(path: Path) -> dict[str, SourceTensor]:
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         size = path.stat().st_size
-        if length > min(LARGEST_JSON, size - 8):
+        if length > min(MAX_JSON_BYTES, size - 8):
             raise CheckpointError(f"{path} is not a readable safetensors file, or is truncated.")
         header = parse_json(file.read(length), f"The header of {path}")
     header.pop("__metadata__", None)

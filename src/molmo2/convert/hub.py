@@ -46,7 +46,7 @@ WEIGHT_FILE = re.compile(r"(model|pytorch_model)[^/]*\.(safetensors|bin)(\.index
 PULL_REQUEST = re.compile(r"refs/pr/\d+")
 NO_SUCH_ROUTE = (404, 405, 501)  # answers of a server without Xet
 ANSWER_SECONDS = 120.0  # for a question without files, retries included
-SLOWEST_UPLOAD = 50_000.0  # bytes a second
+MIN_UPLOAD_RATE = 50_000.0  # bytes a second
 _XET_SWITCH = threading.Lock()
 Result = TypeVar("Result")
 
@@ -118,8 +118,8 @@ def push_folder(
 
 
 def _timely(call: Callable[[], Result], num_bytes: int = 0) -> Result:
-    """The result of calls to the Hub that send so many bytes; the client library itself waits forever."""
-    seconds = ANSWER_SECONDS + num_bytes / SLOWEST_UPLOAD
+    """The result of calls to the Hub that send this number of bytes; the client library itself waits forever."""
+    seconds = ANSWER_SECONDS + num_bytes / MIN_UPLOAD_RATE
     return within_deadline(call, seconds, "The Hub did not answer")
 
 

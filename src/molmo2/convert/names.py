@@ -201,20 +201,3 @@ def _is_dropped(name: str, config: NativeConfig) -> bool:
     if not name.startswith(VIT_LAYERS) or layer is None or LAYER_NUMBER.sub("{}", name) not in known:
         return False
     return config.num_vit_layers <= int(layer.group()) < config.vit["image_num_layers"]
-
-
-def _translate(name: str, direction: dict[str, str]) -> str:
-    pattern = LAYER_NUMBER.sub("{}", name)
-    if pattern not in direction:
-        raise UnsupportedError(f"Unknown tensor '{name}'. If it is part of the model, add '{pattern}' to the table.")
-    return direction[pattern].format(*LAYER_NUMBER.findall(name))
-
-
-def target_name(native: str) -> str:
-    """The converted name of a native tensor (of the embedding: its own, not that of the copy)."""
-    return _translate(native, {row.native: row.target for row in TABLE if row.when != "tied"})
-
-
-def native_name(target: str) -> str:
-    """The native name of a converted tensor (of the output matrix: its name in an untied model)."""
-    return _translate(target, {row.target: row.native for row in TABLE if row.when != "tied"})

@@ -17,7 +17,7 @@ from molmo2.convert.errors import CheckpointError, listing, shown
 from molmo2.convert.small_files import read_bytes, read_model_section
 from molmo2.convert.torch_archive import TorchArchive
 from molmo2.convert.unpickling import (
-    LARGEST_PICKLE,
+    MAX_PICKLE_BYTES,
     METADATA_GLOBALS,
     BytesEntry,
     ChunkEntry,
@@ -31,7 +31,7 @@ from molmo2.convert.unpickling import (
 
 CONFIG_FILE, UNSHARDED_FILE, SHARDED_FOLDER, METADATA_FILE = "config.yaml", "model.pt", "model_and_optim", ".metadata"
 STEP_FOLDER = re.compile(r"step(\d+)(-unsharded)?")
-MODEL_PREFIX, OPTIMIZER_PREFIX = "model.", "optim."
+MODEL_PREFIX = "model."
 TENSOR_NAME = re.compile(r"[A-Za-z0-9_.\-]{1,300}")
 MODEL_DTYPES = ("float32", "bfloat16")
 
@@ -188,7 +188,7 @@ def _read_sharded(location: CheckpointLocation) -> dict[str, SourceTensor]:
         raise CheckpointError(
             f"{path} is missing (a hidden file, easily lost in copying). Without it the pieces cannot be put together."
         )
-    metadata = load_pickle(read_bytes(path, LARGEST_PICKLE), str(path), METADATA_GLOBALS)
+    metadata = load_pickle(read_bytes(path, MAX_PICKLE_BYTES), str(path), METADATA_GLOBALS)
     entries = metadata.field("state_dict_metadata") if isinstance(metadata, Metadata) else None
     places = metadata.field("storage_data") if isinstance(metadata, Metadata) else None
     if not isinstance(entries, dict) or not isinstance(places, dict):

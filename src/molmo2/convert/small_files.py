@@ -13,11 +13,11 @@ import yaml
 
 from molmo2.convert.errors import CheckpointError, shown
 
-LARGEST_YAML = 1_000_000  # bytes; a config.yaml has 50,000
-MOST_NODES = 100_000
-DEEPEST_NODE = 50
-LONGEST_SCALAR = 100_000  # characters
-LARGEST_JSON = 16_000_000  # bytes; the index of 1,000 tensors has 100,000
+MAX_YAML_BYTES = 1_000_000  # bytes; a config.yaml has 50,000
+MAX_NODES = 100_000
+MAX_DEPTH = 50
+MAX_SCALAR_CHARACTERS = 100_000  # characters
+MAX_JSON_BYTES = 16_000_000  # bytes; the index of 1,000 tensors has 100,000
 INTEGER_BITS = 64
 
 
@@ -38,14 +38,14 @@ def read_bytes(path: Path, limit: int) -> bytes:
     return content
 
 
-def read_json(path: Path, limit: int = LARGEST_JSON) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """A JSON object.
 
     Raises:
         CheckpointError: If the file is missing, damaged, too large, or holds something else.
     """
     try:
-        return parse_json(read_bytes(path, limit), str(path))
+        return parse_json(read_bytes(path, MAX_JSON_BYTES), str(path))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; expected a converted folder.") from None
     except OSError as error:
@@ -76,8 +76,8 @@ class _Loader(yaml.SafeLoader):
         event, before = self.peek_event(), self._count
         self._depth += 1
         self._count += 1
-        if self._depth > DEEPEST_NODE:
-            raise self._refusal(f"sections are nested more than {DEEPEST_NODE} deep", event)
+        if self._depth > MAX_DEPTH:
+            raise self._refusal(f"sections are nested more than {MAX_DEPTH} deep", event)
         node = super().compose_node(parent, index)
         if isinstance(event, yaml.AliasEvent):
             if id(node) not in self._weights:
@@ -85,13 +85,13 @@ class _Loader(yaml.SafeLoader):
             self._count += self._weights[id(node)]
         else:
             self._weights[id(node)] = self._count - before
-        if self._count > MOST_NODES:
-            raise self._refusal(f"more than {MOST_NODES:,} values, repeated ones included", event)
+        if self._count > MAX_NODES:
+            raise self._refusal(f"more than {MAX_NODES:,} values, repeated ones included", event)
         self._depth -= 1
         return node
 
     def construct_scalar(self, node: Any) -> Any:
-        if isinstance(node, yaml.ScalarNode) and len(node.value) > LONGEST_SCALAR:
+        if isinstance(node, yaml.ScalarNode) and len(node.value) > MAX_SCALAR_CHARACTERS:
             raise self._refusal(f"a value of {len(node.value):,} characters", node)
         return super().construct_scalar(node)
 
@@ -116,7 +116,7 @@ def read_model_section(path: Path) -> dict[str, Any]:
         CheckpointError: If the file is too large, is no YAML, or has no such section.
         OSError: If it cannot be read.
     """
-    data = read_bytes(path, LARGEST_YAML)
+    data = read_bytes(path, MAX_YAML_BYTES)
     try:
         config = yaml.load(data.decode("utf-8"), _Loader)
     except Exception as error:  # impossible dates and the like make its constructors raise anything

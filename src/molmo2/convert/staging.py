@@ -31,7 +31,7 @@ STATE_FILE = ".conversion.json"
 DRAFT_FILE = ".conversion.draft"
 OLD_FOLDER = "folder"  # in `.<name>.replaced`
 CHECK_BYTES = 1 << 22
-LARGEST_LOCK = 1_000
+MAX_LOCK_BYTES = 1_000
 
 
 class Segment(NamedTuple):
@@ -119,6 +119,9 @@ def _remove_marked(folder: Path) -> None:
 class _Lock:
     """A lock file beside the output; the system releases it when this process ends.
 
+    Not `filelock`, which locks the output of batches: this file also holds a note that outlives a kill, links to it
+    are refused, and file systems without locks are accepted. Writing needs POSIX besides: it flushes folders.
+
     Raises:
         OutputError: If another process holds it, or if there is something else at its path.
     """
@@ -131,7 +134,7 @@ class _Lock:
                 if [os.fstat(self._descriptor).st_dev, os.fstat(self._descriptor).st_ino] == _identity(path):
                     break
             os.close(self._descriptor)  # its last holder removed it meanwhile, and a third process may have a new one
-        self.content = os.pread(self._descriptor, LARGEST_LOCK, 0)
+        self.content = os.pread(self._descriptor, MAX_LOCK_BYTES, 0)
 
     def _open(self, busy: str) -> None:
         if _kind(self.path) not in ("", "file"):
@@ -300,7 +303,7 @@ class Staging:
                     self.notes[name] = [str(note) for note in state.get("notes", {}).get(name, [])]
 
     def _ensure_space(self, num_bytes: int) -> None:
-        """Refuse an output of so many bytes if it does not fit on the disk."""
+        """Refuse an output of this size if it does not fit on the disk."""
         present = sum((self.folder / name).stat().st_size for name in self.finished)
         abandoned = sum(f.lstat().st_size for f in self.folder.iterdir() if _kind(f) == "file") - present
         free = shutil.disk_usage(self.folder.parent).free + abandoned

@@ -37,7 +37,7 @@ REBUILT_PARTS: dict[str, dict[str, Any]] = {
     },
 }
 BATCH_TOKENS = 4096
-LARGEST_TOKENIZER = 128_000_000  # bytes; that of 150,000 tokens has 11,000,000
+MAX_TOKENIZER_BYTES = 128_000_000  # bytes; that of 150,000 tokens has 11,000,000
 DOWNLOAD_SECONDS = 600.0
 SAMPLES = (
     "Point to the technician in the lift. IT'S 3,141 or 1234567 m away!\n\n  Isn't it?\r\n",
@@ -149,7 +149,7 @@ def _load_base(source: str) -> tuple[Any, dict[str, Any]]:
 
         base = AutoTokenizer.from_pretrained(source, trust_remote_code=False).backend_tokenizer.to_str()
     else:
-        base = read_bytes(Path(paths[0]), LARGEST_TOKENIZER).decode("utf-8")
+        base = read_bytes(Path(paths[0]), MAX_TOKENIZER_BYTES).decode("utf-8")
     return Tokenizer.from_str(base), settings
 
 

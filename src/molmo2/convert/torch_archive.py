@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from molmo2.convert.errors import CheckpointError, shown
-from molmo2.convert.unpickling import ARCHIVE_GLOBALS, MOST_ARGUMENTS, TensorRecord, load_pickle
+from molmo2.convert.unpickling import ARCHIVE_GLOBALS, MAX_ARGUMENTS, TensorRecord, load_pickle
 
 LOCAL_HEADER_BYTES = 30
 DIRECTORY_BUFFER = 4096
 LOCAL_HEADER_MAGIC = b"PK\x03\x04"
-LARGEST_DIRECTORY = 8_000_000  # bytes of the list of entries; a model of 1,000 tensors has 100,000
-LARGEST_DESCRIPTION = 16_000_000  # bytes of data.pkl; a model of 1,000 tensors has 200,000
-LARGEST_BYTEORDER = 16
+MAX_DIRECTORY_BYTES = 8_000_000  # bytes of the list of entries; a model of 1,000 tensors has 100,000
+MAX_DESCRIPTION_BYTES = 16_000_000  # bytes of data.pkl; a model of 1,000 tensors has 200,000
+MAX_BYTEORDER_BYTES = 16
 UTF8 = 0x800  # flag of an entry: the encoding of its name
 ITEM_BYTES = {
     **dict.fromkeys(("float64", "int64"), 8),
@@ -62,7 +62,7 @@ class _Window(io.RawIOBase):
 
     def __init__(self, file: io.RawIOBase, start: int, length: int):
         self._file, self._start, self._length, self._position = file, start, length, 0
-        self.left = LARGEST_DIRECTORY  # bytes that may be read
+        self.left = MAX_DIRECTORY_BYTES  # bytes that may be read
 
     def readable(self) -> bool:
         return True
@@ -137,7 +137,7 @@ class TorchArchive:
         if len(roots) != 1:
             raise CheckpointError(f"{self.label} holds {len(roots)} `data.pkl`; expected one, as `torch.save` writes.")
         root = roots[0]
-        window.left = LARGEST_DESCRIPTION + LARGEST_DIRECTORY + len(entries) * DIRECTORY_BUFFER
+        window.left = MAX_DESCRIPTION_BYTES + MAX_DIRECTORY_BYTES + len(entries) * DIRECTORY_BUFFER
 
         def small(name: str, limit: int) -> bytes:
             entry = entries[f"{root}{name}"]
@@ -148,7 +148,7 @@ class TorchArchive:
                 )
             return archive.read(entry)
 
-        if f"{root}byteorder" in entries and small("byteorder", LARGEST_BYTEORDER).strip() != b"little":
+        if f"{root}byteorder" in entries and small("byteorder", MAX_BYTEORDER_BYTES).strip() != b"little":
             raise CheckpointError(
                 f"{self.label} was written on a big-endian machine; only little-endian is supported."
             )
@@ -166,7 +166,7 @@ class TorchArchive:
                 raise CheckpointError(f"{self.label} describes storage {shown(key)} twice, and differently.")
             return key
 
-        return load_pickle(small("data.pkl", LARGEST_DESCRIPTION), self.label, ARCHIVE_GLOBALS, storage), storages
+        return load_pickle(small("data.pkl", MAX_DESCRIPTION_BYTES), self.label, ARCHIVE_GLOBALS, storage), storages
 
     def _ensure_plain(self, entry: zipfile.ZipInfo) -> None:
         if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
@@ -203,7 +203,7 @@ class TorchArchive:
             raise CheckpointError(f"{self.label}: '{name}' is {shown(value)}; expected a tensor.")
         key, first_item, shape, stride = value.arguments[:4]
         is_sound = isinstance(shape, tuple) and isinstance(stride, tuple) and len(shape) == len(stride)
-        numbers = [first_item, *shape, *stride] if is_sound and len(shape) <= MOST_ARGUMENTS else [None]
+        numbers = [first_item, *shape, *stride] if is_sound and len(shape) <= MAX_ARGUMENTS else [None]
         is_sound = all(type(number) is int and number >= 0 for number in numbers)
         if not is_sound or not isinstance(key, str) or key not in storages:
             raise CheckpointError(f"{self.label}: the description of '{name}' is damaged. Copy the checkpoint again.")

@@ -14,10 +14,10 @@ from typing import Any
 
 from molmo2.convert.errors import CheckpointError, shown
 
-LARGEST_PICKLE = 256_000_000  # bytes; a piece needs about 100
-MOST_INSTRUCTIONS = 12_000_000  # each may make an object, in all 1 GB; about 75 per piece
-MOST_ARGUMENTS = 16  # of a call, dimensions of a shape included: calls copy them
-LARGEST_INTEGER = 8  # bytes
+MAX_PICKLE_BYTES = 256_000_000  # bytes; a piece needs about 100
+MAX_INSTRUCTIONS = 12_000_000  # each may make an object, in all 1 GB; about 75 per piece
+MAX_ARGUMENTS = 16  # of a call, dimensions of a shape included: calls copy them
+MAX_INTEGER_BYTES = 8  # bytes
 
 
 class Record:
@@ -79,8 +79,8 @@ class Size(tuple):
     __slots__ = ()
 
     def __new__(cls, sizes: tuple[int, ...] = ()) -> "Size":
-        """Of at most `MOST_ARGUMENTS` dimensions, from a tuple."""
-        if not isinstance(sizes, tuple) or len(sizes) > MOST_ARGUMENTS:
+        """Of at most `MAX_ARGUMENTS` dimensions, from a tuple."""
+        if not isinstance(sizes, tuple) or len(sizes) > MAX_ARGUMENTS:
             raise ValueError(f"the shape {shown(sizes)}")
         return super().__new__(cls, sizes)
 
@@ -178,7 +178,7 @@ class _Machine:
     def run(self) -> Any:
         """The value that the pickle leaves."""
         table, data, stop = _INSTRUCTIONS, self._data, ord(".")
-        for _ in range(MOST_INSTRUCTIONS):
+        for _ in range(MAX_INSTRUCTIONS):
             code = data[self._position]
             self._position += 1
             if code == stop:
@@ -187,7 +187,7 @@ class _Machine:
             if instruction is None:
                 raise ValueError(f"instruction {bytes([code])!r} at byte {self._position - 1}")
             instruction(self)
-        raise ValueError(f"more than {MOST_INSTRUCTIONS:,} instructions")
+        raise ValueError(f"more than {MAX_INSTRUCTIONS:,} instructions")
 
     def _take(self, number: int) -> bytes:
         """The next bytes."""
@@ -219,7 +219,7 @@ class _Machine:
         self._take(8)  # its length, which only helps readers of streams
 
     def signed(self, size: int) -> None:
-        if size > LARGEST_INTEGER:
+        if size > MAX_INTEGER_BYTES:
             raise ValueError(f"an integer of {size} bytes")
         self._push(int.from_bytes(self._take(size), "little", signed=True))
 
@@ -264,7 +264,7 @@ class _Machine:
     def call(self) -> None:
         """One of our own stand-ins, with few arguments."""
         arguments, stand_in = self._pop(), self._pop()
-        if not callable(stand_in) or type(arguments) is not tuple or len(arguments) > MOST_ARGUMENTS:
+        if not callable(stand_in) or type(arguments) is not tuple or len(arguments) > MAX_ARGUMENTS:
             raise ValueError(f"a call of {shown(stand_in)} with {shown(arguments)}")
         self._push(stand_in(*arguments))
 

@@ -1,15 +1,16 @@
 """Rows of the evaluation sets: what to ask, and what `molmo2.evaluate` needs to judge the answer."""
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from molmo2.data.examples import MAX_NAMED, MISSING, ReadingReport
-from molmo2.data.media import MediaReference, Resolver, urls
+from molmo2.data.media import MediaReference, Resolver, name_in_report, source_of, urls
 from molmo2.data.pointing import positions
-from molmo2.data.queries import Row, images_of, records, video_of
+from molmo2.data.queries import OtherForm, Row, images_of, records, video_of
 from molmo2.grounding import prompts
 
 TRACK_FPS = 2
@@ -81,11 +82,13 @@ def count_bin(count: int) -> str:
 
 
 def _video_points(row: Row, sources: Sequence[Any]) -> _Asked:
-    places = zip(row["two_fps_timestamps"], records(row["points"]))
+    times, places = records(row["two_fps_timestamps"]), records(row["points"])
+    if not len(times) == len(places) == len(row["masks"]):
+        raise OtherForm("there are not as many times or masks as points")
     truth = {
         "size": (row["width"], row["height"]),
         "duration": row["video_duration"],
-        "points": [(time, point["x"], point["y"]) for time, point in places],
+        "points": [(time, point["x"], point["y"]) for time, point in zip(times, places)],
         "masks": [{entry["frame_id"] / 2: entry["rle"] for entry in records(masks)} for masks in row["masks"]],
     }
     return _Asked(prompts.point(row["label"]).text, truth, {}, {"max_fps": 2})
@@ -123,6 +126,8 @@ def _image_points(row: Row, sources: Sequence[Any]) -> _Asked:
         width = height = 1
     # In the order of the masks, which `positions` would change.
     places = [positions([point])[0] for point in records(row["points"])]
+    if len(places) != len(masks):
+        raise OtherForm("there are not as many masks as points")
     points = [(x * width, y * height) for x, y in places]
     truth = {"size": (width, height), "points": points, "masks": masks}
     return _Asked(prompts.point(row["label"]).text, truth)
@@ -151,12 +156,12 @@ def _image_and_mask(row: Row) -> list[Any]:
     """The image and the mask of a row of PointBench: held, or the names of their files."""
     found = []
     for kind in ("image", "mask"):
-        value = next(
-            (row[name] for name in (kind, f"{kind}_filename", f"{kind}_path") if row.get(name) is not None), None
-        )
-        if value is None:
+        given = [row[name] for name in (kind, f"{kind}_filename", f"{kind}_path") if name in row]
+        if not given:
             raise KeyError(kind)
-        found.append(MediaReference(kind, value, None, row) if isinstance(value, str) else value)
+        value: Any = next((each for each in given if each is not None), None)
+        is_held = value is not None and not isinstance(value, str)
+        found.append(value if is_held else MediaReference(kind, value, None, row))
     return found
 
 
@@ -187,24 +192,24 @@ def evaluation_examples(
         rows: As for `Examples`.
         media: As for `Examples`. Masks of PointBench are asked for with the kind "mask"; return an image or an array.
     Raises:
-        ValueError: There is no such set, a column is missing, or a mask of PointBench is no image.
+        ValueError: There is no such set, a column is missing, a row has another form, or a mask of PointBench is no
+            image.
     """
     if name not in EVALUATION_SETS:
         raise ValueError(f"There is no reader for {name!r}. There are readers for {', '.join(EVALUATION_SETS)}.")
     reader, report, examples = EVALUATION_SETS[name], ReadingReport(name), []
     for index, row in enumerate(rows):
         report.rows += 1
-        try:
+        with _row_of(name, index, row):
             references = list(reader.media(row))
-            sources = [media(each) if isinstance(each, MediaReference) else each for each in references]
-            absent = [getattr(each, "name", name) for each, source in zip(references, sources) if source is None]
-            if absent:
-                report.left_out[MISSING] += 1
-                report.missing = [*report.missing, *absent][:MAX_NAMED]
-                continue
+        sources = [source_of(each, media) for each in references]
+        absent = [name_in_report(each, index) for each, found in zip(references, sources) if found is None]
+        if absent:
+            report.left_out[MISSING] += 1
+            report.missing = [*report.missing, *absent][:MAX_NAMED]
+            continue
+        with _row_of(name, index, row):
             asked = reader.read(row, sources)
-        except KeyError as error:
-            raise ValueError(f"Row {index} of {name} has no column {error}; it has {sorted(row)}.") from None
         shown = list(zip(references, sources))[: reader.num_shown]
         content = [*(_part(*pair, asked.options, media) for pair in shown), {"type": "text", "text": asked.question}]
         messages = [{"role": "user", "content": content}]
@@ -213,6 +218,18 @@ def evaluation_examples(
         )
     report.examples = len(examples)
     return examples, report
+
+
+@contextlib.contextmanager
+def _row_of(name: str, index: int, row: Row) -> Iterator[None]:
+    """What fails at the form of a row is an error that names it: without the row the score would be another one."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"Row {index} of {name} has no column {error}; it has {sorted(row)}.") from None
+    except (OtherForm, TypeError, AttributeError, IndexError) as error:
+        found = str(error) if isinstance(error, OtherForm) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"Row {index} of {name} has another form: {found}. Mend it, or leave it out.") from error
 
 
 def _part(reference: Any, source: Any, options: Mapping[str, Any], media: Resolver) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from molmo2.data import pointing, questions, tracks
-from molmo2.data.media import MediaReference, Resolver, urls
-from molmo2.data.queries import Draw, Family, Row, Settings, Size, conversations
+from molmo2.data.media import MediaReference, Resolver, is_named, name_in_report, source_of, urls
+from molmo2.data.queries import OTHER_FORM, Draw, Family, OtherForm, Row, Settings, Size, conversations
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class ReadingReport:
         rows: Rows that were read.
         examples: Examples that they make.
         left_out: Rows that were left out, by reason.
-        missing: The first missing images and videos.
+        missing: The first missing images and videos: their names, or the rows of those without a name.
     """
 
     name: str
@@ -113,6 +113,7 @@ class Examples(Sequence[dict[str, Any]]):
         self.name, self.family = name, DATASETS[name]
         self.rows, self.media, self.seed, self.epoch = rows, media, seed, 0
         self.settings = Settings() if settings is None else settings
+        self.family.require(self.settings)
         self.report = ReadingReport(name)
         self._groups = self._group()
         self.report.examples = len(self._groups)
@@ -166,15 +167,11 @@ class Examples(Sequence[dict[str, Any]]):
         known: dict[Any, bool] = {}
         for index, row in enumerate(_undecoded(self.rows)):
             self.report.rows += 1
-            try:
-                reason = self.family.problem(row, self.settings)
-                references = [] if reason else list(self.family.media(row))
-                absent = [each for each in references if self._is_missing(each, known)]
-            except KeyError as error:
-                raise ValueError(f"Row {index} of {self.name} has no column {error}; it has {sorted(row)}.") from None
+            reason, references = self._read(index, row)
+            absent = [name_in_report(each, index) for each in references if self._is_missing(each, known)]
             if absent:
                 reason = MISSING
-                self.report.missing += [each.name for each in absent if each.name not in self.report.missing]
+                self.report.missing += [name for name in absent if name not in self.report.missing]
                 del self.report.missing[MAX_NAMED:]
             elif not reason and self.family.size_problem is not None:
                 sizes = self._sizes([self._source(each) for each in references])
@@ -187,20 +184,32 @@ class Examples(Sequence[dict[str, Any]]):
                 groups.setdefault(key, []).append(index)
         return list(groups.values())
 
+    def _read(self, index: int, row: Row) -> tuple[str | None, list[Any]]:
+        """Why a row is left out, or None, and the media of one that is not."""
+        try:
+            reason = self.family.problem(row, self.settings)
+            return reason, [] if reason else list(self.family.media(row))
+        except KeyError as error:
+            raise ValueError(f"Row {index} of {self.name} has no column {error}; it has {sorted(row)}.") from None
+        except OtherForm as error:
+            return str(error), []
+        except (TypeError, AttributeError, IndexError, ValueError, ArithmeticError):
+            logger.debug("Row %d of %s has another form.", index, self.name, exc_info=True)
+            return OTHER_FORM, []
+
     def _is_missing(self, reference: Any, known: dict[Any, bool]) -> bool:
-        if not isinstance(reference, MediaReference):
-            return reference is None
+        if not is_named(reference):
+            return source_of(reference, self.media) is None
         key = (reference.kind, reference.name, reference.clip)
         if key not in known:
             known[key] = self.media(reference) is None
         return known[key]
 
     def _source(self, reference: Any) -> Any:
-        if not isinstance(reference, MediaReference):
-            return reference
-        source = self.media(reference)
+        source = source_of(reference, self.media)
         if source is None:
-            raise FileNotFoundError(f"{reference.name}, an image or a video of {self.name}, has gone missing.")
+            name = getattr(reference, "name", "one that its row holds")
+            raise FileNotFoundError(f"{name}, an image or a video of {self.name}, has gone missing.")
         return source
 
     def _part(self, reference: Any, source: Any, row: Row) -> dict[str, Any]:
@@ -213,7 +222,7 @@ class Examples(Sequence[dict[str, Any]]):
         return part
 
     def _sizes(self, sources: Sequence[Any]) -> list[Size] | None:
-        """The sizes of images with points in pixels, None if one is not known or there is none; [] for other families.
+        """The sizes of images with points in pixels, None if one is not known; [] for other families.
 
         Raises:
             ValueError: `Settings.image_size` gives something else than a pair.
@@ -222,7 +231,7 @@ class Examples(Sequence[dict[str, Any]]):
             return []
         found = [_checked_size(self.settings.image_size(source)) for source in sources]
         sizes = [size for size in found if size is not None]
-        return sizes if sizes and len(sizes) == len(found) else None
+        return sizes if len(sizes) == len(found) else None
 
     def _frame_times(self, references: Sequence[Any], sources: Sequence[Any]) -> Sequence[float] | None:
         frame_times = self.settings.frame_times

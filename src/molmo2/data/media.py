@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".gif")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+from molmo2.image.suffixes import ANIMATION_SUFFIX, IMAGE_SUFFIXES, VIDEO_SUFFIXES
+
 CHANNEL_COUNTS = (1, 3, 4)  # grey, RGB, RGB with alpha
 
 
@@ -24,7 +24,7 @@ class MediaReference:
 
     Attributes:
         kind: "image", "video" or "mask".
-        name: A YouTube id, a path or a URL, as in the row.
+        name: A YouTube id, a path or a URL, as in the row. Where a row has none, nobody asks a resolver.
         clip: The part that is used, in seconds; None for the whole video.
         row: The row, for resolvers that need more of it, such as `video_source`.
     """
@@ -36,6 +36,32 @@ class MediaReference:
 
 
 Resolver = Callable[[MediaReference], Any]
+
+
+def is_named(reference: Any) -> bool:
+    """Whether a row names this image or video; no null, number or empty text is a name."""
+    return isinstance(reference, MediaReference) and isinstance(reference.name, str) and bool(reference.name)
+
+
+def source_of(reference: Any, media: Resolver) -> Any:
+    """What the processor reads of an image or a video that a row names or holds; None if it is missing.
+
+    Args:
+        reference: A `MediaReference`, or what the row holds: an image, {"bytes", "path"}, None.
+        media: Asked for what has a name.
+    """
+    if isinstance(reference, MediaReference):
+        return media(reference) if is_named(reference) else None
+    is_file = isinstance(reference, Mapping) and reference.keys() <= {"bytes", "path"}
+    return None if is_file and all(value is None for value in reference.values()) else reference
+
+
+def name_in_report(reference: Any, row: int) -> str:
+    """How a report names an image or a video that is missing: its name, or else its row."""
+    if is_named(reference):
+        return reference.name
+    kind, name = getattr(reference, "kind", "image"), getattr(reference, "name", reference)
+    return f"row {row} ({kind}: {name!r})"
 
 
 class Folder:
@@ -51,7 +77,8 @@ class Folder:
         self.path, self.has_cut_clips = Path(path), has_cut_clips
 
     def __call__(self, reference: MediaReference) -> Path | None:
-        suffixes = ("", *(VIDEO_SUFFIXES if reference.kind == "video" else IMAGE_SUFFIXES))
+        # The row says that a video is meant, so a GIF is one, unlike elsewhere.
+        suffixes = ("", *((*VIDEO_SUFFIXES, ANIMATION_SUFFIX) if reference.kind == "video" else IMAGE_SUFFIXES))
         name = clip_name(reference) if self.has_cut_clips else reference.name
         # A name in a row must not lead out of the folder; links in it may.
         is_inside = "://" not in name and not Path(name).is_absolute() and ".." not in Path(name).parts

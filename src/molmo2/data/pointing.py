@@ -3,14 +3,26 @@
 Coordinates are per cent of the size; those of pixmo-count are pixels.
 """
 
-import functools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from molmo2.data.media import MediaReference
-from molmo2.data.queries import Draw, Family, Item, Query, Row, Settings, Size, images_of, label_problem, records
+from molmo2.data.queries import (
+    OTHER_FORM,
+    Draw,
+    Family,
+    Item,
+    OtherForm,
+    Query,
+    Row,
+    Settings,
+    Size,
+    images_of,
+    label_problem,
+    records,
+)
 from molmo2.data.styles import COUNT_FORMS, draw_prompt
 from molmo2.grounding.format import NO_POINTS, TAG_EDGE, format_points
 from molmo2.grounding.parse import Point
@@ -24,7 +36,6 @@ IMAGE_SET_STYLES = (
     "multi_image_count_then_point",
 )
 OUTSIDE = "a point lies outside of its image"
-OTHER_FORM = "the row has another form"
 
 Position = tuple[float, float]
 
@@ -35,15 +46,28 @@ def positions(points: Any, size: Size = (100, 100)) -> list[Position]:
     Args:
         points: A list of {"x", "y"}, or {"x": list, "y": list}; arrays and other containers with a length are lists.
     Raises:
-        KeyError, TypeError, IndexError: They have another form, or a coordinate is no number.
+        OtherForm: A point has no x or no y, or there are not as many of them.
+        TypeError, IndexError: They have another form, or a coordinate is no number.
     """
-    if isinstance(points, Mapping):
-        x, y = points["x"], points["y"]
-        is_list = hasattr(x, "__len__") and not isinstance(x, (str, bytes, Mapping))
-        pairs = list(zip(x, y)) if is_list else [(x, y)] if x is not None else []
-    else:
-        pairs = [(point["x"], point["y"]) for point in ([] if points is None else points)]
+    try:
+        pairs = _pairs(points)
+    except KeyError as error:
+        raise OtherForm(OTHER_FORM) from error
     return sorted((x / size[0], y / size[1]) for x, y in pairs)
+
+
+def _pairs(points: Any) -> list[tuple[Any, Any]]:
+    """(x, y) of points, as they are."""
+    if not isinstance(points, Mapping):
+        return [(point["x"], point["y"]) for point in ([] if points is None else points)]
+    x, y = points["x"], points["y"]
+    if x is None and y is None:
+        return []
+    if not hasattr(x, "__len__") or isinstance(x, (str, bytes, Mapping)):
+        return [(x, y)]
+    if len(x) != len(y):
+        raise OtherForm("a list of points has not as many x as y")
+    return list(zip(x, y))
 
 
 def are_inside(points: list[Position]) -> bool:
@@ -64,23 +88,6 @@ def _plain(label: str) -> str:
     return " ".join(label.split())
 
 
-def _if_of_this_form(problem: Callable[[Row, Any], str | None]) -> Callable[[Row, Any], str | None]:
-    """`problem`, which leaves out rows of other forms too: for columns whose form is assumed, not known."""
-
-    @functools.wraps(problem)
-    def checked(row: Row, about: Any) -> str | None:
-        try:
-            return problem(row, about)
-        except (TypeError, AttributeError, IndexError, ValueError):  # the last of arrays that are no truth values
-            return OTHER_FORM
-        except KeyError as error:
-            if error.args[0] in ("x", "y"):  # of a point; others are columns, whose absence is an error
-                return OTHER_FORM
-            raise
-
-    return checked
-
-
 # --- videos ----------------------------------------------------------------------------------------------------------
 
 
@@ -99,18 +106,18 @@ def _video(row: Row) -> list[MediaReference]:
 def _video_problem(row: Row, settings: Settings) -> str | None:
     start, end = clip_of(row) or (0.0, None)
     end = row["video_duration"] if end is None else end
-    times = row["two_fps_timestamps"] or []
+    times, points = records(row["two_fps_timestamps"]), records(row["points"])
     if row.get("annotator_unsure") and not settings.use_unsure:
         return "the annotator was unsure"
     if end - start > settings.max_clip_seconds + 1e-6:
         return f"the clip is longer than {settings.max_clip_seconds:g} s"
-    if len(times) != len(row["points"] or []):
+    if len(times) != len(points):
         return "there are not as many times as lists of points"
     if any(abs(time / GRID_SECONDS - round(time / GRID_SECONDS)) > 1e-6 for time in times):
         return "a time is not on the grid of two frames a second"
     if any(not start <= time <= end for time in times):
         return "a time lies outside of the clip"
-    if not are_inside([at for points in row["points"] or [] for at in positions(points)]):
+    if not are_inside([at for each in points for at in positions(each)]):
         return OUTSIDE
     return label_problem(row["label"])
 
@@ -119,7 +126,8 @@ def _video_query(row: Row, draw: Draw) -> Query:
     style, label = draw.rng.choice(VIDEO_STYLES), _plain(row["label"])
     clip = clip_of(row)
     start = clip[0] if clip is not None and draw.has_cut_clips else 0.0
-    points = {time - start: positions(at) for time, at in zip(row["two_fps_timestamps"] or [], row["points"] or [])}
+    pairs = zip(records(row["two_fps_timestamps"]), records(row["points"]))
+    points = {time - start: positions(at) for time, at in pairs}
     written = row.get("question") if style != "video_point" else None
     return Query(style, written or draw_prompt(style, draw.rng, label=label), point_answer(style, points, label))
 
@@ -158,7 +166,6 @@ def _read_image_points(rows: Sequence[Row], draw: Draw) -> Item:
     return Item(branches)
 
 
-@_if_of_this_form
 def _count_problem(row: Row, settings: Settings) -> str | None:
     """Rows of the validation and test splits of pixmo-count have no points, so that no answer can be made of them."""
     if len(positions(row["points"])) != row["count"]:
@@ -218,7 +225,6 @@ def _texts(row: Row) -> tuple[list[Any], list[Any]]:
     return inline, alt
 
 
-@_if_of_this_form
 def _explanation_problem(row: Row, settings: Settings) -> str | None:
     answer, points = row["parsed_response"] or "", records(row["points"])
     if not answer.strip() or not (row["question"] or "").strip():
@@ -277,6 +283,8 @@ def _matching_images(row: Row, label: str) -> list[int]:
 
 
 def _image_set_problem(row: Row, settings: Settings) -> str | None:
+    if row["image_urls"] is None:
+        return None  # missing, as its media say
     if not row["labels"] or len(row["image_urls"]) != len(row["points"]):
         return "there is no label, or not one list of points per image"
     if len(max((_matching_images(row, label) for label in row["labels"]), key=len)) < 2:
@@ -291,8 +299,8 @@ def _read_image_set_points(rows: Sequence[Row], draw: Draw) -> Item:
     rng, style = draw.rng, draw.rng.choice(IMAGE_SET_STYLES)
     label = rng.choice([label for label in row["labels"] if len(_matching_images(row, label)) > 1])
     matching = _matching_images(row, label)
-    most = max(2, min(len(matching), draw.settings.max_images))
-    kept = sorted(rng.sample(matching, rng.randint(2, most)))
+    max_images = max(2, min(len(matching), draw.settings.max_images))
+    kept = sorted(rng.sample(matching, rng.randint(2, max_images)))
     points = {number: positions(row["points"][image]) for number, image in enumerate(kept, 1)}
     question = draw_prompt(style, rng, label=_plain(label))
     return Item([[Query(style, question, point_answer(style, points, _plain(label)))]], kept=kept)
@@ -300,7 +308,7 @@ def _read_image_set_points(rows: Sequence[Row], draw: Draw) -> Item:
 
 def _local_images(row: Row) -> list[Any]:
     """The images of a row of molmo2-pixmo-multi-points: references to files, or images that it holds."""
-    images = records(row["images"])
+    images = [None] if row["images"] is None else records(row["images"])
     return [MediaReference("image", each, None, row) if isinstance(each, str) else each for each in images]
 
 
@@ -310,8 +318,9 @@ def _as_image_set(row: Row) -> Row:
     return {name: records(row[column]) for name, column in columns.items()}
 
 
-@_if_of_this_form
 def _local_set_problem(row: Row, settings: Settings) -> str | None:
+    if row["images"] is None:
+        return None  # missing, as its media say
     columns = _as_image_set(row)
     labels = columns["labels"]
     if len(labels) != len(columns["image_urls"]) or not all(isinstance(label, str) for label in labels):

@@ -12,6 +12,11 @@ Row = Mapping[str, Any]
 MAX_TRACK_FPS = 10  # times in answers have one decimal
 Conversation = list[dict[str, Any]]
 Size = tuple[float, float]  # (width, height) in pixels
+OTHER_FORM = "the row has another form"
+
+
+class OtherForm(ValueError):
+    """A row, or a part of it, has another form than those of its data set; the message is a reason for a report."""
 
 
 @dataclass(frozen=True)
@@ -118,9 +123,15 @@ class Draw:
     sizes: Sequence[Size] = ()
 
 
-def records(value: Any) -> list[dict[str, Any]]:
-    """A list of rows from a list, an array or None; `datasets` may give it as one row of lists."""
+def records(value: Any) -> list[Any]:
+    """The entries of a list, an array or None; `datasets` may give it as one row of lists.
+
+    Raises:
+        OtherForm: The lists of that row differ in length.
+    """
     if isinstance(value, Mapping):
+        if len(set(map(len, value.values()))) > 1:
+            raise OtherForm(f"the lists of {', '.join(map(str, value))} differ in length")
         return [dict(zip(value, entries)) for entries in zip(*value.values())]
     return [] if value is None else list(value)
 
@@ -137,6 +148,10 @@ def no_problem(row: Row, settings: Settings) -> str | None:
     return None
 
 
+def no_requirement(settings: Settings) -> None:
+    """Any settings will do."""
+
+
 def no_options(row: Row, settings: Settings) -> dict[str, Any]:
     """The video is sampled as the processor does by default."""
     return {}
@@ -150,9 +165,10 @@ class Family:
         read: From the rows of one example to its questions.
         media: The images, or the video, of a row: references, or images that it holds.
         group_by: Columns; rows with the same values become one example.
-        problem: Why a row is left out, or None.
+        problem: Why a row is left out, or None. A row at whose form it fails is left out too.
         video_options: Options of the video part.
         size_problem: For rows with points in pixels: why one is left out, from the sizes of its images, or None.
+        require: Raises a ValueError for settings that the family cannot be read with.
     """
 
     read: Callable[[Sequence[Row], Draw], Item]
@@ -161,6 +177,7 @@ class Family:
     problem: Callable[[Row, Settings], str | None] = no_problem
     video_options: Callable[[Row, Settings], dict[str, Any]] = field(default=no_options)
     size_problem: Callable[[Row, Sequence[Size]], str | None] | None = None
+    require: Callable[[Settings], None] = no_requirement
 
 
 def video_of(row: Row) -> list[MediaReference]:
@@ -171,13 +188,19 @@ def video_of(row: Row) -> list[MediaReference]:
 
 
 def images_of(row: Row) -> list[Any]:
-    """The images of a row: those it holds, or references to its URLs."""
+    """The images of a row: those it holds, or references to its URLs; one without a name where its columns are empty.
+
+    Raises:
+        KeyError: It has no column for images.
+    """
     for name in ("images", "image"):
         held = row.get(name)
-        if held is not None:
-            return list(held) if isinstance(held, (list, tuple)) else [held]
-    urls = row.get("image_urls")
-    urls = [row["image_url"]] if urls is None else urls
+        images = list(held) if isinstance(held, (list, tuple)) else [] if held is None else [held]
+        if images:
+            return images
+    urls = records(row.get("image_urls")) or [row.get("image_url")]
+    if urls[0] is None and not {"images", "image", "image_urls", "image_url"} & set(row):
+        raise KeyError("image_url")
     return [MediaReference("image", url, None, row) for url in urls]
 
 

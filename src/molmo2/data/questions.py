@@ -16,6 +16,7 @@ CAPTION_COLUMNS = {
 COUNTING = re.compile(r"\s*(?:how many|count|what is the (?:total )?number)\b", re.I)
 TURN = re.compile(r"\[(USER|ASSISTANT)\]")
 EMPTY = "there is no answer"
+NO_QUESTION = "there is no question"
 # Of Molmo2-SynMultiImageQA; which ones CoSyn-400K has is not documented, so that it takes any name.
 SET_CONFIGS = ("chart", "chemical", "circuit", "diagram", "doc", "graphic", "music", "table")
 
@@ -71,8 +72,11 @@ def _image_caption_problem(row: Row, settings: Settings) -> str | None:
 
 
 def _choice_problem(row: Row, settings: Settings) -> str | None:
-    if not row["Answer"] or not row["NegativeAnswers"]:
+    others = records(row["NegativeAnswers"])
+    if not row["Answer"] or not others or None in others:
         return "there is no answer, or no other option"
+    if not (row["Question"] or "").strip():
+        return NO_QUESTION
     return _is_excluded(row, settings)
 
 
@@ -105,6 +109,8 @@ def _read_subtitle_choices(rows: Sequence[Row], draw: Draw) -> Item:
 
 
 def _answer_problem(row: Row, settings: Settings) -> str | None:
+    if not (row["question"] or "").strip():
+        return NO_QUESTION
     return _is_excluded(row, settings) or (None if (row["answer"] or "").strip() else EMPTY)
 
 
@@ -116,14 +122,20 @@ def _read_user_questions(rows: Sequence[Row], draw: Draw) -> Item:
 
 
 def _image_set_problem(row: Row, settings: Settings) -> str | None:
-    number = len(images_of(row))
-    if not 1 <= number <= settings.max_images:
+    if not 1 <= len(images_of(row)) <= settings.max_images:
         return f"there are not 1 to {settings.max_images} images"
-    return None if any(row["qa_pairs"]["answer"]) else EMPTY
+    questions, answers = records(row["qa_pairs"]["question"]), records(row["qa_pairs"]["answer"])
+    explanations = records(row["qa_pairs"].get("explanation")) or questions
+    if not len(questions) == len(answers) == len(explanations):
+        return "there are not as many answers or explanations as questions"
+    answered = [question for question, answer in zip(questions, answers) if answer]
+    return (None if all(answered) else NO_QUESTION) if answered else EMPTY
 
 
 def _multi_image_problem(row: Row, settings: Settings) -> str | None:
-    return "there is only one image" if len(images_of(row)) == 1 else _image_set_problem(row, settings)
+    images = images_of(row)
+    is_alone = len(images) == 1 and getattr(images[0], "name", "") is not None  # None: missing, as its media say
+    return "there is only one image" if is_alone else _image_set_problem(row, settings)
 
 
 def _read_image_set_questions(rows: Sequence[Row], draw: Draw) -> Item:
@@ -152,18 +164,17 @@ def _read_synthetic_questions(rows: Sequence[Row], draw: Draw) -> Item:
     )
 
 
-def _synthetic_problem(row: Row, settings: Settings) -> str | None:
+def _require_config(settings: Settings) -> None:
     if not settings.config:
         raise ValueError("This data set has several configurations; pass `Settings(config='chart')`, for instance.")
-    return _image_set_problem(row, settings)
 
 
-def _synthetic_set_problem(row: Row, settings: Settings) -> str | None:
+def _require_set_config(settings: Settings) -> None:
     if settings.config and settings.config not in SET_CONFIGS:
         raise ValueError(
             f"`Settings.config` is {settings.config!r}; expected one of the configurations {', '.join(SET_CONFIGS)}."
         )
-    return _synthetic_problem(row, settings)
+    _require_config(settings)
 
 
 def _read_caption_questions(rows: Sequence[Row], draw: Draw) -> Item:
@@ -207,13 +218,19 @@ def _read_text(rows: Sequence[Row], draw: Draw) -> Item:
     return Item([[Query("text_sft", *pair) for pair in zip(texts[::2], texts[1::2])]], system=system)
 
 
+def _fixed_problem(row: Row, settings: Settings) -> str | None:
+    if not all((question or "").strip() for question in records(row["questions"]) or [None]):
+        return NO_QUESTION
+    return None if (row["response"] or "").strip() else EMPTY
+
+
 def _read_fixed_answers(rows: Sequence[Row], draw: Draw) -> Item:
     (row,) = rows
     return Item([[Query("demo", question, row["response"])] for question in row["questions"]])
 
 
 def _held_images(row: Row) -> list[object]:
-    return list(row.get("images") or [])
+    return records(row.get("images"))
 
 
 VIDEO_CAPTIONS = Family(_read_video_captions, video_of, (), _caption_problem)
@@ -222,9 +239,9 @@ SUBTITLE_CHOICES = Family(_read_subtitle_choices, video_of, ("video_id",), _subt
 VIDEO_QUESTIONS = Family(_read_user_questions, video_of, ("video_id",), _answer_problem)
 IMAGE_QUESTIONS = Family(_read_user_questions, images_of, ("image_url",), _answer_problem)
 IMAGE_SET_QUESTIONS = Family(_read_image_set_questions, images_of, (), _multi_image_problem)
-SYNTHETIC_QUESTIONS = Family(_read_synthetic_questions, images_of, (), _synthetic_problem)
-SYNTHETIC_SET_QUESTIONS = Family(_read_synthetic_questions, images_of, (), _synthetic_set_problem)
+SYNTHETIC_QUESTIONS = Family(_read_synthetic_questions, images_of, (), _image_set_problem, require=_require_config)
+SYNTHETIC_SET_QUESTIONS = replace(SYNTHETIC_QUESTIONS, require=_require_set_config)
 IMAGE_CAPTIONS = Family(_read_image_captions, images_of, (), _image_caption_problem)
 CAPTION_QUESTIONS = Family(_read_caption_questions, images_of, ("image_url",), _caption_question_problem)
 TEXT = Family(_read_text, no_media, (), _text_problem)
-FIXED_ANSWERS = Family(_read_fixed_answers, _held_images)
+FIXED_ANSWERS = Family(_read_fixed_answers, _held_images, (), _fixed_problem)

@@ -263,7 +263,6 @@ TEXT_INSTRUCTIONS = (
     "Your answer has to be one of the options.",
     "Give the best option in full.",
 )
-SHORT_ANSWER = ("Answer briefly.", "Answer with a word or two.", "Give a short answer.", "In a word or phrase:")
 
 
 def draw_prompt(style: str, rng: random.Random, **fields: object) -> str:

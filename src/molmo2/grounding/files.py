@@ -46,7 +46,7 @@ NO_SPAN = (0, 0)
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """A path beside `path`, with its suffix: what is written there replaces `path` on success, and goes on errors."""
+    """A path beside `path`, with its suffix: what is written there replaces `path`, or is deleted on errors."""
     partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
         yield partial
@@ -448,7 +448,7 @@ def export_grounding(grounding: Grounding, path: str | Path, format: str | None 
 
     Args:
         path: The file; its suffix chooses between JSON (.json), CSV (.csv) and MOT (.txt).
-        format: "json", "csv", "coco" or "mot"; None goes by the suffix.
+        format: "json", "csv", "coco" or "mot"; None takes that of the suffix.
         options: Of `to_coco` (file_names) and `to_mot` (fps, box_size).
     Raises:
         ValueError: The format is unknown, or cannot hold this answer.

@@ -138,7 +138,7 @@ def _groups_of(points: Sequence[Any]) -> list[tuple[str, list[Triple]]]:
 
 
 def _unmistakable(key: str, triples: list[Triple]) -> Iterator[tuple[str, list[Triple]]]:
-    r"""A group, begun anew at ids that do not run on and that a reader would take for the number of the next image.
+    r"""A group, split before ids that do not continue and that a reader would take for the number of the next image.
 
     It would where a TAB may have become a space: in "1 1 100 100 7 002 500 123 300 300" image 7 may follow image 1,
     with point 2 at 500 123. Written as "1 1 100 100\t1 7 002 500 123 300 300" it is point 7 of image 1.

@@ -231,10 +231,7 @@ class OptionsMixin:
         """
         return {
             **{name: plain(values[name]) for name in cls.DEFAULTS},
-            **{
-                name: flag(name, values[name])
-                for name in ("do_convert_rgb", "do_normalize", "do_rescale", "do_resize")
-            },
+            **{name: flag(name, values[name]) for name in FLAGS},
             "rescale_factor": nonzero("rescale_factor", values["rescale_factor"]),
             "image_mean": per_channel("image_mean", values["image_mean"]),
             "image_std": divisors_per_channel("image_std", values["image_std"]),

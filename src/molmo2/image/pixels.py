@@ -56,7 +56,7 @@ class Normalization:
 
     Attributes:
         mean, std: one number per channel.
-        rescale_factor: for pixels of 0..255; floating point images, of 0..1, are scaled as the same picture would be.
+        rescale_factor: for pixels of 0..255; floating point images, of 0..1, are scaled as the same image would be.
             None leaves the values of both kinds as they are.
     """
 

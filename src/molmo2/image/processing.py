@@ -27,7 +27,7 @@ from molmo2.image.pixels import (
 )
 from molmo2.media_features import MediaFeatures, image_media
 
-MOST_CROPS = 10_000  # an image of a million visual tokens; every tiling up to it is compared
+MAX_CROPS = 10_000  # an image of a million visual tokens; every tiling up to it is compared
 
 
 class Molmo2ImageProcessorKwargs(ImagesKwargs, total=False):
@@ -232,10 +232,10 @@ class Molmo2ImageProcessor(OptionsMixin, BaseImageProcessor):  # type: ignore[mi
     @classmethod
     def _canonical_own(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         max_crops = plain(values["max_crops"])
-        if isinstance(max_crops, bool) or not isinstance(max_crops, int) or not 1 <= max_crops <= MOST_CROPS:
+        if isinstance(max_crops, bool) or not isinstance(max_crops, int) or not 1 <= max_crops <= MAX_CROPS:
             raise ValueError(
                 f"max_crops is {max_crops!r}, but must be a whole number of at least 1: the maximum number of tiles "
-                f"of an image, up to {MOST_CROPS:,}. 1 gives one tile besides the low-resolution view; leave it out "
+                f"of an image, up to {MAX_CROPS:,}. 1 gives one tile besides the low-resolution view; leave it out "
                 "for the default."
             )
         margins = pair("overlap_margins", values["overlap_margins"], "(before, after) in patches", minimum=0)

@@ -17,7 +17,6 @@ from molmo2.grounding.parse import IMAGE, MULTI_IMAGE, VIDEO, Grounding, MediaIn
 from molmo2.interop.objects import ObjectTrack, label_of, labels_of, object_tracks, require_names, size_of
 
 VERSION = "1.1"
-SHAPES = ("box", "polygon", "polyline", "ellipse", "cuboid", "mask", "skeleton")
 DOCTYPE = re.compile(r"<!DOCTYPE", re.I)
 
 

@@ -310,7 +310,7 @@ def fit_windows(
 
 
 def _thinned(cutting: Cutting, num_frames: int) -> Cutting:
-    """The same windows with at most so many samples.
+    """The same windows with at most `num_frames` samples.
 
     Raises:
         ValueError: Fewer samples than make a window and an overlap.

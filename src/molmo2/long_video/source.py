@@ -294,11 +294,7 @@ class _LiveSample:
 
 
 class _FrameStore:
-    """Frames of an open video, decoded forwards in one go; those that the next window shows are kept.
-
-    Attributes:
-        num_decoded: Frames that were converted so far.
-    """
+    """Frames of an open video, decoded forwards in one go; those that the next window shows are kept."""
 
     def __init__(self, reader: VideoReader, shown_from: Callable[[int], np.ndarray]) -> None:
         """Args: shown_from: from an index to the indices of all frames that windows show from there on, ascending."""
@@ -306,7 +302,6 @@ class _FrameStore:
         self._kept: dict[int, np.ndarray] = {}
         self._pending: Iterator[np.int64] = iter(())
         self._frames: Iterator[np.ndarray] = iter(())
-        self.num_decoded = 0
 
     def frame(self, index: int, keep_from: int) -> np.ndarray:
         """A frame; from now on it is in memory, and those of the frames before it that are not before `keep_from`."""
@@ -315,7 +310,6 @@ class _FrameStore:
                 indices = self._shown_from(index)
                 self._pending, self._frames = iter(indices[1:]), self._reader.frames(indices)
             frame = next(self._frames)
-            self.num_decoded += 1
             self._kept = {number: kept for number, kept in self._kept.items() if number >= keep_from}
             self._kept[index] = frame
         return self._kept[index]

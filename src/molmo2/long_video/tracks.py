@@ -138,7 +138,7 @@ class _Open:
     label: str
     points: list[TrackPoint]
     joins: list[Join] = field(default_factory=list)
-    told: LongTrack | None = None  # as `tracks` told it, unless it went on since
+    told: LongTrack | None = None  # as `tracks` told it, unless it continued since
 
     @property
     def last(self) -> float:

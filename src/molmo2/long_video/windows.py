@@ -76,7 +76,7 @@ class Cutting:
         return max(1, math.ceil(duration_seconds * self.fps - 1e-6))
 
     def num_windows(self, num_samples: int) -> int:
-        """Windows that cover so many samples; each has at least one that the window before it lacks."""
+        """Number of windows that cover `num_samples`; each has at least one that the window before it lacks."""
         return 1 + math.ceil(max(0, num_samples - self.size) / self.step)
 
     def window_at(self, index: int, num_samples: int | None = None) -> Window:

@@ -47,7 +47,7 @@ class SpecialTokens:
         self._heads = {token[0] for token in special}
 
     @classmethod
-    def of(cls, tokenizer: Any, always: Iterable[str]) -> "SpecialTokens":
+    def from_tokenizer(cls, tokenizer: Any, always: Iterable[str]) -> "SpecialTokens":
         """Those of a tokenizer as it is now, and the strings in `always`."""
         size, known = cls._known.get(tokenizer, (-1, None))
         if known is None or size != len(tokenizer):
@@ -63,8 +63,8 @@ class SpecialTokens:
 class RenderedPrompt(str):
     """A prompt that knows which special tokens in it are mere text of its messages.
 
-    It is the prompt as ever to whoever reads it; `Molmo2Processor` reads `hidden`. Copies and pickles know it too,
-    slices and sums are ordinary strings.
+    As a string it is the whole prompt; `Molmo2Processor` reads `hidden` instead. Copies and pickles keep that, slices
+    and sums are ordinary strings.
 
     Attributes:
         hidden: The prompt with stand-ins.

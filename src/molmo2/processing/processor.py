@@ -380,7 +380,7 @@ class Molmo2Processor(ProcessorMixin):
 
     @property
     def _special_tokens(self) -> SpecialTokens:
-        return SpecialTokens.of(self.tokenizer, (IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, *VISUAL_TOKENS))
+        return SpecialTokens.from_tokenizer(self.tokenizer, (IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, *VISUAL_TOKENS))
 
     def _hidden(self, prompts: list[str], options: dict[str, Any]) -> tuple[list[str], list[Mapping[str, str]]]:
         """The prompts with stand-ins for special tokens that are mere text, and what these stand for."""

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 from molmo2.recipes.recipe import DataSet, Evaluation, Lora, Recipe, RecipeError, read_recipe
 
 if TYPE_CHECKING:
+    from molmo2.recipes.run import first_examples, train
     from molmo2.recipes.scoring import answer_examples, score
-    from molmo2.recipes.train import train
 
-_HOMES = {"answer_examples": "scoring", "score": "scoring", "train": "train"}
+_HOMES = {"answer_examples": "scoring", "first_examples": "run", "score": "scoring", "train": "run"}
 
 __all__ = [
     "DataSet",
@@ -25,6 +25,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "answer_examples",
+    "first_examples",
     "read_recipe",
     "score",
     "train",

@@ -260,7 +260,10 @@ class Recipe:
 
 
 # Entry -> what of `molmo2.training` does it, in a loop of one's own.
-NOT_IN_RECIPES = {"tensor_parallel": "tensor_parallel", "pipeline": "Pipeline"}
+NOT_IN_RECIPES = {
+    **dict.fromkeys(("tensor_parallel", "tensor", "tp", "tp_plan", "parallel"), "tensor_parallel"),
+    **dict.fromkeys(("pipeline", "pipeline_parallel", "pp", "pp_plan"), "Pipeline"),
+}
 
 # Arguments of the trainer that other entries of a recipe decide.
 TAKEN_ARGUMENTS = frozenset(
@@ -271,7 +274,7 @@ TAKEN_ARGUMENTS = frozenset(
         "save_steps", "save_total_limit", "logging_strategy", "logging_steps", "report_to", "eval_strategy",
         "eval_steps", "seed", "data_seed", "fsdp", "fsdp_config", "ignore_data_skip", "accelerator_config",
         "dataloader_num_workers", "remove_unused_columns", "label_smoothing_factor", "activation_checkpointing",
-        "auto_find_batch_size", "save_only_model",
+        "auto_find_batch_size", "save_only_model", "parallelism_config",
     }
 )  # fmt: skip
 

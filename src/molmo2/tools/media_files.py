@@ -1,4 +1,4 @@
-"""Which files are images and which are videos: what command lines and batches are pointed at."""
+"""Which files are images and which are videos: what command lines and batches are pointed at. GIFs are images."""
 
 import glob
 import os
@@ -7,16 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from molmo2.image.suffixes import IMAGE_SUFFIXES
+from molmo2.image.suffixes import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
 IMAGE, VIDEO = "image", "video"
-# Tables of our own, as those of `mimetypes` differ between systems; GIFs count as images.
-VIDEO_SUFFIXES = frozenset(
-    {
-        *(".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4"),
-        *(".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm", ".wmv"),
-    }
-)
 URL_SCHEMES = ("http", "https")
 
 

@@ -146,7 +146,7 @@ def _section(name: str, example: dict[str, Any], processor: Any, max_crops: int)
         f"{len(crops)} crops and frames",
         f"{len(points)} points",
     ]
-    mask = _mask_picture(is_visual, branches)
+    mask = _mask_image(is_visual, branches)
     tokens = _tokens(tokenizer, example["input_ids"], is_visual, is_target, weights, branches)
     return (
         f'<section id="example-{name}"><h2>Example {name}</h2><p class="facts">{", ".join(facts)}</p>'
@@ -223,7 +223,7 @@ def _data_url(image: Image.Image, form: str) -> str:
     return f"data:image/{form.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def _mask_picture(is_visual: Tensor, branches: Tensor) -> Image.Image:
+def _mask_image(is_visual: Tensor, branches: Tensor) -> Image.Image:
     """Who attends to whom, of long examples at evenly spaced tokens."""
     length = len(is_visual)
     places = torch.linspace(0, length - 1, min(length, MAX_MASK_PIXELS)).round().long()

@@ -84,7 +84,7 @@ def local_tokens(length: int, group: Any = None) -> slice:
 
 
 def context_group(processes: int) -> Any:
-    """The group of this process, if so many with neighbouring ranks share rows; all processes must call it.
+    """The group of this process, if `processes` with neighbouring ranks share rows; all processes must call it.
 
     Raises:
         ValueError: torch.distributed is not initialised, or the number does not divide that of all processes.

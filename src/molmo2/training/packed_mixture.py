@@ -54,7 +54,7 @@ class PackedMixture(IterableDataset):
         self.load_state_dict(None)
 
     def __iter__(self) -> Iterator[Pack]:
-        """Rows behind the state, which goes on with them."""
+        """The rows that follow the state, which advances with them."""
         worker = get_worker_info()
         number, count = (0, 1) if worker is None else (worker.id, worker.num_workers)
         share = self.process_index * count + number, self.num_processes * count

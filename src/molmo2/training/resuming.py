@@ -38,7 +38,7 @@ class SaveMixture(TrainerCallback):
         """
         problems = {
             "dataloader_num_workers=0: the state of workers is unknown here": args.dataloader_num_workers != 0,
-            "ignore_data_skip=True: the stream goes on by itself": not args.ignore_data_skip,
+            "ignore_data_skip=True: the stream continues by itself": not args.ignore_data_skip,
             "a stream with num_processes=1: accelerate divides its rows": self.stream.num_processes != 1,
         }
         found = [text for text, is_problem in problems.items() if is_problem]

@@ -56,7 +56,6 @@ __all__ = [
     "Molmo2VideoProcessorKwargs",
     "SampledVideoMetadata",
     "VideoDecodeError",
-    "load_video",
 ]
 
 # Keys of the published video_preprocessor_config.json that have no effect; written so that other readers find them.
@@ -405,34 +404,6 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
         between = pair("between_pooling_size", values["between_pooling_size"], PATCH_ROWS_AND_COLS)
         flags = {name: flag(name, values[name]) for name in ("do_sample_frames", "return_metadata")}
         return {"between_pooling_size": between, **flags}
-
-
-def load_video(
-    video: Any,
-    *,
-    backend: str | None = None,
-    sample_timestamps_fn: Callable[..., Any] | None = None,
-    num_frames: int = 384,
-    **settings: Any,
-) -> tuple[np.ndarray, SampledVideoMetadata]:
-    """The sampled frames of one video file at full resolution, and their metadata.
-
-    Args:
-        video: a path, URL, the bytes of a video file or an open one.
-        backend: "decord", "torchcodec" or "pyav" to use this decoder only.
-        sample_timestamps_fn: replaces the sampling: called with `metadata=VideoMetadata(...)`, returns the times to
-            show in seconds.
-        num_frames, settings: options as for `Molmo2VideoProcessor.preprocess`.
-
-    Returns:
-        (F, H, W, 3) uint8 frames, and their metadata.
-    """
-    if not is_encoded(video):
-        raise TypeError(f"load_video reads a path, URL, bytes or a file object, not a {type(video).__name__}.")
-    processor = Molmo2VideoProcessor()
-    return processor.fetch_videos(
-        video, sample_timestamps_fn, video_backend=backend, num_frames=num_frames, **settings
-    )
 
 
 def _decode(item: VideoItem, reading: ReadingOptions, clip: Any) -> tuple[np.ndarray, SampledVideoMetadata]:

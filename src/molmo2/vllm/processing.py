@@ -47,7 +47,7 @@ ROWS = {
 }
 PER_ITEM = {"image": ("image_num_patches",), "video": ("video_num_patches",)}
 PROMPT_FIELDS = {"image": "image_tokens", "video": "video_prompt"}
-# Requests are those of strangers: decoders of videos run in a process that is ended after so many seconds.
+# Requests are those of strangers: decoders of videos run in a process that is ended after this time.
 LIMITS = MediaLimits(decode_seconds=60)
 PLACEHOLDERS = {"image": IMAGE_PLACEHOLDER, "video": VIDEO_PLACEHOLDER}
 
@@ -88,8 +88,8 @@ class PromptProcessor(BaseMultiModalProcessor):
             try:
                 options = sorted_options(hf_kwargs, self.info.ctx.model_config.max_model_len)
                 if data.get("images"):
-                    pictures = [_upright_original(item, mm_items["image"].data) for item in enumerate(data["images"])]
-                    features |= self._image_fields(pictures, options["images_kwargs"])
+                    images = [_upright_original(item, mm_items["image"].data) for item in enumerate(data["images"])]
+                    features |= self._image_fields(images, options["images_kwargs"])
                 if data.get("videos"):
                     features |= self._video_fields(data["videos"], options["videos_kwargs"])
             except Exception as error:  # whatever is wrong with a request is the request's fault
@@ -154,8 +154,8 @@ class PromptProcessor(BaseMultiModalProcessor):
         """Refuse a video that is too long for a prompt before its frames are decoded."""
         processor, longest = self.info.get_hf_processor().video_processor, self.info.ctx.model_config.max_model_len
         planned = {name: value for name, value in options.items() if name not in ("clip", "num_frames")}
-        most = options.get("num_frames") or processor.num_frames
-        if processor.plan(most, **planned).num_pooled_tokens <= longest:
+        num_frames = options.get("num_frames") or processor.num_frames
+        if processor.plan(num_frames, **planned).num_pooled_tokens <= longest:
             return
         ((plan, times),) = (probe(**options) for probe in processor.probe([video]))
         if plan.num_pooled_tokens > longest:

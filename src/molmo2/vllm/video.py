@@ -12,7 +12,7 @@ from molmo2.vllm.options import VIDEO_OPTIONS
 
 logger = logging.getLogger("vllm.molmo2")  # vLLM shows what is below "vllm"
 
-# vLLM passes this number where nobody asked for one.
+# vLLM passes this number where a request has none.
 UNASKED_NUM_FRAMES = inspect.signature(VideoMediaIO).parameters["num_frames"].default
 
 

@@ -22,7 +22,7 @@ from molmo2.video.decoding.readers import (
     VideoReader,
     VideoSource,
     brief,
-    isolation,
+    isolated,
 )
 from molmo2.video.decoding.timeline import VideoDecodeError
 
@@ -55,10 +55,7 @@ def open_video(
 
 
 def decode_video(
-    source: VideoSource | Source,
-    read: Callable[[VideoReader], Result],
-    backend: str | None = None,
-    limits: MediaLimits | None = None,
+    source: VideoSource | Source, read: Callable[[VideoReader], Result], backend: str | None = None
 ) -> Result:
     """The result of `read(reader)`, from the first backend that does not fail before its end.
 
@@ -66,7 +63,7 @@ def decode_video(
     called again with each reader and must not keep anything from an earlier attempt.
 
     Args:
-        source, backend, limits: as for `open_video`.
+        source, backend: as for `open_video`; a `Source` has limits of its own, the default ones hold for all others.
         read: reads `timeline` and `frames` and returns the result.
 
     Raises:
@@ -77,7 +74,7 @@ def decode_video(
         with reader:
             return read(reader)
 
-    return _first_success(source, backend, limits, read_and_close)
+    return _first_success(source, backend, None, read_and_close)
 
 
 def _first_success(
@@ -114,7 +111,7 @@ def _open_reader(name: str, source: Source, only_choice: bool) -> VideoReader:
         if source.limits.decode_seconds is None:
             reader = READERS[name](source, only_choice=only_choice)
         else:
-            reader = isolation().IsolatedReader(name, source, only_choice)
+            reader = isolated("reader")(name, source, only_choice)
     except MediaLimitError:
         raise
     except Exception as error:  # decoders raise nearly anything

@@ -1,7 +1,7 @@
 """decord in a process of its own, which a hostile file may end without harm to this one.
 
 decord ends its process on some files: a seek past the end of memory is a segmentation fault, a header that announces
-two billion frames an exception of C++ that nobody catches. Here it runs in a child that is started with the first
+two billion frames a C++ exception that is never caught. Here it runs in a child that is started with the first
 video, kept for the next ones, given up when it stops answering and replaced when it dies. It reads paths only.
 """
 
@@ -67,8 +67,8 @@ def prepare_child(max_bytes: int) -> "Any":
 def _serve_decord(output: "Any") -> None:  # noqa: C901  # one function: its source and the one above are all it gets
     """What the child runs, from its source alone: answers requests on stdin, each a line of JSON, until that ends.
 
-    {"open": path, "most": count, "threads": count or 0} is answered by {"count", "fps", "shape"} and the spans of the
-    frames, (count, 2) float64 seconds, or by {"count"} alone where it announces more than `most`;
+    {"open": path, "max_frames": count, "threads": count or 0} is answered by {"count", "fps", "shape"} and the spans
+    of the frames, (count, 2) float64 seconds, or by {"count"} alone where it announces more than `max_frames`;
     {"decode": indices, "count": count} by {"index", "shape"} and the pixels of each frame, then by {"more": bool},
     whether there are more frames than counted. {"error"} ends an answer, {"alive"} may come at any time between them.
     """
@@ -125,7 +125,7 @@ def _serve_decord(output: "Any") -> None:  # noqa: C901  # one function: its sou
                 log.truncate(0)
                 reader = opened()
                 count = len(reader)
-                if count > request["most"]:
+                if count > request["max_frames"]:
                     send({"count": count})
                     continue
                 spans = numpy.asarray(reader.get_frame_timestamp(list(range(count))), dtype=numpy.float64)
@@ -177,7 +177,7 @@ class DecordProcess:
         self._parent = os.getpid()
         self._child: Any = None
         self._file_bytes = 0
-        self.is_busy = False  # an answer was begun and not read to its end
+        self.is_busy = False  # an answer was started and not read to its end
         self._deadline: float | None = None
         self._was_late = False
         self._watch: threading.Thread | None = None
@@ -214,7 +214,7 @@ class DecordProcess:
                 child = cls._idle.pop() if cls._idle else None
             if child is None:
                 return cls()
-            if child._parent != os.getpid():  # that of a forked parent, which goes on using it
+            if child._parent != os.getpid():  # that of a forked parent, which still uses it
                 child._close_pipes()
             elif child._child.poll() is None:
                 return child
@@ -253,7 +253,7 @@ class DecordProcess:
         """
         limits = checked_limits(limits)
         self._file_bytes = Path(path).stat().st_size
-        self._ask({"open": path, "most": limits.video_frames, "threads": int(_may_be_mpeg4(path))})
+        self._ask({"open": path, "max_frames": limits.video_frames, "threads": int(_may_be_mpeg4(path))})
         answer = self._answer(self._patience)
         self.is_busy = False
         if "error" in answer:

@@ -25,7 +25,7 @@ from PIL import Image
 
 from molmo2.image.limits import MediaLimitError, MediaLimits
 from molmo2.video.decoding.decord_process import MAX_CHILD_BYTES, DecordProcess, prepare_child
-from molmo2.video.decoding.readers import READERS, Source, VideoReader, brief
+from molmo2.video.decoding.readers import ISOLATION, READERS, Source, VideoReader, brief
 from molmo2.video.decoding.timeline import VideoDecodeError, VideoTimeline
 
 
@@ -87,11 +87,11 @@ class IsolatedProcess(DecordProcess):
         return f"from molmo2.video.decoding import isolation; isolation.serve({MAX_CHILD_BYTES})"
 
     def allow(self, seconds: float, late: str) -> None:
-        """Wait so many seconds for the answers to come, all together; then a `MediaLimitError` says this."""
+        """Wait this many seconds for all answers together; then a `MediaLimitError` says `late`."""
         self.seconds_left, self._late = seconds, late
 
     def allow_decoding(self, source: Source, seconds: float) -> None:
-        """Wait so many of the seconds that the limits of a video allow."""
+        """Wait this many of the seconds that the limits of a video allow."""
         try:
             source.limits.check("decode_seconds", math.inf, f"{source.name} was not decoded in time")
         except MediaLimitError as late:
@@ -212,9 +212,12 @@ def call_isolated(function: Callable[..., object], *arguments: Any, seconds: flo
 
 
 def _described(source: Source) -> dict[str, Any]:
-    """A source as JSON; the child waits for nobody."""
+    """A source as JSON, without the limit on time, which this process enforces."""
     about = {name: getattr(source, name) for name in ("name", "path", "num_bytes", "image_format")}
     return {**about, "limits": {**asdict(source.limits), "decode_seconds": None}}
+
+
+ISOLATION.update(reader=IsolatedReader, animated_format=animated_format)
 
 
 # --- the child -------------------------------------------------------------------------------------------------------

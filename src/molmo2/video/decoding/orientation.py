@@ -7,6 +7,7 @@ those of the boxes `mvhd` and `tkhd` of ISO/IEC 14496-12.
 import math
 import struct
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -17,12 +18,8 @@ from molmo2.video.decoding.timeline import VideoDecodeError
 Matrix = tuple[float, float, float, float]  # a, b, c, d of the display matrix
 
 MAX_BOXES = 10_000  # of one file that are looked at
-MATRIX_AT = {
-    ("mvhd", 0): 36,
-    ("mvhd", 1): 48,
-    ("tkhd", 0): 40,
-    ("tkhd", 1): 52,
-}  # (box, version) -> bytes into the box
+# (box, version) -> bytes into the box
+MATRIX_AT = {("mvhd", 0): 36, ("mvhd", 1): 48, ("tkhd", 0): 40, ("tkhd", 1): 52}
 
 
 def matrix_from_bytes(data: bytes, byte_order: str = "=") -> Matrix:
@@ -78,50 +75,78 @@ def _angle(matrix: Matrix) -> float | None:
     return math.degrees(math.atan2(b / down, a / across))
 
 
-def mp4_matrices(path: str) -> list[Matrix]:
-    """Display matrices of the video tracks of an MP4 or QuickTime file; of any other file none."""
+@dataclass(frozen=True)
+class Mp4Track:
+    """What an MP4 or QuickTime file says about a video track.
+
+    Attributes:
+        num_pixels: of all its frames together; 0 where it does not say, as in fragmented files.
+    """
+
+    matrix: Matrix
+    num_pixels: float
+
+
+def mp4_tracks(path: str) -> list[Mp4Track]:
+    """The video tracks of an MP4 or QuickTime file; of any other file none."""
     with Path(path).open("rb") as file:
         end = file.seek(0, 2)
         head = _read(file, 0, 12)
         if head[4:8] not in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot"):
             return []
         budget = [MAX_BOXES]
-        matrices: list[Matrix] = []
+        tracks: list[Mp4Track] = []
         for kind, start, stop in _boxes(file, 0, end, budget):
             if kind == "moov":
-                matrices += _movie_matrices(file, start, stop, budget)
-        return matrices
+                tracks += _movie_tracks(file, start, stop, budget)
+        return tracks
 
 
-def _movie_matrices(file: IO[bytes], start: int, stop: int, budget: list[int]) -> Iterator[Matrix]:
+def _movie_tracks(file: IO[bytes], start: int, stop: int, budget: list[int]) -> Iterator[Mp4Track]:
     movie: Matrix = (1, 0, 0, 1)
     for kind, first, last in _boxes(file, start, stop, budget):
         if kind == "mvhd":
-            movie = _matrix_of(file, kind, first) or movie
+            movie = _matrix_and_area(file, kind, first)[0] or movie
         elif kind == "trak":
-            track, is_video = None, False
+            track, area, num_frames, is_video = None, 0.0, 0, False
             for part, begin, end in _boxes(file, first, last, budget):
                 if part == "tkhd":
-                    track = _matrix_of(file, part, begin)
+                    track, area = _matrix_and_area(file, part, begin)
                 elif part == "mdia":
-                    is_video = any(
-                        name == "hdlr" and _read(file, at + 8, 4) == b"vide"
-                        for name, at, _ in _boxes(file, begin, end, budget)
-                    )
+                    for name, at, until in _boxes(file, begin, end, budget):
+                        if name == "hdlr":
+                            is_video = _read(file, at + 8, 4) == b"vide"
+                        elif name == "minf":
+                            num_frames = _num_samples(file, at, until, budget)
             if is_video and track is not None:
                 a, b, c, d = track
-                yield (
+                matrix = (
                     a * movie[0] + b * movie[2],
                     a * movie[1] + b * movie[3],
                     c * movie[0] + d * movie[2],
                     c * movie[1] + d * movie[3],
                 )
+                yield Mp4Track(matrix, area * num_frames)
 
 
-def _matrix_of(file: IO[bytes], kind: str, start: int) -> Matrix | None:
+def _matrix_and_area(file: IO[bytes], kind: str, start: int) -> tuple[Matrix | None, float]:
+    """The matrix of a box, and the width times height that follow it in a `tkhd`."""
     version = _read(file, start, 1)
-    data = _read(file, start + MATRIX_AT.get((kind, version[0] if version else 0), 40), 36)
-    return matrix_from_bytes(data, ">") if len(data) == 36 else None
+    data = _read(file, start + MATRIX_AT.get((kind, version[0] if version else 0), 40), 44)
+    if len(data) < 44:
+        return None, 0.0
+    width, height = struct.unpack(">2I", data[36:])
+    return matrix_from_bytes(data, ">"), width * height / 65536**2
+
+
+def _num_samples(file: IO[bytes], start: int, stop: int, budget: list[int]) -> int:
+    """How many samples the table of sizes in a box `minf` lists."""
+    for kind, first, last in _boxes(file, start, stop, budget):
+        if kind == "stbl":
+            return _num_samples(file, first, last, budget)
+        if kind in ("stsz", "stz2"):
+            return int.from_bytes(_read(file, first + 8, 4), "big")
+    return 0
 
 
 def _boxes(file: IO[bytes], start: int, stop: int, budget: list[int]) -> Iterator[tuple[str, int, int]]:

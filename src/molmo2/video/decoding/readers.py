@@ -34,7 +34,7 @@ import numpy as np
 from molmo2.image.limits import MediaLimitError, MediaLimits, checked_limits
 from molmo2.image.opening import is_file_on_disk, open_image
 from molmo2.video.decoding.decord_process import BROKEN_INSTALLATION, DecordProcess, FrameError
-from molmo2.video.decoding.orientation import Matrix, matrix_from_bytes, mp4_matrices, quarter_turns, upright
+from molmo2.video.decoding.orientation import Matrix, Mp4Track, matrix_from_bytes, mp4_tracks, quarter_turns, upright
 from molmo2.video.decoding.timeline import (
     CONSTANT_RATE_TOLERANCE_SECONDS,
     VideoDecodeError,
@@ -116,7 +116,7 @@ class Source:
         result._require_video()
         if limits.decode_seconds is None:
             return replace(result, image_format=result.animated_format())
-        return replace(result, image_format=isolation().animated_format(result))
+        return replace(result, image_format=isolated("animated_format")(result))
 
     @classmethod
     def _from_path(cls, path: Path, limits: MediaLimits) -> "Source":
@@ -181,25 +181,29 @@ class Source:
         return open_image(Path(self.path), self.name, as_frame)
 
 
-def isolation() -> Any:
-    """The module of readers in a child, which the files beside a checkpoint lack.
+# Decoding in a child with a deadline; `isolation.py` puts it here, which the files beside a checkpoint lack.
+ISOLATION: dict[str, Callable[..., Any]] = {}
+
+
+def isolated(name: str) -> Callable[..., Any]:
+    """What decodes in a child: "reader" or "animated_format".
 
     Raises:
-        ValueError: this is one of those files.
+        ValueError: this is one of the files beside a checkpoint.
     """
-    if not __name__.startswith("molmo2."):
+    if name not in ISOLATION:
         raise ValueError(
             "MediaLimits(decode_seconds=...) needs the package molmo2-transformers, and a model that `molmo2.load` "
             "loads: the files beside a checkpoint decode in this process. Leave it out here."
         )
-    return importlib.import_module("molmo2.video.decoding.isolation")
+    return ISOLATION[name]
 
 
 class _TemporaryCopy:
     """A temporary file with the content of a stream, removed with this object.
 
     Raises:
-        MediaLimitError: it is a stream of more than `fetch_bytes`; so many bytes are read, and no more.
+        MediaLimitError: it is a stream of more than `fetch_bytes`; no more bytes than that are read.
     """
 
     def __init__(self, stream: IO[bytes], name: str, limits: MediaLimits) -> None:
@@ -320,7 +324,10 @@ class _DecordReader(VideoReader):
 
     def __init__(self, source: Source, only_choice: bool) -> None:
         super().__init__(source)
-        _require_plain_turns(source)
+        tracks = mp4_tracks(source.path)
+        _require_plain_turns(tracks)
+        if not only_choice:  # known without a child
+            _leave_to_others(max((track.num_pixels for track in tracks), default=0))
         process = self._process = DecordProcess.borrow()
         try:
             spans, fps, shape = self._opened(process)
@@ -328,8 +335,8 @@ class _DecordReader(VideoReader):
                 raise VideoDecodeError(f"its frames have the shape {shape}, expected (height, width, 3)")
             height, width = shape[:2]
             num_frames = len(spans)
-            if num_frames * height * width > MAX_DECORD_PIXELS and not only_choice and _others_usable("decord"):
-                raise VideoDecodeError(f"it would have to convert all of its {num_frames} frames")
+            if not only_choice:
+                _leave_to_others(num_frames * height * width)
             starts, end = _decord_times(spans)
             self.timeline = make_timeline(starts, end, fps, (height, width))
         except BaseException:
@@ -360,6 +367,12 @@ class _DecordReader(VideoReader):
             raise self._error(error.reason) from None
 
 
+def _leave_to_others(num_pixels: float) -> None:
+    """Leaves a clip with this many pixels in all its frames to other backends, where there are any."""
+    if num_pixels > MAX_DECORD_PIXELS and _others_usable("decord"):
+        raise VideoDecodeError("it would have to convert all frames, wanted or not, of a clip this long")
+
+
 def _decord_times(spans: np.ndarray) -> tuple[np.ndarray, float]:
     """Starts of the frames, (N,) float64, and the end of the last one, in seconds; spans are (N, 2)."""
     if not np.all(np.isfinite(spans)):
@@ -374,9 +387,9 @@ def _decord_times(spans: np.ndarray) -> tuple[np.ndarray, float]:
     return times[:-1], float(times[-1])
 
 
-def _require_plain_turns(source: Source) -> None:
+def _require_plain_turns(tracks: Sequence[Mp4Track]) -> None:
     """Leave mirrored videos to PyAV: decord and torchcodec turn by quarters and know nothing of mirrors."""
-    if any(quarter_turns(matrix) is None for matrix in mp4_matrices(source.path)):
+    if any(quarter_turns(track.matrix) is None for track in tracks):
         raise VideoDecodeError("its display matrix mirrors it or turns it by no multiple of 90 degrees")
 
 
@@ -395,7 +408,7 @@ class _TorchcodecReader(VideoReader):
     def __init__(self, source: Source, only_choice: bool) -> None:
         super().__init__(source)
         decoders = _import_backend("torchcodec.decoders", "torchcodec")
-        _require_plain_turns(source)
+        _require_plain_turns(mp4_tracks(source.path))
         self._decoder = decoders.VideoDecoder(
             source.path,
             dimension_order="NHWC",
@@ -597,9 +610,9 @@ class _PyavReader(VideoReader):
 
     def _counted(self, packets: Iterator[Any]) -> Iterator[Any]:
         """The packets, as long as they are not more than the frames a video may have."""
-        most, context = self._source.limits.video_frames, self._stream.codec_context
+        max_frames, context = self._source.limits.video_frames, self._stream.codec_context
         for count, packet in enumerate(packets):
-            if count > most or count % 1000 == 0:
+            if count > max_frames or count % 1000 == 0:
                 size = context.height, context.width
                 self._source.limits.check_video(self._source.name, count, size, self._source.num_bytes)
             yield packet
@@ -731,7 +744,7 @@ class _PacketTable:
         return self.origin + int(self.shown_stamps[index])
 
     def stamp_of_shown(self, count: int) -> int | None:
-        """Time stamp of the frame that comes after so many from the decoder; None after the last one."""
+        """Time stamp of the frame that comes after `count` from the decoder; None after the last one."""
         return self.stamp_of(count) if count < len(self.shown_stamps) else None
 
     def stamp_at(self, place: int) -> int:

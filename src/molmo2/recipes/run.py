@@ -7,7 +7,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from molmo2.data import Examples, Mixture, Settings, Source
 from molmo2.data.evaluation import EvaluationExample, evaluation_examples
+from molmo2.processing.processor import Molmo2Processor
 from molmo2.recipes.recipe import PARTS, DataSet, Evaluation, Recipe, RecipeError
 from molmo2.recipes.rows import media_resolver, read_rows
 from molmo2.recipes.scoring import Scored, answer_examples, score
@@ -37,6 +38,7 @@ from molmo2.training import (
     resume_mixture,
     trainer_class,
 )
+from molmo2.training.examples import example_from_feature
 from molmo2.training.resuming import STATE_FILE
 
 RECIPE_FILE, LOG_FILE, SCORES_FILE, MODEL_FOLDER = "recipe.json", "log.jsonl", "scores.jsonl", "model"
@@ -112,6 +114,32 @@ def train(recipe: Recipe, *, resume: bool = False, say: Say = print) -> Path:
         _replace(output / MODEL_FOLDER, output / PARTIAL_FOLDER)
     say(f"the packer: {stream.packer.report}")
     return output / MODEL_FOLDER
+
+
+def first_examples(
+    recipe: Recipe, number: int, *, data: str | None = None, say: Say = print
+) -> tuple[list[Mapping[str, Any]], Molmo2Processor]:
+    """The examples that a run begins with, as the model gets them, and the processor that built them.
+
+    Args:
+        number: How many; of smaller data sets all.
+        data: Only those of this data set.
+        say: Called with a line about what was read.
+    Raises:
+        RecipeError: The recipe does not fit its files, or has no such data set.
+        OSError: The processor or a file cannot be read.
+    """
+    if data is not None:
+        named = tuple(each for each in recipe.data if each.name == data)
+        if not named:
+            names = ", ".join(each.name for each in recipe.data)
+            raise RecipeError(f"there is no data set {data!r}; the recipe has {names}")
+        recipe = dataclasses.replace(recipe, data=named, groups=None)
+    mixture = _mixture(recipe, say)
+    processor = Molmo2Processor.from_pretrained(_model_name(recipe))
+    drawn = itertools.islice(mixture, min(number, sum(map(len, mixture.sources.values()))))
+    options = _building(recipe)
+    return [example_from_feature(processor, example, **options) for example in drawn], processor
 
 
 def _require_divisible(recipe: Recipe, world: int) -> None:
@@ -321,7 +349,7 @@ def _checkpoint(recipe: Recipe, output: Path, resume: bool) -> Path | None:
     different = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     if different:
         raise RecipeError(
-            f"the run in '{output}' has another {', '.join(different)}; go on with the recipe it began with"
+            f"the run in '{output}' has another {', '.join(different)}; continue with the recipe of its start"
         )
     # The state of the mixture is written last, so a checkpoint with one is complete.
     last = max((path.parent for path in output.glob(f"checkpoint-*/{STATE_FILE}")), key=_number, default=None)
@@ -381,7 +409,7 @@ class _Log(TrainerCallback):
 
 
 class _Evaluate(TrainerCallback):
-    """Asks the model questions every so many steps, and behind the last one; processes share the questions."""
+    """Asks the model questions every `evaluation.every` steps and after the last; processes share the questions."""
 
     def __init__(
         self,

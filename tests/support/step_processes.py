@@ -1,6 +1,6 @@
 """One step of training in several processes, each with its own part of the batch.
 
-    python two_processes.py OUTPUT RANK WORLD_SIZE MODE      (MODE: fsdp, ddp)
+    python step_processes.py OUTPUT RANK WORLD_SIZE MODE      (MODE: fsdp, ddp)
 
 Each process writes its loss, process 0 the gradients and the updated weights too. They find one another through a file
 in the output folder: a port that was free a moment ago may not be so any more. A process that waits for longer than
@@ -24,17 +24,19 @@ from molmo2.training import fsdp_config
 from support.checkpoints import build_model
 from support.training_cases import CONVERSATIONS, TREES, collate, example
 
-# What each process reads. The second one sees no picture at all, the third one fewer crops than the first.
+# What each process reads. The second one sees no image at all, others have fewer crops than the first.
 PARTS = (
     [[example(TREES["image"]), example(CONVERSATIONS["video"])], example(CONVERSATIONS["two images"])],
     [example(CONVERSATIONS["text"])],
+    [example(CONVERSATIONS["two images"])],
+    [example(CONVERSATIONS["text"]), example(CONVERSATIONS["video"])],
 )
 RATE = 0.05
 SECONDS = 200
 
 
-def number_of_labels() -> int:
-    return sum(int((collate(part)["labels"] != -100).sum()) for part in PARTS)
+def number_of_labels(world_size: int) -> int:
+    return sum(int((collate(part)["labels"] != -100).sum()) for part in PARTS[:world_size])
 
 
 def sharded(model, mode: str):
@@ -75,7 +77,7 @@ def main(output: Path, rank: int, world_size: int, mode: str) -> None:
     wrapped = sharded(model, mode)
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     # Gradients are averaged over processes, hence the factor.
-    loss = wrapped(**collate(PARTS[rank]), num_items_in_batch=number_of_labels() / world_size).loss
+    loss = wrapped(**collate(PARTS[rank]), num_items_in_batch=number_of_labels(world_size) / world_size).loss
     loss.backward()
     gradients = {name: whole(value.grad) for name, value in model.named_parameters() if value.grad is not None}
     optimizer.step()
@@ -83,7 +85,7 @@ def main(output: Path, rank: int, world_size: int, mode: str) -> None:
     units = [type(module).__name__ for module in model.modules() if type(module).__name__.startswith("FSDP")]
     report = {"loss": loss.detach(), "units": units}
     torch.save({**report, "gradients": gradients, "weights": weights} if rank == 0 else report, output / f"{rank}.pt")
-    distributed.barrier()  # nobody leaves while another one still reads from it
+    distributed.barrier()  # no process leaves while another one still reads from it
     distributed.destroy_process_group()
     os._exit(0)  # the step is what is tested, not how the threads of gloo and of autograd end
 
