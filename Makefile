@@ -55,8 +55,10 @@ test-app: ## the app in a headless browser, and the notebooks; without a browser
 test-fiftyone: ## the FiftyOne model and labels beside a database
 	$(IN) fiftyone python scripts/with_mongod 600 $(TEST) -W ignore::DeprecationWarning tests/clients/test_fiftyone.py
 
-test-training: ## runs with TRL, PEFT and several processes, and the example of fine-tuning
+test-training: ## runs with TRL, PEFT and several processes, the example of fine-tuning, and ms-swift and axolotl
 	$(IN) training $(TEST) $(addprefix tests/training/test_,trainers.py finetuning.py parallel.py training_round_trip.py training_example.py data_sets.py recipes.py)
+	$(IN) ms-swift $(TEST) tests/clients/test_ms_swift.py
+	$(IN) axolotl $(TEST) tests/clients/test_axolotl.py
 
 test-quantization: ## bitsandbytes, torchao, quanto and torch's own, on transformers 4.57.1 and the release of development; llm-compressor on 5.17.0
 	$(IN) quantization@4.57.1 $(TEST) tests/clients/test_quantization.py

@@ -40,6 +40,8 @@ from molmo2.grounding.parse import parse_grounding
 from molmo2.tools.embedding import POOLINGS
 from support.checkpoints import make_image, read_json, write_checkpoint, write_json
 from support.cookbook import check, cookbook
+from support.fake_hub import fake_hub
+from support.fresh_process import run
 from support.ports import free_port
 from support.scripted_model import ScriptedModel
 
@@ -714,12 +716,59 @@ class QuietHandler(SimpleHTTPRequestHandler):
         pass
 
 
-def test_every_call_of_the_plugin_page(dataset, downloads):
+ON_THE_HUB = "Voxel51/qualcomm-interactive-video-dataset"  # the name on the page
+
+
+@pytest.fixture(scope="module")
+def from_hub(clips, tmp_path_factory):
+    """What the page's `load_from_hub` makes of a repository of 22 videos on a Hub of this machine.
+
+    In a process of its own, which reads from its environment where the Hub is. Gives the data set, what the process
+    told, and the paths that the Hub sent.
+    """
+    folder = tmp_path_factory.mktemp("published")
+    (folder / "media").mkdir()
+    made = fo.Dataset()
+    for number in range(22):
+        path = folder / "media" / f"clip{number:02}.mp4"
+        shutil.copy(clips[number % len(RATES)], path)
+        made.add_sample(fo.Sample(filepath=str(path), question=f"What is thing {number}?"))
+    made.export(str(folder / "repository"), dataset_type=fo.types.FiftyOneDataset)
+    made.delete()
+    (folder / "repository" / "fiftyone.yml").write_text("name: interactive\nformat: FiftyOneDataset\ntags: [video]\n")
+    files = {
+        path.relative_to(folder / "repository").as_posix(): path.read_bytes()
+        for path in (folder / "repository").rglob("*")
+        if path.is_file()
+    }
+    online = {"HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+    with fake_hub() as hub:
+        hub.create(f"datasets/{ON_THE_HUB}", files=files)
+        environment = {**online, "HF_ENDPOINT": hub.url}
+        report = run("load_from_hub", tmp_path_factory.mktemp("cache"), env=environment, repository=ON_THE_HUB)
+        assert [request for request in hub.unanswered if "/datasets/" in request] == []
+    dataset = fo.load_dataset(report["name"])
+    yield dataset, report, hub.downloads
+    dataset.delete()
+
+
+def test_load_from_hub(from_hub, clips):
+    """The call of the page, with `max_samples=20` and `overwrite=True`: so many samples, each with its video."""
+    dataset, report, sent = from_hub
+    assert report == {"name": ON_THE_HUB, "numbers": [20, 20], "media_type": "video"}
+    assert sorted(dataset.values("question")) == sorted(f"What is thing {number}?" for number in range(20))
+    for sample in dataset:
+        number = int(re.search(r"\d+", sample.question)[0])
+        assert Path(sample.filepath).read_bytes() == clips[number % len(RATES)].read_bytes()
+    videos = [path for path in sent if path.endswith(".mp4")]
+    assert len(videos) == len(set(videos)) == 20
+
+
+def test_every_call_of_the_plugin_page(from_hub, downloads):
     """The calls that users know from the page of the earlier plugin, in its form, and the fields that it names."""
     molmo2_fiftyone.register()
-    dataset.set_values("question", ["What is it?"] * len(dataset))
-    dataset = dataset.limit(3).clone()
-    dataset.add_samples([fo.Sample(filepath=path, question="Why?") for path in dataset.values("filepath")[:2]])
+    dataset, _, _ = from_hub
+    dataset = dataset.limit(5).clone()
     model = foz.load_zoo_model("allenai/Molmo2-4B")
 
     model.pooling_strategy = "mean"

@@ -1,9 +1,10 @@
 """llm-compressor's `oneshot` quantises a miniature; saved in compressed-tensors and loaded, it answers as before.
 
 Runs in an environment of its own (`constraints/llm-compressor.txt`). docs/quantization.md has the table: `pytest -s`
-prints its rows.
+prints its rows. Its block is run as it stands on a model of random weights, whose rows are made of groups of 128.
 """
 
+import re
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -24,8 +25,12 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from llmcompressor import oneshot  # noqa: E402
 from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier  # noqa: E402
 
+import molmo2  # noqa: E402
 from miniature import native  # noqa: E402
 from miniature.evaluate import FRESH_SEED, answers, examples, judge  # noqa: E402
+from molmo2.configuration import Molmo2Config  # noqa: E402
+from molmo2.model.modeling import Molmo2ForConditionalGeneration  # noqa: E402
+from support.checkpoints import PUBLISHED, read_json  # noqa: E402
 from support.quantization import (  # noqa: E402
     PATCH_EMBEDDING,
     fresh_questions,
@@ -35,6 +40,7 @@ from support.quantization import (  # noqa: E402
     summary,
     weight_bytes,
 )
+from support.random_miniature import write_miniature  # noqa: E402
 
 LM_HEAD = "lm_head"
 VISION = ["re:.*vision_backbone.*"]  # tower and connector
@@ -87,8 +93,8 @@ def quantized_layers(model) -> set[str]:
     return {name for name, scheme in schemes if scheme is not None}
 
 
-def calibration(processor) -> DataLoader:
-    """Questions about images, as the processor makes them, one a batch."""
+def calibration_rows(processor) -> list:
+    """Questions about images, as the processor makes them."""
     rows = [
         processor.apply_chat_template(
             [{"role": "user", "content": [*example.parts, {"type": "text", "text": example.question.text}]}],
@@ -100,7 +106,12 @@ def calibration(processor) -> DataLoader:
         for example in examples(FRESH_SEED + 2, CALIBRATION)[:CALIBRATION]
     ]
     assert all("pixel_values" in row for row in rows)
-    return DataLoader([dict(row) for row in rows], batch_size=None)
+    return rows
+
+
+def calibration(processor) -> DataLoader:
+    """`calibration_rows`, one a batch."""
+    return DataLoader([dict(row) for row in calibration_rows(processor)], batch_size=None)
 
 
 def quantize(model, recipe, **options):
@@ -112,6 +123,14 @@ def stored_types(folder: Path) -> set[str]:
     (path,) = folder.glob("*.safetensors")
     with safe_open(path, "pt") as file:
         return {str(file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118
+
+
+def packed_layers(folder: Path) -> set[str]:
+    """Layers that are stored as packed integers."""
+    (path,) = folder.glob("*.safetensors")
+    with safe_open(path, "pt") as file:
+        names = [name for name in file.keys() if file.get_slice(name).get_dtype() == "I32"]  # noqa: SIM118
+    return {name.removesuffix(".weight_packed") for name in names if name.endswith(".weight_packed")}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -176,9 +195,91 @@ def test_layer_by_layer_calibration_is_refused(folder, processor):
 
 def test_a_model_of_the_package_is_quantized_too(folder):
     """Loaded by `molmo2.load`, with the same names of layers."""
-    import molmo2
-
     model, _ = molmo2.load(folder)
     assert type(model).__module__ == "molmo2.model.modeling"
     assert len(quantized_layers(quantize(model, RECIPES["W8A16"]()))) == 62
     assert model.get_output_embeddings().weight.dtype == torch.float32
+
+
+# --- the page's block, with groups of 128
+
+
+# As in the published checkpoints, all rows but those of patches and of the tower's MLP are multiples of 128.
+WIDTHS = {
+    "text_config": {"hidden_size": 128, "head_dim": 32, "intermediate_size": 256},
+    "vit_config": {"hidden_size": 128, "head_dim": 32, "intermediate_size": 176},
+    "adapter_config": {"hidden_size": 128, "head_dim": 32, "intermediate_size": 256, "text_hidden_size": 128},
+}
+TOWER = "model.vision_backbone.image_vit."
+
+
+def page_block() -> str:
+    """The block of docs/quantization.md that uses llm-compressor."""
+    text = (REPOSITORY / "docs" / "quantization.md").read_text(encoding="utf-8")
+    (block,) = (block for block in re.findall(r"^```py\n(.*?)^```", text, re.M | re.S) if "llmcompressor" in block)
+    return block
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    return write_miniature(tmp_path_factory.mktemp("wide") / "model", sizes=WIDTHS)
+
+
+def test_the_block_of_the_page_as_written(wide, tmp_path, monkeypatch):
+    model, processor = molmo2.load(wide)
+    every_layer, rows = linear_layers(model), calibration_rows(processor)
+    with torch.no_grad():
+        before = model(**rows[0]).logits
+    monkeypatch.chdir(tmp_path)
+    names = {"model": model, "processor": processor, "rows": rows}
+    exec(compile(page_block(), "quantization.md", "exec"), names)
+
+    in_groups = {layer for layer in every_layer if layer != LM_HEAD and not layer.startswith(TOWER)}
+    quantized = names["model"]
+    assert quantized_layers(quantized) == in_groups
+    for name in in_groups:
+        layer = quantized.get_submodule(name)
+        weights = layer.quantization_scheme.weights
+        assert (weights.num_bits, weights.group_size) == (4, 128)
+        assert layer.weight_scale.shape == (layer.out_features, layer.in_features // 128)
+    assert (len(every_layer), len(in_groups)) == (69, 19)  # 7 of the connector, 12 of the text model
+
+    with torch.no_grad():
+        after = quantized(**rows[0]).logits
+    saved = tmp_path / "Molmo2-4B-W4A16"
+    assert packed_layers(saved) == in_groups
+    again, again_processor = molmo2.load(saved)
+    assert quantized_layers(again) == in_groups
+    inputs = calibration_rows(again_processor)[0]
+    with torch.no_grad():
+        torch.testing.assert_close(again(**inputs).logits, after, rtol=0, atol=1e-4)
+    # 4 bits change the numbers, and not by much: without the quantised weights they would be others altogether.
+    assert 0.01 < float((after - before).norm() / before.norm()) < 0.2
+
+
+@pytest.mark.parametrize("name", ["Molmo2-4B", "Molmo2-8B", "Molmo2-O-7B"])
+def test_groups_of_128_fit_the_published_checkpoints_but_for_the_tower(name):
+    """By the shapes of their configurations; no weights are made."""
+    config = Molmo2Config.from_dict(read_json(PUBLISHED / name / "config.json"))
+    with torch.device("meta"):
+        model = Molmo2ForConditionalGeneration(config)
+    misfits = {
+        layer: model.get_submodule(layer).in_features
+        for layer in linear_layers(model)
+        if model.get_submodule(layer).in_features % 128
+    }
+    assert all(layer.startswith(TOWER) for layer in misfits)
+    assert set(misfits.values()) == {588, 4304}
+
+
+def test_groups_of_128_fit_no_rows_of_the_tower(wide):
+    """What the page says of the published checkpoints: their tower is left out because some of its rows do not fit."""
+    model, _ = molmo2.load(wide)
+    with pytest.raises(ValueError, match="not divisible by group_size") as error:
+        quantize(model, QuantizationModifier(targets="Linear", scheme="W4A16", ignore=[LM_HEAD]))
+    named = set(re.findall(r"(\S+) \(columns=", str(error.value)))
+    assert named == {
+        layer
+        for layer in linear_layers(model)
+        if layer == PATCH_EMBEDDING or (layer.startswith(TOWER) and layer.endswith("feed_forward.w2"))
+    }

@@ -1,4 +1,4 @@
-"""The package sam2 takes our prompts: its predictors of images and of videos, with small random weights.
+"""The package sam2 and transformers' `Sam2Model` take our prompts, with small random weights.
 
 Masks mean nothing then; that the points arrive where they are, and masks come back in the size of the image, does not
 depend on weights. Runs in the environment of the tools (`constraints/tools.txt`, `constraints/sam2.txt`).
@@ -6,6 +6,7 @@ depend on weights. Runs in the environment of the tools (`constraints/tools.txt`
 
 # ruff: noqa: E402  (sam2 wants torchvision importable first)
 
+import re
 from contextlib import contextmanager
 
 import numpy as np
@@ -21,8 +22,10 @@ make_importable()
 
 from sam2.build_sam import build_sam2, build_sam2_video_predictor
 from sam2.sam2_image_predictor import SAM2ImagePredictor
+from transformers import Sam2Config, Sam2ImageProcessor, Sam2Model, Sam2Processor
 
 from molmo2.interop import sam2_prompts
+from support.cookbook import cookbook
 from unit.test_interop import IMAGES, TRACKS
 
 CONFIG = "configs/sam2.1/sam2.1_hiera_t.yaml"
@@ -103,3 +106,77 @@ def test_the_video_predictor_gets_each_object_in_its_frame(tmp_path):
     for _, objects, masks in found:
         assert objects == [1, 2]
         assert masks.shape == (2, 1, height, width)
+
+
+# --- transformers
+
+
+def write_sam2(folder):
+    """A checkpoint of `Sam2Model` in its published layout: small, weights from a seed."""
+    torch.manual_seed(0)
+    width, sides = 32, [[SIDE // 4] * 2, [SIDE // 8] * 2, [SIDE // 16] * 2]
+    backbone = {
+        "model_type": "sam2_hiera_det_model",
+        "hidden_size": 8,
+        "image_size": [SIDE, SIDE],
+        "blocks_per_stage": [1, 1, 2, 1],
+        "embed_dim_per_stage": [8, 16, 32, 64],
+        "num_attention_heads_per_stage": [1, 1, 2, 4],
+        "global_attention_blocks": [3],
+    }
+    vision = {
+        "model_type": "sam2_vision_model",
+        "backbone_config": backbone,
+        "backbone_channel_list": [64, 32, 16, 8],
+        "backbone_feature_sizes": sides,
+        "fpn_hidden_size": width,
+    }
+    decoder = {"hidden_size": width, "mlp_dim": 64, "num_attention_heads": 2, "iou_head_hidden_dim": width}
+    config = Sam2Config(
+        vision_config=vision,
+        prompt_encoder_config={"hidden_size": width, "image_size": SIDE},
+        mask_decoder_config=decoder,
+    )
+    model = Sam2Model(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:  # the usual start is so small that all masks are alike
+                torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+    model.save_pretrained(folder)
+    Sam2Processor(Sam2ImageProcessor(size={"height": SIDE, "width": SIDE})).save_pretrained(folder)
+
+
+def blocks(language: str) -> list[str]:
+    page = (cookbook.PAGES / "masks.md").read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", page, re.M | re.S)
+
+
+def test_the_cookbook_with_transformers_sam2(tmp_path, monkeypatch):
+    """The page with its block for real weights in the place of the stand-in: as typed, on the page's own answer."""
+    write_sam2(cookbook.prepare(tmp_path) / "facebook" / "sam2.1-hiera-large")
+    monkeypatch.chdir(tmp_path)
+    asking, standing_in, drawing = blocks("python")
+    (real,) = blocks("py")
+    assert "class Spreading" in standing_in
+    names = {}
+    for block in (asking, real, drawing):
+        exec(compile(block, "masks.md", "exec"), names)
+    points, (width, height) = names["answer"].grounding.points, names["image"].size
+    assert (len(points), names["masks"].shape, names["masks"].dtype) == (3, (3, height, width), bool)
+    assert Image.open(tmp_path / "masks.webp").size == (550, 228)
+
+    # Each object has the mask of its own point: asked for alone, it is the same, and no other.
+    model, processor = names["sam2"], names["sam2_processor"]
+    together = names["outputs"].pred_masks[0]
+    for number, point in enumerate(points):
+        inputs = processor(
+            images=names["image"],
+            input_points=[[[[point.x, point.y]]]],
+            input_labels=[[[1]]],
+            return_tensors="pt",
+        )
+        with torch.inference_mode():
+            alone = model(**inputs, multimask_output=False).pred_masks[0, 0]
+        gaps = [float((alone - mask).abs().max()) for mask in together]
+        assert gaps[number] < 1e-4
+        assert min(gap for place, gap in enumerate(gaps) if place != number) > 1e-2

@@ -7,10 +7,7 @@ Runs in an environment of its own (`constraints/tools.txt`).
 
 import json
 import re
-import sys
-from importlib.metadata import files, version
-from importlib.util import module_from_spec, spec_from_file_location
-from types import ModuleType, SimpleNamespace
+from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -48,7 +45,6 @@ from transformers import (
 
 from clients.test_readme import python_blocks
 from miniature import native
-from molmo2 import load
 from molmo2.convert.exchange_names import exchange_patterns, mlx_config
 from molmo2.convert.names import LAYER_NUMBER
 from molmo2.grounding.files import save
@@ -291,77 +287,6 @@ def test_mlx_counts_published_layers_from_another_depth():
     fixed = mlx_config({"vit_config": {"num_hidden_layers": 27}, "adapter_config": {"vit_layers": [-3, -9]}})
     assert fixed["adapter_config"]["vit_layers"] == [24, 18]
     assert mlx_molmo2.VitConfig.from_dict(fixed["vit_config"]).num_hidden_layers == 25
-
-
-# --- ms-swift
-
-
-class SwiftTemplate:
-    """What ms-swift's template for Molmo2 takes from its base class: prompts as ids, and expansion of placeholders."""
-
-    def __init__(self, processor):
-        self.processor, self.tokenizer = processor, processor.tokenizer
-
-    def _encode(self, inputs):
-        ids = self.tokenizer.encode(inputs.prompt, add_special_tokens=False)
-        return {"input_ids": ids, "labels": list(ids), "loss_scale": None}
-
-    @staticmethod
-    def _extend_tokens(ids, labels, loss_scale, places, tokens_of):
-        for number, place in reversed(list(enumerate(places))):
-            new = tokens_of(number)
-            ids = [*ids[:place], *new, *ids[place + 1 :]]
-            labels = [*labels[:place], *[-100] * len(new), *labels[place + 1 :]]
-        return ids, labels, loss_scale
-
-
-@pytest.fixture
-def swift(monkeypatch):
-    """Its module with the template, loaded from the installed file; the package around it wants dozens of others."""
-    names = {"molmo": "molmo", "molmo2": "molmo2"}
-    parts = {
-        "": {},
-        ".template": {},
-        ".template.base": {"Template": SwiftTemplate},
-        ".template.constant": {"MLLMTemplateType": SimpleNamespace(**names)},
-        ".template.register": {"TemplateMeta": lambda *args, **options: None, "register_template": lambda meta: None},
-        ".template.template_inputs": {"StdTemplateInputs": SimpleNamespace},
-        ".template.utils": {
-            "Context": str,
-            "findall": lambda ids, token: [place for place, found in enumerate(ids) if found == token],
-        },
-        ".template.templates": {},
-        ".template.templates.utils": {"ChatmlTemplateMeta": lambda *args, **options: None},
-    }
-    for name, values in parts.items():
-        module = ModuleType(f"swift{name}")
-        vars(module).update(values)
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    (file,) = (file for file in files("ms-swift") if file.name == "molmo.py" and "templates" in file.parts)
-    spec = spec_from_file_location("swift.template.templates.molmo", file.locate())
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.mark.parametrize("kind", ["image", "video"])
-def test_ms_swifts_template_makes_the_inputs_of_the_processor(swift, tmp_path, kind):
-    """Its own code asks our processor for tokens and tensors: the same as ours, but for the first token, which its
-    base class adds, and the chat format, which both have.
-    """
-    _, processor = load(write_checkpoint(tmp_path / "molmo2", "qwen3"))
-    media = [REPOSITORY / "examples" / "data" / ("nasa_frame.jpg" if kind == "image" else "nasa_clip.mp4")]
-    prompt = f"<|{kind}|><|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n"
-    expected = processor(text=prompt, **{f"{kind}s": media}, return_tensors="pt")
-    inputs = SimpleNamespace(prompt=prompt, images=[], videos=[])
-    setattr(inputs, f"{kind}s", media)
-    found = swift.Molmo2Template(processor)._encode(inputs)
-    assert found["input_ids"] == expected["input_ids"][0, 1:].tolist()
-    assert found["token_type_ids"] == expected["token_type_ids"][0, 1:].tolist()
-    names = {name for name in expected if name.startswith(("pixel", "image", "video"))}
-    assert names <= set(found)
-    for name in names:
-        torch.testing.assert_close(torch.as_tensor(found[name]), expected[name], rtol=0, atol=0)
 
 
 # --- The page

@@ -3,6 +3,8 @@
 It speaks as much of the protocol as uploading takes: who am I, creating and describing repositories, branches, the
 question how each file should be sent, Git LFS (batch, parts, completion, verification) and commits. Without
 `lfs_bytes`, it declares all files small, and they arrive inside the commit. It does not offer Xet.
+
+Data sets, "datasets/OWNER/NAME", are described, listed and downloaded; nothing is uploaded to them.
 """
 
 import base64
@@ -57,7 +59,11 @@ class Repository:
         return commit
 
     def find(self, revision: str) -> Commit | None:
-        return self.branches[revision][-1] if revision in self.branches else self.tags.get(revision)
+        """The commit that a branch, a tag or an id names."""
+        if revision in self.branches:
+            return self.branches[revision][-1]
+        ids = {commit.oid: commit for commits in self.branches.values() for commit in commits}
+        return self.tags.get(revision, ids.get(revision))
 
 
 @dataclass
@@ -83,6 +89,7 @@ class FakeHub:
         roles: Token -> "write" or "read"; None: every token may write.
         ignored: Paths that the repository's `.gitignore` keeps out.
         unanswered: Requests that this Hub does not know.
+        downloads: Paths that were sent, in this order.
     """
 
     def __init__(self, url: str, lfs_bytes: int | None = None, part_bytes: int | None = None) -> None:
@@ -98,6 +105,7 @@ class FakeHub:
         self.roles: dict[str, str] | None = None
         self.ignored: set[str] = set()
         self.unanswered: list[str] = []
+        self.downloads: list[str] = []
         self.lock = threading.Lock()
 
     @property
@@ -151,6 +159,9 @@ class Handler(BaseHTTPRequestHandler):
         ("POST", r"/(?P<name>[^/]+/[^/]+)\.git/info/lfs/verify", "lfs_verify"),
         ("PUT", r"/storage/(?P<sha256>[0-9a-f]{64})(/(?P<part>\d+))?", "store"),
         ("POST", r"/storage/(?P<sha256>[0-9a-f]{64})/complete", "complete_parts"),
+        ("GET", r"/api/(?P<name>datasets/[^/]+/[^/]+)/tree/(?P<revision>[^/]+)", "tree"),
+        ("GET", r"/api/(?P<name>datasets/[^/]+/[^/]+)(/revision/(?P<revision>[^/]+))?", "describe"),
+        ("GET", r"/(?P<name>datasets/[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "download"),
         ("GET", r"/[^/]+/[^/]+/resolve/.*", "resolve"),
     )
 
@@ -175,7 +186,8 @@ class Handler(BaseHTTPRequestHandler):
                 arguments["body"] = self._read()
                 self._authorize(method, path)
             with self.hub.lock:
-                self._answer(getattr(self, action)(**arguments))
+                answer = getattr(self, action)(**arguments)
+                self._answer(*(answer if isinstance(answer, tuple) else (answer,)))
         except Answer as refusal:
             headers = {"X-Error-Message": refusal.message}
             headers.update({} if refusal.code is None else {"X-Error-Code": refusal.code})
@@ -206,7 +218,7 @@ class Handler(BaseHTTPRequestHandler):
         return b"".join(self._stream())
 
     def _answer(self, content: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        body = b"" if content is None else json.dumps(content).encode()
+        body = content if isinstance(content, bytes) else b"" if content is None else json.dumps(content).encode()
         self.send_response(status)
         for name, value in {"Content-Type": "application/json", **({} if headers is None else headers)}.items():
             self.send_header(name, value)
@@ -257,7 +269,8 @@ class Handler(BaseHTTPRequestHandler):
     def describe(self, name: str, body: bytes, revision: str = "main") -> Any:
         repository, commit = self._repository(name), self._commit(name, revision)
         files = [{"rfilename": path} for path in commit.blobs]
-        return {"id": name, "sha": commit.oid, "siblings": files, "private": repository.private, "tags": []}
+        about = {"id": name.removeprefix("datasets/"), "sha": commit.oid, "siblings": files}
+        return {**about, "private": repository.private, "tags": []}
 
     def references(self, name: str, body: bytes) -> Any:
         repository = self._repository(name)
@@ -289,6 +302,15 @@ class Handler(BaseHTTPRequestHandler):
                 entry["lfs"] = {"oid": sha256, "size": len(content), "pointerSize": len(blob)}
             entries.append({**entry, "size": len(content)})
         return entries
+
+    def download(self, name: str, revision: str, path: str, body: bytes) -> Any:
+        commit = self._commit(name, revision)
+        if path not in commit.blobs:
+            raise Answer(404, "Entry not found", "EntryNotFound")
+        if self.command == "GET":
+            self.hub.downloads.append(path)
+        about = {"X-Repo-Commit": commit.oid, "ETag": f'"{git_oid(commit.blobs[path])}"'}
+        return self.hub.resolve(commit.blobs[path]), 200, {**about, "Content-Type": "application/octet-stream"}
 
     def resolve(self, body: bytes) -> Any:
         raise Answer(404, "Entry not found", "EntryNotFound")

@@ -354,6 +354,18 @@ def code_blocks(folder: str, blocks: list[str]) -> dict[str, Any]:
     }
 
 
+def load_from_hub(repository: str) -> dict[str, Any]:
+    """FiftyOne's call in the form of its plugin's page, twice: what it left in the database."""
+    from fiftyone.utils.huggingface import load_from_hub as load
+
+    numbers = []
+    for _ in range(2):
+        dataset = load(repository, max_samples=20, overwrite=True)
+        numbers.append(len(dataset))
+    dataset.persistent = True  # others are gone with their process
+    return {"name": dataset.name, "numbers": numbers, "media_type": dataset.media_type}
+
+
 def fsdp_plugin(output: str, settings: dict[str, Any]) -> dict[str, Any]:
     """What `TrainingArguments` make of settings for FSDP; some releases keep it in the environment."""
     from accelerate import FullyShardedDataParallelPlugin

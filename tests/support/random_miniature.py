@@ -118,18 +118,22 @@ def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def write_miniature(folder: Path) -> Path:
+def write_miniature(folder: Path, sizes: dict[str, dict] | None = None) -> Path:
     """Write a complete checkpoint folder, remote code included; about 2 MB.
 
     Args:
         folder: Created; an existing one is replaced.
+        sizes: What takes the place of values of `model_settings`, by part: {"text_config": {...}, ...}.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for source in [*REPOSITORY.glob("*_molmo2.py"), REPOSITORY / "chat_template.jinja"]:
         shutil.copy(source, folder)
     write_tokenizer(folder, [*filler(), *MOLMO2_TOKENS])
-    write_json(folder / "config.json", model_settings())
+    settings = model_settings()
+    for part, values in (sizes or {}).items():
+        settings[part].update(values)
+    write_json(folder / "config.json", settings)
     write_json(folder / "generation_config.json", {"bos_token_id": 258, "eos_token_id": 258, "pad_token_id": 256})
     processor = {"auto_map": {"AutoProcessor": "processing_molmo2.Molmo2Processor"}, "use_frame_special_tokens": False}
     write_json(folder / "processor_config.json", {**processor, "use_single_crop_col_tokens": False})

@@ -27,6 +27,7 @@ ALLOWED = {
     r"VLMEvalKit has an environment of its own": "`make test-vlmevalkit` runs them",
     r"metrics have an environment of their own": "`make test-metrics` runs them",
     r"tools have an environment of their own": "`make test-tools` runs them",
+    r"(ms-swift|axolotl) has an environment of its own": "`make test-training` runs them",
     r"There is no browser\. Install chromium": "`make test-app BROWSER=optional`; not every machine can have one",
     r"this release of TRL learns questions too": "a release of TRL that cannot do it",
     r"mounting is not permitted here|needs the right to mount": "needs root and a kernel that lets it",

@@ -661,6 +661,14 @@ def test_misspelt_arguments(qwen3, name, meant):
     qwen3(**batch("text"), num_items_in_batch=None, output_router_logits=False)  # what trainers and the library pass
 
 
+def test_a_model_is_printed():
+    """With the rows of both tables, and of the one that resizing leaves."""
+    model = build_model("qwen3")
+    assert "(wte): Molmo2Embedding(1152, 40)\n" in repr(model)
+    model.resize_token_embeddings(1160)
+    assert "(wte): Molmo2Embedding(1160, 40)\n" in str(model)
+
+
 def test_an_embedding_that_is_cut_elsewhere_in_the_file_loads(tmp_path):
     """As transformers' own class saves its single table; what is saved here has the published cut again."""
     expected = build_model("olmo3").state_dict()
