@@ -42,6 +42,9 @@ class Molmo2Embedding(nn.Embedding):
         """
         return torch.cat((self.embedding, self.new_embedding)) if len(self.new_embedding) else self.embedding
 
+    def extra_repr(self) -> str:  # that of nn.Embedding reads instance attributes
+        return f"{self.num_embeddings}, {self.embedding_dim}"
+
     def reset_parameters(self) -> None:
         """Draws both pieces anew, as `nn.Embedding` does with its table."""
         nn.init.normal_(self.embedding)
