@@ -125,7 +125,7 @@ class MarksOverTime:
     def __init__(self, grounding: Any, style: DrawingStyle):
         if grounding.kind != "video" and grounding.points:
             raise ValueError(
-                f"The answer is about {grounding.kind.replace('_', ' ')}s, not a video. Draw it with `draw_points`; "
+                f"The answer is about {grounding.kind.replace('_', ' ')}s, not a video. Draw it with `draw`; "
                 "if it is about a video, parse it with the processor's output for that video."
             )
         self.style = style.for_answer(grounding)
