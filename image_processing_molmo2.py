@@ -317,6 +317,9 @@ def checked_limits(value: Any) -> MediaLimits:
     if value is None:
         return MediaLimits()
     if not isinstance(value, MediaLimits):
+        names = [field.name for field in fields(MediaLimits)]
+        if all(hasattr(value, name) for name in names):  # of another copy of this file, as remote code has one
+            return MediaLimits(**{name: getattr(value, name) for name in names})
         raise TypeError(f"limits is {value!r} of type {type(value).__name__}. Pass a MediaLimits (from molmo2).")
     return value
 
@@ -1371,6 +1374,8 @@ def _open(reference: Any, where: str, finish: Callable[[Image.Image], Any], limi
     if content is not None:
         return decode(f"'{shortened(text)}', read as base64,", BytesIO(content))
     limits.check_source(scheme or "path", where)  # before anything is said about what is there
+    if os.path.isdir(path):
+        raise FileNotFoundError(f"{where} is '{shortened(text)}', which is a folder. Pass the images in it.")
     raise FileNotFoundError(
         f"{where} is '{shortened(text)}', but there is no such file. Check the path and the working folder; URLs "
         "start with http://, https://, file:// or data:."
@@ -2175,7 +2180,7 @@ class MediaFeatures(BatchFeature):
 
     def keys(self) -> KeysView[str]:  # which a call with `**inputs` asks for
         warn_about_library_model(self.data)
-        return super().keys()
+        return self.data.keys()  # the view of UserDict prints all tensors
 
     def __getstate__(self) -> dict[str, Any]:
         return {"data": self.data, "media": self.media}

@@ -1029,8 +1029,7 @@ class Molmo2Embedding(nn.Embedding):
         """
         return torch.cat((self.embedding, self.new_embedding)) if len(self.new_embedding) else self.embedding
 
-    def extra_repr(self) -> str:
-        """For `print(model)`; that of nn.Embedding looks for the sizes in `__dict__`."""
+    def extra_repr(self) -> str:  # that of nn.Embedding reads instance attributes
         return f"{self.num_embeddings}, {self.embedding_dim}"
 
     def reset_parameters(self) -> None:
@@ -2323,6 +2322,11 @@ class Molmo2GenerationMixin(GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Inputs of one forward pass: media and their token types only while nothing is cached."""
+        if past_key_values is not None and self.model.transformer.drops_cache:
+            raise ValueError(
+                "`generate` in training mode under gradient checkpointing: passes keep no cache there, so that each "
+                "new token would know nothing of the prompt. Call `model.eval()` first, or pass `use_cache=False`."
+            )
         packed = [name for name in ("example_ids", "branch_ids") if kwargs.get(name) is not None]
         if packed:
             raise ValueError(

@@ -4,6 +4,7 @@ Without a model or a server it uses the miniature of this repository.
 """
 
 import argparse
+import importlib.util
 import os
 import sys
 import tempfile
@@ -81,6 +82,8 @@ def read_logins(path: Path) -> list[tuple[str, str]]:
 def main() -> None:
     given = arguments()
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    if importlib.util.find_spec("gradio") is None:
+        sys.exit("The demo page needs gradio: pip install gradio, or `make app` in the repository.")
     from .models import load_backend, server_backend  # after the arguments: importing torch takes seconds
     from .page import Page, launch
 

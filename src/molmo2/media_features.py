@@ -46,7 +46,7 @@ class MediaFeatures(BatchFeature):
 
     def keys(self) -> KeysView[str]:  # which a call with `**inputs` asks for
         warn_about_library_model(self.data)
-        return super().keys()
+        return self.data.keys()  # the view of UserDict prints all tensors
 
     def __getstate__(self) -> dict[str, Any]:
         return {"data": self.data, "media": self.media}

@@ -5,6 +5,7 @@ import inspect
 import sys
 from collections.abc import Iterator, MutableMapping
 from os import PathLike
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 # Not from `transformers`: without torchvision that has empty stand-ins, and pipelines use these.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.video_processing_auto import AutoVideoProcessor
+from transformers.utils import cached_file
 
 from molmo2.configuration import Molmo2Config
 from molmo2.image.processing import Molmo2ImageProcessor
@@ -87,10 +89,44 @@ def load(
             "load the checkpoint's own code with `AutoModelForImageTextToText.from_pretrained`."
         )
     shared = {name: options[name] for name in HUB_OPTIONS if name in options}
+    require_checkpoint(folder_or_repo, **shared)
     processor = Molmo2Processor.from_pretrained(folder_or_repo, **shared, **(processor_options or {}))
     model = Molmo2ForConditionalGeneration.from_pretrained(folder_or_repo, dtype=dtype, **options)
     _take_architecture_names()
     return model.eval(), processor
+
+
+def require_folder(folder_or_repo: str | PathLike[str]) -> None:
+    """Refuses a path that leads nowhere: transformers would take it for the name of a repository.
+
+    Raises:
+        FileNotFoundError: It is written as a path, and there is no such folder.
+    """
+    is_path = isinstance(folder_or_repo, PathLike) or folder_or_repo.startswith(("/", ".", "~"))
+    if is_path and not Path(folder_or_repo).is_dir():
+        raise FileNotFoundError(f"There is no folder '{folder_or_repo}'. Check the path and the working folder.")
+
+
+def require_checkpoint(folder_or_repo: str | PathLike[str], **hub_options: Any) -> None:
+    """Looks for config.json: the tokenizer is what transformers misses first, in words that do not name the cause.
+
+    Raises:
+        OSError: There is no such folder or repository, or no config.json in it.
+    """
+    require_folder(folder_or_repo)
+    folder = Path(folder_or_repo, hub_options.get("subfolder") or "")
+    if not Path(folder_or_repo).is_dir():
+        cached_file(str(folder_or_repo), "config.json", **hub_options)
+    elif not (folder / "config.json").is_file():
+        is_training = (folder / "config.yaml").is_file() or any(folder.glob("step*"))
+        raise FileNotFoundError(
+            f"The folder '{folder}' has no config.json"
+            + (
+                "; it is a training checkpoint. `molmo2-convert` makes a folder from it that can be loaded."
+                if is_training
+                else ". Pass a checkpoint folder for transformers, or the name of a repository."
+            )
+        )
 
 
 def _take_architecture_names() -> None:

@@ -534,4 +534,5 @@ def test_tokenizer_that_cannot_be_found(tmp_path, refused):
     folder = sharded(tmp_path / "native")
     message = refused(folder, CHECKPOINT_ERROR, "--tokenizer", str(tmp_path / "nowhere"))
     assert "cannot be loaded" in message
+    assert "what --tokenizer says, or else llm.tokenizer.identifier" in message
     assert "--tokenizer PATH" in message

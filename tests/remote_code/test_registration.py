@@ -4,6 +4,7 @@ import pytest
 import transformers
 
 from molmo2.convert import OutputError, add_remote_code
+from molmo2.registration import load
 from support.checkpoints import read_json, write_checkpoint
 from support.fresh_process import run
 
@@ -78,3 +79,17 @@ def test_remote_code_wants_a_molmo2_folder(tmp_path):
     with pytest.raises(OutputError, match=r"no config.json of the model type 'molmo2'"):
         add_remote_code(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_checkpoint_is_named_as_such(tmp_path):
+    """transformers would speak of tokenizers and names of repositories."""
+    for name in (tmp_path / "nowhere", str(tmp_path / "nowhere")):
+        with pytest.raises(FileNotFoundError, match=r"There is no folder '.*nowhere'"):
+            load(name)
+    with pytest.raises(FileNotFoundError, match=r"has no config.json. Pass a checkpoint folder"):
+        load(tmp_path)
+    (tmp_path / "step200").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"training checkpoint. `molmo2-convert` makes"):
+        load(str(tmp_path))
+    with pytest.raises(OSError, match=r"somebody/no-such-model|connect|offline"):
+        load("somebody/no-such-model", local_files_only=True)

@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from app import __main__ as app_main
 from app.hosts import CheckedHosts, host_name
 
 
@@ -49,3 +50,10 @@ def test_only_names_that_are_ours(header, accepted):
     assert [message["type"] for message in sent] == (
         [] if accepted else ["http.response.start", "http.response.body", "websocket.close"]
     )
+
+
+def test_without_gradio_it_says_so(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("sys.argv", ["app", "--server", "http://127.0.0.1:9/v1"])
+    with pytest.raises(SystemExit, match="needs gradio: pip install gradio"):
+        app_main.main()

@@ -301,3 +301,20 @@ def test_a_session_counts_the_tokens_that_it_keeps(model, monkeypatch):
     with pytest.raises(ValueError, match=r"^The session would have \d+ tokens, those in its cache included, "):
         session.ask("a " * kept, max_new_tokens=1)
     assert session.ask("Why?", max_new_tokens=1).text is not None
+
+
+@pytest.mark.parametrize("question", [None, make_image(8, 8), ["Point to the cups.", None]])
+def test_a_question_is_text(scripted, question):
+    with pytest.raises(TypeError, match="A question is text or a `Prompt`, not"):
+        ask(scripted, processor(), question)
+
+
+def test_the_processor_comes_second(scripted):
+    with pytest.raises(TypeError, match="The processor comes second"):
+        ask(processor(), scripted, "Point to the cups.")
+
+
+def test_an_answer_is_shown_without_repetitions(scripted):
+    shown = repr(ask(scripted, processor(), "Point to the cups.", images=make_image(100, 200)))
+    assert shown.count("Point(") == 2
+    assert "MediaInfo" not in shown

@@ -406,3 +406,14 @@ def test_no_row_ends_a_run_but_a_lost_gpu_ends_a_worker(photo, monkeypatch):
 def test_a_gpu_has_at_least_one_worker():
     with pytest.raises(ValueError, match="`workers_per_gpu` is 0, but at least one worker"):
         RayEngine(EngineSettings(model="some"), (1, 1), workers_per_gpu=0)
+
+
+def test_no_pipe_of_a_worker_stays_open():
+    workers = pool()
+    workers._start(0)
+    (worker,) = workers._workers
+    workers.close()
+    limit = time.monotonic() + 10
+    while not worker.process.stdout.closed and time.monotonic() < limit:
+        time.sleep(0.01)  # its reader closes it
+    assert worker.process.stdout.closed

@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from molmo2.batch import WorkerPool
@@ -19,6 +20,7 @@ from molmo2.cli import batches, commands, doctor, main, models, printing, servin
 from molmo2.grounding import prompts
 from molmo2.grounding.parse import parse_grounding
 from molmo2.tools.answer import Answer, Timings
+from support.checkpoints import write_checkpoint
 from support.fake_openai import serve
 from support.model_inputs import processor
 
@@ -159,6 +161,19 @@ def test_without_a_model_it_says_how_to_name_one(stand, photos, capsys, monkeypa
 def test_a_model_that_cannot_be_loaded(photos, capsys):
     assert main(["ask", "Say it.", str(photos / "a.png"), "-m", str(photos)]) == 3
     assert f"'{photos}' cannot be loaded as a Molmo2 model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["ask", "Say it."], ["plan"]])
+def test_a_model_that_is_not_there(photos, capsys, command):
+    assert main([*command, str(photos / "a.png"), "-m", str(photos / "none")]) == 3
+    assert f"There is no folder '{photos / 'none'}'" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_device_that_is_not_there(photos, capsys, tmp_path):
+    folder = write_checkpoint(tmp_path / "model", "qwen3", remote_code=False)
+    assert main(["ask", "Say it.", str(photos / "a.png"), "-m", str(folder), "--device", "cuda"]) == 3
+    assert "cannot be loaded as a Molmo2 model" in capsys.readouterr().err
 
 
 def test_interrupted(stand, photos, capsys, monkeypatch):
@@ -428,6 +443,8 @@ def test_doctor_knows_sick_checkpoints(checkpoint, found, monkeypatch):
     assert any("of the type 'llama'" in text for level, text in found(checkpoint) if level == "wrong")
     (checkpoint / "config.json").unlink()
     assert any("has no config.json" in text for level, text in found(checkpoint) if level == "wrong")
+    nowhere = checkpoint / "nowhere"
+    assert ("wrong", f"there is no folder '{nowhere}'") in found(nowhere)
 
 
 def test_doctor_reports(monkeypatch, capsys):

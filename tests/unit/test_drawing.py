@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -226,3 +227,12 @@ def test_drawing_needs_no_torch():
     program = "import sys, molmo2.tools.draw, molmo2.tools.draw_video; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("grounding", "message"),
+    [("boats.jpg", "after the image; found 'str'"), (SimpleNamespace(grounding=None), "Pass its `grounding`")],
+)
+def test_what_is_no_grounding_is_refused(grounding, message):
+    with pytest.raises(TypeError, match=message):
+        draw(Image.new("RGB", (8, 8)), grounding)

@@ -540,7 +540,7 @@ NO_IMAGES = {
         FileNotFoundError,
         r"images\[0\] is 'file:///no/such', but there is no",
     ),
-    "folder": ([REPOSITORY], FileNotFoundError, r"images\[0\] is '.*', but there is no such file. Check the path"),
+    "folder": ([REPOSITORY], FileNotFoundError, r"images\[0\] is '.*', which is a folder. Pass the images in it"),
     "word": (["image"], FileNotFoundError, r"images\[0\] is 'image', but there is no such file"),
     "bytes": ([b"no image"], ValueError, r"images\[0\]: 8 bytes cannot be decoded as an image \(UnidentifiedImage"),
     "no bytes": ([b""], ValueError, r"images\[0\]: 0 bytes cannot be decoded as an image"),

@@ -3,6 +3,8 @@
 import base64
 import copy
 import io
+from dataclasses import fields
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from PIL import ExifTags, Image
 
 from molmo2 import MediaLimitError, MediaLimits, plan
 from molmo2.image import loading
+from molmo2.image.limits import checked_limits
 from molmo2.image.loading import load_images, measure_images
 from molmo2.image.processing import Molmo2ImageProcessor
 from molmo2.video.processing import Molmo2VideoProcessor
@@ -281,3 +284,10 @@ def test_large_images_are_converted_in_strips_to_the_same_values(mode, monkeypat
     monkeypatch.setattr(loading, "MAX_WHOLE_PIXELS", 36 * 23)
     monkeypatch.setattr(loading, "STRIP_PIXELS", 5 * 23)
     np.testing.assert_array_equal(load_images(image)[0], expected)
+
+
+def test_limits_of_remote_code_are_taken():
+    """A processor of remote code brings a class of its own, which `track_long` and others pass on."""
+    names = [field.name for field in fields(MediaLimits)]
+    values = {name: getattr(MediaLimits(image_pixels=7), name) for name in names}
+    assert checked_limits(SimpleNamespace(**values)) == MediaLimits(image_pixels=7)

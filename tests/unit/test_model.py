@@ -12,7 +12,7 @@ from molmo2.model import vision_inputs
 from molmo2.model.compat import CACHE_NAME
 from molmo2.model.modeling import Molmo2ForConditionalGeneration
 from molmo2.model.pretrained import checkpointing_settings
-from support.checkpoints import FAMILIES, build_model, make_image, write_checkpoint
+from support.checkpoints import FAMILIES, build_model, make_image, without_stopping, write_checkpoint
 from support.model_inputs import MIXED, batch, clip, processor, real_tokens
 
 ATOL = 2e-5
@@ -260,6 +260,18 @@ def test_no_cache_comes_to_the_layers_under_gradient_checkpointing():
         model.train()(input_ids=inputs["input_ids"][:, -1:], past_key_values=cache)
 
 
+def test_no_answers_without_a_cache_under_gradient_checkpointing():
+    """Each pass would see one token."""
+    model, inputs = without_stopping(build_model("qwen3")).eval(), batch("text")
+    expected = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    model.gradient_checkpointing_enable()
+    assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False), expected)
+    model.train()
+    with pytest.raises(ValueError, match=r"Call `model.eval\(\)` first"):
+        model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False, use_cache=False), expected)
+
+
 def test_gradient_checkpointing_in_both_towers():
     plain, saving = build_model("olmo3").train(), build_model("olmo3").train()
     saving.gradient_checkpointing_enable()
@@ -399,6 +411,11 @@ def test_the_embedding_is_one_table_in_two_pieces(qwen3):
 
 
 @torch.no_grad()
+def test_a_model_can_be_printed(qwen3):
+    table = qwen3.get_input_embeddings()
+    assert f"(wte): Molmo2Embedding({table.num_embeddings}, {table.embedding_dim})" in str(qwen3)
+
+
 def test_resizing_makes_one_table_and_as_many_logits(qwen3, tmp_path):
     """Added tokens follow the visual ones; ids, embeddings and logits of the rest stay, also after loading."""
     model, inputs = copy.deepcopy(qwen3), batch("image", "text")

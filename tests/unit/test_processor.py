@@ -1160,3 +1160,8 @@ def test_planned_tokens_are_emitted_and_found_again(rows, notation, max_crops, n
     tables = MediaGrids(*(output.get(key) for key in ("image_grids", "image_num_crops", "video_grids")))
     groups = token_groups(output["input_ids"], patches, *ends, vocabulary["<low_res_im_start>"])
     assert assign_media(groups, tables) == expected_owners
+
+
+def test_names_of_inputs_are_shown_without_their_tensors(processor):
+    inputs = processor(text="What is this?", return_tensors="pt")
+    assert str(inputs.keys()) == f"dict_keys({list(inputs)})"

@@ -448,6 +448,10 @@ def test_nothing_is_left_behind_where_it_fails(tmp_path):
         annotate_video(tmp_path / "none.mp4", grounding, tmp_path / "x.mp4")
     with pytest.raises(ValueError, match="is the source itself"):
         annotate_video(source, grounding, source)
+    with pytest.raises(FileNotFoundError, match=r"There is no folder '.*none' to write 'x.mp4' to"):
+        annotate_video(source, grounding, tmp_path / "none" / "x.mp4")
+    with pytest.raises(TypeError, match="Points are drawn from a `Grounding`"):
+        annotate_video(source, "cup", tmp_path / "x.mp4")
     about_images = parse_grounding('<points coords="1 1 500 500">cup</points>', [(10, 10)])
     with pytest.raises(ValueError, match="about images, not a video"):
         annotate_video(source, about_images, tmp_path / "x.mp4")

@@ -132,12 +132,13 @@ class WorkerPool:
     def _read(self, worker: _Worker) -> None:
         """Pass the lines of a worker on; None is their end."""
         if worker.process.stdout is not None:
-            for line in worker.process.stdout:
-                try:
-                    message = json.loads(line)
-                except ValueError:  # cut off as the worker died
-                    break
-                self._events.put((worker, message))
+            with worker.process.stdout as lines:
+                for line in lines:
+                    try:
+                        message = json.loads(line)
+                    except ValueError:  # cut off as the worker died
+                        break
+                    self._events.put((worker, message))
         self._events.put((worker, None))
 
     def _results(self, rows: Iterator[Row]) -> Iterator[dict[str, Any]]:

@@ -564,9 +564,11 @@ def plan(model: str | None, question: str, max_tokens: int | None, form: str, **
     requests = _grouped(_find(options["files"], options["recursive"], options["kind"]), options["together"])
     models.quiet_libraries()
     from molmo2.processing.processor import Molmo2Processor
+    from molmo2.registration import require_folder
     from molmo2.tools.plan import plan as plan_request
 
     try:
+        require_folder(model)
         processor = Molmo2Processor.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise ModelError(f"'{model}' has no processor of a Molmo2 model: {error}") from error

@@ -171,6 +171,9 @@ def _extras() -> Iterator[Finding]:
 def _checkpoint(model: str) -> Iterator[Finding]:
     folder = Path(model)
     if not folder.is_dir():
+        if model.startswith(("/", ".", "~")):
+            yield Finding(WRONG, f"there is no folder '{model}'", "check the path")
+            return
         is_offline = os.environ.get("HF_HUB_OFFLINE") == "1"
         yield Finding(
             WRONG if is_offline and model.count("/") != 1 else NOTE,

@@ -108,7 +108,7 @@ def load_model(name: str, device: str, dtype: str) -> tuple[Any, Any]:
             return load(name, dtype=dtype, **options)
         model, processor = load(name, dtype=dtype)
         return model.to(device), processor  # type: ignore[arg-type]  # decorated by transformers
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, AssertionError) as error:  # the last: torch without CUDA
         raise ModelError(f"'{name}' cannot be loaded as a Molmo2 model: {error}") from error
 
 

@@ -229,7 +229,7 @@ def _check_parts(parser: argparse.ArgumentParser, parsed: argparse.Namespace) ->
         if given:
             parser.error(f"--{given[0].replace('_', '-')}: only available with --from-parts")
         if parsed.checkpoint is None:
-            parser.error("the following arguments are required: CHECKPOINT, OUTPUT")
+            parser.error("two arguments are required: CHECKPOINT and OUTPUT")
         return
     if parsed.llm is None or parsed.vision is None:
         parser.error("--from-parts: needs --llm and --vision")

@@ -127,8 +127,9 @@ def _must_load(source: str) -> Iterator[None]:
         raise
     except BaseException as error:
         raise CheckpointError(
-            f"The tokenizer '{source}' cannot be loaded ({type(error).__name__}: {str(error)[:300]}). config.yaml "
-            "names it as llm.tokenizer.identifier; without network pass a local folder: --tokenizer PATH."
+            f"The tokenizer '{source}' cannot be loaded ({type(error).__name__}: {str(error)[:300]}). It is "
+            "what --tokenizer says, or else llm.tokenizer.identifier in config.yaml; without network pass a local "
+            "folder: --tokenizer PATH."
         ) from None
 
 

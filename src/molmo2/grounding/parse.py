@@ -170,11 +170,11 @@ class Grounding:
     kind: str
     points: tuple[Point, ...]
     tracks: tuple[Track, ...]
-    tags: tuple[Tag, ...]
+    tags: tuple[Tag, ...] = field(repr=False)  # whose points are those above
     count: int | None
     says_none: bool
     truncated: bool
-    media: MediaInfo | None = None
+    media: MediaInfo | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.points)

@@ -144,5 +144,8 @@ def checked_limits(value: Any) -> MediaLimits:
     if value is None:
         return MediaLimits()
     if not isinstance(value, MediaLimits):
+        names = [field.name for field in fields(MediaLimits)]
+        if all(hasattr(value, name) for name in names):  # of another copy of this file, as remote code has one
+            return MediaLimits(**{name: getattr(value, name) for name in names})
         raise TypeError(f"limits is {value!r} of type {type(value).__name__}. Pass a MediaLimits (from molmo2).")
     return value

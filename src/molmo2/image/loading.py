@@ -216,6 +216,8 @@ def _open(reference: Any, where: str, finish: Callable[[Image.Image], Any], limi
     if content is not None:
         return decode(f"'{shortened(text)}', read as base64,", BytesIO(content))
     limits.check_source(scheme or "path", where)  # before anything is said about what is there
+    if os.path.isdir(path):
+        raise FileNotFoundError(f"{where} is '{shortened(text)}', which is a folder. Pass the images in it.")
     raise FileNotFoundError(
         f"{where} is '{shortened(text)}', but there is no such file. Check the path and the working folder; URLs "
         "start with http://, https://, file:// or data:."

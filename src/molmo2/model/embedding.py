@@ -42,8 +42,7 @@ class Molmo2Embedding(nn.Embedding):
         """
         return torch.cat((self.embedding, self.new_embedding)) if len(self.new_embedding) else self.embedding
 
-    def extra_repr(self) -> str:
-        """For `print(model)`; that of nn.Embedding looks for the sizes in `__dict__`."""
+    def extra_repr(self) -> str:  # that of nn.Embedding reads instance attributes
         return f"{self.num_embeddings}, {self.embedding_dim}"
 
     def reset_parameters(self) -> None:

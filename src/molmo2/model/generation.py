@@ -150,6 +150,11 @@ class Molmo2GenerationMixin(GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Inputs of one forward pass: media and their token types only while nothing is cached."""
+        if past_key_values is not None and self.model.transformer.drops_cache:
+            raise ValueError(
+                "`generate` in training mode under gradient checkpointing: passes keep no cache there, so that each "
+                "new token would know nothing of the prompt. Call `model.eval()` first, or pass `use_cache=False`."
+            )
         packed = [name for name in ("example_ids", "branch_ids") if kwargs.get(name) is not None]
         if packed:
             raise ValueError(

@@ -1,6 +1,6 @@
 """What asking gives, from a model in this process or from a server: answers, pieces of them, timings."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from molmo2.grounding.parse import Grounding, Point
@@ -51,7 +51,7 @@ class Answer:
 
     text: str
     grounding: Grounding
-    parsed: Any
+    parsed: Any = field(repr=False)  # what `text` and `grounding` show already
     truncated: bool
     timings: Timings
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from molmo2.grounding.parse import GroundingStream, MediaInfo
+from molmo2.grounding.prompts import Prompt
 from molmo2.image.geometry import split_runs
 from molmo2.model.compat import CACHE_NAME
 from molmo2.tools.answer import Answer, AnswerPiece, Timings
@@ -420,6 +421,8 @@ def _fork_cache(cache: DynamicCache) -> DynamicCache:
 
 def prepare_inputs(model: Any, processor: Any, conversations: list[Any], options: dict[str, Any] | None) -> Any:
     """Inputs of the conversations; video frames are encoded while they are decoded, where the model supports it."""
+    if not hasattr(processor, "apply_chat_template"):
+        raise TypeError(f"The processor comes second, after the model; {type(processor).__name__!r} is none.")
     options = {} if options is None else dict(options)
     if hasattr(model, "encode_frames") and not {"frame_encoder", "videos_kwargs"} & options.keys():
         options["frame_encoder"] = model.encode_frames
@@ -435,7 +438,16 @@ def prepare_inputs(model: Any, processor: Any, conversations: list[Any], options
 
 
 def user_turn(question: Any, images: Sequence[Any], videos: Sequence[Any]) -> list[dict[str, Any]]:
-    """One user turn: images and videos first, as in training."""
+    """One user turn: images and videos first, as in training.
+
+    Raises:
+        TypeError: The question is neither text nor a `Prompt`.
+    """
+    if not isinstance(question, (str, Prompt)):
+        raise TypeError(
+            f"A question is text or a `Prompt`, not {type(question).__name__!r}; images and videos come after it: "
+            "`ask(model, processor, question, images=..., videos=...)`."
+        )
     parts: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
     parts += [{"type": "video", "video": video} for video in videos]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": str(question)}]}]

@@ -67,7 +67,15 @@ class DrawingStyle:
                 raise ValueError(f"{name} is {value!r}, but it has to be a positive number of pixels, or None.")
 
     def for_answer(self, grounding: Any) -> "DrawingStyle":
-        """The style with `show_ids` decided for a whole answer, so that all its images look alike."""
+        """The style with `show_ids` decided for a whole answer, so that all its images look alike.
+
+        Raises:
+            TypeError: `grounding` has no points: it is an `Answer`, or an image.
+        """
+        if not hasattr(grounding, "points"):
+            found = type(grounding).__name__
+            meant = " Pass its `grounding`." if hasattr(grounding, "grounding") else ""
+            raise TypeError(f"Points are drawn from a `Grounding`, after the image; found {found!r}.{meant}")
         if self.show_ids is not None:
             return self
         return replace(self, show_ids=len({(point.label, point.id) for point in grounding.points}) > 1)

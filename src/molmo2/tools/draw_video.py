@@ -79,7 +79,7 @@ def annotate_video(
 
     Raises:
         ImportError: PyAV is not installed.
-        FileNotFoundError: there is no such video.
+        FileNotFoundError: there is no such video, or no folder for the target.
         ValueError: the answer is about images, the file has no video stream, its time stamps do not increase, or no
             encoder is available.
     """
@@ -87,6 +87,8 @@ def annotate_video(
     source, target = Path(source), Path(target)
     if not source.is_file():
         raise FileNotFoundError(f"There is no video file '{source}'. Check the path.")
+    if not target.absolute().parent.is_dir():
+        raise FileNotFoundError(f"There is no folder '{target.parent}' to write '{target.name}' to. Make it first.")
     if target.exists() and target.samefile(source):
         raise ValueError(f"'{target}' is the source itself. Write to another file.")
     marks_at = MarksOverTime(grounding, DrawingStyle() if style is None else style)
@@ -123,12 +125,12 @@ class MarksOverTime:
     """
 
     def __init__(self, grounding: Any, style: DrawingStyle):
+        self.style = style.for_answer(grounding)
         if grounding.kind != "video" and grounding.points:
             raise ValueError(
-                f"The answer is about {grounding.kind.replace('_', ' ')}s, not a video. Draw it with `draw_points`; "
+                f"The answer is about {grounding.kind.replace('_', ' ')}s, not a video. Draw it with `draw`; "
                 "if it is about a video, parse it with the processor's output for that video."
             )
-        self.style = style.for_answer(grounding)
         frames = () if grounding.media is None else grounding.media.sampled_frames
         points = [point for point in grounding.points if point.image_index is None]
         sampled = sorted({_seconds(frame) for frame in frames} | {_point_seconds(point) for point in points})
