@@ -684,7 +684,7 @@ def _movie_tracks(file: IO[bytes], start: int, stop: int, budget: list[int]) -> 
                 elif part == "mdia":
                     for name, at, until in _boxes(file, begin, end, budget):
                         if name == "hdlr":
-                            is_video = _read(file, at + 8, 4) == b"vide"
+                            is_video = is_video or _read(file, at + 8, 4) == b"vide"
                         elif name == "minf":
                             num_frames = _num_samples(file, at, until, budget)
             if is_video and track is not None:
@@ -712,9 +712,9 @@ def _num_samples(file: IO[bytes], start: int, stop: int, budget: list[int]) -> i
     """How many samples the table of sizes in a box `minf` lists."""
     for kind, first, last in _boxes(file, start, stop, budget):
         if kind == "stbl":
-            return _num_samples(file, first, last, budget)
-        if kind in ("stsz", "stz2"):
-            return int.from_bytes(_read(file, first + 8, 4), "big")
+            for part, begin, _ in _boxes(file, first, last, budget):
+                if part in ("stsz", "stz2"):
+                    return int.from_bytes(_read(file, begin + 8, 4), "big")
     return 0
 
 

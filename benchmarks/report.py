@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 README = Path(__file__).resolve().parent / "README.md"
 START, END = "<!-- results -->", "<!-- end of results -->"
-PANEL, MARGIN = (360, 240), 50
+PANEL, MARGIN, MAX_COLUMNS = (360, 240), 50, 4
 INKS = {"seconds": "#2471a3", "peak_bytes": "#c0392b"}
 
 
@@ -123,10 +123,12 @@ def draw(curves: dict[str, Any]) -> Image.Image:
     """One panel per curve: time and peak memory, each from 0 to its largest value, measured points marked."""
     shown = [curve for curve in curves.values() if "error" not in curve]
     width, height = PANEL
-    plot = Image.new("RGB", ((width + MARGIN) * len(shown) + MARGIN, height + 3 * MARGIN), "white")
+    columns, rows = min(len(shown), MAX_COLUMNS), -(-len(shown) // MAX_COLUMNS)
+    plot = Image.new("RGB", ((width + MARGIN) * columns + MARGIN, (height + 3 * MARGIN) * rows), "white")
     pen, font = ImageDraw.Draw(plot), ImageFont.load_default(13)
     for number, curve in enumerate(shown):
-        left, top = MARGIN + number * (width + MARGIN), MARGIN
+        row, column = divmod(number, MAX_COLUMNS)
+        left, top = MARGIN + column * (width + MARGIN), MARGIN + row * (height + 3 * MARGIN)
         pen.rectangle((left, top, left + width, top + height), outline="#999999")
         pen.text((left, top - 40), curve["title"], fill="black", font=font)
         last = curve["points"][-1]

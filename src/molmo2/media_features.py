@@ -6,10 +6,8 @@ Sizes and times are needed to read an answer, but not to generate it. They are a
 
 import gc
 import sys
-import time
 from collections.abc import Collection, Iterator, KeysView, Sequence
 from dataclasses import replace
-from types import ModuleType
 from typing import Any
 
 from transformers.image_processing_utils import BatchFeature
@@ -28,8 +26,7 @@ LIBRARY_MODEL_WARNING = (
     "processor (`molmo2.load`, or remote code; for a trainer pass `ref_model=` too), or give it "
     "`molmo2.library_inputs(inputs)`."
 )
-SEARCH_SECONDS = 5.0  # at least, between two searches for such a model
-_last_search = -SEARCH_SECONDS
+_num_references: int | None = 0  # to the classes of that module, when it was last searched for; None after the warning
 
 
 class MediaFeatures(BatchFeature):
@@ -60,25 +57,24 @@ def warn_about_library_model(names: Collection[str]) -> None:
     """Warns where a model of the library is in memory, to which inputs of these names may go: nothing later could.
 
     That its module is imported says nothing, as transformers imports it while it loads remote code. A search through
-    all objects takes some 30 ms, hence the pause between two of them.
+    all objects takes 30 ms and more, so it waits for further references to the classes: each object has one to its own.
     """
-    global _last_search
+    global _num_references
     module = sys.modules.get(LIBRARY_MODEL)
-    if module is None or "token_type_ids" not in names or not any(name.endswith("_grids") for name in names):
+    has_media = "token_type_ids" in names and any(name.endswith("_grids") for name in names)
+    if module is None or not has_media or _num_references is None:
         return
-    now = time.monotonic()
-    if now - _last_search >= SEARCH_SECONDS:
-        _last_search = now
-        if _is_in_memory(module):
-            logger.warning_once(LIBRARY_MODEL_WARNING)
-
-
-def _is_in_memory(module: ModuleType) -> bool:
-    """Whether there is an instance of a class of this module."""
-    classes = {
+    classes = [
         value for value in vars(module).values() if isinstance(value, type) and value.__module__ == LIBRARY_MODEL
-    }
-    return any(type(value) in classes for value in gc.get_objects())
+    ]
+    found = sum(map(sys.getrefcount, classes))
+    if found == _num_references:
+        return
+    _num_references = found
+    ids = set(map(id, classes))  # classes of others may have no hash
+    if any(id(type(value)) in ids for value in gc.get_objects()):
+        _num_references = None
+        logger.warning_once(LIBRARY_MODEL_WARNING)
 
 
 def image_media(size: tuple[int, int]) -> MediaInfo:

@@ -74,7 +74,7 @@ def test_the_processor_warns_where_there_is_a_native_model(tmp_path, monkeypatch
     said = []
     for module in (features_module, media_features):  # that of the generated files and that of the package
         monkeypatch.setattr(module.logger, "warning_once", said.append)
-        monkeypatch.setattr(module, "SEARCH_SECONDS", 0)
+        monkeypatch.setattr(module, "_num_references", 0)
     importlib.import_module(media_features.LIBRARY_MODEL)  # as transformers does while it loads remote code
     gc.collect()  # native models of earlier tests
     own = processor_module.Molmo2Processor.from_pretrained(folder)
@@ -99,15 +99,31 @@ def test_the_processor_warns_where_there_is_a_native_model(tmp_path, monkeypatch
     assert library_inputs(batch)["labels"] is batch["labels"]
 
 
-def test_the_search_for_a_native_model_pauses(monkeypatch):
-    importlib.import_module(media_features.LIBRARY_MODEL)
-    searched, clock = [], iter((100.0, 104.9, 105.0, 106.0))
-    monkeypatch.setattr(media_features, "_is_in_memory", searched.append)
-    monkeypatch.setattr(media_features, "_last_search", 0.0)
-    monkeypatch.setattr(media_features, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    for _ in range(4):
-        media_features.warn_about_library_model(["image_grids", "token_type_ids"])
-    assert len(searched) == 2
+def test_a_native_model_is_searched_for_when_there_may_be_another(monkeypatch):
+    library = importlib.import_module(media_features.LIBRARY_MODEL)
+    searches, said, objects = [], [], []
+    monkeypatch.setattr(media_features, "gc", SimpleNamespace(get_objects=lambda: searches.append(1) or objects))
+    monkeypatch.setattr(media_features.logger, "warning_once", said.append)
+    monkeypatch.setattr(media_features, "_num_references", 0)
+
+    def num_searches():
+        for _ in range(3):
+            media_features.warn_about_library_model(["image_grids", "token_type_ids"])
+        return len(searches)
+
+    def make():
+        return library.Molmo2PreTrainedModel.__new__(library.Molmo2PreTrainedModel)
+
+    assert num_searches() == 1
+    parts = [make()]
+    assert num_searches() == 2
+    assert not said
+    objects += parts
+    parts.append(make())
+    assert num_searches() == 3
+    assert len(said) == 1
+    parts.append(make())
+    assert num_searches() == 3  # it has been said
 
 
 def test_several_videos(tmp_path):

@@ -4,6 +4,7 @@ import importlib
 import io
 import json
 import shutil
+import struct
 import tracemalloc
 from fractions import Fraction
 from pathlib import Path
@@ -17,6 +18,7 @@ from molmo2.video.decoding import backends as decoding
 from molmo2.video.decoding import decord_process
 from molmo2.video.decoding import readers as readers_module
 from molmo2.video.decoding.backends import decode_video, open_video
+from molmo2.video.decoding.orientation import mp4_tracks
 from molmo2.video.decoding.readers import BACKENDS, VideoReader
 from molmo2.video.decoding.timeline import VideoDecodeError, VideoTimeline, make_timeline, undo_rounding
 from support.golden_cases import GOLDEN
@@ -581,6 +583,56 @@ def test_decord_leaves_large_clips_to_others(monkeypatch):
     monkeypatch.setattr(readers_module, "_others_usable", lambda backend: False)
     with open_video(file) as reader:  # or alone
         assert reader.backend == "decord"
+
+
+def box(kind, *content, is_large=False):
+    inner = b"".join(content)
+    if is_large:
+        return struct.pack(">I4sQ", 1, kind, len(inner) + 16) + inner
+    return struct.pack(">I4s", len(inner) + 8, kind) + inner
+
+
+def mp4_track(num_frames, size=(100, 50), *, version=0, sizes=b"stsz", handlers=(b"vide",), turn=(1, 0, 0, 1)):
+    """A track of an MP4 file, as far as it is read: `size` is (width, height)."""
+    a, b, c, d = (value << 16 for value in turn)
+    matrix = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    ends = struct.pack(">2I", *(value << 16 for value in size))
+    header = box(b"tkhd", bytes([version]), bytes(51 if version else 39), matrix, ends)
+    table = box(b"stbl", box(b"stsd", bytes(8)), box(sizes, bytes(8), struct.pack(">I", num_frames)))
+    media = [box(b"hdlr", bytes(8), handler) for handler in handlers]
+    return box(b"trak", header, box(b"mdia", *media, box(b"minf", box(b"vmhd"), table)))
+
+
+@pytest.mark.parametrize(
+    ("tracks", "num_pixels"),
+    [
+        ([mp4_track(3)], [15_000]),
+        ([mp4_track(3, version=1)], [15_000]),
+        ([mp4_track(3, sizes=b"stz2")], [15_000]),
+        ([mp4_track(2**32 - 1, (65_535, 65_535))], [(2**32 - 1) * 65_535**2]),
+        ([mp4_track(7, handlers=(b"soun",)), mp4_track(2), mp4_track(4, (10, 10))], [10_000, 400]),
+        ([mp4_track(3, handlers=(b"vide", b"mdta"))], [15_000]),
+        ([mp4_track(0)], [0]),  # fragmented: the fragments have the frames
+        ([mp4_track(3)[:60]], []),  # cut off
+    ],
+)
+@pytest.mark.parametrize("is_large", [False, True])
+def test_what_an_mp4_file_says_of_its_tracks(tmp_path, tracks, num_pixels, is_large):
+    file = tmp_path / "a.mp4"
+    file.write_bytes(box(b"ftyp", b"isom") + box(b"moov", *tracks, is_large=is_large))
+    assert [track.num_pixels for track in mp4_tracks(str(file))] == pytest.approx(num_pixels)
+
+
+def test_mirrored_tracks_and_boxes_in_boxes(tmp_path):
+    file = tmp_path / "a.mp4"
+    file.write_bytes(box(b"ftyp", b"isom") + box(b"moov", mp4_track(1, turn=(-1, 0, 0, 1))))
+    assert [track.matrix for track in mp4_tracks(str(file))] == [(-1, 0, 0, 1)]
+    nested = b""
+    for _ in range(3000):
+        nested = box(b"stbl", nested)
+    trak = box(b"trak", box(b"mdia", box(b"hdlr", bytes(8), b"vide"), box(b"minf", nested)))
+    file.write_bytes(box(b"ftyp", b"isom") + box(b"moov", trak))
+    assert mp4_tracks(str(file)) == []
 
 
 @needs_decord
