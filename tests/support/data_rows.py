@@ -140,7 +140,7 @@ PIXMO_CAP_QA = {
 }
 COSYN_POINT = {
     "id": "c1",
-    "image": "a picture",
+    "image": "an image",
     "questions": ["Where is the bar?"],
     "answer_points": [{"x": [50.0], "y": [25.0]}],
     "names": ["bar"],

@@ -91,6 +91,18 @@ def test_rows_of_datasets(name, form, tmp_path):
     assert found == list(Examples(name, [row, row], lambda reference: reference.name, settings))
 
 
+@pytest.mark.parametrize("name", data_rows.ROWS)
+def test_rows_of_pandas(name):
+    """Lists within rows are arrays there, also lists in lists."""
+    datasets = pytest.importorskip("datasets")
+    row = {key: value for key, value in data_rows.ROWS[name].items() if value not in (None, [])}
+    (as_arrays,) = datasets.Dataset.from_list([row]).to_pandas().to_dict("records")
+    settings = Settings(config="chart", image_size=lambda source: (200, 100))
+    found = Examples(name, [as_arrays], lambda reference: reference.name, settings)
+    assert list(found) == list(Examples(name, [row], lambda reference: reference.name, settings))
+    assert not found.report.left_out
+
+
 def test_sizes_of_held_images(tmp_path):
     """An image that a row holds is not decoded to learn its size; it is upright both before and after decoding."""
     datasets = pytest.importorskip("datasets")

@@ -240,6 +240,11 @@ def test_settings_of_readers(folder):
         changed = {**entry, "settings": {name: 3}}
         with pytest.raises(RecipeError, match=f"data 'counts': settings have no '{name}'; they are .*min_score"):
             _mixture(read_recipe(folder / "recipe.yaml", data=[changed]), said.append)
+    wrong = {**entry, "settings": {"max_clip_seconds": None}}
+    with pytest.raises(RecipeError, match=r"data 'counts': `Settings.max_clip_seconds` is None; expected a number"):
+        _mixture(read_recipe(folder / "recipe.yaml", data=[wrong]), said.append)
+    listed = {**entry, "settings": {"excluded_ids": ["a"], "max_clip_seconds": float("inf")}}
+    assert len(_mixture(read_recipe(folder / "recipe.yaml", data=[listed], groups=None), said.append).sources) == 1
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------

@@ -1,22 +1,27 @@
 """Rows of the published data sets become conversations: contents by hand, draws by statistics, all losses counted."""
 
 import base64
+import dataclasses
 import hashlib
 import io
 import json
 import logging
+import math
 import os
 import random
+import re
 import struct
 import subprocess
 import sys
 from collections import Counter, deque
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from molmo2 import MediaLimits, data, prompts
+from molmo2.data import queries
 from molmo2.data.evaluation import EVALUATION_SETS, evaluation_examples
 from molmo2.data.examples import MISSING, NO_SIZE
 from molmo2.data.media import MediaReference, image_size
@@ -129,11 +134,16 @@ def test_draws_depend_on_seed_epoch_and_index_alone():
     [
         (lambda: data.Examples("allenai/pixmo", []), "no reader for 'allenai/pixmo'"),
         (lambda: data.Examples("allenai/pixmo-cap", [], missing="skip"), "`missing` is 'skip'"),
-        (lambda: data.Settings(p_multi_turn=2), "`p_multi_turn` from 0 to 1"),
+        (lambda: data.Settings(p_multi_turn=2), "`Settings.p_multi_turn` is 2; expected a number from 0 to 1"),
         (lambda: data.Settings(sampling_fps=12), "up to 10"),
+        (lambda: data.Settings(sampling_fps=0), "above 0"),
+        (lambda: data.Settings(max_captions=0), "`Settings.max_captions` is 0; expected 1 or more"),
+        (lambda: data.Settings(max_images=0), "`Settings.max_images` is 0; expected 1 or more"),
+        (lambda: data.Settings(max_clip_seconds=-math.inf), "`Settings.max_clip_seconds` is -inf; expected a number"),
+        (lambda: data.Settings(subtitle_mode="some"), "'some'; expected 'all' or 'frame_1'"),
         (lambda: data.Settings(subtitle_mode="frame_1"), "needs `frame_times`"),
-        (lambda: data.Settings(point_mark=""), "`point_mark` and `explanation_style` are texts"),
-        (lambda: data.Settings(explanation_style=""), "found an empty one"),
+        (lambda: data.Settings(point_mark=""), "`Settings.point_mark` is ''; expected a text that is not empty"),
+        (lambda: data.Settings(explanation_style=""), "`Settings.explanation_style` is ''"),
         (lambda: examples("CoSyn-400K", rows_of.SYNTHETIC_QA), "several configurations"),
         (lambda: examples("Molmo2-SynMultiImageQA", rows_of.SYNTHETIC_QA), "several configurations"),
         (
@@ -146,6 +156,54 @@ def test_draws_depend_on_seed_epoch_and_index_alone():
 def test_what_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("config", None, "a text"),
+        ("min_score", "3", "a number"),
+        ("min_score", float("nan"), "a number"),
+        ("excluded_ids", None, "a list or a set of values of `video_id`"),
+        ("excluded_ids", "vid1", "a list or a set"),
+        ("excluded_ids", [None], "a list or a set"),
+        ("use_unsure", "no", "True or False"),
+        ("use_unsure", None, "True or False"),
+        ("p_multi_turn", True, "a number"),
+        ("max_captions", 2.5, "a whole number"),
+        ("max_images", "5", "a whole number"),
+        ("max_clip_seconds", None, "a number of seconds, or math.inf for no limit"),
+        ("max_clip_seconds", float("nan"), "a number of seconds"),
+        ("sampling_fps", "2", "a number"),
+        ("subtitle_mode", None, "a text"),
+        ("frame_times", [0.0], "a function, or None"),
+        ("image_size", None, "a function"),
+        ("image_size", (200, 100), "a function"),
+        ("point_mark", b"@", "a text"),
+        ("explanation_style", 5, "a text"),
+    ],
+)
+def test_settings_of_another_type_are_refused(name, value, expected):
+    """They would otherwise fail at every row, and each would be taken for one of another form."""
+    message = f"`Settings.{name}` is {value!r}; expected {expected}"
+    with pytest.raises(TypeError, match=re.escape(message)):
+        data.Settings(**{name: value})
+
+
+def test_every_setting_has_a_type():
+    assert sorted(name for names, *_ in queries._TYPES for name in names) == sorted(
+        field.name for field in dataclasses.fields(data.Settings)
+    )
+
+
+def test_settings_in_other_forms():
+    for excluded in (["vid1"], ("vid1",), {"vid1"}, frozenset({"vid1"})):
+        found = examples("Molmo2-Cap", rows_of.CAPTION, excluded_ids=excluded)
+        assert found.report.left_out == {"the video is excluded": 1}
+    found = examples("Molmo2-Cap", {**rows_of.CAPTION, "video_id": 12}, excluded_ids=[12])
+    assert found.report.left_out == {"the video is excluded": 1}
+    long = {**rows_of.VIDEO_POINT, "video_duration": 9000.0, "clip_end": 9000.0}
+    assert len(examples("Molmo2-VideoPoint", long, max_clip_seconds=math.inf)) == 1
 
 
 # --- points ----------------------------------------------------------------------------------------------------------
@@ -299,9 +357,9 @@ def test_local_images_of_sets():
     assert drawn_labels == {"dog", "cat"}
     (example,) = examples("molmo2-pixmo-multi-points", row)
     assert media_parts(example)[0]["image"].startswith("/media/pixmo/")
-    held = {**row, "images": [f"picture {number}".encode() for number in range(7)]}
+    held = {**row, "images": [f"image {number}".encode() for number in range(7)]}
     (example,) = examples("molmo2-pixmo-multi-points", held, media=lambda reference: None)
-    assert {part["image"][:8] for part in media_parts(example)} == {b"picture "}
+    assert {part["image"][:6] for part in media_parts(example)} == {b"image "}
     found = examples(
         "molmo2-pixmo-multi-points", row, media=lambda reference: None if "3" in reference.name else "file"
     )
@@ -603,7 +661,6 @@ OTHER_FORMS = [
     ("pixmo-count", {"points": {"x": "ab", "y": [20.0, 90.0]}}),
     ("pixmo-count", {"points": [[100.0, 20.0], [20.0, 90.0]]}),
     ("pixmo-count", {"points": np.array([[100.0, 20.0], [20.0, 90.0]])}),
-    ("pixmo-count", {"points": [{"x": 1.0}, {"x": 2.0}]}),
     ("pixmo-count", {"points": {"x": np.ones((2, 2)), "y": np.ones((2, 2))}}),
     ("pixmo-count", {"points": {"x": np.array(1.0), "y": np.array(1.0)}, "count": 1}),
     ("pixmo-count", {"points": 2}),
@@ -617,34 +674,73 @@ OTHER_FORMS = [
     ("pixmo-point-explanations", {"question": 5}),
     ("pixmo-point-explanations", {"points": [[[50.0, 20.0]], [[99.9, 0.0]]]}),
     ("pixmo-point-explanations", {"points": [[{"x": None, "y": 1.0}], [{"x": 1.0, "y": 1.0}]]}),
-    ("pixmo-point-explanations", {"points": [[{"y": 1.0}], [{"x": 1.0, "y": 1.0}]]}),
     ("molmo2-pixmo-multi-points", {"points": 7}),
     ("molmo2-pixmo-multi-points", {"points": [[[1.0, 1.0]]] * 7}),
     ("molmo2-pixmo-multi-points", {"points": [[{"x": 1.0, "y": None}]] * 7}),
-    ("molmo2-pixmo-multi-points", {"points": [[{"left": 1.0}]] * 7}),
     ("molmo2-pixmo-multi-points", {"normalized_labels": 7}),
     ("molmo2-pixmo-multi-points", {"images": 7}),
-    ("Molmo2-VideoPoint", {"points": [[{"x": 50.0}], []]}),
+    ("Molmo2-VideoPoint", {"question": 5}),
+    ("Molmo2-VideoPoint", {"label": b"cups"}),
     ("Molmo2-VideoPoint", {"clip_end": None, "video_duration": None}),
     ("Molmo2-VideoPoint", {"two_fps_timestamps": [float("nan"), 6.0]}),
-    ("Molmo2-MultiImagePoint", {"points": None}),
-    ("Molmo2-MultiImagePoint", {"labels": [None] * 7}),
+    ("Molmo2-MultiImagePoint", {"labels": "abcdefg"}),
+    ("Molmo2-MultiImagePoint", {"labels": [5] * 7}),
+    ("Molmo2-MultiImagePoint", {"image_urls": "abcdefg"}),
     ("pixmo-points", {"points": [{"x": None, "y": 5.0}]}),
-    ("CoSyn-point", {"questions": None}),
+    ("CoSyn-point", {"questions": "?"}),
+    ("CoSyn-point", {"questions": [5]}),
+    ("CoSyn-point", {"names": "b"}),
     ("Molmo2-VideoTrack", {"fps": None}),
     ("Molmo2-VideoTrack", {"points": [{"object_id": "m0", "points": None}]}),
     ("molmo2-mevis", {"frame_trajectories": [{"frame": None, "time": 0.0, "points": [None]}]}),
     ("Molmo2-MultiImageQA", {"qa_pairs": None}),
     ("pixmo-cap-qa", {"question": None}),
     ("molmo2-tulu4-classified", {"messages": [None]}),
+    ("molmo2-tulu4-classified", {"messages": [{"role": "user", "content": 5}, {"role": "assistant", "content": "a"}]}),
+    ("CoSyn-400K", {"qa_pairs": {"question": ["A?"], "explanation": ["x"], "answer": [42]}}),
+    ("CoSyn-400K", {"qa_pairs": {"question": [5], "explanation": ["x"], "answer": ["a"]}}),
+    ("CoSyn-400K", {"qa_pairs": {"question": ["A?"], "explanation": [5], "answer": ["a"]}}),
+    ("CoSyn-400K", {"qa_pairs": {"question": "A", "explanation": None, "answer": "a"}}),
+    ("Molmo2-MultiImageQA", {"qa_pairs": {"question": ["A?"], "answer": [float("nan")]}}),
+    ("Molmo2-Cap", {"video_caption": 123}),
+    ("Molmo2-Cap", {"annotation_score": "4"}),
+    ("pixmo-cap", {"caption": 123}),
+    ("pixmo-cap", {"transcripts": [123]}),
+    ("pixmo-cap", {"transcripts": "Spoken."}),
+    ("Molmo2-VideoCapQA", {"Answer": 42}),
+    ("Molmo2-VideoCapQA", {"Question": 42}),
+    ("Molmo2-VideoCapQA", {"NegativeAnswers": [42]}),
+    ("Molmo2-VideoCapQA", {"NegativeAnswers": "A car"}),
+    ("Molmo2-AskModelAnything", {"question": 42}),
+    ("Molmo2-AskModelAnything", {"answer": ["Because."]}),
+    ("pixmo-cap-qa", {"answer": 42}),
+    ("molmo2-hardcodes", {"questions": "Hello?"}),
+    ("molmo2-hardcodes", {"questions": ["Hello?", 42]}),
+    ("molmo2-hardcodes", {"response": 42}),
 ]
 
 
 @pytest.mark.parametrize(("name", "changes"), OTHER_FORMS)
 def test_rows_in_other_forms_are_counted(name, changes):
     row = rows_of.ROWS[f"allenai/{name}"]
-    found = examples(name, {**row, **changes}, row)
+    found = examples(name, {**row, **changes}, row, config="chart")
     assert (len(found), found.report.left_out) == (1, {"the row has another form": 1})
+    assert re.fullmatch(r"(?s)row 0: \w+Error: .+", found.report.first_error)
+    assert f"another form (the first: {found.report.first_error})" in str(found.report)
+
+
+def test_the_first_error_is_reported(caplog):
+    """With it one sees whether a row or its reader is wrong; each reason has its own words beside it."""
+    several = [{**rows_of.USER_QA, "answer": answer} for answer in ("Because.", 42, [5] * 500, "So.")]
+    several.append({**rows_of.USER_QA, "video_id": "gone"})
+    found = examples("Molmo2-AskModelAnything", *several, media=lambda reference: {"vid1": "file"}.get(reference.name))
+    assert found.report.first_error == "row 1: TypeError: Expected a text; found 42."
+    assert (
+        "5 rows, 1 examples, 3 left out: 2 because the row has another form (the first: row 1: TypeError: Expected a "
+        "text; found 42.); 1 because an image or a video is missing (the first: gone)"
+    ) in str(found.report)
+    long = examples("pixmo-count", {**rows_of.PIXMO_COUNT, "label": ["x" * 5000]}).report
+    assert len(long.first_error) < 400
 
 
 @pytest.mark.parametrize(
@@ -671,6 +767,9 @@ def test_rows_in_other_forms_are_counted(name, changes):
             "not as many answers or explanations as questions",
         ),
         ("molmo2-tulu4-classified", {"messages": {"role": ["user"], "content": []}}, "lists of role, content differ"),
+        ("Molmo2-MultiImagePoint", {"points": None}, "not one list of points per image"),
+        ("Molmo2-MultiImagePoint", {"labels": []}, "there is no label, or not one list"),
+        ("CoSyn-point", {"questions": None}, "not as many questions as answers and names"),
     ],
 )
 def test_lists_that_do_not_fit_are_not_cut_to_the_shorter(name, changes, reason):
@@ -678,6 +777,30 @@ def test_lists_that_do_not_fit_are_not_cut_to_the_shorter(name, changes, reason)
     found = examples(name, {**row, **changes}, row, config="chart")
     assert (len(found), found.report.left_out.total()) == (1, 1)
     assert reason in str(found.report)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "reason"),
+    [
+        ("pixmo-count", {"points": [{"x": 1.0}, {"x": 2.0}]}, "a point has no 'y'"),
+        ("pixmo-point-explanations", {"points": [[{"y": 1.0}], [{"x": 1.0, "y": 1.0}]]}, "a point has no 'x'"),
+        ("molmo2-pixmo-multi-points", {"points": [[{"left": 1.0}]] * 7}, "a point has no 'x'"),
+        ("Molmo2-VideoPoint", {"points": [[{"x": 50.0}], []]}, "a point has no 'y'"),
+        ("Molmo2-VideoTrack", {"points": [{"points": []}]}, "an entry of a list has no 'object_id'"),
+        ("molmo2-mevis", {"frame_trajectories": [{"frame": 0, "points": []}]}, "an entry of a list has no 'time'"),
+        (
+            "molmo2-mevis",
+            {"frame_trajectories": [{"frame": 0, "time": 0.0, "points": [{"id": 0}]}]},
+            "an entry of a list has no 'point'",
+        ),
+        ("Molmo2-MultiImageQA", {"qa_pairs": {"question": ["A?"]}}, "`qa_pairs` has no 'answer'"),
+        ("molmo2-tulu4-classified", {"messages": [{"role": "user"}]}, "an entry of a list has no 'content'"),
+    ],
+)
+def test_entries_without_a_name_are_no_missing_columns(name, changes, reason):
+    row = rows_of.ROWS[f"allenai/{name}"]
+    found = examples(name, {**row, **changes}, row)
+    assert (len(found), found.report.left_out) == (1, {reason: 1})
 
 
 @pytest.mark.parametrize("column", ["points", "images"])
@@ -699,11 +822,27 @@ def as_arrays(value):
     return array.astype(np.float64) if is_numbers else array
 
 
-@pytest.mark.parametrize("name", ["pixmo-count", "pixmo-point-explanations", "molmo2-pixmo-multi-points"])
+@pytest.mark.parametrize("name", rows_of.ROWS)
 def test_arrays_are_lists(name):
-    row = rows_of.ROWS[f"allenai/{name}"]
-    (expected,), (found,) = examples(name, row), examples(name, as_arrays(row))
-    assert found == expected
+    row = rows_of.ROWS[name]
+    name = name.removeprefix("allenai/")
+    for seed in range(4):
+        (expected,), (found,) = (examples(name, each, seed=seed, config="chart") for each in (row, as_arrays(row)))
+        assert found == expected
+
+
+def test_arrays_of_images():
+    """One column may hold an image or several; an array of two or three dimensions is an image."""
+    texts = np.array(["chart one", "chart two"])
+    pair = np.zeros((2, 4, 4, 3), dtype=np.uint8)
+    for several in (texts, texts.astype(object), pair):
+        row = {**rows_of.MULTI_IMAGE_QA, "images": several}
+        (example,) = examples("Molmo2-MultiImageQA", row)
+        assert [np.array_equal(part["image"], each) for part, each in zip(media_parts(example), several)] == [True] * 2
+    for one in (pair[0], pair[0, ..., 0]):
+        (example,) = examples("CoSyn-400K", {**rows_of.SYNTHETIC_QA, "images": None, "image": one}, config="chart")
+        (part,) = media_parts(example)
+        assert part["image"] is one
 
 
 def test_positions():
@@ -840,6 +979,11 @@ def test_video_captions():
         ("Molmo2-VideoCapQA", rows_of.CAPTION_QA, {"Question": None}, {}, "there is no question"),
         ("molmo2-hardcodes", rows_of.HARDCODES, {"questions": ["Who?", None]}, {}, "there is no question"),
         ("molmo2-hardcodes", rows_of.HARDCODES, {"response": None}, {}, "there is no answer"),
+        ("molmo2-hardcodes", rows_of.HARDCODES, {"questions": []}, {}, "there is no question"),
+        ("CoSyn-point", rows_of.COSYN_POINT, {"questions": [None]}, {}, "there is no question"),
+        ("Molmo2-MultiImagePoint", rows_of.MULTI_IMAGE_POINT, {"labels": [None] * 7}, {}, "there is no label"),
+        ("Molmo2-VideoCapQA", rows_of.CAPTION_QA, {"NegativeAnswers": ["x"] * 26}, {}, "more than 26 options"),
+        ("Molmo2-Cap", {"video_id": "a", "annotation_score": 5, "video_caption": " "}, {}, {}, "there is no answer"),
         ("Molmo2-MultiImageQA", rows_of.MULTI_IMAGE_QA, {"qa_pairs": NO_QUESTIONS}, {}, "there is no question"),
         ("Molmo2-MultiImageQA", rows_of.MULTI_IMAGE_QA, {"image_urls": ["http://a"]}, {}, "only one image"),
         ("Molmo2-MultiImageQA", rows_of.MULTI_IMAGE_QA, {}, {"max_images": 1}, "not 1 to 1 images"),
@@ -955,8 +1099,8 @@ def test_text():
     assert example["messages"][0] == {"role": "system", "content": "Be brief."}
     assert turns(example["messages"]) == [("text_sft", "Hi", "Hello"), ("text_sft", "Bye", "See you")]
     assert [turn[2] for turn in drawn("molmo2-hardcodes", rows_of.HARDCODES, number=1)] == ["Molmo2.", "Molmo2."]
-    (example,) = examples("molmo2-hardcodes", {**rows_of.HARDCODES, "images": ["a picture"]})
-    assert media_parts(example) == [{"type": "image", "image": "a picture"}]
+    (example,) = examples("molmo2-hardcodes", {**rows_of.HARDCODES, "images": ["an image"]})
+    assert media_parts(example) == [{"type": "image", "image": "an image"}]
 
 
 # --- media -----------------------------------------------------------------------------------------------------------
@@ -983,7 +1127,10 @@ def test_missing_media_are_reported_not_dropped(caplog):
 @pytest.mark.parametrize(
     ("name", "changes", "missing"),
     [
-        *(("Molmo2-AskModelAnything", {"video_id": none}, f"video: {none!r}") for none in (None, "", 5, float("nan"))),
+        *(
+            ("Molmo2-AskModelAnything", {"video_id": none}, f"video: {none!r}")
+            for none in (None, "", True, 1.5, float("nan"))
+        ),
         *((name, {"video_id": None}, "video: None") for name in ("Molmo2-Cap", "Molmo2-VideoCapQA")),
         ("Molmo2-VideoPoint", {"video_id": None}, "video: None"),
         ("Molmo2-VideoTrack", {"clip": None, "video": None}, "video: None"),
@@ -1018,6 +1165,26 @@ def test_media_without_a_name_are_missing(name, changes, missing, tmp_path):
     assert f"(the first: row 1 ({missing}))" in str(found.report)
     for media in (data.Folder(tmp_path), data.urls, data.UrlMapping({None: "http://a"})):
         assert f"row 0 ({missing})" in examples(name, {**row, **changes}, media=media, config="chart").report.missing
+
+
+@pytest.mark.parametrize("name", [12, np.int64(12), Path("12"), "12"])
+def test_numbers_and_paths_are_names(name, tmp_path):
+    """Resolvers get their text, so that those for names of files and of URLs find them."""
+    (tmp_path / "12.mp4").touch()
+    (tmp_path / "12.png").touch()
+    resolvers = (everywhere, data.Folder(tmp_path), data.UrlMapping({"12": "http://media/12"}))
+    asked = {**rows_of.USER_QA, "video_id": name}
+    found = [examples("Molmo2-AskModelAnything", asked, media=each)[0] for each in resolvers]
+    expected = ["/media/12", tmp_path / "12.mp4", "http://media/12"]
+    assert [media_parts(example)[0]["video"] for example in found] == expected
+    for own, column in (("molmo2-pixmo-multi-points", "images"), ("Molmo2-MultiImageQA", "image_urls")):
+        row = {**rows_of.ROWS[f"allenai/{own}"], column: [name] * (7 if column == "images" else 2)}
+        (example,) = examples(own, row, media=data.Folder(tmp_path))
+        assert {part["image"] for part in media_parts(example)} == {tmp_path / "12.png"}
+    assert examples("Molmo2-AskModelAnything", asked, media=data.urls).report.missing == ["12"]
+    row = {**EVALUATED["PointArena/pointarena-data"][0], "image": name}
+    ((example,), _) = evaluation_examples("PointArena/pointarena-data", [row], data.Folder(tmp_path))
+    assert example.messages[0]["content"][0]["image"] == tmp_path / "12.png"
 
 
 def test_a_row_without_columns_for_images_is_refused():
@@ -1198,6 +1365,8 @@ def test_subtitle_text():
         (lambda: data.read_subtitles([(2, 1, "a")]), "expected 0 <= start <= end"),
         (lambda: data.read_subtitles([{"start": 1.0, "text": "a"}]), "no subtitles: .*KeyError: 'end'"),
         (lambda: data.read_subtitles([(1, None, "a")]), "no subtitles: .*TypeError"),
+        (lambda: data.read_subtitles([(1, 2, None)]), "no subtitles: .*TypeError: expected a text; found None"),
+        (lambda: data.read_subtitles({(1, 2): 5}), "no subtitles: .*TypeError: expected a text; found 5"),
         (lambda: data.subtitle_text({}, [], "some"), "'some'; expected 'frame_1' or 'all'"),
         (lambda: data.subtitle_text(SUBTITLES), "needs the times"),
     ],
@@ -1253,7 +1422,7 @@ EVALUATED = {
     ),
     "allenai/pixmo-count": ({"image_url": "http://a", "label": "cups", "count": 2}, "2"),
     "PointArena/pointarena-data": (
-        {"user_input": "The cup.", "category": "spatial", "image": "picture", "mask": MASK},
+        {"user_input": "The cup.", "category": "spatial", "image": "an image", "mask": MASK},
         '<points coords="1 1 500 500">cup</points>',
     ),
 }
@@ -1343,10 +1512,66 @@ def test_media_without_a_name_in_evaluation_sets(name, changes, missing):
         ("Molmo2-VideoPointEval", {"two_fps_timestamps": [1.5, 2.0]}, "not as many times or masks as points"),
         ("Molmo2-VideoPointEval", {"masks": []}, "not as many times or masks as points"),
         ("Molmo2-VideoPointEval", {"points": {"x": [10.0], "y": []}}, "lists of x, y differ in length"),
-        ("Molmo2-VideoCountEval", {"count": None}, "TypeError"),
+        ("Molmo2-VideoPointEval", {"points": [{"y": 3.0}]}, "a point has no 'x'"),
+        ("Molmo2-VideoPointEval", {"points": [{"x": 3.0}]}, "a point has no 'y'"),
+        ("Molmo2-VideoPointEval", {"points": [{"x": 3.0, "y": None}]}, "y of a point is None; expected a number"),
+        ("Molmo2-VideoPointEval", {"points": [3.0]}, "TypeError"),
+        ("Molmo2-VideoPointEval", {"points": None, "masks": None, "two_fps_timestamps": None}, "is null; expected a"),
+        ("Molmo2-VideoPointEval", {"two_fps_timestamps": [None]}, "a time is None; expected a number"),
+        ("Molmo2-VideoPointEval", {"masks": [None]}, "the list of masks of an object is null"),
+        ("Molmo2-VideoPointEval", {"masks": [[{"rle": RLE}]]}, "an entry of a list has no 'frame_id'"),
+        ("Molmo2-VideoPointEval", {"masks": [[{"frame_id": None, "rle": RLE}]]}, "`frame_id` is None"),
+        ("Molmo2-VideoPointEval", {"label": None}, "there is no label"),
+        ("Molmo2-VideoPointEval", {"label": 5}, "Expected a text; found 5"),
+        ("Molmo2-VideoPointEval", {"width": None}, "`width` is None; expected a number"),
+        ("Molmo2-VideoPointEval", {"height": 0}, "`height` is 0; expected a number above 0"),
+        ("Molmo2-VideoPointEval", {"video_duration": float("nan")}, "`video_duration` is nan; expected a number"),
+        ("Molmo2-VideoCountEval", {"count": None}, "`count` is None; expected a number"),
+        ("Molmo2-VideoCountEval", {"count": "4"}, "`count` is '4'; expected a number"),
+        ("Molmo2-VideoCountEval", {"count": True}, "`count` is True; expected a number"),
+        ("Molmo2-VideoCountEval", {"count": 2.5}, "`count` is 2.5; expected a whole number from 0 on"),
+        ("Molmo2-VideoCountEval", {"count": -1}, "`count` is -1; expected a whole number from 0 on"),
+        ("Molmo2-VideoCountEval", {"question": None, "label": None}, "there is no label"),
+        ("Molmo2-VideoCountEval", {"question": " ", "label": " "}, "there is no label"),
+        ("Molmo2-VideoCountEval", {"question": 5}, "Expected a text; found 5"),
+        ("Molmo2-VideoCountEval", {"category": float("nan")}, "Expected a text; found nan"),
+        ("Molmo2-VideoTrackEval", {"exp": None}, "there is no label"),
+        ("Molmo2-VideoTrackEval", {"fps": 0}, "`fps` is 0; expected a number above 0"),
+        ("Molmo2-VideoTrackEval", {"w": None}, "`w` is None; expected a number"),
+        ("Molmo2-VideoTrackEval", {"masks": []}, r"points of the objects \['m'\], and masks of \[\]"),
+        (
+            "Molmo2-VideoTrackEval",
+            {"masks": [{"object_id": "n", "masks": [RLE] * 3}]},
+            r"points of the objects \['m'\], and masks of \['n'\]",
+        ),
+        (
+            "Molmo2-VideoTrackEval",
+            {"masks": [{"object_id": "m", "masks": [RLE] * 3}] * 2},
+            "an object has several entries in `masks`",
+        ),
+        ("Molmo2-VideoTrackEval", {"points": None, "masks": None}, "`points` is null"),
+        ("Molmo2-VideoTrackEval", {"points": [{"object_id": "m", "points": None}]}, "`points` of an object is null"),
+        ("Molmo2-VideoTrackEval", {"points": [{"points": []}]}, "an entry of a list has no 'object_id'"),
+        ("Molmo2-VideoTrackEval", {"points": [{"object_id": "m", "points": [[1.0, None]]}]}, "y of a point is None"),
+        ("Molmo2-VideoTrackEval", {"points": [{"object_id": "m", "points": [[1.0]]}]}, "IndexError"),
+        ("pixmo-count", {"label": None, "count": 2}, "there is no label"),
+        ("pixmo-count", {"label": "cups", "count": None}, "`count` is None; expected a number"),
+        ("pixmo-points-eval", {"label": None}, "there is no label"),
+        ("pixmo-points-eval", {"label": "<points>"}, "the label contains a tag"),
+        ("pixmo-points-eval", {"points": [{"y": 3.0}]}, "a point has no 'x'"),
+        ("pixmo-points-eval", {"points": [{"x": 3.0, "y": "3"}]}, "y of a point is '3'; expected a number"),
+        ("pixmo-points-eval", {"points": None, "masks": []}, "`points` is null"),
+        ("pixmo-points-eval", {"masks": [[[True], [True, False]]]}, "ValueError"),
+        ("pixmo-points-eval", {"masks": [[True, False]]}, r"shapes \[\(2,\)\]; expected one \(H, W\) for all"),
+        ("pixmo-points-eval", {"masks": [None]}, "TypeError"),
+        (
+            "pixmo-points-eval",
+            {"masks": [MASK, MASK[1:]], "points": [{"x": 50.0, "y": 50.0}] * 2},
+            r"shapes \[\(10, 20\), \(9, 20\)\]; expected one",
+        ),
         ("pixmo-points-eval", {"points": {"x": [50.0, 1.0], "y": [50.0]}}, "lists of x, y differ in length"),
         ("pixmo-points-eval", {"masks": []}, "not as many masks as points"),
-        ("pixmo-points-eval", {"masks": None}, "TypeError"),
+        ("pixmo-points-eval", {"masks": None}, "`masks` is null; expected a list"),
     ],
 )
 def test_rows_that_cannot_be_judged_are_named(name, changes, message):
@@ -1354,6 +1579,25 @@ def test_rows_that_cannot_be_judged_are_named(name, changes, message):
     row, _ = EVALUATED[f"allenai/{name}"]
     with pytest.raises(ValueError, match=f"Row 1 of allenai/{name} has another form: .*{message}.*Mend it, or leave"):
         evaluation_examples(f"allenai/{name}", [row, {**row, **changes}], everywhere)
+
+
+@pytest.mark.parametrize("column", ["user_input", "category"])
+def test_pointbench_asks_no_null(column):
+    row, _ = EVALUATED["PointArena/pointarena-data"]
+    with pytest.raises(ValueError, match=r"Row 1 of .* has another form: there is no `user_input`, or no `category`"):
+        evaluation_examples("PointArena/pointarena-data", [row, {**row, column: None}], everywhere)
+
+
+@pytest.mark.parametrize("name", EVALUATED)
+def test_evaluation_sets_of_arrays(name):
+    """As from pandas: lists are arrays of objects, numbers those of numpy."""
+    row, answer = EVALUATED[name]
+    row = {**row, "count": np.float64(row["count"])} if "count" in row else row
+    found, report = evaluation_examples(name, [row, as_arrays(row)], everywhere)
+    (first, second) = found
+    assert (first.messages, first.groups, report.examples) == (second.messages, second.groups, 2)
+    assert min(METRICS[second.metric](answer, **second.truth).values()) == pytest.approx(1)
+    assert second.groups.get("count") in (None, "2", "0-4")
 
 
 def test_it_needs_neither_torch_nor_transformers():

@@ -1,6 +1,8 @@
 """Rows of the evaluation sets: what to ask, and what `molmo2.evaluate` needs to judge the answer."""
 
 import contextlib
+import math
+import numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from molmo2.data.examples import MAX_NAMED, MISSING, ReadingReport
-from molmo2.data.media import MediaReference, Resolver, name_in_report, source_of, urls
-from molmo2.data.pointing import positions
-from molmo2.data.queries import OtherForm, Row, images_of, records, video_of
+from molmo2.data.media import MediaReference, Resolver, is_name, name_in_report, source_of, urls
+from molmo2.data.queries import FORM_ERRORS, OtherForm, Row, images_of, label_problem, records, text_of, video_of
 from molmo2.grounding import prompts
 
 TRACK_FPS = 2
+_OBJECT_MASKS = ("the list of masks of an object", "frame_id", "rle")
 COUNT_BINS = (0, 5, 10, 15, 20, 25)  # first counts of the bins
 TRACK_GROUPS = {
     "APTv2": "animal",
@@ -81,60 +83,146 @@ def count_bin(count: int) -> str:
     return f"{start}+" if start == COUNT_BINS[-1] else f"{start}-{start + 4}"
 
 
+def _number(value: Any, what: str) -> float:
+    """A finite number of a row, as it is.
+
+    Raises:
+        OtherForm: It is none.
+    """
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value):
+        raise OtherForm(f"{what} is {value!r:.60}; expected a number")
+    return value  # type: ignore[return-value]
+
+
+def _above_zero(row: Row, column: str) -> float:
+    value = _number(row[column], f"`{column}`")
+    if value <= 0:
+        raise OtherForm(f"`{column}` is {value!r}; expected a number above 0")
+    return value
+
+
+def _count(row: Row) -> int:
+    count = _number(row["count"], "`count`")
+    if count < 0 or count % 1:
+        raise OtherForm(f"`count` is {count!r}; expected a whole number from 0 on")
+    return int(count)
+
+
+def _label(row: Row, column: str = "label") -> str:
+    """What is asked for.
+
+    Raises:
+        OtherForm: There is none, or it contains a tag.
+    """
+    if problem := label_problem(row[column]):
+        raise OtherForm(problem)
+    return row[column]
+
+
+def _entries(value: Any, what: str, *names: str) -> list[Any]:
+    """The entries of a list, as by `records`; a null would be scored as if there were nothing.
+
+    Raises:
+        OtherForm: It is null, or an entry lacks a name.
+    """
+    if value is None:
+        raise OtherForm(f"{what} is null; expected a list, which may be empty")
+    return records(value, *names)
+
+
+def _point(point: Mapping[str, Any]) -> tuple[float, float]:
+    """(x, y) as they are.
+
+    Raises:
+        OtherForm: One is missing or no number.
+    """
+    try:
+        x, y = point["x"], point["y"]
+    except KeyError as error:
+        raise OtherForm(f"a point has no {error}") from error
+    return _number(x, "x of a point"), _number(y, "y of a point")
+
+
 def _video_points(row: Row, sources: Sequence[Any]) -> _Asked:
-    times, places = records(row["two_fps_timestamps"]), records(row["points"])
-    if not len(times) == len(places) == len(row["masks"]):
+    times, places, masks = (_entries(row[name], f"`{name}`") for name in ("two_fps_timestamps", "points", "masks"))
+    if not len(times) == len(places) == len(masks):
         raise OtherForm("there are not as many times or masks as points")
     truth = {
-        "size": (row["width"], row["height"]),
-        "duration": row["video_duration"],
-        "points": [(time, point["x"], point["y"]) for time, point in zip(times, places)],
-        "masks": [{entry["frame_id"] / 2: entry["rle"] for entry in records(masks)} for masks in row["masks"]],
+        "size": (_above_zero(row, "width"), _above_zero(row, "height")),
+        "duration": _above_zero(row, "video_duration"),
+        "points": [(_number(time, "a time"), *_point(point)) for time, point in zip(times, places)],
+        "masks": [
+            {_number(entry["frame_id"], "`frame_id`") / 2: entry["rle"] for entry in _entries(each, *_OBJECT_MASKS)}
+            for each in masks
+        ],
     }
-    return _Asked(prompts.point(row["label"]).text, truth, {}, {"max_fps": 2})
+    return _Asked(prompts.point(_label(row)).text, truth, {}, {"max_fps": 2})
 
 
 def _video_count(row: Row, sources: Sequence[Any]) -> _Asked:
-    question = row.get("question") or prompts.count(row["label"]).text
-    groups = {"category": row["category"]} if row.get("category") else {}
-    groups["count"] = count_bin(row["count"])
-    return _Asked(question, {"count": row["count"]}, groups, {"max_fps": 2})
+    is_worded, count = text_of(row.get("question")), _count(row)
+    question = row["question"] if is_worded else prompts.count(_label(row)).text
+    groups = {"category": row["category"]} if text_of(row.get("category")) else {}
+    groups["count"] = count_bin(count)
+    return _Asked(question, {"count": count}, groups, {"max_fps": 2})
+
+
+def _by_object(row: Row, column: str) -> dict[Any, list[Any]]:
+    """The lists of a column of tracks by the id of their object."""
+    entries = _entries(row[column], f"`{column}`", "object_id", column)
+    found = {entry["object_id"]: _entries(entry[column], f"`{column}` of an object") for entry in entries}
+    if len(found) < len(entries):
+        raise OtherForm(f"an object has several entries in `{column}`")
+    return found
 
 
 def _video_tracks(row: Row, sources: Sequence[Any]) -> _Asked:
-    fps = row["fps"]
-    length = max((len(entry["points"]) for entry in records(row["points"])), default=0)
+    fps, places, masks = _above_zero(row, "fps"), _by_object(row, "points"), _by_object(row, "masks")
+    if places.keys() != masks.keys():
+        raise OtherForm(f"there are points of the objects {list(places)}, and masks of {list(masks)}")
+    length = max(map(len, places.values()), default=0)
     # Of times k / TRACK_FPS, as `frames_of` reads them from an answer, also where the rates do not divide.
     sampled = {round(place / TRACK_FPS * fps) for place in range(int(length / fps * TRACK_FPS) + 2)}
     points: dict[int, dict[Any, tuple[float, float]]] = {}
-    for entry in records(row["points"]):
-        for frame, at in enumerate(entry["points"]):
+    for name, track in places.items():
+        for frame, at in enumerate(track):
             if at is not None and frame in sampled:
-                points.setdefault(frame, {})[entry["object_id"]] = (at[0], at[1])
-    masks = {entry["object_id"]: dict(enumerate(entry["masks"])) for entry in records(row["masks"])}
-    truth = {"size": (row["w"], row["h"]), "fps": fps, "points": points, "masks": masks}
+                points.setdefault(frame, {})[name] = (_number(at[0], "x of a point"), _number(at[1], "y of a point"))
+    truth = {
+        "size": (_above_zero(row, "w"), _above_zero(row, "h")),
+        "fps": fps,
+        "points": points,
+        "masks": {name: dict(enumerate(each)) for name, each in masks.items()},
+    }
     group = TRACK_GROUPS.get(row.get("video_dataset", ""))
     options = {"frame_sample_mode": "fps", "sampling_fps": TRACK_FPS}
-    return _Asked(prompts.track(row["exp"], TRACK_FPS).text, truth, {"group": group} if group else {}, options)
+    return _Asked(prompts.track(_label(row, "exp"), TRACK_FPS).text, truth, {"group": group} if group else {}, options)
+
+
+def _pixels(mask: Any) -> np.ndarray:
+    """A mask as an array of bool; columns of arrays may have arrays of arrays."""
+    pixels = np.asarray(mask)
+    if pixels.dtype == object:
+        pixels = np.array([np.asarray(line, dtype=bool) for line in pixels])
+    return pixels.astype(bool)
 
 
 def _image_points(row: Row, sources: Sequence[Any]) -> _Asked:
-    masks = [np.asarray(mask, dtype=bool) for mask in row["masks"]]
-    if masks:
-        height, width = masks[0].shape
-    else:  # nothing to point at: the size decides nothing
-        width = height = 1
-    # In the order of the masks, which `positions` would change.
-    places = [positions([point])[0] for point in records(row["points"])]
+    masks = [_pixels(mask) for mask in _entries(row["masks"], "`masks`")]
+    if len({mask.shape for mask in masks}) > 1 or any(mask.ndim != 2 for mask in masks):
+        raise OtherForm(f"the masks have the shapes {[mask.shape for mask in masks][:5]}; expected one (H, W) for all")
+    height, width = masks[0].shape if masks else (1, 1)  # nothing to point at: the size decides nothing
+    places = [_point(point) for point in _entries(row["points"], "`points`")]  # in the order of the masks
     if len(places) != len(masks):
         raise OtherForm("there are not as many masks as points")
-    points = [(x * width, y * height) for x, y in places]
+    points = [(x / 100 * width, y / 100 * height) for x, y in places]
     truth = {"size": (width, height), "points": points, "masks": masks}
-    return _Asked(prompts.point(row["label"]).text, truth)
+    return _Asked(prompts.point(_label(row)).text, truth)
 
 
 def _image_count(row: Row, sources: Sequence[Any]) -> _Asked:
-    return _Asked(prompts.count(row["label"]).text, {"count": row["count"]}, {"count": str(row["count"])})
+    count = _count(row)
+    return _Asked(prompts.count(_label(row)).text, {"count": count}, {"count": str(count)})
 
 
 def _pointbench(row: Row, sources: Sequence[Any]) -> _Asked:
@@ -144,6 +232,8 @@ def _pointbench(row: Row, sources: Sequence[Any]) -> _Asked:
             f"The mask {repr(sources[1])[:80]} is a {type(sources[1]).__name__}; expected an image or an array (H, W) "
             "or (H, W, channels). `media` has to open masks: it is asked for them with the kind 'mask'."
         )
+    if not text_of(row["user_input"]) or not text_of(row["category"]):
+        raise OtherForm("there is no `user_input`, or no `category`")
     if pixels.ndim == 3:
         num_colors = pixels.shape[-1] - (pixels.shape[-1] in (2, 4))  # without alpha
         pixels = np.asarray(pixels[..., :num_colors].any(axis=-1))
@@ -160,7 +250,7 @@ def _image_and_mask(row: Row) -> list[Any]:
         if not given:
             raise KeyError(kind)
         value: Any = next((each for each in given if each is not None), None)
-        is_held = value is not None and not isinstance(value, str)
+        is_held = value is not None and not is_name(value)
         found.append(value if is_held else MediaReference(kind, value, None, row))
     return found
 
@@ -192,8 +282,8 @@ def evaluation_examples(
         rows: As for `Examples`.
         media: As for `Examples`. Masks of PointBench are asked for with the kind "mask"; return an image or an array.
     Raises:
-        ValueError: There is no such set, a column is missing, a row has another form, or a mask of PointBench is no
-            image.
+        ValueError: There is no such set, a column is missing, a row has another form or a null where its score needs
+            a value, or a mask of PointBench is no image.
     """
     if name not in EVALUATION_SETS:
         raise ValueError(f"There is no reader for {name!r}. There are readers for {', '.join(EVALUATION_SETS)}.")
@@ -227,7 +317,7 @@ def _row_of(name: str, index: int, row: Row) -> Iterator[None]:
         yield
     except KeyError as error:
         raise ValueError(f"Row {index} of {name} has no column {error}; it has {sorted(row)}.") from None
-    except (OtherForm, TypeError, AttributeError, IndexError) as error:
+    except FORM_ERRORS as error:
         found = str(error) if isinstance(error, OtherForm) else f"{type(error).__name__}: {error}"
         raise ValueError(f"Row {index} of {name} has another form: {found}. Mend it, or leave it out.") from error
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from molmo2.data import pointing, questions, tracks
 from molmo2.data.media import MediaReference, Resolver, is_named, name_in_report, source_of, urls
-from molmo2.data.queries import OTHER_FORM, Draw, Family, OtherForm, Row, Settings, Size, conversations
+from molmo2.data.queries import FORM_ERRORS, OTHER_FORM, Draw, Family, OtherForm, Row, Settings, Size, conversations
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,7 @@ DATASETS: dict[str, Family] = {
 MISSING = "an image or a video is missing"
 NO_SIZE = "the points are in pixels, and the size of the image is not known"
 MAX_NAMED = 20  # missing media that a report names
+MAX_ERROR_LENGTH = 300  # of the error that a report quotes
 
 
 @dataclass
@@ -56,6 +57,7 @@ class ReadingReport:
         examples: Examples that they make.
         left_out: Rows that were left out, by reason.
         missing: The first missing images and videos: their names, or the rows of those without a name.
+        first_error: The first of the errors for which rows have another form: "row 3: TypeError: ..."; "" for none.
     """
 
     name: str
@@ -63,11 +65,15 @@ class ReadingReport:
     examples: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
     missing: list[str] = field(default_factory=list)
+    first_error: str = ""
 
     def __str__(self) -> str:
-        reasons = "; ".join(f"{number} because {reason}" for reason, number in self.left_out.most_common())
-        missing = f" (the first: {', '.join(self.missing[:3])})" if self.missing else ""
-        left_out = f", {self.left_out.total()} left out: {reasons}{missing}" if self.left_out else ""
+        first = {MISSING: ", ".join(self.missing[:3]), OTHER_FORM: self.first_error}
+        reasons = "; ".join(
+            f"{number} because {reason}{f' (the first: {first[reason]})' if first.get(reason) else ''}"
+            for reason, number in self.left_out.most_common()
+        )
+        left_out = f", {self.left_out.total()} left out: {reasons}" if self.left_out else ""
         return f"{self.name}: {self.rows} rows, {self.examples} examples{left_out}"
 
 
@@ -193,8 +199,10 @@ class Examples(Sequence[dict[str, Any]]):
             raise ValueError(f"Row {index} of {self.name} has no column {error}; it has {sorted(row)}.") from None
         except OtherForm as error:
             return str(error), []
-        except (TypeError, AttributeError, IndexError, ValueError, ArithmeticError):
+        except FORM_ERRORS as error:
             logger.debug("Row %d of %s has another form.", index, self.name, exc_info=True)
+            found = f"row {index}: {type(error).__name__}: {error}"[:MAX_ERROR_LENGTH]
+            self.report.first_error = self.report.first_error or found
             return OTHER_FORM, []
 
     def _is_missing(self, reference: Any, known: dict[Any, bool]) -> bool:

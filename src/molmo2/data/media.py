@@ -7,6 +7,7 @@ is missing. `Folder` and `UrlMapping` are two; `first_of` asks several.
 import hashlib
 import io
 import json
+import numbers
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -24,7 +25,8 @@ class MediaReference:
 
     Attributes:
         kind: "image", "video" or "mask".
-        name: A YouTube id, a path or a URL, as in the row. Where a row has none, nobody asks a resolver.
+        name: A YouTube id, a path or a URL, as in the row; of a whole number or a `pathlib.Path` there its text. Where
+            a row has none, no resolver is asked.
         clip: The part that is used, in seconds; None for the whole video.
         row: The row, for resolvers that need more of it, such as `video_source`.
     """
@@ -34,13 +36,28 @@ class MediaReference:
     clip: tuple[float, float | None] | None = None
     row: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
+    def __post_init__(self) -> None:
+        if is_name(self.name):
+            object.__setattr__(self, "name", name_text(self.name))
+
 
 Resolver = Callable[[MediaReference], Any]
 
 
+def is_name(value: Any) -> bool:
+    """Whether a value in a row can name a file: a text, a path or a whole number; an empty text names none."""
+    is_number = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    return is_number or isinstance(value, (str, os.PathLike))
+
+
+def name_text(name: Any) -> str:
+    """The text of what `is_name` takes."""
+    return os.fsdecode(name) if isinstance(name, (str, os.PathLike)) else str(int(name))
+
+
 def is_named(reference: Any) -> bool:
-    """Whether a row names this image or video; no null, number or empty text is a name."""
-    return isinstance(reference, MediaReference) and isinstance(reference.name, str) and bool(reference.name)
+    """Whether a row names this image or video; null, True, a fraction and empty text are no names."""
+    return isinstance(reference, MediaReference) and is_name(reference.name) and bool(reference.name)
 
 
 def source_of(reference: Any, media: Resolver) -> Any:
@@ -66,6 +83,9 @@ def name_in_report(reference: Any, row: int) -> str:
 
 class Folder:
     """A folder of files, found by their name, with or without a suffix, or by the SHA-256 of a URL.
+
+    Files are not opened: an .avif or .heic is found also where Pillow cannot decode it, so that its row is not missing
+    but fails when its example is built. AVIF needs Pillow 11.3 or newer, HEIC a package such as `pillow-heif`.
 
     Args:
         path: The folder.

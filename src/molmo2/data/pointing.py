@@ -8,9 +8,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from molmo2.data.media import MediaReference
+from molmo2.data.media import MediaReference, is_name
 from molmo2.data.queries import (
-    OTHER_FORM,
     Draw,
     Family,
     Item,
@@ -22,6 +21,7 @@ from molmo2.data.queries import (
     images_of,
     label_problem,
     records,
+    text_of,
 )
 from molmo2.data.styles import COUNT_FORMS, draw_prompt
 from molmo2.grounding.format import NO_POINTS, TAG_EDGE, format_points
@@ -52,7 +52,7 @@ def positions(points: Any, size: Size = (100, 100)) -> list[Position]:
     try:
         pairs = _pairs(points)
     except KeyError as error:
-        raise OtherForm(OTHER_FORM) from error
+        raise OtherForm(f"a point has no {error}") from error
     return sorted((x / size[0], y / size[1]) for x, y in pairs)
 
 
@@ -119,6 +119,7 @@ def _video_problem(row: Row, settings: Settings) -> str | None:
         return "a time lies outside of the clip"
     if not are_inside([at for each in points for at in positions(each)]):
         return OUTSIDE
+    text_of(row.get("question"))
     return label_problem(row["label"])
 
 
@@ -128,7 +129,7 @@ def _video_query(row: Row, draw: Draw) -> Query:
     start = clip[0] if clip is not None and draw.has_cut_clips else 0.0
     pairs = zip(records(row["two_fps_timestamps"]), records(row["points"]))
     points = {time - start: positions(at) for time, at in pairs}
-    written = row.get("question") if style != "video_point" else None
+    written = row["question"] if style != "video_point" and text_of(row.get("question")) else None
     return Query(style, written or draw_prompt(style, draw.rng, label=label), point_answer(style, points, label))
 
 
@@ -226,8 +227,8 @@ def _texts(row: Row) -> tuple[list[Any], list[Any]]:
 
 
 def _explanation_problem(row: Row, settings: Settings) -> str | None:
-    answer, points = row["parsed_response"] or "", records(row["points"])
-    if not answer.strip() or not (row["question"] or "").strip():
+    answer, points = text_of(row["parsed_response"]), records(row["points"])
+    if not answer or not text_of(row["question"]):
         return "there is no question, or no answer"
     if TAG_EDGE.search(answer.replace(settings.point_mark, " ")):
         return "the answer contains a tag"
@@ -256,17 +257,25 @@ def _read_cosyn_points(rows: Sequence[Row], draw: Draw) -> Item:
         [
             [Query("cosyn_point", question, point_answer("cosyn_point", {1: positions(points)}, _plain(name)))]
             for row in rows
-            for question, points, name in zip(row["questions"], records(row["answer_points"]), row["names"])
+            for question, points, name in zip(*_cosyn_lists(row))
         ]
     )
 
 
+def _cosyn_lists(row: Row) -> tuple[list[Any], list[Any], list[Any]]:
+    """Questions, lists of points and names."""
+    return records(row["questions"]), records(row["answer_points"]), records(row["names"])
+
+
 def _cosyn_problem(row: Row, settings: Settings) -> str | None:
-    if not len(row["questions"]) == len(records(row["answer_points"])) == len(row["names"]) > 0:
+    questions, answers, names = _cosyn_lists(row)
+    if not len(questions) == len(answers) == len(names) > 0:
         return "there are not as many questions as answers and names"
-    if not all(are_inside(positions(points)) for points in records(row["answer_points"])):
+    if not all(map(text_of, questions)):
+        return "there is no question"
+    if not all(are_inside(positions(points)) for points in answers):
         return OUTSIDE
-    return next(filter(None, map(label_problem, row["names"])), None)
+    return next(filter(None, map(label_problem, names)), None)
 
 
 def _same_label(label: str) -> str:
@@ -274,9 +283,8 @@ def _same_label(label: str) -> str:
     return re.sub(r"^(?:the|a|an) ", "", _plain(label).lower()).removesuffix("s")
 
 
-def _matching_images(row: Row, label: str) -> list[int]:
-    """Images that were annotated under this label; labels are those of the images, or names of one kind."""
-    labels, number = row["labels"], len(row["points"])
+def _matching_images(labels: Sequence[str], number: int, label: str) -> list[int]:
+    """Of a number of images those annotated under this label; labels are those of the images, or names of one kind."""
     if len(labels) != number:
         return list(range(number))
     return [image for image in range(number) if _same_label(labels[image]) == _same_label(label)]
@@ -285,31 +293,32 @@ def _matching_images(row: Row, label: str) -> list[int]:
 def _image_set_problem(row: Row, settings: Settings) -> str | None:
     if row["image_urls"] is None:
         return None  # missing, as its media say
-    if not row["labels"] or len(row["image_urls"]) != len(row["points"]):
+    labels, points = records(row["labels"]), records(row["points"])
+    if not labels or len(records(row["image_urls"])) != len(points):
         return "there is no label, or not one list of points per image"
-    if len(max((_matching_images(row, label) for label in row["labels"]), key=len)) < 2:
+    problem = next(filter(None, map(label_problem, labels)), None)
+    if not problem and max(len(_matching_images(labels, len(points), label)) for label in labels) < 2:
         return "no two images share a label"
-    if not all(are_inside(positions(points)) for points in row["points"]):
-        return OUTSIDE
-    return next(filter(None, map(label_problem, row["labels"])), None)
+    return problem if all(are_inside(positions(each)) for each in points) else OUTSIDE
 
 
 def _read_image_set_points(rows: Sequence[Row], draw: Draw) -> Item:
     (row,) = rows
     rng, style = draw.rng, draw.rng.choice(IMAGE_SET_STYLES)
-    label = rng.choice([label for label in row["labels"] if len(_matching_images(row, label)) > 1])
-    matching = _matching_images(row, label)
+    labels, lists = records(row["labels"]), records(row["points"])
+    by_label = [(label, _matching_images(labels, len(lists), label)) for label in labels]
+    label, matching = rng.choice([pair for pair in by_label if len(pair[1]) > 1])
     max_images = max(2, min(len(matching), draw.settings.max_images))
     kept = sorted(rng.sample(matching, rng.randint(2, max_images)))
-    points = {number: positions(row["points"][image]) for number, image in enumerate(kept, 1)}
+    points = {number: positions(lists[image]) for number, image in enumerate(kept, 1)}
     question = draw_prompt(style, rng, label=_plain(label))
     return Item([[Query(style, question, point_answer(style, points, _plain(label)))]], kept=kept)
 
 
 def _local_images(row: Row) -> list[Any]:
     """The images of a row of molmo2-pixmo-multi-points: references to files, or images that it holds."""
-    images = [None] if row["images"] is None else records(row["images"])
-    return [MediaReference("image", each, None, row) if isinstance(each, str) else each for each in images]
+    images: list[Any] = [None] if row["images"] is None else records(row["images"])
+    return [MediaReference("image", each, None, row) if is_name(each) else each for each in images]
 
 
 def _as_image_set(row: Row) -> Row:

@@ -1,18 +1,21 @@
 """What the readers of rows share: questions with answers, settings, and the draw of one example."""
 
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from molmo2.data.media import MediaReference, image_size
+from molmo2.data.media import MediaReference, image_size, is_name, name_text
 from molmo2.grounding.format import TAG_EDGE
+from molmo2.values import is_number, is_whole
 
 Row = Mapping[str, Any]
 MAX_TRACK_FPS = 10  # times in answers have one decimal
 Conversation = list[dict[str, Any]]
 Size = tuple[float, float]  # (width, height) in pixels
 OTHER_FORM = "the row has another form"
+FORM_ERRORS = (TypeError, AttributeError, IndexError, ValueError, ArithmeticError)  # of readers, at such a row
 
 
 class OtherForm(ValueError):
@@ -58,12 +61,12 @@ class Settings:
         config: The configuration of a data set that has several, such as "chart" of SynMultiImageQA, whose reader
             refuses unknown ones.
         min_score: Rows of captions with a lower `annotation_score` are left out.
-        excluded_ids: Values of `video_id` that are left out, such as those of corrupt files.
+        excluded_ids: Values of `video_id` that are left out, such as those of corrupt files; a list or a set.
         use_unsure: Use points of annotators who said that they were unsure.
         p_multi_turn: How often the questions about a clip are turns of one conversation instead of branches.
         max_captions: Captions of a video.
         max_images: Rows with more images are left out; of images with points a part is drawn.
-        max_clip_seconds: Longer clips with points are left out.
+        max_clip_seconds: Longer clips with points are left out; with `math.inf` none is.
         sampling_fps: Rate of tracks; rows whose frame rate it does not divide are left out.
         subtitle_mode: "all", or "frame_1" as in Molmo2's training, see `subtitle_text`. "frame_1" is not the default
             as it needs `frame_times`.
@@ -74,6 +77,7 @@ class Settings:
             description that the readers follow does not say. Rows with another number of marks are left out.
         explanation_style: The style of pixmo-point-explanations. An assumption likewise.
     Raises:
+        TypeError: A value is of another type.
         ValueError: A value is out of its range.
     """
 
@@ -93,17 +97,51 @@ class Settings:
     explanation_style: str = "point_qa"
 
     def __post_init__(self) -> None:
-        is_rate = 0 < self.sampling_fps <= MAX_TRACK_FPS
-        if not 0 <= self.p_multi_turn <= 1 or not is_rate or min(self.max_captions, self.max_images) < 1:
-            raise ValueError(
-                "Expected `p_multi_turn` from 0 to 1, `sampling_fps` above 0 and up to 10, `max_captions` and "
-                f"`max_images` of 1 or more; found {self.p_multi_turn}, {self.sampling_fps}, {self.max_captions} and "
-                f"{self.max_images}."
-            )
-        if not self.point_mark or not self.explanation_style:
-            raise ValueError("`point_mark` and `explanation_style` are texts; found an empty one.")
+        for names, is_right, expected in _TYPES:
+            for name in names:
+                if not is_right(getattr(self, name)):
+                    raise TypeError(f"`Settings.{name}` is {getattr(self, name)!r}; expected {expected}.")
+        for name, is_in_range, expected in _RANGES:
+            if not is_in_range(getattr(self, name)):
+                raise ValueError(f"`Settings.{name}` is {getattr(self, name)!r}; expected {expected}.")
+        object.__setattr__(self, "excluded_ids", frozenset(map(name_text, self.excluded_ids)))
         if self.subtitle_mode == "frame_1" and self.frame_times is None:
             raise ValueError("`subtitle_mode='frame_1'` needs `frame_times`, the times of the sampled frames.")
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, (list, tuple, set, frozenset)) and all(map(is_name, value))
+
+
+def _is_number_or_infinite(value: Any) -> bool:
+    return is_number(value) or (isinstance(value, float) and math.isinf(value))
+
+
+# Names of settings, what is right, and what an error says of it.
+_TYPES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+    (("config", "subtitle_mode", "point_mark", "explanation_style"), _is_text, "a text"),
+    (("min_score", "p_multi_turn", "sampling_fps"), is_number, "a number"),
+    (("max_clip_seconds",), _is_number_or_infinite, "a number of seconds, or math.inf for no limit"),
+    (("max_captions", "max_images"), is_whole, "a whole number"),
+    (("excluded_ids",), _are_names, "a list or a set of values of `video_id`"),
+    (("use_unsure",), lambda value: isinstance(value, bool), "True or False"),
+    (("frame_times",), lambda value: value is None or callable(value), "a function, or None"),
+    (("image_size",), callable, "a function"),
+)
+_RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("p_multi_turn", lambda value: 0 <= value <= 1, "a number from 0 to 1"),
+    ("sampling_fps", lambda value: 0 < value <= MAX_TRACK_FPS, f"a number above 0 and up to {MAX_TRACK_FPS}"),
+    ("max_captions", lambda value: value >= 1, "1 or more"),
+    ("max_images", lambda value: value >= 1, "1 or more"),
+    ("max_clip_seconds", lambda value: value > 0, "a number above 0"),
+    ("subtitle_mode", lambda value: value in ("all", "frame_1"), "'all' or 'frame_1'"),
+    ("point_mark", bool, "a text that is not empty"),
+    ("explanation_style", bool, "a text that is not empty"),
+)
 
 
 @dataclass(frozen=True)
@@ -123,22 +161,48 @@ class Draw:
     sizes: Sequence[Size] = ()
 
 
-def records(value: Any) -> list[Any]:
+def records(value: Any, *names: str) -> list[Any]:
     """The entries of a list, an array or None; `datasets` may give it as one row of lists.
 
+    Args:
+        names: What each entry that is a mapping has to have.
     Raises:
-        OtherForm: The lists of that row differ in length.
+        OtherForm: The lists of that row differ in length, or an entry lacks a name.
+        TypeError: The value, or one of that row, is a text or no list at all.
     """
+    for each in value.values() if isinstance(value, Mapping) else (value,):
+        if isinstance(each, (str, bytes)):
+            raise TypeError(f"Expected a list; found {each!r:.60}.")
     if isinstance(value, Mapping):
         if len(set(map(len, value.values()))) > 1:
             raise OtherForm(f"the lists of {', '.join(map(str, value))} differ in length")
-        return [dict(zip(value, entries)) for entries in zip(*value.values())]
-    return [] if value is None else list(value)
+        entries = [dict(zip(value, entries)) for entries in zip(*value.values())]
+    else:
+        entries = [] if value is None else list(value)
+    for name in names:
+        if any(isinstance(entry, Mapping) and name not in entry for entry in entries):
+            raise OtherForm(f"an entry of a list has no {name!r}")
+    return entries
+
+
+def text_of(value: Any) -> str:
+    """A text without blanks at its ends; "" for None.
+
+    Raises:
+        TypeError: It is neither.
+    """
+    if not isinstance(value, (str, type(None))):
+        raise TypeError(f"Expected a text; found {value!r:.60}.")
+    return (value or "").strip()
 
 
 def label_problem(label: str | None) -> str | None:
-    """Why a label cannot stand in a prompt and in a tag, or None."""
-    if not (label or "").strip():
+    """Why a label cannot stand in a prompt and in a tag, or None.
+
+    Raises:
+        TypeError: It is neither a text nor None.
+    """
+    if not text_of(label):
         return "there is no label"
     return "the label contains a tag" if TAG_EDGE.search(str(label)) else None
 
@@ -195,8 +259,9 @@ def images_of(row: Row) -> list[Any]:
     """
     for name in ("images", "image"):
         held = row.get(name)
-        images = list(held) if isinstance(held, (list, tuple)) else [] if held is None else [held]
-        if images:
+        # An image itself is an array of two or three dimensions.
+        is_list = held is None or isinstance(held, (list, tuple)) or getattr(held, "ndim", None) in (1, 4)
+        if images := records(held) if is_list else [held]:
             return images
     urls = records(row.get("image_urls")) or [row.get("image_url")]
     if urls[0] is None and not {"images", "image", "image_urls", "image_url"} & set(row):

@@ -3,10 +3,25 @@
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
-from molmo2.data.queries import Draw, Family, Item, Query, Row, Settings, images_of, no_media, records, video_of
-from molmo2.data.styles import NO_POINTING, draw_length_prompt, draw_multiple_choice, draw_prompt
-from molmo2.data.subtitles import read_subtitles, subtitle_text
+from molmo2.data.media import is_name, name_text
+from molmo2.data.queries import (
+    Draw,
+    Family,
+    Item,
+    OtherForm,
+    Query,
+    Row,
+    Settings,
+    images_of,
+    no_media,
+    records,
+    text_of,
+    video_of,
+)
+from molmo2.data.styles import LETTERS, NO_POINTING, draw_length_prompt, draw_multiple_choice, draw_prompt
+from molmo2.data.subtitles import Subtitles, read_subtitles, subtitle_text
 
 CAPTION_COLUMNS = {
     "video_caption": "video_short_caption",
@@ -22,7 +37,8 @@ SET_CONFIGS = ("chart", "chemical", "circuit", "diagram", "doc", "graphic", "mus
 
 
 def _is_excluded(row: Row, settings: Settings) -> str | None:
-    return "the video is excluded" if row.get("video_id") in settings.excluded_ids else None
+    name = row.get("video_id")
+    return "the video is excluded" if is_name(name) and name_text(name) in settings.excluded_ids else None
 
 
 # --- captions --------------------------------------------------------------------------------------------------------
@@ -32,7 +48,8 @@ def _caption_problem(row: Row, settings: Settings) -> str | None:
     score = row.get("annotation_score")
     if score is not None and score < settings.min_score:
         return f"the score is below {settings.min_score:g}"
-    return _is_excluded(row, settings) or (None if any(row.get(name) for name in CAPTION_COLUMNS) else EMPTY)
+    captions = [text_of(row.get(name)) for name in CAPTION_COLUMNS]
+    return _is_excluded(row, settings) or (None if any(captions) else EMPTY)
 
 
 def _read_video_captions(rows: Sequence[Row], draw: Draw) -> Item:
@@ -40,7 +57,7 @@ def _read_video_captions(rows: Sequence[Row], draw: Draw) -> Item:
         Query(style, draw_prompt(style, draw.rng), row[column])
         for row in rows
         for column, style in CAPTION_COLUMNS.items()
-        if row.get(column)
+        if text_of(row.get(column))
     ]
     chosen = draw.rng.sample(queries, min(len(queries), draw.settings.max_captions))
     return Item([[query] for query in chosen])
@@ -50,7 +67,7 @@ def _read_image_captions(rows: Sequence[Row], draw: Draw) -> Item:
     """A caption and one of the transcripts, their length in the prompt, as in pre-training."""
     branches = []
     for row in rows:
-        texts = [("long_caption", row["caption"])] if row.get("caption") else []
+        texts = [("long_caption", row["caption"])] if text_of(row.get("caption")) else []
         spoken = _spoken(row)
         if spoken:
             texts.append(("transcript", draw.rng.choice(spoken)))
@@ -61,11 +78,12 @@ def _read_image_captions(rows: Sequence[Row], draw: Draw) -> Item:
 
 def _spoken(row: Row) -> list[str]:
     """The transcripts that say something."""
-    return [text for text in row.get("transcripts") or [] if (text or "").strip()]
+    return [text for text in records(row.get("transcripts")) if text_of(text)]
 
 
 def _image_caption_problem(row: Row, settings: Settings) -> str | None:
-    return None if row.get("caption") or _spoken(row) else EMPTY
+    caption, spoken = text_of(row.get("caption")), _spoken(row)
+    return None if caption or spoken else EMPTY
 
 
 # --- questions about videos ------------------------------------------------------------------------------------------
@@ -73,9 +91,11 @@ def _image_caption_problem(row: Row, settings: Settings) -> str | None:
 
 def _choice_problem(row: Row, settings: Settings) -> str | None:
     others = records(row["NegativeAnswers"])
-    if not row["Answer"] or not others or None in others:
+    if not text_of(row["Answer"]) or not others or not all(map(text_of, others)):
         return "there is no answer, or no other option"
-    if not (row["Question"] or "").strip():
+    if len(others) >= len(LETTERS):
+        return f"there are more than {len(LETTERS)} options"
+    if not text_of(row["Question"]):
         return NO_QUESTION
     return _is_excluded(row, settings)
 
@@ -83,7 +103,7 @@ def _choice_problem(row: Row, settings: Settings) -> str | None:
 def _read_video_choices(rows: Sequence[Row], draw: Draw) -> Item:
     branches = []
     for row in rows:
-        options = list(row["NegativeAnswers"])
+        options = records(row["NegativeAnswers"])
         correct = draw.rng.randint(0, len(options))
         options.insert(correct, row["Answer"])
         question, answer = draw_multiple_choice(row["Question"], options, correct, draw.rng)
@@ -91,16 +111,21 @@ def _read_video_choices(rows: Sequence[Row], draw: Draw) -> Item:
     return Item(branches)
 
 
+def _subtitles(row: Row) -> Subtitles:
+    subtitle = row.get("subtitle")
+    return read_subtitles([] if subtitle is None else subtitle)
+
+
 def _subtitle_problem(row: Row, settings: Settings) -> str | None:
     try:
-        read_subtitles(row.get("subtitle") or [])
+        _subtitles(row)
     except ValueError:
         return "the subtitle cannot be read"
     return _choice_problem(row, settings)
 
 
 def _read_subtitle_choices(rows: Sequence[Row], draw: Draw) -> Item:
-    subtitles = read_subtitles(rows[0].get("subtitle") or [])
+    subtitles = _subtitles(rows[0])
     item = _read_video_choices(rows, draw)
     branches = [
         [replace(query, style="video_multiple_choice_w_subtitle") for query in turns] for turns in item.branches
@@ -109,9 +134,10 @@ def _read_subtitle_choices(rows: Sequence[Row], draw: Draw) -> Item:
 
 
 def _answer_problem(row: Row, settings: Settings) -> str | None:
-    if not (row["question"] or "").strip():
+    answer = text_of(row["answer"])
+    if not text_of(row["question"]):
         return NO_QUESTION
-    return _is_excluded(row, settings) or (None if (row["answer"] or "").strip() else EMPTY)
+    return _is_excluded(row, settings) or (None if answer else EMPTY)
 
 
 def _read_user_questions(rows: Sequence[Row], draw: Draw) -> Item:
@@ -124,12 +150,27 @@ def _read_user_questions(rows: Sequence[Row], draw: Draw) -> Item:
 def _image_set_problem(row: Row, settings: Settings) -> str | None:
     if not 1 <= len(images_of(row)) <= settings.max_images:
         return f"there are not 1 to {settings.max_images} images"
-    questions, answers = records(row["qa_pairs"]["question"]), records(row["qa_pairs"]["answer"])
-    explanations = records(row["qa_pairs"].get("explanation")) or questions
-    if not len(questions) == len(answers) == len(explanations):
-        return "there are not as many answers or explanations as questions"
-    answered = [question for question, answer in zip(questions, answers) if answer]
+    answered = [question for question, answer, _ in _pairs(row) if answer]
     return (None if all(answered) else NO_QUESTION) if answered else EMPTY
+
+
+def _pairs(row: Row) -> list[tuple[str, str, str]]:
+    """(question, answer, explanation) of a row, "" for what is null or blank.
+
+    Raises:
+        OtherForm: There are not as many of them.
+        TypeError: One is no text.
+    """
+    pairs: dict[str, Any] = row["qa_pairs"]
+    for name in ("question", "answer"):
+        if name not in pairs:
+            raise OtherForm(f"`qa_pairs` has no {name!r}")
+    questions, answers = records(pairs["question"]), records(pairs["answer"])
+    explanations = records(pairs.get("explanation")) or [""] * len(questions)
+    if not len(questions) == len(answers) == len(explanations):
+        raise OtherForm("there are not as many answers or explanations as questions")
+    columns = ([text if text_of(text) else "" for text in texts] for texts in (questions, answers, explanations))
+    return list(zip(*columns))
 
 
 def _multi_image_problem(row: Row, settings: Settings) -> str | None:
@@ -140,11 +181,10 @@ def _multi_image_problem(row: Row, settings: Settings) -> str | None:
 
 def _read_image_set_questions(rows: Sequence[Row], draw: Draw) -> Item:
     (row,) = rows
-    pairs = zip(row["qa_pairs"]["question"], row["qa_pairs"]["answer"])
     return Item(
         [
             [Query("correction_qa", f"{NO_POINTING if COUNTING.match(question) else ''}{question}", answer)]
-            for question, answer in pairs
+            for question, answer, _ in _pairs(row)
             if answer
         ]
     )
@@ -153,12 +193,11 @@ def _read_image_set_questions(rows: Sequence[Row], draw: Draw) -> Item:
 def _read_synthetic_questions(rows: Sequence[Row], draw: Draw) -> Item:
     """Answers with their explanation before them."""
     (row,) = rows
-    pairs, style = row["qa_pairs"], f"cosyn_{draw.settings.config}_exp"
-    explanations = pairs.get("explanation") or [""] * len(pairs["question"])
+    style = f"cosyn_{draw.settings.config}_exp"
     return Item(
         [
             [Query(style, question, f"{explanation} Answer: {answer}" if explanation else answer)]
-            for question, explanation, answer in zip(pairs["question"], explanations, pairs["answer"])
+            for question, answer, explanation in _pairs(row)
             if answer
         ]
     )
@@ -202,13 +241,14 @@ def _caption_question_problem(row: Row, settings: Settings) -> str | None:
 
 
 def _text_problem(row: Row, settings: Settings) -> str | None:
-    roles = [message["role"] for message in records(row["messages"])]
+    messages = records(row["messages"], "role", "content")
+    roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
         return "its turns do not alternate"
     if row.get("has_special_token"):
         return "it contains a special token"
-    return EMPTY if not all((message["content"] or "").strip() for message in records(row["messages"])) else None
+    return None if all(text_of(message["content"]) for message in messages) else EMPTY
 
 
 def _read_text(rows: Sequence[Row], draw: Draw) -> Item:
@@ -219,14 +259,15 @@ def _read_text(rows: Sequence[Row], draw: Draw) -> Item:
 
 
 def _fixed_problem(row: Row, settings: Settings) -> str | None:
-    if not all((question or "").strip() for question in records(row["questions"]) or [None]):
+    response = text_of(row["response"])
+    if not all(map(text_of, records(row["questions"]) or [None])):
         return NO_QUESTION
-    return None if (row["response"] or "").strip() else EMPTY
+    return None if response else EMPTY
 
 
 def _read_fixed_answers(rows: Sequence[Row], draw: Draw) -> Item:
     (row,) = rows
-    return Item([[Query("demo", question, row["response"])] for question in row["questions"]])
+    return Item([[Query("demo", question, row["response"])] for question in records(row["questions"])])
 
 
 def _held_images(row: Row) -> list[object]:

@@ -22,7 +22,8 @@ def read_subtitles(source: Any) -> Subtitles:
         source: Text; rows `{"start", "end", "text"}` or (start, end, text), the rows of names also as one row of
             lists, as `datasets` may give them; or {(start, end): text}. Seconds.
     Raises:
-        ValueError: A time ends before it starts or is no number, a text has no times, or the source is none of these.
+        ValueError: A time ends before it starts or is no number, the text of a row is none, a whole text has no times,
+            or the source is none of these.
     """
     subtitles: Subtitles = {}
     for start, end, text in _cues(source) if isinstance(source, str) else _entries(source):
@@ -42,12 +43,18 @@ def _entries(source: Any) -> list[tuple[float, float, Any]]:
             rows = [
                 (row["start"], row["end"], row["text"]) if isinstance(row, Mapping) else row for row in records(source)
             ]
-        return [(float(start), float(end), text) for start, end, text in rows]
+        return [(float(start), float(end), _text(text)) for start, end, text in rows]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"These are no subtitles: {repr(source)[:60]} ({type(error).__name__}: {error}). Expected the text of an "
             "SRT or WebVTT file, rows with start, end and text, or {(start, end): text}."
         ) from error
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"expected a text; found {value!r:.40}")
+    return value
 
 
 def _cues(text: str) -> list[tuple[float, float, str]]:

@@ -28,7 +28,7 @@ def frame_step(fps: float, sampling_fps: float) -> int | None:
 def sampled_tracks(row: Row, sampling_fps: float) -> dict[int, Track]:
     """The tracks of a row of VideoTrack by the place of their object in `mask_id`; hidden objects are left out."""
     step = frame_step(row["fps"], sampling_fps) or 1
-    by_object = {entry["object_id"]: entry["points"] for entry in records(row["points"])}
+    by_object = {entry["object_id"]: entry["points"] for entry in records(row["points"], "object_id", "points")}
     return {
         number: {
             frame / row["fps"]: (at[0], at[1])
@@ -43,8 +43,8 @@ def sampled_trajectories(row: Row, sampling_fps: float) -> dict[int, Track]:
     """The tracks of a row of an academic set by id; hidden (occluded) objects are left out of a frame."""
     step = frame_step(row["fps"], sampling_fps) or 1
     tracks: dict[int, Track] = {}
-    for entry in records(row["frame_trajectories"]):
-        for point in records(entry["points"]):
+    for entry in records(row["frame_trajectories"], "frame", "time", "points"):
+        for point in records(entry["points"], "id", "point"):
             if entry["frame"] % step == 0 and not point.get("occluded"):
                 tracks.setdefault(point["id"], {})[entry["time"]] = (point["point"][0], point["point"][1])
     return tracks

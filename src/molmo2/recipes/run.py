@@ -122,7 +122,8 @@ def first_examples(
     """The examples that a run begins with, as the model gets them, and the processor that built them.
 
     Args:
-        number: How many; of smaller data sets all.
+        number: How many; no more than the data sets have together. They are drawn as in the run: of one data set each
+            comes once, of several some may come again before others have come.
         data: Only those of this data set.
         say: Called with a line about what was read.
     Raises:
