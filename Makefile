@@ -27,7 +27,7 @@ nightly: ## tests that repeat what others show on more inputs
 	$(IN) dev $(TEST) -n $(WORKERS) -m nightly
 
 mutate: ## whether the tests notice small changes of geometry, masks and parser; one of them: make mutate MODULES=mask
-	$(IN) dev env PYTHONPATH=src:tests python scripts/mutate.py $(MODULES)
+	$(IN) dev env PYTHONPATH=src:tests python scripts/mutate.py --seed 12 $(MODULES)
 
 fuzz: ## hostile media, checkpoints, answers and more, for some minutes: make fuzz MINUTES=10 FUZZ_OPTIONS="--seed 3"
 	$(IN) dev env OMP_NUM_THREADS=1 python scripts/fuzz.py --minutes $(or $(MINUTES),5) $(FUZZ_OPTIONS)

@@ -81,7 +81,7 @@ def _batch(side: Side, rows: list[list[dict[str, Any]]]) -> Work:
     sides=("one by one", "ours", "peer"),
 )
 def batch(side: Side) -> Work:
-    """Without the native class, which takes images or videos in one call, not both."""
+    """Without the native side, whose processor takes images or videos in one call, not both; the peer's takes both."""
     return _batch(side, _rows(side))
 
 

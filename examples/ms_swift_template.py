@@ -8,6 +8,7 @@ training alone: `molmo2.load` and `molmo2.ask` take the result. docs/training.md
 """
 
 import re
+from collections import Counter
 from typing import Any
 
 from swift.template import register_template
@@ -21,10 +22,24 @@ MEDIA = re.compile("<(image|video)>")
 
 
 def conversation(inputs: Any) -> list[dict[str, Any]]:
-    """Messages with their images and videos in the places of ms-swift's tags."""
-    media = {"image": iter(inputs.images), "video": iter(inputs.videos)}
-    messages = [{"role": "system", "content": inputs.system}] if inputs.system else []
-    for message in inputs.messages:
+    """Messages, the system's too, with their images and videos in the places of ms-swift's tags.
+
+    Raises:
+        ValueError: There are more tags than images or videos, or fewer.
+    """
+    given = [{"role": "system", "content": inputs.system}] if inputs.system else []
+    given += inputs.messages
+    sources = {"image": inputs.images, "video": inputs.videos}
+    tags = Counter(kind for message in given for kind in MEDIA.findall(message["content"]))
+    for kind, own in sources.items():
+        if tags[kind] != len(own):
+            raise ValueError(
+                f"A row has {tags[kind]} tag(s) `<{kind}>` in its texts and {len(own)} {kind}(s); expected one tag "
+                f"for each. Mend the texts or the column `{kind}s`."
+            )
+    media = {kind: iter(own) for kind, own in sources.items()}
+    messages = []
+    for message in given:
         parts = MEDIA.split(message["content"])
         content = []
         for text, kind in zip(parts[::2], [*parts[1::2], None], strict=True):
@@ -44,6 +59,18 @@ class AsTrained(Molmo2Template):
             raise ValueError(
                 f"The template {NAME!r} takes rows one by one and learns every answer: leave out `--packing`, "
                 "`--padding_free`, `--loss_scale` and keys like `loss` of messages."
+            )
+        if self.truncation_strategy not in ("raise", "delete"):  # "delete" reaches templates as "raise"
+            raise ValueError(
+                f"`--truncation_strategy` is {self.truncation_strategy!r}, which cuts tokens and not what belongs to "
+                f"them; the template {NAME!r} expects `delete`, the default. Leave it out, or raise `--max_length`."
+            )
+        if inputs.objects or inputs.audios:
+            found = "objects" if inputs.objects else "audios"
+            raise ValueError(
+                f"A row has `{found}`; expected none, as the template {NAME!r} does not fill in `<bbox>`, "
+                "`<ref-object>` and `<audio>`. Write places into the texts, as `molmo2.grounding` formats them, and "
+                "leave out the column."
             )
         example = build_training_example(self.processor, conversation(inputs))
         columns = {name: example.pop(name).tolist() for name in ("input_ids", "labels", "token_type_ids")}

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -199,15 +200,59 @@ def test_its_own_template_makes_other_rows(folder):
     assert "Image 1" not in tokenizer.decode(two["input_ids"])
 
 
-@pytest.mark.parametrize("change", ["inference", "weights of turns", "packing"])
+REFUSED = {
+    "inference": "is for training",
+    "weights of turns": "leave out `--packing`",
+    "packing": "leave out `--packing`",
+    "left": "`--truncation_strategy` is 'left'",
+    "right": "`--truncation_strategy` is 'right'",
+    "split": "`--truncation_strategy` is 'split'",
+    "objects": "A row has `objects`; expected none",
+    "audios": "A row has `audios`; expected none",
+}
+
+
+@pytest.mark.parametrize("change", REFUSED)
 def test_what_the_template_does_not_do_is_refused(folder, plugin, change):
     template, _ = encoded(folder, plugin.NAME, rows()[0])
     row = rows()[3]
-    if change == "inference":
+    if change in ("left", "right", "split"):
+        template.truncation_strategy = change
+    elif change == "objects":
+        row["messages"][0]["content"] = "<image>Where is it?"
+        row["messages"][1]["content"] = "The <ref-object> is at <bbox>."
+        row["images"] = [str(folder / "boats.png")]
+        row["objects"] = {"ref": ["boat"], "bbox": [[1, 2, 30, 40]]}
+    elif change == "audios":
+        row["audios"] = ["horn.wav"]
+    elif change == "inference":
         template.set_mode("transformers")
     elif change == "packing":
         template.padding_free = True
     else:
         row["messages"][1]["loss"] = False
-    with pytest.raises(ValueError, match="is for training" if change == "inference" else "leave out `--packing`"):
+    with pytest.raises(ValueError, match=REFUSED[change]):
         template.encode(TemplateInputs.from_dict(row))
+
+
+def test_no_image_of_a_row_gets_lost(folder, plugin):
+    """One in the system's text is shown; other numbers of tags than of media are refused."""
+    row = rows()[0]
+    row["messages"] = [{"role": "system", "content": "Look at <image>."}, *row["messages"]]
+    row["images"] = ["boats.png", "harbour.png"]
+    _, processor = molmo2.load(folder / "Molmo2-4B")
+    _, found = encoded(folder, plugin.NAME, row)
+    assert len(found["image_grids"]) == 2
+    text = processor.tokenizer.decode(found["input_ids"])
+    assert "<image>" not in text
+    assert re.search(r"system\nLook at +\.<", text)
+    row["messages"][1]["content"] += "<image>"
+    with pytest.raises(ValueError, match=r"3 tag\(s\) `<image>` in its texts and 2 image\(s\)"):
+        encoded(folder, plugin.NAME, row)
+    clip = rows()[2]
+    clip["messages"][1]["content"] = "<video>"
+    with pytest.raises(ValueError, match=r"2 tag\(s\) `<video>` in its texts and 1 video\(s\)"):
+        encoded(folder, plugin.NAME, clip)
+    few = SimpleNamespace(system=None, messages=rows()[3]["messages"], images=["boats.png"], videos=[])
+    with pytest.raises(ValueError, match=r"0 tag\(s\) `<image>` in its texts and 1 image\(s\)"):
+        plugin.conversation(few)  # ms-swift itself adds tags that are missing

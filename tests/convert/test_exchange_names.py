@@ -5,20 +5,16 @@ gguf and mlx-vlm themselves know them in tests/clients/test_tools.py (`make test
 
 import json
 import math
-import re
 
 import pytest
 
 from molmo2.convert.errors import UnsupportedError
-from molmo2.convert.exchange_names import as_json, exchange_patterns, exchange_rows
+from molmo2.convert.exchange_names import as_json, exchange_patterns, exchange_rows, target_of
 from molmo2.convert.names import expected_renames
 from molmo2.convert.native_config import parse_config
 from support.native_checkpoints import native_section
 
 AFTER = {"llm": {"norm_after": True, "attention_layer_norm_type": "olmo"}}
-
-
-FOREIGN_LAYER = re.compile(r"(?<=blk\.)\d+(?=\.)|(?<=blocks\.)\d+(?=\.)|(?<=image_vit\.transformer\.)\d+(?=\.)")
 
 
 def config_of(changes=None):
@@ -45,10 +41,8 @@ def test_every_tensor_goes_to_one_place_and_back(format, changes):
         elif row.operation == "columns_to_convolution":
             assert math.isqrt(shapes[row.targets[0]][1] // 3) == config.vit["image_patch_size"]
         for name in row.foreign:
-            numbers = FOREIGN_LAYER.findall(name)
-            pattern = FOREIGN_LAYER.sub("{}", name)
-            (found,) = (other for other in patterns if pattern in other.foreign)
-            assert tuple(target.format(*numbers) for target in found.targets) == row.targets
+            assert target_of(name, rows) == row
+            assert target_of(name, patterns).targets == row.targets
 
 
 def test_the_order_of_fused_rows():
@@ -68,6 +62,8 @@ def test_what_has_no_name():
         exchange_rows("mlx", config_of(AFTER))
     with pytest.raises(UnsupportedError, match="always norms the queries and keys of each head"):
         exchange_rows("mlx", config_of({"llm": {"attention_layer_norm": False}}))
+    with pytest.raises(UnsupportedError, match=r"'blk\.0\.attn_qkv\.weight' is none of the names"):
+        target_of("blk.0.attn_qkv.weight", exchange_patterns("gguf"))
     with pytest.raises(ValueError, match="expected one of gguf, mlx"):
         exchange_patterns("onnx")
 

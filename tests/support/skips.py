@@ -36,7 +36,7 @@ ALLOWED = {
     r"torchcodec cannot be loaded": "it needs FFmpeg's libraries, which pip does not bring; decord and PyAV must load",
     r"part of Python from 3.11 on|could not import 'tomllib'": "older Python",
 }
-WITHOUT_REFERENCE = r"beside the checkout|the shared media are not here|got empty parameter set"
+WITHOUT_REFERENCE = r"beside the checkout|(given files|shared media) are not here|got empty parameter set"
 
 
 def strictness() -> str:

@@ -377,6 +377,25 @@ def test_the_first_examples_on_a_page(folder):
     assert CliRunner().invoke(molmo2, ["view", recipe, "--output", str(page)]).exit_code == 3
 
 
+def test_a_row_without_an_example_is_named(folder):
+    """An image that cannot be decoded, an answer behind the last token; no traceback in any case."""
+
+    def view(*options):
+        done = CliRunner().invoke(molmo2, ["view", str(folder / "recipe.yaml"), *options])
+        assert done.exit_code == 2, (done.output, done.exception)
+        return done.output
+
+    (folder / "images" / "two.png").write_bytes(b"no image")
+    assert re.search(r"data 'counts', row 1: .*two\.png", view("--data", "counts"))
+    long = [turn("user", "What is it? " * 100), turn("assistant", "A number.")]
+    (folder / "text_1.json").write_text(json.dumps([{"messages": long}]), encoding="utf-8")
+    assert "data 'text', row 0: " in view("--data", "text")
+    (folder / "text_1.json").write_text(json.dumps([{"input_ids": [65], "labels": ["B"]}]), encoding="utf-8")
+    assert "There is no page of these examples: " in view("--data", "text")
+    unwritable = folder / f"{'long' * 100}.html"
+    assert f"--output: '{unwritable}' cannot be written" in view("--data", "boats", "--output", str(unwritable))
+
+
 def test_parts_have_their_own_rates_and_frozen_ones_none(folder):
     recipe = read_recipe(folder / "recipe.yaml", train=["connector"], evaluation=[], steps=2)
     before = torch_weights(folder / "model")

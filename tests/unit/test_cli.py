@@ -78,12 +78,12 @@ def test_points_for_people(stand, photos, capsys):
 
 
 def test_every_file_of_a_folder_is_asked_about(stand, photos, capsys):
-    assert main(["count", "boats", str(photos), str(photos / "a.png"), "--format", "json", "--num-frames", "4"]) == 0
+    assert main(["count", "boats", str(photos), str(photos / "a.png"), "--format", "json", "--max-crops", "4"]) == 0
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [record["files"] for record in records] == [[str(photos / "a.png")], [str(photos / "b.png")]]
     assert records[0]["count"] == 1
     assert records[0]["points"] == [{"label": "boats", "id": 1, "x": 25.0, "y": 40.0, "image": 0}]
-    assert stand.calls[0][3] == {"processor_kwargs": {"num_frames": 4}, "max_new_tokens": 512}
+    assert stand.calls[0][3] == {"processor_kwargs": {"max_crops": 4}, "max_new_tokens": 512}
     assert main(["count", "boats", "-r", str(photos)]) == 0
     assert [call[1] for call in stand.calls[2:]] == [[str(photos / name)] for name in ("a.png", "b.png", "more/c.png")]
 
@@ -125,6 +125,15 @@ def test_answers_into_a_file(stand, photos, capsys):
         (["ask", "Say it.", "{photos}/a.png", "--clip", "now"], "is not START:END in seconds"),
         (["ask", "Say it.", "{photos}/a.png", "clip.mp4", "--together"], "There is no file or folder 'clip.mp4'"),
         (["ask", "Say it.", "{photos}/a.png", "-o", "{photos}/new/a.json"], "there is no folder '{photos}/new'"),
+        (
+            ["ask", "Say it.", "{photos}", "--clip", "1:2"],
+            "--clip is for videos, and the files are none. Leave it out",
+        ),
+        (["count", "boats", "{photos}/a.png", "--num-frames", "4"], "--num-frames is for videos, and the files are"),
+        (["track", "dog", "https://host/a.mp4", "--max-crops", "4"], "--max-crops is for images, and the files are"),
+        (["plan", "{photos}/a.png", "--clip", "1:2"], "--clip is for videos, and the files are none"),
+        (["batch", "{photos}", "{photos}/a.jsonl", "--clip", "1:2"], "--clip is for videos, and the files are none"),
+        (["long", "ask", "What?", "a.mp4", "--overwrite"], "--overwrite is for a journal, and none is named"),
         (["paint", "{photos}/a.png"], "No such command 'paint'"),
     ],
 )
@@ -191,6 +200,14 @@ def test_every_command_explains_itself(capsys):
         assert name in commands
         assert main([name, "--help"]) == 0
         assert "example" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("group", [[], ["long"]])
+def test_lists_of_commands_have_whole_sentences(capsys, group):
+    assert main([*group, "--help"]) == 0
+    listed = capsys.readouterr().out.split("Commands:\n")[1].split("\n\n")[0].splitlines()
+    assert len(listed) >= 4
+    assert [line for line in listed if line.endswith("...")] == []
 
 
 def test_convert_is_the_converter(capsys):

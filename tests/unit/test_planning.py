@@ -116,6 +116,13 @@ def test_what_cannot_fit_is_refused():
         plan(processor(), [{"role": "user", "content": "Hi"}], images=[make_image()])
 
 
+def test_the_processor_comes_first():
+    own, model = processor(), torch.nn.Identity()
+    for call in ((model, own), (model, "What?"), (own.tokenizer, "What?")):
+        with pytest.raises(TypeError, match=f"The processor comes first.*'{type(call[0]).__name__}' is none"):
+            plan(*call)
+
+
 def test_frames_shrink_with_crops_and_take_what_is_left():
     """A made-up price list: a frame costs 10 tokens, a crop 7."""
 

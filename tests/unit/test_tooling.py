@@ -3,11 +3,13 @@
 import importlib
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 import molmo2
+from scripts import mutate
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PLUGINS = ("vllm", "lmms_eval", "vlmevalkit")  # of other tools, which are not installed here
@@ -81,7 +83,42 @@ def test_workflows_run_every_test(targets):
     assert tests - targets_of("ci") - targets_of("nightly") == set()
 
 
-def test_the_reference_has_every_public_name():
+def test_workflows_allow_the_same_skips():
+    names = ("ci", "nightly")
+    levels = {yaml.safe_load(text_of(f".github/workflows/{name}.yml"))["env"]["MOLMO2_STRICT"] for name in names}
+    assert levels == {"without-reference"}
+
+
+def test_mutations_fail_where_the_tests_miss_more_than_before(monkeypatch):
+    fine = SimpleNamespace(counts={mutate.SURVIVED: 3}, num_tests=9, failed=[])
+    assert mutate.problems(0, fine, 3) == []
+    for code, change, message in (
+        (0, {"counts": {mutate.SURVIVED: 4}}, "4 mutants survived, 3 are allowed"),
+        (0, {"num_tests": 0}, "no test ran"),
+        (0, {"failed": ["test_a"]}, "1 tests fail without a change"),
+        (4, {}, "pytest ended with 4"),
+    ):
+        assert mutate.problems(code, SimpleNamespace(**{**vars(fine), **change}), 3) == [message]
+    codes, commands = iter([0, 1, 0]), []
+    monkeypatch.setattr(mutate.subprocess, "call", lambda command: commands.append(command[2:]) or next(codes))
+    monkeypatch.setattr("sys.argv", ["mutate.py", "--seed", "12"])
+    assert mutate.main() == 1
+    assert [command[0] for command in commands] == list(mutate.TARGETS)
+    assert all(command[1:] == ["--number", "40", "--seed", "12"] for command in commands)
+    for target in mutate.TARGETS.values():
+        assert [name for name in target.tests if not (REPOSITORY / "tests" / name).is_file()] == []
+
+
+def test_every_target_of_the_night_has_its_row():
+    rows = {
+        target
+        for row in re.findall(r"^\| (`make .*?) \|", text_of("CONTRIBUTING.md"), re.M)
+        for target in re.findall(r"`make ([a-z-]+)", row)
+    }
+    assert targets_of("nightly") - rows == set()
+
+
+def test_the_reference_has_the_module_of_every_public_name():
     packages = [name.parent.name for name in (REPOSITORY / "src/molmo2").glob("*/__init__.py")]
     packages = [importlib.import_module(f"molmo2.{name}") for name in packages if name not in PLUGINS]
     homes = set()

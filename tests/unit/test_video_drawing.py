@@ -452,6 +452,8 @@ def test_nothing_is_left_behind_where_it_fails(tmp_path):
         annotate_video(source, grounding, tmp_path / "none" / "x.mp4")
     with pytest.raises(TypeError, match="Points are drawn from a `Grounding`"):
         annotate_video(source, "cup", tmp_path / "x.mp4")
+    with pytest.raises(TypeError, match="Points are drawn from a `Grounding`, after the image or video; found 'str'"):
+        annotate_video(source, str(tmp_path / "x.mp4"), grounding)
     about_images = parse_grounding('<points coords="1 1 500 500">cup</points>', [(10, 10)])
     with pytest.raises(ValueError, match="about images, not a video"):
         annotate_video(source, about_images, tmp_path / "x.mp4")

@@ -14,6 +14,7 @@ from molmo2.batch.rows import SourceError, open_source
 from molmo2.batch.run import Shard, Summary, run_batch
 from molmo2.batch.settings import EngineError, EngineSettings
 from molmo2.cli import models
+from molmo2.tools.media_files import media_in_folder
 
 SOME_FAILED = 1
 CONTINUES = "Answers so far are kept: the same command continues."
@@ -41,6 +42,7 @@ def run_batch_command(source: str, output: Path, options: dict[str, Any]) -> int
         "processor_kwargs": settings.processor_kwargs,
     }
     try:
+        _require_effect(source, options)
         with _progress_bar() as bar:
 
             def count(result: dict[str, Any]) -> None:
@@ -73,6 +75,18 @@ def run_batch_command(source: str, output: Path, options: dict[str, Any]) -> int
         err=True,
     )
     return SOME_FAILED if summary.errors else 0
+
+
+def _require_effect(source: str, options: Mapping[str, Any]) -> None:
+    """Check that options of the processor concern some file of a folder; what a table names is read later.
+
+    Raises:
+        UsageError: One is for videos, and the files are images, or the other way round.
+    """
+    if models.processor_options(options) and Path(source).is_dir():
+        kinds = {file.kind for file in media_in_folder(Path(source), options["recursive"])}
+        if kinds:
+            models.require_effect(options, kinds)
 
 
 def _engine(options: Mapping[str, Any], settings: EngineSettings) -> Any:

@@ -301,6 +301,7 @@ def _ask(options: dict[str, Any], question: Callable[[list[MediaFile]], Any]) ->
     models.require_one(options["model"], options["server"])
     printing.require_writable(options["output"])
     requests = _grouped(_find(options["files"], options["recursive"], options["kind"]), options["together"])
+    models.require_effect(options, {file.kind for files in requests for file in files})
     for files in requests:
         question(files)  # a wrong one is reported before the model is loaded
     model = models.named_model(options["model"], options["server"])
@@ -489,7 +490,9 @@ def long_events(what: str | None, video: str, **options: Any) -> int:
 @click.argument("question")
 @_add(LONG_OPTIONS)
 def long_ask(question: str, video: str, **options: Any) -> int:
-    """Ask anything: an answer that every window brings up to date, and the answers about the windows.
+    """Ask anything: one answer, which every window updates.
+
+    The answers about the windows come with it.
 
     \b
     example:
@@ -551,9 +554,10 @@ def batch(source: str, output: Path, **options: Any) -> int:
 @click.option("--max-tokens", type=click.IntRange(1), help="Lower frames and crops until this many tokens suffice.")
 @click.option("-f", "--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True)
 def plan(model: str | None, question: str, max_tokens: int | None, form: str, **options: Any) -> int:
-    """Say what a question would take - frames, crops, tokens - without asking it.
+    """Say how many tokens a question takes, without asking it.
 
-    Only the files of the processor are read, no weights, and of images and videos only what tells their size.
+    Its frames and crops, too. Only the files of the processor are read, no weights, and of images and videos only what
+    tells their size.
 
     \b
     example:
@@ -562,6 +566,7 @@ def plan(model: str | None, question: str, max_tokens: int | None, form: str, **
     if model is None:
         raise click.UsageError(f"Tokens depend on the model: pass --model, or set {MODEL_VARIABLE}.")
     requests = _grouped(_find(options["files"], options["recursive"], options["kind"]), options["together"])
+    models.require_effect(options, {file.kind for files in requests for file in files})
     models.quiet_libraries()
     from molmo2.processing.processor import Molmo2Processor
     from molmo2.registration import require_folder
@@ -615,7 +620,7 @@ def convert(arguments: tuple[str, ...]) -> int:
 @_add(MODEL_OPTIONS[:2])
 @click.option("-f", "--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True)
 def doctor(model: str | None, server: str | None, form: str) -> int:
-    """Look for what will be slow or wrong here, and say how to mend it.
+    """Find what is slow or wrong here, and how to mend it.
 
     Versions, video decoders, GPUs, extras; with --model the checkpoint too, with --server the server. The exit code is
     1 if something is wrong.
@@ -640,10 +645,10 @@ def doctor(model: str | None, server: str | None, form: str) -> int:
 @click.option("--dry-run", is_flag=True, help="Print the command, and do not run it.")
 @click.argument("more", nargs=-1, type=click.UNPROCESSED, metavar="[ARGUMENTS OF THE ENGINE]...")
 def serve(engine: str | None, dry_run: bool, model: str | None, **options: Any) -> int:
-    """Start a server with the flags that Molmo2 needs: vLLM, or else `transformers serve`.
+    """Start a server with the flags that Molmo2 needs.
 
-    Further arguments go to the engine as they are. Both run with the classes of this package and execute no code of
-    the checkpoint.
+    The engine is vLLM, or else `transformers serve`; further arguments go to it as they are. Both run with the classes
+    of this package and execute no code of the checkpoint.
 
     \b
     examples:
@@ -668,7 +673,9 @@ def serve(engine: str | None, dry_run: bool, model: str | None, **options: Any) 
 @click.option("--output", help="The folder for checkpoints and the model, instead of the recipe's.")
 @click.option("--resume", is_flag=True, help="Continue the run in that folder with the very next row.")
 def train(recipe: Path, output: str | None, resume: bool) -> int:
-    """Train by a recipe: a YAML file with a model, data sets and steps; see docs/training.md.
+    """Train by a recipe: model, data sets and steps in YAML.
+
+    docs/training.md says what a recipe holds.
 
     \b
     examples:
@@ -691,10 +698,10 @@ def train(recipe: Path, output: str | None, resume: bool) -> int:
     help="The page; it is one file.",
 )
 def view_examples(recipe: Path, data: str | None, number: int, output: Path) -> int:
-    """Show what a model would learn by a recipe: the first examples, on one HTML page.
+    """Show the first examples of a recipe on an HTML page.
 
-    Crops, frames with their times and points, tokens with labels, weights and branches, and the mask. Weights of the
-    model are not read.
+    What a model would learn: crops, frames with their times and points, tokens with labels, weights and branches, and
+    the mask. Weights of the model are not read.
 
     \b
     examples:
@@ -717,7 +724,7 @@ def view_examples(recipe: Path, data: str | None, number: int, output: Path) -> 
 @click.option("--max-crops", type=click.IntRange(1), help="Maximum number of crops of an image.")
 @click.option("--output", type=click.Path(path_type=Path), help="JSON lines with every answer and its scores.")
 def evaluate(reader: str, files: tuple[str, ...], media: tuple[str, ...], output: Path | None, **options: Any) -> int:
-    """Score a model on rows of an evaluation set, as the release does.
+    """Score a model on an evaluation set, as the release does.
 
     SET is a name such as allenai/Molmo2-VideoCountEval; FILES hold its rows (.jsonl, .json, .parquet, .arrow).
 
@@ -732,7 +739,10 @@ def evaluate(reader: str, files: tuple[str, ...], media: tuple[str, ...], output
 @molmo2.command(context_settings={**CONTEXT, "ignore_unknown_options": True, "help_option_names": []})
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def app(arguments: tuple[str, ...]) -> int:
-    """Start the demo page; it is part of the repository, not of the installed package."""
+    """Start the demo page, which the repository has.
+
+    It is no part of the installed package.
+    """
     root = Path(__file__).resolve().parents[3]
     if not (root / "app" / "__main__.py").is_file():
         raise click.UsageError(

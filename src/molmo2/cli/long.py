@@ -34,6 +34,8 @@ def run_long(kind: str, what: str | None, source: str, options: Mapping[str, Any
             f"There is no model to ask. Pass --model, or set {models.MODEL_VARIABLE}; long videos are asked about in "
             "this process, not on a server."
         )
+    if options["overwrite"] and options["journal"] is None:
+        raise click.UsageError("--overwrite is for a journal, and none is named. Leave it out, or pass --journal.")
     printing.require_writable(options["output"])
     models.quiet_libraries()
     from molmo2.long_video import Cutting, JoinSettings, LongVideo

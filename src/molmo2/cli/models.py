@@ -1,7 +1,7 @@
 """What answers on the command line: a model in this process, or a server."""
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -9,6 +9,7 @@ import click
 from click.core import ParameterSource
 
 MODEL_VARIABLE, SERVER_VARIABLE = "MOLMO2_MODEL", "MOLMO2_SERVER"
+KINDS = {"num_frames": "video", "max_crops": "image", "clip": "video"}  # what an option of the processor is for
 
 
 class ModelError(click.ClickException):
@@ -49,8 +50,23 @@ class LocalModel:
 
 def processor_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Those of a command's options that go to the processor, where they were given."""
-    given = {name: options[name] for name in ("num_frames", "max_crops", "clip")}
+    given = {name: options[name] for name in KINDS}
     return {name: value for name, value in given.items() if value is not None}
+
+
+def require_effect(options: Mapping[str, Any], kinds: Collection[str]) -> None:
+    """Check that each option of the processor that was given concerns some of the files.
+
+    Args:
+        kinds: Those of the files: "image", "video".
+    Raises:
+        UsageError: It is for videos, and the files are images, or the other way round.
+    """
+    for name in processor_options(options):
+        kind = KINDS[name]
+        if kind not in kinds:
+            flag = f"--{name.replace('_', '-')}"
+            raise click.UsageError(f"{flag} is for {kind}s, and the files are none. Leave it out.")
 
 
 def named_model(model: str | None, server: str | None) -> str | None:

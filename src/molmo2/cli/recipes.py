@@ -38,7 +38,8 @@ def run_view(path: Path, output: Path, data: str | None, number: int) -> int:
     """Show the examples that a run by the recipe in a file begins with.
 
     Raises:
-        ClickException: The recipe cannot be followed, or the processor not be loaded.
+        ClickException: The recipe cannot be followed, a row makes no example, the processor cannot be loaded, or the
+            page not be written.
     """
     from molmo2.recipes.recipe import RecipeError, read_recipe
 
@@ -55,7 +56,13 @@ def run_view(path: Path, output: Path, data: str | None, number: int) -> int:
         raise click.UsageError(str(error)) from error
     except OSError as error:
         raise models.ModelError(str(error)) from error
-    click.echo(view(examples, processor, output, title=f"{path.name}: {len(examples)} examples"))
+    try:
+        page = view(examples, processor, output, title=f"{path.name}: {len(examples)} examples")
+    except OSError as error:
+        raise click.UsageError(f"--output: '{output}' cannot be written: {error}") from error
+    except Exception as error:  # a row that was built elsewhere may hold anything
+        raise click.UsageError(f"There is no page of these examples: {str(error) or repr(error)}") from error
+    click.echo(page)
     return 0
 
 

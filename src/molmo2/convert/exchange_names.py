@@ -1,7 +1,8 @@
-"""Tensor names of GGUF and MLX for converted models, as rows and as JSON.
+"""Tensor names of GGUF and MLX for converted models, both ways and as JSON.
 
     python -m molmo2.convert.exchange_names gguf > names.json
     exchange_rows("mlx", config)        # one row per tensor of a model, with its operation
+    target_of("blk.3.attn_q.weight", exchange_patterns("gguf"))     # the way back: its row, with the names here
 
 MLX (package mlx-vlm) renames. GGUF has no architecture for Molmo2: text tensors have the names of its architectures
 `qwen3` (norms before) and `olmo2` (norms after), vision ones those of its projector files; the attention pooling takes
@@ -11,7 +12,7 @@ the names of a resampler. The tables say where each value goes, not that an engi
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from molmo2.convert.names import LAYER_NUMBER, TABLE, dimensions, expected_renam
 from molmo2.convert.native_config import NativeConfig
 
 FORMATS = ("gguf", "mlx")
+FOREIGN_LAYER = re.compile(r"(?<=blk\.)\d+(?=\.)|(?<=blocks\.)\d+(?=\.)|(?<=image_vit\.transformer\.)\d+(?=\.)")
 # Operations on the way out; `join`, `split` and the order of columns have inverses.
 RENAME, SPLIT, JOIN, CONVOLUTION = "rename", "split_rows", "join_rows", "columns_to_convolution"
 
@@ -168,6 +170,20 @@ def mlx_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "vit_config": {**config["vit_config"], "num_hidden_layers": max(layers) + 1},
         "adapter_config": {**config["adapter_config"], "vit_layers": layers},
     }
+
+
+def target_of(foreign: str, rows: Iterable[ExchangeRow]) -> ExchangeRow:
+    """The row that a tensor of the other format comes from, among patterns or the rows of a model.
+
+    Raises:
+        UnsupportedError: there is none.
+    """
+    numbers = FOREIGN_LAYER.findall(foreign)
+    for row in rows:
+        filled = _filled(row, numbers)
+        if foreign in filled.foreign:
+            return filled
+    raise UnsupportedError(f"'{foreign}' is none of the names of this format.")
 
 
 def _filled(row: ExchangeRow, numbers: Sequence[str]) -> ExchangeRow:

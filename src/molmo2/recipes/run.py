@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from molmo2.data import Examples, Mixture, Settings, Source
 from molmo2.data.evaluation import EvaluationExample, evaluation_examples
+from molmo2.data.mixture import Drawn, MixtureState
 from molmo2.processing.processor import Molmo2Processor
 from molmo2.recipes.recipe import PARTS, DataSet, Evaluation, Recipe, RecipeError
 from molmo2.recipes.rows import media_resolver, read_rows
@@ -127,8 +128,9 @@ def first_examples(
         data: Only those of this data set.
         say: Called with a line about what was read.
     Raises:
-        RecipeError: The recipe does not fit its files, or has no such data set.
-        OSError: The processor or a file cannot be read.
+        RecipeError: The recipe does not fit its files, it has no such data set, or a row makes no example: its image
+            cannot be decoded, its answer lies behind `max_tokens`, ...
+        OSError: The processor cannot be read.
     """
     if data is not None:
         named = tuple(each for each in recipe.data if each.name == data)
@@ -138,9 +140,28 @@ def first_examples(
         recipe = dataclasses.replace(recipe, data=named, groups=None)
     mixture = _mixture(recipe, say)
     processor = Molmo2Processor.from_pretrained(_model_name(recipe))
-    drawn = itertools.islice(mixture, min(number, sum(map(len, mixture.sources.values()))))
+    draws = itertools.islice(mixture.draws(MixtureState()), min(number, sum(map(len, mixture.sources.values()))))
     options = _building(recipe)
-    return [example_from_feature(processor, example, **options) for example in drawn], processor
+    return [_built(mixture, drawn, processor, options) for drawn in draws], processor
+
+
+def _built(
+    mixture: Mixture, drawn: Drawn, processor: Molmo2Processor, options: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """The example of a draw.
+
+    Raises:
+        RecipeError: There is none; the message names the data set and the row, counted from 0.
+    """
+    is_grouped = isinstance(mixture.sources[drawn.source], Examples)  # rows by their media
+    where = f"{'example' if is_grouped else 'row'} {drawn.place}"
+    try:
+        row = mixture.example(drawn)
+        if is_grouped:
+            where = f"row {', '.join(map(str, row['rows']))}"
+        return example_from_feature(processor, row, **options)
+    except Exception as error:  # decoders raise nearly anything
+        raise RecipeError(f"data '{drawn.source}', {where}: {str(error) or repr(error)}") from error
 
 
 def _require_divisible(recipe: Recipe, world: int) -> None:

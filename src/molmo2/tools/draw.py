@@ -75,7 +75,7 @@ class DrawingStyle:
         if not hasattr(grounding, "points"):
             found = type(grounding).__name__
             meant = " Pass its `grounding`." if hasattr(grounding, "grounding") else ""
-            raise TypeError(f"Points are drawn from a `Grounding`, after the image; found {found!r}.{meant}")
+            raise TypeError(f"Points are drawn from a `Grounding`, after the image or video; found {found!r}.{meant}")
         if self.show_ids is not None:
             return self
         return replace(self, show_ids=len({(point.label, point.id) for point in grounding.points}) > 1)

@@ -80,10 +80,12 @@ def annotate_video(
     Raises:
         ImportError: PyAV is not installed.
         FileNotFoundError: there is no such video, or no folder for the target.
+        TypeError: `grounding` has no points: it is an `Answer`, or the target.
         ValueError: the answer is about images, the file has no video stream, its time stamps do not increase, or no
             encoder is available.
     """
     av = _pyav()
+    style = (DrawingStyle() if style is None else style).for_answer(grounding)
     source, target = Path(source), Path(target)
     if not source.is_file():
         raise FileNotFoundError(f"There is no video file '{source}'. Check the path.")
@@ -91,7 +93,7 @@ def annotate_video(
         raise FileNotFoundError(f"There is no folder '{target.parent}' to write '{target.name}' to. Make it first.")
     if target.exists() and target.samefile(source):
         raise ValueError(f"'{target}' is the source itself. Write to another file.")
-    marks_at = MarksOverTime(grounding, DrawingStyle() if style is None else style)
+    marks_at = MarksOverTime(grounding, style)
     with replaced(target) as partial, ExitStack() as stack:
         reader = stack.enter_context(av.open(str(source)))
         if not reader.streams.video:

@@ -255,8 +255,14 @@ def plan(
         max_new_tokens: Of `generate`; counts in the estimate of the cache.
         options: Of the call.
     Raises:
+        TypeError: The first argument is no processor.
         ValueError: Not even one frame and one crop fit; `max_memory` without a model; and as the call.
     """
+    if not hasattr(processor, "sort_options"):
+        raise TypeError(
+            "The processor comes first, and the model by name: `plan(processor, ..., model=model)`; "
+            f"{type(processor).__name__!r} is none."
+        )
     if max_memory is not None and model is None:
         raise ValueError("`max_memory` needs `model`, whose shapes decide how much a request takes.")
     sorted_options = processor.sort_options(options)
