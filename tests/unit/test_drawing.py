@@ -231,7 +231,10 @@ def test_drawing_needs_no_torch():
 
 @pytest.mark.parametrize(
     ("grounding", "message"),
-    [("boats.jpg", "after the image or video; found 'str'"), (SimpleNamespace(grounding=None), "Pass its `grounding`")],
+    [
+        ("boats.jpg", "after the image or video; found 'str'"),
+        (SimpleNamespace(grounding=None), "Pass its `grounding`"),
+    ],
 )
 def test_what_is_no_grounding_is_refused(grounding, message):
     with pytest.raises(TypeError, match=message):
