@@ -150,7 +150,8 @@ class Molmo2GenerationMixin(GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Inputs of one forward pass: media and their token types only while nothing is cached."""
-        if past_key_values is not None and self.model.transformer.drops_cache:
+        wants_cache = past_key_values is not None or kwargs.get("use_cache")  # transformers 5.0 lets the pass make it
+        if wants_cache and self.model.transformer.drops_cache:
             raise ValueError(
                 "`generate` in training mode under gradient checkpointing: passes keep no cache there, so that each "
                 "new token would know nothing of the prompt. Call `model.eval()` first, or pass `use_cache=False`."
