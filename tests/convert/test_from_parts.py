@@ -383,7 +383,7 @@ def test_published_parts_have_the_settings_of_the_published_model(name, text):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["out"], "required: CHECKPOINT, OUTPUT"),
+        (["out"], "two arguments are required: CHECKPOINT and OUTPUT"),
         (["--from-parts", "out"], "needs --llm and --vision"),
         (["--from-parts", "--llm", "a", "--vision", "b", "checkpoint", "out"], "takes OUTPUT alone"),
         (["--from-parts", "--llm", "a", "--vision", "b", "out", "--resume"], "not available with"),
