@@ -57,7 +57,7 @@ def warn_about_library_model(names: Collection[str]) -> None:
     """Warns where a model of the library is in memory, to which inputs of these names may go: nothing later could.
 
     That its module is imported says nothing, as transformers imports it while it loads remote code. A search through
-    all objects takes 30 ms and more, so it waits for further references to the classes: each object has one to its.
+    all objects takes 30 ms and more, so it waits for further references to the classes: each object holds one.
     """
     global _num_references
     module = sys.modules.get(LIBRARY_MODEL)
