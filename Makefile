@@ -47,7 +47,7 @@ bundle: ## writes the remote code in the root from src/molmo2
 	$(IN) dev python scripts/bundle.py
 
 matrix: ## the suite on every supported release; some of them: make matrix RELEASES="4.57.1 5.8.1"
-	$(PYTHON) scripts/matrix.py --workers $(WORKERS) $(RELEASES)
+	$(PYTHON) scripts/matrix.py --jobs $(WORKERS) $(RELEASES)
 
 test-app: ## the app in a headless browser, and the notebooks; without a browser: make test-app BROWSER=optional
 	MOLMO2_NEEDS_BROWSER=$(if $(filter optional,$(BROWSER)),,1) $(IN) app $(TEST) tests/clients/test_app.py tests/clients/test_app_backend.py tests/clients/test_view_in_browser.py tests/clients/test_notebooks.py

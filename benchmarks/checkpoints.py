@@ -6,9 +6,12 @@
 import json
 import math
 import shutil
+import string
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -22,6 +25,7 @@ from support.random_miniature import CHAT_TOKENS, MOLMO2_TOKENS, write_json
 PUBLISHED = REPOSITORY / "tests" / "data" / "published" / "Molmo2-4B"
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 POOL_ITEMS = 1 << 24
+PUBLISHED_VOCABULARY = 151_936
 
 
 @dataclass(frozen=True)
@@ -51,9 +55,9 @@ SHAPES = {
     # The vision tower of all published models, three of its layers; hardly any text model.
     "vision": Shape(256, 2, 1, 512, layers=1, vision_width=1152, vision_mlp=4304, vision_layers=3),
     # The vocabulary of the 4B, hardly any weights.
-    "start": Shape(128, 1, 1, 256, layers=1, vocab_size=151936, dtype=torch.bfloat16),
+    "start": Shape(128, 1, 1, 256, layers=1, vocab_size=PUBLISHED_VOCABULARY, dtype=torch.bfloat16),
     "4b": Shape(
-        2560, 32, 8, 9728, 36, vision_width=1152, vision_mlp=4304, vision_layers=25, vocab_size=151936,
+        2560, 32, 8, 9728, 36, vision_width=1152, vision_mlp=4304, vision_layers=25, vocab_size=PUBLISHED_VOCABULARY,
         dtype=torch.bfloat16,
     ),
 }  # fmt: skip
@@ -125,10 +129,16 @@ def settings_of(shape: Shape) -> dict:
 
 
 def write_tokenizer(folder: Path, vocab_size: int) -> None:
-    """Bytes, chat tokens, entries that fill the vocabulary up, and Molmo2's tokens after it."""
+    """Bytes, chat tokens, entries that fill the vocabulary up, and Molmo2's tokens after it.
+
+    A vocabulary of the published size has as many merges as the published one, since they take most of its loading;
+    they join capitals alone, so that texts have the same number of tokens with all vocabularies.
+    """
     entries = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *CHAT_TOKENS]
+    merges = list(islice(_merges(), vocab_size - len(entries))) if vocab_size >= PUBLISHED_VOCABULARY else []
+    entries += [left + right for left, right in merges]
     entries += [f"filler{number}" for number in range(vocab_size - len(entries))]
-    tokenizer = Tokenizer(models.BPE(vocab={entry: number for number, entry in enumerate(entries)}, merges=[]))
+    tokenizer = Tokenizer(models.BPE(vocab={entry: number for number, entry in enumerate(entries)}, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     added = [AddedToken(token, special=True, normalized=False) for token in [*CHAT_TOKENS, *MOLMO2_TOKENS]]
@@ -137,6 +147,15 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     settings |= {"bos_token": "<|im_end|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     write_json(folder / "tokenizer_config.json", settings)
+
+
+def _merges() -> Iterator[tuple[str, str]]:
+    """Pairs of entries that become one, by entries that are there already."""
+    words = list(string.ascii_uppercase)
+    while True:
+        pairs = [(word, letter) for word in words for letter in string.ascii_uppercase]
+        yield from pairs
+        words = [left + right for left, right in pairs]
 
 
 def write_weights(folder: Path, shape: Shape) -> None:

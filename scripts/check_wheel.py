@@ -89,7 +89,8 @@ def install(wheel: Path, folder: Path, packages: str | None = None) -> Path:
         # `addsitedir`, because what lies there may name further folders itself; the wheel comes first.
         (Path(site_packages(python)) / "packages.pth").write_text(f"import site; site.addsitedir({packages!r})\n")
         options = ["--no-deps", "--force-reinstall"]
-    run([str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check", *options, str(wheel)])
+    pip = [str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--no-compile"]
+    run([*pip, *options, str(wheel)])
     return python
 
 

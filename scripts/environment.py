@@ -105,7 +105,8 @@ class Environment:
             path_file = Path(self.site_packages) / "base.pth"
             path_file.write_text(f"import site; site.addsitedir({self.base.site_packages!r})\n")
         options = [option for name in self.constraints for option in ("-c", CONSTRAINTS / f"{name}.txt")]
-        pip = [self.python, "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
+        # Python compiles what is imported, which is a small part of what is installed.
+        pip = [self.python, "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--no-compile"]
         subprocess.run([*pip, *options, *self.packages], check=True, cwd=REPOSITORY)
         if self.after:
             subprocess.run([self.python, REPOSITORY / self.after], check=True)

@@ -396,6 +396,27 @@ def test_a_row_without_an_example_is_named(folder):
     assert f"--output: '{unwritable}' cannot be written" in view("--data", "boats", "--output", str(unwritable))
 
 
+def test_a_run_names_the_row_that_it_ends_at_and_continues_once_it_is_mended(folder):
+    """A row that makes no example, and a question whose image cannot be decoded; no traceback in either case."""
+    recipe, image = str(folder / "recipe.yaml"), folder / "images" / "two.png"
+    content = image.read_bytes()
+    image.write_bytes(b"no image")
+    done = CliRunner().invoke(molmo2, ["train", recipe])
+    assert done.exit_code == 2, (done.output, done.exception)
+    assert re.search(r"(data 'counts', row 1|row 1 of the set): .*two\.png", done.output)
+    assert "Mend or remove it; the run continues behind its last checkpoint." in done.output
+    asked = ["eval", "allenai/pixmo-count", str(folder / "questions.jsonl"), "--media", str(folder / "images")]
+    scores = folder / "scores.jsonl"
+    done = CliRunner().invoke(molmo2, [*asked, "--model", str(folder / "model"), "--output", str(scores)])
+    assert done.exit_code == 2, (done.output, done.exception)
+    assert re.search(r"row 1 of the set: .*two\.png.* Mend or remove it\.", done.output)
+    assert [json.loads(line)["row"] for line in scores.read_text(encoding="utf-8").splitlines()] == [0]
+    image.write_bytes(content)
+    done = CliRunner().invoke(molmo2, ["train", recipe, "--resume"])
+    assert done.exit_code == 0, done.output
+    assert len(losses(folder)) == 4
+
+
 def test_parts_have_their_own_rates_and_frozen_ones_none(folder):
     recipe = read_recipe(folder / "recipe.yaml", train=["connector"], evaluation=[], steps=2)
     before = torch_weights(folder / "model")

@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +72,13 @@ def run_evaluation(
     """Answer the questions of an evaluation set, and print the scores; `options` are the others of `molmo2 eval`.
 
     Raises:
-        ClickException: There is no such set or file, or the model cannot be loaded.
+        ClickException: There is no such set or file, the model cannot be loaded, or a row makes no question.
     """
     from tqdm import tqdm
 
     from molmo2.data.evaluation import evaluation_examples
     from molmo2.recipes.rows import media_resolver, read_rows
-    from molmo2.recipes.scoring import answer_examples, score
+    from molmo2.recipes.scoring import EvaluationError, answer_examples, score
 
     try:
         rows = list(itertools.islice(read_rows(files, Path()), options["limit"]))
@@ -95,13 +95,10 @@ def run_evaluation(
     answers = answer_examples(
         loaded, processor, examples, max_new_tokens=options["max_new_tokens"], processor_kwargs=given
     )
-    scored = []
-    with contextlib.nullcontext() if output is None else output.open("w", encoding="utf-8") as file:
-        for each in tqdm(answers, total=len(examples), desc="questions", disable=None, delay=2):
-            scored.append(each)
-            if file is not None:
-                record = {"row": each.row, "answer": each.answer, "scores": each.scores, "groups": each.groups}
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    try:
+        scored = _kept(tqdm(answers, total=len(examples), desc="questions", disable=None, delay=2), output)
+    except EvaluationError as error:
+        raise click.UsageError(f"{error} Mend or remove it.") from error
     overall, groups = score(scored)
     for name, estimate in overall.items():
         click.echo(f"{name}: {estimate}")
@@ -109,3 +106,15 @@ def run_evaluation(
         for member, scores in members.items():
             click.echo(f"{group} {member}: " + ", ".join(f"{name} {each}" for name, each in scores.items()))
     return 0
+
+
+def _kept(answers: Iterable[Any], output: Path | None) -> list[Any]:
+    """The scored answers, each of them a line of JSON in `output` as it comes."""
+    scored = []
+    with contextlib.nullcontext() if output is None else output.open("w", encoding="utf-8") as file:
+        for each in answers:
+            scored.append(each)
+            if file is not None:
+                record = {"row": each.row, "answer": each.answer, "scores": each.scores, "groups": each.groups}
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    return scored

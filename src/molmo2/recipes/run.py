@@ -17,11 +17,11 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from molmo2.data import Examples, Mixture, Settings, Source
 from molmo2.data.evaluation import EvaluationExample, evaluation_examples
-from molmo2.data.mixture import Drawn, MixtureState
+from molmo2.data.mixture import MixtureState
 from molmo2.processing.processor import Molmo2Processor
 from molmo2.recipes.recipe import PARTS, DataSet, Evaluation, Recipe, RecipeError
 from molmo2.recipes.rows import media_resolver, read_rows
-from molmo2.recipes.scoring import Scored, answer_examples, score
+from molmo2.recipes.scoring import EvaluationError, Scored, answer_examples, score
 from molmo2.registration import load
 from molmo2.training import (
     DataCollator,
@@ -39,7 +39,7 @@ from molmo2.training import (
     resume_mixture,
     trainer_class,
 )
-from molmo2.training.examples import example_from_feature
+from molmo2.training.packed_mixture import ExampleError, example_of
 from molmo2.training.resuming import STATE_FILE
 
 RECIPE_FILE, LOG_FILE, SCORES_FILE, MODEL_FOLDER = "recipe.json", "log.jsonl", "scores.jsonl", "model"
@@ -69,7 +69,8 @@ def train(recipe: Recipe, *, resume: bool = False, say: Say = print) -> Path:
     Returns:
         The folder `model`.
     Raises:
-        RecipeError: The recipe does not fit its files, the processes or the run that is continued.
+        RecipeError: The recipe does not fit its files, the processes or the run that is continued, or a row makes no
+            example.
         OSError: The model or a file cannot be read.
     """
     world, is_first = _processes()
@@ -108,7 +109,10 @@ def train(recipe: Recipe, *, resume: bool = False, say: Say = print) -> Path:
     trainer.accelerator.wait_for_everyone()  # all have looked at the folder
     if is_first:
         _begin(output, recipe, 0 if checkpoint is None else _number(checkpoint))
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except (ExampleError, EvaluationError) as error:
+        raise RecipeError(f"{error} Mend or remove it; the run continues behind its last checkpoint.") from error
     trainer.save_model(str(output / PARTIAL_FOLDER))
     trainer.accelerator.wait_for_everyone()
     if is_first:
@@ -142,26 +146,10 @@ def first_examples(
     processor = Molmo2Processor.from_pretrained(_model_name(recipe))
     draws = itertools.islice(mixture.draws(MixtureState()), min(number, sum(map(len, mixture.sources.values()))))
     options = _building(recipe)
-    return [_built(mixture, drawn, processor, options) for drawn in draws], processor
-
-
-def _built(
-    mixture: Mixture, drawn: Drawn, processor: Molmo2Processor, options: Mapping[str, Any]
-) -> Mapping[str, Any]:
-    """The example of a draw.
-
-    Raises:
-        RecipeError: There is none; the message names the data set and the row, counted from 0.
-    """
-    is_grouped = isinstance(mixture.sources[drawn.source], Examples)  # rows by their media
-    where = f"{'example' if is_grouped else 'row'} {drawn.place}"
     try:
-        row = mixture.example(drawn)
-        if is_grouped:
-            where = f"row {', '.join(map(str, row['rows']))}"
-        return example_from_feature(processor, row, **options)
-    except Exception as error:  # decoders raise nearly anything
-        raise RecipeError(f"data '{drawn.source}', {where}: {str(error) or repr(error)}") from error
+        return [example_of(mixture, drawn, processor, options) for drawn in draws], processor
+    except ExampleError as error:
+        raise RecipeError(str(error)) from error
 
 
 def _require_divisible(recipe: Recipe, world: int) -> None:

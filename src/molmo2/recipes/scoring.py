@@ -10,6 +10,10 @@ from molmo2.data.evaluation import EvaluationExample
 from molmo2.evaluate import METRICS, Estimate, Interval, Scores, summarize
 
 
+class EvaluationError(ValueError):
+    """A row of an evaluation set cannot be asked about; the message names it."""
+
+
 @dataclass(frozen=True)
 class Scored:
     """An answer and its scores.
@@ -28,7 +32,11 @@ def answer_conversations(
     model: Any, processor: Any, conversations: Sequence[Any], processor_kwargs: dict[str, Any], **generate_options: Any
 ) -> list[str]:
     """The answers to conversations in one call of `generate`, as text without blanks around it."""
-    inputs = processor.apply_chat_template(
+    return _answers(model, processor, _prompts(processor, conversations, processor_kwargs), generate_options)
+
+
+def _prompts(processor: Any, conversations: Sequence[Any], processor_kwargs: dict[str, Any]) -> Any:
+    return processor.apply_chat_template(
         conversations,
         tokenize=True,
         add_generation_prompt=True,
@@ -37,7 +45,11 @@ def answer_conversations(
         padding=True,
         padding_side="left",
         **processor_kwargs,
-    ).to(model.device)
+    )
+
+
+def _answers(model: Any, processor: Any, inputs: Any, generate_options: dict[str, Any]) -> list[str]:
+    inputs = inputs.to(model.device)
     with torch.no_grad():
         ids = model.generate(**inputs, **generate_options)
     texts = processor.tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -59,15 +71,19 @@ def answer_examples(
         max_new_tokens: Of an answer; None for that of the published evaluation.
         processor_kwargs: Options of the processor; those of a question, such as its frame rate, come before them.
         generate_options: Further options of `generate`.
+    Raises:
+        EvaluationError: A question makes no prompt: its image cannot be decoded, ... The message names the row.
     """
     was_training = model.training
     model.eval()
     try:
         for example in examples:
             options = {"do_sample": False, "max_new_tokens": max_new_tokens or example.max_new_tokens}
-            (answer,) = answer_conversations(
-                model, processor, [example.messages], processor_kwargs or {}, **options, **generate_options
-            )
+            try:
+                inputs = _prompts(processor, [example.messages], processor_kwargs or {})
+            except Exception as error:  # decoders raise nearly anything
+                raise EvaluationError(f"row {example.row} of the set: {str(error) or repr(error)}") from error
+            (answer,) = _answers(model, processor, inputs, options | generate_options)
             yield Scored(example.row, answer, METRICS[example.metric](answer, **example.truth), example.groups)
     finally:
         model.train(was_training)

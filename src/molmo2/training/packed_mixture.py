@@ -7,11 +7,34 @@ from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
+from molmo2.data import Examples
 from molmo2.data.mixture import Drawn, Mixture, MixtureState
 from molmo2.training.examples import example_from_feature
 from molmo2.training.packer import Pack, Packer, PoolEntry, num_crops, num_tokens
 
 KEPT_STATES = 256  # rows that a trainer may have taken ahead of its checkpoint; `SaveMixture` knows better
+
+
+class ExampleError(ValueError):
+    """A row of a data set makes no example; the message names both."""
+
+
+def example_of(mixture: Mixture, drawn: Drawn, processor: Any, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The built example of a draw; `options` are those of `build_training_example`.
+
+    Raises:
+        ExampleError: There is none: its image cannot be decoded, its answer lies behind the last token, ... Rows are
+            counted from 0.
+    """
+    is_grouped = isinstance(mixture.sources[drawn.source], Examples)  # rows by their media
+    where = f"{'example' if is_grouped else 'row'} {drawn.place}"
+    try:
+        row = mixture.example(drawn)
+        if is_grouped:
+            where = f"row {', '.join(map(str, row['rows']))}"
+        return example_from_feature(processor, row, **options)
+    except Exception as error:  # decoders raise nearly anything
+        raise ExampleError(f"data '{drawn.source}', {where}: {str(error) or repr(error)}") from error
 
 
 class PackedMixture(IterableDataset):
@@ -33,6 +56,7 @@ class PackedMixture(IterableDataset):
         options: Of `build_training_example`.
     Raises:
         ValueError: There is no such process.
+        ExampleError: While rows are taken, or a state is loaded: one of a data set makes no example.
     """
 
     def __init__(
@@ -129,8 +153,7 @@ class PackedMixture(IterableDataset):
 
     def _built(self, drawn: Drawn) -> dict[str, Any]:
         """The example of a draw, with the draw under `drawn`."""
-        built = example_from_feature(self.processor, self.mixture.example(drawn), **self.options)
-        return {**built, "drawn": drawn}
+        return {**example_of(self.mixture, drawn, self.processor, self.options), "drawn": drawn}
 
     def _entry(self, drawn: Drawn) -> PoolEntry:
         example = self._built(drawn)
