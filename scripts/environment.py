@@ -100,7 +100,8 @@ class Environment:
     def _install(self) -> None:
         if self.base:  # anew, because what an older table installed would hide the packages of the base
             shutil.rmtree(self.folder, ignore_errors=True)
-        subprocess.run([self.base.python if self.base else sys.executable, "-m", "venv", self.folder], check=True)
+        venv = [self.base.python if self.base else sys.executable, "-m", "venv", self.folder]
+        subprocess.run([*venv, *(["--without-pip"] if self.base else [])], check=True)  # pip is that of the base
         if self.base:
             path_file = Path(self.site_packages) / "base.pth"
             path_file.write_text(f"import site; site.addsitedir({self.base.site_packages!r})\n")
