@@ -20,8 +20,9 @@ from PIL import Image
 from molmo2.image.limits import MediaLimitError, MediaLimits
 from molmo2.image.loading import load_images
 from molmo2.video.decoding import decord_process, readers
-from molmo2.video.decoding.backends import VideoDecodeError, open_video
 from molmo2.video.decoding.decord_process import DecordProcess
+from molmo2.video.decoding.opening import open_video
+from molmo2.video.decoding.timeline import VideoDecodeError
 from molmo2.video.processing import Molmo2VideoProcessor
 from support.clips import load_video
 from support.hostile_media import (

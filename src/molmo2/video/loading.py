@@ -28,7 +28,7 @@ from molmo2.image.loading import (
 )
 from molmo2.image.opening import is_file_on_disk, local_path
 from molmo2.image.suffixes import FRAME_SUFFIXES
-from molmo2.video.decoding.backends import Result, decode_video, open_video
+from molmo2.video.decoding.backends import Result, decode_video
 from molmo2.video.decoding.readers import Source, VideoReader
 from molmo2.video.decoding.timeline import VideoTimeline
 from molmo2.video.sampling import SamplingSettings, require_fps, sample_indices, sample_times
@@ -177,7 +177,7 @@ def probe_video(item: VideoItem, backend: str | None, limits: MediaLimits) -> Ca
     """
     if not is_encoded(item.video):
         return lambda options: _read_frames(item, options, lambda frames, count: None)[1].timestamps
-    with open_video(video_source(item, limits), backend) as reader:
+    with decode_video(video_source(item, limits), lambda reader: reader, backend) as reader:
         timeline = reader.timeline
     about = VideoMetadata(total_num_frames=timeline.num_frames, fps=timeline.fps, duration=timeline.duration_seconds)
     return lambda options: _file_times(item, timeline, about, options).tolist()
@@ -192,23 +192,24 @@ def _read_file(
     """`read_video` of an encoded video."""
 
     def read(reader: VideoReader) -> tuple[Result, SampledVideoMetadata]:
-        timeline = reader.timeline
-        metadata = SampledVideoMetadata(
-            total_num_frames=timeline.num_frames,
-            fps=timeline.fps,
-            width=timeline.width,
-            height=timeline.height,
-            duration=timeline.duration_seconds,
-            video_backend=reader.backend,
-        )
-        times = _file_times(item, timeline, metadata, options)
-        indices = timeline.frames_at(times)
-        metadata.frames_indices = (times * timeline.fps).tolist()
-        metadata.sampled_timestamps = times.tolist()
-        metadata.source_frame_indices = indices.tolist()
-        metadata.source_timestamps = timeline.start_seconds[indices].tolist()
-        metadata.source_first_timestamp = timeline.first_timestamp_seconds
-        return consume(reader.frames(indices), len(indices)), metadata
+        with reader:
+            timeline = reader.timeline
+            metadata = SampledVideoMetadata(
+                total_num_frames=timeline.num_frames,
+                fps=timeline.fps,
+                width=timeline.width,
+                height=timeline.height,
+                duration=timeline.duration_seconds,
+                video_backend=reader.backend,
+            )
+            times = _file_times(item, timeline, metadata, options)
+            indices = timeline.frames_at(times)
+            metadata.frames_indices = (times * timeline.fps).tolist()
+            metadata.sampled_timestamps = times.tolist()
+            metadata.source_frame_indices = indices.tolist()
+            metadata.source_timestamps = timeline.start_seconds[indices].tolist()
+            metadata.source_first_timestamp = timeline.first_timestamp_seconds
+            return consume(reader.frames(indices), len(indices)), metadata
 
     return decode_video(video_source(item, options.limits), read, options.backend)
 

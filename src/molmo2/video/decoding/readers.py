@@ -31,7 +31,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from molmo2.image.limits import MediaLimitError, MediaLimits, checked_limits
+from molmo2.image.limits import MediaLimitError, MediaLimits
 from molmo2.image.opening import is_file_on_disk, open_image
 from molmo2.video.decoding.decord_process import BROKEN_INSTALLATION, DecordProcess, FrameError
 from molmo2.video.decoding.orientation import Matrix, Mp4Track, matrix_from_bytes, mp4_tracks, quarter_turns, upright
@@ -89,7 +89,7 @@ class Source:
     keeps: Any = None
 
     @classmethod
-    def from_input(cls, source: VideoSource, limits: MediaLimits | None = None, name: str | None = None) -> "Source":
+    def from_input(cls, source: VideoSource, limits: MediaLimits, name: str | None = None) -> "Source":
         """From a path, the bytes of a file or a file object.
 
         What is in memory is written to a temporary file, which is removed with the last reference to the result: all
@@ -101,7 +101,6 @@ class Source:
             MediaLimitError: it is over a limit that shows in its header.
             VideoDecodeError: the file is empty, an image, or a text that leads to other files.
         """
-        limits = checked_limits(limits)
         if isinstance(source, (str, Path)):
             result = cls._from_path(Path(source), limits)
         elif isinstance(source, (bytes, bytearray, memoryview)):
