@@ -166,23 +166,6 @@ def read_video(
     return _read_frames(item, options, consume)
 
 
-def probe_video(item: VideoItem, backend: str | None, limits: MediaLimits) -> Callable[[ReadingOptions], list[float]]:
-    """The sampled times of a video for any options; of a file only the first frame is decoded, for its size.
-
-    Returns:
-        A function from reading options to the sampled times in seconds.
-
-    Raises:
-        FileNotFoundError, TypeError, ValueError: as `read_video`.
-    """
-    if not is_encoded(item.video):
-        return lambda options: _read_frames(item, options, lambda frames, count: None)[1].timestamps
-    with decode_video(video_source(item, limits), lambda reader: reader, backend) as reader:
-        timeline = reader.timeline
-    about = VideoMetadata(total_num_frames=timeline.num_frames, fps=timeline.fps, duration=timeline.duration_seconds)
-    return lambda options: _file_times(item, timeline, about, options).tolist()
-
-
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
@@ -202,7 +185,7 @@ def _read_file(
                 duration=timeline.duration_seconds,
                 video_backend=reader.backend,
             )
-            times = _file_times(item, timeline, metadata, options)
+            times = file_times(item, timeline, metadata, options)
             indices = timeline.frames_at(times)
             metadata.frames_indices = (times * timeline.fps).tolist()
             metadata.sampled_timestamps = times.tolist()
@@ -214,7 +197,7 @@ def _read_file(
     return decode_video(video_source(item, options.limits), read, options.backend)
 
 
-def _file_times(
+def file_times(
     item: VideoItem, timeline: VideoTimeline, metadata: VideoMetadata, options: ReadingOptions
 ) -> np.ndarray:
     """Sampled times in seconds from the first frame, float64."""

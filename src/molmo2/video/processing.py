@@ -46,7 +46,6 @@ from molmo2.video.loading import (
     is_encoded,
     is_one_video,
     list_videos,
-    probe_video,
     read_video,
 )
 from molmo2.video.sampling import SamplingSettings, sample_indices
@@ -285,30 +284,6 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
         if options.return_metadata:
             features["video_metadata"] = [metadata for _, metadata in cut]
         return features
-
-    def probe(
-        self, videos: Any, video_metadata: Any = None, limits: Any = None
-    ) -> list[Callable[..., tuple[VideoPlan, list[float]]]]:
-        """Plans of videos without decoding them, to know the size of a request before it is made.
-
-        Args:
-            videos, video_metadata, limits: as for `preprocess`.
-
-        Returns:
-            For each video a function from options of `preprocess` to its plan and its sampled times in seconds.
-        """
-
-        def probe_one(item: VideoItem) -> Callable[..., tuple[VideoPlan, list[float]]]:
-            sampled_times = probe_video(item, self.video_backend, self._limits({"limits": limits}))
-
-            def plan(clip: Any = None, **overrides: Any) -> tuple[VideoPlan, list[float]]:
-                options = self._options(overrides)
-                times = sampled_times(replace(options.reading, clip=_checked_clip(clip)))
-                return options.plan(len(times)), times
-
-            return plan
-
-        return [probe_one(item) for item in list_videos(videos, video_metadata)]
 
     def fetch_videos(  # type: ignore[override]  # of the two functions the library has the second only
         self,
