@@ -68,7 +68,7 @@ PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"[playlist]", b"[Reference]", b"v=0", b"<
 TEXT_BYTES = bytes([7, 8, 9, 10, 12, 13, 27, *range(32, 127), *range(128, 256)])
 
 
-@dataclass(frozen=True)
+@dataclass
 class Source:
     """A video in a file, which is temporary if the video was given in memory.
 
@@ -78,7 +78,6 @@ class Source:
         num_bytes: size of the file.
         limits: see `MediaLimits`.
         image_format: the format of an animation, such as "GIF", by Pillow; "" for any other video.
-        keeps: what lives as long as the source, such as a temporary file.
     """
 
     name: str
@@ -86,7 +85,6 @@ class Source:
     num_bytes: int
     limits: MediaLimits
     image_format: str = ""
-    keeps: Any = None
 
     @classmethod
     def from_input(cls, source: VideoSource, limits: MediaLimits, name: str | None = None) -> "Source":
@@ -98,7 +96,8 @@ class Source:
         Raises:
             FileNotFoundError, IsADirectoryError: there is no such file.
             TypeError: `source` is none of these.
-            MediaLimitError: it is over a limit that shows in its header.
+            MediaLimitError: it is over a limit that shows in its header, or a stream of more than `fetch_bytes`, of
+                which no more than that is read.
             VideoDecodeError: the file is empty, an image, or a text that leads to other files.
         """
         if isinstance(source, (str, Path)):
@@ -113,9 +112,9 @@ class Source:
         else:
             raise TypeError(f"A video is a path, bytes or a file object, not {type(source).__name__}.")
         result._require_video()
-        if limits.decode_seconds is None:
-            return replace(result, image_format=result.animated_format())
-        return replace(result, image_format=isolated("animated_format")(result))
+        animated_format = cls.animated_format if limits.decode_seconds is None else isolated("animated_format")
+        result.image_format = animated_format(result)
+        return result
 
     @classmethod
     def _from_path(cls, path: Path, limits: MediaLimits) -> "Source":
@@ -129,8 +128,15 @@ class Source:
 
     @classmethod
     def _from_stream(cls, stream: IO[bytes], name: str, limits: MediaLimits) -> "Source":
-        copy = _TemporaryCopy(stream, name, limits)
-        return cls(name, copy.path, Path(copy.path).stat().st_size, limits, keeps=copy)
+        handle, path = tempfile.mkstemp(prefix="molmo2_video_")
+        copy = cls(name, path, 0, limits)
+        weakref.finalize(copy, _remove, path)
+        with os.fdopen(handle, "wb") as file:
+            while chunk := stream.read(COPIED_BYTES):
+                copy.num_bytes += len(chunk)
+                limits.check("fetch_bytes", copy.num_bytes, f"{name} has {copy.num_bytes:,} bytes or more")
+                file.write(chunk)
+        return copy
 
     def _require_video(self) -> None:
         """Refuse what is no video by its first bytes."""
@@ -196,24 +202,6 @@ def isolated(name: str) -> Callable[..., Any]:
             "loads: the files beside a checkpoint decode in this process. Leave it out here."
         )
     return ISOLATION[name]
-
-
-class _TemporaryCopy:
-    """A temporary file with the content of a stream, removed with this object.
-
-    Raises:
-        MediaLimitError: it is a stream of more than `fetch_bytes`; no more bytes than that are read.
-    """
-
-    def __init__(self, stream: IO[bytes], name: str, limits: MediaLimits) -> None:
-        handle, self.path = tempfile.mkstemp(prefix="molmo2_video_")
-        weakref.finalize(self, _remove, self.path)
-        num_bytes = 0
-        with os.fdopen(handle, "wb") as file:
-            while chunk := stream.read(COPIED_BYTES):
-                num_bytes += len(chunk)
-                limits.check("fetch_bytes", num_bytes, f"{name} has {num_bytes:,} bytes or more")
-                file.write(chunk)
 
 
 def _remove(path: str) -> None:
