@@ -34,7 +34,15 @@ import numpy as np
 from molmo2.image.limits import MediaLimitError, MediaLimits
 from molmo2.image.opening import is_file_on_disk, open_image
 from molmo2.video.decoding.decord_process import BROKEN_INSTALLATION, DecordProcess, FrameError
-from molmo2.video.decoding.orientation import Matrix, Mp4Track, matrix_from_bytes, mp4_tracks, quarter_turns, upright
+from molmo2.video.decoding.orientation import (
+    UPRIGHT,
+    Matrix,
+    Mp4Track,
+    is_plain_turn,
+    matrix_from_bytes,
+    mp4_tracks,
+    upright,
+)
 from molmo2.video.decoding.timeline import (
     CONSTANT_RATE_TOLERANCE_SECONDS,
     VideoDecodeError,
@@ -376,7 +384,7 @@ def _decord_times(spans: np.ndarray) -> tuple[np.ndarray, float]:
 
 def _require_plain_turns(tracks: Sequence[Mp4Track]) -> None:
     """Leave mirrored videos to PyAV: decord and torchcodec turn by quarters and know nothing of mirrors."""
-    if any(quarter_turns(track.matrix) is None for track in tracks):
+    if not all(is_plain_turn(track.matrix) for track in tracks):
         raise VideoDecodeError("its display matrix mirrors it or turns it by no multiple of 90 degrees")
 
 
@@ -632,7 +640,7 @@ class _PyavReader(VideoReader):
 def _display_matrix(side_data: Mapping[Any, Any]) -> Matrix:
     """The display matrix among the side data of a frame of PyAV; that of an upright one where there is none."""
     data = side_data.get("DISPLAYMATRIX")
-    return (1, 0, 0, 1) if data is None else matrix_from_bytes(bytes(data))
+    return UPRIGHT if data is None else matrix_from_bytes(bytes(data))
 
 
 def _rgb_view(frame: Any) -> np.ndarray:
