@@ -663,7 +663,7 @@ class _PacketTable:
         by_stamp: places in the order of their time stamps; None if that is the order of the file.
         shown_stamps: time stamps of the frames that are shown, ascending.
         key_places: places of key frames, ascending.
-        has_stamps: False for raw streams; a constant rate is assumed.
+        has_stamps: False for raw streams; a constant rate is assumed, and a tick is a frame.
         is_counted: frames are counted from the start, as their time stamps do not tell the order on the screen.
         last_ticks: duration of the last frame, in ticks.
         tick_seconds: length of a tick.
@@ -679,14 +679,14 @@ class _PacketTable:
     is_counted: bool
     last_ticks: int
     tick_seconds: Fraction
-    rate: Fraction | None
+    rate: float | None
 
     @classmethod
     def from_packets(cls, stream: Any, packets: Iterator[Any], *, is_avi: bool = False) -> "_PacketTable":
         """The table of all packets. Those that an edit list cuts off are needed for decoding but not shown."""
         listed, line, keys, hidden = _Stamps(), _TimeLine(stream.time_base), array("q"), array("q")
         order = _FileOrder(is_avi and stream.codec_context.has_b_frames)
-        has_stamps, highest, ticks_of_highest, ticks_of_latest = True, NO_TICKS, 0, 0
+        has_stamps, highest, ticks_of_highest = True, NO_TICKS, 0
         for packet in packets:
             if packet.size:
                 place, stamp = len(listed.offsets), NO_TICKS if packet.pts is None else packet.pts
@@ -698,18 +698,20 @@ class _PacketTable:
                     keys.append(place)
                 if packet.is_discard:
                     hidden.append(place)
-                else:
-                    ticks_of_latest = packet.duration or 0
-                    if stamp >= highest:
-                        highest, ticks_of_highest = stamp, ticks_of_latest
+                elif stamp >= highest:
+                    highest, ticks_of_highest = stamp, packet.duration or 0
         count = len(listed.offsets)
         if count == len(hidden):
             raise VideoDecodeError("its video track has no frames")
         listed = order.decoded if order.is_kept else listed
+        rate, tick_seconds, last_ticks = stream.average_rate, stream.time_base, ticks_of_highest
         if has_stamps:
             origin, file_stamps = listed.origin, np.frombuffer(listed.offsets, dtype=listed.offsets.typecode)
-        else:
+        elif rate:
             origin, file_stamps = 0, np.arange(count, dtype=np.int32)
+            tick_seconds, last_ticks = 1 / rate, 1
+        else:
+            raise VideoDecodeError("it has neither time stamps nor a frame rate")
         shown = np.delete(file_stamps, hidden) if hidden else file_stamps
         by_stamp, num_lost = None, 0
         if not is_ascending(file_stamps):  # frames are stored in another order than they are shown in
@@ -720,7 +722,6 @@ class _PacketTable:
         if has_stamps:
             line.require_one(num_lost, count)
         is_counted = order.is_kept or not has_stamps
-        rate = stream.average_rate
         return cls(
             origin=origin,
             file_stamps=file_stamps,
@@ -729,9 +730,9 @@ class _PacketTable:
             key_places=np.array([] if is_counted else keys, dtype=np.int64),
             has_stamps=has_stamps,
             is_counted=is_counted,
-            last_ticks=ticks_of_highest if has_stamps else ticks_of_latest,
-            tick_seconds=stream.time_base,
-            rate=rate if rate else None,
+            last_ticks=last_ticks,
+            tick_seconds=tick_seconds,
+            rate=float(rate) if rate else None,
         )
 
     def stamp_of(self, index: int) -> int:
@@ -768,32 +769,18 @@ class _PacketTable:
         keys = self.key_places[: np.searchsorted(self.key_places, self.place_of(stamp), side="right")]
         return next((int(key) for key in keys[::-1] if self.stamp_at(int(key)) <= stamp), 0)
 
-    @property
-    def first_timestamp_seconds(self) -> float | None:
-        return float(self.stamp_of(0) * self.tick_seconds) if self.has_stamps else None
-
     def timeline(self, size: tuple[int, int]) -> VideoTimeline:
         """When each frame, of this (height, width), is shown."""
-        rate = None if self.rate is None else float(self.rate)
-        stamps, count = self.shown_stamps, len(self.shown_stamps)
-        if self.has_stamps:
-            tick, last_ticks = self.tick_seconds, self.last_ticks
-            if last_ticks <= 0:  # unknown: as long as the frame before it
-                last_ticks = int(stamps[-1]) - int(stamps[-2]) if count > 1 else 0
-            end = float((int(stamps[-1]) - int(stamps[0]) + last_ticks) * tick.numerator) / tick.denominator
-        elif self.rate is None:
-            raise VideoDecodeError("it has neither time stamps nor a frame rate")
-        else:
-            tick = 1 / self.rate
-            end = float(count * tick.numerator) / tick.denominator
+        stamps, tick, last_ticks = self.shown_stamps, self.tick_seconds, self.last_ticks
+        count, first = len(stamps), int(stamps[0])
+        if last_ticks <= 0:  # unknown: as long as the frame before it
+            last_ticks = int(stamps[-1]) - int(stamps[-2]) if count > 1 else 0
+        end = float((int(stamps[-1]) - first + last_ticks) * tick.numerator) / tick.denominator
         starts = np.empty(count, dtype=np.float64)
         for block in frame_blocks(count):
-            if self.has_stamps:
-                ticks = stamps[block].astype(np.int64) - int(stamps[0])
-            else:
-                ticks = np.arange(block.start, block.stop)
-            starts[block] = ticks * tick.numerator / tick.denominator
-        return make_timeline(starts, end, rate, size, self.first_timestamp_seconds)
+            starts[block] = (stamps[block].astype(np.int64) - first) * tick.numerator / tick.denominator
+        first_timestamp = float(self.stamp_of(0) * tick) if self.has_stamps else None
+        return make_timeline(starts, end, self.rate, size, first_timestamp)
 
 
 class _Stamps:
