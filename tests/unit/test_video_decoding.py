@@ -589,7 +589,7 @@ def test_decord_leaves_large_clips_to_others(monkeypatch):
             assert reader.backend != "decord"
     with open_video(file, "decord") as reader:  # unless told to
         assert reader.backend == "decord"
-    monkeypatch.setattr(readers_module, "_others_usable", lambda backend: False)
+    monkeypatch.setattr(readers_module, "_others_usable", lambda: False)
     with open_video(file) as reader:  # or alone
         assert reader.backend == "decord"
 

@@ -57,6 +57,7 @@ from molmo2.video.decoding.timeline import (
 VideoSource = str | Path | bytes | IO[bytes]
 
 PACKAGES = {"decord": "decord2", "torchcodec": "torchcodec", "pyav": "av"}  # what to `pip install`
+MODULES = {"decord": "decord", "torchcodec": "torchcodec.decoders", "pyav": "av"}
 BACKENDS = tuple(PACKAGES)  # in the order they are tried
 # decord decodes and converts every frame to RGB, sampled or not: a clip with more pixels (20 seconds of 1080p) is left
 # to a backend that converts the sampled frames only.
@@ -364,7 +365,7 @@ class _DecordReader(VideoReader):
 
 def _leave_to_others(num_pixels: float) -> None:
     """Leaves a clip with this many pixels in all its frames to other backends, where there are any."""
-    if num_pixels > MAX_DECORD_PIXELS and _others_usable("decord"):
+    if num_pixels > MAX_DECORD_PIXELS and _others_usable():
         raise VideoDecodeError("it would have to convert all frames, wanted or not, of a clip this long")
 
 
@@ -402,7 +403,7 @@ class _TorchcodecReader(VideoReader):
 
     def __init__(self, source: Source, only_choice: bool) -> None:
         super().__init__(source)
-        decoders = _import_backend("torchcodec.decoders", "torchcodec")
+        decoders = _import_backend("torchcodec")
         _require_plain_turns(mp4_tracks(source.path))
         self._decoder = decoders.VideoDecoder(
             source.path,
@@ -484,7 +485,7 @@ class _PyavReader(VideoReader):
 
     def __init__(self, source: Source, only_choice: bool) -> None:
         super().__init__(source)
-        self._av = _import_backend("av", "pyav")
+        self._av = _import_backend("pyav")
         self._open()
         packets = self._counted(self._demuxed())
         self._packets = _PacketTable.from_packets(self._stream, packets, is_avi=source.is_avi())
@@ -922,32 +923,26 @@ READERS: dict[str, Callable[..., VideoReader]] = {
 }
 
 
-_MODULES = {"decord": "decord", "torchcodec": "torchcodec.decoders", "pyav": "av"}
-
-
-def _import_backend(module: str, backend: str) -> Any:
-    """A module of a backend.
+def _import_backend(backend: str) -> Any:
+    """The module of a backend.
 
     Raises:
         VideoDecodeError: it cannot be imported.
     """
     try:
-        return importlib.import_module(module)
+        return importlib.import_module(MODULES[backend])
     except Exception as error:  # also OSError or RuntimeError: libraries of ffmpeg missing
-        is_absent = isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]
+        is_absent = isinstance(error, ModuleNotFoundError) and error.name == MODULES[backend].partition(".")[0]
         advice = f"Install it with `pip install {PACKAGES[backend]}`." if is_absent else BROKEN_INSTALLATION
         raise VideoDecodeError(f"{backend} cannot be loaded ({brief(error)}). {advice}") from error
 
 
-def _others_usable(backend: str) -> bool:
-    """True if another backend can be imported."""
-    for name in BACKENDS:
-        if name != backend:
-            try:
-                _import_backend(_MODULES[name], name)
-                return True
-            except VideoDecodeError:
-                continue
+def _others_usable() -> bool:
+    """True if another backend than decord can be imported."""
+    for name in BACKENDS[1:]:
+        with suppress(VideoDecodeError):
+            _import_backend(name)
+            return True
     return False
 
 
