@@ -158,7 +158,7 @@ def test_a_dead_or_silent_child_is_replaced(monkeypatch):
     child = DecordProcess()
     os.kill(child._child.pid, signal.SIGSTOP)
     with pytest.raises(VideoDecodeError, match="stopped answering"):
-        child.open(str(__file__))
+        child.open(str(__file__), MediaLimits(), "The video")
 
 
 def test_a_child_ends_with_its_parent():
@@ -186,7 +186,7 @@ def test_the_limit_on_frames_comes_before_work_for_each(monkeypatch, tmp_path):
     monkeypatch.setattr(child, "_read_into", read.append)
     (tmp_path / "clip.mp4").write_bytes(clip())
     with pytest.raises(MediaLimitError, match=r"The video has 12 frames, over the limit video_frames=11\."):
-        child.open(str(tmp_path / "clip.mp4"), MediaLimits(video_frames=11))
+        child.open(str(tmp_path / "clip.mp4"), MediaLimits(video_frames=11), "The video")
     assert read == []
     assert not child.is_busy
     monkeypatch.undo()

@@ -9,8 +9,8 @@ from typing import TypeVar
 from transformers.utils import logging
 
 from molmo2.image.limits import MediaLimitError
-from molmo2.video.decoding.readers import BACKENDS, PACKAGES, READERS, Source, VideoReader, brief, isolated
-from molmo2.video.decoding.timeline import VideoDecodeError
+from molmo2.video.decoding.readers import BACKENDS, PACKAGES, READERS, Source, VideoReader, isolated
+from molmo2.video.decoding.timeline import VideoDecodeError, brief
 
 logger = logging.get_logger(__name__)
 

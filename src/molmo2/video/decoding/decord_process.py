@@ -8,6 +8,7 @@ video, kept for the next ones, given up when it stops answering and replaced whe
 import importlib.util
 import inspect
 import json
+import math
 import os
 import re
 import subprocess
@@ -21,8 +22,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from molmo2.image.limits import MediaLimits, checked_limits
-from molmo2.video.decoding.timeline import VideoDecodeError
+from molmo2.image.limits import MediaLimits
+from molmo2.video.decoding.timeline import VideoDecodeError, brief
 
 START_SECONDS = 60  # until a new child has to be ready: it imports numpy and decord
 # How long a child may be silent while it opens a file or decodes; opening reads the whole file.
@@ -178,9 +179,8 @@ class DecordProcess:
         self._child: Any = None
         self._file_bytes = 0
         self.is_busy = False  # an answer was started and not read to its end
-        self._deadline: float | None = None
+        self._deadline = math.inf
         self._was_late = False
-        self._watch: threading.Thread | None = None
         self._ended = threading.Event()
         try:
             self._child = subprocess.Popen(
@@ -192,6 +192,7 @@ class DecordProcess:
             )
         except OSError as error:
             raise VideoDecodeError(f"no process could be started for {self.decoder} ({error})") from error
+        threading.Thread(target=self._kill_at_deadline, daemon=True, name="molmo2-decord-watch").start()
         answer = self._answer(START_SECONDS)
         if "error" in answer:
             self.kill()
@@ -242,22 +243,19 @@ class DecordProcess:
             with suppress(OSError):
                 pipe.close()
 
-    def open(
-        self, path: str, limits: MediaLimits | None = None, name: str = "The video"
-    ) -> tuple[np.ndarray, float, tuple[int, ...]]:
+    def open(self, path: str, limits: MediaLimits, name: str) -> tuple[np.ndarray, float, tuple[int, ...]]:
         """(N, 2) starts and ends of the frames in seconds, average rate, and shape of the first frame.
 
         Raises:
             MediaLimitError: it announces too many frames; nothing was done for each of them.
             VideoDecodeError: decord cannot open it, or ended or stopped while it tried.
         """
-        limits = checked_limits(limits)
         self._file_bytes = Path(path).stat().st_size
         self._ask({"open": path, "max_frames": limits.video_frames, "threads": int(_may_be_mpeg4(path))})
         answer = self._answer(self._patience)
         self.is_busy = False
         if "error" in answer:
-            raise VideoDecodeError(answer["error"])
+            raise VideoDecodeError(brief(answer["error"]))
         limits.check_frames(name, answer["count"])
         spans = np.empty((answer["count"], 2), dtype=np.float64)
         self._read_into(spans)
@@ -300,19 +298,15 @@ class DecordProcess:
     def _answer(self, seconds: float) -> dict[str, Any]:
         """The next line of the child, which has to come within this time."""
         self._deadline = time.monotonic() + seconds
-        if self._watch is None:
-            self._watch = threading.Thread(target=self._kill_at_deadline, daemon=True, name="molmo2-decord-watch")
-            self._watch.start()
         line = self._child.stdout.readline()
-        self._deadline = None
+        self._deadline = math.inf
         if not line.endswith(b"\n"):
             raise self._death()
         return json.loads(line)
 
     def _kill_at_deadline(self) -> None:
         while not self._ended.wait(WATCH_SECONDS):
-            deadline = self._deadline
-            if deadline is not None and time.monotonic() > deadline:
+            if time.monotonic() > self._deadline:
                 self._was_late = True
                 self._child.kill()
                 return
@@ -323,12 +317,11 @@ class DecordProcess:
 
     def _death(self) -> VideoDecodeError:
         self.kill()
-        if self._was_late:
-            how = "stopped answering and was ended"
-            return VideoDecodeError(f"{self.decoder} {how}; the file is damaged, or made to do this")
         code = self._child.returncode
-        how = f"signal {-code}" if code < 0 else f"exit status {code}"
-        return VideoDecodeError(f"{self.decoder}'s process ended with {how}; the file is damaged, or made to do this")
+        how = f"'s process ended with signal {-code}" if code < 0 else f"'s process ended with exit status {code}"
+        if self._was_late:
+            how = " stopped answering and was ended"
+        return VideoDecodeError(f"{self.decoder}{how}; the file is damaged, or made to do this")
 
 
 def _may_be_mpeg4(path: str) -> bool:

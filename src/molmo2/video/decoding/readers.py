@@ -16,7 +16,6 @@ import importlib
 import io
 import itertools
 import os
-import re
 import tempfile
 import weakref
 from abc import ABC, abstractmethod
@@ -47,6 +46,7 @@ from molmo2.video.decoding.timeline import (
     CONSTANT_RATE_TOLERANCE_SECONDS,
     VideoDecodeError,
     VideoTimeline,
+    brief,
     frame_blocks,
     is_ascending,
     is_rate,
@@ -326,7 +326,7 @@ class _DecordReader(VideoReader):
             _leave_to_others(max((track.num_pixels for track in tracks), default=0))
         process = self._process = DecordProcess.borrow()
         try:
-            spans, fps, shape = self._opened(process)
+            spans, fps, shape = process.open(source.path, source.limits, source.name)
             if len(shape) != 3 or shape[2] != 3:  # very narrow videos
                 raise VideoDecodeError(f"its frames have the shape {shape}, expected (height, width, 3)")
             height, width = shape[:2]
@@ -344,17 +344,11 @@ class _DecordReader(VideoReader):
         if process is not None:
             process.give_back()
 
-    def _opened(self, process: DecordProcess) -> tuple[np.ndarray, float, tuple[int, ...]]:
-        try:
-            return process.open(self._source.path, self._source.limits, self._source.name)
-        except VideoDecodeError as error:
-            raise VideoDecodeError(brief(error.reason)) from None
-
     def _decode(self, indices: list[int]) -> Iterator[np.ndarray]:
         if self._process is None or self._process.is_busy:  # closed, or an earlier iterator was not read to its end
             self.close()
             self._process = DecordProcess.borrow()
-            self._opened(self._process)
+            self._process.open(self._source.path, self._source.limits, self._source.name)
         try:
             yield from self._process.decode(indices, self.timeline.num_frames)
         except FrameError as error:
@@ -944,10 +938,3 @@ def _others_usable() -> bool:
             _import_backend(name)
             return True
     return False
-
-
-def brief(problem: object) -> str:
-    """The first line of an exception or text, shortened, without the stack traces and C++ source lines of decoders."""
-    lines = re.sub(r"\[\d\d:\d\d:\d\d\] \S+:\d+: ?", "", str(problem)).strip().splitlines()
-    text = lines[0][:200] if lines else ""
-    return f"{type(problem).__name__}: {text}" if isinstance(problem, BaseException) else text
