@@ -77,7 +77,7 @@ class VideoItem:
 
     where: str
     video: Any
-    metadata: Mapping[str, Any] | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ def _read_frames(
     item: VideoItem, options: ReadingOptions, consume: FrameConsumer[Result]
 ) -> tuple[Result, SampledVideoMetadata]:
     """`read_video` of decoded frames."""
-    frames, given = item.video, {} if item.metadata is None else item.metadata
+    frames, given = item.video, item.metadata
     if not len(frames):
         raise ValueError(f"{item.where} has no frames. Pass at least one.")
     times = _frame_times(item, len(frames), options.do_sample_frames)
@@ -265,22 +265,13 @@ def _read_frames(
         chosen = _chosen_frames(item, times, options)
     else:
         chosen = np.arange(len(frames))
-    metadata = SampledVideoMetadata(
-        total_num_frames=_get(given, "total_num_frames", len(frames)),
-        fps=times.fps,
-        width=_get(given, "width"),
-        height=_get(given, "height"),
-        duration=_get(given, "duration"),
-        video_backend=_get(given, "video_backend"),
-    )
+    about = {name: given.get(name) for name in ("width", "height", "duration", "video_backend")}
+    metadata = SampledVideoMetadata(total_num_frames=_total_num_frames(item), fps=times.fps, **about)
     first = int(chosen[0])
     metadata.frame_size = original_size(_rgb_frame(item, frames[first], first, options))
     metadata.sampled_timestamps = times.seconds[chosen].tolist()
     metadata.source_first_timestamp = getattr(given, "source_first_timestamp", None)
-    if times.are_irregular:
-        metadata.frames_indices = (times.seconds[chosen] * times.fps).tolist()
-    else:
-        metadata.frames_indices = times.indices[chosen].tolist()
+    metadata.frames_indices = times.positions[chosen].tolist()
     for name in ("source_frame_indices", "source_timestamps"):  # known if the frames come from `fetch_videos`
         of_source = getattr(given, name, None)
         of_frames = times.indices if name == "source_frame_indices" else times.seconds
@@ -291,22 +282,22 @@ def _read_frames(
 
 @dataclass(frozen=True)
 class _FrameTimes:
-    """Index in the source and time of each frame; `are_irregular` if the times are not index / fps."""
+    """Index in the source and time of each frame; `positions` are the times in frames, as in `frames_indices`."""
 
     indices: np.ndarray
     seconds: np.ndarray
     fps: float
-    are_irregular: bool
+    positions: np.ndarray
 
 
 def _frame_times(item: VideoItem, num_frames: int, are_all: bool) -> _FrameTimes:
     """Times of the passed frames; `are_all` if they are the whole video unless the metadata says otherwise."""
-    given = {} if item.metadata is None else item.metadata
-    fps = _get(given, "fps")
+    given = item.metadata
+    fps = given.get("fps")
     stamps = getattr(given, "sampled_timestamps", None)
     if stamps is None and not isinstance(given, VideoMetadata):  # there it is computed from fps
-        stamps = _get(given, "timestamps")
-    indices = _get(given, "frames_indices")
+        stamps = given.get("timestamps")
+    indices = given.get("frames_indices")
     if indices is not None and len(indices) != num_frames and not are_all:
         raise ValueError(
             f"{item.where} has {num_frames} frames, but its metadata lists {len(indices)} frames_indices. Pass one "
@@ -326,7 +317,7 @@ def _frame_times(item: VideoItem, num_frames: int, are_all: bool) -> _FrameTimes
             fps = require_fps(fps)
         except ValueError as error:
             raise ValueError(f"{item.where}: {error}") from None
-        return _FrameTimes(indices, indices / fps, fps, are_irregular=False)
+        return _FrameTimes(indices, indices / fps, fps, indices)
     seconds = np.asarray(stamps, dtype=np.float64).reshape(-1)
     if len(seconds) != num_frames or not np.all(np.isfinite(seconds)) or np.any(np.diff(seconds) < 0):
         raise ValueError(
@@ -336,12 +327,13 @@ def _frame_times(item: VideoItem, num_frames: int, are_all: bool) -> _FrameTimes
     if fps is None:
         span = seconds[-1] - seconds[0]
         fps = (num_frames - 1) / span if span > 0 else 1.0
-    return _FrameTimes(np.arange(num_frames), seconds, require_fps(fps), are_irregular=True)
+    fps = require_fps(fps)
+    return _FrameTimes(np.arange(num_frames), seconds, fps, seconds * fps)
 
 
 def _is_sampled(given: Mapping[str, Any], num_frames: int) -> bool:
     """True if the frames were sampled from a longer video before, by their metadata."""
-    indices, total = _get(given, "frames_indices"), _get(given, "total_num_frames")
+    indices, total = given.get("frames_indices"), given.get("total_num_frames")
     if indices is None or len(indices) != num_frames:
         return False
     if getattr(given, "sampled_timestamps", None) is not None:
@@ -351,8 +343,7 @@ def _is_sampled(given: Mapping[str, Any], num_frames: int) -> bool:
 
 def _chosen_frames(item: VideoItem, times: _FrameTimes, options: ReadingOptions) -> np.ndarray:
     """Indices of the sampled frames among the passed ones."""
-    num_frames = len(item.video)
-    total = _get({} if item.metadata is None else item.metadata, "total_num_frames", num_frames)
+    num_frames, total = len(item.video), _total_num_frames(item)
     if total > num_frames:
         raise ValueError(
             f"The metadata of {item.where} says total_num_frames={total}, but {num_frames} frames were passed. Pass "
@@ -365,6 +356,12 @@ def _chosen_frames(item: VideoItem, times: _FrameTimes, options: ReadingOptions)
     start, end = _clip_within(item, options.clip, float(seconds[-1]) + 1 / times.fps)
     first, last = np.clip(np.searchsorted(seconds, [start, end], side="right") - 1, 0, total - 1).tolist()
     return first + sample_indices(last - first + 1, times.fps, options.sampling)
+
+
+def _total_num_frames(item: VideoItem) -> int:
+    """Frames of the whole video by the metadata, else those that were passed."""
+    total = item.metadata.get("total_num_frames")
+    return len(item.video) if total is None else total
 
 
 def _rgb_frame(item: VideoItem, frame: Any, index: int, options: ReadingOptions) -> np.ndarray:
@@ -433,9 +430,3 @@ def _flat_metadata(metadata: Any) -> Iterator[Mapping[str, Any] | None]:
             f"video_metadata has an entry of type {type(metadata).__name__}. Pass a dict such as "
             '{"fps": 30.0} or a VideoMetadata per video.'
         )
-
-
-def _get(metadata: Mapping[str, Any], name: str, default: Any = None) -> Any:
-    """A value of the metadata; missing and None are the default."""
-    value = metadata.get(name)
-    return default if value is None else value

@@ -315,7 +315,7 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
             return [frames for frames, _ in fetched], [metadata for _, metadata in fetched]
         (item,) = list_videos(video_url_or_urls)
         if not is_encoded(item.video):
-            return item.video, item.metadata
+            return item.video, item.metadata or None
         options = self._options(kwargs, sample_timestamps_fn, sample_indices_fn)
         return _decode(item, options.reading, kwargs.get("clip"))
 
