@@ -179,26 +179,13 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
         "video_backend": None,
     }
     NULLABLE = frozenset({"max_fps"})
-    IGNORED = (frozenset(VideosKwargs.__annotations__) | UNUSED_KEYS.keys()) - FIXED_STEPS.keys() | {
-        "auto_map",
-        "backend",
-        "clip",
-        "code_revision",
-        "disable_grouping",
-        "frame_encoder",
-        "image_patch_size",
-        "image_processor_type",
-        "interpolation",
-        "limits",
-        "min_frames",
-        "pixel_dtype",
-        "processor_class",
-        "return_tensors",
-        "return_video_kwargs",
-        "trust_remote_code",
-        "use_fast",
-        "video_processor_type",
-    }
+    IGNORED = (
+        (frozenset(VideosKwargs.__annotations__) | UNUSED_KEYS.keys()) - FIXED_STEPS.keys()
+        | {"backend", "clip", "frame_encoder", "limits", "pixel_dtype", "return_tensors"}  # of a call
+        | {"auto_map", "image_processor_type", "processor_class", "video_processor_type"}  # of files
+        | {"code_revision", "trust_remote_code", "use_fast"}  # of loading
+        | {"disable_grouping", "image_patch_size", "interpolation", "min_frames", "return_video_kwargs"}  # of others
+    )
 
     def __init__(self, **kwargs: Unpack[Molmo2VideoProcessorKwargs]):
         super().__init__(**kwargs)
