@@ -679,29 +679,31 @@ class _PacketTable:
     @classmethod
     def from_packets(cls, stream: Any, packets: Iterator[Any], *, is_avi: bool = False) -> "_PacketTable":
         """The table of all packets. Those that an edit list cuts off are needed for decoding but not shown."""
-        listed, line, keys, hidden = _Stamps(), _TimeLine(stream.time_base), array("q"), array("q")
-        order = _FileOrder(is_avi and stream.codec_context.has_b_frames)
-        has_stamps, highest, ticks_of_highest = True, NO_TICKS, 0
-        for packet in packets:
-            if packet.size:
-                place, stamp = len(listed.offsets), NO_TICKS if packet.pts is None else packet.pts
-                has_stamps = has_stamps and packet.pts is not None
-                listed.append(packet.pts)
-                order.follow(packet.pts, packet.dts)
-                line.follow(place, packet.dts)
-                if packet.is_keyframe:
-                    keys.append(place)
-                if packet.is_discard:
-                    hidden.append(place)
-                elif stamp >= highest:
-                    highest, ticks_of_highest = stamp, packet.duration or 0
-        count = len(listed.offsets)
+        listed, decoded, line = _Stamps(), _Stamps(), _TimeLine(stream.time_base)
+        keys, hidden, rate, tick_seconds = array("q"), array("q"), stream.average_rate, stream.time_base
+        # AVI stores no order of B-frames. Where ffmpeg does not derive it, time stamps keep the order of the file, and
+        # only the times of decoding are evenly spaced.
+        is_unordered = is_avi and stream.codec_context.has_b_frames
+        has_stamps, highest, last_ticks = True, NO_TICKS, 0
+        for place, packet in enumerate(packet for packet in packets if packet.size):
+            has_stamps = has_stamps and packet.pts is not None
+            listed.append(packet.pts)
+            line.follow(place, packet.dts)
+            if is_unordered and packet.dts is not None:
+                decoded.append(packet.dts)
+            if packet.is_keyframe:
+                keys.append(place)
+            if packet.is_discard:
+                hidden.append(place)
+            elif has_stamps and packet.pts >= highest:
+                highest, last_ticks = packet.pts, packet.duration or 0
+        count, is_counted = len(listed.offsets), not has_stamps
         if count == len(hidden):
             raise VideoDecodeError("its video track has no frames")
-        listed = order.decoded if order.is_kept else listed
-        rate, tick_seconds, last_ticks = stream.average_rate, stream.time_base, ticks_of_highest
         if has_stamps:
-            origin, file_stamps = listed.origin, np.frombuffer(listed.offsets, dtype=listed.offsets.typecode)
+            is_counted = len(decoded.offsets) == count and bool(np.all(listed.ticks[1:] >= listed.ticks[:-1]))
+            followed = decoded if is_counted else listed
+            origin, file_stamps = followed.origin, followed.ticks
         elif rate:
             origin, file_stamps = 0, np.arange(count, dtype=np.int32)
             tick_seconds, last_ticks = 1 / rate, 1
@@ -716,7 +718,6 @@ class _PacketTable:
             shown = np.unique(shown) if hidden or num_lost else ordered
         if has_stamps:
             line.require_one(num_lost, count)
-        is_counted = order.is_kept or not has_stamps
         return cls(
             origin=origin,
             file_stamps=file_stamps,
@@ -801,31 +802,10 @@ class _Stamps:
             self.origin = 0
             self.offsets.append(stamp)
 
-
-class _FileOrder:
-    """Watches for time stamps that keep the order of the file, which is not that on the screen.
-
-    AVI stores no order of B-frames. Where ffmpeg does not derive it, the time stamps follow the order of the file,
-    and only the times of decoding are evenly spaced.
-
-    Attributes:
-        is_kept: whether all time stamps until now did.
-        decoded: when the packets are decoded, in ticks.
-    """
-
-    def __init__(self, has_b_frames_in_avi: bool) -> None:
-        self.is_kept, self.decoded = bool(has_b_frames_in_avi), _Stamps()
-        self._latest = NO_TICKS
-
-    def follow(self, shown: int | None, decoded: int | None) -> None:
-        """The next packet has these times, in ticks."""
-        if not self.is_kept:
-            return
-        if shown is None or decoded is None or shown < self._latest:
-            self.is_kept = False
-        else:
-            self._latest = shown
-            self.decoded.append(decoded)
+    @property
+    def ticks(self) -> np.ndarray:
+        """The offsets, without a copy."""
+        return np.frombuffer(self.offsets, dtype=self.offsets.typecode)
 
 
 class _TimeLine:
