@@ -21,7 +21,7 @@ import weakref
 from abc import ABC, abstractmethod
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -33,15 +33,7 @@ import numpy as np
 from molmo2.image.limits import MediaLimitError, MediaLimits
 from molmo2.image.opening import is_file_on_disk, open_image
 from molmo2.video.decoding.decord_process import BROKEN_INSTALLATION, DecordProcess, FrameError
-from molmo2.video.decoding.orientation import (
-    UPRIGHT,
-    Matrix,
-    Mp4Track,
-    is_plain_turn,
-    matrix_from_bytes,
-    mp4_tracks,
-    upright,
-)
+from molmo2.video.decoding.orientation import UPRIGHT, Mp4Track, is_plain_turn, matrix_from_bytes, mp4_tracks, upright
 from molmo2.video.decoding.timeline import (
     CONSTANT_RATE_TOLERANCE_SECONDS,
     VideoDecodeError,
@@ -537,9 +529,7 @@ class _PyavReader(VideoReader):
             except VideoDecodeError:
                 raise
             except Exception as error:
-                if self._last_stamp is None:
-                    raise self._frame_error(index, error) from error
-                after_last = self._packets.num_until(self._last_stamp)
+                after_last = index if self._last_stamp is None else self._packets.num_until(self._last_stamp)
                 raise self._frame_error(min(after_last, index), error) from error
             reached = self._packets.place_of(stamp)
             yield rgb
@@ -582,12 +572,7 @@ class _PyavReader(VideoReader):
             first = next(packets, None)
             landed = self._packets.place_of(first.pts) if first is not None else -1
             if 0 <= landed <= place:
-                if landed == place:
-                    yield first
-                for packet in packets:
-                    landed += 1
-                    if landed >= place:
-                        yield packet
+                yield from itertools.islice(itertools.chain([first], packets), place - landed, None)
                 return
         self._open()
         yield from itertools.islice(self._demuxed(), place, None)
@@ -628,14 +613,9 @@ class _PyavReader(VideoReader):
         graph = self._converter[1]
         graph.push(frame)
         # Not `frame.side_data`: the frame would keep its container, which keeps the frame, until a garbage collection.
-        side_data = self._av.sidedata.sidedata.SideDataContainer(frame)
-        return np.ascontiguousarray(upright(_rgb_view(graph.pull()), _display_matrix(side_data)))
-
-
-def _display_matrix(side_data: Mapping[Any, Any]) -> Matrix:
-    """The display matrix among the side data of a frame of PyAV; that of an upright one where there is none."""
-    data = side_data.get("DISPLAYMATRIX")
-    return UPRIGHT if data is None else matrix_from_bytes(bytes(data))
+        data = self._av.sidedata.sidedata.SideDataContainer(frame).get("DISPLAYMATRIX")
+        matrix = UPRIGHT if data is None else matrix_from_bytes(bytes(data))
+        return np.ascontiguousarray(upright(_rgb_view(graph.pull()), matrix))
 
 
 def _rgb_view(frame: Any) -> np.ndarray:
