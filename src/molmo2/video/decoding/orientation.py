@@ -41,22 +41,16 @@ def upright(frame: np.ndarray, matrix: Matrix) -> np.ndarray:
     Raises:
         VideoDecodeError: the matrix turns by an angle that is no multiple of 90 degrees.
     """
-    _, _, c, d = matrix
     angle = _angle(matrix)
     if angle is None:
         return frame
     turns = round(angle / 90)
     if abs(angle - 90 * turns) >= 1:
         raise VideoDecodeError(f"its display matrix turns it by {angle:.0f} degrees, which is no multiple of 90")
-    turns %= 4
-    if turns == 0:
-        return frame[::-1] if d < 0 else frame
-    if turns == 1:
-        return frame.swapaxes(0, 1) if c > 0 else np.rot90(frame, k=-1)
-    if turns == 2:
-        frame = frame[:, ::-1] if matrix[0] < 0 else frame
-        return frame[::-1] if d < 0 else frame
-    return np.rot90(frame, k=-1)[::-1] if c < 0 else np.rot90(frame)
+    a, b, c, d = matrix  # a pixel (x, y) is shown at (a x + c y, b x + d y)
+    if turns % 2:
+        frame, a, d = frame.swapaxes(0, 1), c, b
+    return frame[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
 
 def _angle(matrix: Matrix) -> float | None:
