@@ -169,7 +169,7 @@ def test_a_child_ends_with_its_parent():
         "sys.modules.update(numpy=SimpleNamespace(), decord=SimpleNamespace(logging=logging))"
     )
     functions = map(inspect.getsource, (decord_process.prepare_child, decord_process._serve_decord))
-    code = "\n".join([stubs, *functions, "_serve_decord(prepare_child(1 << 40))"])
+    code = "\n".join([stubs, decord_process.CHILD_IMPORTS, *functions, "_serve_decord(prepare_child(1 << 40))"])
     parent = (
         f"import subprocess, sys\nchild = subprocess.Popen([sys.executable, '-c', {code!r}], stdout=subprocess.PIPE)\n"
         "assert b'ready' in child.stdout.readline()"

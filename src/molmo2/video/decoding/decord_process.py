@@ -11,8 +11,10 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -34,17 +36,13 @@ PIPE_BYTES = 1 << 20  # most a system grants without privileges; where it has on
 HEADER_BYTES = 1 << 16  # in which, at either end of a file, its codec is named
 MPEG4_SIGN = re.compile(rb"(?i)FMP4|XVID|DIVX|DX50|mp4v\0|V_MPEG4/ISO/A?S?P")
 BROKEN_INSTALLATION = "It is installed, but does not start: fix the error that is named here, or uninstall it."
+# All that a child has of this file beside the source of `prepare_child` and `_serve_decord`.
+CHILD_IMPORTS = "import importlib, json, os, re, signal, sys, tempfile, threading, time\nfrom typing import Any"
 MAX_IDLE_CHILDREN = 8  # kept for the next videos: vLLM reads media in as many threads
 
 
-def prepare_child(max_bytes: int) -> "Any":
+def prepare_child(max_bytes: int) -> Any:
     """Set up a child, which ends with its parent and may take so much memory; gives the file that answers go to."""
-    import importlib
-    import os
-    import signal
-    import threading
-    import time
-
     parent = os.getppid()
 
     def follow_parent() -> None:  # a file may keep decoders busy for ever, and a pipe may outlive its owner in a fork
@@ -65,7 +63,7 @@ def prepare_child(max_bytes: int) -> "Any":
     return output
 
 
-def _serve_decord(output: "Any") -> None:  # noqa: C901  # one function: its source and the one above are all it gets
+def _serve_decord(output: Any) -> None:  # noqa: C901  # one function: its source and the one above are all it gets
     """What the child runs, from its source alone: answers requests on stdin, each a line of JSON, until that ends.
 
     {"open": path, "max_frames": count, "threads": count or 0} is answered by {"count", "fps", "shape"} and the spans
@@ -73,15 +71,8 @@ def _serve_decord(output: "Any") -> None:  # noqa: C901  # one function: its sou
     {"decode": indices, "count": count} by {"index", "shape"} and the pixels of each frame, then by {"more": bool},
     whether there are more frames than counted. {"error"} ends an answer, {"alive"} may come at any time between them.
     """
-    import importlib
-    import json
-    import os
-    import re
-    import sys
-    import tempfile
-    import time
 
-    def send(answer: dict, data: "Any" = None) -> None:
+    def send(answer: dict[str, Any], data: Any = None) -> None:
         output.write(json.dumps(answer).encode() + b"\n")
         if data is not None:
             output.write(memoryview(data).cast("B"))
@@ -99,7 +90,7 @@ def _serve_decord(output: "Any") -> None:  # noqa: C901  # one function: its sou
     path, threads, spoke = "", 0, 0.0
     send({"ready": True})
 
-    def opened() -> "Any":
+    def opened() -> Any:
         # How a damaged frame is concealed depends on the number of threads, and on chance: see `is_damaged`.
         os.dup2(nowhere if threads == 1 else log.fileno(), 2)
         # decord repeats the last frame in place of missing ones; this fraction of the frames allows none (0: any).
@@ -205,7 +196,7 @@ class DecordProcess:
                 "decord cannot be loaded (there is no such package). Install it with `pip install decord2`."
             )
         functions = map(inspect.getsource, (prepare_child, _serve_decord))
-        return "\n".join([*functions, f"_serve_decord(prepare_child({MAX_CHILD_BYTES}))"])
+        return "\n".join([CHILD_IMPORTS, *functions, f"_serve_decord(prepare_child({MAX_CHILD_BYTES}))"])
 
     @classmethod
     def borrow(cls: type[Process]) -> Process:
