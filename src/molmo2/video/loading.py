@@ -161,18 +161,8 @@ def read_video(
     Raises:
         FileNotFoundError, TypeError, ValueError: the video cannot be read or an option does not fit it.
     """
-    if is_encoded(item.video):
-        return _read_file(item, options, consume)
-    return _read_frames(item, options, consume)
-
-
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
-def _read_file(
-    item: VideoItem, options: ReadingOptions, consume: FrameConsumer[Result]
-) -> tuple[Result, SampledVideoMetadata]:
-    """`read_video` of an encoded video."""
+    if not is_encoded(item.video):
+        return _read_frames(item, options, consume)
 
     def read(reader: VideoReader) -> tuple[Result, SampledVideoMetadata]:
         with reader:
@@ -195,6 +185,9 @@ def _read_file(
             return consume(reader.frames(indices), len(indices)), metadata
 
     return decode_video(video_source(item, options.limits), read, options.backend)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
 
 
 def file_times(
