@@ -27,6 +27,7 @@ from molmo2.image.suffixes import VIDEO_SUFFIXES
 from molmo2.tools.answer import readable
 from molmo2.video.decoding.isolation import call_isolated
 from molmo2.video.loading import ReadingOptions, VideoItem, read_video
+from molmo2.video.probing import probe_videos
 from molmo2.video.sampling import SamplingSettings
 
 from . import MAX_FRAMES
@@ -183,7 +184,7 @@ class Backend:
         """The sampled frames, scaled down for the sheet one by one: at full size they may take gigabytes."""
         processor, limits = self.engine.video_processor, self.limits
         try:
-            (probe,) = processor.probe(str(path), limits=limits)
+            (probe,) = probe_videos(processor, str(path), limits=limits)
             plan, times = probe(**options)
             limits.check("visual_tokens", plan.num_pooled_tokens, f"{path.name} has {plan.num_pooled_tokens} tokens")
             reading = ReadingOptions(

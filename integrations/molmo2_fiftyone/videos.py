@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from molmo2.video.decoding.backends import open_video
+from molmo2.video.decoding.opening import open_video
 
 
 @dataclass(frozen=True)

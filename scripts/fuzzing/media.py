@@ -10,7 +10,8 @@ import numpy as np
 
 from molmo2.image.limits import MediaLimits
 from molmo2.image.loading import load_images
-from molmo2.video.decoding.backends import VideoDecodeError, open_video
+from molmo2.video.decoding.opening import open_video
+from molmo2.video.decoding.timeline import VideoDecodeError
 from support.clips import load_video
 from support.hostile_media import (
     CONTAINERS,

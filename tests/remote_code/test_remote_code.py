@@ -155,9 +155,10 @@ def test_decoders_in_a_process_are_refused_with_what_to_install(monkeypatch):
     images = importlib.import_module("generated_molmo2.image_processing_molmo2")
     for name in [name for name in sys.modules if name.startswith("generated_molmo2.")]:
         monkeypatch.setitem(sys.modules, name, sys.modules.pop(name))  # forgotten after the test
-    assert videos.open_video(VIDEO, limits=images.MediaLimits()).timeline.num_frames == 1
+    processor = videos.Molmo2VideoProcessor()
+    assert processor.preprocess(VIDEO, limits=images.MediaLimits())["video_grids"].tolist() == [[2, 9, 9]]
     with pytest.raises(ValueError, match=r"decode_seconds=\.\.\.\) needs the package molmo2-transformers") as caught:
-        videos.open_video(VIDEO, limits=images.MediaLimits(decode_seconds=60))
+        processor.preprocess(VIDEO, limits=images.MediaLimits(decode_seconds=60))
     assert type(caught.value) is ValueError
 
 

@@ -20,8 +20,9 @@ from PIL import Image
 from molmo2.image.limits import MediaLimitError, MediaLimits
 from molmo2.image.loading import load_images
 from molmo2.video.decoding import decord_process, readers
-from molmo2.video.decoding.backends import VideoDecodeError, open_video
 from molmo2.video.decoding.decord_process import DecordProcess
+from molmo2.video.decoding.opening import open_video
+from molmo2.video.decoding.timeline import VideoDecodeError
 from molmo2.video.processing import Molmo2VideoProcessor
 from support.clips import load_video
 from support.hostile_media import (
@@ -157,7 +158,7 @@ def test_a_dead_or_silent_child_is_replaced(monkeypatch):
     child = DecordProcess()
     os.kill(child._child.pid, signal.SIGSTOP)
     with pytest.raises(VideoDecodeError, match="stopped answering"):
-        child.open(str(__file__))
+        child.open(str(__file__), MediaLimits(), "The video")
 
 
 def test_a_child_ends_with_its_parent():
@@ -168,7 +169,7 @@ def test_a_child_ends_with_its_parent():
         "sys.modules.update(numpy=SimpleNamespace(), decord=SimpleNamespace(logging=logging))"
     )
     functions = map(inspect.getsource, (decord_process.prepare_child, decord_process._serve_decord))
-    code = "\n".join([stubs, *functions, "_serve_decord(prepare_child(1 << 40))"])
+    code = "\n".join([stubs, decord_process.CHILD_IMPORTS, *functions, "_serve_decord(prepare_child(1 << 40))"])
     parent = (
         f"import subprocess, sys\nchild = subprocess.Popen([sys.executable, '-c', {code!r}], stdout=subprocess.PIPE)\n"
         "assert b'ready' in child.stdout.readline()"
@@ -185,7 +186,7 @@ def test_the_limit_on_frames_comes_before_work_for_each(monkeypatch, tmp_path):
     monkeypatch.setattr(child, "_read_into", read.append)
     (tmp_path / "clip.mp4").write_bytes(clip())
     with pytest.raises(MediaLimitError, match=r"The video has 12 frames, over the limit video_frames=11\."):
-        child.open(str(tmp_path / "clip.mp4"), MediaLimits(video_frames=11))
+        child.open(str(tmp_path / "clip.mp4"), MediaLimits(video_frames=11), "The video")
     assert read == []
     assert not child.is_busy
     monkeypatch.undo()

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from molmo2.image.limits import MediaLimits
 from molmo2.video.decoding import backends as decoding
 from molmo2.video.decoding import decord_process
 from molmo2.video.decoding import readers as readers_module
-from molmo2.video.decoding.backends import decode_video, open_video
+from molmo2.video.decoding.opening import open_video
 from molmo2.video.decoding.orientation import mp4_tracks
-from molmo2.video.decoding.readers import BACKENDS, VideoReader
+from molmo2.video.decoding.readers import BACKENDS, Source, VideoReader
 from molmo2.video.decoding.timeline import VideoDecodeError, VideoTimeline, make_timeline, undo_rounding
 from support.golden_cases import GOLDEN
 from support.paths import SHARED
@@ -70,6 +71,14 @@ def read_all(source, backend=None):
     """Timeline and all frames; (N,) list of images."""
     with open_video(source, backend) as reader:
         return reader.timeline, list(reader.frames(range(reader.timeline.num_frames)))
+
+
+def decode_video(source, read, backend=None):
+    def read_and_close(reader):
+        with reader:
+            return read(reader)
+
+    return decoding.decode_video(Source.from_input(source, MediaLimits()), read_and_close, backend)
 
 
 def largest_difference(frames, others):
@@ -580,7 +589,7 @@ def test_decord_leaves_large_clips_to_others(monkeypatch):
             assert reader.backend != "decord"
     with open_video(file, "decord") as reader:  # unless told to
         assert reader.backend == "decord"
-    monkeypatch.setattr(readers_module, "_others_usable", lambda backend: False)
+    monkeypatch.setattr(readers_module, "_others_usable", lambda: False)
     with open_video(file) as reader:  # or alone
         assert reader.backend == "decord"
 

@@ -12,9 +12,10 @@ from PIL import GifImagePlugin
 
 from molmo2.image.limits import MediaLimitError, MediaLimits
 from molmo2.video.decoding import decord_process
-from molmo2.video.decoding.backends import VideoDecodeError, open_video
 from molmo2.video.decoding.isolation import IsolatedProcess, call_isolated
+from molmo2.video.decoding.opening import open_video
 from molmo2.video.decoding.readers import Source
+from molmo2.video.decoding.timeline import VideoDecodeError
 from support.clips import load_video
 from support.hostile_media import CONTAINERS, clip, gif_of_size, image_bytes, mutated
 
@@ -203,7 +204,7 @@ def test_no_walk_through_an_animation_without_a_count(monkeypatch, tmp_path):
     monkeypatch.setattr(
         GifImagePlugin.GifImageFile, "_seek", lambda image, *place: walked.append(place) or own(image, *place)
     )
-    assert Source.from_input(file).image_format == "GIF"
+    assert Source.from_input(file, MediaLimits()).image_format == "GIF"
     assert len(walked) < 5
     with pytest.raises(MediaLimitError, match="over the limit video_frames=100"):
         open_video(file, None, MediaLimits(video_frames=100))

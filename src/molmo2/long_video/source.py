@@ -19,7 +19,7 @@ import numpy as np
 from molmo2.grounding.parse import MediaInfo, SampledFrame, media_info
 from molmo2.image.limits import MediaLimits, checked_limits
 from molmo2.long_video.windows import Cutting, Window
-from molmo2.video.decoding.backends import open_video
+from molmo2.video.decoding.opening import open_video
 from molmo2.video.decoding.readers import VideoReader
 from molmo2.video.loading import SampledVideoMetadata, VideoItem, video_source
 

@@ -14,6 +14,7 @@ from molmo2.image.loading import measure_images
 from molmo2.processing.chat import find_media, is_batch
 from molmo2.processing.prompt_tokens import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
 from molmo2.tools.memory import MemoryEstimate, RequestShape, estimate_memory
+from molmo2.video.probing import probe_videos
 from molmo2.video.processing import clips_per_video
 
 # Options of the call that change how many tokens a prompt has.
@@ -154,7 +155,7 @@ class RequestPlanner:
         prompts: with their placeholders.
         image_sizes: (height, width) of each image.
         video_plans: for each video a function of the video options that gives its plan and frame times; see
-            `Molmo2VideoProcessor.probe`.
+            `probe_videos`.
         own_options: of each video, those that hold for it alone.
         options: of the call, sorted by modality.
     """
@@ -187,7 +188,7 @@ class RequestPlanner:
         limits = processor.image_processor.limits if limits is None else limits
         image_sizes = [] if images is None else measure_images(images, limits)
         limits = options["videos_kwargs"].get("limits")
-        video_plans = [] if videos is None else processor.video_processor.probe(videos, metadata, limits)
+        video_plans = [] if videos is None else probe_videos(processor.video_processor, videos, metadata, limits)
         if text is None:
             text = IMAGE_PLACEHOLDER * len(image_sizes) + VIDEO_PLACEHOLDER * len(video_plans)
         clips = options["videos_kwargs"].pop("clip", None)

@@ -28,7 +28,7 @@ from molmo2.image.loading import (
 )
 from molmo2.image.opening import is_file_on_disk, local_path
 from molmo2.image.suffixes import FRAME_SUFFIXES
-from molmo2.video.decoding.backends import Result, decode_video, open_video
+from molmo2.video.decoding.backends import Result, decode_video
 from molmo2.video.decoding.readers import Source, VideoReader
 from molmo2.video.decoding.timeline import VideoTimeline
 from molmo2.video.sampling import SamplingSettings, require_fps, sample_indices, sample_times
@@ -77,7 +77,7 @@ class VideoItem:
 
     where: str
     video: Any
-    metadata: Mapping[str, Any] | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -161,59 +161,36 @@ def read_video(
     Raises:
         FileNotFoundError, TypeError, ValueError: the video cannot be read or an option does not fit it.
     """
-    if is_encoded(item.video):
-        return _read_file(item, options, consume)
-    return _read_frames(item, options, consume)
-
-
-def probe_video(item: VideoItem, backend: str | None, limits: MediaLimits) -> Callable[[ReadingOptions], list[float]]:
-    """The sampled times of a video for any options; of a file only the first frame is decoded, for its size.
-
-    Returns:
-        A function from reading options to the sampled times in seconds.
-
-    Raises:
-        FileNotFoundError, TypeError, ValueError: as `read_video`.
-    """
     if not is_encoded(item.video):
-        return lambda options: _read_frames(item, options, lambda frames, count: None)[1].timestamps
-    with open_video(video_source(item, limits), backend) as reader:
-        timeline = reader.timeline
-    about = VideoMetadata(total_num_frames=timeline.num_frames, fps=timeline.fps, duration=timeline.duration_seconds)
-    return lambda options: _file_times(item, timeline, about, options).tolist()
+        return _read_frames(item, options, consume)
+
+    def read(reader: VideoReader) -> tuple[Result, SampledVideoMetadata]:
+        with reader:
+            timeline = reader.timeline
+            metadata = SampledVideoMetadata(
+                total_num_frames=timeline.num_frames,
+                fps=timeline.fps,
+                width=timeline.width,
+                height=timeline.height,
+                duration=timeline.duration_seconds,
+                video_backend=reader.backend,
+            )
+            times = file_times(item, timeline, metadata, options)
+            indices = timeline.frames_at(times)
+            metadata.frames_indices = (times * timeline.fps).tolist()
+            metadata.sampled_timestamps = times.tolist()
+            metadata.source_frame_indices = indices.tolist()
+            metadata.source_timestamps = timeline.start_seconds[indices].tolist()
+            metadata.source_first_timestamp = timeline.first_timestamp_seconds
+            return consume(reader.frames(indices), len(indices)), metadata
+
+    return decode_video(video_source(item, options.limits), read, options.backend)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def _read_file(
-    item: VideoItem, options: ReadingOptions, consume: FrameConsumer[Result]
-) -> tuple[Result, SampledVideoMetadata]:
-    """`read_video` of an encoded video."""
-
-    def read(reader: VideoReader) -> tuple[Result, SampledVideoMetadata]:
-        timeline = reader.timeline
-        metadata = SampledVideoMetadata(
-            total_num_frames=timeline.num_frames,
-            fps=timeline.fps,
-            width=timeline.width,
-            height=timeline.height,
-            duration=timeline.duration_seconds,
-            video_backend=reader.backend,
-        )
-        times = _file_times(item, timeline, metadata, options)
-        indices = timeline.frames_at(times)
-        metadata.frames_indices = (times * timeline.fps).tolist()
-        metadata.sampled_timestamps = times.tolist()
-        metadata.source_frame_indices = indices.tolist()
-        metadata.source_timestamps = timeline.start_seconds[indices].tolist()
-        metadata.source_first_timestamp = timeline.first_timestamp_seconds
-        return consume(reader.frames(indices), len(indices)), metadata
-
-    return decode_video(video_source(item, options.limits), read, options.backend)
-
-
-def _file_times(
+def file_times(
     item: VideoItem, timeline: VideoTimeline, metadata: VideoMetadata, options: ReadingOptions
 ) -> np.ndarray:
     """Sampled times in seconds from the first frame, float64."""
@@ -273,7 +250,7 @@ def _read_frames(
     item: VideoItem, options: ReadingOptions, consume: FrameConsumer[Result]
 ) -> tuple[Result, SampledVideoMetadata]:
     """`read_video` of decoded frames."""
-    frames, given = item.video, {} if item.metadata is None else item.metadata
+    frames, given = item.video, item.metadata
     if not len(frames):
         raise ValueError(f"{item.where} has no frames. Pass at least one.")
     times = _frame_times(item, len(frames), options.do_sample_frames)
@@ -281,22 +258,13 @@ def _read_frames(
         chosen = _chosen_frames(item, times, options)
     else:
         chosen = np.arange(len(frames))
-    metadata = SampledVideoMetadata(
-        total_num_frames=_get(given, "total_num_frames", len(frames)),
-        fps=times.fps,
-        width=_get(given, "width"),
-        height=_get(given, "height"),
-        duration=_get(given, "duration"),
-        video_backend=_get(given, "video_backend"),
-    )
+    about = {name: given.get(name) for name in ("width", "height", "duration", "video_backend")}
+    metadata = SampledVideoMetadata(total_num_frames=_total_num_frames(item), fps=times.fps, **about)
     first = int(chosen[0])
     metadata.frame_size = original_size(_rgb_frame(item, frames[first], first, options))
     metadata.sampled_timestamps = times.seconds[chosen].tolist()
     metadata.source_first_timestamp = getattr(given, "source_first_timestamp", None)
-    if times.are_irregular:
-        metadata.frames_indices = (times.seconds[chosen] * times.fps).tolist()
-    else:
-        metadata.frames_indices = times.indices[chosen].tolist()
+    metadata.frames_indices = times.positions[chosen].tolist()
     for name in ("source_frame_indices", "source_timestamps"):  # known if the frames come from `fetch_videos`
         of_source = getattr(given, name, None)
         of_frames = times.indices if name == "source_frame_indices" else times.seconds
@@ -307,22 +275,22 @@ def _read_frames(
 
 @dataclass(frozen=True)
 class _FrameTimes:
-    """Index in the source and time of each frame; `are_irregular` if the times are not index / fps."""
+    """Index in the source and time of each frame; `positions` are the times in frames, as in `frames_indices`."""
 
     indices: np.ndarray
     seconds: np.ndarray
     fps: float
-    are_irregular: bool
+    positions: np.ndarray
 
 
 def _frame_times(item: VideoItem, num_frames: int, are_all: bool) -> _FrameTimes:
     """Times of the passed frames; `are_all` if they are the whole video unless the metadata says otherwise."""
-    given = {} if item.metadata is None else item.metadata
-    fps = _get(given, "fps")
+    given = item.metadata
+    fps = given.get("fps")
     stamps = getattr(given, "sampled_timestamps", None)
     if stamps is None and not isinstance(given, VideoMetadata):  # there it is computed from fps
-        stamps = _get(given, "timestamps")
-    indices = _get(given, "frames_indices")
+        stamps = given.get("timestamps")
+    indices = given.get("frames_indices")
     if indices is not None and len(indices) != num_frames and not are_all:
         raise ValueError(
             f"{item.where} has {num_frames} frames, but its metadata lists {len(indices)} frames_indices. Pass one "
@@ -342,7 +310,7 @@ def _frame_times(item: VideoItem, num_frames: int, are_all: bool) -> _FrameTimes
             fps = require_fps(fps)
         except ValueError as error:
             raise ValueError(f"{item.where}: {error}") from None
-        return _FrameTimes(indices, indices / fps, fps, are_irregular=False)
+        return _FrameTimes(indices, indices / fps, fps, indices)
     seconds = np.asarray(stamps, dtype=np.float64).reshape(-1)
     if len(seconds) != num_frames or not np.all(np.isfinite(seconds)) or np.any(np.diff(seconds) < 0):
         raise ValueError(
@@ -352,12 +320,13 @@ def _frame_times(item: VideoItem, num_frames: int, are_all: bool) -> _FrameTimes
     if fps is None:
         span = seconds[-1] - seconds[0]
         fps = (num_frames - 1) / span if span > 0 else 1.0
-    return _FrameTimes(np.arange(num_frames), seconds, require_fps(fps), are_irregular=True)
+    fps = require_fps(fps)
+    return _FrameTimes(np.arange(num_frames), seconds, fps, seconds * fps)
 
 
 def _is_sampled(given: Mapping[str, Any], num_frames: int) -> bool:
     """True if the frames were sampled from a longer video before, by their metadata."""
-    indices, total = _get(given, "frames_indices"), _get(given, "total_num_frames")
+    indices, total = given.get("frames_indices"), given.get("total_num_frames")
     if indices is None or len(indices) != num_frames:
         return False
     if getattr(given, "sampled_timestamps", None) is not None:
@@ -367,8 +336,7 @@ def _is_sampled(given: Mapping[str, Any], num_frames: int) -> bool:
 
 def _chosen_frames(item: VideoItem, times: _FrameTimes, options: ReadingOptions) -> np.ndarray:
     """Indices of the sampled frames among the passed ones."""
-    num_frames = len(item.video)
-    total = _get({} if item.metadata is None else item.metadata, "total_num_frames", num_frames)
+    num_frames, total = len(item.video), _total_num_frames(item)
     if total > num_frames:
         raise ValueError(
             f"The metadata of {item.where} says total_num_frames={total}, but {num_frames} frames were passed. Pass "
@@ -381,6 +349,12 @@ def _chosen_frames(item: VideoItem, times: _FrameTimes, options: ReadingOptions)
     start, end = _clip_within(item, options.clip, float(seconds[-1]) + 1 / times.fps)
     first, last = np.clip(np.searchsorted(seconds, [start, end], side="right") - 1, 0, total - 1).tolist()
     return first + sample_indices(last - first + 1, times.fps, options.sampling)
+
+
+def _total_num_frames(item: VideoItem) -> int:
+    """Frames of the whole video by the metadata, else those that were passed."""
+    total = item.metadata.get("total_num_frames")
+    return len(item.video) if total is None else total
 
 
 def _rgb_frame(item: VideoItem, frame: Any, index: int, options: ReadingOptions) -> np.ndarray:
@@ -449,9 +423,3 @@ def _flat_metadata(metadata: Any) -> Iterator[Mapping[str, Any] | None]:
             f"video_metadata has an entry of type {type(metadata).__name__}. Pass a dict such as "
             '{"fps": 30.0} or a VideoMetadata per video.'
         )
-
-
-def _get(metadata: Mapping[str, Any], name: str, default: Any = None) -> Any:
-    """A value of the metadata; missing and None are the default."""
-    value = metadata.get(name)
-    return default if value is None else value

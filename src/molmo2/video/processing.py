@@ -6,7 +6,7 @@ shows placeholders where torchvision is missing, and what the base class does wi
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -46,7 +46,6 @@ from molmo2.video.loading import (
     is_encoded,
     is_one_video,
     list_videos,
-    probe_video,
     read_video,
 )
 from molmo2.video.sampling import SamplingSettings, sample_indices
@@ -133,7 +132,8 @@ class VideoOptions:
     do_resize: bool
     pixel_dtype: np.dtype
     return_metadata: bool
-    device: Any = None
+    frame_encoder: FrameEncoder | None
+    device: Any
 
     def plan(self, num_frames: int) -> VideoPlan:
         """The plan of a video with this number of sampled frames."""
@@ -179,26 +179,13 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
         "video_backend": None,
     }
     NULLABLE = frozenset({"max_fps"})
-    IGNORED = (frozenset(VideosKwargs.__annotations__) | UNUSED_KEYS.keys()) - FIXED_STEPS.keys() | {
-        "auto_map",
-        "backend",
-        "clip",
-        "code_revision",
-        "disable_grouping",
-        "frame_encoder",
-        "image_patch_size",
-        "image_processor_type",
-        "interpolation",
-        "limits",
-        "min_frames",
-        "pixel_dtype",
-        "processor_class",
-        "return_tensors",
-        "return_video_kwargs",
-        "trust_remote_code",
-        "use_fast",
-        "video_processor_type",
-    }
+    IGNORED = (
+        (frozenset(VideosKwargs.__annotations__) | UNUSED_KEYS.keys()) - FIXED_STEPS.keys()
+        | {"backend", "clip", "frame_encoder", "limits", "pixel_dtype", "return_tensors"}  # of a call
+        | {"auto_map", "image_processor_type", "processor_class", "video_processor_type"}  # of files
+        | {"code_revision", "trust_remote_code", "use_fast"}  # of loading
+        | {"disable_grouping", "image_patch_size", "interpolation", "min_frames", "return_video_kwargs"}  # of others
+    )
 
     def __init__(self, **kwargs: Unpack[Molmo2VideoProcessorKwargs]):
         super().__init__(**kwargs)
@@ -265,13 +252,11 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
         options = self._options(call)
         items = list_videos(videos, video_metadata)
         clips = clips_per_video(kwargs.get("clip"), len(items))
-        encoder = kwargs.get("frame_encoder")
-        options = replace(options, device=kwargs.get("device"))
-        cut = [_cut(item, options, clip, encoder) for item, clip in zip(items, clips, strict=True)]
+        cut = [_cut(item, options, clip) for item, clip in zip(items, clips, strict=True)]
         plans = [options.plan(len(metadata.timestamps)) for _, metadata in cut]
         grids = [grid for plan in plans for grid in plan.grids]
         data: dict[str, Any] = {}
-        if encoder is None:
+        if options.frame_encoder is None:
             data["pixel_values_videos"] = _pixel_values([pixels for pixels, _ in cut], options)
             data["video_token_pooling"] = stack_pooling(
                 [video_token_pooling(plan) for plan in plans], options.crops.pool_height * options.crops.pool_width
@@ -280,35 +265,11 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
             data["video_features"] = torch.cat([features for features, _ in cut])
         data["video_grids"] = np.array(grids, dtype=np.int64).reshape(len(grids), 3)
         features: Any = BatchFeature(data=data, tensor_type=kwargs.get("return_tensors"))
-        if kwargs.get("device") is not None and kwargs.get("return_tensors") is not None:
-            features = features.to(kwargs["device"])
+        if options.device is not None and kwargs.get("return_tensors") is not None:
+            features = features.to(options.device)
         if options.return_metadata:
             features["video_metadata"] = [metadata for _, metadata in cut]
         return features
-
-    def probe(
-        self, videos: Any, video_metadata: Any = None, limits: Any = None
-    ) -> list[Callable[..., tuple[VideoPlan, list[float]]]]:
-        """Plans of videos without decoding them, to know the size of a request before it is made.
-
-        Args:
-            videos, video_metadata, limits: as for `preprocess`.
-
-        Returns:
-            For each video a function from options of `preprocess` to its plan and its sampled times in seconds.
-        """
-
-        def probe_one(item: VideoItem) -> Callable[..., tuple[VideoPlan, list[float]]]:
-            sampled_times = probe_video(item, self.video_backend, self._limits({"limits": limits}))
-
-            def plan(clip: Any = None, **overrides: Any) -> tuple[VideoPlan, list[float]]:
-                options = self._options(overrides)
-                times = sampled_times(replace(options.reading, clip=_checked_clip(clip)))
-                return options.plan(len(times)), times
-
-            return plan
-
-        return [probe_one(item) for item in list_videos(videos, video_metadata)]
 
     def fetch_videos(  # type: ignore[override]  # of the two functions the library has the second only
         self,
@@ -340,9 +301,14 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
             return [frames for frames, _ in fetched], [metadata for _, metadata in fetched]
         (item,) = list_videos(video_url_or_urls)
         if not is_encoded(item.video):
-            return item.video, item.metadata
-        options = self._options(kwargs, sample_timestamps_fn, sample_indices_fn)
-        return _decode(item, options.reading, kwargs.get("clip"))
+            return item.video, item.metadata or None
+        reading = replace(
+            self._options(kwargs).reading,
+            clip=clips_per_video(kwargs.get("clip"), 1)[0],
+            sample_timestamps_fn=sample_timestamps_fn,
+            sample_indices_fn=sample_indices_fn,
+        )
+        return read_video(item, reading, lambda frames, _: np.stack(list(frames)))
 
     def sample_frames(  # type: ignore[override]  # options of this processor in place of two named ones
         self, metadata: Mapping[str, Any], **kwargs: Any
@@ -351,12 +317,7 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
         sampling = self._options(kwargs).reading.sampling
         return sample_indices(metadata["total_num_frames"], metadata["fps"], sampling)
 
-    def _options(
-        self,
-        overrides: Mapping[str, Any],
-        sample_timestamps_fn: Callable[..., Any] | None = None,
-        sample_indices_fn: Callable[..., Any] | None = None,
-    ) -> VideoOptions:
+    def _options(self, overrides: Mapping[str, Any]) -> VideoOptions:
         self._warn_about(overrides)
         values, given = self._values(), self._given(overrides)
         fps = plain(given.get("fps", values["fps"]))
@@ -367,30 +328,26 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
         values = self._canonical(values | given)
         interpolation_mode(values["resample"])
         reading = ReadingOptions(
-            sampling=SamplingSettings(
-                num_frames=values["num_frames"],
-                frame_sample_mode=values["frame_sample_mode"],
-                max_fps=values["max_fps"],
-                sampling_fps=values["sampling_fps"],
-            ),
+            sampling=SamplingSettings(**{entry.name: values[entry.name] for entry in fields(SamplingSettings)}),
             do_sample_frames=values["do_sample_frames"],
             backend=values["video_backend"],
             input_data_format=overrides.get("input_data_format"),
-            sample_timestamps_fn=sample_timestamps_fn,
-            sample_indices_fn=sample_indices_fn,
             limits=self._limits(overrides),
         )
-        size, pooling_size, steps = values["size"], values["pooling_size"], normalization(values)
+        steps = normalization(values)
+        crop = values["size"]["height"], values["size"]["width"], values["patch_size"]
         return VideoOptions(
             reading=reading,
-            crops=CropSettings(size["height"], size["width"], values["patch_size"], *pooling_size),
-            between=CropSettings(size["height"], size["width"], values["patch_size"], *values["between_pooling_size"]),
+            crops=CropSettings(*crop, *values["pooling_size"]),
+            between=CropSettings(*crop, *values["between_pooling_size"]),
             key_frame_interval=values["key_frame_interval"],
             resample=values["resample"],
             steps=steps,
             do_resize=values["do_resize"],
             pixel_dtype=pixel_dtype(overrides.get("pixel_dtype"), steps),
             return_metadata=values["return_metadata"],
+            frame_encoder=overrides.get("frame_encoder"),
+            device=overrides.get("device"),
         )
 
     @classmethod
@@ -406,15 +363,8 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
         return {"between_pooling_size": between, **flags}
 
 
-def _decode(item: VideoItem, reading: ReadingOptions, clip: Any) -> tuple[np.ndarray, SampledVideoMetadata]:
-    """The sampled frames of an encoded video, (F, H, W, 3) uint8."""
-    return read_video(
-        item, replace(reading, clip=clips_per_video(clip, 1)[0]), lambda frames, _: np.stack(list(frames))
-    )
-
-
 def _cut(
-    item: VideoItem, options: VideoOptions, clip: tuple[float, float | None] | None, encoder: FrameEncoder | None
+    item: VideoItem, options: VideoOptions, clip: tuple[float, float | None] | None
 ) -> tuple[Any, SampledVideoMetadata]:
     """The sampled frames of a video as pixel values, (F, P, values), or as features; one is decoded at a time."""
     size = options.crops.crop_height, options.crops.crop_width
@@ -436,8 +386,8 @@ def _cut(
         num_tokens = options.plan(num_frames).num_pooled_tokens
         found = f"{item.where} would take {num_tokens:,} visual tokens in {num_frames:,} frames"
         options.reading.limits.check("visual_tokens", num_tokens, found)
-        if encoder is not None:
-            return encode_frames(frames, options.plan(num_frames), to_pixel_values, encoder)
+        if options.frame_encoder is not None:
+            return encode_frames(frames, options.plan(num_frames), to_pixel_values, options.frame_encoder)
         with closing(read_ahead(frames, FRAMES_AHEAD)) as ahead:
             return to_pixel_values(ahead, num_frames)
 

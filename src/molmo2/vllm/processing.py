@@ -28,6 +28,7 @@ from molmo2.processing.prompt_tokens import (
     insert_bos,
     video_string,
 )
+from molmo2.video.probing import probe_videos
 from molmo2.vllm.options import sorted_options
 from molmo2.vllm.video import is_undecoded
 
@@ -157,7 +158,7 @@ class PromptProcessor(BaseMultiModalProcessor):
         num_frames = options.get("num_frames") or processor.num_frames
         if processor.plan(num_frames, **planned).num_pooled_tokens <= longest:
             return
-        ((plan, times),) = (probe(**options) for probe in processor.probe([video]))
+        ((plan, times),) = (probe(**options) for probe in probe_videos(processor, [video]))
         if plan.num_pooled_tokens > longest:
             raise ValueError(
                 f"The video takes {plan.num_pooled_tokens} tokens with its {len(times)} frames; a prompt has at most "

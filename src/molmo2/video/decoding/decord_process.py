@@ -8,10 +8,13 @@ video, kept for the next ones, given up when it stops answering and replaced whe
 import importlib.util
 import inspect
 import json
+import math
 import os
 import re
+import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -21,8 +24,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from molmo2.image.limits import MediaLimits, checked_limits
-from molmo2.video.decoding.timeline import VideoDecodeError
+from molmo2.image.limits import MediaLimits
+from molmo2.video.decoding.timeline import VideoDecodeError, brief
 
 START_SECONDS = 60  # until a new child has to be ready: it imports numpy and decord
 # How long a child may be silent while it opens a file or decodes; opening reads the whole file.
@@ -33,17 +36,13 @@ PIPE_BYTES = 1 << 20  # most a system grants without privileges; where it has on
 HEADER_BYTES = 1 << 16  # in which, at either end of a file, its codec is named
 MPEG4_SIGN = re.compile(rb"(?i)FMP4|XVID|DIVX|DX50|mp4v\0|V_MPEG4/ISO/A?S?P")
 BROKEN_INSTALLATION = "It is installed, but does not start: fix the error that is named here, or uninstall it."
+# All that a child has of this file beside the source of `prepare_child` and `_serve_decord`.
+CHILD_IMPORTS = "import importlib, json, os, re, signal, sys, tempfile, threading, time\nfrom typing import Any"
 MAX_IDLE_CHILDREN = 8  # kept for the next videos: vLLM reads media in as many threads
 
 
-def prepare_child(max_bytes: int) -> "Any":
+def prepare_child(max_bytes: int) -> Any:
     """Set up a child, which ends with its parent and may take so much memory; gives the file that answers go to."""
-    import importlib
-    import os
-    import signal
-    import threading
-    import time
-
     parent = os.getppid()
 
     def follow_parent() -> None:  # a file may keep decoders busy for ever, and a pipe may outlive its owner in a fork
@@ -64,7 +63,7 @@ def prepare_child(max_bytes: int) -> "Any":
     return output
 
 
-def _serve_decord(output: "Any") -> None:  # noqa: C901  # one function: its source and the one above are all it gets
+def _serve_decord(output: Any) -> None:  # noqa: C901  # one function: its source and the one above are all it gets
     """What the child runs, from its source alone: answers requests on stdin, each a line of JSON, until that ends.
 
     {"open": path, "max_frames": count, "threads": count or 0} is answered by {"count", "fps", "shape"} and the spans
@@ -72,15 +71,8 @@ def _serve_decord(output: "Any") -> None:  # noqa: C901  # one function: its sou
     {"decode": indices, "count": count} by {"index", "shape"} and the pixels of each frame, then by {"more": bool},
     whether there are more frames than counted. {"error"} ends an answer, {"alive"} may come at any time between them.
     """
-    import importlib
-    import json
-    import os
-    import re
-    import sys
-    import tempfile
-    import time
 
-    def send(answer: dict, data: "Any" = None) -> None:
+    def send(answer: dict[str, Any], data: Any = None) -> None:
         output.write(json.dumps(answer).encode() + b"\n")
         if data is not None:
             output.write(memoryview(data).cast("B"))
@@ -98,7 +90,7 @@ def _serve_decord(output: "Any") -> None:  # noqa: C901  # one function: its sou
     path, threads, spoke = "", 0, 0.0
     send({"ready": True})
 
-    def opened() -> "Any":
+    def opened() -> Any:
         # How a damaged frame is concealed depends on the number of threads, and on chance: see `is_damaged`.
         os.dup2(nowhere if threads == 1 else log.fileno(), 2)
         # decord repeats the last frame in place of missing ones; this fraction of the frames allows none (0: any).
@@ -178,9 +170,8 @@ class DecordProcess:
         self._child: Any = None
         self._file_bytes = 0
         self.is_busy = False  # an answer was started and not read to its end
-        self._deadline: float | None = None
+        self._deadline = math.inf
         self._was_late = False
-        self._watch: threading.Thread | None = None
         self._ended = threading.Event()
         try:
             self._child = subprocess.Popen(
@@ -192,6 +183,7 @@ class DecordProcess:
             )
         except OSError as error:
             raise VideoDecodeError(f"no process could be started for {self.decoder} ({error})") from error
+        threading.Thread(target=self._kill_at_deadline, daemon=True, name="molmo2-decord-watch").start()
         answer = self._answer(START_SECONDS)
         if "error" in answer:
             self.kill()
@@ -204,7 +196,7 @@ class DecordProcess:
                 "decord cannot be loaded (there is no such package). Install it with `pip install decord2`."
             )
         functions = map(inspect.getsource, (prepare_child, _serve_decord))
-        return "\n".join([*functions, f"_serve_decord(prepare_child({MAX_CHILD_BYTES}))"])
+        return "\n".join([CHILD_IMPORTS, *functions, f"_serve_decord(prepare_child({MAX_CHILD_BYTES}))"])
 
     @classmethod
     def borrow(cls: type[Process]) -> Process:
@@ -242,22 +234,19 @@ class DecordProcess:
             with suppress(OSError):
                 pipe.close()
 
-    def open(
-        self, path: str, limits: MediaLimits | None = None, name: str = "The video"
-    ) -> tuple[np.ndarray, float, tuple[int, ...]]:
+    def open(self, path: str, limits: MediaLimits, name: str) -> tuple[np.ndarray, float, tuple[int, ...]]:
         """(N, 2) starts and ends of the frames in seconds, average rate, and shape of the first frame.
 
         Raises:
             MediaLimitError: it announces too many frames; nothing was done for each of them.
             VideoDecodeError: decord cannot open it, or ended or stopped while it tried.
         """
-        limits = checked_limits(limits)
         self._file_bytes = Path(path).stat().st_size
         self._ask({"open": path, "max_frames": limits.video_frames, "threads": int(_may_be_mpeg4(path))})
         answer = self._answer(self._patience)
         self.is_busy = False
         if "error" in answer:
-            raise VideoDecodeError(answer["error"])
+            raise VideoDecodeError(brief(answer["error"]))
         limits.check_frames(name, answer["count"])
         spans = np.empty((answer["count"], 2), dtype=np.float64)
         self._read_into(spans)
@@ -300,19 +289,15 @@ class DecordProcess:
     def _answer(self, seconds: float) -> dict[str, Any]:
         """The next line of the child, which has to come within this time."""
         self._deadline = time.monotonic() + seconds
-        if self._watch is None:
-            self._watch = threading.Thread(target=self._kill_at_deadline, daemon=True, name="molmo2-decord-watch")
-            self._watch.start()
         line = self._child.stdout.readline()
-        self._deadline = None
+        self._deadline = math.inf
         if not line.endswith(b"\n"):
             raise self._death()
         return json.loads(line)
 
     def _kill_at_deadline(self) -> None:
         while not self._ended.wait(WATCH_SECONDS):
-            deadline = self._deadline
-            if deadline is not None and time.monotonic() > deadline:
+            if time.monotonic() > self._deadline:
                 self._was_late = True
                 self._child.kill()
                 return
@@ -323,12 +308,11 @@ class DecordProcess:
 
     def _death(self) -> VideoDecodeError:
         self.kill()
-        if self._was_late:
-            how = "stopped answering and was ended"
-            return VideoDecodeError(f"{self.decoder} {how}; the file is damaged, or made to do this")
         code = self._child.returncode
-        how = f"signal {-code}" if code < 0 else f"exit status {code}"
-        return VideoDecodeError(f"{self.decoder}'s process ended with {how}; the file is damaged, or made to do this")
+        how = f"'s process ended with signal {-code}" if code < 0 else f"'s process ended with exit status {code}"
+        if self._was_late:
+            how = " stopped answering and was ended"
+        return VideoDecodeError(f"{self.decoder}{how}; the file is damaged, or made to do this")
 
 
 def _may_be_mpeg4(path: str) -> bool:

@@ -25,8 +25,8 @@ from PIL import Image
 
 from molmo2.image.limits import MediaLimitError, MediaLimits
 from molmo2.video.decoding.decord_process import MAX_CHILD_BYTES, DecordProcess, prepare_child
-from molmo2.video.decoding.readers import ISOLATION, READERS, Source, VideoReader, brief
-from molmo2.video.decoding.timeline import VideoDecodeError, VideoTimeline
+from molmo2.video.decoding.readers import ISOLATION, READERS, Source, VideoReader
+from molmo2.video.decoding.timeline import VideoDecodeError, VideoTimeline, brief
 
 
 class IsolatedReader(VideoReader):

@@ -16,13 +16,12 @@ import importlib
 import io
 import itertools
 import os
-import re
 import tempfile
 import weakref
 from abc import ABC, abstractmethod
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -31,14 +30,15 @@ from typing import IO, Any
 
 import numpy as np
 
-from molmo2.image.limits import MediaLimitError, MediaLimits, checked_limits
+from molmo2.image.limits import MediaLimitError, MediaLimits
 from molmo2.image.opening import is_file_on_disk, open_image
 from molmo2.video.decoding.decord_process import BROKEN_INSTALLATION, DecordProcess, FrameError
-from molmo2.video.decoding.orientation import Matrix, Mp4Track, matrix_from_bytes, mp4_tracks, quarter_turns, upright
+from molmo2.video.decoding.orientation import UPRIGHT, Mp4Track, is_plain_turn, matrix_from_bytes, mp4_tracks, upright
 from molmo2.video.decoding.timeline import (
     CONSTANT_RATE_TOLERANCE_SECONDS,
     VideoDecodeError,
     VideoTimeline,
+    brief,
     frame_blocks,
     is_ascending,
     is_rate,
@@ -49,6 +49,7 @@ from molmo2.video.decoding.timeline import (
 VideoSource = str | Path | bytes | IO[bytes]
 
 PACKAGES = {"decord": "decord2", "torchcodec": "torchcodec", "pyav": "av"}  # what to `pip install`
+MODULES = {"decord": "decord", "torchcodec": "torchcodec.decoders", "pyav": "av"}
 BACKENDS = tuple(PACKAGES)  # in the order they are tried
 # decord decodes and converts every frame to RGB, sampled or not: a clip with more pixels (20 seconds of 1080p) is left
 # to a backend that converts the sampled frames only.
@@ -68,7 +69,7 @@ PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"[playlist]", b"[Reference]", b"v=0", b"<
 TEXT_BYTES = bytes([7, 8, 9, 10, 12, 13, 27, *range(32, 127), *range(128, 256)])
 
 
-@dataclass(frozen=True)
+@dataclass
 class Source:
     """A video in a file, which is temporary if the video was given in memory.
 
@@ -78,7 +79,6 @@ class Source:
         num_bytes: size of the file.
         limits: see `MediaLimits`.
         image_format: the format of an animation, such as "GIF", by Pillow; "" for any other video.
-        keeps: what lives as long as the source, such as a temporary file.
     """
 
     name: str
@@ -86,10 +86,9 @@ class Source:
     num_bytes: int
     limits: MediaLimits
     image_format: str = ""
-    keeps: Any = None
 
     @classmethod
-    def from_input(cls, source: VideoSource, limits: MediaLimits | None = None, name: str | None = None) -> "Source":
+    def from_input(cls, source: VideoSource, limits: MediaLimits, name: str | None = None) -> "Source":
         """From a path, the bytes of a file or a file object.
 
         What is in memory is written to a temporary file, which is removed with the last reference to the result: all
@@ -98,10 +97,10 @@ class Source:
         Raises:
             FileNotFoundError, IsADirectoryError: there is no such file.
             TypeError: `source` is none of these.
-            MediaLimitError: it is over a limit that shows in its header.
+            MediaLimitError: it is over a limit that shows in its header, or a stream of more than `fetch_bytes`, of
+                which no more than that is read.
             VideoDecodeError: the file is empty, an image, or a text that leads to other files.
         """
-        limits = checked_limits(limits)
         if isinstance(source, (str, Path)):
             result = cls._from_path(Path(source), limits)
         elif isinstance(source, (bytes, bytearray, memoryview)):
@@ -114,9 +113,9 @@ class Source:
         else:
             raise TypeError(f"A video is a path, bytes or a file object, not {type(source).__name__}.")
         result._require_video()
-        if limits.decode_seconds is None:
-            return replace(result, image_format=result.animated_format())
-        return replace(result, image_format=isolated("animated_format")(result))
+        animated_format = cls.animated_format if limits.decode_seconds is None else isolated("animated_format")
+        result.image_format = animated_format(result)
+        return result
 
     @classmethod
     def _from_path(cls, path: Path, limits: MediaLimits) -> "Source":
@@ -130,8 +129,15 @@ class Source:
 
     @classmethod
     def _from_stream(cls, stream: IO[bytes], name: str, limits: MediaLimits) -> "Source":
-        copy = _TemporaryCopy(stream, name, limits)
-        return cls(name, copy.path, Path(copy.path).stat().st_size, limits, keeps=copy)
+        handle, path = tempfile.mkstemp(prefix="molmo2_video_")
+        copy = cls(name, path, 0, limits)
+        weakref.finalize(copy, _remove, path)
+        with os.fdopen(handle, "wb") as file:
+            while chunk := stream.read(COPIED_BYTES):
+                copy.num_bytes += len(chunk)
+                limits.check("fetch_bytes", copy.num_bytes, f"{name} has {copy.num_bytes:,} bytes or more")
+                file.write(chunk)
+        return copy
 
     def _require_video(self) -> None:
         """Refuse what is no video by its first bytes."""
@@ -197,24 +203,6 @@ def isolated(name: str) -> Callable[..., Any]:
             "loads: the files beside a checkpoint decode in this process. Leave it out here."
         )
     return ISOLATION[name]
-
-
-class _TemporaryCopy:
-    """A temporary file with the content of a stream, removed with this object.
-
-    Raises:
-        MediaLimitError: it is a stream of more than `fetch_bytes`; no more bytes than that are read.
-    """
-
-    def __init__(self, stream: IO[bytes], name: str, limits: MediaLimits) -> None:
-        handle, self.path = tempfile.mkstemp(prefix="molmo2_video_")
-        weakref.finalize(self, _remove, self.path)
-        num_bytes = 0
-        with os.fdopen(handle, "wb") as file:
-            while chunk := stream.read(COPIED_BYTES):
-                num_bytes += len(chunk)
-                limits.check("fetch_bytes", num_bytes, f"{name} has {num_bytes:,} bytes or more")
-                file.write(chunk)
 
 
 def _remove(path: str) -> None:
@@ -330,7 +318,7 @@ class _DecordReader(VideoReader):
             _leave_to_others(max((track.num_pixels for track in tracks), default=0))
         process = self._process = DecordProcess.borrow()
         try:
-            spans, fps, shape = self._opened(process)
+            spans, fps, shape = process.open(source.path, source.limits, source.name)
             if len(shape) != 3 or shape[2] != 3:  # very narrow videos
                 raise VideoDecodeError(f"its frames have the shape {shape}, expected (height, width, 3)")
             height, width = shape[:2]
@@ -348,17 +336,11 @@ class _DecordReader(VideoReader):
         if process is not None:
             process.give_back()
 
-    def _opened(self, process: DecordProcess) -> tuple[np.ndarray, float, tuple[int, ...]]:
-        try:
-            return process.open(self._source.path, self._source.limits, self._source.name)
-        except VideoDecodeError as error:
-            raise VideoDecodeError(brief(error.reason)) from None
-
     def _decode(self, indices: list[int]) -> Iterator[np.ndarray]:
         if self._process is None or self._process.is_busy:  # closed, or an earlier iterator was not read to its end
             self.close()
             self._process = DecordProcess.borrow()
-            self._opened(self._process)
+            self._process.open(self._source.path, self._source.limits, self._source.name)
         try:
             yield from self._process.decode(indices, self.timeline.num_frames)
         except FrameError as error:
@@ -369,7 +351,7 @@ class _DecordReader(VideoReader):
 
 def _leave_to_others(num_pixels: float) -> None:
     """Leaves a clip with this many pixels in all its frames to other backends, where there are any."""
-    if num_pixels > MAX_DECORD_PIXELS and _others_usable("decord"):
+    if num_pixels > MAX_DECORD_PIXELS and _others_usable():
         raise VideoDecodeError("it would have to convert all frames, wanted or not, of a clip this long")
 
 
@@ -389,7 +371,7 @@ def _decord_times(spans: np.ndarray) -> tuple[np.ndarray, float]:
 
 def _require_plain_turns(tracks: Sequence[Mp4Track]) -> None:
     """Leave mirrored videos to PyAV: decord and torchcodec turn by quarters and know nothing of mirrors."""
-    if any(quarter_turns(track.matrix) is None for track in tracks):
+    if not all(is_plain_turn(track.matrix) for track in tracks):
         raise VideoDecodeError("its display matrix mirrors it or turns it by no multiple of 90 degrees")
 
 
@@ -407,7 +389,7 @@ class _TorchcodecReader(VideoReader):
 
     def __init__(self, source: Source, only_choice: bool) -> None:
         super().__init__(source)
-        decoders = _import_backend("torchcodec.decoders", "torchcodec")
+        decoders = _import_backend("torchcodec")
         _require_plain_turns(mp4_tracks(source.path))
         self._decoder = decoders.VideoDecoder(
             source.path,
@@ -489,7 +471,7 @@ class _PyavReader(VideoReader):
 
     def __init__(self, source: Source, only_choice: bool) -> None:
         super().__init__(source)
-        self._av = _import_backend("av", "pyav")
+        self._av = _import_backend("pyav")
         self._open()
         packets = self._counted(self._demuxed())
         self._packets = _PacketTable.from_packets(self._stream, packets, is_avi=source.is_avi())
@@ -547,9 +529,7 @@ class _PyavReader(VideoReader):
             except VideoDecodeError:
                 raise
             except Exception as error:
-                if self._last_stamp is None:
-                    raise self._frame_error(index, error) from error
-                after_last = self._packets.num_until(self._last_stamp)
+                after_last = index if self._last_stamp is None else self._packets.num_until(self._last_stamp)
                 raise self._frame_error(min(after_last, index), error) from error
             reached = self._packets.place_of(stamp)
             yield rgb
@@ -592,12 +572,7 @@ class _PyavReader(VideoReader):
             first = next(packets, None)
             landed = self._packets.place_of(first.pts) if first is not None else -1
             if 0 <= landed <= place:
-                if landed == place:
-                    yield first
-                for packet in packets:
-                    landed += 1
-                    if landed >= place:
-                        yield packet
+                yield from itertools.islice(itertools.chain([first], packets), place - landed, None)
                 return
         self._open()
         yield from itertools.islice(self._demuxed(), place, None)
@@ -638,14 +613,9 @@ class _PyavReader(VideoReader):
         graph = self._converter[1]
         graph.push(frame)
         # Not `frame.side_data`: the frame would keep its container, which keeps the frame, until a garbage collection.
-        side_data = self._av.sidedata.sidedata.SideDataContainer(frame)
-        return np.ascontiguousarray(upright(_rgb_view(graph.pull()), _display_matrix(side_data)))
-
-
-def _display_matrix(side_data: Mapping[Any, Any]) -> Matrix:
-    """The display matrix among the side data of a frame of PyAV; that of an upright one where there is none."""
-    data = side_data.get("DISPLAYMATRIX")
-    return (1, 0, 0, 1) if data is None else matrix_from_bytes(bytes(data))
+        data = self._av.sidedata.sidedata.SideDataContainer(frame).get("DISPLAYMATRIX")
+        matrix = UPRIGHT if data is None else matrix_from_bytes(bytes(data))
+        return np.ascontiguousarray(upright(_rgb_view(graph.pull()), matrix))
 
 
 def _rgb_view(frame: Any) -> np.ndarray:
@@ -668,7 +638,7 @@ class _PacketTable:
         by_stamp: places in the order of their time stamps; None if that is the order of the file.
         shown_stamps: time stamps of the frames that are shown, ascending.
         key_places: places of key frames, ascending.
-        has_stamps: False for raw streams; a constant rate is assumed.
+        has_stamps: False for raw streams; a constant rate is assumed, and a tick is a frame.
         is_counted: frames are counted from the start, as their time stamps do not tell the order on the screen.
         last_ticks: duration of the last frame, in ticks.
         tick_seconds: length of a tick.
@@ -684,37 +654,41 @@ class _PacketTable:
     is_counted: bool
     last_ticks: int
     tick_seconds: Fraction
-    rate: Fraction | None
+    rate: float | None
 
     @classmethod
     def from_packets(cls, stream: Any, packets: Iterator[Any], *, is_avi: bool = False) -> "_PacketTable":
         """The table of all packets. Those that an edit list cuts off are needed for decoding but not shown."""
-        listed, line, keys, hidden = _Stamps(), _TimeLine(stream.time_base), array("q"), array("q")
-        order = _FileOrder(is_avi and stream.codec_context.has_b_frames)
-        has_stamps, highest, ticks_of_highest, ticks_of_latest = True, NO_TICKS, 0, 0
-        for packet in packets:
-            if packet.size:
-                place, stamp = len(listed.offsets), NO_TICKS if packet.pts is None else packet.pts
-                has_stamps = has_stamps and packet.pts is not None
-                listed.append(packet.pts)
-                order.follow(packet.pts, packet.dts)
-                line.follow(place, packet.dts)
-                if packet.is_keyframe:
-                    keys.append(place)
-                if packet.is_discard:
-                    hidden.append(place)
-                else:
-                    ticks_of_latest = packet.duration or 0
-                    if stamp >= highest:
-                        highest, ticks_of_highest = stamp, ticks_of_latest
-        count = len(listed.offsets)
+        listed, decoded, line = _Stamps(), _Stamps(), _TimeLine(stream.time_base)
+        keys, hidden, rate, tick_seconds = array("q"), array("q"), stream.average_rate, stream.time_base
+        # AVI stores no order of B-frames. Where ffmpeg does not derive it, time stamps keep the order of the file, and
+        # only the times of decoding are evenly spaced.
+        is_unordered = is_avi and stream.codec_context.has_b_frames
+        has_stamps, highest, last_ticks = True, NO_TICKS, 0
+        for place, packet in enumerate(packet for packet in packets if packet.size):
+            has_stamps = has_stamps and packet.pts is not None
+            listed.append(packet.pts)
+            line.follow(place, packet.dts)
+            if is_unordered and packet.dts is not None:
+                decoded.append(packet.dts)
+            if packet.is_keyframe:
+                keys.append(place)
+            if packet.is_discard:
+                hidden.append(place)
+            elif has_stamps and packet.pts >= highest:
+                highest, last_ticks = packet.pts, packet.duration or 0
+        count, is_counted = len(listed.offsets), not has_stamps
         if count == len(hidden):
             raise VideoDecodeError("its video track has no frames")
-        listed = order.decoded if order.is_kept else listed
         if has_stamps:
-            origin, file_stamps = listed.origin, np.frombuffer(listed.offsets, dtype=listed.offsets.typecode)
-        else:
+            is_counted = len(decoded.offsets) == count and bool(np.all(listed.ticks[1:] >= listed.ticks[:-1]))
+            followed = decoded if is_counted else listed
+            origin, file_stamps = followed.origin, followed.ticks
+        elif rate:
             origin, file_stamps = 0, np.arange(count, dtype=np.int32)
+            tick_seconds, last_ticks = 1 / rate, 1
+        else:
+            raise VideoDecodeError("it has neither time stamps nor a frame rate")
         shown = np.delete(file_stamps, hidden) if hidden else file_stamps
         by_stamp, num_lost = None, 0
         if not is_ascending(file_stamps):  # frames are stored in another order than they are shown in
@@ -724,8 +698,6 @@ class _PacketTable:
             shown = np.unique(shown) if hidden or num_lost else ordered
         if has_stamps:
             line.require_one(num_lost, count)
-        is_counted = order.is_kept or not has_stamps
-        rate = stream.average_rate
         return cls(
             origin=origin,
             file_stamps=file_stamps,
@@ -734,9 +706,9 @@ class _PacketTable:
             key_places=np.array([] if is_counted else keys, dtype=np.int64),
             has_stamps=has_stamps,
             is_counted=is_counted,
-            last_ticks=ticks_of_highest if has_stamps else ticks_of_latest,
-            tick_seconds=stream.time_base,
-            rate=rate if rate else None,
+            last_ticks=last_ticks,
+            tick_seconds=tick_seconds,
+            rate=float(rate) if rate else None,
         )
 
     def stamp_of(self, index: int) -> int:
@@ -773,32 +745,18 @@ class _PacketTable:
         keys = self.key_places[: np.searchsorted(self.key_places, self.place_of(stamp), side="right")]
         return next((int(key) for key in keys[::-1] if self.stamp_at(int(key)) <= stamp), 0)
 
-    @property
-    def first_timestamp_seconds(self) -> float | None:
-        return float(self.stamp_of(0) * self.tick_seconds) if self.has_stamps else None
-
     def timeline(self, size: tuple[int, int]) -> VideoTimeline:
         """When each frame, of this (height, width), is shown."""
-        rate = None if self.rate is None else float(self.rate)
-        stamps, count = self.shown_stamps, len(self.shown_stamps)
-        if self.has_stamps:
-            tick, last_ticks = self.tick_seconds, self.last_ticks
-            if last_ticks <= 0:  # unknown: as long as the frame before it
-                last_ticks = int(stamps[-1]) - int(stamps[-2]) if count > 1 else 0
-            end = float((int(stamps[-1]) - int(stamps[0]) + last_ticks) * tick.numerator) / tick.denominator
-        elif self.rate is None:
-            raise VideoDecodeError("it has neither time stamps nor a frame rate")
-        else:
-            tick = 1 / self.rate
-            end = float(count * tick.numerator) / tick.denominator
+        stamps, tick, last_ticks = self.shown_stamps, self.tick_seconds, self.last_ticks
+        count, first = len(stamps), int(stamps[0])
+        if last_ticks <= 0:  # unknown: as long as the frame before it
+            last_ticks = int(stamps[-1]) - int(stamps[-2]) if count > 1 else 0
+        end = float((int(stamps[-1]) - first + last_ticks) * tick.numerator) / tick.denominator
         starts = np.empty(count, dtype=np.float64)
         for block in frame_blocks(count):
-            if self.has_stamps:
-                ticks = stamps[block].astype(np.int64) - int(stamps[0])
-            else:
-                ticks = np.arange(block.start, block.stop)
-            starts[block] = ticks * tick.numerator / tick.denominator
-        return make_timeline(starts, end, rate, size, self.first_timestamp_seconds)
+            starts[block] = (stamps[block].astype(np.int64) - first) * tick.numerator / tick.denominator
+        first_timestamp = float(self.stamp_of(0) * tick) if self.has_stamps else None
+        return make_timeline(starts, end, self.rate, size, first_timestamp)
 
 
 class _Stamps:
@@ -824,31 +782,10 @@ class _Stamps:
             self.origin = 0
             self.offsets.append(stamp)
 
-
-class _FileOrder:
-    """Watches for time stamps that keep the order of the file, which is not that on the screen.
-
-    AVI stores no order of B-frames. Where ffmpeg does not derive it, the time stamps follow the order of the file,
-    and only the times of decoding are evenly spaced.
-
-    Attributes:
-        is_kept: whether all time stamps until now did.
-        decoded: when the packets are decoded, in ticks.
-    """
-
-    def __init__(self, has_b_frames_in_avi: bool) -> None:
-        self.is_kept, self.decoded = bool(has_b_frames_in_avi), _Stamps()
-        self._latest = NO_TICKS
-
-    def follow(self, shown: int | None, decoded: int | None) -> None:
-        """The next packet has these times, in ticks."""
-        if not self.is_kept:
-            return
-        if shown is None or decoded is None or shown < self._latest:
-            self.is_kept = False
-        else:
-            self._latest = shown
-            self.decoded.append(decoded)
+    @property
+    def ticks(self) -> np.ndarray:
+        """The offsets, without a copy."""
+        return np.frombuffer(self.offsets, dtype=self.offsets.typecode)
 
 
 class _TimeLine:
@@ -940,37 +877,24 @@ READERS: dict[str, Callable[..., VideoReader]] = {
 }
 
 
-_MODULES = {"decord": "decord", "torchcodec": "torchcodec.decoders", "pyav": "av"}
-
-
-def _import_backend(module: str, backend: str) -> Any:
-    """A module of a backend.
+def _import_backend(backend: str) -> Any:
+    """The module of a backend.
 
     Raises:
         VideoDecodeError: it cannot be imported.
     """
     try:
-        return importlib.import_module(module)
+        return importlib.import_module(MODULES[backend])
     except Exception as error:  # also OSError or RuntimeError: libraries of ffmpeg missing
-        is_absent = isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]
+        is_absent = isinstance(error, ModuleNotFoundError) and error.name == MODULES[backend].partition(".")[0]
         advice = f"Install it with `pip install {PACKAGES[backend]}`." if is_absent else BROKEN_INSTALLATION
         raise VideoDecodeError(f"{backend} cannot be loaded ({brief(error)}). {advice}") from error
 
 
-def _others_usable(backend: str) -> bool:
-    """True if another backend can be imported."""
-    for name in BACKENDS:
-        if name != backend:
-            try:
-                _import_backend(_MODULES[name], name)
-                return True
-            except VideoDecodeError:
-                continue
+def _others_usable() -> bool:
+    """True if another backend than decord can be imported."""
+    for name in BACKENDS[1:]:
+        with suppress(VideoDecodeError):
+            _import_backend(name)
+            return True
     return False
-
-
-def brief(problem: object) -> str:
-    """The first line of an exception or text, shortened, without the stack traces and C++ source lines of decoders."""
-    lines = re.sub(r"\[\d\d:\d\d:\d\d\] \S+:\d+: ?", "", str(problem)).strip().splitlines()
-    text = lines[0][:200] if lines else ""
-    return f"{type(problem).__name__}: {text}" if isinstance(problem, BaseException) else text

@@ -4,6 +4,7 @@ Times come from the frames themselves, never from the header of the file. Decode
 precision; a constant frame rate is recognised and its times are computed exactly, so that all decide ties alike.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -27,6 +28,13 @@ class VideoDecodeError(ValueError):
     def __init__(self, message: str, reason: str | None = None) -> None:
         super().__init__(message)
         self.reason = message if reason is None else reason
+
+
+def brief(problem: object) -> str:
+    """The first line of an exception or text, shortened, without the stack traces and C++ source lines of decoders."""
+    lines = re.sub(r"\[\d\d:\d\d:\d\d\] \S+:\d+: ?", "", str(problem)).strip().splitlines()
+    text = lines[0][:200] if lines else ""
+    return f"{type(problem).__name__}: {text}" if isinstance(problem, BaseException) else text
 
 
 @dataclass(frozen=True)

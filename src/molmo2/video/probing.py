@@ -1,0 +1,57 @@
+"""Plans of videos without decoding them, to know the size of a request before it is made.
+
+(plan_of,) = probe_videos(processor.video_processor, "clip.mp4")
+plan, times = plan_of(num_frames=64, clip=(10, 20))
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from transformers.video_utils import VideoMetadata
+
+from molmo2.image.geometry import VideoPlan
+from molmo2.image.limits import MediaLimits, checked_limits
+from molmo2.image.loading import is_encoded
+from molmo2.video.decoding.backends import decode_video
+from molmo2.video.loading import ReadingOptions, VideoItem, file_times, list_videos, read_video, video_source
+from molmo2.video.processing import Molmo2VideoProcessor, clips_per_video
+
+
+def probe_videos(
+    processor: Molmo2VideoProcessor, videos: Any, video_metadata: Any = None, limits: MediaLimits | None = None
+) -> list[Callable[..., tuple[VideoPlan, list[float]]]]:
+    """What `processor` would take of videos.
+
+    Args:
+        videos, video_metadata, limits: As for `preprocess`.
+    Returns:
+        For each video a function from options of `preprocess` to its plan and its sampled times in seconds.
+    Raises:
+        FileNotFoundError, TypeError, ValueError: As `preprocess`.
+    """
+    accepted = checked_limits(processor.limits if limits is None else limits)
+
+    def probe(item: VideoItem) -> Callable[..., tuple[VideoPlan, list[float]]]:
+        sampled_times = _sampled_times(item, processor.video_backend, accepted)
+
+        def plan(clip: Any = None, **overrides: Any) -> tuple[VideoPlan, list[float]]:
+            options = processor._options(overrides)
+            times = sampled_times(replace(options.reading, clip=clips_per_video(clip, 1)[0]))
+            return options.plan(len(times)), times
+
+        return plan
+
+    return [probe(item) for item in list_videos(videos, video_metadata)]
+
+
+def _sampled_times(
+    item: VideoItem, backend: str | None, limits: MediaLimits
+) -> Callable[[ReadingOptions], list[float]]:
+    """The sampled times of a video for any options; of a file only the first frame is decoded, for its size."""
+    if not is_encoded(item.video):
+        return lambda options: read_video(item, options, lambda frames, count: None)[1].timestamps
+    with decode_video(video_source(item, limits), lambda reader: reader, backend) as reader:
+        timeline = reader.timeline
+    about = VideoMetadata(total_num_frames=timeline.num_frames, fps=timeline.fps, duration=timeline.duration_seconds)
+    return lambda options: file_times(item, timeline, about, options).tolist()
