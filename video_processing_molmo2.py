@@ -18,6 +18,7 @@ import json
 import math
 import os
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -32,7 +33,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
@@ -56,14 +57,12 @@ from .image_processing_molmo2 import (
     PATCH_ROWS_AND_COLS,
     PIXEL_STEPS,
     CropSettings,
-    FrameRun,
     MediaLimitError,
     MediaLimits,
     Normalization,
     OptionsMixin,
     VideoPlan,
     as_output,
-    checked_limits,
     data_url_bytes,
     embedded_bytes,
     empty_pixels,
@@ -114,6 +113,13 @@ class VideoDecodeError(ValueError):
     def __init__(self, message: str, reason: str | None = None) -> None:
         super().__init__(message)
         self.reason = message if reason is None else reason
+
+
+def brief(problem: object) -> str:
+    """The first line of an exception or text, shortened, without the stack traces and C++ source lines of decoders."""
+    lines = re.sub(r"\[\d\d:\d\d:\d\d\] \S+:\d+: ?", "", str(problem)).strip().splitlines()
+    text = lines[0][:200] if lines else ""
+    return f"{type(problem).__name__}: {text}" if isinstance(problem, BaseException) else text
 
 
 @dataclass(frozen=True)
@@ -266,17 +272,13 @@ PIPE_BYTES = 1 << 20  # most a system grants without privileges; where it has on
 HEADER_BYTES = 1 << 16  # in which, at either end of a file, its codec is named
 MPEG4_SIGN = re.compile(rb"(?i)FMP4|XVID|DIVX|DX50|mp4v\0|V_MPEG4/ISO/A?S?P")
 BROKEN_INSTALLATION = "It is installed, but does not start: fix the error that is named here, or uninstall it."
+# All that a child has of this file beside the source of `prepare_child` and `_serve_decord`.
+CHILD_IMPORTS = "import importlib, json, os, re, signal, sys, tempfile, threading, time\nfrom typing import Any"
 MAX_IDLE_CHILDREN = 8  # kept for the next videos: vLLM reads media in as many threads
 
 
-def prepare_child(max_bytes: int) -> "Any":
+def prepare_child(max_bytes: int) -> Any:
     """Set up a child, which ends with its parent and may take so much memory; gives the file that answers go to."""
-    import importlib
-    import os
-    import signal
-    import threading
-    import time
-
     parent = os.getppid()
 
     def follow_parent() -> None:  # a file may keep decoders busy for ever, and a pipe may outlive its owner in a fork
@@ -297,7 +299,7 @@ def prepare_child(max_bytes: int) -> "Any":
     return output
 
 
-def _serve_decord(output: "Any") -> None:  # noqa: C901  # one function: its source and the one above are all it gets
+def _serve_decord(output: Any) -> None:  # noqa: C901  # one function: its source and the one above are all it gets
     """What the child runs, from its source alone: answers requests on stdin, each a line of JSON, until that ends.
 
     {"open": path, "max_frames": count, "threads": count or 0} is answered by {"count", "fps", "shape"} and the spans
@@ -305,15 +307,8 @@ def _serve_decord(output: "Any") -> None:  # noqa: C901  # one function: its sou
     {"decode": indices, "count": count} by {"index", "shape"} and the pixels of each frame, then by {"more": bool},
     whether there are more frames than counted. {"error"} ends an answer, {"alive"} may come at any time between them.
     """
-    import importlib
-    import json
-    import os
-    import re
-    import sys
-    import tempfile
-    import time
 
-    def send(answer: dict, data: "Any" = None) -> None:
+    def send(answer: dict[str, Any], data: Any = None) -> None:
         output.write(json.dumps(answer).encode() + b"\n")
         if data is not None:
             output.write(memoryview(data).cast("B"))
@@ -331,7 +326,7 @@ def _serve_decord(output: "Any") -> None:  # noqa: C901  # one function: its sou
     path, threads, spoke = "", 0, 0.0
     send({"ready": True})
 
-    def opened() -> "Any":
+    def opened() -> Any:
         # How a damaged frame is concealed depends on the number of threads, and on chance: see `is_damaged`.
         os.dup2(nowhere if threads == 1 else log.fileno(), 2)
         # decord repeats the last frame in place of missing ones; this fraction of the frames allows none (0: any).
@@ -411,9 +406,8 @@ class DecordProcess:
         self._child: Any = None
         self._file_bytes = 0
         self.is_busy = False  # an answer was started and not read to its end
-        self._deadline: float | None = None
+        self._deadline = math.inf
         self._was_late = False
-        self._watch: threading.Thread | None = None
         self._ended = threading.Event()
         try:
             self._child = subprocess.Popen(
@@ -425,6 +419,7 @@ class DecordProcess:
             )
         except OSError as error:
             raise VideoDecodeError(f"no process could be started for {self.decoder} ({error})") from error
+        threading.Thread(target=self._kill_at_deadline, daemon=True, name="molmo2-decord-watch").start()
         answer = self._answer(START_SECONDS)
         if "error" in answer:
             self.kill()
@@ -437,7 +432,7 @@ class DecordProcess:
                 "decord cannot be loaded (there is no such package). Install it with `pip install decord2`."
             )
         functions = map(inspect.getsource, (prepare_child, _serve_decord))
-        return "\n".join([*functions, f"_serve_decord(prepare_child({MAX_CHILD_BYTES}))"])
+        return "\n".join([CHILD_IMPORTS, *functions, f"_serve_decord(prepare_child({MAX_CHILD_BYTES}))"])
 
     @classmethod
     def borrow(cls: type[Process]) -> Process:
@@ -475,22 +470,19 @@ class DecordProcess:
             with suppress(OSError):
                 pipe.close()
 
-    def open(
-        self, path: str, limits: MediaLimits | None = None, name: str = "The video"
-    ) -> tuple[np.ndarray, float, tuple[int, ...]]:
+    def open(self, path: str, limits: MediaLimits, name: str) -> tuple[np.ndarray, float, tuple[int, ...]]:
         """(N, 2) starts and ends of the frames in seconds, average rate, and shape of the first frame.
 
         Raises:
             MediaLimitError: it announces too many frames; nothing was done for each of them.
             VideoDecodeError: decord cannot open it, or ended or stopped while it tried.
         """
-        limits = checked_limits(limits)
         self._file_bytes = Path(path).stat().st_size
         self._ask({"open": path, "max_frames": limits.video_frames, "threads": int(_may_be_mpeg4(path))})
         answer = self._answer(self._patience)
         self.is_busy = False
         if "error" in answer:
-            raise VideoDecodeError(answer["error"])
+            raise VideoDecodeError(brief(answer["error"]))
         limits.check_frames(name, answer["count"])
         spans = np.empty((answer["count"], 2), dtype=np.float64)
         self._read_into(spans)
@@ -533,19 +525,15 @@ class DecordProcess:
     def _answer(self, seconds: float) -> dict[str, Any]:
         """The next line of the child, which has to come within this time."""
         self._deadline = time.monotonic() + seconds
-        if self._watch is None:
-            self._watch = threading.Thread(target=self._kill_at_deadline, daemon=True, name="molmo2-decord-watch")
-            self._watch.start()
         line = self._child.stdout.readline()
-        self._deadline = None
+        self._deadline = math.inf
         if not line.endswith(b"\n"):
             raise self._death()
         return json.loads(line)
 
     def _kill_at_deadline(self) -> None:
         while not self._ended.wait(WATCH_SECONDS):
-            deadline = self._deadline
-            if deadline is not None and time.monotonic() > deadline:
+            if time.monotonic() > self._deadline:
                 self._was_late = True
                 self._child.kill()
                 return
@@ -556,12 +544,11 @@ class DecordProcess:
 
     def _death(self) -> VideoDecodeError:
         self.kill()
-        if self._was_late:
-            how = "stopped answering and was ended"
-            return VideoDecodeError(f"{self.decoder} {how}; the file is damaged, or made to do this")
         code = self._child.returncode
-        how = f"signal {-code}" if code < 0 else f"exit status {code}"
-        return VideoDecodeError(f"{self.decoder}'s process ended with {how}; the file is damaged, or made to do this")
+        how = f"'s process ended with signal {-code}" if code < 0 else f"'s process ended with exit status {code}"
+        if self._was_late:
+            how = " stopped answering and was ended"
+        return VideoDecodeError(f"{self.decoder}{how}; the file is damaged, or made to do this")
 
 
 def _may_be_mpeg4(path: str) -> bool:
@@ -585,10 +572,10 @@ class FrameError(VideoDecodeError):
 
 
 Matrix = tuple[float, float, float, float]  # a, b, c, d of the display matrix
+UPRIGHT: Matrix = (1, 0, 0, 1)
 
 MAX_BOXES = 10_000  # of one file that are looked at
-# (box, version) -> bytes into the box
-MATRIX_AT = {("mvhd", 0): 36, ("mvhd", 1): 48, ("tkhd", 0): 40, ("tkhd", 1): 52}
+MATRIX_AT = {b"mvhd": 36, b"tkhd": 40}  # bytes into a box of version 0; in version 1 there are 12 more before it
 
 
 def matrix_from_bytes(data: bytes, byte_order: str = "=") -> Matrix:
@@ -597,18 +584,11 @@ def matrix_from_bytes(data: bytes, byte_order: str = "=") -> Matrix:
     return a / 65536, b / 65536, c / 65536, d / 65536
 
 
-def quarter_turns(matrix: Matrix) -> int | None:
-    """Clockwise quarter turns (0 to 3) that a display matrix asks for; None if it mirrors or turns by other angles.
-
-    A matrix without direction, such as one of zeros, asks for nothing.
-    """
+def is_plain_turn(matrix: Matrix) -> bool:
+    """Whether a display matrix turns by quarters without mirroring. One without direction, as of zeros, turns by 0."""
     a, b, c, d = matrix
     angle = _angle(matrix)
-    if angle is None:
-        return 0
-    turns = round(angle / 90)
-    is_mirrored = a * d - b * c < 0
-    return None if abs(angle - 90 * turns) >= 1 or is_mirrored else turns % 4
+    return angle is None or (abs(angle - 90 * round(angle / 90)) < 1 and a * d - b * c >= 0)
 
 
 def upright(frame: np.ndarray, matrix: Matrix) -> np.ndarray:
@@ -617,22 +597,16 @@ def upright(frame: np.ndarray, matrix: Matrix) -> np.ndarray:
     Raises:
         VideoDecodeError: the matrix turns by an angle that is no multiple of 90 degrees.
     """
-    _, _, c, d = matrix
     angle = _angle(matrix)
     if angle is None:
         return frame
     turns = round(angle / 90)
     if abs(angle - 90 * turns) >= 1:
         raise VideoDecodeError(f"its display matrix turns it by {angle:.0f} degrees, which is no multiple of 90")
-    turns %= 4
-    if turns == 0:
-        return frame[::-1] if d < 0 else frame
-    if turns == 1:
-        return frame.swapaxes(0, 1) if c > 0 else np.rot90(frame, k=-1)
-    if turns == 2:
-        frame = frame[:, ::-1] if matrix[0] < 0 else frame
-        return frame[::-1] if d < 0 else frame
-    return np.rot90(frame, k=-1)[::-1] if c < 0 else np.rot90(frame)
+    a, b, c, d = matrix  # a pixel (x, y) is shown at (a x + c y, b x + d y)
+    if turns % 2:
+        frame, a, d = frame.swapaxes(0, 1), c, b
+    return frame[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
 
 def _angle(matrix: Matrix) -> float | None:
@@ -658,87 +632,62 @@ class Mp4Track:
 
 def mp4_tracks(path: str) -> list[Mp4Track]:
     """The video tracks of an MP4 or QuickTime file; of any other file none."""
-    with Path(path).open("rb") as file:
-        end = file.seek(0, 2)
-        head = _read(file, 0, 12)
-        if head[4:8] not in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot"):
+    tracks = []
+    with Path(path).open("rb") as opened:
+        file = _Mp4File(opened)
+        if file.read(4, 4) not in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot"):
             return []
-        budget = [MAX_BOXES]
-        tracks: list[Mp4Track] = []
-        for kind, start, stop in _boxes(file, 0, end, budget):
-            if kind == "moov":
-                tracks += _movie_tracks(file, start, stop, budget)
-        return tracks
+        for movie in file.boxes((0, opened.seek(0, 2)), b"moov"):
+            turn_of_all, _ = file.matrix_and_area(movie, b"mvhd")
+            for track in file.boxes(movie, b"trak"):
+                turn, area = file.matrix_and_area(track, b"tkhd")
+                handlers = [file.read(start + 8, 4) for start, _ in file.boxes(track, b"mdia", b"hdlr")]
+                tables = file.boxes(track, b"mdia", b"minf", b"stbl", (b"stsz", b"stz2"))
+                num_frames = [int.from_bytes(file.read(start + 8, 4), "big") for start, _ in tables]
+                if turn is not None and b"vide" in handlers:
+                    product = np.reshape(turn, (2, 2)) @ np.reshape(turn_of_all or UPRIGHT, (2, 2))
+                    tracks.append(Mp4Track(tuple(product.ravel().tolist()), area * sum(num_frames[:1])))
+    return tracks
 
 
-def _movie_tracks(file: IO[bytes], start: int, stop: int, budget: list[int]) -> Iterator[Mp4Track]:
-    movie: Matrix = (1, 0, 0, 1)
-    for kind, first, last in _boxes(file, start, stop, budget):
-        if kind == "mvhd":
-            movie = _matrix_and_area(file, kind, first)[0] or movie
-        elif kind == "trak":
-            track, area, num_frames, is_video = None, 0.0, 0, False
-            for part, begin, end in _boxes(file, first, last, budget):
-                if part == "tkhd":
-                    track, area = _matrix_and_area(file, part, begin)
-                elif part == "mdia":
-                    for name, at, until in _boxes(file, begin, end, budget):
-                        if name == "hdlr":
-                            is_video = is_video or _read(file, at + 8, 4) == b"vide"
-                        elif name == "minf":
-                            num_frames = _num_samples(file, at, until, budget)
-            if is_video and track is not None:
-                a, b, c, d = track
-                matrix = (
-                    a * movie[0] + b * movie[2],
-                    a * movie[1] + b * movie[3],
-                    c * movie[0] + d * movie[2],
-                    c * movie[1] + d * movie[3],
-                )
-                yield Mp4Track(matrix, area * num_frames)
+class _Mp4File:
+    """The boxes of an MP4 or QuickTime file; a span is (start, end) of the content of one."""
 
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._num_left = file, MAX_BOXES
 
-def _matrix_and_area(file: IO[bytes], kind: str, start: int) -> tuple[Matrix | None, float]:
-    """The matrix of a box, and the width times height that follow it in a `tkhd`."""
-    version = _read(file, start, 1)
-    data = _read(file, start + MATRIX_AT.get((kind, version[0] if version else 0), 40), 44)
-    if len(data) < 44:
+    def read(self, place: int, count: int) -> bytes:
+        self._file.seek(place)
+        return self._file.read(count)
+
+    def boxes(self, span: tuple[int, int], kinds: bytes | tuple[bytes, ...], *inner: Any) -> Iterator[tuple[int, int]]:
+        """The spans of the boxes of these kinds in a span; with `inner`, of the boxes of those kinds in them."""
+        start, stop = span
+        while start + 8 <= stop and self._num_left > 0:
+            self._num_left -= 1
+            head = self.read(start, 16)
+            if len(head) < 8:
+                return
+            size, header = int.from_bytes(head[:4], "big"), 8
+            if size == 1:
+                size, header = int.from_bytes(head[8:16], "big"), 16
+            elif size == 0:  # up to the end
+                size = stop - start
+            if size < header:
+                return
+            if head.startswith(kinds, 4):
+                content = start + header, min(start + size, stop)
+                yield from self.boxes(content, *inner) if inner else [content]
+            start += size
+
+    def matrix_and_area(self, span: tuple[int, int], kind: bytes) -> tuple[Matrix | None, float]:
+        """The matrix of the box of this kind, and the width times height that follow it in a `tkhd`."""
+        for start, _ in self.boxes(span, kind):
+            data = self.read(start + MATRIX_AT[kind] + 12 * (self.read(start, 1) == b"\1"), 44)
+            if len(data) == 44:
+                width, height = struct.unpack(">2I", data[36:])
+                return matrix_from_bytes(data, ">"), width * height / 65536**2
         return None, 0.0
-    width, height = struct.unpack(">2I", data[36:])
-    return matrix_from_bytes(data, ">"), width * height / 65536**2
-
-
-def _num_samples(file: IO[bytes], start: int, stop: int, budget: list[int]) -> int:
-    """How many samples the table of sizes in a box `minf` lists."""
-    for kind, first, last in _boxes(file, start, stop, budget):
-        if kind == "stbl":
-            for part, begin, _ in _boxes(file, first, last, budget):
-                if part in ("stsz", "stz2"):
-                    return int.from_bytes(_read(file, begin + 8, 4), "big")
-    return 0
-
-
-def _boxes(file: IO[bytes], start: int, stop: int, budget: list[int]) -> Iterator[tuple[str, int, int]]:
-    """(type, start and end of the content) of the boxes between two places of a file."""
-    while start + 8 <= stop and budget[0] > 0:
-        budget[0] -= 1
-        head = _read(file, start, 16)
-        if len(head) < 8:
-            return
-        size, header = int.from_bytes(head[:4], "big"), 8
-        if size == 1:
-            size, header = int.from_bytes(head[8:16], "big"), 16
-        elif size == 0:  # up to the end
-            size = stop - start
-        if size < header:
-            return
-        yield head[4:8].decode("latin-1"), start + header, min(start + size, stop)
-        start += size
-
-
-def _read(file: IO[bytes], place: int, count: int) -> bytes:
-    file.seek(place)
-    return file.read(count)
 
 
 # --- src/molmo2/video/decoding/readers.py ----------------------------------------------------------------------------
@@ -748,6 +697,7 @@ def _read(file: IO[bytes], place: int, count: int) -> bytes:
 VideoSource = str | Path | bytes | IO[bytes]
 
 PACKAGES = {"decord": "decord2", "torchcodec": "torchcodec", "pyav": "av"}  # what to `pip install`
+MODULES = {"decord": "decord", "torchcodec": "torchcodec.decoders", "pyav": "av"}
 BACKENDS = tuple(PACKAGES)  # in the order they are tried
 # decord decodes and converts every frame to RGB, sampled or not: a clip with more pixels (20 seconds of 1080p) is left
 # to a backend that converts the sampled frames only.
@@ -767,7 +717,7 @@ PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"[playlist]", b"[Reference]", b"v=0", b"<
 TEXT_BYTES = bytes([7, 8, 9, 10, 12, 13, 27, *range(32, 127), *range(128, 256)])
 
 
-@dataclass(frozen=True)
+@dataclass
 class Source:
     """A video in a file, which is temporary if the video was given in memory.
 
@@ -777,7 +727,6 @@ class Source:
         num_bytes: size of the file.
         limits: see `MediaLimits`.
         image_format: the format of an animation, such as "GIF", by Pillow; "" for any other video.
-        keeps: what lives as long as the source, such as a temporary file.
     """
 
     name: str
@@ -785,10 +734,9 @@ class Source:
     num_bytes: int
     limits: MediaLimits
     image_format: str = ""
-    keeps: Any = None
 
     @classmethod
-    def from_input(cls, source: VideoSource, limits: MediaLimits | None = None, name: str | None = None) -> "Source":
+    def from_input(cls, source: VideoSource, limits: MediaLimits, name: str | None = None) -> "Source":
         """From a path, the bytes of a file or a file object.
 
         What is in memory is written to a temporary file, which is removed with the last reference to the result: all
@@ -797,10 +745,10 @@ class Source:
         Raises:
             FileNotFoundError, IsADirectoryError: there is no such file.
             TypeError: `source` is none of these.
-            MediaLimitError: it is over a limit that shows in its header.
+            MediaLimitError: it is over a limit that shows in its header, or a stream of more than `fetch_bytes`, of
+                which no more than that is read.
             VideoDecodeError: the file is empty, an image, or a text that leads to other files.
         """
-        limits = checked_limits(limits)
         if isinstance(source, (str, Path)):
             result = cls._from_path(Path(source), limits)
         elif isinstance(source, (bytes, bytearray, memoryview)):
@@ -813,9 +761,9 @@ class Source:
         else:
             raise TypeError(f"A video is a path, bytes or a file object, not {type(source).__name__}.")
         result._require_video()
-        if limits.decode_seconds is None:
-            return replace(result, image_format=result.animated_format())
-        return replace(result, image_format=isolated("animated_format")(result))
+        animated_format = cls.animated_format if limits.decode_seconds is None else isolated("animated_format")
+        result.image_format = animated_format(result)
+        return result
 
     @classmethod
     def _from_path(cls, path: Path, limits: MediaLimits) -> "Source":
@@ -829,8 +777,15 @@ class Source:
 
     @classmethod
     def _from_stream(cls, stream: IO[bytes], name: str, limits: MediaLimits) -> "Source":
-        copy = _TemporaryCopy(stream, name, limits)
-        return cls(name, copy.path, Path(copy.path).stat().st_size, limits, keeps=copy)
+        handle, path = tempfile.mkstemp(prefix="molmo2_video_")
+        copy = cls(name, path, 0, limits)
+        weakref.finalize(copy, _remove, path)
+        with os.fdopen(handle, "wb") as file:
+            while chunk := stream.read(COPIED_BYTES):
+                copy.num_bytes += len(chunk)
+                limits.check("fetch_bytes", copy.num_bytes, f"{name} has {copy.num_bytes:,} bytes or more")
+                file.write(chunk)
+        return copy
 
     def _require_video(self) -> None:
         """Refuse what is no video by its first bytes."""
@@ -896,24 +851,6 @@ def isolated(name: str) -> Callable[..., Any]:
             "loads: the files beside a checkpoint decode in this process. Leave it out here."
         )
     return ISOLATION[name]
-
-
-class _TemporaryCopy:
-    """A temporary file with the content of a stream, removed with this object.
-
-    Raises:
-        MediaLimitError: it is a stream of more than `fetch_bytes`; no more bytes than that are read.
-    """
-
-    def __init__(self, stream: IO[bytes], name: str, limits: MediaLimits) -> None:
-        handle, self.path = tempfile.mkstemp(prefix="molmo2_video_")
-        weakref.finalize(self, _remove, self.path)
-        num_bytes = 0
-        with os.fdopen(handle, "wb") as file:
-            while chunk := stream.read(COPIED_BYTES):
-                num_bytes += len(chunk)
-                limits.check("fetch_bytes", num_bytes, f"{name} has {num_bytes:,} bytes or more")
-                file.write(chunk)
 
 
 def _remove(path: str) -> None:
@@ -1029,7 +966,7 @@ class _DecordReader(VideoReader):
             _leave_to_others(max((track.num_pixels for track in tracks), default=0))
         process = self._process = DecordProcess.borrow()
         try:
-            spans, fps, shape = self._opened(process)
+            spans, fps, shape = process.open(source.path, source.limits, source.name)
             if len(shape) != 3 or shape[2] != 3:  # very narrow videos
                 raise VideoDecodeError(f"its frames have the shape {shape}, expected (height, width, 3)")
             height, width = shape[:2]
@@ -1047,17 +984,11 @@ class _DecordReader(VideoReader):
         if process is not None:
             process.give_back()
 
-    def _opened(self, process: DecordProcess) -> tuple[np.ndarray, float, tuple[int, ...]]:
-        try:
-            return process.open(self._source.path, self._source.limits, self._source.name)
-        except VideoDecodeError as error:
-            raise VideoDecodeError(brief(error.reason)) from None
-
     def _decode(self, indices: list[int]) -> Iterator[np.ndarray]:
         if self._process is None or self._process.is_busy:  # closed, or an earlier iterator was not read to its end
             self.close()
             self._process = DecordProcess.borrow()
-            self._opened(self._process)
+            self._process.open(self._source.path, self._source.limits, self._source.name)
         try:
             yield from self._process.decode(indices, self.timeline.num_frames)
         except FrameError as error:
@@ -1068,7 +999,7 @@ class _DecordReader(VideoReader):
 
 def _leave_to_others(num_pixels: float) -> None:
     """Leaves a clip with this many pixels in all its frames to other backends, where there are any."""
-    if num_pixels > MAX_DECORD_PIXELS and _others_usable("decord"):
+    if num_pixels > MAX_DECORD_PIXELS and _others_usable():
         raise VideoDecodeError("it would have to convert all frames, wanted or not, of a clip this long")
 
 
@@ -1088,7 +1019,7 @@ def _decord_times(spans: np.ndarray) -> tuple[np.ndarray, float]:
 
 def _require_plain_turns(tracks: Sequence[Mp4Track]) -> None:
     """Leave mirrored videos to PyAV: decord and torchcodec turn by quarters and know nothing of mirrors."""
-    if any(quarter_turns(track.matrix) is None for track in tracks):
+    if not all(is_plain_turn(track.matrix) for track in tracks):
         raise VideoDecodeError("its display matrix mirrors it or turns it by no multiple of 90 degrees")
 
 
@@ -1106,7 +1037,7 @@ class _TorchcodecReader(VideoReader):
 
     def __init__(self, source: Source, only_choice: bool) -> None:
         super().__init__(source)
-        decoders = _import_backend("torchcodec.decoders", "torchcodec")
+        decoders = _import_backend("torchcodec")
         _require_plain_turns(mp4_tracks(source.path))
         self._decoder = decoders.VideoDecoder(
             source.path,
@@ -1188,7 +1119,7 @@ class _PyavReader(VideoReader):
 
     def __init__(self, source: Source, only_choice: bool) -> None:
         super().__init__(source)
-        self._av = _import_backend("av", "pyav")
+        self._av = _import_backend("pyav")
         self._open()
         packets = self._counted(self._demuxed())
         self._packets = _PacketTable.from_packets(self._stream, packets, is_avi=source.is_avi())
@@ -1246,9 +1177,7 @@ class _PyavReader(VideoReader):
             except VideoDecodeError:
                 raise
             except Exception as error:
-                if self._last_stamp is None:
-                    raise self._frame_error(index, error) from error
-                after_last = self._packets.num_until(self._last_stamp)
+                after_last = index if self._last_stamp is None else self._packets.num_until(self._last_stamp)
                 raise self._frame_error(min(after_last, index), error) from error
             reached = self._packets.place_of(stamp)
             yield rgb
@@ -1291,12 +1220,7 @@ class _PyavReader(VideoReader):
             first = next(packets, None)
             landed = self._packets.place_of(first.pts) if first is not None else -1
             if 0 <= landed <= place:
-                if landed == place:
-                    yield first
-                for packet in packets:
-                    landed += 1
-                    if landed >= place:
-                        yield packet
+                yield from itertools.islice(itertools.chain([first], packets), place - landed, None)
                 return
         self._open()
         yield from itertools.islice(self._demuxed(), place, None)
@@ -1337,14 +1261,9 @@ class _PyavReader(VideoReader):
         graph = self._converter[1]
         graph.push(frame)
         # Not `frame.side_data`: the frame would keep its container, which keeps the frame, until a garbage collection.
-        side_data = self._av.sidedata.sidedata.SideDataContainer(frame)
-        return np.ascontiguousarray(upright(_rgb_view(graph.pull()), _display_matrix(side_data)))
-
-
-def _display_matrix(side_data: Mapping[Any, Any]) -> Matrix:
-    """The display matrix among the side data of a frame of PyAV; that of an upright one where there is none."""
-    data = side_data.get("DISPLAYMATRIX")
-    return (1, 0, 0, 1) if data is None else matrix_from_bytes(bytes(data))
+        data = self._av.sidedata.sidedata.SideDataContainer(frame).get("DISPLAYMATRIX")
+        matrix = UPRIGHT if data is None else matrix_from_bytes(bytes(data))
+        return np.ascontiguousarray(upright(_rgb_view(graph.pull()), matrix))
 
 
 def _rgb_view(frame: Any) -> np.ndarray:
@@ -1367,7 +1286,7 @@ class _PacketTable:
         by_stamp: places in the order of their time stamps; None if that is the order of the file.
         shown_stamps: time stamps of the frames that are shown, ascending.
         key_places: places of key frames, ascending.
-        has_stamps: False for raw streams; a constant rate is assumed.
+        has_stamps: False for raw streams; a constant rate is assumed, and a tick is a frame.
         is_counted: frames are counted from the start, as their time stamps do not tell the order on the screen.
         last_ticks: duration of the last frame, in ticks.
         tick_seconds: length of a tick.
@@ -1383,37 +1302,41 @@ class _PacketTable:
     is_counted: bool
     last_ticks: int
     tick_seconds: Fraction
-    rate: Fraction | None
+    rate: float | None
 
     @classmethod
     def from_packets(cls, stream: Any, packets: Iterator[Any], *, is_avi: bool = False) -> "_PacketTable":
         """The table of all packets. Those that an edit list cuts off are needed for decoding but not shown."""
-        listed, line, keys, hidden = _Stamps(), _TimeLine(stream.time_base), array("q"), array("q")
-        order = _FileOrder(is_avi and stream.codec_context.has_b_frames)
-        has_stamps, highest, ticks_of_highest, ticks_of_latest = True, NO_TICKS, 0, 0
-        for packet in packets:
-            if packet.size:
-                place, stamp = len(listed.offsets), NO_TICKS if packet.pts is None else packet.pts
-                has_stamps = has_stamps and packet.pts is not None
-                listed.append(packet.pts)
-                order.follow(packet.pts, packet.dts)
-                line.follow(place, packet.dts)
-                if packet.is_keyframe:
-                    keys.append(place)
-                if packet.is_discard:
-                    hidden.append(place)
-                else:
-                    ticks_of_latest = packet.duration or 0
-                    if stamp >= highest:
-                        highest, ticks_of_highest = stamp, ticks_of_latest
-        count = len(listed.offsets)
+        listed, decoded, line = _Stamps(), _Stamps(), _TimeLine(stream.time_base)
+        keys, hidden, rate, tick_seconds = array("q"), array("q"), stream.average_rate, stream.time_base
+        # AVI stores no order of B-frames. Where ffmpeg does not derive it, time stamps keep the order of the file, and
+        # only the times of decoding are evenly spaced.
+        is_unordered = is_avi and stream.codec_context.has_b_frames
+        has_stamps, highest, last_ticks = True, NO_TICKS, 0
+        for place, packet in enumerate(packet for packet in packets if packet.size):
+            has_stamps = has_stamps and packet.pts is not None
+            listed.append(packet.pts)
+            line.follow(place, packet.dts)
+            if is_unordered and packet.dts is not None:
+                decoded.append(packet.dts)
+            if packet.is_keyframe:
+                keys.append(place)
+            if packet.is_discard:
+                hidden.append(place)
+            elif has_stamps and packet.pts >= highest:
+                highest, last_ticks = packet.pts, packet.duration or 0
+        count, is_counted = len(listed.offsets), not has_stamps
         if count == len(hidden):
             raise VideoDecodeError("its video track has no frames")
-        listed = order.decoded if order.is_kept else listed
         if has_stamps:
-            origin, file_stamps = listed.origin, np.frombuffer(listed.offsets, dtype=listed.offsets.typecode)
-        else:
+            is_counted = len(decoded.offsets) == count and bool(np.all(listed.ticks[1:] >= listed.ticks[:-1]))
+            followed = decoded if is_counted else listed
+            origin, file_stamps = followed.origin, followed.ticks
+        elif rate:
             origin, file_stamps = 0, np.arange(count, dtype=np.int32)
+            tick_seconds, last_ticks = 1 / rate, 1
+        else:
+            raise VideoDecodeError("it has neither time stamps nor a frame rate")
         shown = np.delete(file_stamps, hidden) if hidden else file_stamps
         by_stamp, num_lost = None, 0
         if not is_ascending(file_stamps):  # frames are stored in another order than they are shown in
@@ -1423,8 +1346,6 @@ class _PacketTable:
             shown = np.unique(shown) if hidden or num_lost else ordered
         if has_stamps:
             line.require_one(num_lost, count)
-        is_counted = order.is_kept or not has_stamps
-        rate = stream.average_rate
         return cls(
             origin=origin,
             file_stamps=file_stamps,
@@ -1433,9 +1354,9 @@ class _PacketTable:
             key_places=np.array([] if is_counted else keys, dtype=np.int64),
             has_stamps=has_stamps,
             is_counted=is_counted,
-            last_ticks=ticks_of_highest if has_stamps else ticks_of_latest,
-            tick_seconds=stream.time_base,
-            rate=rate if rate else None,
+            last_ticks=last_ticks,
+            tick_seconds=tick_seconds,
+            rate=float(rate) if rate else None,
         )
 
     def stamp_of(self, index: int) -> int:
@@ -1472,32 +1393,18 @@ class _PacketTable:
         keys = self.key_places[: np.searchsorted(self.key_places, self.place_of(stamp), side="right")]
         return next((int(key) for key in keys[::-1] if self.stamp_at(int(key)) <= stamp), 0)
 
-    @property
-    def first_timestamp_seconds(self) -> float | None:
-        return float(self.stamp_of(0) * self.tick_seconds) if self.has_stamps else None
-
     def timeline(self, size: tuple[int, int]) -> VideoTimeline:
         """When each frame, of this (height, width), is shown."""
-        rate = None if self.rate is None else float(self.rate)
-        stamps, count = self.shown_stamps, len(self.shown_stamps)
-        if self.has_stamps:
-            tick, last_ticks = self.tick_seconds, self.last_ticks
-            if last_ticks <= 0:  # unknown: as long as the frame before it
-                last_ticks = int(stamps[-1]) - int(stamps[-2]) if count > 1 else 0
-            end = float((int(stamps[-1]) - int(stamps[0]) + last_ticks) * tick.numerator) / tick.denominator
-        elif self.rate is None:
-            raise VideoDecodeError("it has neither time stamps nor a frame rate")
-        else:
-            tick = 1 / self.rate
-            end = float(count * tick.numerator) / tick.denominator
+        stamps, tick, last_ticks = self.shown_stamps, self.tick_seconds, self.last_ticks
+        count, first = len(stamps), int(stamps[0])
+        if last_ticks <= 0:  # unknown: as long as the frame before it
+            last_ticks = int(stamps[-1]) - int(stamps[-2]) if count > 1 else 0
+        end = float((int(stamps[-1]) - first + last_ticks) * tick.numerator) / tick.denominator
         starts = np.empty(count, dtype=np.float64)
         for block in frame_blocks(count):
-            if self.has_stamps:
-                ticks = stamps[block].astype(np.int64) - int(stamps[0])
-            else:
-                ticks = np.arange(block.start, block.stop)
-            starts[block] = ticks * tick.numerator / tick.denominator
-        return make_timeline(starts, end, rate, size, self.first_timestamp_seconds)
+            starts[block] = (stamps[block].astype(np.int64) - first) * tick.numerator / tick.denominator
+        first_timestamp = float(self.stamp_of(0) * tick) if self.has_stamps else None
+        return make_timeline(starts, end, self.rate, size, first_timestamp)
 
 
 class _Stamps:
@@ -1523,31 +1430,10 @@ class _Stamps:
             self.origin = 0
             self.offsets.append(stamp)
 
-
-class _FileOrder:
-    """Watches for time stamps that keep the order of the file, which is not that on the screen.
-
-    AVI stores no order of B-frames. Where ffmpeg does not derive it, the time stamps follow the order of the file,
-    and only the times of decoding are evenly spaced.
-
-    Attributes:
-        is_kept: whether all time stamps until now did.
-        decoded: when the packets are decoded, in ticks.
-    """
-
-    def __init__(self, has_b_frames_in_avi: bool) -> None:
-        self.is_kept, self.decoded = bool(has_b_frames_in_avi), _Stamps()
-        self._latest = NO_TICKS
-
-    def follow(self, shown: int | None, decoded: int | None) -> None:
-        """The next packet has these times, in ticks."""
-        if not self.is_kept:
-            return
-        if shown is None or decoded is None or shown < self._latest:
-            self.is_kept = False
-        else:
-            self._latest = shown
-            self.decoded.append(decoded)
+    @property
+    def ticks(self) -> np.ndarray:
+        """The offsets, without a copy."""
+        return np.frombuffer(self.offsets, dtype=self.offsets.typecode)
 
 
 class _TimeLine:
@@ -1639,40 +1525,27 @@ READERS: dict[str, Callable[..., VideoReader]] = {
 }
 
 
-_MODULES = {"decord": "decord", "torchcodec": "torchcodec.decoders", "pyav": "av"}
-
-
-def _import_backend(module: str, backend: str) -> Any:
-    """A module of a backend.
+def _import_backend(backend: str) -> Any:
+    """The module of a backend.
 
     Raises:
         VideoDecodeError: it cannot be imported.
     """
     try:
-        return importlib.import_module(module)
+        return importlib.import_module(MODULES[backend])
     except Exception as error:  # also OSError or RuntimeError: libraries of ffmpeg missing
-        is_absent = isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]
+        is_absent = isinstance(error, ModuleNotFoundError) and error.name == MODULES[backend].partition(".")[0]
         advice = f"Install it with `pip install {PACKAGES[backend]}`." if is_absent else BROKEN_INSTALLATION
         raise VideoDecodeError(f"{backend} cannot be loaded ({brief(error)}). {advice}") from error
 
 
-def _others_usable(backend: str) -> bool:
-    """True if another backend can be imported."""
-    for name in BACKENDS:
-        if name != backend:
-            try:
-                _import_backend(_MODULES[name], name)
-                return True
-            except VideoDecodeError:
-                continue
+def _others_usable() -> bool:
+    """True if another backend than decord can be imported."""
+    for name in BACKENDS[1:]:
+        with suppress(VideoDecodeError):
+            _import_backend(name)
+            return True
     return False
-
-
-def brief(problem: object) -> str:
-    """The first line of an exception or text, shortened, without the stack traces and C++ source lines of decoders."""
-    lines = re.sub(r"\[\d\d:\d\d:\d\d\] \S+:\d+: ?", "", str(problem)).strip().splitlines()
-    text = lines[0][:200] if lines else ""
-    return f"{type(problem).__name__}: {text}" if isinstance(problem, BaseException) else text
 
 
 # --- src/molmo2/video/decoding/backends.py ---------------------------------------------------------------------------
@@ -1682,31 +1555,8 @@ def brief(problem: object) -> str:
 Result = TypeVar("Result")
 
 
-def open_video(
-    source: VideoSource | Source, backend: str | Sequence[str] | None = None, limits: MediaLimits | None = None
-) -> VideoReader:
-    """The reader of a video, opened by the first backend that can.
-
-    Use `decode_video` where a failure in the middle of the file should move on to the next backend as well.
-
-    Args:
-        source: a path, the bytes of a file, or a file object opened for reading bytes.
-        limits: see `MediaLimits`; None for the default ones. A `Source` has its own.
-        backend: "decord", "torchcodec" or "pyav" to use this one only, or several of them to try in order; None tries
-            them in this order, and takes Pillow for animated WebP.
-
-    Raises:
-        FileNotFoundError, IsADirectoryError: there is no such file.
-        MediaLimitError: it is over one of the limits.
-        VideoDecodeError: no backend can open it; the message has the reason of each.
-        ValueError: `backend` is not one of the three.
-        TypeError: `source` is none of these.
-    """
-    return _first_success(source, backend, limits, lambda reader: reader)
-
-
 def decode_video(
-    source: VideoSource | Source, read: Callable[[VideoReader], Result], backend: str | None = None
+    source: Source, read: Callable[[VideoReader], Result], backend: str | Sequence[str] | None = None
 ) -> Result:
     """The result of `read(reader)`, from the first backend that does not fail before its end.
 
@@ -1714,44 +1564,32 @@ def decode_video(
     called again with each reader and must not keep anything from an earlier attempt.
 
     Args:
-        source, backend: as for `open_video`; a `Source` has limits of its own, the default ones hold for all others.
-        read: reads `timeline` and `frames` and returns the result.
+        source: the video.
+        read: reads `timeline` and `frames` and returns the result. It closes the reader, unless it returns that.
+        backend: "decord", "torchcodec" or "pyav" to use this one only, or several of them to try in order; None tries
+            them in this order, and takes Pillow for animated WebP.
 
     Raises:
-        As `open_video`; exceptions of `read` itself are passed on.
+        MediaLimitError: the video is over one of its limits.
+        VideoDecodeError: no backend can read it; the message has the reason of each.
+        ValueError: `backend` is not one of the three. Exceptions of `read` itself are passed on.
     """
-
-    def read_and_close(reader: VideoReader) -> Result:
-        with reader:
-            return read(reader)
-
-    return _first_success(source, backend, None, read_and_close)
-
-
-def _first_success(
-    source: VideoSource | Source,
-    backend: str | Sequence[str] | None,
-    limits: MediaLimits | None,
-    action: Callable[[VideoReader], Result],
-) -> Result:
-    """The result of `action` with the first backend that raises no VideoDecodeError."""
     wanted = (backend,) if isinstance(backend, str) else backend
     if wanted is not None and not set(wanted) <= set(BACKENDS):
         raise ValueError(f"Unknown video backend {backend!r}. Use one of {', '.join(BACKENDS)}, or None to try all.")
-    readable = source if isinstance(source, Source) else Source.from_input(source, limits)
     failures: dict[str, VideoDecodeError] = {}
-    by_default = ("pillow",) if readable.image_format == "WEBP" else BACKENDS
+    by_default = ("pillow",) if source.image_format == "WEBP" else BACKENDS
     for name in by_default if wanted is None else wanted:
         try:
-            return action(_open_reader(name, readable, only_choice=backend is not None))
+            return read(_open_reader(name, source, only_choice=backend is not None))
         except VideoDecodeError as error:
             logger.info("Video backend %s failed: %s", name, error)
             failures[name] = error
     reasons = "\n".join(f"  {name}: {error.reason}" for name, error in failures.items())
-    if readable.image_format == "WEBP" and isinstance(backend, str):
+    if source.image_format == "WEBP" and isinstance(backend, str):
         reasons += "\n  Animated WebP is read by Pillow: leave the backend out."
     raise VideoDecodeError(
-        f"No video backend could read {readable.name}:\n{reasons}\n"
+        f"No video backend could read {source.name}:\n{reasons}\n"
         "Check that the file is complete and has a video track; re-encoding it (ffmpeg -i in.mp4 out.mp4) often "
         f"helps. The backends come with these packages: {', '.join(PACKAGES.values())}; PyAV (av) reads the most."
     ) from list(failures.values())[-1]
@@ -1830,19 +1668,18 @@ def encode_frames(
     features = []
     with closing(read_ahead(pixel_values, 1)) as ahead:
         for chunk, pixels in zip(chunks, ahead):
-            one_run = VideoPlan(chunk.num_frames, chunk.settings)
-            pooling, grids = torch.from_numpy(video_token_pooling(one_run)), torch.tensor(one_run.grids)
+            pooling, grids = torch.from_numpy(video_token_pooling(chunk)), torch.tensor(chunk.grids)
             features.append(encoder(pixels, pooling, grids))
     if next(frames, None) is not None:  # also reads to the end, where some faults of a file show
         raise ValueError(f"There are more frames than the {plan.num_frames} of the plan.")
     return torch.cat(features)
 
 
-def _chunks(plan: VideoPlan) -> Iterator[FrameRun]:
-    """The runs of a video, split so that none has more than `FRAMES_PER_CHUNK` frames."""
+def _chunks(plan: VideoPlan) -> Iterator[VideoPlan]:
+    """The runs of a video as plans of their own, split so that none has more than `FRAMES_PER_CHUNK` frames."""
     for run in plan.runs:
         for start in range(0, run.num_frames, FRAMES_PER_CHUNK):
-            yield FrameRun(min(FRAMES_PER_CHUNK, run.num_frames - start), run.settings)
+            yield VideoPlan(min(FRAMES_PER_CHUNK, run.num_frames - start), run.settings)
 
 
 # --- src/molmo2/video/sampling.py ------------------------------------------------------------------------------------
@@ -2106,7 +1943,7 @@ class VideoItem:
 
     where: str
     video: Any
-    metadata: Mapping[str, Any] | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -2190,59 +2027,36 @@ def read_video(
     Raises:
         FileNotFoundError, TypeError, ValueError: the video cannot be read or an option does not fit it.
     """
-    if is_encoded(item.video):
-        return _read_file(item, options, consume)
-    return _read_frames(item, options, consume)
-
-
-def probe_video(item: VideoItem, backend: str | None, limits: MediaLimits) -> Callable[[ReadingOptions], list[float]]:
-    """The sampled times of a video for any options; of a file only the first frame is decoded, for its size.
-
-    Returns:
-        A function from reading options to the sampled times in seconds.
-
-    Raises:
-        FileNotFoundError, TypeError, ValueError: as `read_video`.
-    """
     if not is_encoded(item.video):
-        return lambda options: _read_frames(item, options, lambda frames, count: None)[1].timestamps
-    with open_video(video_source(item, limits), backend) as reader:
-        timeline = reader.timeline
-    about = VideoMetadata(total_num_frames=timeline.num_frames, fps=timeline.fps, duration=timeline.duration_seconds)
-    return lambda options: _file_times(item, timeline, about, options).tolist()
+        return _read_frames(item, options, consume)
+
+    def read(reader: VideoReader) -> tuple[Result, SampledVideoMetadata]:
+        with reader:
+            timeline = reader.timeline
+            metadata = SampledVideoMetadata(
+                total_num_frames=timeline.num_frames,
+                fps=timeline.fps,
+                width=timeline.width,
+                height=timeline.height,
+                duration=timeline.duration_seconds,
+                video_backend=reader.backend,
+            )
+            times = file_times(item, timeline, metadata, options)
+            indices = timeline.frames_at(times)
+            metadata.frames_indices = (times * timeline.fps).tolist()
+            metadata.sampled_timestamps = times.tolist()
+            metadata.source_frame_indices = indices.tolist()
+            metadata.source_timestamps = timeline.start_seconds[indices].tolist()
+            metadata.source_first_timestamp = timeline.first_timestamp_seconds
+            return consume(reader.frames(indices), len(indices)), metadata
+
+    return decode_video(video_source(item, options.limits), read, options.backend)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def _read_file(
-    item: VideoItem, options: ReadingOptions, consume: FrameConsumer[Result]
-) -> tuple[Result, SampledVideoMetadata]:
-    """`read_video` of an encoded video."""
-
-    def read(reader: VideoReader) -> tuple[Result, SampledVideoMetadata]:
-        timeline = reader.timeline
-        metadata = SampledVideoMetadata(
-            total_num_frames=timeline.num_frames,
-            fps=timeline.fps,
-            width=timeline.width,
-            height=timeline.height,
-            duration=timeline.duration_seconds,
-            video_backend=reader.backend,
-        )
-        times = _file_times(item, timeline, metadata, options)
-        indices = timeline.frames_at(times)
-        metadata.frames_indices = (times * timeline.fps).tolist()
-        metadata.sampled_timestamps = times.tolist()
-        metadata.source_frame_indices = indices.tolist()
-        metadata.source_timestamps = timeline.start_seconds[indices].tolist()
-        metadata.source_first_timestamp = timeline.first_timestamp_seconds
-        return consume(reader.frames(indices), len(indices)), metadata
-
-    return decode_video(video_source(item, options.limits), read, options.backend)
-
-
-def _file_times(
+def file_times(
     item: VideoItem, timeline: VideoTimeline, metadata: VideoMetadata, options: ReadingOptions
 ) -> np.ndarray:
     """Sampled times in seconds from the first frame, float64."""
@@ -2302,7 +2116,7 @@ def _read_frames(
     item: VideoItem, options: ReadingOptions, consume: FrameConsumer[Result]
 ) -> tuple[Result, SampledVideoMetadata]:
     """`read_video` of decoded frames."""
-    frames, given = item.video, {} if item.metadata is None else item.metadata
+    frames, given = item.video, item.metadata
     if not len(frames):
         raise ValueError(f"{item.where} has no frames. Pass at least one.")
     times = _frame_times(item, len(frames), options.do_sample_frames)
@@ -2310,22 +2124,13 @@ def _read_frames(
         chosen = _chosen_frames(item, times, options)
     else:
         chosen = np.arange(len(frames))
-    metadata = SampledVideoMetadata(
-        total_num_frames=_get(given, "total_num_frames", len(frames)),
-        fps=times.fps,
-        width=_get(given, "width"),
-        height=_get(given, "height"),
-        duration=_get(given, "duration"),
-        video_backend=_get(given, "video_backend"),
-    )
+    about = {name: given.get(name) for name in ("width", "height", "duration", "video_backend")}
+    metadata = SampledVideoMetadata(total_num_frames=_total_num_frames(item), fps=times.fps, **about)
     first = int(chosen[0])
     metadata.frame_size = original_size(_rgb_frame(item, frames[first], first, options))
     metadata.sampled_timestamps = times.seconds[chosen].tolist()
     metadata.source_first_timestamp = getattr(given, "source_first_timestamp", None)
-    if times.are_irregular:
-        metadata.frames_indices = (times.seconds[chosen] * times.fps).tolist()
-    else:
-        metadata.frames_indices = times.indices[chosen].tolist()
+    metadata.frames_indices = times.positions[chosen].tolist()
     for name in ("source_frame_indices", "source_timestamps"):  # known if the frames come from `fetch_videos`
         of_source = getattr(given, name, None)
         of_frames = times.indices if name == "source_frame_indices" else times.seconds
@@ -2336,22 +2141,22 @@ def _read_frames(
 
 @dataclass(frozen=True)
 class _FrameTimes:
-    """Index in the source and time of each frame; `are_irregular` if the times are not index / fps."""
+    """Index in the source and time of each frame; `positions` are the times in frames, as in `frames_indices`."""
 
     indices: np.ndarray
     seconds: np.ndarray
     fps: float
-    are_irregular: bool
+    positions: np.ndarray
 
 
 def _frame_times(item: VideoItem, num_frames: int, are_all: bool) -> _FrameTimes:
     """Times of the passed frames; `are_all` if they are the whole video unless the metadata says otherwise."""
-    given = {} if item.metadata is None else item.metadata
-    fps = _get(given, "fps")
+    given = item.metadata
+    fps = given.get("fps")
     stamps = getattr(given, "sampled_timestamps", None)
     if stamps is None and not isinstance(given, VideoMetadata):  # there it is computed from fps
-        stamps = _get(given, "timestamps")
-    indices = _get(given, "frames_indices")
+        stamps = given.get("timestamps")
+    indices = given.get("frames_indices")
     if indices is not None and len(indices) != num_frames and not are_all:
         raise ValueError(
             f"{item.where} has {num_frames} frames, but its metadata lists {len(indices)} frames_indices. Pass one "
@@ -2371,7 +2176,7 @@ def _frame_times(item: VideoItem, num_frames: int, are_all: bool) -> _FrameTimes
             fps = require_fps(fps)
         except ValueError as error:
             raise ValueError(f"{item.where}: {error}") from None
-        return _FrameTimes(indices, indices / fps, fps, are_irregular=False)
+        return _FrameTimes(indices, indices / fps, fps, indices)
     seconds = np.asarray(stamps, dtype=np.float64).reshape(-1)
     if len(seconds) != num_frames or not np.all(np.isfinite(seconds)) or np.any(np.diff(seconds) < 0):
         raise ValueError(
@@ -2381,12 +2186,13 @@ def _frame_times(item: VideoItem, num_frames: int, are_all: bool) -> _FrameTimes
     if fps is None:
         span = seconds[-1] - seconds[0]
         fps = (num_frames - 1) / span if span > 0 else 1.0
-    return _FrameTimes(np.arange(num_frames), seconds, require_fps(fps), are_irregular=True)
+    fps = require_fps(fps)
+    return _FrameTimes(np.arange(num_frames), seconds, fps, seconds * fps)
 
 
 def _is_sampled(given: Mapping[str, Any], num_frames: int) -> bool:
     """True if the frames were sampled from a longer video before, by their metadata."""
-    indices, total = _get(given, "frames_indices"), _get(given, "total_num_frames")
+    indices, total = given.get("frames_indices"), given.get("total_num_frames")
     if indices is None or len(indices) != num_frames:
         return False
     if getattr(given, "sampled_timestamps", None) is not None:
@@ -2396,8 +2202,7 @@ def _is_sampled(given: Mapping[str, Any], num_frames: int) -> bool:
 
 def _chosen_frames(item: VideoItem, times: _FrameTimes, options: ReadingOptions) -> np.ndarray:
     """Indices of the sampled frames among the passed ones."""
-    num_frames = len(item.video)
-    total = _get({} if item.metadata is None else item.metadata, "total_num_frames", num_frames)
+    num_frames, total = len(item.video), _total_num_frames(item)
     if total > num_frames:
         raise ValueError(
             f"The metadata of {item.where} says total_num_frames={total}, but {num_frames} frames were passed. Pass "
@@ -2410,6 +2215,12 @@ def _chosen_frames(item: VideoItem, times: _FrameTimes, options: ReadingOptions)
     start, end = _clip_within(item, options.clip, float(seconds[-1]) + 1 / times.fps)
     first, last = np.clip(np.searchsorted(seconds, [start, end], side="right") - 1, 0, total - 1).tolist()
     return first + sample_indices(last - first + 1, times.fps, options.sampling)
+
+
+def _total_num_frames(item: VideoItem) -> int:
+    """Frames of the whole video by the metadata, else those that were passed."""
+    total = item.metadata.get("total_num_frames")
+    return len(item.video) if total is None else total
 
 
 def _rgb_frame(item: VideoItem, frame: Any, index: int, options: ReadingOptions) -> np.ndarray:
@@ -2478,12 +2289,6 @@ def _flat_metadata(metadata: Any) -> Iterator[Mapping[str, Any] | None]:
             f"video_metadata has an entry of type {type(metadata).__name__}. Pass a dict such as "
             '{"fps": 30.0} or a VideoMetadata per video.'
         )
-
-
-def _get(metadata: Mapping[str, Any], name: str, default: Any = None) -> Any:
-    """A value of the metadata; missing and None are the default."""
-    value = metadata.get(name)
-    return default if value is None else value
 
 
 # --- src/molmo2/video/processing.py ----------------------------------------------------------------------------------
@@ -2564,7 +2369,8 @@ class VideoOptions:
     do_resize: bool
     pixel_dtype: np.dtype
     return_metadata: bool
-    device: Any = None
+    frame_encoder: FrameEncoder | None
+    device: Any
 
     def plan(self, num_frames: int) -> VideoPlan:
         """The plan of a video with this number of sampled frames."""
@@ -2610,26 +2416,13 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
         "video_backend": None,
     }
     NULLABLE = frozenset({"max_fps"})
-    IGNORED = (frozenset(VideosKwargs.__annotations__) | UNUSED_KEYS.keys()) - FIXED_STEPS.keys() | {
-        "auto_map",
-        "backend",
-        "clip",
-        "code_revision",
-        "disable_grouping",
-        "frame_encoder",
-        "image_patch_size",
-        "image_processor_type",
-        "interpolation",
-        "limits",
-        "min_frames",
-        "pixel_dtype",
-        "processor_class",
-        "return_tensors",
-        "return_video_kwargs",
-        "trust_remote_code",
-        "use_fast",
-        "video_processor_type",
-    }
+    IGNORED = (
+        (frozenset(VideosKwargs.__annotations__) | UNUSED_KEYS.keys()) - FIXED_STEPS.keys()
+        | {"backend", "clip", "frame_encoder", "limits", "pixel_dtype", "return_tensors"}  # of a call
+        | {"auto_map", "image_processor_type", "processor_class", "video_processor_type"}  # of files
+        | {"code_revision", "trust_remote_code", "use_fast"}  # of loading
+        | {"disable_grouping", "image_patch_size", "interpolation", "min_frames", "return_video_kwargs"}  # of others
+    )
 
     def __init__(self, **kwargs: Unpack[Molmo2VideoProcessorKwargs]):
         super().__init__(**kwargs)
@@ -2696,13 +2489,11 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
         options = self._options(call)
         items = list_videos(videos, video_metadata)
         clips = clips_per_video(kwargs.get("clip"), len(items))
-        encoder = kwargs.get("frame_encoder")
-        options = replace(options, device=kwargs.get("device"))
-        cut = [_cut(item, options, clip, encoder) for item, clip in zip(items, clips, strict=True)]
+        cut = [_cut(item, options, clip) for item, clip in zip(items, clips, strict=True)]
         plans = [options.plan(len(metadata.timestamps)) for _, metadata in cut]
         grids = [grid for plan in plans for grid in plan.grids]
         data: dict[str, Any] = {}
-        if encoder is None:
+        if options.frame_encoder is None:
             data["pixel_values_videos"] = _pixel_values([pixels for pixels, _ in cut], options)
             data["video_token_pooling"] = stack_pooling(
                 [video_token_pooling(plan) for plan in plans], options.crops.pool_height * options.crops.pool_width
@@ -2711,35 +2502,11 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
             data["video_features"] = torch.cat([features for features, _ in cut])
         data["video_grids"] = np.array(grids, dtype=np.int64).reshape(len(grids), 3)
         features: Any = BatchFeature(data=data, tensor_type=kwargs.get("return_tensors"))
-        if kwargs.get("device") is not None and kwargs.get("return_tensors") is not None:
-            features = features.to(kwargs["device"])
+        if options.device is not None and kwargs.get("return_tensors") is not None:
+            features = features.to(options.device)
         if options.return_metadata:
             features["video_metadata"] = [metadata for _, metadata in cut]
         return features
-
-    def probe(
-        self, videos: Any, video_metadata: Any = None, limits: Any = None
-    ) -> list[Callable[..., tuple[VideoPlan, list[float]]]]:
-        """Plans of videos without decoding them, to know the size of a request before it is made.
-
-        Args:
-            videos, video_metadata, limits: as for `preprocess`.
-
-        Returns:
-            For each video a function from options of `preprocess` to its plan and its sampled times in seconds.
-        """
-
-        def probe_one(item: VideoItem) -> Callable[..., tuple[VideoPlan, list[float]]]:
-            sampled_times = probe_video(item, self.video_backend, self._limits({"limits": limits}))
-
-            def plan(clip: Any = None, **overrides: Any) -> tuple[VideoPlan, list[float]]:
-                options = self._options(overrides)
-                times = sampled_times(replace(options.reading, clip=_checked_clip(clip)))
-                return options.plan(len(times)), times
-
-            return plan
-
-        return [probe_one(item) for item in list_videos(videos, video_metadata)]
 
     def fetch_videos(  # type: ignore[override]  # of the two functions the library has the second only
         self,
@@ -2771,9 +2538,14 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
             return [frames for frames, _ in fetched], [metadata for _, metadata in fetched]
         (item,) = list_videos(video_url_or_urls)
         if not is_encoded(item.video):
-            return item.video, item.metadata
-        options = self._options(kwargs, sample_timestamps_fn, sample_indices_fn)
-        return _decode(item, options.reading, kwargs.get("clip"))
+            return item.video, item.metadata or None
+        reading = replace(
+            self._options(kwargs).reading,
+            clip=clips_per_video(kwargs.get("clip"), 1)[0],
+            sample_timestamps_fn=sample_timestamps_fn,
+            sample_indices_fn=sample_indices_fn,
+        )
+        return read_video(item, reading, lambda frames, _: np.stack(list(frames)))
 
     def sample_frames(  # type: ignore[override]  # options of this processor in place of two named ones
         self, metadata: Mapping[str, Any], **kwargs: Any
@@ -2782,12 +2554,7 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
         sampling = self._options(kwargs).reading.sampling
         return sample_indices(metadata["total_num_frames"], metadata["fps"], sampling)
 
-    def _options(
-        self,
-        overrides: Mapping[str, Any],
-        sample_timestamps_fn: Callable[..., Any] | None = None,
-        sample_indices_fn: Callable[..., Any] | None = None,
-    ) -> VideoOptions:
+    def _options(self, overrides: Mapping[str, Any]) -> VideoOptions:
         self._warn_about(overrides)
         values, given = self._values(), self._given(overrides)
         fps = plain(given.get("fps", values["fps"]))
@@ -2798,30 +2565,26 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
         values = self._canonical(values | given)
         interpolation_mode(values["resample"])
         reading = ReadingOptions(
-            sampling=SamplingSettings(
-                num_frames=values["num_frames"],
-                frame_sample_mode=values["frame_sample_mode"],
-                max_fps=values["max_fps"],
-                sampling_fps=values["sampling_fps"],
-            ),
+            sampling=SamplingSettings(**{entry.name: values[entry.name] for entry in fields(SamplingSettings)}),
             do_sample_frames=values["do_sample_frames"],
             backend=values["video_backend"],
             input_data_format=overrides.get("input_data_format"),
-            sample_timestamps_fn=sample_timestamps_fn,
-            sample_indices_fn=sample_indices_fn,
             limits=self._limits(overrides),
         )
-        size, pooling_size, steps = values["size"], values["pooling_size"], normalization(values)
+        steps = normalization(values)
+        crop = values["size"]["height"], values["size"]["width"], values["patch_size"]
         return VideoOptions(
             reading=reading,
-            crops=CropSettings(size["height"], size["width"], values["patch_size"], *pooling_size),
-            between=CropSettings(size["height"], size["width"], values["patch_size"], *values["between_pooling_size"]),
+            crops=CropSettings(*crop, *values["pooling_size"]),
+            between=CropSettings(*crop, *values["between_pooling_size"]),
             key_frame_interval=values["key_frame_interval"],
             resample=values["resample"],
             steps=steps,
             do_resize=values["do_resize"],
             pixel_dtype=pixel_dtype(overrides.get("pixel_dtype"), steps),
             return_metadata=values["return_metadata"],
+            frame_encoder=overrides.get("frame_encoder"),
+            device=overrides.get("device"),
         )
 
     @classmethod
@@ -2837,15 +2600,8 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
         return {"between_pooling_size": between, **flags}
 
 
-def _decode(item: VideoItem, reading: ReadingOptions, clip: Any) -> tuple[np.ndarray, SampledVideoMetadata]:
-    """The sampled frames of an encoded video, (F, H, W, 3) uint8."""
-    return read_video(
-        item, replace(reading, clip=clips_per_video(clip, 1)[0]), lambda frames, _: np.stack(list(frames))
-    )
-
-
 def _cut(
-    item: VideoItem, options: VideoOptions, clip: tuple[float, float | None] | None, encoder: FrameEncoder | None
+    item: VideoItem, options: VideoOptions, clip: tuple[float, float | None] | None
 ) -> tuple[Any, SampledVideoMetadata]:
     """The sampled frames of a video as pixel values, (F, P, values), or as features; one is decoded at a time."""
     size = options.crops.crop_height, options.crops.crop_width
@@ -2867,8 +2623,8 @@ def _cut(
         num_tokens = options.plan(num_frames).num_pooled_tokens
         found = f"{item.where} would take {num_tokens:,} visual tokens in {num_frames:,} frames"
         options.reading.limits.check("visual_tokens", num_tokens, found)
-        if encoder is not None:
-            return encode_frames(frames, options.plan(num_frames), to_pixel_values, encoder)
+        if options.frame_encoder is not None:
+            return encode_frames(frames, options.plan(num_frames), to_pixel_values, options.frame_encoder)
         with closing(read_ahead(frames, FRAMES_AHEAD)) as ahead:
             return to_pixel_values(ahead, num_frames)
 
