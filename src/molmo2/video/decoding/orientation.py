@@ -18,7 +18,7 @@ from molmo2.video.decoding.timeline import VideoDecodeError
 Matrix = tuple[float, float, float, float]  # a, b, c, d of the display matrix
 UPRIGHT: Matrix = (1, 0, 0, 1)
 
-MAX_BOXES = 10_000  # of one file that are looked at
+MAX_BOXES = 25_000  # of one file that are looked at
 MATRIX_AT = {b"mvhd": 36, b"tkhd": 40}  # bytes into a box of version 0; in version 1 there are 12 more before it
 
 
