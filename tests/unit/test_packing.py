@@ -1,6 +1,7 @@
 """Packed rows and message trees: the same numbers as rows of their own, and ids that fit no layout are refused."""
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,9 +12,9 @@ from molmo2.model.attention.blockwise import BlockwiseMask
 from molmo2.model.attention.mask import attention_spec
 from molmo2.model.loss import shift_labels, weighted_loss
 from molmo2.model.packing import packed_rows, require_packed_layout
-from molmo2.model.vision_inputs import MediaGrids, assign_media, token_groups
+from molmo2.model.vision_inputs import token_groups
 from support.checkpoints import FAMILIES, build_model
-from support.model_inputs import batch
+from support.model_inputs import batch, owners_of
 
 IMAGES = (
     "pixel_values",
@@ -120,12 +121,17 @@ def test_packed_examples_are_rows_of_their_own_to_the_images():
     """A frame of 2 tokens, then one of 3 in the next example, are no image whose two groups are 2 and 3."""
     ids = torch.tensor([[1, 1, 2, 0, 1, 1, 1, 2, 1, 1, 2, 1, 1, 1, 2]])  # 1 patch, 2 end
     examples = digits("000011112222222")
-    tables = MediaGrids(
-        torch.tensor([[1, 2, 1, 3]]), torch.tensor([1]), video_grids=torch.tensor([[1, 1, 2], [1, 1, 3]])
+    config = SimpleNamespace(
+        image_patch_id=1,
+        image_low_res_id=1,
+        image_end_token_id=2,
+        frame_end_token_id=9,
+        low_res_image_start_token_id=8,
     )
-    groups = token_groups(ids, [1], 2, 9, 8, examples)
-    assert [[group.num_tokens for group in row] for row in groups] == [[2], [3], [2, 3]]
-    assert assign_media(groups, tables) == [[("video", 0)], [("video", 1)], [("image", 0)]]
+    groups = token_groups(ids, config, examples)
+    assert [[size for size, _ in row] for row in groups] == [[2], [3], [2, 3]]
+    found = owners_of(groups, [[1, 2, 1, 3]], [[1, 1, 2], [1, 1, 3]])
+    assert found == [[("video", 0)], [("video", 1)], [("image", 0)]]
 
 
 # --- packed rows against rows of their own ---------------------------------------------------------------------------

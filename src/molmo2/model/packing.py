@@ -30,11 +30,11 @@ class PackedRows:
 
     def example_starts(self) -> Tensor:
         """(B, S) bool: first tokens of examples."""
-        return _changes(self.examples)
+        return changes(self.examples)
 
     def branch_starts(self) -> Tensor:
         """(B, S) bool: first tokens of branches, prefixes not among them."""
-        return (self.example_starts() | _changes(self.branches)) & (self.branches != 0)
+        return (self.example_starts() | changes(self.branches)) & (self.branches != 0)
 
     def positions(self) -> Tensor:
         """(B, S) int64: positions within each example; a branch continues after the prefix; padding gets 0 or more."""
@@ -48,7 +48,7 @@ class PackedRows:
         return (in_prefix + in_branch - 1).clamp(min=0)
 
 
-def _changes(ids: Tensor) -> Tensor:
+def changes(ids: Tensor) -> Tensor:
     """(B, S) bool: entries that differ from the one before, and the first ones."""
     first = torch.ones_like(ids[:, :1], dtype=torch.bool)
     return torch.cat((first, ids[:, 1:] != ids[:, :-1]), dim=1)
@@ -94,7 +94,7 @@ def packed_rows(
     is_real = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.to(ids.device) != 0
     examples = torch.zeros_like(ids) if example_ids is None else _fill_padding(example_ids, is_real)
     branches = torch.zeros_like(ids) if branch_ids is None else _fill_padding(branch_ids.to(ids.device), is_real)
-    return PackedRows(_changes(examples).long().cumsum(-1) - 1, branches.long(), is_real)
+    return PackedRows(changes(examples).long().cumsum(-1) - 1, branches.long(), is_real)
 
 
 def example_ids_from_positions(position_ids: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ def example_ids_from_positions(position_ids: Tensor) -> Tensor:
 def _has_split_groups(ids: Tensor) -> Tensor:
     """(B,) bool: the row has an id in several runs."""
     ordered = ids.sort(-1).values
-    return _changes(ids).sum(-1) > _changes(ordered).sum(-1)
+    return changes(ids).sum(-1) > changes(ordered).sum(-1)
 
 
 def require_packed_layout(
@@ -129,7 +129,7 @@ def require_packed_layout(
         return
     filled = rows.examples if example_ids is None else _fill_padding(example_ids, rows.is_real)
     pairs = rows.examples * (rows.branches.max() + 1) + rows.branches
-    late_prefix = _changes(rows.branches) & ~rows.example_starts() & (rows.branches == 0)
+    late_prefix = changes(rows.branches) & ~rows.example_starts() & (rows.branches == 0)
     late_prefix[:, 0] = False
     visual_in_branch = torch.zeros_like(rows.is_real)
     if is_visual is not None:
