@@ -6,7 +6,6 @@ Everything is flat: the crops of all images and frames one after the other, and 
 import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -90,14 +89,6 @@ class Molmo2VisionBlock(GradientCheckpointingLayer):
         return hidden_states + self.feed_forward(self.ffn_norm(hidden_states))
 
 
-class Molmo2VisionBlocks(nn.Module):
-    """Holds the blocks under the name they have on disk."""
-
-    def __init__(self, config: Molmo2VitConfig, num_layers: int):
-        super().__init__()
-        self.resblocks = nn.ModuleList([Molmo2VisionBlock(config) for _ in range(num_layers)])
-
-
 class Molmo2VisionTransformer(Molmo2PreTrainedModel):
     """The vision tower up to the last layer whose output is wanted.
 
@@ -118,7 +109,8 @@ class Molmo2VisionTransformer(Molmo2PreTrainedModel):
         num_positions: Any = config.image_num_pos  # the configuration fills it in where it is None
         self.positional_embedding = nn.Parameter(torch.empty(num_positions, config.hidden_size))
         self.patch_embedding = nn.Linear(config.image_patch_size**2 * 3, config.hidden_size)
-        self.transformer = Molmo2VisionBlocks(config, max(self.feature_layers) + 1)
+        blocks = nn.ModuleList([Molmo2VisionBlock(config) for _ in range(max(self.feature_layers) + 1)])
+        self.transformer = nn.ModuleDict({"resblocks": blocks})  # the name that they have on disk
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -203,40 +195,27 @@ class Molmo2Projector(nn.Module):
         return self.w2(self.act(self.w1(hidden_states)) * self.w3(hidden_states))
 
 
-@dataclass(frozen=True)
-class PoolingSchedule:
-    """Which tokens can be pooled after which crops, so that features can be freed early.
+def pooling_schedule(
+    token_pooling: Tensor, patches_per_crop: int, chunk_ends: list[int]
+) -> tuple[Tensor, list[int], list[int]]:
+    """Which tokens can be pooled after which chunk of crops, so that features can be freed early.
 
-    Attributes:
-        order: (T,) tokens in the order in which they are ready.
-        ready: How many of them are ready after each chunk of crops.
-        first_crop: First crop that tokens still need after each chunk.
+    Args:
+        token_pooling: (T, K) int64, -1 for none, at least one patch in each row.
+        chunk_ends: Crops encoded after each chunk.
+    Returns:
+        (T,) tokens in the order in which they are ready; for each chunk, how many are ready after it, and the first
+        crop that tokens still need.
     """
-
-    order: Tensor
-    ready: tuple[int, ...]
-    first_crop: tuple[int, ...]
-
-    def is_in_order(self) -> bool:
-        return bool((self.order[1:] > self.order[:-1]).all())
-
-    @classmethod
-    def from_table(cls, token_pooling: Tensor, patches_per_crop: int, chunk_ends: list[int]) -> "PoolingSchedule":
-        """The schedule of a pooling table.
-
-        Args:
-            token_pooling: (T, K) int64, -1 for none, at least one patch in each row.
-            chunk_ends: Crops encoded after each chunk.
-        """
-        last = token_pooling.amax(-1) // patches_per_crop
-        first = torch.where(token_pooling >= 0, token_pooling, token_pooling.amax(-1, keepdim=True)).amin(-1)
-        last, order = last.sort(stable=True)
-        ends = torch.tensor(chunk_ends)
-        ready = torch.searchsorted(last, ends)
-        # The smallest first crop of this token and all later ones; after the last token nothing is needed.
-        needed = (first // patches_per_crop)[order].flip(0).cummin(0).values.flip(0)
-        needed = torch.cat((needed, ends[-1:]))[ready]
-        return cls(order, tuple(ready.tolist()), tuple(torch.minimum(needed, ends).tolist()))
+    last = token_pooling.amax(-1) // patches_per_crop
+    first = torch.where(token_pooling >= 0, token_pooling, token_pooling.amax(-1, keepdim=True)).amin(-1)
+    last, order = last.sort(stable=True)
+    ends = torch.tensor(chunk_ends)
+    ready = torch.searchsorted(last, ends)
+    # The smallest first crop of this token and all later ones; after the last token nothing is needed.
+    needed = (first // patches_per_crop)[order].flip(0).cummin(0).values.flip(0)
+    needed = torch.cat((needed, ends[-1:]))[ready]
+    return order, ready.tolist(), torch.minimum(needed, ends).tolist()
 
 
 class Molmo2VisionBackbone(Molmo2PreTrainedModel):
@@ -308,16 +287,15 @@ class Molmo2VisionBackbone(Molmo2PreTrainedModel):
             return torch.zeros(0, self.config.text_hidden_size, device=self.device, dtype=self.dtype)
         chunks = self._chunks(pixel_values, self.crops_per_chunk)
         ends = list(itertools.accumulate(len(chunk) for chunk in chunks))
-        schedule = PoolingSchedule.from_table(token_pooling, patches, ends)
-        token_pooling = token_pooling[schedule.order]
+        order, *schedule = pooling_schedule(token_pooling, patches, ends)
+        token_pooling = token_pooling[order]
         held, held_from, done, vectors = None, 0, 0, []
-        for number, chunk in enumerate(chunks):
+        for chunk, end, ready, first_crop in zip(chunks, ends, *schedule):
             held = self.encode_crops(chunk) if held is None else torch.cat((held, self.encode_crops(chunk)))
-            ready, first_crop = schedule.ready[number], schedule.first_crop[number]
             if ready > done:
                 vectors += self._pooled(held, token_pooling[done:ready], held_from * patches)
             # A copy, so that the memory of what is no longer needed is freed.
-            held = held[(first_crop - held_from) * patches :].clone() if first_crop < ends[number] else None
+            held = held[(first_crop - held_from) * patches :].clone() if first_crop < end else None
             held_from, done = first_crop, ready
         joined = torch.cat(vectors)
         if joined.dtype == torch.float16 and not bool(joined.isfinite().all()):
@@ -325,7 +303,8 @@ class Molmo2VisionBackbone(Molmo2PreTrainedModel):
                 "Vectors of an image are not finite in float16, whose largest number is 65504; every token after them "
                 "would be nonsense. Load the model in bfloat16 or float32: `dtype=torch.bfloat16`."
             )
-        return joined if schedule.is_in_order() else joined[schedule.order.argsort().to(joined.device)]
+        is_in_order = bool((order[1:] > order[:-1]).all())
+        return joined if is_in_order else joined[order.argsort().to(joined.device)]
 
     def _pooled(self, features: Tensor, token_pooling: Tensor, first_patch: int) -> list[Tensor]:
         """Vectors of tokens, chunk by chunk; `features` begin at patch `first_patch`."""
