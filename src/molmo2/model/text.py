@@ -138,6 +138,7 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
 
     config_class = Molmo2TextConfig
     config: Molmo2TextConfig
+    _input_embed_layer = "wte"
 
     def __init__(self, config: Molmo2TextConfig):
         super().__init__(config)
@@ -148,12 +149,6 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
         self.rotary_emb = Molmo2RotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
-
-    def get_input_embeddings(self) -> Molmo2Embedding:
-        return self.wte
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.wte = value  # type: ignore[assignment]
 
     @property
     def drops_cache(self) -> bool:

@@ -101,6 +101,7 @@ class Molmo2VisionTransformer(Molmo2PreTrainedModel):
     config: Molmo2VitConfig
     main_input_name = "pixel_values"
     input_modalities = ("image",)
+    _input_embed_layer = "patch_embedding"
 
     def __init__(self, config: Molmo2VitConfig, feature_layers: list[int] | tuple[int, ...] = (-1,)):
         super().__init__(config)
@@ -110,12 +111,9 @@ class Molmo2VisionTransformer(Molmo2PreTrainedModel):
         self.positional_embedding = nn.Parameter(torch.empty(num_positions, config.hidden_size))
         self.patch_embedding = nn.Linear(config.image_patch_size**2 * 3, config.hidden_size)
         blocks = nn.ModuleList([Molmo2VisionBlock(config) for _ in range(max(self.feature_layers) + 1)])
-        self.transformer = nn.ModuleDict({"resblocks": blocks})  # the name that they have on disk
+        self.transformer: Any = nn.ModuleDict({"resblocks": blocks})  # the name that they have on disk
         self.gradient_checkpointing = False
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.patch_embedding
 
     def _positions(self) -> Tensor:
         """(P, D) position vectors; a stored grid of another size is resized (bicubic, antialiased)."""
