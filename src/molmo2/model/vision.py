@@ -14,7 +14,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from molmo2.configuration import PAD_SLOT, UINT8_MEAN, UINT8_STD, Molmo2AdapterConfig, Molmo2VitConfig
-from molmo2.model.attention.dispatch import Molmo2AttentionBase
+from molmo2.model.attention.dispatch import Molmo2AttentionBase, attention_implementation
 from molmo2.model.pretrained import Molmo2PreTrainedModel
 
 
@@ -47,16 +47,8 @@ class Molmo2VisionAttention(Molmo2AttentionBase):
         query, key, value = (
             states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for states in (query, key, value)
         )
-        implementation = self.config._attn_implementation
-        if attention_mask is not None and implementation is not None and "flash" in implementation:
-            implementation = "sdpa"  # flash attention takes no mask of this form
-        if attention_mask is not None and implementation == "flex_attention":
-            # A tensor is added to the scores there.
-            attention_mask = torch.zeros(attention_mask.shape, device=query.device).masked_fill(
-                ~attention_mask, torch.finfo(torch.float32).min
-            )
-        is_causal = {} if implementation in ("eager", "flex_attention") else {"is_causal": False}
-        attended, weights = self.attend(query, key, value, attention_mask, implementation, **is_causal)
+        implementation = attention_implementation(self.config, False, needs_mask=attention_mask is not None)
+        attended, weights = self.attend(query, key, value, attention_mask, implementation)
         return self.dropout(self.wo(attended)), weights
 
 
