@@ -35,6 +35,12 @@ def digits(*rows: str) -> torch.Tensor:
     return torch.tensor([[-1 if letter == "." else int(letter) for letter in row] for row in rows])
 
 
+def require_layout(mask, examples, branches, is_visual=None):
+    ids = [None if texts is None else digits(*texts) for texts in (mask, examples, branches)]
+    shape = next(tensor.shape for tensor in ids[1:] if tensor is not None)
+    require_packed_layout(packed_rows(*ids, shape), is_visual)
+
+
 def written(ids: torch.Tensor) -> list[str]:
     return ["".join("." if entry < 0 else str(entry) for entry in row) for row in ids.tolist()]
 
@@ -91,9 +97,7 @@ def test_the_first_token_of_a_branch_has_no_label():
 )
 def test_ids_that_fit_no_layout(examples, branches, message):
     with pytest.raises(ValueError, match=message):
-        require_packed_layout(
-            None, None if examples is None else digits(*examples), None if branches is None else digits(*branches)
-        )
+        require_layout(None, examples, branches)
 
 
 @pytest.mark.parametrize(
@@ -107,14 +111,14 @@ def test_ids_that_fit_no_layout(examples, branches, message):
     ],
 )
 def test_ids_that_are_fine(mask, examples, branches):
-    require_packed_layout(*(None if text is None else digits(text) for text in (mask, examples, branches)))
+    require_layout(*(None if text is None else (text,) for text in (mask, examples, branches)))
 
 
 def test_images_belong_into_the_prefix():
     is_visual = torch.tensor([[True, True, False, True, False, False]])
     with pytest.raises(ValueError, match=r"In row\(s\) \[0\] there are visual tokens in a branch: put images"):
-        require_packed_layout(None, None, digits("001122"), is_visual)
-    require_packed_layout(None, None, digits("000011"), is_visual)
+        require_layout(None, None, ("001122",), is_visual)
+    require_layout(None, None, ("000011",), is_visual)
 
 
 def test_packed_examples_are_rows_of_their_own_to_the_images():

@@ -143,7 +143,7 @@ class Molmo2Model(Molmo2PreTrainedModel, Molmo2VisionInputsMixin):
                 "`example_ids` and `branch_ids`",
                 "Run packed rows in one pass, without `past_key_values`; generate from unpacked prompts",
             )
-            require_packed_layout(attention_mask, example_ids, branch_ids, is_visual)
+            require_packed_layout(packed, is_visual)
         outputs = self.transformer(
             attention_mask=attention_mask,
             position_ids=position_ids,

@@ -8,6 +8,7 @@ flash attention                            padding only; passes that need more r
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -195,7 +196,7 @@ def _blockwise_mask(
     first_query = int(cached_length(past_key_values))
     length = first_query + queries
     if attention_mask is not None and not bool(attention_mask.all()):
-        spec = spec.with_padding(attention_mask.to(inputs_embeds.device)[:, :length].bool())
+        spec = replace(spec, is_real=attention_mask.to(inputs_embeds.device)[:, :length].bool())
     if first_query == 0 and spec.is_empty():
         return None
     return BlockwiseMask(spec, batch, first_query, length, inputs_embeds.device)
