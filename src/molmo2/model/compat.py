@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import fields
 from functools import wraps
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -99,29 +100,21 @@ def update_cache(
     return cache.update(key, value, layer_idx)
 
 
-class _RopeSettings:
-    """The attributes of a config that the rope functions of transformers read, in every spelling they have used."""
-
-    def __init__(self, config: Any):
-        self.rope_parameters = dict(config.rope_parameters)
-        if self.rope_parameters["rope_type"] == "yarn":  # the default of 4.57; later releases require it
-            self.rope_parameters.setdefault("original_max_position_embeddings", config.max_position_embeddings)
-        self.rope_scaling = config.rope_scaling
-        self.rope_theta = config.rope_theta
-        self.head_dim = config.head_dim
-        self.hidden_size = config.hidden_size
-        self.num_attention_heads = config.num_attention_heads
-        self.max_position_embeddings = config.max_position_embeddings
-        self.partial_rotary_factor = 1.0
-
-    def standardize_rope_params(self) -> None:
-        """Nothing to do: the parameters are in the standard form already."""
-
-
 def scaled_rope(config: Any) -> tuple[Tensor, float]:
-    """Scaled inverse frequencies (head_dim / 2,), float32, and the factor on cos and sin, by transformers."""
+    """Scaled inverse frequencies (head_dim / 2,), float32, and the factor on cos and sin, by transformers.
+
+    Its functions are given the attributes that they have read in any release.
+    """
+    parameters = dict(config.rope_parameters)
+    if parameters["rope_type"] == "yarn":  # the default of 4.57; later releases require it
+        parameters.setdefault("original_max_position_embeddings", config.max_position_embeddings)
+    names = ("rope_scaling", "rope_theta", "head_dim", "hidden_size", "num_attention_heads", "max_position_embeddings")
+    settings: Any = SimpleNamespace(
+        rope_parameters=parameters,
+        standardize_rope_params=lambda: None,  # they are in the standard form already
+        partial_rotary_factor=1.0,
+        **{name: getattr(config, name) for name in names},
+    )
     with torch.device("cpu"):
-        inv_freq, factor = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](
-            _RopeSettings(config), torch.device("cpu")
-        )
+        inv_freq, factor = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](settings, torch.device("cpu"))
     return inv_freq.float(), float(factor)
