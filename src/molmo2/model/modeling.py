@@ -123,8 +123,7 @@ class Molmo2Model(Molmo2PreTrainedModel, Molmo2VisionInputsMixin):
             require_empty_cache(past_key_values, "Images and videos", "Pass text alone, or all in one pass")
         repeats = kwargs.get(REPEAT_FACTOR, 1)
         first_ids = None if input_ids is None else input_ids[::repeats]
-        first_examples = None if example_ids is None else example_ids[::repeats]
-        vectors = self._media_features(first_ids, inputs_embeds[::repeats], media, first_examples)
+        vectors = self._media_features(first_ids, inputs_embeds[::repeats], media, example_ids)
         if vectors is not None:
             inputs_embeds, has_visual = self._add_features(input_ids, inputs_embeds, vectors, repeats, is_visual)
         else:

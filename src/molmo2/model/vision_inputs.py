@@ -8,7 +8,7 @@ video one per frame.
     0.0 <im_start> ■■■ <im_end> 0.5 <im_start> ■■■ <im_end> text      ->  groups [3, 3]: a video of two frames
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any
@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
+from molmo2.configuration import TOKEN_ID_OFFSETS
 from molmo2.model.packing import changes
 from molmo2.model.vision import record_calls
 
@@ -93,6 +94,36 @@ def flat_pooling(token_pooling: Tensor, tokens: Tensor, crops: Tensor, patches_p
     if len(crops) > 1 and bool(((token_pooling >= shift) | (token_pooling < 0)).all()):
         return token_pooling
     return torch.where(token_pooling >= 0, token_pooling + shift, token_pooling)
+
+
+def flat_media(
+    pixels: Tensor, token_pooling: Tensor, grids: Tensor, num_crops: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Crops, pooling indices over all of them and (items,) tokens of each image, from the tensors of `ENCODED_INPUTS`.
+
+    Likewise of videos, which have no `num_crops`: their grids count the frames.
+
+    Raises:
+        ValueError: If these tensors contradict each other, naming both numbers.
+    """
+    if num_crops is None:
+        token_pooling, grids = on_host(token_pooling, grids)
+        tokens, crops, stated = grids.prod(dim=-1), grids[:, 0], "`video_grids` counts"
+    else:
+        token_pooling, grids, crops = on_host(token_pooling, grids, num_crops)
+        tokens, stated = image_groups(grids).sum(-1), "`image_num_crops` adds up to"
+    names = ENCODED_INPUTS["video" if num_crops is None else "image"]
+    _require_equal(stated, crops.sum(), f"`{names[0]}` has", pixels)
+    _require_equal(f"`{names[2]}` adds up to", tokens.sum(), f"`{names[1]}` has", token_pooling)
+    return pixels, flat_pooling(token_pooling, tokens, crops, pixels.shape[1]), tokens
+
+
+def _require_equal(stated: str, expected: Tensor, holder: str, tensor: Tensor) -> None:
+    if int(expected) != len(tensor):
+        raise ValueError(
+            f"{stated} {int(expected)}, but {holder} {len(tensor)} row(s). Pass the tensors of one call of the "
+            "processor, without dropping or repeating rows."
+        )
 
 
 def token_groups(ids: Tensor, config: Any, example_ids: Tensor | None = None) -> list[list[TokenGroup]]:
@@ -197,15 +228,7 @@ class Molmo2VisionInputsMixin:
     @property
     def visual_ids(self) -> list[int]:
         """Ids of all visual tokens: patch, column, start and end tokens."""
-        return [
-            *self.patch_ids,
-            self.config.image_col_id,
-            self.config.image_start_token_id,
-            self.config.image_end_token_id,
-            self.config.low_res_image_start_token_id,
-            self.config.frame_start_token_id,
-            self.config.frame_end_token_id,
-        ]
+        return [getattr(self.config, name) for name in TOKEN_ID_OFFSETS]
 
     def _special_ids(self, input_ids: Tensor | None, inputs_embeds: Any) -> Tensor:
         """(B, S) ids; where only embeddings are known, those of visual tokens, and -1 elsewhere."""
@@ -266,18 +289,8 @@ class Molmo2VisionInputsMixin:
         Raises:
             ValueError: If these tensors contradict each other, naming both numbers.
         """
-        media = self._images(pixel_values, image_token_pooling, image_grids, image_num_crops)
+        media = flat_media(pixel_values, image_token_pooling, image_grids, image_num_crops)
         return self._encoded_output(*media, output_hidden_states, output_attentions)
-
-    def _images(
-        self, pixel_values: Tensor, image_token_pooling: Tensor, image_grids: Tensor, image_num_crops: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Crops, pooling indices over all of them and (images,) tokens of each image."""
-        image_token_pooling, image_grids, image_num_crops = on_host(image_token_pooling, image_grids, image_num_crops)
-        tokens = image_groups(image_grids).sum(-1)
-        self._require_equal("`image_num_crops` adds up to", image_num_crops.sum(), "`pixel_values` has", pixel_values)
-        self._require_equal("`image_grids` adds up to", tokens.sum(), "`image_token_pooling` has", image_token_pooling)
-        return pixel_values, flat_pooling(image_token_pooling, tokens, image_num_crops, pixel_values.shape[1]), tokens
 
     @can_return_tuple
     def get_video_features(
@@ -301,19 +314,8 @@ class Molmo2VisionInputsMixin:
         Raises:
             ValueError: If these tensors contradict each other, naming both numbers.
         """
-        media = self._videos(pixel_values_videos, video_token_pooling, video_grids)
+        media = flat_media(pixel_values_videos, video_token_pooling, video_grids)
         return self._encoded_output(*media, output_hidden_states, output_attentions)
-
-    def _videos(
-        self, pixel_values_videos: Tensor, video_token_pooling: Tensor, video_grids: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Frames, pooling indices over all of them and tokens for each row of `video_grids`."""
-        video_token_pooling, video_grids = on_host(video_token_pooling, video_grids)
-        tokens, frames = video_grids.prod(dim=-1), video_grids[:, 0]
-        self._require_equal("`video_grids` counts", frames.sum(), "`pixel_values_videos` has", pixel_values_videos)
-        self._require_equal("`video_grids` adds up to", tokens.sum(), "`video_token_pooling` has", video_token_pooling)
-        pooling = flat_pooling(video_token_pooling, tokens, frames, pixel_values_videos.shape[1])
-        return pixel_values_videos, pooling, tokens
 
     def _encoded_output(
         self, pixels: Tensor, pooling: Tensor, tokens: Tensor, wants_states: bool | None, wants_weights: bool | None
@@ -349,16 +351,8 @@ class Molmo2VisionInputsMixin:
         device = self.vision_backbone.device
         if device.type == "cuda" and pixel_values_videos.device.type == "cpu":
             pixel_values_videos = pixel_values_videos.pin_memory().to(device, non_blocking=True)
-        pixels, pooling, _ = self._videos(pixel_values_videos, video_token_pooling, video_grids)
+        pixels, pooling, _ = flat_media(pixel_values_videos, video_token_pooling, video_grids)
         return self.vision_backbone(pixels, pooling)
-
-    @staticmethod
-    def _require_equal(stated: str, expected: Tensor, holder: str, tensor: Tensor) -> None:
-        if int(expected) != len(tensor):
-            raise ValueError(
-                f"{stated} {int(expected)}, but {holder} {len(tensor)} row(s). Pass the tensors of one call of the "
-                "processor, without dropping or repeating rows."
-            )
 
     def _require_media(self, input_ids: Tensor | None, inputs_embeds: Tensor, is_prompt: bool) -> None:
         """Refuses patch tokens without vectors to add, which read like any other token and mean nothing.
@@ -384,13 +378,12 @@ class Molmo2VisionInputsMixin:
     ) -> Tensor | None:
         """(T, D) vectors of all patch tokens in the order of the prompts; None without media."""
         parts = []
-        for kind, prepare in (("image", self._images), ("video", self._videos)):
+        for kind, names in ENCODED_INPUTS.items():
             vectors = joined_features(media[f"{kind}_features"])
-            given = {name: media[name] for name in ENCODED_INPUTS[kind]}
             if vectors is None:
-                vectors = self._encoded(given, prepare)
-            elif given[ENCODED_INPUTS[kind][0]] is not None:
-                raise ValueError(f"Pass either `{kind}_features` or `{ENCODED_INPUTS[kind][0]}`: found both.")
+                vectors = self._encoded({name: media[name] for name in names})
+            elif media[names[0]] is not None:
+                raise ValueError(f"Pass either `{kind}_features` or `{names[0]}`: found both.")
             if vectors is not None:
                 parts.append(vectors)
         if len(parts) < 2:
@@ -407,13 +400,13 @@ class Molmo2VisionInputsMixin:
         order = prompt_order(token_groups(ids, self.config, *examples), *on_host(image_grids, video_grids))
         return torch.cat(parts)[order.to(parts[0].device)]
 
-    def _encoded(self, given: dict[str, Tensor | None], prepare: Callable[..., Any]) -> Tensor | None:
+    def _encoded(self, given: dict[str, Any]) -> Tensor | None:
         missing = [name for name, value in given.items() if value is None]
         if len(missing) == len(given):
             return None
         if missing:
             raise ValueError(f"{', '.join(missing)} missing: pass all of {list(given)} that the processor returned.")
-        pixels, pooling, _ = prepare(**given)
+        pixels, pooling, _ = flat_media(*given.values())
         return self.vision_backbone(pixels, pooling)
 
     def _add_features(
