@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
@@ -121,12 +121,9 @@ class Molmo2PreTrainedModel(PreTrainedModel):
         for name, parameter in module.named_parameters(recurse=False):
             if getattr(parameter, "_is_hf_initialized", False):
                 continue
-            self._fill(parameter, is_bias=name == "bias", is_norm=is_norm)
-
-    def _fill(self, parameter: Tensor, is_bias: bool, is_norm: bool) -> None:
-        if is_bias:
-            nn.init.zeros_(parameter)
-        elif is_norm:
-            nn.init.ones_(parameter)
-        else:
-            nn.init.normal_(parameter, mean=0.0, std=self.config.initializer_range)
+            if name == "bias":
+                nn.init.zeros_(parameter)
+            elif is_norm:
+                nn.init.ones_(parameter)
+            else:
+                nn.init.normal_(parameter, mean=0.0, std=self.config.initializer_range)
