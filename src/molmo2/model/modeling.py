@@ -108,12 +108,7 @@ class Molmo2Model(Molmo2PreTrainedModel, Molmo2VisionInputsMixin):
                 layout.
         """
         refuse_unknown_inputs(kwargs)
-        if input_ids is not None and inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids.clamp(min=0))
-        elif input_ids is not None or inputs_embeds is None:
-            raise ValueError(
-                f"Pass either `input_ids` or `inputs_embeds`: found {'neither' if input_ids is None else 'both'}."
-            )
+        inputs_embeds = self.transformer.embed(input_ids, inputs_embeds)
         is_visual = None
         if starts_sequence(inputs_embeds.shape[1], past_key_values):
             token_types = token_type_ids if token_type_ids is not None else mm_token_type_ids
