@@ -53,42 +53,10 @@ def takes_cache(function: Function) -> Function:
     return with_either_name  # type: ignore[return-value]
 
 
-def _every_pair(batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-    """Allows every pair: replaces the causality of transformers, which `mask_mod` brings itself."""
-    return (q_idx >= 0) & (kv_idx >= 0)
-
-
-def make_causal_mask(
-    config: Any,
-    inputs_embeds: Tensor,
-    attention_mask: Tensor | None,
-    past_key_values: Cache | None,
-    cache_position: Tensor,
-    mask_mod: Callable | None,
-) -> Any:
-    """`transformers.masking_utils.create_causal_mask` under one signature.
-
-    Args:
-        config: Text configuration; its attention implementation decides the form of the mask.
-        inputs_embeds: (B, S, ...) in the dtype of the model; only shape, dtype and device are used.
-        attention_mask: (B, keys) with 0 on padding, or None.
-        cache_position: (S,) slots of the queries in the cache.
-        mask_mod: `(batch, head, query, key) -> bool` on index tensors, in the place of causality; padding is masked
-            as well.
-    Returns:
-        None, a (B, 1, S, keys) tensor, a (B, keys) tensor or a BlockMask, as the implementation wants it.
-    """
+def mask_arguments(inputs_embeds: Tensor, past_key_values: Cache | None, cache_position: Tensor) -> dict[str, Any]:
+    """Those arguments of `create_causal_mask` whose names differ between releases, or that some do not take."""
     arguments: dict[str, Any] = {_EMBEDS_NAME: inputs_embeds, CACHE_NAME: past_key_values}
-    if _MASK_WANTS_CACHE_POSITION:
-        arguments["cache_position"] = cache_position
-    return create_causal_mask(
-        config=config,
-        attention_mask=attention_mask,
-        position_ids=None,
-        or_mask_function=None if mask_mod is None else _every_pair,
-        and_mask_function=mask_mod,
-        **arguments,
-    )
+    return {**arguments, "cache_position": cache_position} if _MASK_WANTS_CACHE_POSITION else arguments
 
 
 def update_cache(

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from molmo2.model.attention.blockwise import BlockwiseMask, blockwise_attention
 from molmo2.model.attention.mask import AttentionSpec, cached_length, mask_mod
 from molmo2.model.cache import PreallocatedLayer
-from molmo2.model.compat import make_causal_mask
+from molmo2.model.compat import mask_arguments
 
 MAX_GROUPED_QUERIES = 15  # per head; more are as fast in the function of transformers
 
@@ -157,10 +158,12 @@ def make_attention_mask(
     """The mask of one forward pass, in the form that `implementation` takes.
 
     Args:
-        inputs_embeds: (B, S, ...) queries.
+        inputs_embeds: (B, S, ...) queries, in the dtype of the model.
         attention_mask: None, (B, keys) with 0 on padding, or a mask made before (returned as it is).
         spec: What the mask depends on besides padding, in a prefill; empty in later passes.
         cache_position: (S,) slots of the queries in the cache.
+    Returns:
+        None, a `BlockwiseMask`, a (B, 1, S, keys) tensor, a (B, keys) tensor or a BlockMask.
     """
     if isinstance(attention_mask, dict):
         attention_mask = attention_mask["full_attention"]
@@ -176,8 +179,19 @@ def make_attention_mask(
     if config._attn_implementation != implementation:
         config = copy.copy(config)
         config._attn_implementation_internal = implementation
-    function = None if spec.is_empty() else mask_mod(spec)
-    return make_causal_mask(config, inputs_embeds, attention_mask, past_key_values, cache_position, function)
+    return create_causal_mask(
+        config=config,
+        attention_mask=attention_mask,
+        position_ids=None,
+        or_mask_function=None if spec.is_empty() else _every_pair,
+        and_mask_function=None if spec.is_empty() else mask_mod(spec),
+        **mask_arguments(inputs_embeds, past_key_values, cache_position),
+    )
+
+
+def _every_pair(batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+    """Allows every pair: replaces the causality of transformers, which `mask_mod` brings itself."""
+    return (q_idx >= 0) & (kv_idx >= 0)
 
 
 def _has_a_column_for_each_key(attention_mask: Any, cache: Cache | None) -> bool:
