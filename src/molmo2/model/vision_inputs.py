@@ -325,14 +325,11 @@ class Molmo2VisionInputsMixin:
         wants_states = model._setting("output_hidden_states", wants_states)
         wants_weights = model._setting("output_attentions", wants_weights)
         blocks = list(self.vision_backbone.image_vit.transformer.resblocks)
-        recorded = [*(blocks if wants_states else blocks[-1:])]
-        if wants_weights:
-            recorded += [block.attention for block in blocks]
-        with record_calls(recorded) as calls:
+        attentions = [block.attention for block in blocks] if wants_weights else []
+        with record_calls(blocks if wants_states else blocks[-1:]) as calls, record_calls(attentions) as weighed:
             vectors = self.vision_backbone(pixels, pooling)
-        num_states = len(recorded) - len(blocks) * wants_weights
-        states = [_of_all_chunks([output for _, output in own]) for own in calls[:num_states]]
-        weights = [_of_all_chunks([output[1] for _, output in own]) for own in calls[num_states:]]
+        states = [_of_all_chunks([output for _, output in own]) for own in calls]
+        weights = [_of_all_chunks([output[1] for _, output in own]) for own in weighed]
         embedded = _of_all_chunks([states_in for states_in, _ in calls[0]])
         found = (pooling >= 0).any(-1).split(tokens.tolist())  # tokens without a patch have no vector
         return BaseModelOutputWithPooling(
