@@ -239,17 +239,6 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
             ValueError: Labels together with `logits_to_keep`, a label at the start of a branch, negative weights, and
                 whatever `Molmo2Model.forward` raises.
         """
-        media = {
-            "pixel_values": pixel_values,
-            "image_token_pooling": image_token_pooling,
-            "image_grids": image_grids,
-            "image_num_crops": image_num_crops,
-            "pixel_values_videos": pixel_values_videos,
-            "video_token_pooling": video_token_pooling,
-            "video_grids": video_grids,
-            "image_features": image_features,
-            "video_features": video_features,
-        }
         refuse_unknown_inputs(kwargs)
         passed_on = {name: kwargs.pop(name) for name in ("cache_position", REPEAT_FACTOR) if name in kwargs}
         rows = {
@@ -267,6 +256,15 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
             rows = every_nth_row(rows, copies)
         outputs = self.model(
             **rows,
+            pixel_values=pixel_values,
+            image_token_pooling=image_token_pooling,
+            image_grids=image_grids,
+            image_num_crops=image_num_crops,
+            pixel_values_videos=pixel_values_videos,
+            video_token_pooling=video_token_pooling,
+            video_grids=video_grids,
+            image_features=image_features,
+            video_features=video_features,
             past_key_values=past_key_values,
             example_ids=example_ids,
             branch_ids=branch_ids,
@@ -274,7 +272,6 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
-            **media,
             **passed_on,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
