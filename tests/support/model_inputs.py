@@ -10,6 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 from molmo2.image.processing import Molmo2ImageProcessor
+from molmo2.model.vision_inputs import TokenGroup, image_groups, prompt_order
 from molmo2.processing.processor import Molmo2Processor
 from molmo2.video.processing import Molmo2VideoProcessor
 from support.checkpoints import make_image, write_processor
@@ -60,6 +61,19 @@ def _batch(names: tuple[str, ...], options: tuple[tuple[str, Any], ...]) -> dict
     if videos:
         settings["video_metadata"] = [{"total_num_frames": len(video), "fps": 2.0} for video in videos]
     return dict(processor()(text=prompts, images=images or None, videos=videos or None, **settings))
+
+
+def owners_of(groups: list[list[TokenGroup]], images: Any = None, videos: Any = None) -> list[list[tuple[str, int]]]:
+    """The images and videos of each row in the order of the prompt, by their places in these grids."""
+    image_grids = torch.zeros(0, 4, dtype=torch.int64) if images is None else torch.as_tensor(images)
+    video_grids = torch.zeros(0, 3, dtype=torch.int64) if videos is None else torch.as_tensor(videos)
+    sizes = [("image", image_groups(image_grids).sum(-1)), ("video", video_grids.prod(-1))]
+    owners = [(kind, place) for kind, counts in sizes for place, count in enumerate(counts) for _ in range(count)]
+    order = prompt_order(groups, image_grids, video_grids).tolist()
+    assert sorted(order) == list(range(len(owners)))
+    rows = iter(order)
+    lengths = [sum(size for size, _ in row) for row in groups]
+    return [list(dict.fromkeys(owners[next(rows)] for _ in range(length))) for length in lengths]
 
 
 def real_tokens(outputs: torch.Tensor, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:

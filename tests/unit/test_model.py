@@ -11,7 +11,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from molmo2.model import vision_inputs
 from molmo2.model.compat import CACHE_NAME
 from molmo2.model.modeling import Molmo2ForConditionalGeneration
-from molmo2.model.pretrained import checkpointing_settings
 from support.checkpoints import FAMILIES, build_model, make_image, without_stopping, write_checkpoint
 from support.model_inputs import MIXED, batch, clip, processor, real_tokens
 
@@ -315,8 +314,10 @@ def test_gradient_checkpointing_trains_a_layer_of_a_frozen_model(part, settings)
 
 
 def test_gradient_checkpointing_is_reentrant_where_that_is_asked_for():
-    assert checkpointing_settings({"use_reentrant": True}) == {"use_reentrant": True}
-    assert checkpointing_settings(None) == {"use_reentrant": False}
+    model = build_model("qwen3")
+    for given, expected in ((None, False), ({}, False), ({"use_reentrant": True}, True)):
+        model.gradient_checkpointing_enable(given)
+        assert model.model.transformer.blocks[0]._gradient_checkpointing_func.keywords["use_reentrant"] is expected
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,6 +1,7 @@
 """Packed rows and message trees: the same numbers as rows of their own, and ids that fit no layout are refused."""
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,9 +12,9 @@ from molmo2.model.attention.blockwise import BlockwiseMask
 from molmo2.model.attention.mask import attention_spec
 from molmo2.model.loss import shift_labels, weighted_loss
 from molmo2.model.packing import packed_rows, require_packed_layout
-from molmo2.model.vision_inputs import MediaGrids, assign_media, token_groups
+from molmo2.model.vision_inputs import token_groups
 from support.checkpoints import FAMILIES, build_model
-from support.model_inputs import batch
+from support.model_inputs import batch, owners_of
 
 IMAGES = (
     "pixel_values",
@@ -32,6 +33,12 @@ TRAINABLE = ("sdpa", "blockwise", "eager")
 def digits(*rows: str) -> torch.Tensor:
     """One digit per token; `.` is -1."""
     return torch.tensor([[-1 if letter == "." else int(letter) for letter in row] for row in rows])
+
+
+def require_layout(mask, examples, branches, is_visual=None):
+    ids = [None if texts is None else digits(*texts) for texts in (mask, examples, branches)]
+    shape = next(tensor.shape for tensor in ids[1:] if tensor is not None)
+    require_packed_layout(packed_rows(*ids, shape), is_visual)
 
 
 def written(ids: torch.Tensor) -> list[str]:
@@ -90,9 +97,7 @@ def test_the_first_token_of_a_branch_has_no_label():
 )
 def test_ids_that_fit_no_layout(examples, branches, message):
     with pytest.raises(ValueError, match=message):
-        require_packed_layout(
-            None, None if examples is None else digits(*examples), None if branches is None else digits(*branches)
-        )
+        require_layout(None, examples, branches)
 
 
 @pytest.mark.parametrize(
@@ -106,26 +111,31 @@ def test_ids_that_fit_no_layout(examples, branches, message):
     ],
 )
 def test_ids_that_are_fine(mask, examples, branches):
-    require_packed_layout(*(None if text is None else digits(text) for text in (mask, examples, branches)))
+    require_layout(*(None if text is None else (text,) for text in (mask, examples, branches)))
 
 
 def test_images_belong_into_the_prefix():
     is_visual = torch.tensor([[True, True, False, True, False, False]])
     with pytest.raises(ValueError, match=r"In row\(s\) \[0\] there are visual tokens in a branch: put images"):
-        require_packed_layout(None, None, digits("001122"), is_visual)
-    require_packed_layout(None, None, digits("000011"), is_visual)
+        require_layout(None, None, ("001122",), is_visual)
+    require_layout(None, None, ("000011",), is_visual)
 
 
 def test_packed_examples_are_rows_of_their_own_to_the_images():
     """A frame of 2 tokens, then one of 3 in the next example, are no image whose two groups are 2 and 3."""
     ids = torch.tensor([[1, 1, 2, 0, 1, 1, 1, 2, 1, 1, 2, 1, 1, 1, 2]])  # 1 patch, 2 end
     examples = digits("000011112222222")
-    tables = MediaGrids(
-        torch.tensor([[1, 2, 1, 3]]), torch.tensor([1]), video_grids=torch.tensor([[1, 1, 2], [1, 1, 3]])
+    config = SimpleNamespace(
+        image_patch_id=1,
+        image_low_res_id=1,
+        image_end_token_id=2,
+        frame_end_token_id=9,
+        low_res_image_start_token_id=8,
     )
-    groups = token_groups(ids, [1], 2, 9, 8, examples)
-    assert [[group.num_tokens for group in row] for row in groups] == [[2], [3], [2, 3]]
-    assert assign_media(groups, tables) == [[("video", 0)], [("video", 1)], [("image", 0)]]
+    groups = token_groups(ids, config, examples)
+    assert [[size for size, _ in row] for row in groups] == [[2], [3], [2, 3]]
+    found = owners_of(groups, [[1, 2, 1, 3]], [[1, 1, 2], [1, 1, 3]])
+    assert found == [[("video", 0)], [("video", 1)], [("image", 0)]]
 
 
 # --- packed rows against rows of their own ---------------------------------------------------------------------------

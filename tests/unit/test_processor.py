@@ -7,6 +7,7 @@ import re
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,12 +22,13 @@ from transformers.utils import PaddingStrategy
 from transformers.video_utils import VideoMetadata
 
 from molmo2.image.limits import MediaLimits
-from molmo2.model.vision_inputs import MediaGrids, assign_media, token_groups
+from molmo2.model.vision_inputs import token_groups
 from molmo2.processing import processor as processing
 from molmo2.processing.processor import Molmo2Processor
 from molmo2.processing.prompt_tokens import VisualTokenFormat
 from support.golden_cases import GOLDEN, default_settings, pattern, to_numpy
 from support.golden_processor import build_processor, decode, encode, tokenizer, with_bos
+from support.model_inputs import owners_of
 
 CLIP = GOLDEN / "media" / "cfr30.mp4"  # 95 frames, 30 per second
 
@@ -1151,15 +1153,20 @@ def test_planned_tokens_are_emitted_and_found_again(rows, notation, max_crops, n
     )
     vocabulary = tokenizer().get_vocab()
     patches = [vocabulary["<im_patch>"], vocabulary["<im_low>"]]
-    ends = [vocabulary["<im_end>"], vocabulary["<frame_end>"]]
     emitted = torch.isin(output["input_ids"], torch.tensor(patches)).sum(dim=1).tolist()
     assert emitted == [sum(plan) for plan in plans]
     pooled = sum(len(output[key]) for key in ("image_token_pooling", "video_token_pooling") if key in output)
     assert pooled == sum(emitted)
 
-    tables = MediaGrids(*(output.get(key) for key in ("image_grids", "image_num_crops", "video_grids")))
-    groups = token_groups(output["input_ids"], patches, *ends, vocabulary["<low_res_im_start>"])
-    assert assign_media(groups, tables) == expected_owners
+    config = SimpleNamespace(
+        image_patch_id=patches[0],
+        image_low_res_id=patches[1],
+        image_end_token_id=vocabulary["<im_end>"],
+        frame_end_token_id=vocabulary["<frame_end>"],
+        low_res_image_start_token_id=vocabulary["<low_res_im_start>"],
+    )
+    groups = token_groups(output["input_ids"], config)
+    assert owners_of(groups, output.get("image_grids"), output.get("video_grids")) == expected_owners
 
 
 def test_names_of_inputs_are_shown_without_their_tensors(processor):

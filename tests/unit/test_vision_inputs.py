@@ -1,36 +1,31 @@
 """Which image belongs where, on hand-made rows of ids."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from molmo2.model.vision_inputs import (
-    MediaGrids,
-    TokenGroup,
-    assign_media,
-    flat_pooling,
-    prompt_order,
-    token_groups,
-)
+from molmo2.model.vision_inputs import TokenGroup, flat_pooling, prompt_order, token_groups
+from support.model_inputs import owners_of
 
 # p patch, l low-res patch, c column, e image end, f frame end, s image start, o low-res start, . text
 IDS = {letter: number for number, letter in enumerate(".plcefso")}
+CONFIG = SimpleNamespace(
+    image_patch_id=IDS["p"],
+    image_low_res_id=IDS["l"],
+    image_end_token_id=IDS["e"],
+    frame_end_token_id=IDS["f"],
+    low_res_image_start_token_id=IDS["o"],
+)
 
 
 def groups_of(*rows: str) -> list[list[TokenGroup]]:
     ids = torch.tensor([[IDS[letter] for letter in row] for row in rows])
-    return token_groups(ids, [IDS["p"], IDS["l"]], IDS["e"], IDS["f"], IDS["o"])
+    return token_groups(ids, CONFIG)
 
 
 def sizes(groups: list[list[TokenGroup]]) -> list[list[int]]:
-    return [[group.num_tokens for group in row] for row in groups]
-
-
-def grids(images: list[list[int]] | None = None, videos: list[list[int]] | None = None) -> MediaGrids:
-    return MediaGrids(
-        image_grids=None if images is None else torch.tensor(images),
-        image_num_crops=None if images is None else torch.full((len(images),), 2),
-        video_grids=None if videos is None else torch.tensor(videos),
-    )
+    return [[size for size, _ in row] for row in groups]
 
 
 def test_groups_are_closed_by_end_tokens():
@@ -40,7 +35,7 @@ def test_groups_are_closed_by_end_tokens():
 
 def test_column_and_low_res_tokens():
     assert sizes(groups_of("olceopcpce..")) == [[1, 2]]
-    assert [group.opens_image for group in groups_of("oppesppppe")[0]] == [True, False]
+    assert [kinds for _, kinds in groups_of("oppesppppe")[0]] == [("image",), ("video",)]
 
 
 def test_end_tokens_typed_as_text_close_nothing():
@@ -49,45 +44,45 @@ def test_end_tokens_typed_as_text_close_nothing():
 
 def test_images_and_videos_of_a_batch():
     rows = groups_of("oppesppppe..........", "....................", "oppesppppe.sppe.sppe")
-    media = grids(images=[[1, 2, 2, 2], [1, 2, 1, 4]], videos=[[2, 1, 2]])
-    assert assign_media(rows, media) == [[("image", 0)], [], [("image", 1), ("video", 0)]]
+    found = owners_of(rows, [[1, 2, 2, 2], [1, 2, 1, 4]], [[2, 1, 2]])
+    assert found == [[("image", 0)], [], [("image", 1), ("video", 0)]]
 
 
 def test_a_video_may_stand_before_an_image():
     rows = groups_of("sppe.sppe.oppesppppe")
-    assert assign_media(rows, grids([[1, 2, 2, 2]], [[2, 1, 2]])) == [[("video", 0), ("image", 0)]]
+    assert owners_of(rows, [[1, 2, 2, 2]], [[2, 1, 2]]) == [[("video", 0), ("image", 0)]]
 
 
 def test_equal_groups_are_told_apart_by_the_low_res_start():
     # Frames of two tokens, and an image whose view and crops have two tokens too.
     rows = groups_of("sppe.sppe.oppesppe")
-    assert assign_media(rows, grids([[1, 2, 1, 2]], [[2, 1, 2]])) == [[("video", 0), ("image", 0)]]
+    assert owners_of(rows, [[1, 2, 1, 2]], [[2, 1, 2]]) == [[("video", 0), ("image", 0)]]
 
 
 def test_without_a_low_res_start_images_come_first():
     rows = groups_of("sppesppe.sppe.sppe")
-    assert assign_media(rows, grids([[1, 2, 1, 2]], [[2, 1, 2]])) == [[("image", 0), ("video", 0)]]
+    assert owners_of(rows, [[1, 2, 1, 2]], [[2, 1, 2]]) == [[("image", 0), ("video", 0)]]
 
 
 def test_frames_with_their_own_end_token_are_never_images():
     rows = groups_of("sppf.sppf..", "sppesppe...")
-    assert assign_media(rows, grids([[1, 2, 1, 2]], [[2, 1, 2]])) == [[("video", 0)], [("image", 0)]]
+    assert owners_of(rows, [[1, 2, 1, 2]], [[2, 1, 2]]) == [[("video", 0)], [("image", 0)]]
 
 
 def test_several_videos_in_a_row():
     rows = groups_of("sppe.sppe.sppppe")
-    assert assign_media(rows, grids(videos=[[2, 1, 2], [1, 2, 2]])) == [[("video", 0), ("video", 1)]]
+    assert owners_of(rows, videos=[[2, 1, 2], [1, 2, 2]]) == [[("video", 0), ("video", 1)]]
 
 
 def test_images_that_do_not_fit_the_prompt():
     message = r"Row 0 of the prompt has groups of patch tokens \[2, 4\] where image 0 of 1 or video 0 of 0"
     with pytest.raises(ValueError, match=message):
-        assign_media(groups_of("oppesppppe"), grids([[1, 2, 2, 3]]))
+        owners_of(groups_of("oppesppppe"), [[1, 2, 2, 3]])
 
 
 def test_images_without_a_place():
     with pytest.raises(ValueError, match=r"The prompts place 1 image\(s\), but 2 were passed"):
-        assign_media(groups_of("oppesppppe"), grids([[1, 2, 2, 2], [1, 2, 2, 2]]))
+        owners_of(groups_of("oppesppppe"), [[1, 2, 2, 2], [1, 2, 2, 2]])
 
 
 def test_flat_pooling_shifts_each_item_past_the_crops_before_it():
@@ -97,8 +92,7 @@ def test_flat_pooling_shifts_each_item_past_the_crops_before_it():
 
 
 def test_prompt_order_interleaves_images_and_videos():
-    media = grids([[1, 1, 1, 1], [1, 1, 1, 2]], [[1, 1, 3]])
+    rows = groups_of("opespe.spppe", "opesppe.....")
     # Features lie as image 0 (2), image 1 (3), video 0 (3).
-    order = prompt_order([[("image", 0), ("video", 0)], [("image", 1)]], media)
+    order = prompt_order(rows, torch.tensor([[1, 1, 1, 1], [1, 1, 1, 2]]), torch.tensor([[1, 1, 3]]))
     assert order.tolist() == [0, 1, 5, 6, 7, 2, 3, 4]
-    assert prompt_order([[], []], grids()).tolist() == []

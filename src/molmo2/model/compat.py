@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import fields
 from functools import wraps
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -52,42 +53,10 @@ def takes_cache(function: Function) -> Function:
     return with_either_name  # type: ignore[return-value]
 
 
-def _every_pair(batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-    """Allows every pair: replaces the causality of transformers, which `mask_mod` brings itself."""
-    return (q_idx >= 0) & (kv_idx >= 0)
-
-
-def make_causal_mask(
-    config: Any,
-    inputs_embeds: Tensor,
-    attention_mask: Tensor | None,
-    past_key_values: Cache | None,
-    cache_position: Tensor,
-    mask_mod: Callable | None,
-) -> Any:
-    """`transformers.masking_utils.create_causal_mask` under one signature.
-
-    Args:
-        config: Text configuration; its attention implementation decides the form of the mask.
-        inputs_embeds: (B, S, ...) in the dtype of the model; only shape, dtype and device are used.
-        attention_mask: (B, keys) with 0 on padding, or None.
-        cache_position: (S,) slots of the queries in the cache.
-        mask_mod: `(batch, head, query, key) -> bool` on index tensors, in the place of causality; padding is masked
-            as well.
-    Returns:
-        None, a (B, 1, S, keys) tensor, a (B, keys) tensor or a BlockMask, as the implementation wants it.
-    """
+def mask_arguments(inputs_embeds: Tensor, past_key_values: Cache | None, cache_position: Tensor) -> dict[str, Any]:
+    """Those arguments of `create_causal_mask` whose names differ between releases, or that some do not take."""
     arguments: dict[str, Any] = {_EMBEDS_NAME: inputs_embeds, CACHE_NAME: past_key_values}
-    if _MASK_WANTS_CACHE_POSITION:
-        arguments["cache_position"] = cache_position
-    return create_causal_mask(
-        config=config,
-        attention_mask=attention_mask,
-        position_ids=None,
-        or_mask_function=None if mask_mod is None else _every_pair,
-        and_mask_function=mask_mod,
-        **arguments,
-    )
+    return {**arguments, "cache_position": cache_position} if _MASK_WANTS_CACHE_POSITION else arguments
 
 
 def update_cache(
@@ -99,29 +68,21 @@ def update_cache(
     return cache.update(key, value, layer_idx)
 
 
-class _RopeSettings:
-    """The attributes of a config that the rope functions of transformers read, in every spelling they have used."""
-
-    def __init__(self, config: Any):
-        self.rope_parameters = dict(config.rope_parameters)
-        if self.rope_parameters["rope_type"] == "yarn":  # the default of 4.57; later releases require it
-            self.rope_parameters.setdefault("original_max_position_embeddings", config.max_position_embeddings)
-        self.rope_scaling = config.rope_scaling
-        self.rope_theta = config.rope_theta
-        self.head_dim = config.head_dim
-        self.hidden_size = config.hidden_size
-        self.num_attention_heads = config.num_attention_heads
-        self.max_position_embeddings = config.max_position_embeddings
-        self.partial_rotary_factor = 1.0
-
-    def standardize_rope_params(self) -> None:
-        """Nothing to do: the parameters are in the standard form already."""
-
-
 def scaled_rope(config: Any) -> tuple[Tensor, float]:
-    """Scaled inverse frequencies (head_dim / 2,), float32, and the factor on cos and sin, by transformers."""
+    """Scaled inverse frequencies (head_dim / 2,), float32, and the factor on cos and sin, by transformers.
+
+    Its functions are given the attributes that they have read in any release.
+    """
+    parameters = dict(config.rope_parameters)
+    if parameters["rope_type"] == "yarn":  # the default of 4.57; later releases require it
+        parameters.setdefault("original_max_position_embeddings", config.max_position_embeddings)
+    names = ("rope_scaling", "rope_theta", "head_dim", "hidden_size", "num_attention_heads", "max_position_embeddings")
+    settings: Any = SimpleNamespace(
+        rope_parameters=parameters,
+        standardize_rope_params=lambda: None,  # they are in the standard form already
+        partial_rotary_factor=1.0,
+        **{name: getattr(config, name) for name in names},
+    )
     with torch.device("cpu"):
-        inv_freq, factor = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](
-            _RopeSettings(config), torch.device("cpu")
-        )
+        inv_freq, factor = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](settings, torch.device("cpu"))
     return inv_freq.float(), float(factor)

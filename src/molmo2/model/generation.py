@@ -63,14 +63,7 @@ class LatestMatchLookup(PromptLookupCandidateGenerator):
     """
 
     def __init__(self, lookup: PromptLookupCandidateGenerator):
-        super().__init__(
-            eos_token_id=lookup.eos_token_id,
-            num_output_tokens=lookup.num_output_tokens,
-            max_matching_ngram_size=lookup.max_matching_ngram_size,
-            max_length=lookup.max_length,
-            logits_processor=lookup.logits_processor,
-            vocab_size=lookup.vocab_size,
-        )
+        vars(self).update(vars(lookup))
 
     # Arguments and annotations of the method differ between releases.
     def get_candidates(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:  # type: ignore

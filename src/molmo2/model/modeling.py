@@ -108,12 +108,7 @@ class Molmo2Model(Molmo2PreTrainedModel, Molmo2VisionInputsMixin):
                 layout.
         """
         refuse_unknown_inputs(kwargs)
-        if input_ids is not None and inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids.clamp(min=0))
-        elif input_ids is not None or inputs_embeds is None:
-            raise ValueError(
-                f"Pass either `input_ids` or `inputs_embeds`: found {'neither' if input_ids is None else 'both'}."
-            )
+        inputs_embeds = self.transformer.embed(input_ids, inputs_embeds)
         is_visual = None
         if starts_sequence(inputs_embeds.shape[1], past_key_values):
             token_types = token_type_ids if token_type_ids is not None else mm_token_type_ids
@@ -123,8 +118,7 @@ class Molmo2Model(Molmo2PreTrainedModel, Molmo2VisionInputsMixin):
             require_empty_cache(past_key_values, "Images and videos", "Pass text alone, or all in one pass")
         repeats = kwargs.get(REPEAT_FACTOR, 1)
         first_ids = None if input_ids is None else input_ids[::repeats]
-        first_examples = None if example_ids is None else example_ids[::repeats]
-        vectors = self._media_features(first_ids, inputs_embeds[::repeats], media, first_examples)
+        vectors = self._media_features(first_ids, inputs_embeds[::repeats], media, example_ids)
         if vectors is not None:
             inputs_embeds, has_visual = self._add_features(input_ids, inputs_embeds, vectors, repeats, is_visual)
         else:
@@ -143,7 +137,7 @@ class Molmo2Model(Molmo2PreTrainedModel, Molmo2VisionInputsMixin):
                 "`example_ids` and `branch_ids`",
                 "Run packed rows in one pass, without `past_key_values`; generate from unpacked prompts",
             )
-            require_packed_layout(attention_mask, example_ids, branch_ids, is_visual)
+            require_packed_layout(packed, is_visual)
         outputs = self.transformer(
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -177,18 +171,6 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
         self.model = Molmo2Model(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
-
-    def get_input_embeddings(self) -> Molmo2Embedding:
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Linear:
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        self.lm_head = new_embeddings
 
     def get_decoder(self) -> Molmo2TextModel:
         return self.model.transformer
@@ -257,17 +239,6 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
             ValueError: Labels together with `logits_to_keep`, a label at the start of a branch, negative weights, and
                 whatever `Molmo2Model.forward` raises.
         """
-        media = {
-            "pixel_values": pixel_values,
-            "image_token_pooling": image_token_pooling,
-            "image_grids": image_grids,
-            "image_num_crops": image_num_crops,
-            "pixel_values_videos": pixel_values_videos,
-            "video_token_pooling": video_token_pooling,
-            "video_grids": video_grids,
-            "image_features": image_features,
-            "video_features": video_features,
-        }
         refuse_unknown_inputs(kwargs)
         passed_on = {name: kwargs.pop(name) for name in ("cache_position", REPEAT_FACTOR) if name in kwargs}
         rows = {
@@ -285,6 +256,15 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
             rows = every_nth_row(rows, copies)
         outputs = self.model(
             **rows,
+            pixel_values=pixel_values,
+            image_token_pooling=image_token_pooling,
+            image_grids=image_grids,
+            image_num_crops=image_num_crops,
+            pixel_values_videos=pixel_values_videos,
+            video_token_pooling=video_token_pooling,
+            video_grids=video_grids,
+            image_features=image_features,
+            video_features=video_features,
             past_key_values=past_key_values,
             example_ids=example_ids,
             branch_ids=branch_ids,
@@ -292,7 +272,6 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
-            **media,
             **passed_on,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

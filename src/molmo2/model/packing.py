@@ -19,26 +19,30 @@ class PackedRows:
     """The examples and branches of a batch; padding belongs to those of the token before it.
 
     Attributes:
-        examples: (B, S) int64: number of the example within its row, from 0.
+        example_ids: (B, S) int64: one value for all tokens of an example.
         branches: (B, S) int64: 0 in the prefix that the branches of an example share.
         is_real: (B, S) bool, False on padding.
     """
 
-    examples: Tensor
+    example_ids: Tensor
     branches: Tensor
     is_real: Tensor
 
     def example_starts(self) -> Tensor:
         """(B, S) bool: first tokens of examples."""
-        return _changes(self.examples)
+        return changes(self.example_ids)
+
+    def examples(self) -> Tensor:
+        """(B, S) int64: number of the example within its row, from 0."""
+        return self.example_starts().long().cumsum(-1) - 1
 
     def branch_starts(self) -> Tensor:
         """(B, S) bool: first tokens of branches, prefixes not among them."""
-        return (self.example_starts() | _changes(self.branches)) & (self.branches != 0)
+        return (self.example_starts() | changes(self.branches)) & (self.branches != 0)
 
     def positions(self) -> Tensor:
         """(B, S) int64: positions within each example; a branch continues after the prefix; padding gets 0 or more."""
-        place = torch.arange(self.examples.shape[1], device=self.examples.device)
+        place = torch.arange(self.branches.shape[1], device=self.branches.device)
         counted = self.is_real.long()
         prefix = counted * (self.branches == 0)
         example_start = torch.where(self.example_starts(), place, 0).cummax(-1).values
@@ -48,7 +52,7 @@ class PackedRows:
         return (in_prefix + in_branch - 1).clamp(min=0)
 
 
-def _changes(ids: Tensor) -> Tensor:
+def changes(ids: Tensor) -> Tensor:
     """(B, S) bool: entries that differ from the one before, and the first ones."""
     first = torch.ones_like(ids[:, :1], dtype=torch.bool)
     return torch.cat((first, ids[:, 1:] != ids[:, :-1]), dim=1)
@@ -94,27 +98,16 @@ def packed_rows(
     is_real = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.to(ids.device) != 0
     examples = torch.zeros_like(ids) if example_ids is None else _fill_padding(example_ids, is_real)
     branches = torch.zeros_like(ids) if branch_ids is None else _fill_padding(branch_ids.to(ids.device), is_real)
-    return PackedRows(_changes(examples).long().cumsum(-1) - 1, branches.long(), is_real)
-
-
-def example_ids_from_positions(position_ids: Tensor) -> Tensor:
-    """(B, S) int64: a new example wherever positions do not go up by one (the convention of transformers)."""
-    continues = position_ids[:, 1:] == position_ids[:, :-1] + 1
-    return torch.cat((torch.zeros_like(position_ids[:, :1]), (~continues).long().cumsum(-1)), dim=1)
+    return PackedRows(examples, branches.long(), is_real)
 
 
 def _has_split_groups(ids: Tensor) -> Tensor:
     """(B,) bool: the row has an id in several runs."""
     ordered = ids.sort(-1).values
-    return _changes(ids).sum(-1) > _changes(ordered).sum(-1)
+    return changes(ids).sum(-1) > changes(ordered).sum(-1)
 
 
-def require_packed_layout(
-    attention_mask: Tensor | None,
-    example_ids: Tensor | None,
-    branch_ids: Tensor | None,
-    is_visual: Tensor | None = None,
-) -> None:
+def require_packed_layout(rows: PackedRows, is_visual: Tensor | None = None) -> None:
     """Refuses ids that do not describe examples of one prefix and its branches.
 
     Args:
@@ -123,20 +116,14 @@ def require_packed_layout(
         ValueError: An example or a branch in several pieces, a prefix after its branches, negative branch numbers, or
             visual tokens in a branch, with the rows concerned and what to do.
     """
-    ids = example_ids if example_ids is not None else branch_ids
-    rows = None if ids is None else packed_rows(attention_mask, example_ids, branch_ids, ids.shape)
-    if rows is None:
-        return
-    filled = rows.examples if example_ids is None else _fill_padding(example_ids, rows.is_real)
-    pairs = rows.examples * (rows.branches.max() + 1) + rows.branches
-    late_prefix = _changes(rows.branches) & ~rows.example_starts() & (rows.branches == 0)
-    late_prefix[:, 0] = False
+    pairs = rows.examples() * (rows.branches.max() + 1) + rows.branches
+    late_prefix = changes(rows.branches) & ~rows.example_starts() & (rows.branches == 0)
     visual_in_branch = torch.zeros_like(rows.is_real)
     if is_visual is not None:
         visual_in_branch = is_visual.to(rows.is_real.device).bool() & (rows.branches != 0) & rows.is_real
     problems = {
         "`example_ids` has an example in several pieces: put the tokens of each example side by side": (
-            _has_split_groups(filled)
+            _has_split_groups(rows.example_ids)
         ),
         "`branch_ids` has negative numbers: use 0 for the shared prefix and 1, 2, ... for branches": (
             rows.branches < 0

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
@@ -11,15 +11,6 @@ from molmo2.model.embedding import Molmo2Embedding, stored_shapes, warn_about_lo
 from molmo2.model.rotary import Molmo2RotaryEmbedding
 
 logger = logging.get_logger(__name__)
-
-
-def checkpointing_settings(given: dict[str, Any] | None) -> dict[str, Any]:
-    """Settings of `torch.utils.checkpoint`, with `use_reentrant=False` unless given.
-
-    Reentrant checkpointing, the default before transformers 5, passes no gradient to a layer whose input has none:
-    adapters in an otherwise frozen vision transformer, whose input is pixels, would not be trained.
-    """
-    return {"use_reentrant": False, **({} if given is None else given)}
 
 
 class Molmo2PreTrainedModel(PreTrainedModel):
@@ -38,14 +29,16 @@ class Molmo2PreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
-    # Releases with `activation_checkpointing_enable` call it from `gradient_checkpointing_enable`.
+    # Reentrant checkpointing, the default before transformers 5, passes no gradient to a layer whose input has none:
+    # adapters in an otherwise frozen vision transformer, whose input is pixels, would not be trained. Releases with
+    # `activation_checkpointing_enable` call it from `gradient_checkpointing_enable`.
     if hasattr(PreTrainedModel, "activation_checkpointing_enable"):
 
         def activation_checkpointing_enable(  # type: ignore[override]
             self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
         ) -> None:
-            """As in transformers, with `checkpointing_settings`."""
-            settings = checkpointing_settings(activation_checkpointing_kwargs)
+            """As in transformers, with `use_reentrant=False` unless given."""
+            settings = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
             super().activation_checkpointing_enable(activation_checkpointing_kwargs=settings, **options)
 
     else:
@@ -53,8 +46,8 @@ class Molmo2PreTrainedModel(PreTrainedModel):
         def gradient_checkpointing_enable(
             self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
         ) -> None:
-            """As in transformers, with `checkpointing_settings`."""
-            settings = checkpointing_settings(gradient_checkpointing_kwargs)
+            """As in transformers, with `use_reentrant=False` unless given."""
+            settings = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
             super().gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings, **options)
 
     @classmethod
@@ -121,12 +114,9 @@ class Molmo2PreTrainedModel(PreTrainedModel):
         for name, parameter in module.named_parameters(recurse=False):
             if getattr(parameter, "_is_hf_initialized", False):
                 continue
-            self._fill(parameter, is_bias=name == "bias", is_norm=is_norm)
-
-    def _fill(self, parameter: Tensor, is_bias: bool, is_norm: bool) -> None:
-        if is_bias:
-            nn.init.zeros_(parameter)
-        elif is_norm:
-            nn.init.ones_(parameter)
-        else:
-            nn.init.normal_(parameter, mean=0.0, std=self.config.initializer_range)
+            if name == "bias":
+                nn.init.zeros_(parameter)
+            elif is_norm:
+                nn.init.ones_(parameter)
+            else:
+                nn.init.normal_(parameter, mean=0.0, std=self.config.initializer_range)

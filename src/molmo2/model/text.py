@@ -138,6 +138,7 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
 
     config_class = Molmo2TextConfig
     config: Molmo2TextConfig
+    _input_embed_layer = "wte"
 
     def __init__(self, config: Molmo2TextConfig):
         super().__init__(config)
@@ -149,11 +150,14 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def get_input_embeddings(self) -> Molmo2Embedding:
-        return self.wte
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.wte = value  # type: ignore[assignment]
+    def embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """(B, S, D) of ids, among which -1 counts as 0 (padding in native data), or as given; not both."""
+        if input_ids is not None and inputs_embeds is None:
+            return self.wte(input_ids.clamp(min=0))
+        if input_ids is not None or inputs_embeds is None:
+            found = "neither" if input_ids is None else "both"
+            raise ValueError(f"Pass either `input_ids` or `inputs_embeds`: found {found}.")
+        return inputs_embeds
 
     @property
     def drops_cache(self) -> bool:
@@ -198,13 +202,7 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
             cache_position = torch.arange(query_length, device=inputs_embeds.device) + past_length
         implementation = attention_implementation(self.config, wants_weights, not spec.is_empty())
         mask = make_attention_mask(
-            self.config,
-            inputs_embeds,
-            attention_mask,
-            past_key_values,
-            spec,
-            implementation,
-            cache_position,
+            self.config, inputs_embeds, attention_mask, past_key_values, spec, implementation, cache_position
         )
         if position_ids is None:
             position_ids = make_position_ids(attention_mask, cache_position, query_length)
@@ -236,7 +234,7 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
         """Run the decoder.
 
         Args:
-            input_ids: (B, S) int64; -1 counts as 0 (padding in native data). Either these or `inputs_embeds`.
+            input_ids: (B, S) int64. Either these or `inputs_embeds`.
             attention_mask: (B, keys) with 0 on padding, or a mask prepared by `molmo2.model.attention.mask`.
             position_ids: (B, S); by default counted over real tokens.
             inputs_embeds: (B, S, D).
@@ -247,13 +245,7 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
             ValueError: Neither or both of ids and embeddings, more tokens than `max_position_embeddings`, or a cache
                 with tokens under gradient checkpointing.
         """
-        if input_ids is not None and inputs_embeds is None:
-            inputs_embeds = self.wte(input_ids.clamp(min=0))
-        elif input_ids is not None or inputs_embeds is None:
-            raise ValueError(
-                "Pass either `input_ids` or `inputs_embeds` to the text model: "
-                f"found {'neither' if input_ids is None else 'both'}."
-            )
+        inputs_embeds = self.embed(input_ids, inputs_embeds)
         output_attentions = self._setting("output_attentions", output_attentions)
         output_hidden_states = self._setting("output_hidden_states", output_hidden_states)
         if use_cache is None:

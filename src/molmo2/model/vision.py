@@ -6,7 +6,6 @@ Everything is flat: the crops of all images and frames one after the other, and 
 import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from molmo2.configuration import PAD_SLOT, UINT8_MEAN, UINT8_STD, Molmo2AdapterConfig, Molmo2VitConfig
-from molmo2.model.attention.dispatch import Molmo2AttentionBase
+from molmo2.model.attention.dispatch import Molmo2AttentionBase, attention_implementation
 from molmo2.model.pretrained import Molmo2PreTrainedModel
 
 
@@ -48,16 +47,8 @@ class Molmo2VisionAttention(Molmo2AttentionBase):
         query, key, value = (
             states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for states in (query, key, value)
         )
-        implementation = self.config._attn_implementation
-        if attention_mask is not None and implementation is not None and "flash" in implementation:
-            implementation = "sdpa"  # flash attention takes no mask of this form
-        if attention_mask is not None and implementation == "flex_attention":
-            # A tensor is added to the scores there.
-            attention_mask = torch.zeros(attention_mask.shape, device=query.device).masked_fill(
-                ~attention_mask, torch.finfo(torch.float32).min
-            )
-        is_causal = {} if implementation in ("eager", "flex_attention") else {"is_causal": False}
-        attended, weights = self.attend(query, key, value, attention_mask, implementation, **is_causal)
+        implementation = attention_implementation(self.config, False, needs_mask=attention_mask is not None)
+        attended, weights = self.attend(query, key, value, attention_mask, implementation)
         return self.dropout(self.wo(attended)), weights
 
 
@@ -90,14 +81,6 @@ class Molmo2VisionBlock(GradientCheckpointingLayer):
         return hidden_states + self.feed_forward(self.ffn_norm(hidden_states))
 
 
-class Molmo2VisionBlocks(nn.Module):
-    """Holds the blocks under the name they have on disk."""
-
-    def __init__(self, config: Molmo2VitConfig, num_layers: int):
-        super().__init__()
-        self.resblocks = nn.ModuleList([Molmo2VisionBlock(config) for _ in range(num_layers)])
-
-
 class Molmo2VisionTransformer(Molmo2PreTrainedModel):
     """The vision tower up to the last layer whose output is wanted.
 
@@ -110,6 +93,7 @@ class Molmo2VisionTransformer(Molmo2PreTrainedModel):
     config: Molmo2VitConfig
     main_input_name = "pixel_values"
     input_modalities = ("image",)
+    _input_embed_layer = "patch_embedding"
 
     def __init__(self, config: Molmo2VitConfig, feature_layers: list[int] | tuple[int, ...] = (-1,)):
         super().__init__(config)
@@ -118,12 +102,10 @@ class Molmo2VisionTransformer(Molmo2PreTrainedModel):
         num_positions: Any = config.image_num_pos  # the configuration fills it in where it is None
         self.positional_embedding = nn.Parameter(torch.empty(num_positions, config.hidden_size))
         self.patch_embedding = nn.Linear(config.image_patch_size**2 * 3, config.hidden_size)
-        self.transformer = Molmo2VisionBlocks(config, max(self.feature_layers) + 1)
+        blocks = nn.ModuleList([Molmo2VisionBlock(config) for _ in range(max(self.feature_layers) + 1)])
+        self.transformer: Any = nn.ModuleDict({"resblocks": blocks})  # the name that they have on disk
         self.gradient_checkpointing = False
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.patch_embedding
 
     def _positions(self) -> Tensor:
         """(P, D) position vectors; a stored grid of another size is resized (bicubic, antialiased)."""
@@ -203,40 +185,27 @@ class Molmo2Projector(nn.Module):
         return self.w2(self.act(self.w1(hidden_states)) * self.w3(hidden_states))
 
 
-@dataclass(frozen=True)
-class PoolingSchedule:
-    """Which tokens can be pooled after which crops, so that features can be freed early.
+def pooling_schedule(
+    token_pooling: Tensor, patches_per_crop: int, chunk_ends: list[int]
+) -> tuple[Tensor, list[int], list[int]]:
+    """Which tokens can be pooled after which chunk of crops, so that features can be freed early.
 
-    Attributes:
-        order: (T,) tokens in the order in which they are ready.
-        ready: How many of them are ready after each chunk of crops.
-        first_crop: First crop that tokens still need after each chunk.
+    Args:
+        token_pooling: (T, K) int64, -1 for none, at least one patch in each row.
+        chunk_ends: Crops encoded after each chunk.
+    Returns:
+        (T,) tokens in the order in which they are ready; for each chunk, how many are ready after it, and the first
+        crop that tokens still need.
     """
-
-    order: Tensor
-    ready: tuple[int, ...]
-    first_crop: tuple[int, ...]
-
-    def is_in_order(self) -> bool:
-        return bool((self.order[1:] > self.order[:-1]).all())
-
-    @classmethod
-    def from_table(cls, token_pooling: Tensor, patches_per_crop: int, chunk_ends: list[int]) -> "PoolingSchedule":
-        """The schedule of a pooling table.
-
-        Args:
-            token_pooling: (T, K) int64, -1 for none, at least one patch in each row.
-            chunk_ends: Crops encoded after each chunk.
-        """
-        last = token_pooling.amax(-1) // patches_per_crop
-        first = torch.where(token_pooling >= 0, token_pooling, token_pooling.amax(-1, keepdim=True)).amin(-1)
-        last, order = last.sort(stable=True)
-        ends = torch.tensor(chunk_ends)
-        ready = torch.searchsorted(last, ends)
-        # The smallest first crop of this token and all later ones; after the last token nothing is needed.
-        needed = (first // patches_per_crop)[order].flip(0).cummin(0).values.flip(0)
-        needed = torch.cat((needed, ends[-1:]))[ready]
-        return cls(order, tuple(ready.tolist()), tuple(torch.minimum(needed, ends).tolist()))
+    last = token_pooling.amax(-1) // patches_per_crop
+    first = torch.where(token_pooling >= 0, token_pooling, token_pooling.amax(-1, keepdim=True)).amin(-1)
+    last, order = last.sort(stable=True)
+    ends = torch.tensor(chunk_ends)
+    ready = torch.searchsorted(last, ends)
+    # The smallest first crop of this token and all later ones; after the last token nothing is needed.
+    needed = (first // patches_per_crop)[order].flip(0).cummin(0).values.flip(0)
+    needed = torch.cat((needed, ends[-1:]))[ready]
+    return order, ready.tolist(), torch.minimum(needed, ends).tolist()
 
 
 class Molmo2VisionBackbone(Molmo2PreTrainedModel):
@@ -308,16 +277,15 @@ class Molmo2VisionBackbone(Molmo2PreTrainedModel):
             return torch.zeros(0, self.config.text_hidden_size, device=self.device, dtype=self.dtype)
         chunks = self._chunks(pixel_values, self.crops_per_chunk)
         ends = list(itertools.accumulate(len(chunk) for chunk in chunks))
-        schedule = PoolingSchedule.from_table(token_pooling, patches, ends)
-        token_pooling = token_pooling[schedule.order]
+        order, *schedule = pooling_schedule(token_pooling, patches, ends)
+        token_pooling = token_pooling[order]
         held, held_from, done, vectors = None, 0, 0, []
-        for number, chunk in enumerate(chunks):
+        for chunk, end, ready, first_crop in zip(chunks, ends, *schedule):
             held = self.encode_crops(chunk) if held is None else torch.cat((held, self.encode_crops(chunk)))
-            ready, first_crop = schedule.ready[number], schedule.first_crop[number]
             if ready > done:
                 vectors += self._pooled(held, token_pooling[done:ready], held_from * patches)
             # A copy, so that the memory of what is no longer needed is freed.
-            held = held[(first_crop - held_from) * patches :].clone() if first_crop < ends[number] else None
+            held = held[(first_crop - held_from) * patches :].clone() if first_crop < end else None
             held_from, done = first_crop, ready
         joined = torch.cat(vectors)
         if joined.dtype == torch.float16 and not bool(joined.isfinite().all()):
@@ -325,7 +293,8 @@ class Molmo2VisionBackbone(Molmo2PreTrainedModel):
                 "Vectors of an image are not finite in float16, whose largest number is 65504; every token after them "
                 "would be nonsense. Load the model in bfloat16 or float32: `dtype=torch.bfloat16`."
             )
-        return joined if schedule.is_in_order() else joined[schedule.order.argsort().to(joined.device)]
+        is_in_order = bool((order[1:] > order[:-1]).all())
+        return joined if is_in_order else joined[order.argsort().to(joined.device)]
 
     def _pooled(self, features: Tensor, token_pooling: Tensor, first_patch: int) -> list[Tensor]:
         """Vectors of tokens, chunk by chunk; `features` begin at patch `first_patch`."""

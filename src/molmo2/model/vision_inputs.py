@@ -8,8 +8,7 @@ video one per frame.
     0.0 <im_start> ■■■ <im_end> 0.5 <im_start> ■■■ <im_end> text      ->  groups [3, 3]: a video of two frames
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any
@@ -20,6 +19,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
+from molmo2.configuration import TOKEN_ID_OFFSETS
+from molmo2.model.packing import changes
 from molmo2.model.vision import record_calls
 
 logger = logging.get_logger(__name__)
@@ -39,6 +40,8 @@ TOKEN_INPUTS = (
 SIMILARITY = 0.85  # (0..1) from which an unknown name counts as a misspelt argument
 # Set by `generate` alone: the number of consecutive rows that share one set of media (beams, `num_return_sequences`).
 REPEAT_FACTOR = "images_repeat_factor"
+
+TokenGroup = tuple[int, tuple[str, ...]]  # patch tokens up to an end token: how many, and what may have written them
 
 
 @lru_cache
@@ -64,54 +67,9 @@ def refuse_unknown_inputs(names: Iterable[str]) -> None:
             raise ValueError(f"`forward` has no argument {name!r}; did you mean {meant}?")
 
 
-@dataclass(frozen=True)
-class TokenGroup:
-    """Consecutive patch tokens up to an end token.
-
-    Attributes:
-        num_tokens: How many.
-        opens_image: They follow a start token that only low-resolution views have.
-        closes_frame: They end with a token that only video frames have.
-    """
-
-    num_tokens: int
-    opens_image: bool
-    closes_frame: bool = False
-
-
-@dataclass(frozen=True)
-class MediaGrids:
-    """The sizes of all images and videos of a batch, in pooled tokens.
-
-    Attributes:
-        image_grids: (images, 4) rows, cols of the low-res view and of the high-res crops, in pooled tokens.
-        image_num_crops: (images,) crops of each image.
-        video_grids: (videos, 3) frames, rows, cols.
-    """
-
-    image_grids: Tensor | None = None
-    image_num_crops: Tensor | None = None
-    video_grids: Tensor | None = None
-
-    def image_tokens(self) -> Tensor:
-        """(images,) pooled tokens of each image."""
-        if self.image_grids is None:
-            return torch.zeros(0, dtype=torch.int64)
-        return self.image_grids[:, 0] * self.image_grids[:, 1] + self.image_grids[:, 2] * self.image_grids[:, 3]
-
-    def video_tokens(self) -> Tensor:
-        """(videos,) pooled tokens of each video."""
-        if self.video_grids is None:
-            return torch.zeros(0, dtype=torch.int64)
-        return self.video_grids.prod(dim=-1)
-
-    def image_groups(self) -> list[list[int]]:
-        """Tokens in each of the two groups that an image writes."""
-        return [[a * b, c * d] for a, b, c, d in ([] if self.image_grids is None else self.image_grids.tolist())]
-
-    def video_groups(self) -> list[list[int]]:
-        """Tokens in each of the groups that a video writes, one per frame."""
-        return [[r * c] * frames for frames, r, c in ([] if self.video_grids is None else self.video_grids.tolist())]
+def image_groups(image_grids: Tensor) -> Tensor:
+    """(images, 2) tokens of the low-res view and of the high-res crops, of `image_grids` (images, 4)."""
+    return image_grids.unflatten(-1, (2, 2)).prod(dim=-1)
 
 
 def on_host(*tables: Tensor) -> list[Tensor]:
@@ -138,80 +96,94 @@ def flat_pooling(token_pooling: Tensor, tokens: Tensor, crops: Tensor, patches_p
     return torch.where(token_pooling >= 0, token_pooling + shift, token_pooling)
 
 
-def _runs(ids: list[int]) -> list[tuple[int, int]]:
-    """(start, end) of each run of equal entries."""
-    starts = [place for place in range(len(ids)) if place == 0 or ids[place] != ids[place - 1]]
-    return list(zip(starts, [*starts[1:], len(ids)]))
+def flat_media(
+    pixels: Tensor, token_pooling: Tensor, grids: Tensor, num_crops: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Crops, pooling indices over all of them and (items,) tokens of each image, from the tensors of `ENCODED_INPUTS`.
+
+    Likewise of videos, which have no `num_crops`: their grids count the frames.
+
+    Raises:
+        ValueError: If these tensors contradict each other, naming both numbers.
+    """
+    if num_crops is None:
+        token_pooling, grids = on_host(token_pooling, grids)
+        tokens, crops, stated = grids.prod(dim=-1), grids[:, 0], "`video_grids` counts"
+    else:
+        token_pooling, grids, crops = on_host(token_pooling, grids, num_crops)
+        tokens, stated = image_groups(grids).sum(-1), "`image_num_crops` adds up to"
+    names = ENCODED_INPUTS["video" if num_crops is None else "image"]
+    _require_equal(stated, crops.sum(), f"`{names[0]}` has", pixels)
+    _require_equal(f"`{names[2]}` adds up to", tokens.sum(), f"`{names[1]}` has", token_pooling)
+    return pixels, flat_pooling(token_pooling, tokens, crops, pixels.shape[1]), tokens
 
 
-def token_groups(
-    input_ids: Tensor,
-    patch_ids: list[int],
-    image_end_id: int,
-    frame_end_id: int,
-    low_res_start_id: int,
-    example_ids: Tensor | None = None,
-) -> list[list[TokenGroup]]:
+def _require_equal(stated: str, expected: Tensor, holder: str, tensor: Tensor) -> None:
+    if int(expected) != len(tensor):
+        raise ValueError(
+            f"{stated} {int(expected)}, but {holder} {len(tensor)} row(s). Pass the tensors of one call of the "
+            "processor, without dropping or repeating rows."
+        )
+
+
+def token_groups(ids: Tensor, config: Any, example_ids: Tensor | None = None) -> list[list[TokenGroup]]:
     """Groups of patch tokens closed by an end token, for each row; end tokens without patches are plain text.
 
+    What may have written a group is "image", "video" or both, the likelier first: a frame's own end token means a
+    video; a low-res opening means an image, and its absence while other groups have one a video; otherwise an image is
+    tried first, because prompts put images first.
+
     Args:
-        input_ids: (B, S) int64.
-        example_ids: (B, S) int64; packed examples count as rows of their own.
+        ids: (B, S) int64, on the CPU.
+        config: `Molmo2Config`, for the ids of visual tokens.
+        example_ids: (B, S) int64, on the CPU; packed examples count as rows of their own.
     """
-    if example_ids is not None:
-        tokens = (patch_ids, image_end_id, frame_end_id, low_res_start_id)
-        return [
-            groups
-            for row, ids in zip(input_ids, example_ids.tolist())
-            for start, end in _runs(ids)
-            for groups in token_groups(row[None, start:end], *tokens)
-        ]
-    end_ids = [image_end_id, frame_end_id]
-    is_patch = torch.isin(input_ids, torch.tensor(patch_ids, device=input_ids.device))
-    is_end = torch.isin(input_ids, torch.tensor(end_ids, device=input_ids.device))
-    follows_low_res_start = torch.zeros_like(is_patch)
-    follows_low_res_start[:, 1:] = is_patch[:, 1:] & (input_ids[:, :-1] == low_res_start_id)
-    seen, opened = is_patch.cumsum(-1), follows_low_res_start.cumsum(-1)
-    rows = []
-    for row in range(len(input_ids)):
-        closed_at = is_end[row].nonzero()[:, 0]
-        seen_then, opened_then = seen[row, closed_at].tolist(), opened[row, closed_at].tolist()
-        closed_by = input_ids[row, closed_at].tolist()
-        starts = zip([0, *seen_then], [0, *opened_then])
-        groups = [
-            TokenGroup(end - start, opened_end > opened_start, end_id == frame_end_id)
-            for (start, opened_start), end, opened_end, end_id in zip(starts, seen_then, opened_then, closed_by)
-        ]
-        rows.append([group for group in groups if group.num_tokens])
+    image_end, frame_end = config.image_end_token_id, config.frame_end_token_id
+    is_patch = torch.isin(ids, torch.tensor([config.image_patch_id, config.image_low_res_id]))
+    is_end = torch.isin(ids, torch.tensor([image_end, frame_end]))
+    begins_row = changes(torch.zeros_like(ids) if example_ids is None else example_ids)
+    opens_image = is_patch & (ids.roll(1, -1) == config.low_res_image_start_token_id) & ~begins_row
+    row_of = begins_row.flatten().cumsum(0) - 1
+    at = (is_end.flatten() | begins_row.flatten().roll(-1)).nonzero()[:, 0]  # ends of groups and of rows
+    seen = torch.stack((is_patch, opens_image)).flatten(1).cumsum(-1)[:, at]
+    ends = zip(row_of[at].tolist(), *seen.diff(prepend=seen.new_zeros(2, 1)).tolist(), ids.flatten()[at].tolist())
+    closed = [end for end in ends if end[1] and end[3] in (image_end, frame_end)]
+    marks_images = any(num_opened for _, _, num_opened, _ in closed)
+    rows: list[list[TokenGroup]] = [[] for _ in range(int(begins_row.sum()))]
+    for row, num_tokens, num_opened, end_id in closed:
+        kinds: tuple[str, ...] = ("image", "video")
+        if end_id == frame_end:
+            kinds = ("video",)
+        elif marks_images:
+            kinds = ("image",) if num_opened else ("video",)
+        rows[row].append((num_tokens, kinds))
     return rows
 
 
-def assign_media(rows: list[list[TokenGroup]], grids: MediaGrids) -> list[list[tuple[str, int]]]:
-    """The images and videos of each row in the order of the prompt, as ("image" | "video", index into the flat list).
+def prompt_order(rows: list[list[TokenGroup]], image_grids: Tensor, video_grids: Tensor) -> Tensor:
+    """The order of the rows of [image features; video features] in the prompts, (T,) int64.
 
-    Packed examples count as rows. Images, and likewise videos, are taken in flat order. Where a group could be either,
-    a frame's own end token means a video; a low-res opening means an image, and its absence while other groups have
-    one a video; otherwise an image is tried first, because prompts put images first.
+    Images, and likewise videos, are taken in flat order.
 
+    Args:
+        rows: Of `token_groups`.
+        image_grids, video_grids: (images, 4) and (videos, 3), on the CPU.
     Raises:
         ValueError: If the groups of a row fit no image or video, or some are left over.
     """
-    waiting = {"image": grids.image_groups(), "video": grids.video_groups()}
+    images = image_groups(image_grids).tolist()
+    waiting = {"image": images, "video": [[rows * cols] * frames for frames, rows, cols in video_grids.tolist()]}
     taken = {"image": 0, "video": 0}
-    marks_images = any(group.opens_image for groups in rows for group in groups)
-    assigned = []
+    first = {"image": 0, "video": sum(map(sum, images))}  # feature of the next image and video
+    pieces = [torch.arange(0)]
     for row, groups in enumerate(rows):
-        sizes, place, media = [group.num_tokens for group in groups], 0, []
+        sizes, place = [size for size, _ in groups], 0
         while place < len(groups):
-            kinds = ["image", "video"]
-            if groups[place].closes_frame:
-                kinds = ["video"]
-            elif marks_images:
-                kinds = ["image"] if groups[place].opens_image else ["video"]
-            for kind in kinds:
+            for kind in groups[place][1]:
                 wanted = waiting[kind][taken[kind]] if taken[kind] < len(waiting[kind]) else None
                 if wanted is not None and sizes[place : place + len(wanted)] == wanted:
-                    media.append((kind, taken[kind]))
+                    pieces.append(torch.arange(first[kind], first[kind] + sum(wanted)))
+                    first[kind] += sum(wanted)
                     taken[kind] += 1
                     place += len(wanted)
                     break
@@ -222,32 +194,13 @@ def assign_media(rows: list[list[TokenGroup]], grids: MediaGrids) -> list[list[t
                     f"{len(waiting['video'])} would have to follow, which write other groups. Pass ids and media "
                     "that come from one call of the processor."
                 )
-        assigned.append(media)
     for kind, passed in waiting.items():
         if taken[kind] != len(passed):
             raise ValueError(
                 f"The prompts place {taken[kind]} {kind}(s), but {len(passed)} were passed. "
                 "Pass ids and media that come from one call of the processor."
             )
-    return assigned
-
-
-def prompt_order(assigned: list[list[tuple[str, int]]], grids: MediaGrids) -> Tensor:
-    """The order of the rows of [image features; video features] in the prompts.
-
-    Returns:
-        (T,) int64 indices.
-    """
-    tokens = {
-        "image": [sum(groups) for groups in grids.image_groups()],
-        "video": [sum(groups) for groups in grids.video_groups()],
-    }
-    first = {"image": [0], "video": [sum(tokens["image"])]}
-    for kind, counts in tokens.items():
-        for count in counts:
-            first[kind].append(first[kind][-1] + count)
-    pieces = [torch.arange(first[kind][i], first[kind][i + 1]) for media in assigned for kind, i in media]
-    return torch.cat(pieces) if pieces else torch.zeros(0, dtype=torch.int64)
+    return torch.cat(pieces)
 
 
 def joined_features(features: Any) -> Tensor | None:
@@ -275,15 +228,7 @@ class Molmo2VisionInputsMixin:
     @property
     def visual_ids(self) -> list[int]:
         """Ids of all visual tokens: patch, column, start and end tokens."""
-        return [
-            *self.patch_ids,
-            self.config.image_col_id,
-            self.config.image_start_token_id,
-            self.config.image_end_token_id,
-            self.config.low_res_image_start_token_id,
-            self.config.frame_start_token_id,
-            self.config.frame_end_token_id,
-        ]
+        return [getattr(self.config, name) for name in TOKEN_ID_OFFSETS]
 
     def _special_ids(self, input_ids: Tensor | None, inputs_embeds: Any) -> Tensor:
         """(B, S) ids; where only embeddings are known, those of visual tokens, and -1 elsewhere."""
@@ -317,16 +262,6 @@ class Molmo2VisionInputsMixin:
             return token_type_ids.bool()
         return self.visual_token_mask(input_ids, inputs_embeds)
 
-    def token_groups(
-        self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None, example_ids: Tensor | None = None
-    ) -> list[list[TokenGroup]]:
-        """Groups of patch tokens of each row or packed example, which tell the images and videos that it owns."""
-        if input_ids is not None and input_ids.shape[1] == 0:
-            input_ids = None
-        config, ids = self.config, self._special_ids(input_ids, inputs_embeds)
-        ends = (config.image_end_token_id, config.frame_end_token_id)
-        return token_groups(ids, self.patch_ids, *ends, config.low_res_image_start_token_id, example_ids)
-
     @can_return_tuple
     def get_image_features(
         self,
@@ -354,18 +289,8 @@ class Molmo2VisionInputsMixin:
         Raises:
             ValueError: If these tensors contradict each other, naming both numbers.
         """
-        media = self._images(pixel_values, image_token_pooling, image_grids, image_num_crops)
+        media = flat_media(pixel_values, image_token_pooling, image_grids, image_num_crops)
         return self._encoded_output(*media, output_hidden_states, output_attentions)
-
-    def _images(
-        self, pixel_values: Tensor, image_token_pooling: Tensor, image_grids: Tensor, image_num_crops: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Crops, pooling indices over all of them and (images,) tokens of each image."""
-        image_token_pooling, image_grids, image_num_crops = on_host(image_token_pooling, image_grids, image_num_crops)
-        tokens = MediaGrids(image_grids=image_grids).image_tokens()
-        self._require_equal("`image_num_crops` adds up to", image_num_crops.sum(), "`pixel_values` has", pixel_values)
-        self._require_equal("`image_grids` adds up to", tokens.sum(), "`image_token_pooling` has", image_token_pooling)
-        return pixel_values, flat_pooling(image_token_pooling, tokens, image_num_crops, pixel_values.shape[1]), tokens
 
     @can_return_tuple
     def get_video_features(
@@ -389,19 +314,8 @@ class Molmo2VisionInputsMixin:
         Raises:
             ValueError: If these tensors contradict each other, naming both numbers.
         """
-        media = self._videos(pixel_values_videos, video_token_pooling, video_grids)
+        media = flat_media(pixel_values_videos, video_token_pooling, video_grids)
         return self._encoded_output(*media, output_hidden_states, output_attentions)
-
-    def _videos(
-        self, pixel_values_videos: Tensor, video_token_pooling: Tensor, video_grids: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Frames, pooling indices over all of them and tokens for each row of `video_grids`."""
-        video_token_pooling, video_grids = on_host(video_token_pooling, video_grids)
-        tokens, frames = MediaGrids(video_grids=video_grids).video_tokens(), video_grids[:, 0]
-        self._require_equal("`video_grids` counts", frames.sum(), "`pixel_values_videos` has", pixel_values_videos)
-        self._require_equal("`video_grids` adds up to", tokens.sum(), "`video_token_pooling` has", video_token_pooling)
-        pooling = flat_pooling(video_token_pooling, tokens, frames, pixel_values_videos.shape[1])
-        return pixel_values_videos, pooling, tokens
 
     def _encoded_output(
         self, pixels: Tensor, pooling: Tensor, tokens: Tensor, wants_states: bool | None, wants_weights: bool | None
@@ -411,14 +325,11 @@ class Molmo2VisionInputsMixin:
         wants_states = model._setting("output_hidden_states", wants_states)
         wants_weights = model._setting("output_attentions", wants_weights)
         blocks = list(self.vision_backbone.image_vit.transformer.resblocks)
-        recorded = [*(blocks if wants_states else blocks[-1:])]
-        if wants_weights:
-            recorded += [block.attention for block in blocks]
-        with record_calls(recorded) as calls:
+        attentions = [block.attention for block in blocks] if wants_weights else []
+        with record_calls(blocks if wants_states else blocks[-1:]) as calls, record_calls(attentions) as weighed:
             vectors = self.vision_backbone(pixels, pooling)
-        num_states = len(recorded) - len(blocks) * wants_weights
-        states = [_of_all_chunks([output for _, output in own]) for own in calls[:num_states]]
-        weights = [_of_all_chunks([output[1] for _, output in own]) for own in calls[num_states:]]
+        states = [_of_all_chunks([output for _, output in own]) for own in calls]
+        weights = [_of_all_chunks([output[1] for _, output in own]) for own in weighed]
         embedded = _of_all_chunks([states_in for states_in, _ in calls[0]])
         found = (pooling >= 0).any(-1).split(tokens.tolist())  # tokens without a patch have no vector
         return BaseModelOutputWithPooling(
@@ -437,16 +348,8 @@ class Molmo2VisionInputsMixin:
         device = self.vision_backbone.device
         if device.type == "cuda" and pixel_values_videos.device.type == "cpu":
             pixel_values_videos = pixel_values_videos.pin_memory().to(device, non_blocking=True)
-        pixels, pooling, _ = self._videos(pixel_values_videos, video_token_pooling, video_grids)
+        pixels, pooling, _ = flat_media(pixel_values_videos, video_token_pooling, video_grids)
         return self.vision_backbone(pixels, pooling)
-
-    @staticmethod
-    def _require_equal(stated: str, expected: Tensor, holder: str, tensor: Tensor) -> None:
-        if int(expected) != len(tensor):
-            raise ValueError(
-                f"{stated} {int(expected)}, but {holder} {len(tensor)} row(s). Pass the tensors of one call of the "
-                "processor, without dropping or repeating rows."
-            )
 
     def _require_media(self, input_ids: Tensor | None, inputs_embeds: Tensor, is_prompt: bool) -> None:
         """Refuses patch tokens without vectors to add, which read like any other token and mean nothing.
@@ -472,19 +375,18 @@ class Molmo2VisionInputsMixin:
     ) -> Tensor | None:
         """(T, D) vectors of all patch tokens in the order of the prompts; None without media."""
         parts = []
-        for kind, prepare in (("image", self._images), ("video", self._videos)):
+        for kind, names in ENCODED_INPUTS.items():
             vectors = joined_features(media[f"{kind}_features"])
-            given = {name: media[name] for name in ENCODED_INPUTS[kind]}
             if vectors is None:
-                vectors = self._encoded(given, prepare)
-            elif given[ENCODED_INPUTS[kind][0]] is not None:
-                raise ValueError(f"Pass either `{kind}_features` or `{ENCODED_INPUTS[kind][0]}`: found both.")
+                vectors = self._encoded({name: media[name] for name in names})
+            elif media[names[0]] is not None:
+                raise ValueError(f"Pass either `{kind}_features` or `{names[0]}`: found both.")
             if vectors is not None:
                 parts.append(vectors)
         if len(parts) < 2:
             return parts[0] if parts else None
-        grids = MediaGrids(media["image_grids"], media["image_num_crops"], media["video_grids"])
-        if grids.image_grids is None or grids.video_grids is None:
+        image_grids, video_grids = media["image_grids"], media["video_grids"]
+        if image_grids is None or video_grids is None:
             raise ValueError(
                 "Images and videos together need `image_grids`, `image_num_crops` and `video_grids` besides their "
                 "features, to tell which tokens belong to which. Pass all that the processor returned."
@@ -492,19 +394,16 @@ class Molmo2VisionInputsMixin:
         ids, *examples = on_host(
             self._special_ids(input_ids, inputs_embeds), *([] if example_ids is None else [example_ids])
         )
-        image_grids, video_grids = on_host(grids.image_grids, grids.video_grids)
-        grids = MediaGrids(image_grids, video_grids=video_grids)
-        groups = self.token_groups(ids, None, *examples)
-        order = prompt_order(assign_media(groups, grids), grids)
+        order = prompt_order(token_groups(ids, self.config, *examples), *on_host(image_grids, video_grids))
         return torch.cat(parts)[order.to(parts[0].device)]
 
-    def _encoded(self, given: dict[str, Tensor | None], prepare: Callable[..., Any]) -> Tensor | None:
+    def _encoded(self, given: dict[str, Any]) -> Tensor | None:
         missing = [name for name, value in given.items() if value is None]
         if len(missing) == len(given):
             return None
         if missing:
             raise ValueError(f"{', '.join(missing)} missing: pass all of {list(given)} that the processor returned.")
-        pixels, pooling, _ = prepare(**given)
+        pixels, pooling, _ = flat_media(*given.values())
         return self.vision_backbone(pixels, pooling)
 
     def _add_features(

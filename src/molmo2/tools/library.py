@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from molmo2.media_features import MediaFeatures
-from molmo2.model.vision_inputs import MediaGrids, flat_pooling
+from molmo2.model.vision_inputs import flat_pooling, image_groups
 
 
 def library_inputs(inputs: Mapping[str, Any]) -> MediaFeatures:
@@ -48,13 +48,14 @@ def library_inputs(inputs: Mapping[str, Any]) -> MediaFeatures:
     if token_types is not None:
         data["mm_token_type_ids"] = token_types.to(torch.int64)
     if data.get("image_grids") is not None:
-        tokens = MediaGrids(image_grids=data["image_grids"]).image_tokens()
+        tokens = image_groups(data["image_grids"]).sum(-1)
         patches = data["pixel_values"].shape[1]
         data["image_token_pooling"] = flat_pooling(
             data["image_token_pooling"], tokens, data["image_num_crops"], patches
         )
     if data.get("video_grids") is not None:
         grids, patches = data["video_grids"], data["pixel_values_videos"].shape[1]
-        tokens = MediaGrids(video_grids=grids).video_tokens()
-        data["video_token_pooling"] = flat_pooling(data["video_token_pooling"], tokens, grids[:, 0], patches)
+        data["video_token_pooling"] = flat_pooling(
+            data["video_token_pooling"], grids.prod(dim=-1), grids[:, 0], patches
+        )
     return MediaFeatures(data, media=getattr(inputs, "media", ()))

@@ -18,7 +18,7 @@ from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.processing import BaseMultiModalProcessor, PromptReplacement, PromptUpdate, PromptUpdateDetails
 
 from molmo2.image.limits import MediaLimits
-from molmo2.model.vision_inputs import MediaGrids, flat_pooling
+from molmo2.model.vision_inputs import flat_pooling, image_groups
 from molmo2.processing.processor import Molmo2Processor
 from molmo2.processing.prompt_tokens import (
     IMAGE_PLACEHOLDER,
@@ -111,7 +111,7 @@ class PromptProcessor(BaseMultiModalProcessor):
             "pixel_values": outputs["pixel_values"],
             "image_token_pooling": outputs["image_token_pooling"],
             "image_num_crops": crops,
-            "image_num_pooled_patches": MediaGrids(image_grids=grids).image_tokens(),
+            "image_num_pooled_patches": image_groups(grids).sum(-1),
             "image_num_patches": crops * outputs["pixel_values"].shape[1],
             "image_tokens": torch.tensor([token for own in tokens for token in own]),
             "num_image_tokens": torch.tensor([len(own) for own in tokens]),

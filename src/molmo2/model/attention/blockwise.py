@@ -31,29 +31,14 @@ class QueryBlock:
     is_masked: bool
 
 
-@dataclass(frozen=True)
-class _Range:
-    """Smallest and largest entry of each block of columns, both (B, blocks)."""
+def _may_be_equal(low: Tensor, high: Tensor) -> Tensor:
+    """(B, query blocks, key blocks): some entry of one may equal some entry of the other; bounds are (B, blocks)."""
+    return (low[:, :, None] <= high[:, None]) & (low[:, None] <= high[:, :, None])
 
-    low: Tensor
-    high: Tensor
 
-    @classmethod
-    def from_table(cls, table: Tensor | None, batch: int, length: int, size: int, missing: int) -> "_Range":
-        """Of a (B, S) table; None counts as filled with `missing`."""
-        if table is None:
-            table = torch.full((batch, length), missing)
-        table = table.long().cpu()
-        table = torch.cat((table, table[:, -1:].expand(-1, -length % size)), dim=1).unflatten(1, (-1, size))
-        return cls(table.amin(-1), table.amax(-1))
-
-    def overlaps(self) -> Tensor:
-        """(B, query blocks, key blocks): some entry of one may equal some entry of the other."""
-        return (self.low[:, :, None] <= self.high[:, None]) & (self.low[:, None] <= self.high[:, :, None])
-
-    def equals(self) -> Tensor:
-        """(B, query blocks, key blocks): all entries of both are equal."""
-        return (self.low[:, :, None] == self.high[:, None]) & (self.high[:, :, None] == self.low[:, None])
+def _are_equal(low: Tensor, high: Tensor) -> Tensor:
+    """(B, query blocks, key blocks): all entries of both are equal."""
+    return (low[:, :, None] == high[:, None]) & (high[:, :, None] == low[:, None])
 
 
 def plan_blocks(spec: AttentionSpec, batch: int, first_query: int, length: int, size: int) -> tuple[QueryBlock, ...]:
@@ -67,20 +52,24 @@ def plan_blocks(spec: AttentionSpec, batch: int, first_query: int, length: int, 
         size: Columns per block.
     """
 
-    def span(table: Tensor | None, missing: int) -> _Range:
-        return _Range.from_table(table, batch, length, size, missing)
+    def bounds(table: Tensor | None, missing: int) -> tuple[Tensor, Tensor]:
+        """Smallest and largest entry of each block of columns, both (B, blocks); None is filled with `missing`."""
+        table = torch.full((batch, length), missing) if table is None else table.long().cpu()
+        table = torch.cat((table, table[:, -1:].expand(-1, -length % size)), dim=1).unflatten(1, (-1, size))
+        return table.amin(-1), table.amax(-1)
 
-    real, visual = span(spec.is_real, 1), span(spec.is_visual, 0)
-    example, branch = span(spec.example_ids, 0), span(spec.branch_ids, 0)
-    index = torch.arange(real.low.shape[1])
+    all_real, any_real = bounds(spec.is_real, 1)
+    all_visual, any_visual = bounds(spec.is_visual, 0)
+    example, branch = bounds(spec.example_ids, 0), bounds(spec.branch_ids, 0)
+    index = torch.arange(all_real.shape[1])
     earlier, same = index[:, None] > index, index[:, None] == index  # (query blocks, key blocks)
-    both_visual = (visual.high[:, :, None] & visual.high[:, None]).bool()
-    all_visual = (visual.low[:, :, None] & visual.low[:, None]).bool()
-    shared, all_shared = (branch.low == 0)[:, None], (branch.high == 0)[:, None]
-    possible = (earlier | same | both_visual) & example.overlaps() & (shared | branch.overlaps())
-    possible = (possible & real.high.bool()[:, None]).any(0)
-    certain = (earlier | all_visual) & example.equals() & (all_shared | branch.equals())
-    certain = (certain & real.low.bool()[:, None]).all(0)
+    both_visual = (any_visual[:, :, None] & any_visual[:, None]).bool()
+    both_all_visual = (all_visual[:, :, None] & all_visual[:, None]).bool()
+    shared, all_shared = ((bound == 0)[:, None] for bound in branch)
+    possible = (earlier | same | both_visual) & _may_be_equal(*example) & (shared | _may_be_equal(*branch))
+    possible = (possible & any_real.bool()[:, None]).any(0)
+    certain = (earlier | both_all_visual) & _are_equal(*example) & (all_shared | _are_equal(*branch))
+    certain = (certain & all_real.bool()[:, None]).all(0)
     blocks = []
     for block in range(first_query // size, len(index)):
         keys = possible[block].nonzero()[:, 0].tolist() or [block]  # queries that are all padding see nothing

@@ -8,6 +8,7 @@ flash attention                            padding only; passes that need more r
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,12 +16,13 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from molmo2.model.attention.blockwise import BlockwiseMask, blockwise_attention
 from molmo2.model.attention.mask import AttentionSpec, cached_length, mask_mod
 from molmo2.model.cache import PreallocatedLayer
-from molmo2.model.compat import make_causal_mask
+from molmo2.model.compat import mask_arguments
 
 MAX_GROUPED_QUERIES = 15  # per head; more are as fast in the function of transformers
 
@@ -66,8 +68,8 @@ def flex_attention_on_cpu(
 ) -> tuple[Tensor, None]:
     """flex_attention without its compiler, which generates C++ that does not build when lengths vary (torch 2.13).
 
-    Args and returns: as the attention functions of transformers; a tensor mask, (B or 1, heads or 1, queries, keys),
-    is added to the scores, or is bool with True = may attend.
+    Args and returns: as the attention functions of transformers; a tensor mask, (B or 1, heads or 1, queries or 1,
+    keys), is added to the scores.
     """
     if dropout > 0:
         raise ValueError(
@@ -75,11 +77,7 @@ def flex_attention_on_cpu(
             '`attn_implementation="sdpa"`.'
         )
     block_mask = attention_mask if isinstance(attention_mask, BlockMask) else None
-    added: Any = attention_mask if isinstance(attention_mask, Tensor) else None
-    if added is not None:
-        if added.dtype == torch.bool:
-            added = torch.zeros_like(added, dtype=query.dtype).masked_fill(~added, torch.finfo(query.dtype).min)
-        added = added.expand(*query.shape[:2], -1, -1)
+    added: Any = attention_mask.expand(*query.shape[:2], -1, -1) if isinstance(attention_mask, Tensor) else None
 
     def add_mask(score: Tensor, batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return score + added[batch_idx, head_idx, q_idx, kv_idx]
@@ -127,12 +125,10 @@ def attention_implementation(config: Any, wants_weights: bool, needs_mask: bool)
     """The implementation for one forward pass.
 
     Weights are only computed by eager attention. Flash attention takes no mask but padding, so a pass in which
-    visual tokens see each other or examples are packed runs under sdpa; text-only prefills and all later steps stay
-    with flash.
+    visual tokens see each other or examples are packed, and pooling with missing patches, run under sdpa; text-only
+    prefills and all later steps stay with flash.
     """
-    chosen = config._attn_implementation
-    if chosen is None:
-        chosen = "sdpa"
+    chosen = config._attn_implementation or "sdpa"
     if wants_weights:
         return "eager"
     if needs_mask and "flash" in chosen:
@@ -162,10 +158,12 @@ def make_attention_mask(
     """The mask of one forward pass, in the form that `implementation` takes.
 
     Args:
-        inputs_embeds: (B, S, ...) queries.
+        inputs_embeds: (B, S, ...) queries, in the dtype of the model.
         attention_mask: None, (B, keys) with 0 on padding, or a mask made before (returned as it is).
         spec: What the mask depends on besides padding, in a prefill; empty in later passes.
         cache_position: (S,) slots of the queries in the cache.
+    Returns:
+        None, a `BlockwiseMask`, a (B, 1, S, keys) tensor, a (B, keys) tensor or a BlockMask.
     """
     if isinstance(attention_mask, dict):
         attention_mask = attention_mask["full_attention"]
@@ -181,8 +179,19 @@ def make_attention_mask(
     if config._attn_implementation != implementation:
         config = copy.copy(config)
         config._attn_implementation_internal = implementation
-    function = None if spec.is_empty() else mask_mod(spec)
-    return make_causal_mask(config, inputs_embeds, attention_mask, past_key_values, cache_position, function)
+    return create_causal_mask(
+        config=config,
+        attention_mask=attention_mask,
+        position_ids=None,
+        or_mask_function=None if spec.is_empty() else _every_pair,
+        and_mask_function=None if spec.is_empty() else mask_mod(spec),
+        **mask_arguments(inputs_embeds, past_key_values, cache_position),
+    )
+
+
+def _every_pair(batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+    """Allows every pair: replaces the causality of transformers, which `mask_mod` brings itself."""
+    return (q_idx >= 0) & (kv_idx >= 0)
 
 
 def _has_a_column_for_each_key(attention_mask: Any, cache: Cache | None) -> bool:
@@ -201,7 +210,7 @@ def _blockwise_mask(
     first_query = int(cached_length(past_key_values))
     length = first_query + queries
     if attention_mask is not None and not bool(attention_mask.all()):
-        spec = spec.with_padding(attention_mask.to(inputs_embeds.device)[:, :length].bool())
+        spec = replace(spec, is_real=attention_mask.to(inputs_embeds.device)[:, :length].bool())
     if first_query == 0 and spec.is_empty():
         return None
     return BlockwiseMask(spec, batch, first_query, length, inputs_embeds.device)
@@ -228,9 +237,8 @@ class Molmo2AttentionBase(nn.Module):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: Any = None,
-        implementation: str | None = None,
-        **kwargs: Any,
+        attention_mask: Any,
+        implementation: str,
     ) -> tuple[Tensor, Tensor | None]:
         """Scaled dot-product attention.
 
@@ -241,32 +249,29 @@ class Molmo2AttentionBase(nn.Module):
             query: (B, heads, S, head_dim).
             key, value: (B, key/value heads, keys, head_dim).
             attention_mask: As the implementation takes it; see `make_attention_mask`.
-            implementation: Overrides the configured one.
+            implementation: See `attention_implementation`.
         Returns:
             (B, S, heads * head_dim) in the dtype of `query`, and the weights where they were computed.
         """
-        implementation = self.config._attn_implementation if implementation is None else implementation
-        implementation = "sdpa" if implementation is None else implementation
         dtype = query.dtype
-        is_flash = "flash" in implementation
-        if self.float32_attention and not is_flash:
+        if self.float32_attention and "flash" not in implementation:
             query, key = query.float(), key.float()
+            value = value if implementation == "eager" else value.float()
         dropout = self.attention_dropout if self.training else 0.0
         if implementation == "eager":
             output, weights = eager_attention(query, key, value, attention_mask, self.scaling, dropout)
         elif isinstance(attention_mask, BlockwiseMask):
             output, weights = blockwise_attention(query, key, value, attention_mask, self.scaling, dropout), None
         else:
-            if self.float32_attention and not is_flash:
-                value = value.float()
             function = ALL_ATTENTION_FUNCTIONS[implementation]
-            if implementation == "flex_attention" and query.device.type == "cpu":
-                function = flex_attention_on_cpu
+            if implementation == "flex_attention":
+                if isinstance(attention_mask, Tensor) and attention_mask.dtype == torch.bool:  # it adds tensors
+                    added = torch.zeros(attention_mask.shape, device=query.device)
+                    attention_mask = added.masked_fill(~attention_mask, torch.finfo(torch.float32).min)
+                function = flex_attention_on_cpu if query.device.type == "cpu" else function
             elif function is sdpa_attention_forward:
                 function = self._sdpa_function(query, key, attention_mask)
-            output, weights = function(
-                self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
-            )
+            output, weights = function(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling)
         return output.flatten(2).to(dtype), weights
 
     def _sdpa_function(self, query: Tensor, key: Tensor, mask: Any) -> Callable:

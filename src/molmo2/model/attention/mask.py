@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from molmo2.model.packing import PackedRows, example_ids_from_positions
+from molmo2.model.packing import PackedRows
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (batch, head, query, key) indices to bool
 
@@ -44,9 +44,6 @@ class AttentionSpec:
 
     def to(self, device: torch.device) -> "AttentionSpec":
         return replace(self, **{name: entries.to(device) for name, entries in self.given().items()})
-
-    def with_padding(self, is_real: Tensor) -> "AttentionSpec":
-        return replace(self, is_real=is_real)
 
 
 def mask_mod(spec: AttentionSpec) -> MaskMod:
@@ -101,25 +98,21 @@ def attention_spec(is_visual: Tensor | None, packed_rows: PackedRows | None) -> 
     """The spec of a prefill, padding aside."""
     if packed_rows is None:
         return AttentionSpec(is_visual=is_visual)
-    has_branches = bool(packed_rows.branches.any())
-    return AttentionSpec(
-        is_visual=is_visual,
-        example_ids=packed_rows.examples,
-        branch_ids=packed_rows.branches if has_branches else None,
-    )
+    branches = packed_rows.branches
+    return AttentionSpec(None, is_visual, packed_rows.examples(), branches if bool(branches.any()) else None)
 
 
 def split_examples_by_position_ids(spec: AttentionSpec, position_ids: Tensor, batch: int) -> AttentionSpec:
-    """Adds packed examples told by positions that restart, the convention of transformers.
+    """Adds packed examples told by positions that do not go up by one, the convention of transformers.
 
     Args:
         position_ids: (B, S), or (1, S) for all rows.
     """
-    examples = example_ids_from_positions(position_ids)
-    is_one_example = not torch.compiler.is_compiling() and not bool(examples.any())
+    restarts = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    is_one_example = not torch.compiler.is_compiling() and not bool(restarts.any())
     if is_one_example or spec.example_ids is not None:
         return spec
-    return replace(spec, example_ids=examples.expand(batch, -1))
+    return replace(spec, example_ids=nn.functional.pad(restarts.long().cumsum(-1), (1, 0)).expand(batch, -1))
 
 
 def make_position_ids(attention_mask: Any, cache_position: Tensor, query_length: int) -> Tensor:
