@@ -89,7 +89,7 @@ def load_images(
         ValueError: an image cannot be decoded, is empty, or has the shape, dtype or values of no image.
     """
     layout, limits = _parse_layout(input_data_format), checked_limits(limits)
-    items = _flatten(fetch_images(images, limits=limits), "images")
+    items = flattened(fetch_images(images, limits=limits), "images")
     return [_rgb_array(item, where, do_convert_rgb, layout, limits) for where, item in items]
 
 
@@ -124,30 +124,11 @@ def fetch_images(
     raise TypeError(f"{where} is {found}, which is no image. Pass {ACCEPTED_IMAGES}.")
 
 
-def measure_images(images: Any, limits: MediaLimits | None = None) -> list[tuple[int, int]]:
-    """(height, width) of every image, in the order of `load_images`; of files only the header is read.
-
-    Raises:
-        FileNotFoundError, TypeError, ValueError: as `load_images`, as far as a header tells.
-    """
-    items = _flatten(fetch_images(images, finish=_upright_placeholder, limits=limits), "images")
-    return [
-        (item.height, item.width) if isinstance(item, Image.Image) else _channels_last(item, where, None).shape[:2]
-        for where, item in items
-    ]
-
-
-def _upright_placeholder(image: Image.Image) -> np.ndarray:
-    """An array of zeros, without memory of its own, of the size that an image has once it is turned upright."""
-    width, height = upright_size(image)
-    return np.broadcast_to(np.uint8(0), (height, width, 3))
-
-
-def _flatten(images: Any, where: str) -> Iterator[tuple[str, Image.Image | np.ndarray]]:
+def flattened(images: Any, where: str) -> Iterator[tuple[str, Image.Image | np.ndarray]]:
     """(name for errors, image) of every image of what `fetch_images` returned."""
     if isinstance(images, list):
         for index, item in enumerate(images):
-            yield from _flatten(item, f"{where}[{index}]")
+            yield from flattened(item, f"{where}[{index}]")
     elif isinstance(images, Image.Image):
         yield where, images
     else:
@@ -274,7 +255,7 @@ def _rgb_array(
             reduced.original_size = item.original_size[::-1]
             return reduced
         return pixels
-    image = _channels_last(item, where, layout)
+    image = channels_last(item, where, layout)
     found = f"{where} is an array of {image.shape[0]} x {image.shape[1]} pixels"
     limits.check("image_pixels", image.shape[0] * image.shape[1], found)
     channels = image.shape[2]
@@ -339,7 +320,7 @@ def _parse_layout(input_data_format: Any) -> str | None:
     return layout
 
 
-def _channels_last(array: np.ndarray, where: str, layout: str | None) -> np.ndarray:
+def channels_last(array: np.ndarray, where: str, layout: str | None) -> np.ndarray:
     """(H, W, C) with 1, 3 or 4 channels, a view where possible."""
     if array.size == 0:
         raise ValueError(f"{where} is empty: its shape is {array.shape}. Pass an image with pixels.")
