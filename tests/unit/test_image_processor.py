@@ -19,7 +19,14 @@ from molmo2.image import loading as image_loading
 from molmo2.image.bilinear import MAX_BLOCK_ELEMENTS, MAX_INLINE_ELEMENTS, BilinearTables, resize_rows
 from molmo2.image.geometry import CropSettings
 from molmo2.image.loading import fetch_images, load_images
-from molmo2.image.pixels import Normalization, frame_pixel_values, normalize, resize, write_patches
+from molmo2.image.pixels import (
+    Normalization,
+    _planes,
+    _resized,
+    frame_pixel_values,
+    normalize,
+    write_patches,
+)
 from molmo2.image.processing import Molmo2ImageProcessor
 from support.generated import generated
 from support.golden_cases import pattern, processor_cases, to_numpy
@@ -116,6 +123,15 @@ def test_media_images(shared):
 
 
 # --- pixels ----------------------------------------------------------------------------------------------------------
+
+
+def resize(image, height, width, resample):
+    """The image as the processor resizes it, by gathering or by torch, in its own dtype."""
+    if image.dtype == np.uint8 and resample == 2:
+        pixels = torch.cat([rows for _, rows in resize_rows(image, (height, width), 1)])
+    else:
+        pixels = _resized(_planes(image), (height, width), resample, image.dtype)
+    return pixels.numpy().astype(image.dtype)
 
 
 def resize_by_hand(image, height, width):
@@ -314,7 +330,7 @@ def test_frames_are_one_crop_each(rgb):
 @pytest.mark.parametrize("bad", [np.zeros((4, 4, 4), np.uint8), np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), int)])
 def test_only_images_are_resized(bad):
     with pytest.raises(ValueError, match=r"cannot be resized. Pass \(height, width, 3\), as uint8 or one of float16"):
-        resize(bad, 2, 2, resample=2)
+        frame_pixel_values([bad], CropSettings(14, 14, 14, 1, 1), resample=2, steps=Normalization((0.5,), (0.5,)))
 
 
 def test_crops_are_cut_from_the_resized_image(rgb):

@@ -82,29 +82,6 @@ def interpolation_mode(resample: int) -> str:
     return mode
 
 
-def resize(image: np.ndarray, height: int, width: int, resample: int) -> np.ndarray:
-    """A resized image: half-pixel centres, no antialiasing.
-
-    Args:
-        image: (H, W, 3), uint8 or floating point.
-        height, width: size of the result.
-        resample: PIL's number of the filter, see `interpolation_mode`.
-
-    Returns:
-        (height, width, 3) in the dtype of `image`. uint8 is resized in float32, rounded and clamped to 0..255; floats
-        are clipped to 0..1 (float64 is resized in float64, smaller floats in float32).
-
-    Raises:
-        ValueError: the filter is not supported, or `image` is no such array.
-    """
-    _require_image(image)
-    if _can_gather_resize(image, resample):
-        pixels = torch.cat([rows for _, rows in resize_rows(image, (height, width), 1)])
-    else:
-        pixels = _resized(_planes(image), (height, width), resample, image.dtype)
-    return pixels.numpy().astype(image.dtype, order="C")
-
-
 def require_size(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """The image itself, for `do_resize=False`; ValueError unless it has this size already."""
     if image.shape[:2] != (height, width):
@@ -171,7 +148,7 @@ def write_image_pixel_values(
         plan: the `ImagePlan` of the image.
         out: (plan.num_crops, P, patch_size * patch_size * 3), filled in place; float32, or uint8 for pixels that are
             not normalised. The image is resized on its device.
-        resample, steps: see `resize` and `Normalization`.
+        resample, steps: see `interpolation_mode` and `Normalization`.
     """
     settings = plan.settings
     patch = settings.patch_size
@@ -220,7 +197,7 @@ def frame_pixel_values(
     Args:
         frames: (H, W, 3) arrays, uint8 or float; any iterable, a generator of decoded frames included.
         settings: the `CropSettings` of the video.
-        resample, steps: see `resize` and `Normalization`.
+        resample, steps: see `interpolation_mode` and `Normalization`.
         num_frames: length of `frames` if it has none; otherwise the frames would be collected in a list first.
         dtype: float32, or uint8 for pixels that are not normalised.
         device: device of the resizing and of the result; None for the CPU.
@@ -264,11 +241,6 @@ def _keeps_uint8(output: torch.dtype, source: np.dtype) -> bool:
     return output == torch.uint8
 
 
-def _can_gather_resize(image: np.ndarray, resample: int) -> bool:
-    """True if `resize_rows` gives the result, with less work."""
-    return image.dtype == np.uint8 and interpolation_mode(resample) == "bilinear"
-
-
 class _Resizer:
     """An image to be resized, once or twice, to pixel values on the device of `out`.
 
@@ -291,7 +263,8 @@ class _Resizer:
         _require_image(image)
         self.image, self.resample, self.steps = image, resample, steps
         self.keeps_uint8 = _keeps_uint8(out.dtype, image.dtype)
-        gathers = out.device.type == "cpu" and _can_gather_resize(image, resample)
+        is_bilinear = interpolation_mode(resample) == "bilinear"
+        gathers = out.device.type == "cpu" and image.dtype == np.uint8 and is_bilinear
         self.planes = None if gathers else _planes(image, buffer, out.device)
 
     def row_blocks(
@@ -320,7 +293,6 @@ def _planes(image: np.ndarray, buffer: Tensor | None = None, device: Any = None)
     Its memory layout is (H, W, 3), which torch resizes several times faster, to the same values. The memory of
     `buffer`, planes of an earlier image, is reused if dtype and size are equal.
     """
-    _require_image(image)
     source = torch_view(image)
     dtype = np.dtype(np.float64 if image.dtype == np.float64 else np.float32)
     if buffer is not None and (buffer.dtype, buffer.shape[2:]) == (getattr(torch, dtype.name), source.shape[:2]):
@@ -332,7 +304,10 @@ def _planes(image: np.ndarray, buffer: Tensor | None = None, device: Any = None)
 
 
 def _resized(planes: Tensor, size: tuple[int, int], resample: int, dtype: np.dtype) -> Tensor:
-    """`resize` of (1, 3, H, W) planes: (height, width, 3), rounded or clipped to the value range of `dtype`."""
+    """Resized (1, 3, H, W) planes: (height, width, 3), rounded or clipped to the value range of `dtype`.
+
+    Half-pixel centres, no antialiasing.
+    """
     mode = interpolation_mode(resample)
     with torch.inference_mode():
         align_corners = None if mode == "nearest" else False
