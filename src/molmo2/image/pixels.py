@@ -6,7 +6,7 @@ unlike those of training.
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -188,7 +188,7 @@ def frame_pixel_values(
     *,
     resample: int,
     steps: Normalization,
-    num_frames: int | None = None,
+    num_frames: int,
     dtype: Any = np.float32,
     device: Any = None,
 ) -> Tensor:
@@ -198,7 +198,7 @@ def frame_pixel_values(
         frames: (H, W, 3) arrays, uint8 or float; any iterable, a generator of decoded frames included.
         settings: the `CropSettings` of the video.
         resample, steps: see `interpolation_mode` and `Normalization`.
-        num_frames: length of `frames` if it has none; otherwise the frames would be collected in a list first.
+        num_frames: length of `frames`.
         dtype: float32, or uint8 for pixels that are not normalised.
         device: device of the resizing and of the result; None for the CPU.
 
@@ -208,9 +208,6 @@ def frame_pixel_values(
     Raises:
         ValueError: `num_frames` is wrong, or floating point frames are asked for as uint8.
     """
-    if num_frames is None:
-        frames = frames if isinstance(frames, Sized) else list(frames)
-        num_frames = len(frames)
     patch_length = settings.patch_size * settings.patch_size * CHANNELS
     out = empty_pixels((num_frames, settings.patches_per_crop, patch_length), dtype, device)
     found, buffer = 0, None
@@ -229,16 +226,6 @@ def frame_pixel_values(
             "number of frames that it really yields."
         )
     return out
-
-
-def _keeps_uint8(output: torch.dtype, source: np.dtype) -> bool:
-    """True if pixels stay 0..255 for the model to normalise."""
-    if output == torch.uint8 and source != np.uint8:
-        raise ValueError(
-            f"pixel_dtype is uint8, but there is an image of dtype {source}. Pass uint8 images, or leave "
-            "pixel_dtype at float32."
-        )
-    return output == torch.uint8
 
 
 class _Resizer:
@@ -262,7 +249,12 @@ class _Resizer:
         leave_threads_of_parent()
         _require_image(image)
         self.image, self.resample, self.steps = image, resample, steps
-        self.keeps_uint8 = _keeps_uint8(out.dtype, image.dtype)
+        self.keeps_uint8 = out.dtype == torch.uint8  # for the model to normalise
+        if self.keeps_uint8 and image.dtype != np.uint8:
+            raise ValueError(
+                f"pixel_dtype is uint8, but there is an image of dtype {image.dtype}. Pass uint8 images, or leave "
+                "pixel_dtype at float32."
+            )
         is_bilinear = interpolation_mode(resample) == "bilinear"
         gathers = out.device.type == "cpu" and image.dtype == np.uint8 and is_bilinear
         self.planes = None if gathers else _planes(image, buffer, out.device)
