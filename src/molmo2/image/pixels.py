@@ -239,12 +239,7 @@ class _Resizer:
     """
 
     def __init__(
-        self,
-        image: np.ndarray,
-        out: Tensor,
-        resample: int,
-        steps: Normalization,
-        buffer: Tensor | None = None,
+        self, image: np.ndarray, out: Tensor, resample: int, steps: Normalization, buffer: Tensor | None = None
     ):
         leave_threads_of_parent()
         _require_image(image)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from molmo2.image.geometry import FrameRun, VideoPlan, video_token_pooling
+from molmo2.image.geometry import VideoPlan, video_token_pooling
 
 FRAMES_PER_CHUNK = 16  # as many as the vision tower encodes at a time
 
@@ -64,16 +64,15 @@ def encode_frames(
     features = []
     with closing(read_ahead(pixel_values, 1)) as ahead:
         for chunk, pixels in zip(chunks, ahead):
-            one_run = VideoPlan(chunk.num_frames, chunk.settings)
-            pooling, grids = torch.from_numpy(video_token_pooling(one_run)), torch.tensor(one_run.grids)
+            pooling, grids = torch.from_numpy(video_token_pooling(chunk)), torch.tensor(chunk.grids)
             features.append(encoder(pixels, pooling, grids))
     if next(frames, None) is not None:  # also reads to the end, where some faults of a file show
         raise ValueError(f"There are more frames than the {plan.num_frames} of the plan.")
     return torch.cat(features)
 
 
-def _chunks(plan: VideoPlan) -> Iterator[FrameRun]:
+def _chunks(plan: VideoPlan) -> Iterator[VideoPlan]:
     """The runs of a video, split so that none has more than `FRAMES_PER_CHUNK` frames."""
     for run in plan.runs:
         for start in range(0, run.num_frames, FRAMES_PER_CHUNK):
-            yield FrameRun(min(FRAMES_PER_CHUNK, run.num_frames - start), run.settings)
+            yield VideoPlan(min(FRAMES_PER_CHUNK, run.num_frames - start), run.settings)
