@@ -13,7 +13,7 @@ from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.processing_utils import ImagesKwargs, Unpack
 
 from molmo2.configuration import CHANNELS
-from molmo2.image.geometry import CropSettings, ImagePlan, image_token_pooling, plan_image
+from molmo2.image.geometry import CropSettings, ImagePlan, image_token_pooling, plan_image, stack_pooling
 from molmo2.image.limits import MediaLimits
 from molmo2.image.loading import fetch_images, load_images, original_size
 from molmo2.image.options import PIXEL_STEPS, OptionsMixin, normalization, pair, pixel_dtype, plain
@@ -190,9 +190,10 @@ class Molmo2ImageProcessor(OptionsMixin, BaseImageProcessor):  # type: ignore[mi
         if not options.do_resize:
             for image, plan in zip(loaded, plans, strict=True):
                 require_size(image, plan.canvas_height, plan.canvas_width)
+        window = options.crops.pool_height * options.crops.pool_width
         data = {
             "pixel_values": _pixel_values(loaded, plans, options, kwargs.get("device")),
-            "image_token_pooling": _token_pooling(plans, options.crops),
+            "image_token_pooling": stack_pooling([image_token_pooling(plan) for plan in plans], window),
             "image_grids": np.array([plan.grid for plan in plans], dtype=np.int64).reshape(len(plans), 4),
             "image_num_crops": np.array([plan.num_crops for plan in plans], dtype=np.int64),
         }
@@ -253,9 +254,3 @@ def _pixel_values(images: list[np.ndarray], plans: list[ImagePlan], options: Ima
         write_image_pixel_values(np.asarray(image), plan, out, resample=options.resample, steps=options.steps)
         first_crop += plan.num_crops
     return as_output(pixel_values)
-
-
-def _token_pooling(plans: list[ImagePlan], crops: CropSettings) -> np.ndarray:
-    """The pooling tables of all images, one after the other; the indices of each start at 0."""
-    empty = np.empty((0, crops.pool_height * crops.pool_width), dtype=np.int64)
-    return np.concatenate([empty, *(image_token_pooling(plan) for plan in plans)])
