@@ -6,14 +6,13 @@ Sizes and times are needed to read an answer, but not to generate it. They are a
 
 import gc
 import sys
-from collections.abc import Collection, Iterator, KeysView, Sequence
-from dataclasses import replace
+from collections.abc import Collection, KeysView, Sequence
 from typing import Any
 
 from transformers.image_processing_utils import BatchFeature
 from transformers.utils import logging
 
-from molmo2.grounding.parse import IMAGE, MULTI_IMAGE, Grounding, MediaInfo, is_media_info, media_info, parse_grounding
+from molmo2.grounding.parse import Grounding, MediaInfo, is_media_info, media_info, parse_grounding
 
 logger = logging.get_logger(__name__)
 
@@ -75,36 +74,6 @@ def warn_about_library_model(names: Collection[str]) -> None:
     if any(id(type(value)) in ids for value in gc.get_objects()):
         _num_references = None
         logger.warning_once(LIBRARY_MODEL_WARNING)
-
-
-def image_media(size: tuple[int, int]) -> MediaInfo:
-    """One image of (height, width) pixels."""
-    return MediaInfo(IMAGE, ((size[1], size[0]),))
-
-
-def media_of_rows(
-    num_images: Sequence[int], num_videos: Sequence[int], images: Sequence[MediaInfo], metadata: Sequence[Any]
-) -> list[MediaInfo]:
-    """Images and videos of each prompt, in order.
-
-    Args:
-        num_images, num_videos: How many each prompt has.
-        images: One entry per image of all prompts.
-        metadata: Of each video of all prompts.
-    """
-    infos, videos = iter(images), (media_info(entry) for entry in metadata)
-    return [_row(_take(infos, count), _take(videos, more)) for count, more in zip(num_images, num_videos)]
-
-
-def _take(items: Iterator[Any], count: int) -> list[Any]:
-    return [next(items) for _ in range(count)]
-
-
-def _row(images: list[MediaInfo], videos: list[MediaInfo]) -> MediaInfo:
-    sizes = tuple(size for image in images for size in image.sizes)
-    if videos:
-        return replace(videos[0], image_sizes=sizes, more_videos=tuple(videos[1:]))
-    return MediaInfo(MULTI_IMAGE if len(sizes) > 1 else IMAGE, sizes)
 
 
 # --- from answers back to places -------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.processing_utils import ImagesKwargs, Unpack
 
 from molmo2.configuration import CHANNELS
+from molmo2.grounding.parse import IMAGE, MediaInfo
 from molmo2.image.geometry import CropSettings, ImagePlan, image_token_pooling, plan_image, stack_pooling
 from molmo2.image.limits import MediaLimits
 from molmo2.image.loading import fetch_images, load_images, original_size
@@ -25,7 +26,7 @@ from molmo2.image.pixels import (
     require_size,
     write_image_pixel_values,
 )
-from molmo2.media_features import MediaFeatures, image_media
+from molmo2.media_features import MediaFeatures
 
 MAX_CROPS = 10_000  # an image of a million visual tokens; every tiling up to it is compared
 
@@ -197,7 +198,7 @@ class Molmo2ImageProcessor(OptionsMixin, BaseImageProcessor):  # type: ignore[mi
             "image_grids": np.array([plan.grid for plan in plans], dtype=np.int64).reshape(len(plans), 4),
             "image_num_crops": np.array([plan.num_crops for plan in plans], dtype=np.int64),
         }
-        media = [image_media(size) for size in sizes]
+        media = [MediaInfo(IMAGE, ((width, height),)) for height, width in sizes]
         features: Any = MediaFeatures(data, kwargs.get("return_tensors"), media)
         if kwargs.get("device") is not None and kwargs.get("return_tensors") is not None:
             features = features.to(kwargs["device"])

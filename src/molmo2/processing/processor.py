@@ -8,6 +8,7 @@ and the media that they name.
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from os import PathLike
 from pathlib import Path
@@ -21,13 +22,13 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs, Proc
 from transformers.utils import logging
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from molmo2.grounding.parse import Grounding, MediaInfo
+from molmo2.grounding.parse import IMAGE, MULTI_IMAGE, Grounding, MediaInfo, media_info
 from molmo2.image.geometry import stack_pooling
 from molmo2.image.limits import MediaLimits, checked_limits
 from molmo2.image.pixels import as_output
 from molmo2.image.processing import Molmo2ImageProcessor, Molmo2ImageProcessorKwargs
 from molmo2.image.suffixes import IMAGE_SUFFIXES
-from molmo2.media_features import MediaFeatures, ground_answers, media_of_rows
+from molmo2.media_features import MediaFeatures, ground_answers
 from molmo2.processing.chat import find_media, is_batch, media_arguments, messages_of
 from molmo2.processing.plain_text import (
     RenderedPrompt,
@@ -297,7 +298,7 @@ class Molmo2Processor(ProcessorMixin):
             expanded = self._expand(prompts, media.get("image_grids", []), videos)
             data = {**self._tokenize(expanded, stand_ins, options["text_kwargs"]), **media}
         offsets = data.pop("text_replacement_offsets", None)
-        features = MediaFeatures(data, return_tensors, _media_of_rows(prompts, sizes, metadata))
+        features = MediaFeatures(data, return_tensors, _media_of_rows(prompts, sizes, metadata or []))
         if metadata is not None and options["videos_kwargs"].get("return_metadata"):
             features["video_metadata"] = metadata
         if offsets is not None:
@@ -804,15 +805,20 @@ def _lengths_of_rows(given: Any, num_prompts: int, num_items: int) -> list[int] 
     return lengths if sum(lengths) == num_items else None
 
 
-def _media_of_rows(prompts: list[str] | None, images: list[MediaInfo], metadata: list[Any] | None) -> list[MediaInfo]:
+def _media_of_rows(prompts: list[str] | None, images: list[MediaInfo], metadata: list[Any]) -> list[MediaInfo]:
     """Images and videos of each prompt; without prompts, one row with all of them."""
-    videos = [] if metadata is None else metadata
     if prompts is None:
-        return media_of_rows([len(images)], [len(videos)], images, videos)
-    num_images, num_videos = (
-        [prompt.count(placeholder) for prompt in prompts] for placeholder in (IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER)
-    )
-    return media_of_rows(num_images, num_videos, images, videos)
+        prompts = [IMAGE_PLACEHOLDER * len(images) + VIDEO_PLACEHOLDER * len(metadata)]
+    image_sizes, videos = (image.sizes[0] for image in images), map(media_info, metadata)
+    rows = []
+    for prompt in prompts:
+        sizes = tuple(islice(image_sizes, prompt.count(IMAGE_PLACEHOLDER)))
+        clips: tuple[Any, ...] = tuple(islice(videos, prompt.count(VIDEO_PLACEHOLDER)))
+        if clips:
+            rows.append(replace(clips[0], image_sizes=sizes, more_videos=clips[1:]))
+        else:
+            rows.append(MediaInfo(MULTI_IMAGE if len(sizes) > 1 else IMAGE, sizes))
+    return rows
 
 
 def _assistant_mask(
