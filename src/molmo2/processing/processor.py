@@ -374,10 +374,7 @@ class Molmo2Processor(ProcessorMixin):
         for placeholder, texts, noun in placed:
             require_placeholders([prompt.count(placeholder) for prompt in prompts], len(texts), placeholder, noun)
         waiting = {placeholder: iter(texts) for placeholder, texts, _ in placed}
-        return [
-            expand(prompt, {mark: list(islice(texts, prompt.count(mark))) for mark, texts in waiting.items()})
-            for prompt in prompts
-        ]
+        return [expand(prompt, waiting) for prompt in prompts]
 
     @property
     def _special_tokens(self) -> SpecialTokens:
