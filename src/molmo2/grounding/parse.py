@@ -18,7 +18,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 IMAGE, MULTI_IMAGE, VIDEO = "image", "multi_image", "video"
 KINDS = (IMAGE, MULTI_IMAGE, VIDEO)
@@ -534,14 +534,6 @@ class _CoordsReader:
             self.release()
 
 
-class _Token(NamedTuple):
-    """A piece of a tag: the name of its group, its text and where it starts in the text at hand."""
-
-    group: str
-    text: str
-    start: int
-
-
 class _Scanner:
     """Reads an answer piece by piece, each character once.
 
@@ -700,8 +692,12 @@ class _Scanner:
         self._start = found.end()
         return found
 
-    def _token(self, pattern: re.Pattern[str]) -> Generator[None, None, _Token]:
-        """Go behind the next token, as it is whatever follows; of a long word only that it is long is kept."""
+    def _token(self, pattern: re.Pattern[str]) -> Generator[None, None, tuple[str, str, int]]:
+        """Go behind the next token, as it is whatever follows; of a long word only that it is long is kept.
+
+        Returns:
+            The name of its group, its text and where it starts in the text at hand.
+        """
         is_long = False
         while True:
             token = next(pattern.finditer(self._text, self._start))  # the groups cover every character
@@ -709,7 +705,7 @@ class _Scanner:
             may_go_on = ahead == len(token[0]) if group == "word" else group == "open" and ahead < MAX_EDGE
             if self._is_last or not may_go_on:
                 self._start = token.end()
-                return _Token(str(group), LONG_WORD if is_long else token[0], token.start())
+                return str(group), LONG_WORD if is_long else token[0], token.start()
             if len(token[0]) > MAX_WORD:
                 is_long, self._start = True, len(self._text) - MAX_EDGE
             yield
