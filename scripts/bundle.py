@@ -218,7 +218,7 @@ class Bundler:
         for module in self.sections[bundle]:
             line = f"# --- src/{module.name.replace('.', '/')}.py ".ljust(119, "-")
             summary = [f"# {module.summary}"] if module.summary and module is not main else []
-            text += ["", line, *summary, "", "", module.body, ""]
+            text += ["", line, *summary, "", module.body, ""]
         return _formatted("\n".join([*text, "", main.exports, ""]))
 
     def _top(self, bundle: str) -> set[str]:
