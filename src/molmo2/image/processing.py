@@ -110,23 +110,17 @@ class Molmo2ImageProcessor(OptionsMixin, BaseImageProcessor):  # type: ignore[mi
         "resample": 2,
         "size": {"height": 378, "width": 378},
     }
-    IGNORED = frozenset(ImagesKwargs.__annotations__) | {
+    IGNORED = frozenset(Molmo2ImageProcessorKwargs.__annotations__) | {
         "auto_map",
         "backend",
         "code_revision",
-        "data_format",
         "default_to_square",
-        "device",
         "disable_grouping",
         "feature_extractor_type",
         "image_processor_type",
         "image_seq_length",
-        "input_data_format",
-        "limits",
-        "pixel_dtype",
         "processor_class",
         "return_metadata",
-        "return_tensors",
         "trust_remote_code",
         "use_fast",
     }
