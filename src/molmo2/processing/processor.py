@@ -787,19 +787,11 @@ def _require_slots(prompts: list[str] | None, given: Any, number: int, placehold
     """Check images or videos against placeholders, prompt by prompt where the caller grouped them by prompt."""
     if prompts is None:
         return
-    per_prompt = _lengths_of_rows(given, len(prompts), number)
     counts = [prompt.count(placeholder) for prompt in prompts]
-    require_placeholders(counts, number if per_prompt is None else per_prompt, placeholder, noun)
-
-
-def _lengths_of_rows(given: Any, num_prompts: int, num_items: int) -> list[int] | None:
-    """Images or videos per prompt if the caller grouped them, as a list with one list per prompt; else None."""
-    if not isinstance(given, (list, tuple)) or len(given) != num_prompts:
-        return None
-    if not all(isinstance(row, (list, tuple)) for row in given):
-        return None
-    lengths = [len(row) for row in given]
-    return lengths if sum(lengths) == num_items else None
+    is_nested = isinstance(given, (list, tuple)) and all(isinstance(row, (list, tuple)) for row in given)
+    lengths = [len(row) for row in given] if is_nested else []
+    is_by_prompt = len(lengths) == len(prompts) and sum(lengths) == number
+    require_placeholders(counts, lengths if is_by_prompt else number, placeholder, noun)
 
 
 def _media_of_rows(prompts: list[str] | None, images: list[MediaInfo], metadata: list[Any]) -> list[MediaInfo]:

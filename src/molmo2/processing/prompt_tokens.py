@@ -179,9 +179,9 @@ def require_placeholders(counts: Sequence[int], passed: Sequence[int] | int, pla
     Raises:
         ValueError: The numbers differ; the message names both, and the prompt where it is known.
     """
-    rule = f"The number of `{placeholder}` tokens in the prompts should be the same as the number of {noun}s"
     advice = (
-        f"{rule}. Put one `{placeholder}` where each {noun} belongs, or let `apply_chat_template` write the prompt"
+        f"The number of `{placeholder}` tokens in the prompts should be the same as the number of {noun}s. Put one "
+        f"`{placeholder}` where each {noun} belongs, or let `apply_chat_template` write the prompt"
     )
     if isinstance(passed, int):
         if sum(counts) != passed:
@@ -189,11 +189,6 @@ def require_placeholders(counts: Sequence[int], passed: Sequence[int] | int, pla
                 f"{sum(counts)} `{placeholder}` in the text, but {passed} {noun}(s) were passed. {advice}."
             )
         return
-    if len(counts) != len(passed):
-        raise ValueError(
-            f"There are {len(counts)} prompt(s), but {noun}s for {len(passed)}. {rule}. Pass one list of {noun}s per "
-            "prompt, or one flat list for all."
-        )
     for index, (count, number) in enumerate(zip(counts, passed)):
         if count != number:
             raise ValueError(
