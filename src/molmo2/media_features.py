@@ -82,17 +82,16 @@ def warn_about_library_model(names: Collection[str]) -> None:
 def ground_answers(answers: Any, media: Any, kind: str | None, tokenizer: Any) -> Grounding | list[Grounding]:
     """Groundings of answers, decoded if they are ids; see `Molmo2Processor.post_process_grounding`."""
     answers = _as_lists(answers)
-    if _is_ids(answers) or isinstance(answers, str):
-        (text,) = _texts([answers], media, tokenizer)
-        (info,) = _media_of_answers(media, 1, kind)
-        return parse_grounding(text, info)
-    if not isinstance(answers, Sequence) or not all(isinstance(answer, str) or _is_ids(answer) for answer in answers):
+    is_one = isinstance(answers, str) or _is_ids(answers)
+    batch = [answers] if is_one else answers
+    if not isinstance(batch, Sequence) or not all(isinstance(answer, str) or _is_ids(answer) for answer in batch):
         raise TypeError(
             f"Answers of type {type(answers).__name__} cannot be read. Pass a string or a list of them, or the token "
             "ids of one answer or of several, as lists or a tensor."
         )
-    infos = _media_of_answers(media, len(answers), kind)
-    return [parse_grounding(text, info) for text, info in zip(_texts(answers, media, tokenizer), infos)]
+    infos = _media_of_answers(media, len(batch), kind)
+    found = [parse_grounding(text, info) for text, info in zip(_texts(batch, media, tokenizer), infos)]
+    return found[0] if is_one else found
 
 
 def _as_lists(value: Any) -> Any:
@@ -155,13 +154,11 @@ def _rows(media: Any, num_answers: int) -> list[Any]:
             "output (or its `.media`), sizes, or the metadata of the video."
         )
     media = _as_lists(media)
-    if media is None or is_media_info(media) or not isinstance(media, list):
+    if not isinstance(media, list):
         return [] if media is None else [media]
     is_nested = any(is_media_info(row) or _is_nested(row) for row in media)
     is_one_size = len(media) == 2 and all(isinstance(side, (int, float)) for side in media)
-    if is_nested:
-        return media
-    return [media] if num_answers == 1 or is_one_size else media
+    return [media] if (num_answers == 1 or is_one_size) and not is_nested else media
 
 
 def _is_nested(row: Any) -> bool:
