@@ -663,14 +663,12 @@ class Molmo2Processor(ProcessorMixin):
         token_format = self.visual_token_format
         counts: dict[str, list[int]] = {}
         if image_sizes is not None:
-            given = {name: value for name, value in options["images_kwargs"].items() if name != "return_tensors"}
-            images = [self.image_processor.plan(height, width, **given) for height, width in image_sizes]
+            planned = options["images_kwargs"]
+            images = [self.image_processor.plan(height, width, **planned) for height, width in image_sizes]
             counts["num_image_tokens"] = [len(image_tokens(image.grid, token_format)) for image in images]
             counts["num_image_patches"] = [image.num_crops for image in images]
         if video_sizes is not None:
-            given = {
-                name: options["videos_kwargs"][name] for name in options["videos_kwargs"] if name != "return_tensors"
-            }
+            given = options["videos_kwargs"]
             sampling = sorted({name for own in (given, *own_options) for name in own} & SAMPLING_OPTIONS)
             if sampling:
                 raise ValueError(
