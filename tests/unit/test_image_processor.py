@@ -752,6 +752,8 @@ BAD_OPTIONS = {
     "box": ({"resample": 4}, r"resample is 4 \(box\), which is not supported"),
     "hamming": ({"resample": 5}, r"resample is 5 \(hamming\), which is not supported"),
     "other filter": ({"resample": 9}, "resample is 9, which is not supported"),
+    "filter True": ({"resample": True}, "resample is True, which is not supported"),
+    "filters": ({"resample": [2]}, r"resample is \[2\], which is not supported"),
     "filter by name": ({"resample": "bicubic"}, r"resample is 'bicubic', which is not supported. Use 2 \(bilinear"),
     "size": ({"size": 384}, "Crops of height 384 cannot be cut into patches of 14 x 14 pixels"),
     "size by edge": (
@@ -767,7 +769,7 @@ BAD_OPTIONS = {
         {"pooling_size": [2, 2, 2]},
         "pooling_size is \\[2, 2, 2\\]. Pass two whole numbers, \\(rows, cols\\)",
     ),
-    "mean": ({"image_mean": [0.5, 0.5]}, "image_mean has 2 numbers. Pass one for all channels or 3, one per channel"),
+    "mean": ({"image_mean": [0.5, 0.5]}, r"image_mean is \[0.5, 0.5\]. Use finite numbers, one for all channels or 3"),
     "std": ({"image_std": [0.5, 0.0, 0.5]}, r"image_std is \[0.5, 0.0, 0.5\], but pixels are divided by it"),
 }
 

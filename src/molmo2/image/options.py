@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from molmo2.configuration import CHANNELS, UINT8_MEAN, UINT8_STD
 from molmo2.image.limits import MediaLimits, checked_limits
-from molmo2.image.pixels import RESCALE_FACTOR, Normalization
+from molmo2.image.pixels import RESCALE_FACTOR, Normalization, interpolation_mode
 from molmo2.values import is_number, is_whole
 
 logger = logging.get_logger(__name__)
@@ -43,16 +43,11 @@ def listed(value: Any) -> list[Any]:
 def per_channel(name: str, value: Any) -> list[float]:
     """Three numbers, one per channel, from three or from one for all."""
     numbers = listed(value)
-    if not all(map(is_number, numbers)):
-        raise ValueError(f"{name} is {value!r:.80}. Use finite numbers, one for all channels or {CHANNELS}.")
-    numbers = [float(number) for number in numbers]
-    if len(numbers) == 1:
-        numbers = numbers * CHANNELS
-    if len(numbers) != CHANNELS:
+    if len(numbers) not in (1, CHANNELS) or not all(map(is_number, numbers)):
         raise ValueError(
-            f"{name} has {len(numbers)} numbers. Pass one for all channels or {CHANNELS}, one per channel."
+            f"{name} is {value!r:.80}. Use finite numbers, one for all channels or {CHANNELS}, one per channel."
         )
-    return numbers
+    return [float(number) for number in numbers] * (CHANNELS // len(numbers))
 
 
 def divisors_per_channel(name: str, value: Any) -> list[float]:
@@ -112,12 +107,10 @@ def flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
-def resample_filter(value: Any) -> str | int:
-    """The filter that images are resized with, as name or number."""
-    value = plain(value)
-    if not isinstance(value, str) and not is_whole(value):
-        raise ValueError(f"resample is {value!r:.80}. Use the name of a filter, such as 'bilinear', or its number.")
-    return value if isinstance(value, str) else int(value)
+def resample_filter(value: Any) -> int:
+    """PIL's number of the filter that images are resized with, one that torch has."""
+    interpolation_mode(plain(value))
+    return int(value)
 
 
 def size_dict(size: Any) -> dict[str, int]:

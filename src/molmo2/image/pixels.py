@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from molmo2.configuration import CHANNELS
 from molmo2.image.bilinear import MAX_BLOCK_ELEMENTS, MAX_INLINE_ELEMENTS, resize_rows, torch_view
+from molmo2.values import is_whole
 
 logger = logging.get_logger(__name__)
 
@@ -71,10 +72,11 @@ def interpolation_mode(resample: int) -> str:
     Raises:
         ValueError: torch has no such filter without antialiasing, or `resample` is no number of a filter.
     """
-    mode = INTERPOLATION_MODES.get(resample)
+    number: Any = resample if is_whole(resample) else None
+    mode = INTERPOLATION_MODES.get(number)
     if mode is None:
-        name = UNSUPPORTED_FILTERS.get(resample)
-        found = repr(resample) if name is None else f"{int(resample)} ({name})"
+        name = UNSUPPORTED_FILTERS.get(number)
+        found = f"{resample!r:.80}" if name is None else f"{int(resample)} ({name})"
         raise ValueError(
             f"resample is {found}, which is not supported. Use 2 (bilinear, what the published checkpoints expect), "
             "3 (bicubic) or 0 (nearest)."

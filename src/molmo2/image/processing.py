@@ -22,7 +22,6 @@ from molmo2.image.pixels import (
     Normalization,
     as_output,
     empty_pixels,
-    interpolation_mode,
     require_size,
     write_image_pixel_values,
 )
@@ -201,7 +200,6 @@ class Molmo2ImageProcessor(OptionsMixin, BaseImageProcessor):  # type: ignore[mi
     def _options(self, overrides: Mapping[str, Any]) -> ImageOptions:
         self._warn_about(overrides)
         values = self._canonical(self._values() | self._given(overrides))
-        interpolation_mode(values["resample"])
         steps = normalization(values)
         crops = CropSettings(
             values["size"]["height"],
