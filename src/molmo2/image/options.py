@@ -23,6 +23,11 @@ logger = logging.get_logger(__name__)
 FIXED_STEPS = {"do_center_crop": False, "do_pad": False}
 # Steps of every processor; files of published checkpoints leave them out or have these values.
 PIXEL_STEPS = {"do_normalize": True, "do_rescale": True, "do_resize": True, "rescale_factor": RESCALE_FACTOR}
+# What loaders pass along to every processor, and what other releases write into its file.
+PASSED_ALONG = {
+    *("auto_map", "backend", "code_revision", "disable_grouping", "image_processor_type", "processor_class"),
+    *("trust_remote_code", "use_fast"),
+}
 FLAGS = ("do_convert_rgb", "do_normalize", "do_rescale", "do_resize")
 NEAR_MISS = 0.85  # similarity (0..1) from which an unknown name counts as a misspelt option
 MAX_SIDE = 2**15  # of a crop in pixels, a window in patches: more is damage, and would be allocated
@@ -140,8 +145,8 @@ class OptionsMixin:
     Attributes:
         DEFAULTS: option name -> value where nothing is passed; every option of the processor is in it.
         NULLABLE: names of options for which None is a value; for the others it stands for "not passed".
-        IGNORED: names that are known and no option, which are accepted without a warning: read elsewhere
-            (`return_tensors`), or meant for other processors, whose snippets pass them.
+        IGNORED: names that are known and no option, beside those of one call in `valid_kwargs`, which are accepted
+            without a warning: meant for other processors, whose snippets pass them.
         TYPE_KEY: the JSON key under which the name of the class is stored.
         limits: what is refused of media. Never read from JSON, nor written to it: who offers a checkpoint does not
             decide what a program accepts.
@@ -151,6 +156,7 @@ class OptionsMixin:
     NULLABLE: frozenset[str] = frozenset()
     IGNORED: frozenset[str]
     TYPE_KEY: str
+    valid_kwargs: Any
     limits: MediaLimits
     _owner_class: str | None = None  # the library's own name for it must not exist on recent releases
 
@@ -248,12 +254,13 @@ class OptionsMixin:
             only_near_misses: accept unknown names (of older files, or meant for another part) unless they look
                 misspelt.
         """
+        known = {*cls.DEFAULTS, *FIXED_STEPS, *PASSED_ALONG, *cls.valid_kwargs.__annotations__, *cls.IGNORED}
         for name, value in options.items():
             if name in FIXED_STEPS and value is not None and value != FIXED_STEPS[name]:
                 logger.warning_once(
                     f"{name}={value!r} has no effect: Molmo2 always works with {name}={FIXED_STEPS[name]!r}."
                 )
-            if name in cls.DEFAULTS or name in FIXED_STEPS or name in cls.IGNORED or name.startswith("_"):
+            if name in known or name.startswith("_"):
                 continue
             similar = difflib.get_close_matches(name, list(cls.DEFAULTS), n=1, cutoff=NEAR_MISS)
             if similar:
@@ -261,5 +268,5 @@ class OptionsMixin:
                     f"{cls.__name__} ignores the unknown option '{name}'. Did you mean '{similar[0]}'?"
                 )
             elif not only_near_misses:
-                known = ", ".join(cls.DEFAULTS)
-                logger.warning_once(f"{cls.__name__} ignores the unknown option '{name}'. It knows {known}.")
+                own = ", ".join(cls.DEFAULTS)
+                logger.warning_once(f"{cls.__name__} ignores the unknown option '{name}'. It knows {own}.")

@@ -109,20 +109,7 @@ class Molmo2ImageProcessor(OptionsMixin, BaseImageProcessor):  # type: ignore[mi
         "resample": 2,
         "size": {"height": 378, "width": 378},
     }
-    IGNORED = frozenset(Molmo2ImageProcessorKwargs.__annotations__) | {
-        "auto_map",
-        "backend",
-        "code_revision",
-        "default_to_square",
-        "disable_grouping",
-        "feature_extractor_type",
-        "image_processor_type",
-        "image_seq_length",
-        "processor_class",
-        "return_metadata",
-        "trust_remote_code",
-        "use_fast",
-    }
+    IGNORED = frozenset({"default_to_square", "feature_extractor_type", "image_seq_length", "return_metadata"})
 
     def __init__(self, **kwargs: Unpack[Molmo2ImageProcessorKwargs]):
         super().__init__(**kwargs)
