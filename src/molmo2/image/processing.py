@@ -38,8 +38,8 @@ class Molmo2ImageProcessorKwargs(ImagesKwargs, total=False):
         overlap_margins: (before, after), the overlap of neighbouring crops in patches.
         patch_size: side of a patch.
         pooling_size: (rows, cols) of patches that become one token.
-        do_convert_rgb: False refuses images that are not RGB.
-        image_mean, image_std: one number per channel, or one for all.
+        do_convert_rgb: convert images to RGB as PIL does; False refuses other modes.
+        image_mean, image_std: one number per channel, or one for all, applied after scaling to 0..1.
         do_resize: False refuses images that do not have the size of their canvas; the low-resolution view of an image
             of several tiles is made in any case.
         do_rescale, rescale_factor, do_normalize: whether pixels are multiplied by the factor (floating point images,
@@ -84,11 +84,7 @@ class Molmo2ImageProcessor(OptionsMixin, BaseImageProcessor):  # type: ignore[mi
     Args:
         size: height and width of a crop; an int for a square one.
         resample: the filter by PIL's number: 2 bilinear, 3 bicubic, 0 nearest.
-        image_mean, image_std: per channel, or one number for all, applied after scaling to 0..1.
-        do_convert_rgb: convert images to RGB as PIL does; False refuses other modes.
-        max_crops: maximum number of tiles of an image, besides the low-resolution view.
-        overlap_margins: (before, after), the overlap of neighbouring crops in patches.
-        patch_size, pooling_size: side of a patch; rows and columns of patches that become one token.
+        kwargs: the others are those of one call, see `Molmo2ImageProcessorKwargs`.
 
     Raises:
         ValueError: the options contradict each other or make no crops.
