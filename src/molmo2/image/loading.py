@@ -176,8 +176,8 @@ def named_file(
 ) -> tuple[str, Path | bytes | IO[bytes]]:
     """What a path, URL or other text stands for: its name in errors, and a path, bytes or an open download.
 
-    The path may be that of no file, if it is accepted: nothing is said about what is there otherwise. Text is read as
-    base64 where it names no file, unless it is too short for any.
+    The path may be that of no file; whether there is one shows only where paths are accepted. Text that names no file
+    is read as base64, unless it is too short for any.
 
     Raises:
         MediaLimitError: its source is not accepted, or it is too large.
