@@ -22,13 +22,14 @@ from PIL import Image
 
 from molmo2 import Answer, Grounding, MediaLimitError, MediaLimits, annotate_video, contact_sheet, draw, prompts
 from molmo2.grounding import Point, export_grounding, parse_grounding
-from molmo2.image.loading import fetch_images, measure_images
-from molmo2.image.suffixes import VIDEO_SUFFIXES
+from molmo2.image.loading import fetch_images
+from molmo2.image.measuring import measure_images
 from molmo2.tools.answer import readable
 from molmo2.video.decoding.isolation import call_isolated
 from molmo2.video.loading import ReadingOptions, VideoItem, read_video
 from molmo2.video.probing import probe_videos
 from molmo2.video.sampling import SamplingSettings
+from molmo2.video.suffixes import VIDEO_SUFFIXES
 
 from . import MAX_FRAMES
 from .engines import Engine, EngineError, EngineSession

@@ -127,14 +127,17 @@ class Molmo2BaseConfig(PretrainedConfig):
             names, lambda value: isinstance(value, (list, tuple)) and all(map(is_whole, value)), "a list of integers"
         )
 
-    def _require_heads(self) -> None:
+    def _require_layers(self) -> None:
+        """Checks what the layers of all three parts have: widths, heads, dropout, activation, fresh weights."""
+        self._require_positive("hidden_size", "intermediate_size")
+        self._require_positive("num_attention_heads", "num_key_value_heads", "head_dim")
+        self._require_numbers("attention_dropout", "residual_dropout", maximum=1.0)
+        self._require_numbers("initializer_range")
         if self.num_attention_heads % self.num_key_value_heads:
             self._refuse(
                 f"{self.num_attention_heads} attention heads over {self.num_key_value_heads} key/value heads",
                 "`num_attention_heads` must be a multiple of `num_key_value_heads`",
             )
-
-    def _require_activation(self) -> None:
         if not isinstance(self.hidden_act, str) or self.hidden_act not in ACT2FN:
             self._refuse(f"`hidden_act` is {self.hidden_act!r}", "expected an activation known to transformers")
 
@@ -221,16 +224,10 @@ class Molmo2VitConfig(Molmo2BaseConfig):
         self._take_aliases(kwargs)
         self._require_integers("image_default_input_size")
         self.image_default_input_size = list(self.image_default_input_size)
-        self._require_positive(
-            "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"
-        )
-        self._require_positive("head_dim", "image_patch_size")
-        self._require_numbers("attention_dropout", "residual_dropout", maximum=1.0)
+        self._require_layers()
+        self._require_positive("num_hidden_layers", "image_patch_size")
         self._require_numbers("layer_norm_eps", above=0.0)
-        self._require_numbers("initializer_range")
         self._require_flags("float32_attention")
-        self._require_heads()
-        self._require_activation()
         self._require_patch_grid()
         super().__init__(**self._settable(kwargs))
 
@@ -313,13 +310,10 @@ class Molmo2AdapterConfig(Molmo2BaseConfig):
         self.vit_layers = list(self.vit_layers)
         if not self.vit_layers:
             self._refuse("`vit_layers` is empty", "expected at least one layer of the vision transformer")
-        self._require_positive("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-        self._require_positive("intermediate_size", "text_hidden_size")
-        self._require_numbers("attention_dropout", "residual_dropout", "image_feature_dropout", maximum=1.0)
-        self._require_numbers("initializer_range")
+        self._require_layers()
+        self._require_positive("text_hidden_size")
+        self._require_numbers("image_feature_dropout", maximum=1.0)
         self._require_flags("pooling_attention_mask", "float32_attention")
-        self._require_heads()
-        self._require_activation()
         super().__init__(**self._settable(kwargs))
 
 
@@ -425,14 +419,11 @@ class Molmo2TextConfig(Molmo2BaseConfig):
         return merged
 
     def _require_valid(self) -> None:
-        self._require_positive("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
-        self._require_positive("num_hidden_layers", "intermediate_size", "max_position_embeddings")
-        self._require_numbers("embedding_dropout", "attention_dropout", "residual_dropout", maximum=1.0)
+        self._require_layers()
+        self._require_positive("vocab_size", "num_hidden_layers", "max_position_embeddings")
+        self._require_numbers("embedding_dropout", maximum=1.0)
         self._require_numbers("layer_norm_eps", "rope_theta", above=0.0)
-        self._require_numbers("initializer_range")
         self._require_flags("qkv_bias", "use_qk_norm", "norm_after", "use_cache")
-        self._require_heads()
-        self._require_activation()
         if self.head_dim % 2:
             self._refuse(f"`head_dim` is {self.head_dim}", "rotary embeddings rotate pairs, so it must be even")
         extra = ["additional_vocab_size"]

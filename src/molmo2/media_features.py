@@ -6,14 +6,13 @@ Sizes and times are needed to read an answer, but not to generate it. They are a
 
 import gc
 import sys
-from collections.abc import Collection, Iterator, KeysView, Sequence
-from dataclasses import replace
+from collections.abc import Collection, KeysView, Sequence
 from typing import Any
 
 from transformers.image_processing_utils import BatchFeature
 from transformers.utils import logging
 
-from molmo2.grounding.parse import IMAGE, MULTI_IMAGE, Grounding, MediaInfo, is_media_info, media_info, parse_grounding
+from molmo2.grounding.parse import Grounding, MediaInfo, is_media_info, media_info, parse_grounding
 
 logger = logging.get_logger(__name__)
 
@@ -77,53 +76,22 @@ def warn_about_library_model(names: Collection[str]) -> None:
         logger.warning_once(LIBRARY_MODEL_WARNING)
 
 
-def image_media(size: tuple[int, int]) -> MediaInfo:
-    """One image of (height, width) pixels."""
-    return MediaInfo(IMAGE, ((size[1], size[0]),))
-
-
-def media_of_rows(
-    num_images: Sequence[int], num_videos: Sequence[int], images: Sequence[MediaInfo], metadata: Sequence[Any]
-) -> list[MediaInfo]:
-    """Images and videos of each prompt, in order.
-
-    Args:
-        num_images, num_videos: How many each prompt has.
-        images: One entry per image of all prompts.
-        metadata: Of each video of all prompts.
-    """
-    infos, videos = iter(images), (media_info(entry) for entry in metadata)
-    return [_row(_take(infos, count), _take(videos, more)) for count, more in zip(num_images, num_videos)]
-
-
-def _take(items: Iterator[Any], count: int) -> list[Any]:
-    return [next(items) for _ in range(count)]
-
-
-def _row(images: list[MediaInfo], videos: list[MediaInfo]) -> MediaInfo:
-    sizes = tuple(size for image in images for size in image.sizes)
-    if videos:
-        return replace(videos[0], image_sizes=sizes, more_videos=tuple(videos[1:]))
-    return MediaInfo(MULTI_IMAGE if len(sizes) > 1 else IMAGE, sizes)
-
-
 # --- from answers back to places -------------------------------------------------------------------------------------
 
 
 def ground_answers(answers: Any, media: Any, kind: str | None, tokenizer: Any) -> Grounding | list[Grounding]:
     """Groundings of answers, decoded if they are ids; see `Molmo2Processor.post_process_grounding`."""
     answers = _as_lists(answers)
-    if _is_ids(answers) or isinstance(answers, str):
-        (text,) = _texts([answers], media, tokenizer)
-        (info,) = _media_of_answers(media, 1, kind)
-        return parse_grounding(text, info)
-    if not isinstance(answers, Sequence) or not all(isinstance(answer, str) or _is_ids(answer) for answer in answers):
+    is_one = isinstance(answers, str) or _is_ids(answers)
+    batch = [answers] if is_one else answers
+    if not isinstance(batch, Sequence) or not all(isinstance(answer, str) or _is_ids(answer) for answer in batch):
         raise TypeError(
             f"Answers of type {type(answers).__name__} cannot be read. Pass a string or a list of them, or the token "
             "ids of one answer or of several, as lists or a tensor."
         )
-    infos = _media_of_answers(media, len(answers), kind)
-    return [parse_grounding(text, info) for text, info in zip(_texts(answers, media, tokenizer), infos)]
+    infos = _media_of_answers(media, len(batch), kind)
+    found = [parse_grounding(text, info) for text, info in zip(_texts(batch, media, tokenizer), infos)]
+    return found[0] if is_one else found
 
 
 def _as_lists(value: Any) -> Any:
@@ -186,13 +154,11 @@ def _rows(media: Any, num_answers: int) -> list[Any]:
             "output (or its `.media`), sizes, or the metadata of the video."
         )
     media = _as_lists(media)
-    if media is None or is_media_info(media) or not isinstance(media, list):
+    if not isinstance(media, list):
         return [] if media is None else [media]
     is_nested = any(is_media_info(row) or _is_nested(row) for row in media)
     is_one_size = len(media) == 2 and all(isinstance(side, (int, float)) for side in media)
-    if is_nested:
-        return media
-    return [media] if num_answers == 1 or is_one_size else media
+    return [media] if (num_answers == 1 or is_one_size) and not is_nested else media
 
 
 def _is_nested(row: Any) -> bool:

@@ -29,7 +29,8 @@ from molmo2.data.pointing import positions
 from molmo2.data.styles import COUNT_FORMS, LETTER_INSTRUCTIONS, NO_POINTING, TEMPLATES, TEXT_INSTRUCTIONS
 from molmo2.evaluate import METRICS
 from molmo2.grounding import parse_grounding
-from molmo2.image.loading import load_images, measure_images
+from molmo2.image.loading import load_images
+from molmo2.image.measuring import measure_images
 from support import data_rows as rows_of
 
 

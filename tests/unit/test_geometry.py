@@ -85,7 +85,6 @@ def test_one_layout_without_the_tables():
     assert (plan.tile_rows, plan.tile_cols) == (1, 4)
     assert (plan.canvas_height, plan.canvas_width) == (378, 4 * 266 + 112)
     assert plan.grid == (14, 14, 14, 42)
-    assert plan.low_res_grid + plan.high_res_grid == plan.grid
     assert plan.num_pooled_tokens == len(pooling) == 14 * 14 + 14 * 42
     assert pooling.dtype == np.int64
     assert pooling[:2].tolist() == [[0, 1, 27, 28], [2, 3, 29, 30]]
@@ -204,10 +203,10 @@ def test_plan_and_pooling_equal_brute_force(height, width, crops, max_crops):
     assert (plan.tile_rows, plan.tile_cols) == tiling_by_hand(height, width, crops, max_crops)
     pooling = image_token_pooling(plan)
     assert len(pooling) == plan.num_pooled_tokens
-    low_res_tokens = np.prod(plan.low_res_grid)
-    canvas = unpooled(pooling[low_res_tokens:], plan.high_res_grid, crops)
+    low_res_tokens = np.prod(plan.grid[:2])
+    canvas = unpooled(pooling[low_res_tokens:], plan.grid[2:], crops)
     assert crop_rows(canvas) == owners_by_hand(plan)
-    low_res = unpooled(pooling[:low_res_tokens], plan.low_res_grid, crops)
+    low_res = unpooled(pooling[:low_res_tokens], plan.grid[:2], crops)
     patch_ids = np.arange(crops.patches_per_crop).reshape(crops.crop_patch_rows, -1)
     assert crop_rows(low_res) == patch_ids.tolist()
     assert_every_patch_once(plan)
@@ -282,8 +281,8 @@ def crop_rows(padded):
 
 def drawing(plan):
     """One letter per canvas patch: the tile it is pooled from."""
-    tokens = image_token_pooling(plan)[np.prod(plan.low_res_grid) :]
-    canvas = crop_rows(unpooled(tokens, plan.high_res_grid, plan.settings))
+    tokens = image_token_pooling(plan)[np.prod(plan.grid[:2]) :]
+    canvas = crop_rows(unpooled(tokens, plan.grid[2:], plan.settings))
     return ["".join("abcdefghij"[patch // plan.settings.patches_per_crop - 1] for patch in row) for row in canvas]
 
 

@@ -19,7 +19,14 @@ from molmo2.image import loading as image_loading
 from molmo2.image.bilinear import MAX_BLOCK_ELEMENTS, MAX_INLINE_ELEMENTS, BilinearTables, resize_rows
 from molmo2.image.geometry import CropSettings
 from molmo2.image.loading import fetch_images, load_images
-from molmo2.image.pixels import Normalization, frame_pixel_values, normalize, resize, write_patches
+from molmo2.image.pixels import (
+    Normalization,
+    _planes,
+    _resized,
+    frame_pixel_values,
+    normalize,
+    write_patches,
+)
 from molmo2.image.processing import Molmo2ImageProcessor
 from support.generated import generated
 from support.golden_cases import pattern, processor_cases, to_numpy
@@ -116,6 +123,15 @@ def test_media_images(shared):
 
 
 # --- pixels ----------------------------------------------------------------------------------------------------------
+
+
+def resize(image, height, width, resample):
+    """The image as the processor resizes it, by gathering or by torch, in its own dtype."""
+    if image.dtype == np.uint8 and resample == 2:
+        pixels = torch.cat([rows for _, rows in resize_rows(image, (height, width), 1)])
+    else:
+        pixels = _resized(_planes(image), (height, width), resample, image.dtype)
+    return pixels.numpy().astype(image.dtype)
 
 
 def resize_by_hand(image, height, width):
@@ -297,13 +313,12 @@ def test_frames_are_one_crop_each(rgb):
     settings = CropSettings(28, 42, 14, 3, 3)
     frames = [rgb, rgb[::-1], rgb[:7]]
     options = {"resample": 2, "steps": Normalization((0.5,) * 3, (0.5,) * 3)}
-    values = frame_pixel_values(frames, settings, **options)
+    values = frame_pixel_values(frames, settings, **options, num_frames=3)
     assert values.shape == (3, 6, 588)
     for frame, found in zip(frames, values, strict=True):
         expected = normalized_by_hand(resize(frame, 28, 42, 2)[None], [0.5] * 3, [0.5] * 3)
         expected = patches_by_hand(expected, 14)[0]
         np.testing.assert_array_equal(found, expected)
-    np.testing.assert_array_equal(frame_pixel_values(iter(frames), settings, **options), values)
     np.testing.assert_array_equal(frame_pixel_values(iter(frames), settings, **options, num_frames=3), values)
     with pytest.raises(ValueError, match=r"num_frames is 4, but the iterable gave 3"):
         frame_pixel_values(iter(frames), settings, **options, num_frames=4)
@@ -313,8 +328,9 @@ def test_frames_are_one_crop_each(rgb):
 
 @pytest.mark.parametrize("bad", [np.zeros((4, 4, 4), np.uint8), np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), int)])
 def test_only_images_are_resized(bad):
+    options = {"resample": 2, "steps": Normalization((0.5,) * 3, (0.5,) * 3), "num_frames": 1}
     with pytest.raises(ValueError, match=r"cannot be resized. Pass \(height, width, 3\), as uint8 or one of float16"):
-        resize(bad, 2, 2, resample=2)
+        frame_pixel_values([bad], CropSettings(14, 14, 14, 1, 1), **options)
 
 
 def test_crops_are_cut_from_the_resized_image(rgb):
@@ -736,6 +752,8 @@ BAD_OPTIONS = {
     "box": ({"resample": 4}, r"resample is 4 \(box\), which is not supported"),
     "hamming": ({"resample": 5}, r"resample is 5 \(hamming\), which is not supported"),
     "other filter": ({"resample": 9}, "resample is 9, which is not supported"),
+    "filter True": ({"resample": True}, "resample is True, which is not supported"),
+    "filters": ({"resample": [2]}, r"resample is \[2\], which is not supported"),
     "filter by name": ({"resample": "bicubic"}, r"resample is 'bicubic', which is not supported. Use 2 \(bilinear"),
     "size": ({"size": 384}, "Crops of height 384 cannot be cut into patches of 14 x 14 pixels"),
     "size by edge": (
@@ -751,7 +769,7 @@ BAD_OPTIONS = {
         {"pooling_size": [2, 2, 2]},
         "pooling_size is \\[2, 2, 2\\]. Pass two whole numbers, \\(rows, cols\\)",
     ),
-    "mean": ({"image_mean": [0.5, 0.5]}, "image_mean has 2 numbers. Pass one for all channels or 3, one per channel"),
+    "mean": ({"image_mean": [0.5, 0.5]}, r"image_mean is \[0.5, 0.5\]. Use finite numbers, one for all channels or 3"),
     "std": ({"image_std": [0.5, 0.0, 0.5]}, r"image_std is \[0.5, 0.0, 0.5\], but pixels are divided by it"),
 }
 

@@ -13,7 +13,8 @@ from PIL import ExifTags, Image
 from molmo2 import MediaLimitError, MediaLimits, plan
 from molmo2.image import loading
 from molmo2.image.limits import checked_limits
-from molmo2.image.loading import load_images, measure_images
+from molmo2.image.loading import load_images
+from molmo2.image.measuring import measure_images
 from molmo2.image.processing import Molmo2ImageProcessor
 from molmo2.video.processing import Molmo2VideoProcessor
 from molmo2.video.sampling import SamplingSettings, sample_indices, sample_times

@@ -41,7 +41,7 @@ def test_every_patch_of_every_frame_is_pooled_once_with_its_own_window():
     assert pooling.shape == (plan.num_pooled_tokens, 9)
     place = 0
     for run in plan.runs:
-        frames, rows, cols = run.grid
+        ((frames, rows, cols),) = run.grids
         own = pooling[place : place + frames * rows * cols]
         place += len(own)
         assert np.sort(own[own >= 0]).tolist() == list(range(frames * 36))  # counted within the run

@@ -505,7 +505,7 @@ def test_attributes_that_serving_adapters_read():
         ({"size": 100}, "height 100 cannot be cut into patches of 14"),
         ({"size": {"shortest_edge": 98}}, "size is .*'height'"),
         ({"pooling_size": [1, 2, 3]}, "pooling_size is .*Pass two whole numbers"),
-        ({"image_mean": [1, 2]}, "image_mean has 2 numbers"),
+        ({"image_mean": [1, 2]}, r"image_mean is \[1, 2\]. Use finite numbers"),
         ({"image_std": 0}, "image_std is .*other than 0"),
         ({"resample": 1}, "lanczos"),
     ],

@@ -11,7 +11,8 @@ from PIL import ExifTags, Image
 
 from molmo2.grounding.parse import IMAGE, MULTI_IMAGE, MediaInfo, media_info
 from molmo2.image.limits import MediaLimits, checked_limits
-from molmo2.image.loading import fetch_images, is_encoded, load_images, measure_images
+from molmo2.image.loading import fetch_images, is_encoded, load_images
+from molmo2.image.measuring import measure_images
 from molmo2.tools.media_files import is_url
 from molmo2.video.loading import ReadingOptions, SampledVideoMetadata, VideoItem, read_video
 from molmo2.video.processing import Molmo2VideoProcessor, clips_per_video

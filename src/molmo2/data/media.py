@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from molmo2.image.suffixes import ANIMATION_SUFFIX, IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from molmo2.image.suffixes import IMAGE_SUFFIXES
+from molmo2.video.suffixes import ANIMATION_SUFFIX, VIDEO_SUFFIXES
 
 CHANNEL_COUNTS = (1, 3, 4)  # grey, RGB, RGB with alpha
 

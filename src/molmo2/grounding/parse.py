@@ -18,7 +18,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 IMAGE, MULTI_IMAGE, VIDEO = "image", "multi_image", "video"
 KINDS = (IMAGE, MULTI_IMAGE, VIDEO)
@@ -534,14 +534,6 @@ class _CoordsReader:
             self.release()
 
 
-class _Token(NamedTuple):
-    """A piece of a tag: the name of its group, its text and where it starts in the text at hand."""
-
-    group: str
-    text: str
-    start: int
-
-
 class _Scanner:
     """Reads an answer piece by piece, each character once.
 
@@ -700,8 +692,12 @@ class _Scanner:
         self._start = found.end()
         return found
 
-    def _token(self, pattern: re.Pattern[str]) -> Generator[None, None, _Token]:
-        """Go behind the next token, as it is whatever follows; of a long word only that it is long is kept."""
+    def _token(self, pattern: re.Pattern[str]) -> Generator[None, None, tuple[str, str, int]]:
+        """Go behind the next token, as it is whatever follows; of a long word only that it is long is kept.
+
+        Returns:
+            The name of its group, its text and where it starts in the text at hand.
+        """
         is_long = False
         while True:
             token = next(pattern.finditer(self._text, self._start))  # the groups cover every character
@@ -709,7 +705,7 @@ class _Scanner:
             may_go_on = ahead == len(token[0]) if group == "word" else group == "open" and ahead < MAX_EDGE
             if self._is_last or not may_go_on:
                 self._start = token.end()
-                return _Token(str(group), LONG_WORD if is_long else token[0], token.start())
+                return str(group), LONG_WORD if is_long else token[0], token.start()
             if len(token[0]) > MAX_WORD:
                 is_long, self._start = True, len(self._text) - MAX_EDGE
             yield
@@ -765,7 +761,9 @@ class GroundingStream:
     """
 
     def __init__(self, media: Any = None, *, kind: str | None = None):
-        self._reader = _Reader(media_info(media, kind))
+        self._media = media_info(media, kind)
+        self._about = MediaInfo("") if self._media is None else self._media
+        self._frames = TimestampIndex(self._about.sampled_frames)
         self._scanner = _Scanner()
         self._pieces: list[str] = []
         self._num_found = 0
@@ -783,36 +781,26 @@ class GroundingStream:
         self._scanner.feed(piece)
         new = self._scanner.found[self._num_found :]
         self._num_found = len(self._scanner.found)
-        points = [self._reader.point(found, found.tag.label or "") for found in new]
+        points = [self._point(found, found.tag.label or "") for found in new]
         return [point for point in points if point is not None]
 
     def close(self) -> Grounding:
         """The complete answer. No text may follow; may be called again."""
         if self._result is None:
             self._scanner.feed("", is_last=True)
-            self._result = self._reader.grounding("".join(self._pieces), self._scanner)
+            self._result = self._grounding()
         return self._result
 
-
-class _Reader:
-    """Turns what the scanner found into points of the images and videos that the answer is about."""
-
-    def __init__(self, media: MediaInfo | None):
-        self._media = media
-        self._kind = "" if media is None else media.kind
-        self._sizes = () if media is None else media.sizes
-        self._frames = TimestampIndex(() if media is None else media.sampled_frames)
-
-    def point(self, found: _FoundPoint, label: str) -> Point | None:
+    def _point(self, found: _FoundPoint, label: str) -> Point | None:
         """The point, or None if there is no image or frame for its key."""
         if self._is_video(found):
             if found.key is None:
                 return None
             key: int | float = float(found.key)
-            size, index, frame = next(iter(self._sizes), None), None, self._frames.frame_at(key)
+            size, index, frame = next(iter(self._about.sizes), None), None, self._frames.frame_at(key)
         else:
             number = 1.0 if found.key is None else float(found.key)
-            sizes = self._media.image_sizes if self._media is not None and self._kind == VIDEO else self._sizes
+            sizes = self._about.image_sizes if self._about.kind == VIDEO else self._about.sizes
             if number != int(number) or number < 1 or (sizes and number > len(sizes)):
                 return None
             key, index, frame = int(number), int(number) - 1, None
@@ -836,16 +824,17 @@ class _Reader:
 
     def _is_video(self, found: _FoundPoint) -> bool:
         looks_like_video = found.tag.kind == "tracks" or (found.key is not None and "." in found.key)
-        if self._kind == VIDEO:
-            return looks_like_video or self._media is None or not self._media.image_sizes
-        return looks_like_video if self._kind == "" else False
+        if self._about.kind == VIDEO:
+            return looks_like_video or not self._about.image_sizes
+        return looks_like_video and self._about.kind == ""
 
-    def grounding(self, text: str, scanner: _Scanner) -> Grounding:
+    def _grounding(self) -> Grounding:
+        scanner = self._scanner
         labels = {id(tag): (tag.content.strip() or tag.label or "") for tag in scanner.tags}
         by_tag: dict[int, list[Point]] = {id(tag): [] for tag in scanner.tags}
         points = []
         for found in scanner.found:
-            point = self.point(found, labels[id(found.tag)])
+            point = self._point(found, labels[id(found.tag)])
             if point is not None:
                 points.append(point)
                 by_tag[id(found.tag)].append(point)
@@ -854,9 +843,9 @@ class _Reader:
             for tag in scanner.tags
         )
         count, is_none = _read_counts("".join(scanner.prose), bool(points))
-        kind = self._kind or kind_of(points, tags)
+        kind = self._about.kind or kind_of(points, tags)
         return Grounding(
-            text=text,
+            text="".join(self._pieces),
             kind=kind,
             points=tuple(points),
             tracks=tracks_of(points),

@@ -89,6 +89,11 @@ class CropSettings:
         """Pixels from the left of one crop to the left of the next."""
         return self.crop_width - self.margin_pixels
 
+    @property
+    def crop_grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens of one crop."""
+        return self.pooled_grid(self.crop_patch_rows, self.crop_patch_cols)
+
     def pooled_grid(self, patch_rows: int, patch_cols: int) -> tuple[int, int]:
         """Rows and columns of tokens that cover a grid of patches (the last window may be partly empty)."""
         return -(-patch_rows // self.pool_height), -(-patch_cols // self.pool_width)
@@ -119,51 +124,17 @@ class ImagePlan:
         return 1 + self.tile_rows * self.tile_cols
 
     @property
-    def low_res_grid(self) -> tuple[int, int]:
-        """Rows and columns of tokens of the low-resolution view."""
-        return self.settings.pooled_grid(self.settings.crop_patch_rows, self.settings.crop_patch_cols)
-
-    @property
-    def high_res_grid(self) -> tuple[int, int]:
-        """Rows and columns of tokens of the canvas."""
-        patch_size = self.settings.patch_size
-        return self.settings.pooled_grid(self.canvas_height // patch_size, self.canvas_width // patch_size)
-
-    @property
     def grid(self) -> tuple[int, int, int, int]:
         """One row of `image_grids`: low-res rows, cols, high-res rows, cols, in tokens."""
-        return *self.low_res_grid, *self.high_res_grid
+        patch_size = self.settings.patch_size
+        canvas = self.settings.pooled_grid(self.canvas_height // patch_size, self.canvas_width // patch_size)
+        return *self.settings.crop_grid, *canvas
 
     @property
     def num_pooled_tokens(self) -> int:
         """Visual tokens of the image, without start, end and column tokens; the rows of `image_token_pooling`."""
         low_rows, low_cols, high_rows, high_cols = self.grid
         return low_rows * low_cols + high_rows * high_cols
-
-
-@dataclass(frozen=True)
-class FrameRun:
-    """Consecutive frames that are pooled alike.
-
-    Attributes:
-        num_frames: length of the run.
-        settings: the crop settings of each frame.
-    """
-
-    num_frames: int
-    settings: CropSettings
-
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        """Frames, then rows and columns of tokens of each."""
-        return self.num_frames, *self.settings.pooled_grid(
-            self.settings.crop_patch_rows, self.settings.crop_patch_cols
-        )
-
-    @property
-    def num_pooled_tokens(self) -> int:
-        """Visual tokens of the run, without start, end and column tokens."""
-        return math.prod(self.grid)
 
 
 @dataclass(frozen=True)
@@ -187,25 +158,25 @@ class VideoPlan:
     key_frame_interval: int = 1
 
     @property
-    def runs(self) -> tuple[FrameRun, ...]:
-        """The video as runs of frames that are pooled alike. Key frames that follow each other are one run."""
+    def runs(self) -> tuple["VideoPlan", ...]:
+        """Plans of the runs of frames that are pooled alike. Key frames that follow each other are one run."""
         if self.between is None:
-            return (FrameRun(self.num_frames, self.settings),)
+            return (self,)
         last = self.num_frames - 1
         is_key = [index % self.key_frame_interval == 0 or index == last for index in range(self.num_frames)]
         return tuple(
-            FrameRun(len(list(frames)), self.settings if key else self.between) for key, frames in groupby(is_key)
+            VideoPlan(len(list(frames)), self.settings if key else self.between) for key, frames in groupby(is_key)
         )
 
     @property
     def grids(self) -> list[tuple[int, int, int]]:
         """The rows of `video_grids`: frames, then rows and columns of tokens of each, for every run."""
-        return [run.grid for run in self.runs]
+        return [(run.num_frames, *run.settings.crop_grid) for run in self.runs]
 
     @property
     def num_pooled_tokens(self) -> int:
         """Visual tokens of the video, without start, end and column tokens; the rows of `video_token_pooling`."""
-        return sum(run.num_pooled_tokens for run in self.runs)
+        return sum(map(math.prod, self.grids))
 
 
 def plan_image(height: int, width: int, settings: CropSettings, max_crops: int) -> ImagePlan:
@@ -333,7 +304,7 @@ def split_runs(grids: Iterable[Sequence[int]], frame_counts: Iterable[int]) -> l
     ]
 
 
-def _run_token_pooling(run: FrameRun) -> np.ndarray:
+def _run_token_pooling(run: VideoPlan) -> np.ndarray:
     """Pooling table of one run, (tokens, window) int64."""
     one_frame = _pooling_windows(_crop_patch_ids(run.settings), run.settings)  # (tokens per frame, window)
     first_patches = np.arange(run.num_frames, dtype=np.int64) * run.settings.patches_per_crop

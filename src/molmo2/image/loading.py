@@ -89,7 +89,7 @@ def load_images(
         ValueError: an image cannot be decoded, is empty, or has the shape, dtype or values of no image.
     """
     layout, limits = _parse_layout(input_data_format), checked_limits(limits)
-    items = _flatten(fetch_images(images, limits=limits), "images")
+    items = flattened(fetch_images(images, limits=limits), "images")
     return [_rgb_array(item, where, do_convert_rgb, layout, limits) for where, item in items]
 
 
@@ -124,30 +124,11 @@ def fetch_images(
     raise TypeError(f"{where} is {found}, which is no image. Pass {ACCEPTED_IMAGES}.")
 
 
-def measure_images(images: Any, limits: MediaLimits | None = None) -> list[tuple[int, int]]:
-    """(height, width) of every image, in the order of `load_images`; of files only the header is read.
-
-    Raises:
-        FileNotFoundError, TypeError, ValueError: as `load_images`, as far as a header tells.
-    """
-    items = _flatten(fetch_images(images, finish=_upright_placeholder, limits=limits), "images")
-    return [
-        (item.height, item.width) if isinstance(item, Image.Image) else _channels_last(item, where, None).shape[:2]
-        for where, item in items
-    ]
-
-
-def _upright_placeholder(image: Image.Image) -> np.ndarray:
-    """An array of zeros, without memory of its own, of the size that an image has once it is turned upright."""
-    width, height = upright_size(image)
-    return np.broadcast_to(np.uint8(0), (height, width, 3))
-
-
-def _flatten(images: Any, where: str) -> Iterator[tuple[str, Image.Image | np.ndarray]]:
+def flattened(images: Any, where: str) -> Iterator[tuple[str, Image.Image | np.ndarray]]:
     """(name for errors, image) of every image of what `fetch_images` returned."""
     if isinstance(images, list):
         for index, item in enumerate(images):
-            yield from _flatten(item, f"{where}[{index}]")
+            yield from flattened(item, f"{where}[{index}]")
     elif isinstance(images, Image.Image):
         yield where, images
     else:
@@ -190,48 +171,56 @@ def shortened(text: str) -> str:
     return f"{text[:kept]}...{text[-kept:]} ({len(text)} characters)"
 
 
-def _open(reference: Any, where: str, finish: Callable[[Image.Image], Any], limits: MediaLimits) -> Any:
-    """The image of a path, URL, text, bytes or open file, in its own mode, passed through `finish`."""
+def named_file(
+    reference: str | os.PathLike[str], where: str, limits: MediaLimits
+) -> tuple[str, Path | bytes | IO[bytes]]:
+    """What a path, URL or other text stands for: its name in errors, and a path, bytes or an open download.
 
-    def decode(source: str, file: Path | IO[bytes]) -> Any:
-        return _decode(where, source, file, finish, limits)
+    The path may be that of no file; whether there is one shows only where paths are accepted. Text that names no file
+    is read as base64, unless it is too short for any.
 
-    if isinstance(reference, (bytes, bytearray, memoryview)):
-        return decode(f"{len(reference)} bytes", BytesIO(reference))
-    if _is_open_file(reference):
-        return decode(f"the open file {reference!r}", reference)
+    Raises:
+        MediaLimitError: its source is not accepted, or it is too large.
+        ValueError: it cannot be downloaded, or is a data URL that cannot be read.
+    """
     text = os.fsdecode(reference)
     scheme = scheme_of(text)
     if scheme in ("http", "https"):
-        with fetch(text, where, limits) as file:
-            return decode(f"the answer to {masked(text)}", file)
+        return f"the answer to {masked(text)}", fetch(text, where, limits)
+    name = f"'{shortened(text)}', read as base64,"
     if scheme == "data":
-        return decode(f"'{shortened(text)}', read as base64,", BytesIO(data_url_bytes(text, where, limits)))
+        return name, data_url_bytes(text, where, limits)
     path = local_path(text, scheme)
-    if scheme == "file" or "path" in limits.sources:
-        limits.check_source(scheme or "path", where)
-        if is_file_on_disk(path):
-            return decode(f"the file '{path}'", path)
-    content = embedded_bytes(reference, where, limits)
-    if content is not None:
-        return decode(f"'{shortened(text)}', read as base64,", BytesIO(content))
-    limits.check_source(scheme or "path", where)  # before anything is said about what is there
-    if os.path.isdir(path):
-        raise FileNotFoundError(f"{where} is '{shortened(text)}', which is a folder. Pass the images in it.")
-    raise FileNotFoundError(
-        f"{where} is '{shortened(text)}', but there is no such file. Check the path and the working folder; URLs "
-        "start with http://, https://, file:// or data:."
-    )
+    is_there = (scheme or "path") in limits.sources and is_file_on_disk(path)
+    if not is_there and isinstance(reference, str) and len(text) >= MIN_BASE64_CHARACTERS:
+        content = base64_bytes(text)
+        if content is not None:
+            limits.check_source("base64", where)
+            return name, content
+    limits.check_source(scheme or "path", where)
+    return f"the file '{path}'", path
 
 
-def embedded_bytes(reference: Any, where: str, limits: MediaLimits) -> bytes | None:
-    """The bytes of text that is a file in base64; None for anything else, and text too short for any file."""
-    if not isinstance(reference, str) or len(reference) < MIN_BASE64_CHARACTERS:
-        return None
-    content = base64_bytes(reference)
-    if content is not None:
-        limits.check_source("base64", where)
-    return content
+def _open(reference: Any, where: str, finish: Callable[[Image.Image], Any], limits: MediaLimits) -> Any:
+    """The image of a path, URL, text, bytes or open file, in its own mode, passed through `finish`."""
+    if _is_open_file(reference):
+        return _decode(where, f"the open file {reference!r}", reference, finish, limits)
+    if isinstance(reference, (str, os.PathLike)):
+        name, file = named_file(reference, where, limits)
+    else:
+        name, file = f"{len(reference)} bytes", reference
+    if isinstance(file, Path):
+        if is_file_on_disk(file):
+            return _decode(where, name, file, finish, limits)
+        text = shortened(os.fsdecode(reference))
+        if os.path.isdir(file):
+            raise FileNotFoundError(f"{where} is '{text}', which is a folder. Pass the images in it.")
+        raise FileNotFoundError(
+            f"{where} is '{text}', but there is no such file. Check the path and the working folder; URLs start with "
+            "http://, https://, file:// or data:."
+        )
+    with BytesIO(file) if isinstance(file, (bytes, bytearray, memoryview)) else file as opened:
+        return _decode(where, name, opened, finish, limits)
 
 
 def _decode(
@@ -274,7 +263,7 @@ def _rgb_array(
             reduced.original_size = item.original_size[::-1]
             return reduced
         return pixels
-    image = _channels_last(item, where, layout)
+    image = channels_last(item, where, layout)
     found = f"{where} is an array of {image.shape[0]} x {image.shape[1]} pixels"
     limits.check("image_pixels", image.shape[0] * image.shape[1], found)
     channels = image.shape[2]
@@ -339,7 +328,7 @@ def _parse_layout(input_data_format: Any) -> str | None:
     return layout
 
 
-def _channels_last(array: np.ndarray, where: str, layout: str | None) -> np.ndarray:
+def channels_last(array: np.ndarray, where: str, layout: str | None) -> np.ndarray:
     """(H, W, C) with 1, 3 or 4 channels, a view where possible."""
     if array.size == 0:
         raise ValueError(f"{where} is empty: its shape is {array.shape}. Pass an image with pixels.")

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from molmo2.configuration import CHANNELS, UINT8_MEAN, UINT8_STD
 from molmo2.image.limits import MediaLimits, checked_limits
-from molmo2.image.pixels import RESCALE_FACTOR, Normalization
+from molmo2.image.pixels import RESCALE_FACTOR, Normalization, interpolation_mode
 from molmo2.values import is_number, is_whole
 
 logger = logging.get_logger(__name__)
@@ -23,6 +23,11 @@ logger = logging.get_logger(__name__)
 FIXED_STEPS = {"do_center_crop": False, "do_pad": False}
 # Steps of every processor; files of published checkpoints leave them out or have these values.
 PIXEL_STEPS = {"do_normalize": True, "do_rescale": True, "do_resize": True, "rescale_factor": RESCALE_FACTOR}
+# What loaders pass along to every processor, and what other releases write into its file.
+PASSED_ALONG = {
+    *("auto_map", "backend", "code_revision", "disable_grouping", "image_processor_type", "processor_class"),
+    *("trust_remote_code", "use_fast"),
+}
 FLAGS = ("do_convert_rgb", "do_normalize", "do_rescale", "do_resize")
 NEAR_MISS = 0.85  # similarity (0..1) from which an unknown name counts as a misspelt option
 MAX_SIDE = 2**15  # of a crop in pixels, a window in patches: more is damage, and would be allocated
@@ -43,16 +48,11 @@ def listed(value: Any) -> list[Any]:
 def per_channel(name: str, value: Any) -> list[float]:
     """Three numbers, one per channel, from three or from one for all."""
     numbers = listed(value)
-    if not all(map(is_number, numbers)):
-        raise ValueError(f"{name} is {value!r:.80}. Use finite numbers, one for all channels or {CHANNELS}.")
-    numbers = [float(number) for number in numbers]
-    if len(numbers) == 1:
-        numbers = numbers * CHANNELS
-    if len(numbers) != CHANNELS:
+    if len(numbers) not in (1, CHANNELS) or not all(map(is_number, numbers)):
         raise ValueError(
-            f"{name} has {len(numbers)} numbers. Pass one for all channels or {CHANNELS}, one per channel."
+            f"{name} is {value!r:.80}. Use finite numbers, one for all channels or {CHANNELS}, one per channel."
         )
-    return numbers
+    return [float(number) for number in numbers] * (CHANNELS // len(numbers))
 
 
 def divisors_per_channel(name: str, value: Any) -> list[float]:
@@ -112,12 +112,10 @@ def flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
-def resample_filter(value: Any) -> str | int:
-    """The filter that images are resized with, as name or number."""
-    value = plain(value)
-    if not isinstance(value, str) and not is_whole(value):
-        raise ValueError(f"resample is {value!r:.80}. Use the name of a filter, such as 'bilinear', or its number.")
-    return value if isinstance(value, str) else int(value)
+def resample_filter(value: Any) -> int:
+    """PIL's number of the filter that images are resized with, one that torch has."""
+    interpolation_mode(plain(value))
+    return int(value)
 
 
 def size_dict(size: Any) -> dict[str, int]:
@@ -147,8 +145,8 @@ class OptionsMixin:
     Attributes:
         DEFAULTS: option name -> value where nothing is passed; every option of the processor is in it.
         NULLABLE: names of options for which None is a value; for the others it stands for "not passed".
-        IGNORED: names that are known and no option, which are accepted without a warning: read elsewhere
-            (`return_tensors`), or meant for other processors, whose snippets pass them.
+        IGNORED: names that are known and no option, beside those of one call in `valid_kwargs`, which are accepted
+            without a warning: meant for other processors, whose snippets pass them.
         TYPE_KEY: the JSON key under which the name of the class is stored.
         limits: what is refused of media. Never read from JSON, nor written to it: who offers a checkpoint does not
             decide what a program accepts.
@@ -158,6 +156,7 @@ class OptionsMixin:
     NULLABLE: frozenset[str] = frozenset()
     IGNORED: frozenset[str]
     TYPE_KEY: str
+    valid_kwargs: Any
     limits: MediaLimits
     _owner_class: str | None = None  # the library's own name for it must not exist on recent releases
 
@@ -255,12 +254,13 @@ class OptionsMixin:
             only_near_misses: accept unknown names (of older files, or meant for another part) unless they look
                 misspelt.
         """
+        known = {*cls.DEFAULTS, *FIXED_STEPS, *PASSED_ALONG, *cls.valid_kwargs.__annotations__, *cls.IGNORED}
         for name, value in options.items():
             if name in FIXED_STEPS and value is not None and value != FIXED_STEPS[name]:
                 logger.warning_once(
                     f"{name}={value!r} has no effect: Molmo2 always works with {name}={FIXED_STEPS[name]!r}."
                 )
-            if name in cls.DEFAULTS or name in FIXED_STEPS or name in cls.IGNORED or name.startswith("_"):
+            if name in known or name.startswith("_"):
                 continue
             similar = difflib.get_close_matches(name, list(cls.DEFAULTS), n=1, cutoff=NEAR_MISS)
             if similar:
@@ -268,5 +268,5 @@ class OptionsMixin:
                     f"{cls.__name__} ignores the unknown option '{name}'. Did you mean '{similar[0]}'?"
                 )
             elif not only_near_misses:
-                known = ", ".join(cls.DEFAULTS)
-                logger.warning_once(f"{cls.__name__} ignores the unknown option '{name}'. It knows {known}.")
+                own = ", ".join(cls.DEFAULTS)
+                logger.warning_once(f"{cls.__name__} ignores the unknown option '{name}'. It knows {own}.")

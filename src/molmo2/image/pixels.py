@@ -6,7 +6,7 @@ unlike those of training.
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from molmo2.configuration import CHANNELS
 from molmo2.image.bilinear import MAX_BLOCK_ELEMENTS, MAX_INLINE_ELEMENTS, resize_rows, torch_view
+from molmo2.values import is_whole
 
 logger = logging.get_logger(__name__)
 
@@ -71,38 +72,16 @@ def interpolation_mode(resample: int) -> str:
     Raises:
         ValueError: torch has no such filter without antialiasing, or `resample` is no number of a filter.
     """
-    mode = INTERPOLATION_MODES.get(resample)
+    number: Any = resample if is_whole(resample) else None
+    mode = INTERPOLATION_MODES.get(number)
     if mode is None:
-        name = UNSUPPORTED_FILTERS.get(resample)
-        found = repr(resample) if name is None else f"{int(resample)} ({name})"
+        name = UNSUPPORTED_FILTERS.get(number)
+        found = f"{resample!r:.80}" if name is None else f"{int(resample)} ({name})"
         raise ValueError(
             f"resample is {found}, which is not supported. Use 2 (bilinear, what the published checkpoints expect), "
             "3 (bicubic) or 0 (nearest)."
         )
     return mode
-
-
-def resize(image: np.ndarray, height: int, width: int, resample: int) -> np.ndarray:
-    """A resized image: half-pixel centres, no antialiasing.
-
-    Args:
-        image: (H, W, 3), uint8 or floating point.
-        height, width: size of the result.
-        resample: PIL's number of the filter, see `interpolation_mode`.
-
-    Returns:
-        (height, width, 3) in the dtype of `image`. uint8 is resized in float32, rounded and clamped to 0..255; floats
-        are clipped to 0..1 (float64 is resized in float64, smaller floats in float32).
-
-    Raises:
-        ValueError: the filter is not supported, or `image` is no such array.
-    """
-    _require_image(image)
-    if _can_gather_resize(image, resample):
-        pixels = torch.cat([rows for _, rows in resize_rows(image, (height, width), 1)])
-    else:
-        pixels = _resized(_planes(image), (height, width), resample, image.dtype)
-    return pixels.numpy().astype(image.dtype, order="C")
 
 
 def require_size(image: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -171,7 +150,7 @@ def write_image_pixel_values(
         plan: the `ImagePlan` of the image.
         out: (plan.num_crops, P, patch_size * patch_size * 3), filled in place; float32, or uint8 for pixels that are
             not normalised. The image is resized on its device.
-        resample, steps: see `resize` and `Normalization`.
+        resample, steps: see `interpolation_mode` and `Normalization`.
     """
     settings = plan.settings
     patch = settings.patch_size
@@ -211,7 +190,7 @@ def frame_pixel_values(
     *,
     resample: int,
     steps: Normalization,
-    num_frames: int | None = None,
+    num_frames: int,
     dtype: Any = np.float32,
     device: Any = None,
 ) -> Tensor:
@@ -220,8 +199,8 @@ def frame_pixel_values(
     Args:
         frames: (H, W, 3) arrays, uint8 or float; any iterable, a generator of decoded frames included.
         settings: the `CropSettings` of the video.
-        resample, steps: see `resize` and `Normalization`.
-        num_frames: length of `frames` if it has none; otherwise the frames would be collected in a list first.
+        resample, steps: see `interpolation_mode` and `Normalization`.
+        num_frames: length of `frames`.
         dtype: float32, or uint8 for pixels that are not normalised.
         device: device of the resizing and of the result; None for the CPU.
 
@@ -231,9 +210,6 @@ def frame_pixel_values(
     Raises:
         ValueError: `num_frames` is wrong, or floating point frames are asked for as uint8.
     """
-    if num_frames is None:
-        frames = frames if isinstance(frames, Sized) else list(frames)
-        num_frames = len(frames)
     patch_length = settings.patch_size * settings.patch_size * CHANNELS
     out = empty_pixels((num_frames, settings.patches_per_crop, patch_length), dtype, device)
     found, buffer = 0, None
@@ -254,21 +230,6 @@ def frame_pixel_values(
     return out
 
 
-def _keeps_uint8(output: torch.dtype, source: np.dtype) -> bool:
-    """True if pixels stay 0..255 for the model to normalise."""
-    if output == torch.uint8 and source != np.uint8:
-        raise ValueError(
-            f"pixel_dtype is uint8, but there is an image of dtype {source}. Pass uint8 images, or leave "
-            "pixel_dtype at float32."
-        )
-    return output == torch.uint8
-
-
-def _can_gather_resize(image: np.ndarray, resample: int) -> bool:
-    """True if `resize_rows` gives the result, with less work."""
-    return image.dtype == np.uint8 and interpolation_mode(resample) == "bilinear"
-
-
 class _Resizer:
     """An image to be resized, once or twice, to pixel values on the device of `out`.
 
@@ -280,18 +241,19 @@ class _Resizer:
     """
 
     def __init__(
-        self,
-        image: np.ndarray,
-        out: Tensor,
-        resample: int,
-        steps: Normalization,
-        buffer: Tensor | None = None,
+        self, image: np.ndarray, out: Tensor, resample: int, steps: Normalization, buffer: Tensor | None = None
     ):
         leave_threads_of_parent()
         _require_image(image)
         self.image, self.resample, self.steps = image, resample, steps
-        self.keeps_uint8 = _keeps_uint8(out.dtype, image.dtype)
-        gathers = out.device.type == "cpu" and _can_gather_resize(image, resample)
+        self.keeps_uint8 = out.dtype == torch.uint8  # for the model to normalise
+        if self.keeps_uint8 and image.dtype != np.uint8:
+            raise ValueError(
+                f"pixel_dtype is uint8, but there is an image of dtype {image.dtype}. Pass uint8 images, or leave "
+                "pixel_dtype at float32."
+            )
+        is_bilinear = interpolation_mode(resample) == "bilinear"
+        gathers = out.device.type == "cpu" and image.dtype == np.uint8 and is_bilinear
         self.planes = None if gathers else _planes(image, buffer, out.device)
 
     def row_blocks(
@@ -320,7 +282,6 @@ def _planes(image: np.ndarray, buffer: Tensor | None = None, device: Any = None)
     Its memory layout is (H, W, 3), which torch resizes several times faster, to the same values. The memory of
     `buffer`, planes of an earlier image, is reused if dtype and size are equal.
     """
-    _require_image(image)
     source = torch_view(image)
     dtype = np.dtype(np.float64 if image.dtype == np.float64 else np.float32)
     if buffer is not None and (buffer.dtype, buffer.shape[2:]) == (getattr(torch, dtype.name), source.shape[:2]):
@@ -332,7 +293,10 @@ def _planes(image: np.ndarray, buffer: Tensor | None = None, device: Any = None)
 
 
 def _resized(planes: Tensor, size: tuple[int, int], resample: int, dtype: np.dtype) -> Tensor:
-    """`resize` of (1, 3, H, W) planes: (height, width, 3), rounded or clipped to the value range of `dtype`."""
+    """Resized (1, 3, H, W) planes: (height, width, 3), rounded or clipped to the value range of `dtype`.
+
+    Half-pixel centres, no antialiasing.
+    """
     mode = interpolation_mode(resample)
     with torch.inference_mode():
         align_corners = None if mode == "nearest" else False

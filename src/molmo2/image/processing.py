@@ -13,7 +13,8 @@ from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.processing_utils import ImagesKwargs, Unpack
 
 from molmo2.configuration import CHANNELS
-from molmo2.image.geometry import CropSettings, ImagePlan, image_token_pooling, plan_image
+from molmo2.grounding.parse import IMAGE, MediaInfo
+from molmo2.image.geometry import CropSettings, ImagePlan, image_token_pooling, plan_image, stack_pooling
 from molmo2.image.limits import MediaLimits
 from molmo2.image.loading import fetch_images, load_images, original_size
 from molmo2.image.options import PIXEL_STEPS, OptionsMixin, normalization, pair, pixel_dtype, plain
@@ -21,11 +22,10 @@ from molmo2.image.pixels import (
     Normalization,
     as_output,
     empty_pixels,
-    interpolation_mode,
     require_size,
     write_image_pixel_values,
 )
-from molmo2.media_features import MediaFeatures, image_media
+from molmo2.media_features import MediaFeatures
 
 MAX_CROPS = 10_000  # an image of a million visual tokens; every tiling up to it is compared
 
@@ -38,8 +38,8 @@ class Molmo2ImageProcessorKwargs(ImagesKwargs, total=False):
         overlap_margins: (before, after), the overlap of neighbouring crops in patches.
         patch_size: side of a patch.
         pooling_size: (rows, cols) of patches that become one token.
-        do_convert_rgb: False refuses images that are not RGB.
-        image_mean, image_std: one number per channel, or one for all.
+        do_convert_rgb: convert images to RGB as PIL does; False refuses other modes.
+        image_mean, image_std: one number per channel, or one for all, applied after scaling to 0..1.
         do_resize: False refuses images that do not have the size of their canvas; the low-resolution view of an image
             of several tiles is made in any case.
         do_rescale, rescale_factor, do_normalize: whether pixels are multiplied by the factor (floating point images,
@@ -84,11 +84,7 @@ class Molmo2ImageProcessor(OptionsMixin, BaseImageProcessor):  # type: ignore[mi
     Args:
         size: height and width of a crop; an int for a square one.
         resample: the filter by PIL's number: 2 bilinear, 3 bicubic, 0 nearest.
-        image_mean, image_std: per channel, or one number for all, applied after scaling to 0..1.
-        do_convert_rgb: convert images to RGB as PIL does; False refuses other modes.
-        max_crops: maximum number of tiles of an image, besides the low-resolution view.
-        overlap_margins: (before, after), the overlap of neighbouring crops in patches.
-        patch_size, pooling_size: side of a patch; rows and columns of patches that become one token.
+        kwargs: the others are those of one call, see `Molmo2ImageProcessorKwargs`.
 
     Raises:
         ValueError: the options contradict each other or make no crops.
@@ -109,26 +105,7 @@ class Molmo2ImageProcessor(OptionsMixin, BaseImageProcessor):  # type: ignore[mi
         "resample": 2,
         "size": {"height": 378, "width": 378},
     }
-    IGNORED = frozenset(ImagesKwargs.__annotations__) | {
-        "auto_map",
-        "backend",
-        "code_revision",
-        "data_format",
-        "default_to_square",
-        "device",
-        "disable_grouping",
-        "feature_extractor_type",
-        "image_processor_type",
-        "image_seq_length",
-        "input_data_format",
-        "limits",
-        "pixel_dtype",
-        "processor_class",
-        "return_metadata",
-        "return_tensors",
-        "trust_remote_code",
-        "use_fast",
-    }
+    IGNORED = frozenset({"default_to_square", "feature_extractor_type", "image_seq_length", "return_metadata"})
 
     def __init__(self, **kwargs: Unpack[Molmo2ImageProcessorKwargs]):
         super().__init__(**kwargs)
@@ -190,13 +167,14 @@ class Molmo2ImageProcessor(OptionsMixin, BaseImageProcessor):  # type: ignore[mi
         if not options.do_resize:
             for image, plan in zip(loaded, plans, strict=True):
                 require_size(image, plan.canvas_height, plan.canvas_width)
+        window = options.crops.pool_height * options.crops.pool_width
         data = {
             "pixel_values": _pixel_values(loaded, plans, options, kwargs.get("device")),
-            "image_token_pooling": _token_pooling(plans, options.crops),
+            "image_token_pooling": stack_pooling([image_token_pooling(plan) for plan in plans], window),
             "image_grids": np.array([plan.grid for plan in plans], dtype=np.int64).reshape(len(plans), 4),
             "image_num_crops": np.array([plan.num_crops for plan in plans], dtype=np.int64),
         }
-        media = [image_media(size) for size in sizes]
+        media = [MediaInfo(IMAGE, ((width, height),)) for height, width in sizes]
         features: Any = MediaFeatures(data, kwargs.get("return_tensors"), media)
         if kwargs.get("device") is not None and kwargs.get("return_tensors") is not None:
             features = features.to(kwargs["device"])
@@ -205,7 +183,6 @@ class Molmo2ImageProcessor(OptionsMixin, BaseImageProcessor):  # type: ignore[mi
     def _options(self, overrides: Mapping[str, Any]) -> ImageOptions:
         self._warn_about(overrides)
         values = self._canonical(self._values() | self._given(overrides))
-        interpolation_mode(values["resample"])
         steps = normalization(values)
         crops = CropSettings(
             values["size"]["height"],
@@ -253,9 +230,3 @@ def _pixel_values(images: list[np.ndarray], plans: list[ImagePlan], options: Ima
         write_image_pixel_values(np.asarray(image), plan, out, resample=options.resample, steps=options.steps)
         first_crop += plan.num_crops
     return as_output(pixel_values)
-
-
-def _token_pooling(plans: list[ImagePlan], crops: CropSettings) -> np.ndarray:
-    """The pooling tables of all images, one after the other; the indices of each start at 0."""
-    empty = np.empty((0, crops.pool_height * crops.pool_width), dtype=np.int64)
-    return np.concatenate([empty, *(image_token_pooling(plan) for plan in plans)])

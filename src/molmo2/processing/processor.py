@@ -8,6 +8,7 @@ and the media that they name.
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from os import PathLike
 from pathlib import Path
@@ -21,13 +22,13 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs, Proc
 from transformers.utils import logging
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from molmo2.grounding.parse import Grounding, MediaInfo
+from molmo2.grounding.parse import IMAGE, MULTI_IMAGE, Grounding, MediaInfo, media_info
 from molmo2.image.geometry import stack_pooling
 from molmo2.image.limits import MediaLimits, checked_limits
 from molmo2.image.pixels import as_output
 from molmo2.image.processing import Molmo2ImageProcessor, Molmo2ImageProcessorKwargs
 from molmo2.image.suffixes import IMAGE_SUFFIXES
-from molmo2.media_features import MediaFeatures, ground_answers, media_of_rows
+from molmo2.media_features import MediaFeatures, ground_answers
 from molmo2.processing.chat import find_media, is_batch, media_arguments, messages_of
 from molmo2.processing.plain_text import (
     RenderedPrompt,
@@ -297,7 +298,7 @@ class Molmo2Processor(ProcessorMixin):
             expanded = self._expand(prompts, media.get("image_grids", []), videos)
             data = {**self._tokenize(expanded, stand_ins, options["text_kwargs"]), **media}
         offsets = data.pop("text_replacement_offsets", None)
-        features = MediaFeatures(data, return_tensors, _media_of_rows(prompts, sizes, metadata))
+        features = MediaFeatures(data, return_tensors, _media_of_rows(prompts, sizes, metadata or []))
         if metadata is not None and options["videos_kwargs"].get("return_metadata"):
             features["video_metadata"] = metadata
         if offsets is not None:
@@ -373,10 +374,7 @@ class Molmo2Processor(ProcessorMixin):
         for placeholder, texts, noun in placed:
             require_placeholders([prompt.count(placeholder) for prompt in prompts], len(texts), placeholder, noun)
         waiting = {placeholder: iter(texts) for placeholder, texts, _ in placed}
-        return [
-            expand(prompt, {mark: list(islice(texts, prompt.count(mark))) for mark, texts in waiting.items()})
-            for prompt in prompts
-        ]
+        return [expand(prompt, waiting) for prompt in prompts]
 
     @property
     def _special_tokens(self) -> SpecialTokens:
@@ -665,14 +663,12 @@ class Molmo2Processor(ProcessorMixin):
         token_format = self.visual_token_format
         counts: dict[str, list[int]] = {}
         if image_sizes is not None:
-            given = {name: value for name, value in options["images_kwargs"].items() if name != "return_tensors"}
-            images = [self.image_processor.plan(height, width, **given) for height, width in image_sizes]
+            planned = options["images_kwargs"]
+            images = [self.image_processor.plan(height, width, **planned) for height, width in image_sizes]
             counts["num_image_tokens"] = [len(image_tokens(image.grid, token_format)) for image in images]
             counts["num_image_patches"] = [image.num_crops for image in images]
         if video_sizes is not None:
-            given = {
-                name: options["videos_kwargs"][name] for name in options["videos_kwargs"] if name != "return_tensors"
-            }
+            given = options["videos_kwargs"]
             sampling = sorted({name for own in (given, *own_options) for name in own} & SAMPLING_OPTIONS)
             if sampling:
                 raise ValueError(
@@ -789,30 +785,27 @@ def _require_slots(prompts: list[str] | None, given: Any, number: int, placehold
     """Check images or videos against placeholders, prompt by prompt where the caller grouped them by prompt."""
     if prompts is None:
         return
-    per_prompt = _lengths_of_rows(given, len(prompts), number)
     counts = [prompt.count(placeholder) for prompt in prompts]
-    require_placeholders(counts, number if per_prompt is None else per_prompt, placeholder, noun)
+    is_nested = isinstance(given, (list, tuple)) and all(isinstance(row, (list, tuple)) for row in given)
+    lengths = [len(row) for row in given] if is_nested else []
+    is_by_prompt = len(lengths) == len(prompts) and sum(lengths) == number
+    require_placeholders(counts, lengths if is_by_prompt else number, placeholder, noun)
 
 
-def _lengths_of_rows(given: Any, num_prompts: int, num_items: int) -> list[int] | None:
-    """Images or videos per prompt if the caller grouped them, as a list with one list per prompt; else None."""
-    if not isinstance(given, (list, tuple)) or len(given) != num_prompts:
-        return None
-    if not all(isinstance(row, (list, tuple)) for row in given):
-        return None
-    lengths = [len(row) for row in given]
-    return lengths if sum(lengths) == num_items else None
-
-
-def _media_of_rows(prompts: list[str] | None, images: list[MediaInfo], metadata: list[Any] | None) -> list[MediaInfo]:
+def _media_of_rows(prompts: list[str] | None, images: list[MediaInfo], metadata: list[Any]) -> list[MediaInfo]:
     """Images and videos of each prompt; without prompts, one row with all of them."""
-    videos = [] if metadata is None else metadata
     if prompts is None:
-        return media_of_rows([len(images)], [len(videos)], images, videos)
-    num_images, num_videos = (
-        [prompt.count(placeholder) for prompt in prompts] for placeholder in (IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER)
-    )
-    return media_of_rows(num_images, num_videos, images, videos)
+        prompts = [IMAGE_PLACEHOLDER * len(images) + VIDEO_PLACEHOLDER * len(metadata)]
+    image_sizes, videos = (image.sizes[0] for image in images), map(media_info, metadata)
+    rows = []
+    for prompt in prompts:
+        sizes = tuple(islice(image_sizes, prompt.count(IMAGE_PLACEHOLDER)))
+        clips: tuple[Any, ...] = tuple(islice(videos, prompt.count(VIDEO_PLACEHOLDER)))
+        if clips:
+            rows.append(replace(clips[0], image_sizes=sizes, more_videos=clips[1:]))
+        else:
+            rows.append(MediaInfo(MULTI_IMAGE if len(sizes) > 1 else IMAGE, sizes))
+    return rows
 
 
 def _assistant_mask(

@@ -4,7 +4,7 @@
 [ids], [ids]   -- insert_bos, truncate, pad -->  equal rows and their attention mask
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,29 +135,26 @@ class ExpandedPrompt:
 
     Attributes:
         text: The expanded prompt.
-        moves: (end in the original, shift) for each replaced placeholder, ascending.
         replacements: One for each placeholder, in the form of transformers: its type, "image" or "video", `span` and
             `text` in the original, `new_span` and `replacement` in the expanded prompt; spans count characters.
     """
 
     text: str
-    moves: tuple[tuple[int, int], ...] = ()
     replacements: tuple[dict[str, Any], ...] = ()
 
     def position(self, original: int) -> int:
         """Index in the expanded prompt of a character of the original one, outside of placeholders."""
-        return original + sum(shift for end, shift in self.moves if end <= original)
+        before = [one for one in self.replacements if one["span"][1] <= original]
+        return original + sum(len(one["replacement"]) - len(one["text"]) for one in before)
 
 
-def expand(prompt: str, replacements: Mapping[str, Sequence[str]]) -> ExpandedPrompt:
+def expand(prompt: str, waiting: Mapping[str, Iterator[str]]) -> ExpandedPrompt:
     """Replace placeholders by the texts of their images and videos, in order.
 
     Args:
-        replacements: For each placeholder one text per occurrence.
+        waiting: For each placeholder the texts of its next occurrences, in this prompt and those that follow.
     """
-    waiting = {placeholder: iter(texts) for placeholder, texts in replacements.items()}
     pieces: list[str] = []
-    moves: list[tuple[int, int]] = []
     replaced: list[dict[str, Any]] = []
     done = new_start = 0
     while found := [(start, mark) for mark in waiting if (start := prompt.find(mark, done)) >= 0]:
@@ -166,11 +163,10 @@ def expand(prompt: str, replacements: Mapping[str, Sequence[str]]) -> ExpandedPr
         pieces += [prompt[done:start], text]
         new_start += start - done
         done = start + len(mark)
-        moves.append((done, len(text) - len(mark)))
         spans = {"span": (start, done), "new_span": (new_start, new_start + len(text))}
         replaced.append({"type": mark.strip("<|>"), **spans, "text": mark, "replacement": text})
         new_start += len(text)
-    return ExpandedPrompt("".join([*pieces, prompt[done:]]), tuple(moves), tuple(replaced))
+    return ExpandedPrompt("".join([*pieces, prompt[done:]]), tuple(replaced))
 
 
 def require_placeholders(counts: Sequence[int], passed: Sequence[int] | int, placeholder: str, noun: str) -> None:
@@ -183,9 +179,9 @@ def require_placeholders(counts: Sequence[int], passed: Sequence[int] | int, pla
     Raises:
         ValueError: The numbers differ; the message names both, and the prompt where it is known.
     """
-    rule = f"The number of `{placeholder}` tokens in the prompts should be the same as the number of {noun}s"
     advice = (
-        f"{rule}. Put one `{placeholder}` where each {noun} belongs, or let `apply_chat_template` write the prompt"
+        f"The number of `{placeholder}` tokens in the prompts should be the same as the number of {noun}s. Put one "
+        f"`{placeholder}` where each {noun} belongs, or let `apply_chat_template` write the prompt"
     )
     if isinstance(passed, int):
         if sum(counts) != passed:
@@ -193,11 +189,6 @@ def require_placeholders(counts: Sequence[int], passed: Sequence[int] | int, pla
                 f"{sum(counts)} `{placeholder}` in the text, but {passed} {noun}(s) were passed. {advice}."
             )
         return
-    if len(counts) != len(passed):
-        raise ValueError(
-            f"There are {len(counts)} prompt(s), but {noun}s for {len(passed)}. {rule}. Pass one list of {noun}s per "
-            "prompt, or one flat list for all."
-        )
     for index, (count, number) in enumerate(zip(counts, passed)):
         if count != number:
             raise ValueError(

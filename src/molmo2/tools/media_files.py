@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from molmo2.image.suffixes import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from molmo2.image.suffixes import IMAGE_SUFFIXES
+from molmo2.video.suffixes import VIDEO_SUFFIXES
 
 IMAGE, VIDEO = "image", "video"
 URL_SCHEMES = ("http", "https")

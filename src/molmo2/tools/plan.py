@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from molmo2.image.geometry import VideoPlan
-from molmo2.image.loading import measure_images
+from molmo2.image.measuring import measure_images
 from molmo2.processing.chat import find_media, is_batch
 from molmo2.processing.prompt_tokens import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
 from molmo2.tools.memory import MemoryEstimate, RequestShape, estimate_memory

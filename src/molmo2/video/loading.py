@@ -8,6 +8,7 @@ full resolution is never in memory.
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,18 +16,15 @@ from PIL import Image
 from transformers.utils import logging
 from transformers.video_utils import VideoMetadata
 
-from molmo2.image.fetching import data_url_bytes, fetch, masked, scheme_of
 from molmo2.image.limits import MediaLimits
 from molmo2.image.loading import (
-    embedded_bytes,
     is_encoded,
     is_stored_file,
     load_images,
+    named_file,
     original_size,
-    shortened,
     stored_file,
 )
-from molmo2.image.opening import is_file_on_disk, local_path
 from molmo2.image.suffixes import FRAME_SUFFIXES
 from molmo2.video.decoding.backends import Result, decode_video
 from molmo2.video.decoding.readers import Source, VideoReader
@@ -227,20 +225,11 @@ def video_source(item: VideoItem, limits: MediaLimits) -> Source:
     """The video as decoders take it; URLs are downloaded."""
     if not isinstance(item.video, (str, os.PathLike)):
         return Source.from_input(item.video, limits)
-    text = os.fsdecode(item.video)
-    scheme = scheme_of(text)
-    if scheme in ("http", "https"):
-        with fetch(text, item.where, limits) as file:
-            return Source.from_input(file, limits, name=f"the answer to {masked(text)}")
-    if scheme == "data":
-        return Source.from_input(data_url_bytes(text, item.where, limits), limits)
-    path = local_path(text, scheme)
-    if not scheme and not ("path" in limits.sources and is_file_on_disk(path)):
-        content = embedded_bytes(item.video, item.where, limits)
-        if content is not None:
-            return Source.from_input(content, limits, name=f"'{shortened(text)}', read as base64,")
-    limits.check_source(scheme or "path", item.where)
-    return Source.from_input(path, limits)
+    name, file = named_file(item.video, item.where, limits)
+    if isinstance(file, (Path, bytes)):
+        return Source.from_input(file, limits, name=name)
+    with file:
+        return Source.from_input(file, limits, name=name)
 
 
 # --- frames ----------------------------------------------------------------------------------------------------------
