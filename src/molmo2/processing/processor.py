@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from transformers.configuration_utils import PretrainedConfig
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, TextKwargs, Unpack
@@ -23,9 +22,7 @@ from transformers.utils import logging
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from molmo2.grounding.parse import IMAGE, MULTI_IMAGE, Grounding, MediaInfo, media_info
-from molmo2.image.geometry import stack_pooling
 from molmo2.image.limits import MediaLimits, checked_limits
-from molmo2.image.pixels import as_output
 from molmo2.image.processing import Molmo2ImageProcessor, Molmo2ImageProcessorKwargs
 from molmo2.image.suffixes import IMAGE_SUFFIXES
 from molmo2.media_features import MediaFeatures, ground_answers
@@ -55,8 +52,7 @@ from molmo2.processing.prompt_tokens import (
     truncate,
     video_string,
 )
-from molmo2.video.loading import list_videos
-from molmo2.video.processing import Molmo2VideoProcessor, Molmo2VideoProcessorKwargs, clips_per_video
+from molmo2.video.processing import Molmo2VideoProcessor, Molmo2VideoProcessorKwargs
 
 logger = logging.get_logger(__name__)
 
@@ -288,7 +284,8 @@ class Molmo2Processor(ProcessorMixin):
             sizes = outputs.media
             media.update(outputs if len(outputs["image_grids"]) else {})
         if videos is not None:
-            outputs = self._video_outputs(videos, options["videos_kwargs"], own_options)
+            given = {**options["videos_kwargs"], "return_tensors": None, "return_metadata": True}
+            outputs = self.video_processor.preprocess(videos, per_video_options=own_options, **given)
             metadata = outputs.pop("video_metadata")
             _require_slots(prompts, videos, len(metadata), VIDEO_PLACEHOLDER, "video")
             media.update(outputs if metadata else {})
@@ -334,35 +331,6 @@ class Molmo2Processor(ProcessorMixin):
         for option in sorted(unknown):
             logger.warning_once(f"Molmo2Processor ignores the unknown option {option!r}.")
         return sections
-
-    def _video_outputs(
-        self, videos: Any, options: dict[str, Any], own_options: list[dict[str, Any]] | None
-    ) -> dict[str, Any]:
-        """Outputs of the video processor as arrays, with metadata; videos with own options are processed singly."""
-        options = {**options, "return_tensors": None, "return_metadata": True}
-        if not own_options:
-            return dict(self.video_processor.preprocess(videos, **options))
-        items = list_videos(videos, options.pop("video_metadata", None))
-        if len(items) != len(own_options):
-            raise ValueError(
-                f"There are {len(items)} video(s), but {len(own_options)} entries in `per_video_options`. Pass one "
-                "dictionary per video, an empty one where nothing differs."
-            )
-        clips = clips_per_video(options.pop("clip", None), len(items))
-        outputs = [
-            self.video_processor.preprocess(
-                [item.video], video_metadata=[item.metadata], **{**options, "clip": clip, **own}
-            )
-            for item, clip, own in zip(items, clips, own_options)
-        ]
-        merged = {name: [output[name] for output in outputs] for name in outputs[0]}
-        metadata = [entry for entries in merged.pop("video_metadata") for entry in entries]
-        joined = {"video_grids": np.concatenate(merged.pop("video_grids")), "video_metadata": metadata}
-        if "video_features" in merged:
-            return {**joined, "video_features": torch.cat(merged["video_features"])}
-        pixels = as_output(torch.cat([torch.as_tensor(array) for array in merged["pixel_values_videos"]]))
-        pooling = stack_pooling(merged["video_token_pooling"])
-        return {**joined, "pixel_values_videos": pixels, "video_token_pooling": pooling}
 
     def _expand(
         self, prompts: list[str], image_grids: Sequence[Any], videos: Sequence[tuple[Any, Sequence[float]]]

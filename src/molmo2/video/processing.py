@@ -4,7 +4,7 @@ Works without torchvision: classes of transformers are imported from the modules
 shows placeholders where torchvision is missing, and what the base class does with torchvision is done here.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -223,6 +223,7 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
         video_metadata: Any = None,
         do_sample_frames: bool | None = None,
         return_metadata: bool | None = None,
+        per_video_options: Sequence[Mapping[str, Any]] | None = None,
         **kwargs: Unpack[Molmo2VideoProcessorKwargs],
     ) -> BatchFeature:
         """The sampled frames of videos as patches, and which patches each visual token pools.
@@ -234,6 +235,7 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
             do_sample_frames: False takes all frames of a decoded video, whose indices in the source may be given as
                 `frames_indices` in the metadata. Files are sampled in any case, as in training.
             return_metadata: also return a list `video_metadata`, a `SampledVideoMetadata` per video.
+            per_video_options: for each video the options that override those of the call.
             kwargs: options of this call, see `Molmo2VideoProcessorKwargs`. None keeps the processor's value, except
                 for `max_fps`, where it lifts the limit.
 
@@ -251,16 +253,23 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
         call = {**kwargs, "do_sample_frames": do_sample_frames, "return_metadata": return_metadata}
         options = self._options(call)
         items = list_videos(videos, video_metadata)
+        own_options = per_video_options or [{}] * len(items)
+        if len(own_options) != len(items):
+            raise ValueError(
+                f"There are {len(items)} video(s), but {len(own_options)} entries in `per_video_options`. Pass one "
+                "dictionary per video, an empty one where nothing differs."
+            )
         clips = clips_per_video(kwargs.get("clip"), len(items))
-        cut = [_cut(item, options, clip) for item, clip in zip(items, clips, strict=True)]
-        plans = [options.plan(len(metadata.timestamps)) for _, metadata in cut]
+        clips = [clips_per_video(own.get("clip", clip), 1)[0] for clip, own in zip(clips, own_options)]
+        chosen = [self._options({**call, **own}) if own else options for own in own_options]
+        cut = [_cut(*video) for video in zip(items, chosen, clips)]
+        plans = [own.plan(len(metadata.timestamps)) for own, (_, metadata) in zip(chosen, cut)]
         grids = [grid for plan in plans for grid in plan.grids]
         data: dict[str, Any] = {}
         if options.frame_encoder is None:
             data["pixel_values_videos"] = _pixel_values([pixels for pixels, _ in cut], options)
-            data["video_token_pooling"] = stack_pooling(
-                [video_token_pooling(plan) for plan in plans], options.crops.pool_height * options.crops.pool_width
-            )
+            window = max(own.crops.pool_height * own.crops.pool_width for own in chosen or [options])
+            data["video_token_pooling"] = stack_pooling([video_token_pooling(plan) for plan in plans], window)
         elif cut:
             data["video_features"] = torch.cat([features for features, _ in cut])
         data["video_grids"] = np.array(grids, dtype=np.int64).reshape(len(grids), 3)
