@@ -18,7 +18,6 @@ from transformers.video_processing_utils import BaseVideoProcessor
 from molmo2.configuration import CHANNELS
 from molmo2.image.geometry import CropSettings, VideoPlan, plan_video, stack_pooling, video_token_pooling
 from molmo2.image.options import (
-    FIXED_STEPS,
     PATCH_ROWS_AND_COLS,
     PIXEL_STEPS,
     OptionsMixin,
@@ -33,7 +32,6 @@ from molmo2.image.pixels import (
     as_output,
     empty_pixels,
     frame_pixel_values,
-    interpolation_mode,
     require_size,
 )
 from molmo2.values import is_number
@@ -179,13 +177,9 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
         "video_backend": None,
     }
     NULLABLE = frozenset({"max_fps"})
-    IGNORED = (
-        (frozenset(VideosKwargs.__annotations__) | UNUSED_KEYS.keys()) - FIXED_STEPS.keys()
-        | {"backend", "clip", "frame_encoder", "limits", "pixel_dtype", "return_tensors"}  # of a call
-        | {"auto_map", "image_processor_type", "processor_class", "video_processor_type"}  # of files
-        | {"code_revision", "trust_remote_code", "use_fast"}  # of loading
-        | {"disable_grouping", "image_patch_size", "interpolation", "min_frames", "return_video_kwargs"}  # of others
-    )
+    IGNORED = frozenset(UNUSED_KEYS) | {
+        *("image_patch_size", "interpolation", "min_frames", "return_video_kwargs", "video_processor_type"),
+    }
 
     def __init__(self, **kwargs: Unpack[Molmo2VideoProcessorKwargs]):
         super().__init__(**kwargs)
@@ -335,7 +329,6 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
                 raise ValueError(f"fps is {fps!r:.80}. Pass one positive number, frames per second, for all videos.")
             given = {"max_fps": fps, "sampling_fps": fps} | given
         values = self._canonical(values | given)
-        interpolation_mode(values["resample"])
         reading = ReadingOptions(
             sampling=SamplingSettings(**{entry.name: values[entry.name] for entry in fields(SamplingSettings)}),
             do_sample_frames=values["do_sample_frames"],
