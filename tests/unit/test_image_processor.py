@@ -21,6 +21,7 @@ from molmo2.image.geometry import CropSettings
 from molmo2.image.loading import fetch_images, load_images
 from molmo2.image.pixels import (
     Normalization,
+    PixelOptions,
     _planes,
     _resized,
     frame_pixel_values,
@@ -309,28 +310,33 @@ def test_resized_blocks_are_whole_rows_of_patches():
     np.testing.assert_array_equal(torch.cat([pixels for _, pixels in pieces]), expected)
 
 
+def pixel_options(*crops):
+    steps = Normalization((0.5,) * 3, (0.5,) * 3)
+    return PixelOptions(
+        CropSettings(*crops), resample=2, steps=steps, do_resize=True, pixel_dtype=np.dtype("float32"), device=None
+    )
+
+
 def test_frames_are_one_crop_each(rgb):
-    settings = CropSettings(28, 42, 14, 3, 3)
     frames = [rgb, rgb[::-1], rgb[:7]]
-    options = {"resample": 2, "steps": Normalization((0.5,) * 3, (0.5,) * 3)}
-    values = frame_pixel_values(frames, settings, **options, num_frames=3)
+    options = pixel_options(28, 42, 14, 3, 3)
+    values = frame_pixel_values(frames, 3, options)
     assert values.shape == (3, 6, 588)
     for frame, found in zip(frames, values, strict=True):
         expected = normalized_by_hand(resize(frame, 28, 42, 2)[None], [0.5] * 3, [0.5] * 3)
         expected = patches_by_hand(expected, 14)[0]
         np.testing.assert_array_equal(found, expected)
-    np.testing.assert_array_equal(frame_pixel_values(iter(frames), settings, **options, num_frames=3), values)
+    np.testing.assert_array_equal(frame_pixel_values(iter(frames), 3, options), values)
     with pytest.raises(ValueError, match=r"num_frames is 4, but the iterable gave 3"):
-        frame_pixel_values(iter(frames), settings, **options, num_frames=4)
+        frame_pixel_values(iter(frames), 4, options)
     with pytest.raises(ValueError, match=r"num_frames is 2, but the iterable gave more"):
-        frame_pixel_values(iter(frames), settings, **options, num_frames=2)
+        frame_pixel_values(iter(frames), 2, options)
 
 
 @pytest.mark.parametrize("bad", [np.zeros((4, 4, 4), np.uint8), np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), int)])
 def test_only_images_are_resized(bad):
-    options = {"resample": 2, "steps": Normalization((0.5,) * 3, (0.5,) * 3), "num_frames": 1}
     with pytest.raises(ValueError, match=r"cannot be resized. Pass \(height, width, 3\), as uint8 or one of float16"):
-        frame_pixel_values([bad], CropSettings(14, 14, 14, 1, 1), **options)
+        frame_pixel_values([bad], 1, pixel_options(14, 14, 14, 1, 1))
 
 
 def test_crops_are_cut_from_the_resized_image(rgb):

@@ -63,14 +63,6 @@ def divisors_per_channel(name: str, value: Any) -> list[float]:
     return numbers
 
 
-def normalization(values: Mapping[str, Any]) -> Normalization:
-    """What pixels go through after resizing, from the canonical options of a processor."""
-    mean, std = values["image_mean"], values["image_std"]
-    if not values["do_normalize"]:
-        mean, std = [0.0] * CHANNELS, [1.0] * CHANNELS
-    return Normalization(tuple(mean), tuple(std), values["rescale_factor"] if values["do_rescale"] else None)
-
-
 def pixel_dtype(value: Any, steps: Normalization) -> np.dtype:
     """dtype of the pixels handed to the model: "float32" (normalised), or "uint8", which the model normalises."""
     dtype = np.dtype("float32") if value is None else np.dtype(str(value).removeprefix("torch."))
@@ -203,6 +195,21 @@ class OptionsMixin:
         """The limits of one call."""
         given = overrides.get("limits")
         return checked_limits(self.limits if given is None else given)
+
+    @staticmethod
+    def _pixel_options(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of `PixelOptions` but for `crops`, from the canonical options and those of one call."""
+        mean, std = values["image_mean"], values["image_std"]
+        if not values["do_normalize"]:
+            mean, std = [0.0] * CHANNELS, [1.0] * CHANNELS
+        steps = Normalization(tuple(mean), tuple(std), values["rescale_factor"] if values["do_rescale"] else None)
+        return {
+            "resample": values["resample"],
+            "steps": steps,
+            "do_resize": values["do_resize"],
+            "pixel_dtype": pixel_dtype(overrides.get("pixel_dtype"), steps),
+            "device": overrides.get("device"),
+        }
 
     def _set_processor_class(self, processor_class: str) -> None:
         """Called by processors that own this one; recent releases only know it for tokenizers."""

@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from molmo2.configuration import CHANNELS
 from molmo2.image.bilinear import MAX_BLOCK_ELEMENTS, MAX_INLINE_ELEMENTS, resize_rows, torch_view
+from molmo2.image.geometry import CropSettings, ImagePlan
 from molmo2.values import is_whole
 
 logger = logging.get_logger(__name__)
@@ -66,6 +67,32 @@ class Normalization:
     rescale_factor: float | None = RESCALE_FACTOR
 
 
+@dataclass(frozen=True)
+class PixelOptions:
+    """How images and frames of videos become pixel values.
+
+    Attributes:
+        crops: the size of crops and patches.
+        resample: PIL's number of the filter, see `interpolation_mode`.
+        steps: see `Normalization`.
+        do_resize: False refuses what does not have its size already.
+        pixel_dtype: float32, or uint8 for pixels that the model normalises.
+        device: device of the resizing and of the result; None for the CPU.
+    """
+
+    crops: CropSettings
+    resample: int
+    steps: Normalization
+    do_resize: bool
+    pixel_dtype: np.dtype
+    device: Any
+
+    def empty(self, num_crops: int) -> Tensor:
+        """Uninitialised pixel values, (num_crops, P, patch_size * patch_size * 3)."""
+        shape = num_crops, self.crops.patches_per_crop, self.crops.patch_size**2 * CHANNELS
+        return empty_pixels(shape, self.pixel_dtype, self.device)
+
+
 def interpolation_mode(resample: int) -> str:
     """Torch's name of a PIL resampling filter: 0 nearest, 2 bilinear, 3 bicubic.
 
@@ -84,14 +111,13 @@ def interpolation_mode(resample: int) -> str:
     return mode
 
 
-def require_size(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The image itself, for `do_resize=False`; ValueError unless it has this size already."""
+def require_size(image: np.ndarray, height: int, width: int) -> None:
+    """For `do_resize=False`: ValueError unless the image has this size already."""
     if image.shape[:2] != (height, width):
         raise ValueError(
             f"do_resize is False, but an image has {image.shape[0]} x {image.shape[1]} pixels (height x width) where "
             f"the model needs {height} x {width}. Resize it before, or leave do_resize at True."
         )
-    return image
 
 
 def normalize(pixels: Tensor, steps: Normalization, dtype: np.dtype) -> Tensor:
@@ -138,23 +164,19 @@ def write_patches(crops: Tensor, out: Tensor, patch_size: int) -> None:
         out.view(cut.shape).copy_(cut)
 
 
-def write_image_pixel_values(
-    image: np.ndarray, plan: Any, out: Tensor, *, resample: int, steps: Normalization
-) -> None:
+def write_image_pixel_values(image: np.ndarray, plan: ImagePlan, out: Tensor, options: PixelOptions) -> None:
     """Writes the pixel values of one image: the low-resolution view, then the tiles of the canvas row by row.
 
     Rows of the canvas are normalised before they are cut, so that overlaps of the tiles are computed once.
 
     Args:
         image: (H, W, 3), uint8 or float.
-        plan: the `ImagePlan` of the image.
-        out: (plan.num_crops, P, patch_size * patch_size * 3), filled in place; float32, or uint8 for pixels that are
-            not normalised. The image is resized on its device.
-        resample, steps: see `interpolation_mode` and `Normalization`.
+        plan: the plan of the image.
+        out: (plan.num_crops, P, patch_size * patch_size * 3), filled in place.
     """
     settings = plan.settings
     patch = settings.patch_size
-    resizer = _Resizer(image, out, resample, steps)
+    resizer = _Resizer(image, out, options)
     rows, columns = plan.tile_rows, plan.tile_cols
     views = out.unflatten(1, (settings.crop_height // patch, -1))
     for top, pixels in resizer.row_blocks((settings.crop_height, settings.crop_width), patch):
@@ -184,41 +206,30 @@ def as_output(pixels: Tensor) -> np.ndarray | Tensor:
     return pixels.numpy() if pixels.device.type == "cpu" else pixels
 
 
-def frame_pixel_values(
-    frames: Iterable[np.ndarray],
-    settings: Any,
-    *,
-    resample: int,
-    steps: Normalization,
-    num_frames: int,
-    dtype: Any = np.float32,
-    device: Any = None,
-) -> Tensor:
+def frame_pixel_values(frames: Iterable[np.ndarray], num_frames: int, options: PixelOptions) -> Tensor:
     """The pixel values of video frames, one crop each; one frame is in memory at a time besides the result.
 
     Args:
         frames: (H, W, 3) arrays, uint8 or float; any iterable, a generator of decoded frames included.
-        settings: the `CropSettings` of the video.
-        resample, steps: see `interpolation_mode` and `Normalization`.
         num_frames: length of `frames`.
-        dtype: float32, or uint8 for pixels that are not normalised.
-        device: device of the resizing and of the result; None for the CPU.
 
     Returns:
-        (F, P, patch_size * patch_size * 3) in `dtype`.
+        (num_frames, P, patch_size * patch_size * 3).
 
     Raises:
-        ValueError: `num_frames` is wrong, or floating point frames are asked for as uint8.
+        ValueError: `num_frames` is wrong, a frame has not its size where nothing is resized, or floating point frames
+            are asked for as uint8.
     """
-    patch_length = settings.patch_size * settings.patch_size * CHANNELS
-    out = empty_pixels((num_frames, settings.patches_per_crop, patch_length), dtype, device)
+    out = options.empty(num_frames)
     found, buffer = 0, None
-    patch, size = settings.patch_size, (settings.crop_height, settings.crop_width)
+    patch, size = options.crops.patch_size, (options.crops.crop_height, options.crops.crop_width)
     views = out.unflatten(1, (size[0] // patch, -1))
     for found, frame in enumerate(frames, start=1):
         if found > num_frames:
             break
-        resizer = _Resizer(frame, out, resample, steps, buffer)
+        if not options.do_resize:
+            require_size(frame, *size)
+        resizer = _Resizer(frame, out, options, buffer)
         for top, pixels in resizer.row_blocks(size, patch, MAX_INLINE_ELEMENTS):
             write_patches(pixels, views[found - 1, top // patch : (top + len(pixels)) // patch], patch)
         buffer = resizer.planes
@@ -240,19 +251,17 @@ class _Resizer:
         planes: the image as floating point where torch resizes, else None; may be the `buffer` of the next image.
     """
 
-    def __init__(
-        self, image: np.ndarray, out: Tensor, resample: int, steps: Normalization, buffer: Tensor | None = None
-    ):
+    def __init__(self, image: np.ndarray, out: Tensor, options: PixelOptions, buffer: Tensor | None = None):
         leave_threads_of_parent()
         _require_image(image)
-        self.image, self.resample, self.steps = image, resample, steps
+        self.image, self.resample, self.steps = image, options.resample, options.steps
         self.keeps_uint8 = out.dtype == torch.uint8  # for the model to normalise
         if self.keeps_uint8 and image.dtype != np.uint8:
             raise ValueError(
                 f"pixel_dtype is uint8, but there is an image of dtype {image.dtype}. Pass uint8 images, or leave "
                 "pixel_dtype at float32."
             )
-        is_bilinear = interpolation_mode(resample) == "bilinear"
+        is_bilinear = interpolation_mode(options.resample) == "bilinear"
         gathers = out.device.type == "cpu" and image.dtype == np.uint8 and is_bilinear
         self.planes = None if gathers else _planes(image, buffer, out.device)
 

@@ -12,19 +12,12 @@ import numpy as np
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.processing_utils import ImagesKwargs, Unpack
 
-from molmo2.configuration import CHANNELS
 from molmo2.grounding.parse import IMAGE, MediaInfo
 from molmo2.image.geometry import CropSettings, ImagePlan, image_token_pooling, plan_image, stack_pooling
 from molmo2.image.limits import MediaLimits
 from molmo2.image.loading import fetch_images, load_images, original_size
-from molmo2.image.options import PIXEL_STEPS, OptionsMixin, normalization, pair, pixel_dtype, plain
-from molmo2.image.pixels import (
-    Normalization,
-    as_output,
-    empty_pixels,
-    require_size,
-    write_image_pixel_values,
-)
+from molmo2.image.options import PIXEL_STEPS, OptionsMixin, pair, plain
+from molmo2.image.pixels import PixelOptions, as_output, require_size, write_image_pixel_values
 from molmo2.media_features import MediaFeatures
 
 MAX_CROPS = 10_000  # an image of a million visual tokens; every tiling up to it is compared
@@ -65,16 +58,11 @@ class Molmo2ImageProcessorKwargs(ImagesKwargs, total=False):
 
 
 @dataclass(frozen=True)
-class ImageOptions:
+class ImageOptions(PixelOptions):
     """The checked options of one call, see `Molmo2ImageProcessorKwargs`."""
 
-    crops: CropSettings
     max_crops: int
-    resample: int
-    steps: Normalization
-    do_resize: bool
     do_convert_rgb: bool
-    pixel_dtype: np.dtype
     limits: MediaLimits
 
 
@@ -169,21 +157,20 @@ class Molmo2ImageProcessor(OptionsMixin, BaseImageProcessor):  # type: ignore[mi
                 require_size(image, plan.canvas_height, plan.canvas_width)
         window = options.crops.pool_height * options.crops.pool_width
         data = {
-            "pixel_values": _pixel_values(loaded, plans, options, kwargs.get("device")),
+            "pixel_values": _pixel_values(loaded, plans, options),
             "image_token_pooling": stack_pooling([image_token_pooling(plan) for plan in plans], window),
             "image_grids": np.array([plan.grid for plan in plans], dtype=np.int64).reshape(len(plans), 4),
             "image_num_crops": np.array([plan.num_crops for plan in plans], dtype=np.int64),
         }
         media = [MediaInfo(IMAGE, ((width, height),)) for height, width in sizes]
         features: Any = MediaFeatures(data, kwargs.get("return_tensors"), media)
-        if kwargs.get("device") is not None and kwargs.get("return_tensors") is not None:
-            features = features.to(kwargs["device"])
+        if options.device is not None and kwargs.get("return_tensors") is not None:
+            features = features.to(options.device)
         return features
 
     def _options(self, overrides: Mapping[str, Any]) -> ImageOptions:
         self._warn_about(overrides)
         values = self._canonical(self._values() | self._given(overrides))
-        steps = normalization(values)
         crops = CropSettings(
             values["size"]["height"],
             values["size"]["width"],
@@ -194,12 +181,9 @@ class Molmo2ImageProcessor(OptionsMixin, BaseImageProcessor):  # type: ignore[mi
         return ImageOptions(
             crops=crops,
             max_crops=values["max_crops"],
-            resample=values["resample"],
-            steps=steps,
-            do_resize=values["do_resize"],
             do_convert_rgb=values["do_convert_rgb"],
-            pixel_dtype=pixel_dtype(overrides.get("pixel_dtype"), steps),
             limits=self._limits(overrides),
+            **self._pixel_options(values, overrides),
         )
 
     def _stored_options(self) -> dict[str, Any]:
@@ -219,14 +203,12 @@ class Molmo2ImageProcessor(OptionsMixin, BaseImageProcessor):  # type: ignore[mi
         return {"max_crops": max_crops, "overlap_margins": margins}
 
 
-def _pixel_values(images: list[np.ndarray], plans: list[ImagePlan], options: ImageOptions, device: Any) -> Any:
+def _pixel_values(images: list[np.ndarray], plans: list[ImagePlan], options: ImageOptions) -> Any:
     """The crops of all images, (crops, patches, values) in one array."""
-    patch_length = options.crops.patch_size**2 * CHANNELS
-    shape = sum(plan.num_crops for plan in plans), options.crops.patches_per_crop, patch_length
-    pixel_values = empty_pixels(shape, options.pixel_dtype, device)
+    pixel_values = options.empty(sum(plan.num_crops for plan in plans))
     first_crop = 0
     for image, plan in zip(images, plans, strict=True):
         out = pixel_values[first_crop : first_crop + plan.num_crops]
-        write_image_pixel_values(np.asarray(image), plan, out, resample=options.resample, steps=options.steps)
+        write_image_pixel_values(np.asarray(image), plan, out, options)
         first_crop += plan.num_crops
     return as_output(pixel_values)

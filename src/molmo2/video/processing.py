@@ -7,6 +7,7 @@ shows placeholders where torchvision is missing, and what the base class does wi
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,25 +16,9 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.processing_utils import Unpack, VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
 
-from molmo2.configuration import CHANNELS
 from molmo2.image.geometry import CropSettings, VideoPlan, plan_video, stack_pooling, video_token_pooling
-from molmo2.image.options import (
-    PATCH_ROWS_AND_COLS,
-    PIXEL_STEPS,
-    OptionsMixin,
-    flag,
-    normalization,
-    pair,
-    pixel_dtype,
-    plain,
-)
-from molmo2.image.pixels import (
-    Normalization,
-    as_output,
-    empty_pixels,
-    frame_pixel_values,
-    require_size,
-)
+from molmo2.image.options import PATCH_ROWS_AND_COLS, PIXEL_STEPS, OptionsMixin, flag, pair, plain
+from molmo2.image.pixels import PixelOptions, as_output, frame_pixel_values
 from molmo2.values import is_number
 from molmo2.video.decoding.timeline import VideoDecodeError
 from molmo2.video.frame_encoding import FrameEncoder, encode_frames, read_ahead
@@ -118,20 +103,14 @@ class Molmo2VideoProcessorKwargs(VideosKwargs, total=False):
 
 
 @dataclass(frozen=True)
-class VideoOptions:
+class VideoOptions(PixelOptions):
     """The checked options of one call, see `Molmo2VideoProcessorKwargs`."""
 
     reading: ReadingOptions
-    crops: CropSettings
     between: CropSettings
     key_frame_interval: int
-    resample: int
-    steps: Normalization
-    do_resize: bool
-    pixel_dtype: np.dtype
     return_metadata: bool
     frame_encoder: FrameEncoder | None
-    device: Any
 
     def plan(self, num_frames: int) -> VideoPlan:
         """The plan of a video with this number of sampled frames."""
@@ -336,20 +315,15 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
             input_data_format=overrides.get("input_data_format"),
             limits=self._limits(overrides),
         )
-        steps = normalization(values)
         crop = values["size"]["height"], values["size"]["width"], values["patch_size"]
         return VideoOptions(
             reading=reading,
             crops=CropSettings(*crop, *values["pooling_size"]),
             between=CropSettings(*crop, *values["between_pooling_size"]),
             key_frame_interval=values["key_frame_interval"],
-            resample=values["resample"],
-            steps=steps,
-            do_resize=values["do_resize"],
-            pixel_dtype=pixel_dtype(overrides.get("pixel_dtype"), steps),
             return_metadata=values["return_metadata"],
             frame_encoder=overrides.get("frame_encoder"),
-            device=overrides.get("device"),
+            **self._pixel_options(values, overrides),
         )
 
     @classmethod
@@ -369,29 +343,17 @@ def _cut(
     item: VideoItem, options: VideoOptions, clip: tuple[float, float | None] | None
 ) -> tuple[Any, SampledVideoMetadata]:
     """The sampled frames of a video as pixel values, (F, P, values), or as features; one is decoded at a time."""
-    size = options.crops.crop_height, options.crops.crop_width
-
-    def to_pixel_values(frames: Iterator[np.ndarray], num_frames: int) -> torch.Tensor:
-        if not options.do_resize:
-            frames = (require_size(frame, *size) for frame in frames)
-        return frame_pixel_values(
-            frames,
-            options.crops,
-            resample=options.resample,
-            steps=options.steps,
-            num_frames=num_frames,
-            dtype=options.pixel_dtype,
-            device=options.device,
-        )
 
     def consume(frames: Iterator[np.ndarray], num_frames: int) -> torch.Tensor:
-        num_tokens = options.plan(num_frames).num_pooled_tokens
+        plan = options.plan(num_frames)
+        num_tokens = plan.num_pooled_tokens
         found = f"{item.where} would take {num_tokens:,} visual tokens in {num_frames:,} frames"
         options.reading.limits.check("visual_tokens", num_tokens, found)
         if options.frame_encoder is not None:
-            return encode_frames(frames, options.plan(num_frames), to_pixel_values, options.frame_encoder)
+            cut = partial(frame_pixel_values, options=options)
+            return encode_frames(frames, plan, cut, options.frame_encoder)
         with closing(read_ahead(frames, FRAMES_AHEAD)) as ahead:
-            return to_pixel_values(ahead, num_frames)
+            return frame_pixel_values(ahead, num_frames, options)
 
     return read_video(item, replace(options.reading, clip=clip), consume)
 
@@ -400,8 +362,7 @@ def _pixel_values(cut: list[torch.Tensor], options: VideoOptions) -> Any:
     """The pixel values of all videos, (frames, patches, values) in one array."""
     if len(cut) == 1:
         return as_output(cut[0])
-    shape = 0, options.crops.patches_per_crop, options.crops.patch_size**2 * CHANNELS
-    return as_output(torch.cat([empty_pixels(shape, options.pixel_dtype, options.device), *cut]))
+    return as_output(torch.cat([options.empty(0), *cut]))
 
 
 def clips_per_video(clip: Any, num_videos: int) -> list[tuple[float, float | None] | None]:
