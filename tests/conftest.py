@@ -1,5 +1,6 @@
 """Settings of all tests."""
 
+import gc
 import importlib.util
 import sys
 
@@ -31,6 +32,12 @@ def pytest_collection_modifyitems(config, items):
     if nightly:
         config.hook.pytest_deselected(items=nightly)
         items[:] = [item for item in items if not item.get_closest_marker("nightly")]
+
+
+def pytest_collection_finish():
+    """What is there before the tests stays: the collector need not walk through all modules and tests again."""
+    gc.collect()
+    gc.freeze()
 
 
 def _without_silent_skips(report):
