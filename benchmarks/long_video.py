@@ -384,7 +384,7 @@ def write_long(path: Path, minutes: float, fps: int = FILE_FPS, height: int = HE
 
 def read(path: Path, how: str, fps: float) -> dict[str, float]:
     """What one process takes to read the frames of all windows: CPU seconds of all threads, and peak bytes."""
-    from molmo2.video.decoding.backends import open_video
+    from molmo2.video.decoding.opening import open_video
 
     cutting = Cutting(fps=fps)
     started = time.process_time()

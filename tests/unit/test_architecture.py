@@ -1,7 +1,11 @@
-"""The tree in ARCHITECTURE.md lists the modules that exist, and no others."""
+"""The tree in ARCHITECTURE.md lists the modules that exist, and no others; what uses the package names what it has."""
 
+import ast
+import importlib.util
 import re
 from pathlib import Path
+
+import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -30,3 +34,31 @@ def test_the_tree_names_every_module_once():
 
 def test_it_fits_on_two_screens():
     assert len((REPOSITORY / "ARCHITECTURE.md").read_text(encoding="utf-8").splitlines()) <= 110
+
+
+def imported_names(path):
+    """The names that a file takes from modules of the package, inside of functions too: (module, name)."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "molmo2":
+            yield from ((node.module, alias.name) for alias in node.names)
+
+
+def has(module, name):
+    """Whether a module of the package has a name, or a module of that name in it."""
+    if hasattr(importlib.import_module(module), name):
+        return True
+    return importlib.util.find_spec(f"{module}.{name}") is not None
+
+
+@pytest.mark.parametrize("folder", ["app", "benchmarks", "examples", "integrations", "scripts"])
+def test_names_that_other_folders_import_exist(folder):
+    """Much of it runs by hand alone, and what it imports in functions, only then."""
+    plugins = ("molmo2.vllm", "molmo2.lmms_eval", "molmo2.vlmevalkit")  # which need packages of their own
+    names = {
+        (path.name, *each)
+        for path in (REPOSITORY / folder).rglob("*.py")
+        for each in imported_names(path)
+        if not each[0].startswith(plugins)
+    }
+    assert names
+    assert sorted(each for each in names if not has(*each[1:])) == []
