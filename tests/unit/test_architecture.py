@@ -45,9 +45,10 @@ def imported_names(path):
 
 def has(module, name):
     """Whether a module of the package has a name, or a module of that name in it."""
-    if hasattr(importlib.import_module(module), name):
-        return True
-    return importlib.util.find_spec(f"{module}.{name}") is not None
+    found = importlib.import_module(module)
+    return hasattr(found, name) or (
+        hasattr(found, "__path__") and importlib.util.find_spec(f"{module}.{name}") is not None
+    )
 
 
 @pytest.mark.parametrize("folder", ["app", "benchmarks", "examples", "integrations", "scripts"])
