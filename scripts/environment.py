@@ -120,9 +120,13 @@ class Environment:
             yield
 
     def variables(self) -> dict[str, str]:
-        """Variables of a process that runs in the environment, as its `activate` would set them."""
+        """Variables of a process that runs in the environment, as its `activate` would set them.
+
+        Bytecode is kept in any case: what was installed is not compiled, nor are the sources and tests.
+        """
         path = os.pathsep.join([str(self.folder / "bin"), os.environ.get("PATH", os.defpath)])
-        return {**os.environ, "PATH": path, "VIRTUAL_ENV": str(self.folder)}
+        kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+        return {**kept, "PATH": path, "VIRTUAL_ENV": str(self.folder)}
 
 
 def main(arguments: list[str]) -> int | str | None:
