@@ -610,7 +610,7 @@ def require_placeholders(counts: Sequence[int], passed: Sequence[int] | int, pla
                 f"{sum(counts)} `{placeholder}` in the text, but {passed} {noun}(s) were passed. {advice}."
             )
         return
-    for index, (count, number) in enumerate(zip(counts, passed)):
+    for index, (count, number) in enumerate(zip(counts, passed, strict=True)):
         if count != number:
             raise ValueError(
                 f"Prompt {index} has {count} `{placeholder}`, but {number} {noun}(s) were passed for it. {advice}."
@@ -907,7 +907,9 @@ class Molmo2Processor(ProcessorMixin):
             media.update(outputs if len(outputs["image_grids"]) else {})
         if videos is not None:
             given = {**options["videos_kwargs"], "return_tensors": None, "return_metadata": True}
-            outputs = self.video_processor.preprocess(videos, per_video_options=own_options, **given)
+            if own_options is not None and given.setdefault("per_video_options", own_options) is not own_options:
+                raise ValueError("`per_video_options` is given twice: in `videos_kwargs` and beside it. Keep one.")
+            outputs = self.video_processor.preprocess(videos, **given)
             metadata = outputs.pop("video_metadata")
             _require_slots(prompts, videos, len(metadata), VIDEO_PLACEHOLDER, "video")
             media.update(outputs if metadata else {})

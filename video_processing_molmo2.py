@@ -559,7 +559,7 @@ class FrameError(VideoDecodeError):
 Matrix = tuple[float, float, float, float]  # a, b, c, d of the display matrix
 UPRIGHT: Matrix = (1, 0, 0, 1)
 
-MAX_BOXES = 25_000  # of one file that are looked at
+MAX_BOXES = 40_000  # of one file that are looked at
 MATRIX_AT = {b"mvhd": 36, b"tkhd": 40}  # bytes into a box of version 0; in version 1 there are 12 more before it
 
 
@@ -631,7 +631,7 @@ def mp4_tracks(path: str) -> list[Mp4Track]:
                 num_frames = [int.from_bytes(file.read(start + 8, 4), "big") for start, _ in tables]
                 if turn is not None and b"vide" in handlers:
                     product = np.reshape(turn, (2, 2)) @ np.reshape(turn_of_all or UPRIGHT, (2, 2))
-                    tracks.append(Mp4Track(tuple(product.ravel().tolist()), area * sum(num_frames[:1])))
+                    tracks.append(Mp4Track(tuple(product.ravel().tolist()), area * next(iter(num_frames), 0)))
     return tracks
 
 
@@ -666,13 +666,14 @@ class _Mp4File:
             start += size
 
     def matrix_and_area(self, span: tuple[int, int], kind: bytes) -> tuple[Matrix | None, float]:
-        """The matrix of the box of this kind, and the width times height that follow it in a `tkhd`."""
+        """The matrix of the last box of this kind, and the width times height that follow it in a `tkhd`."""
+        found: tuple[Matrix | None, float] = None, 0.0
         for start, _ in self.boxes(span, kind):
             data = self.read(start + MATRIX_AT[kind] + 12 * (self.read(start, 1) == b"\1"), 44)
             if len(data) == 44:
                 width, height = struct.unpack(">2I", data[36:])
-                return matrix_from_bytes(data, ">"), width * height / 65536**2
-        return None, 0.0
+                found = matrix_from_bytes(data, ">"), width * height / 65536**2
+        return found
 
 
 # --- src/molmo2/video/decoding/readers.py ----------------------------------------------------------------------------
@@ -1533,7 +1534,7 @@ def _others_usable() -> bool:
 
 
 # --- src/molmo2/video/decoding/backends.py ---------------------------------------------------------------------------
-# Opening and decoding of video files with the first backend that can; all give the same frames.
+# Decoding of video files with the first backend that can; all give the same frames.
 
 Result = TypeVar("Result")
 
@@ -1548,7 +1549,7 @@ def decode_video(
 
     Args:
         source: the video.
-        read: reads `timeline` and `frames` and returns the result. It closes the reader, unless it returns that.
+        read: reads `timeline` and `frames` and returns the result. It has to close the reader, or to return it open.
         backend: "decord", "torchcodec" or "pyav" to use this one only, or several of them to try in order; None tries
             them in this order, and takes Pillow for animated WebP.
 
@@ -1919,7 +1920,7 @@ class SampledVideoMetadata(VideoMetadata):
 
 @dataclass(frozen=True)
 class VideoItem:
-    """One video of a call: `where` names it in errors, `metadata` is what the caller passed with it."""
+    """One video of a call: `where` names it in errors, `metadata` is what the caller passed with it, empty without."""
 
     where: str
     video: Any
@@ -2033,7 +2034,7 @@ def read_video(
     return decode_video(video_source(item, options.limits), read, options.backend)
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
+# --- times of a file -------------------------------------------------------------------------------------------------
 
 
 def file_times(
@@ -2432,7 +2433,8 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
             do_sample_frames: False takes all frames of a decoded video, whose indices in the source may be given as
                 `frames_indices` in the metadata. Files are sampled in any case, as in training.
             return_metadata: also return a list `video_metadata`, a `SampledVideoMetadata` per video.
-            per_video_options: for each video the options that override those of the call.
+            per_video_options: for each video the options that override those of the call. What the outputs of all
+                videos are joined by has to be the same: sizes of frames and patches, dtype, device, encoder.
             kwargs: options of this call, see `Molmo2VideoProcessorKwargs`. None keeps the processor's value, except
                 for `max_fps`, where it lifts the limit.
 
@@ -2459,20 +2461,21 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
         clips = clips_per_video(kwargs.get("clip"), len(items))
         clips = [clips_per_video(own.get("clip", clip), 1)[0] for clip, own in zip(clips, own_options)]
         chosen = [self._options({**call, **own}) if own else options for own in own_options]
+        shared = _shared_options(chosen) if chosen else options
         cut = [_cut(*video) for video in zip(items, chosen, clips)]
         plans = [own.plan(len(metadata.timestamps)) for own, (_, metadata) in zip(chosen, cut)]
         grids = [grid for plan in plans for grid in plan.grids]
         data: dict[str, Any] = {}
-        if options.frame_encoder is None:
-            data["pixel_values_videos"] = _pixel_values([pixels for pixels, _ in cut], options)
+        if shared.frame_encoder is None:
+            data["pixel_values_videos"] = _pixel_values([pixels for pixels, _ in cut], shared)
             window = max(own.crops.pool_height * own.crops.pool_width for own in chosen or [options])
             data["video_token_pooling"] = stack_pooling([video_token_pooling(plan) for plan in plans], window)
         elif cut:
             data["video_features"] = torch.cat([features for features, _ in cut])
         data["video_grids"] = np.array(grids, dtype=np.int64).reshape(len(grids), 3)
         features: Any = BatchFeature(data=data, tensor_type=kwargs.get("return_tensors"))
-        if options.device is not None and kwargs.get("return_tensors") is not None:
-            features = features.to(options.device)
+        if shared.device is not None and kwargs.get("return_tensors") is not None:
+            features = features.to(shared.device)
         if options.return_metadata:
             features["video_metadata"] = [metadata for _, metadata in cut]
         return features
@@ -2561,6 +2564,35 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
         between = pair("between_pooling_size", values["between_pooling_size"], PATCH_ROWS_AND_COLS)
         flags = {name: flag(name, values[name]) for name in ("do_sample_frames", "return_metadata")}
         return {"between_pooling_size": between, **flags}
+
+
+def _shared_options(chosen: Sequence[VideoOptions]) -> VideoOptions:
+    """The options of the first video, after a check that those of all others fit into the same arrays.
+
+    Raises:
+        ValueError: They do not; the message names what differs.
+    """
+
+    def of(options: VideoOptions) -> dict[str, Any]:
+        crops = options.crops
+        return {
+            "size": (crops.crop_height, crops.crop_width),
+            "patch_size": crops.patch_size,
+            "pixel_dtype": str(options.pixel_dtype),
+            "device": options.device,
+            "frame_encoder": options.frame_encoder,
+        }
+
+    first = of(chosen[0])
+    for other in map(of, chosen[1:]):
+        for name, value in other.items():
+            if value is not first[name] and value != first[name]:
+                raise ValueError(
+                    f"`per_video_options` leads to {name} {first[name]!r:.80} for one video and {value!r:.80} for "
+                    "another, whose outputs cannot be joined. Pass one for all videos, or process them in calls of "
+                    "their own."
+                )
+    return chosen[0]
 
 
 def _cut(

@@ -75,21 +75,21 @@ class Products:
 
 def causal_attention(text_config: Any, length: int) -> Callable[[], None]:
     """Plain causal attention of every layer over `length` tokens."""
-    return _attention(text_config, length, length)
+    return _attention(text_config, length, length, is_causal=True)
 
 
 def attention_over_cache(text_config: Any, length: int, num_cached: int) -> Callable[[], None]:
     """Plain attention of every layer, of `length` tokens over `num_cached` earlier ones, all of which they see."""
-    return _attention(text_config, length, num_cached)
+    return _attention(text_config, length, num_cached, is_causal=False)
 
 
-def _attention(text_config: Any, num_queries: int, num_keys: int) -> Callable[[], None]:
+def _attention(text_config: Any, num_queries: int, num_keys: int, is_causal: bool) -> Callable[[], None]:
     query = torch.randn(1, text_config.num_attention_heads, num_queries, text_config.head_dim)
     key = torch.randn(1, text_config.num_key_value_heads, num_keys, text_config.head_dim)
 
     def run() -> None:
         for _ in range(text_config.num_hidden_layers):
-            F.scaled_dot_product_attention(query, key, key, is_causal=num_queries == num_keys, enable_gqa=True)
+            F.scaled_dot_product_attention(query, key, key, is_causal=is_causal, enable_gqa=True)
 
     return run
 

@@ -25,6 +25,7 @@ from support.random_miniature import CHAT_TOKENS, MOLMO2_TOKENS, write_json
 PUBLISHED = REPOSITORY / "tests" / "data" / "published" / "Molmo2-4B"
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 POOL_ITEMS = 1 << 24
+FORMAT = "2"  # of the files: others in the cache are written anew
 PUBLISHED_VOCABULARY = 151_936
 
 
@@ -67,10 +68,13 @@ def checkpoint(side: Side, name: str) -> Path:
     """Folder of a checkpoint for one side, with its code; weights are shared by all sides."""
     name = f"{name}-quick" if side.settings.quick else name
     weights = side.settings.cache / "weights" / name
-    if not (weights / "model.safetensors").exists():
+    version = weights / "format"
+    if not version.exists() or version.read_text() != FORMAT:
+        shutil.rmtree(weights, ignore_errors=True)
         subprocess.run(
             [sys.executable, "-m", "benchmarks.checkpoints", name, str(weights)], cwd=REPOSITORY, check=True
         )
+        version.write_text(FORMAT)
     if side.name == "native":
         return weights
     code = Path(side.name) if Path(side.name).is_dir() else REPOSITORY
@@ -132,7 +136,7 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
     """Bytes, chat tokens, entries that fill the vocabulary up, and Molmo2's tokens after it.
 
     A vocabulary of the published size has as many merges as the published one, since they take most of its loading;
-    they join capitals alone, so that texts have the same number of tokens with all vocabularies.
+    they join capitals alone, so that texts without two in a row have as many tokens as with other vocabularies.
     """
     entries = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *CHAT_TOKENS]
     merges = list(islice(_merges(), vocab_size - len(entries))) if vocab_size >= PUBLISHED_VOCABULARY else []

@@ -29,13 +29,12 @@ def selected(release: str, releases: dict[str, list[str]]) -> list[str]:
 
 def run(release: str, selection: list[str], workers: int) -> tuple[bool, float, str]:
     """Test one release: whether it passed, the seconds it took, and what was printed."""
+    print(f"=== transformers {release}: started", flush=True)
     begin = time.monotonic()
     tests = ["scripts/pytest", "python", "-q", "-n", str(workers), *selection]
     command = [sys.executable, "scripts/environment.py", f"dev@{release}", *tests]
-    done = subprocess.run(
-        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-    )
-    return done.returncode == 0, time.monotonic() - begin, done.stdout
+    done = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    return done.returncode == 0, time.monotonic() - begin, done.stdout.decode(errors="replace")
 
 
 def results(chosen: list[str], selections: list[list[str]], jobs: int) -> Iterator[tuple[bool, float, str]]:

@@ -403,13 +403,13 @@ def test_a_run_names_the_row_that_it_ends_at_and_continues_once_it_is_mended(fol
     image.write_bytes(b"no image")
     done = CliRunner().invoke(molmo2, ["train", recipe])
     assert done.exit_code == 2, (done.output, done.exception)
-    assert re.search(r"(data 'counts', row 1|row 1 of the set): .*two\.png", done.output)
-    assert "Mend or remove it; the run continues behind its last checkpoint." in done.output
+    assert re.search(r"(data 'counts', row 1|evaluation with allenai/pixmo-count, row 1): .*two\.png", done.output)
+    assert "Mend it, or put another row in its place: with --resume the run continues" in done.output
     asked = ["eval", "allenai/pixmo-count", str(folder / "questions.jsonl"), "--media", str(folder / "images")]
     scores = folder / "scores.jsonl"
     done = CliRunner().invoke(molmo2, [*asked, "--model", str(folder / "model"), "--output", str(scores)])
     assert done.exit_code == 2, (done.output, done.exception)
-    assert re.search(r"row 1 of the set: .*two\.png.* Mend or remove it\.", done.output)
+    assert re.search(r"row 1: .*two\.png.* Mend or remove it\.", done.output)
     assert [json.loads(line)["row"] for line in scores.read_text(encoding="utf-8").splitlines()] == [0]
     image.write_bytes(content)
     done = CliRunner().invoke(molmo2, ["train", recipe, "--resume"])

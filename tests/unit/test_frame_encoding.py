@@ -139,7 +139,12 @@ def test_several_videos_with_options_of_their_own(model):
         "return_tensors": "pt",
     }
     inputs = processor()(**options, frame_encoder=model.encode_frames)
-    torch.testing.assert_close(model(**inputs).logits, model(**processor()(**options)).logits, rtol=0, atol=2e-5)
+    expected = model(**processor()(**options)).logits
+    torch.testing.assert_close(model(**inputs).logits, expected, rtol=0, atol=2e-5)
+    each = [{**own, "frame_encoder": model.encode_frames} for own in options.pop("per_video_options")]
+    inputs = processor()(**options, per_video_options=each)
+    assert "video_features" in inputs
+    torch.testing.assert_close(model(**inputs).logits, expected, rtol=0, atol=2e-5)
 
 
 def test_chunks_are_decoded_one_ahead_in_another_thread(monkeypatch):

@@ -665,6 +665,35 @@ def test_number_of_options_per_video(processor):
         processor(text="<|video|><|video|>", videos=[str(CLIP)] * 2, per_video_options=[{"num_frames": 2}])
 
 
+def test_options_of_all_videos_may_be_told_for_each(processor):
+    """What the arrays are made of comes from the options of the videos, not from those of the call."""
+    arguments = {"text": "<|video|><|video|>", "videos": [str(CLIP)] * 2, "num_frames": 2, "return_tensors": "pt"}
+    for own in ({"pixel_dtype": "uint8"}, {"size": {"height": 84, "width": 84}}, {"device": "cpu"}):
+        expected = processor(**arguments, **own)
+        found = processor(**arguments, per_video_options=[own, own])
+        assert found["pixel_values_videos"].dtype == expected["pixel_values_videos"].dtype
+        assert torch.equal(found["pixel_values_videos"], expected["pixel_values_videos"])
+        assert torch.equal(found["input_ids"], expected["input_ids"])
+    nested = processor(**arguments, videos_kwargs={"per_video_options": [{"pixel_dtype": "uint8"}] * 2})
+    assert nested["pixel_values_videos"].dtype == torch.uint8
+    with pytest.raises(ValueError, match="`per_video_options` is given twice"):
+        processor(**arguments, videos_kwargs={"per_video_options": [{}] * 2}, per_video_options=[{}] * 2)
+
+
+@pytest.mark.parametrize(
+    ("own", "name"),
+    [
+        ([{"pixel_dtype": "uint8"}, {}], "pixel_dtype"),
+        ([{}, {"size": {"height": 84, "width": 84}}], "size"),
+        ([{"frame_encoder": print}, {}], "frame_encoder"),
+    ],
+)
+def test_videos_whose_outputs_cannot_be_joined(processor, own, name):
+    message = f"`per_video_options` leads to {name} .* whose outputs cannot be joined. Pass one for all videos"
+    with pytest.raises(ValueError, match=message):
+        processor(text="<|video|><|video|>", videos=[str(CLIP)] * 2, per_video_options=own)
+
+
 # --- callers of other libraries --------------------------------------------------------------------------------------
 
 SAMPLED = {

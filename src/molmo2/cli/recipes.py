@@ -98,7 +98,7 @@ def run_evaluation(
     try:
         scored = _kept(tqdm(answers, total=len(examples), desc="questions", disable=None, delay=2), output)
     except EvaluationError as error:
-        raise click.UsageError(f"{error} Mend or remove it.") from error
+        raise click.UsageError(f"{str(error).rstrip('.')}. Mend or remove it.") from error
     overall, groups = score(scored)
     for name, estimate in overall.items():
         click.echo(f"{name}: {estimate}")

@@ -137,8 +137,8 @@ class OptionsMixin:
     Attributes:
         DEFAULTS: option name -> value where nothing is passed; every option of the processor is in it.
         NULLABLE: names of options for which None is a value; for the others it stands for "not passed".
-        IGNORED: names that are known and no option, beside those of one call in `valid_kwargs`, which are accepted
-            without a warning: meant for other processors, whose snippets pass them.
+        IGNORED: names that are no option of this processor, but accepted without a warning because snippets for other
+            processors pass them. Those in `valid_kwargs` need not be repeated.
         TYPE_KEY: the JSON key under which the name of the class is stored.
         limits: what is refused of media. Never read from JSON, nor written to it: who offers a checkpoint does not
             decide what a program accepts.

@@ -82,7 +82,6 @@ class Molmo2Attention(Molmo2AttentionBase):
         past_key_values: Cache | None,
         cache_position: Tensor,
         implementation: str,
-        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """(B, S, D) to (B, S, D) and the attention weights where they were computed."""
         query_key, value = self.att_proj(hidden_states).split((sum(self.widths[:2]), self.widths[2]), dim=-1)
@@ -92,7 +91,7 @@ class Molmo2Attention(Molmo2AttentionBase):
         query, key = query_key.split((self.num_heads, self.num_key_value_heads), dim=1)
         if past_key_values is not None:
             key, value = update_cache(past_key_values, key, value, self.layer_idx, cache_position)
-        attended, weights = self.attend(query, key, value, attention_mask, implementation, **kwargs)
+        attended, weights = self.attend(query, key, value, attention_mask, implementation)
         return self.attn_out(attended), weights
 
 
@@ -234,7 +233,7 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
         """Run the decoder.
 
         Args:
-            input_ids: (B, S) int64. Either these or `inputs_embeds`.
+            input_ids: (B, S) int64, -1 counts as 0. Either these or `inputs_embeds`.
             attention_mask: (B, keys) with 0 on padding, or a mask prepared by `molmo2.model.attention.mask`.
             position_ids: (B, S); by default counted over real tokens.
             inputs_embeds: (B, S, D).

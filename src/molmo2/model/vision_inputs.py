@@ -11,7 +11,7 @@ video one per frame.
 from collections.abc import Iterable
 from difflib import get_close_matches
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,7 +41,12 @@ SIMILARITY = 0.85  # (0..1) from which an unknown name counts as a misspelt argu
 # Set by `generate` alone: the number of consecutive rows that share one set of media (beams, `num_return_sequences`).
 REPEAT_FACTOR = "images_repeat_factor"
 
-TokenGroup = tuple[int, tuple[str, ...]]  # patch tokens up to an end token: how many, and what may have written them
+
+class TokenGroup(NamedTuple):
+    """Patch tokens up to an end token: how many, and what may have written them, the likelier first."""
+
+    size: int
+    kinds: tuple[str, ...]
 
 
 @lru_cache
@@ -96,23 +101,21 @@ def flat_pooling(token_pooling: Tensor, tokens: Tensor, crops: Tensor, patches_p
     return torch.where(token_pooling >= 0, token_pooling + shift, token_pooling)
 
 
-def flat_media(
-    pixels: Tensor, token_pooling: Tensor, grids: Tensor, num_crops: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Crops, pooling indices over all of them and (items,) tokens of each image, from the tensors of `ENCODED_INPUTS`.
+def flat_media(kind: str, pixels: Tensor, *tables: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Crops, pooling indices over all of them and (items,) tokens of each item.
 
-    Likewise of videos, which have no `num_crops`: their grids count the frames.
-
+    Args:
+        kind: "image" or "video".
+        pixels, tables: The tensors of `ENCODED_INPUTS[kind]`, in that order.
     Raises:
         ValueError: If these tensors contradict each other, naming both numbers.
     """
-    if num_crops is None:
-        token_pooling, grids = on_host(token_pooling, grids)
+    names = ENCODED_INPUTS[kind]
+    token_pooling, grids, *num_crops = on_host(*tables)
+    if kind == "video":
         tokens, crops, stated = grids.prod(dim=-1), grids[:, 0], "`video_grids` counts"
     else:
-        token_pooling, grids, crops = on_host(token_pooling, grids, num_crops)
-        tokens, stated = image_groups(grids).sum(-1), "`image_num_crops` adds up to"
-    names = ENCODED_INPUTS["video" if num_crops is None else "image"]
+        tokens, crops, stated = image_groups(grids).sum(-1), num_crops[0], "`image_num_crops` adds up to"
     _require_equal(stated, crops.sum(), f"`{names[0]}` has", pixels)
     _require_equal(f"`{names[2]}` adds up to", tokens.sum(), f"`{names[1]}` has", token_pooling)
     return pixels, flat_pooling(token_pooling, tokens, crops, pixels.shape[1]), tokens
@@ -147,8 +150,8 @@ def token_groups(ids: Tensor, config: Any, example_ids: Tensor | None = None) ->
     at = (is_end.flatten() | begins_row.flatten().roll(-1)).nonzero()[:, 0]  # ends of groups and of rows
     seen = torch.stack((is_patch, opens_image)).flatten(1).cumsum(-1)[:, at]
     ends = zip(row_of[at].tolist(), *seen.diff(prepend=seen.new_zeros(2, 1)).tolist(), ids.flatten()[at].tolist())
-    closed = [end for end in ends if end[1] and end[3] in (image_end, frame_end)]
-    marks_images = any(num_opened for _, _, num_opened, _ in closed)
+    closed = [(row, count, opened, end) for row, count, opened, end in ends if count and end in (image_end, frame_end)]
+    marks_images = any(opened for _, _, opened, _ in closed)
     rows: list[list[TokenGroup]] = [[] for _ in range(int(begins_row.sum()))]
     for row, num_tokens, num_opened, end_id in closed:
         kinds: tuple[str, ...] = ("image", "video")
@@ -156,7 +159,7 @@ def token_groups(ids: Tensor, config: Any, example_ids: Tensor | None = None) ->
             kinds = ("video",)
         elif marks_images:
             kinds = ("image",) if num_opened else ("video",)
-        rows[row].append((num_tokens, kinds))
+        rows[row].append(TokenGroup(num_tokens, kinds))
     return rows
 
 
@@ -172,14 +175,14 @@ def prompt_order(rows: list[list[TokenGroup]], image_grids: Tensor, video_grids:
         ValueError: If the groups of a row fit no image or video, or some are left over.
     """
     images = image_groups(image_grids).tolist()
-    waiting = {"image": images, "video": [[rows * cols] * frames for frames, rows, cols in video_grids.tolist()]}
+    waiting = {"image": images, "video": [[height * width] * frames for frames, height, width in video_grids.tolist()]}
     taken = {"image": 0, "video": 0}
     first = {"image": 0, "video": sum(map(sum, images))}  # feature of the next image and video
     pieces = [torch.arange(0)]
     for row, groups in enumerate(rows):
-        sizes, place = [size for size, _ in groups], 0
+        sizes, place = [group.size for group in groups], 0
         while place < len(groups):
-            for kind in groups[place][1]:
+            for kind in groups[place].kinds:
                 wanted = waiting[kind][taken[kind]] if taken[kind] < len(waiting[kind]) else None
                 if wanted is not None and sizes[place : place + len(wanted)] == wanted:
                     pieces.append(torch.arange(first[kind], first[kind] + sum(wanted)))
@@ -289,7 +292,7 @@ class Molmo2VisionInputsMixin:
         Raises:
             ValueError: If these tensors contradict each other, naming both numbers.
         """
-        media = flat_media(pixel_values, image_token_pooling, image_grids, image_num_crops)
+        media = flat_media("image", pixel_values, image_token_pooling, image_grids, image_num_crops)
         return self._encoded_output(*media, output_hidden_states, output_attentions)
 
     @can_return_tuple
@@ -314,7 +317,7 @@ class Molmo2VisionInputsMixin:
         Raises:
             ValueError: If these tensors contradict each other, naming both numbers.
         """
-        media = flat_media(pixel_values_videos, video_token_pooling, video_grids)
+        media = flat_media("video", pixel_values_videos, video_token_pooling, video_grids)
         return self._encoded_output(*media, output_hidden_states, output_attentions)
 
     def _encoded_output(
@@ -348,7 +351,7 @@ class Molmo2VisionInputsMixin:
         device = self.vision_backbone.device
         if device.type == "cuda" and pixel_values_videos.device.type == "cpu":
             pixel_values_videos = pixel_values_videos.pin_memory().to(device, non_blocking=True)
-        pixels, pooling, _ = flat_media(pixel_values_videos, video_token_pooling, video_grids)
+        pixels, pooling, _ = flat_media("video", pixel_values_videos, video_token_pooling, video_grids)
         return self.vision_backbone(pixels, pooling)
 
     def _require_media(self, input_ids: Tensor | None, inputs_embeds: Tensor, is_prompt: bool) -> None:
@@ -378,7 +381,7 @@ class Molmo2VisionInputsMixin:
         for kind, names in ENCODED_INPUTS.items():
             vectors = joined_features(media[f"{kind}_features"])
             if vectors is None:
-                vectors = self._encoded({name: media[name] for name in names})
+                vectors = self._encoded(kind, {name: media[name] for name in names})
             elif media[names[0]] is not None:
                 raise ValueError(f"Pass either `{kind}_features` or `{names[0]}`: found both.")
             if vectors is not None:
@@ -397,13 +400,13 @@ class Molmo2VisionInputsMixin:
         order = prompt_order(token_groups(ids, self.config, *examples), *on_host(image_grids, video_grids))
         return torch.cat(parts)[order.to(parts[0].device)]
 
-    def _encoded(self, given: dict[str, Any]) -> Tensor | None:
+    def _encoded(self, kind: str, given: dict[str, Any]) -> Tensor | None:
         missing = [name for name, value in given.items() if value is None]
         if len(missing) == len(given):
             return None
         if missing:
             raise ValueError(f"{', '.join(missing)} missing: pass all of {list(given)} that the processor returned.")
-        pixels, pooling, _ = flat_media(*given.values())
+        pixels, pooling, _ = flat_media(kind, *given.values())
         return self.vision_backbone(pixels, pooling)
 
     def _add_features(

@@ -189,7 +189,7 @@ def require_placeholders(counts: Sequence[int], passed: Sequence[int] | int, pla
                 f"{sum(counts)} `{placeholder}` in the text, but {passed} {noun}(s) were passed. {advice}."
             )
         return
-    for index, (count, number) in enumerate(zip(counts, passed)):
+    for index, (count, number) in enumerate(zip(counts, passed, strict=True)):
         if count != number:
             raise ValueError(
                 f"Prompt {index} has {count} `{placeholder}`, but {number} {noun}(s) were passed for it. {advice}."

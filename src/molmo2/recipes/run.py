@@ -112,7 +112,10 @@ def train(recipe: Recipe, *, resume: bool = False, say: Say = print) -> Path:
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except (ExampleError, EvaluationError) as error:
-        raise RecipeError(f"{error} Mend or remove it; the run continues behind its last checkpoint.") from error
+        raise RecipeError(
+            f"{str(error).rstrip('.')}. Mend it, or put another row in its place: with --resume the run continues "
+            "behind its last checkpoint."
+        ) from error
     trainer.save_model(str(output / PARTIAL_FOLDER))
     trainer.accelerator.wait_for_everyone()
     if is_first:
@@ -464,7 +467,10 @@ class _Evaluate(TrainerCallback):
         own = [self.examples[(rank + world * place) % len(self.examples)] for place in range(count)]
         options = {"synced_gpus": True} if world > 1 else {}
         inner = model.module if hasattr(model, "module") else model
-        answered = list(answer_examples(inner, self.processor, own, processor_kwargs=self.options, **options))
+        try:
+            answered = list(answer_examples(inner, self.processor, own, processor_kwargs=self.options, **options))
+        except EvaluationError as error:
+            raise EvaluationError(f"evaluation with {self.evaluation.reader}, {error}") from error
         if world > 1:
             gathered: list[Any] = [None] * world
             distributed.all_gather_object(gathered, answered)

@@ -70,7 +70,7 @@ def answer_examples(
     Args:
         max_new_tokens: Of an answer; None for that of the published evaluation.
         processor_kwargs: Options of the processor; those of a question, such as its frame rate, come before them.
-        generate_options: Further options of `generate`.
+        generate_options: Further options of `generate`; it always decodes greedily.
     Raises:
         EvaluationError: A question makes no prompt: its image cannot be decoded, ... The message names the row.
     """
@@ -81,9 +81,11 @@ def answer_examples(
             options = {"do_sample": False, "max_new_tokens": max_new_tokens or example.max_new_tokens}
             try:
                 inputs = _prompts(processor, [example.messages], processor_kwargs or {})
+            except MemoryError:
+                raise
             except Exception as error:  # decoders raise nearly anything
-                raise EvaluationError(f"row {example.row} of the set: {str(error) or repr(error)}") from error
-            (answer,) = _answers(model, processor, inputs, options | generate_options)
+                raise EvaluationError(f"row {example.row}: {str(error) or repr(error)}") from error
+            (answer,) = _answers(model, processor, inputs, generate_options | options)
             yield Scored(example.row, answer, METRICS[example.metric](answer, **example.truth), example.groups)
     finally:
         model.train(was_training)

@@ -33,6 +33,8 @@ def example_of(mixture: Mixture, drawn: Drawn, processor: Any, options: Mapping[
         if is_grouped:
             where = f"row {', '.join(map(str, row['rows']))}"
         return example_from_feature(processor, row, **options)
+    except MemoryError:
+        raise
     except Exception as error:  # decoders raise nearly anything
         raise ExampleError(f"data '{drawn.source}', {where}: {str(error) or repr(error)}") from error
 

@@ -71,7 +71,7 @@ class SampledVideoMetadata(VideoMetadata):
 
 @dataclass(frozen=True)
 class VideoItem:
-    """One video of a call: `where` names it in errors, `metadata` is what the caller passed with it."""
+    """One video of a call: `where` names it in errors, `metadata` is what the caller passed with it, empty without."""
 
     where: str
     video: Any
@@ -185,7 +185,7 @@ def read_video(
     return decode_video(video_source(item, options.limits), read, options.backend)
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
+# --- times of a file -------------------------------------------------------------------------------------------------
 
 
 def file_times(

@@ -208,7 +208,8 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
             do_sample_frames: False takes all frames of a decoded video, whose indices in the source may be given as
                 `frames_indices` in the metadata. Files are sampled in any case, as in training.
             return_metadata: also return a list `video_metadata`, a `SampledVideoMetadata` per video.
-            per_video_options: for each video the options that override those of the call.
+            per_video_options: for each video the options that override those of the call. What the outputs of all
+                videos are joined by has to be the same: sizes of frames and patches, dtype, device, encoder.
             kwargs: options of this call, see `Molmo2VideoProcessorKwargs`. None keeps the processor's value, except
                 for `max_fps`, where it lifts the limit.
 
@@ -235,20 +236,21 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
         clips = clips_per_video(kwargs.get("clip"), len(items))
         clips = [clips_per_video(own.get("clip", clip), 1)[0] for clip, own in zip(clips, own_options)]
         chosen = [self._options({**call, **own}) if own else options for own in own_options]
+        shared = _shared_options(chosen) if chosen else options
         cut = [_cut(*video) for video in zip(items, chosen, clips)]
         plans = [own.plan(len(metadata.timestamps)) for own, (_, metadata) in zip(chosen, cut)]
         grids = [grid for plan in plans for grid in plan.grids]
         data: dict[str, Any] = {}
-        if options.frame_encoder is None:
-            data["pixel_values_videos"] = _pixel_values([pixels for pixels, _ in cut], options)
+        if shared.frame_encoder is None:
+            data["pixel_values_videos"] = _pixel_values([pixels for pixels, _ in cut], shared)
             window = max(own.crops.pool_height * own.crops.pool_width for own in chosen or [options])
             data["video_token_pooling"] = stack_pooling([video_token_pooling(plan) for plan in plans], window)
         elif cut:
             data["video_features"] = torch.cat([features for features, _ in cut])
         data["video_grids"] = np.array(grids, dtype=np.int64).reshape(len(grids), 3)
         features: Any = BatchFeature(data=data, tensor_type=kwargs.get("return_tensors"))
-        if options.device is not None and kwargs.get("return_tensors") is not None:
-            features = features.to(options.device)
+        if shared.device is not None and kwargs.get("return_tensors") is not None:
+            features = features.to(shared.device)
         if options.return_metadata:
             features["video_metadata"] = [metadata for _, metadata in cut]
         return features
@@ -337,6 +339,35 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
         between = pair("between_pooling_size", values["between_pooling_size"], PATCH_ROWS_AND_COLS)
         flags = {name: flag(name, values[name]) for name in ("do_sample_frames", "return_metadata")}
         return {"between_pooling_size": between, **flags}
+
+
+def _shared_options(chosen: Sequence[VideoOptions]) -> VideoOptions:
+    """The options of the first video, after a check that those of all others fit into the same arrays.
+
+    Raises:
+        ValueError: They do not; the message names what differs.
+    """
+
+    def of(options: VideoOptions) -> dict[str, Any]:
+        crops = options.crops
+        return {
+            "size": (crops.crop_height, crops.crop_width),
+            "patch_size": crops.patch_size,
+            "pixel_dtype": str(options.pixel_dtype),
+            "device": options.device,
+            "frame_encoder": options.frame_encoder,
+        }
+
+    first = of(chosen[0])
+    for other in map(of, chosen[1:]):
+        for name, value in other.items():
+            if value is not first[name] and value != first[name]:
+                raise ValueError(
+                    f"`per_video_options` leads to {name} {first[name]!r:.80} for one video and {value!r:.80} for "
+                    "another, whose outputs cannot be joined. Pass one for all videos, or process them in calls of "
+                    "their own."
+                )
+    return chosen[0]
 
 
 def _cut(

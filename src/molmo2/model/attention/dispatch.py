@@ -77,7 +77,7 @@ def flex_attention_on_cpu(
             '`attn_implementation="sdpa"`.'
         )
     block_mask = attention_mask if isinstance(attention_mask, BlockMask) else None
-    added: Any = attention_mask.expand(*query.shape[:2], -1, -1) if isinstance(attention_mask, Tensor) else None
+    added: Any = attention_mask.expand(*query.shape[:3], -1) if isinstance(attention_mask, Tensor) else None
 
     def add_mask(score: Tensor, batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return score + added[batch_idx, head_idx, q_idx, kv_idx]

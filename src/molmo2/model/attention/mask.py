@@ -99,7 +99,11 @@ def attention_spec(is_visual: Tensor | None, packed_rows: PackedRows | None) -> 
     if packed_rows is None:
         return AttentionSpec(is_visual=is_visual)
     branches = packed_rows.branches
-    return AttentionSpec(None, is_visual, packed_rows.examples(), branches if bool(branches.any()) else None)
+    return AttentionSpec(
+        is_visual=is_visual,
+        example_ids=packed_rows.examples(),
+        branch_ids=branches if bool(branches.any()) else None,
+    )
 
 
 def split_examples_by_position_ids(spec: AttentionSpec, position_ids: Tensor, batch: int) -> AttentionSpec:

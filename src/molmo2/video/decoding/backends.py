@@ -1,4 +1,4 @@
-"""Opening and decoding of video files with the first backend that can; all give the same frames.
+"""Decoding of video files with the first backend that can; all give the same frames.
 
 A backend refuses what it cannot read reliably (see `molmo2.video.decoding.readers`), and the next one is tried.
 """
@@ -27,7 +27,7 @@ def decode_video(
 
     Args:
         source: the video.
-        read: reads `timeline` and `frames` and returns the result. It closes the reader, unless it returns that.
+        read: reads `timeline` and `frames` and returns the result. It has to close the reader, or to return it open.
         backend: "decord", "torchcodec" or "pyav" to use this one only, or several of them to try in order; None tries
             them in this order, and takes Pillow for animated WebP.
 

@@ -18,7 +18,7 @@ from molmo2.video.decoding.timeline import VideoDecodeError
 Matrix = tuple[float, float, float, float]  # a, b, c, d of the display matrix
 UPRIGHT: Matrix = (1, 0, 0, 1)
 
-MAX_BOXES = 25_000  # of one file that are looked at
+MAX_BOXES = 40_000  # of one file that are looked at
 MATRIX_AT = {b"mvhd": 36, b"tkhd": 40}  # bytes into a box of version 0; in version 1 there are 12 more before it
 
 
@@ -90,7 +90,7 @@ def mp4_tracks(path: str) -> list[Mp4Track]:
                 num_frames = [int.from_bytes(file.read(start + 8, 4), "big") for start, _ in tables]
                 if turn is not None and b"vide" in handlers:
                     product = np.reshape(turn, (2, 2)) @ np.reshape(turn_of_all or UPRIGHT, (2, 2))
-                    tracks.append(Mp4Track(tuple(product.ravel().tolist()), area * sum(num_frames[:1])))
+                    tracks.append(Mp4Track(tuple(product.ravel().tolist()), area * next(iter(num_frames), 0)))
     return tracks
 
 
@@ -125,10 +125,11 @@ class _Mp4File:
             start += size
 
     def matrix_and_area(self, span: tuple[int, int], kind: bytes) -> tuple[Matrix | None, float]:
-        """The matrix of the box of this kind, and the width times height that follow it in a `tkhd`."""
+        """The matrix of the last box of this kind, and the width times height that follow it in a `tkhd`."""
+        found: tuple[Matrix | None, float] = None, 0.0
         for start, _ in self.boxes(span, kind):
             data = self.read(start + MATRIX_AT[kind] + 12 * (self.read(start, 1) == b"\1"), 44)
             if len(data) == 44:
                 width, height = struct.unpack(">2I", data[36:])
-                return matrix_from_bytes(data, ">"), width * height / 65536**2
-        return None, 0.0
+                found = matrix_from_bytes(data, ">"), width * height / 65536**2
+        return found
