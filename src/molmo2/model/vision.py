@@ -81,6 +81,14 @@ class Molmo2VisionBlock(GradientCheckpointingLayer):
         return hidden_states + self.feed_forward(self.ffn_norm(hidden_states))
 
 
+class Molmo2VisionBlocks(nn.Module):
+    """Holds the blocks under the name they have on disk."""
+
+    def __init__(self, config: Molmo2VitConfig, num_layers: int):
+        super().__init__()
+        self.resblocks = nn.ModuleList([Molmo2VisionBlock(config) for _ in range(num_layers)])
+
+
 class Molmo2VisionTransformer(Molmo2PreTrainedModel):
     """The vision tower up to the last layer whose output is wanted.
 
@@ -102,8 +110,7 @@ class Molmo2VisionTransformer(Molmo2PreTrainedModel):
         num_positions: Any = config.image_num_pos  # the configuration fills it in where it is None
         self.positional_embedding = nn.Parameter(torch.empty(num_positions, config.hidden_size))
         self.patch_embedding = nn.Linear(config.image_patch_size**2 * 3, config.hidden_size)
-        blocks = nn.ModuleList([Molmo2VisionBlock(config) for _ in range(max(self.feature_layers) + 1)])
-        self.transformer: Any = nn.ModuleDict({"resblocks": blocks})  # the name that they have on disk
+        self.transformer = Molmo2VisionBlocks(config, max(self.feature_layers) + 1)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -277,10 +284,10 @@ class Molmo2VisionBackbone(Molmo2PreTrainedModel):
             return torch.zeros(0, self.config.text_hidden_size, device=self.device, dtype=self.dtype)
         chunks = self._chunks(pixel_values, self.crops_per_chunk)
         ends = list(itertools.accumulate(len(chunk) for chunk in chunks))
-        order, *schedule = pooling_schedule(token_pooling, patches, ends)
+        order, ready_tokens, first_crops = pooling_schedule(token_pooling, patches, ends)
         token_pooling = token_pooling[order]
         held, held_from, done, vectors = None, 0, 0, []
-        for chunk, end, ready, first_crop in zip(chunks, ends, *schedule):
+        for chunk, end, ready, first_crop in zip(chunks, ends, ready_tokens, first_crops):
             held = self.encode_crops(chunk) if held is None else torch.cat((held, self.encode_crops(chunk)))
             if ready > done:
                 vectors += self._pooled(held, token_pooling[done:ready], held_from * patches)
