@@ -132,17 +132,21 @@ def packed_rows(
     ids = example_ids if example_ids is not None else branch_ids
     if ids is None:
         return None
-    given = {"attention_mask": attention_mask, "example_ids": example_ids, "branch_ids": branch_ids}
+    require_token_shape(shape, attention_mask=attention_mask, example_ids=example_ids, branch_ids=branch_ids)
+    is_real = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.to(ids.device) != 0
+    examples = torch.zeros_like(ids) if example_ids is None else _fill_padding(example_ids, is_real)
+    branches = torch.zeros_like(ids) if branch_ids is None else _fill_padding(branch_ids.to(ids.device), is_real)
+    return PackedRows(examples, branches.long(), is_real)
+
+
+def require_token_shape(shape: tuple[int, ...], **given: Tensor | None) -> None:
+    """ValueError unless all that is given has the shape of the tokens, (B, S)."""
     for name, tensor in given.items():
         if tensor is not None and tuple(getattr(tensor, "shape", ())) != tuple(shape):
             raise ValueError(
                 f"`{name}` is {tuple(getattr(tensor, 'shape', ()))}, but the tokens are {tuple(shape)}. Examples and "
                 "branches are told apart token by token, in a pass without cached tokens."
             )
-    is_real = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.to(ids.device) != 0
-    examples = torch.zeros_like(ids) if example_ids is None else _fill_padding(example_ids, is_real)
-    branches = torch.zeros_like(ids) if branch_ids is None else _fill_padding(branch_ids.to(ids.device), is_real)
-    return PackedRows(examples, branches.long(), is_real)
 
 
 def _has_split_groups(ids: Tensor) -> Tensor:
@@ -1618,6 +1622,16 @@ def image_groups(image_grids: Tensor) -> Tensor:
     return image_grids.unflatten(-1, (2, 2)).prod(dim=-1)
 
 
+def require_grids(kind: str, grids: Tensor) -> None:
+    """ValueError for grids of another shape than the processor's, (items, 4) of images and (items, 3) of videos."""
+    columns = 4 if kind == "image" else 3
+    if grids.dim() != 2 or grids.shape[1] != columns:
+        raise ValueError(
+            f"`{kind}_grids` has the shape {tuple(grids.shape)}, expected ({kind}s, {columns}). Pass what the "
+            "processor returned."
+        )
+
+
 def on_host(*tables: Tensor) -> list[Tensor]:
     """Integer tensors on the CPU, all of them with one copy: each would be a wait for the device."""
     if all(table.device.type == "cpu" for table in tables):
@@ -1653,6 +1667,7 @@ def flat_media(kind: str, pixels: Tensor, *tables: Tensor) -> tuple[Tensor, Tens
     """
     names = ENCODED_INPUTS[kind]
     token_pooling, grids, *num_crops = on_host(*tables)
+    require_grids(kind, grids)
     if kind == "video":
         tokens, crops, stated = grids.prod(dim=-1), grids[:, 0], "`video_grids` counts"
     else:
@@ -1935,6 +1950,9 @@ class Molmo2VisionInputsMixin:
                 "Images and videos together need `image_grids`, `image_num_crops` and `video_grids` besides their "
                 "features, to tell which tokens belong to which. Pass all that the processor returned."
             )
+        require_grids("image", image_grids)
+        require_grids("video", video_grids)
+        require_token_shape(inputs_embeds.shape[:2], example_ids=example_ids)
         ids, *examples = on_host(
             self._special_ids(input_ids, inputs_embeds), *([] if example_ids is None else [example_ids])
         )

@@ -41,7 +41,7 @@ from .image_processing_molmo2 import (
     is_encoded,
     split_runs,
 )
-from .video_processing_molmo2 import Molmo2VideoProcessor, Molmo2VideoProcessorKwargs
+from .video_processing_molmo2 import Molmo2VideoProcessor, Molmo2VideoProcessorKwargs, options_of_each
 
 logger = logging.get_logger(__name__)
 
@@ -894,6 +894,7 @@ class Molmo2Processor(ProcessorMixin):
             raise ValueError("Nothing to process: pass `text`, and `images` or `videos` with it.")
         own_options = kwargs.pop("per_video_options", None)
         options = self.sort_options(kwargs)
+        own_options = _own_options(own_options, options["videos_kwargs"])
         return_tensors = options["text_kwargs"].get("return_tensors")
         prompts, stand_ins = (None, []) if text is None else self._hidden(_as_prompts(text), options["text_kwargs"])
 
@@ -907,9 +908,7 @@ class Molmo2Processor(ProcessorMixin):
             media.update(outputs if len(outputs["image_grids"]) else {})
         if videos is not None:
             given = {**options["videos_kwargs"], "return_tensors": None, "return_metadata": True}
-            if own_options is not None and given.setdefault("per_video_options", own_options) is not own_options:
-                raise ValueError("`per_video_options` is given twice: in `videos_kwargs` and beside it. Keep one.")
-            outputs = self.video_processor.preprocess(videos, **given)
+            outputs = self.video_processor.preprocess(videos, per_video_options=own_options, **given)
             metadata = outputs.pop("video_metadata")
             _require_slots(prompts, videos, len(metadata), VIDEO_PLACEHOLDER, "video")
             media.update(outputs if metadata else {})
@@ -1250,8 +1249,9 @@ class Molmo2Processor(ProcessorMixin):
         Raises:
             ValueError: An option chooses the frames of videos, whose number is given here; an option is invalid.
         """
-        own_options = kwargs.pop("per_video_options", None) or [{}] * len(video_sizes or [])
+        own_options = kwargs.pop("per_video_options", None)
         options = self.sort_options(kwargs)
+        own_options = _own_options(own_options, options["videos_kwargs"])
         token_format = self.visual_token_format
         counts: dict[str, list[int]] = {}
         if image_sizes is not None:
@@ -1260,7 +1260,7 @@ class Molmo2Processor(ProcessorMixin):
             counts["num_image_tokens"] = [len(image_tokens(image.grid, token_format)) for image in images]
             counts["num_image_patches"] = [image.num_crops for image in images]
         if video_sizes is not None:
-            given = options["videos_kwargs"]
+            given, own_options = options["videos_kwargs"], options_of_each(own_options, len(video_sizes))
             sampling = sorted({name for own in (given, *own_options) for name in own} & SAMPLING_OPTIONS)
             if sampling:
                 raise ValueError(
@@ -1269,7 +1269,7 @@ class Molmo2Processor(ProcessorMixin):
                 )
             videos = [
                 self.video_processor.plan(frames, **{**given, **own})
-                for (frames, *_), own in zip(video_sizes, own_options, strict=True)
+                for (frames, *_), own in zip(video_sizes, own_options)
             ]
             counts["num_video_tokens"] = [
                 sum(frames * len(frame_tokens(rows, cols, token_format)) for frames, rows, cols in video.grids)
@@ -1382,6 +1382,18 @@ def _require_slots(prompts: list[str] | None, given: Any, number: int, placehold
     lengths = [len(row) for row in given] if is_nested else []
     is_by_prompt = len(lengths) == len(prompts) and sum(lengths) == number
     require_placeholders(counts, lengths if is_by_prompt else number, placeholder, noun)
+
+
+def _own_options(beside: Any, videos_kwargs: dict[str, Any]) -> Any:
+    """`per_video_options`, given beside `videos_kwargs` or, and then removed from there, in it.
+
+    Raises:
+        ValueError: It is given twice.
+    """
+    nested = videos_kwargs.pop("per_video_options", None)
+    if nested is not None and beside is not None:
+        raise ValueError("`per_video_options` is given twice: in `videos_kwargs` and beside it. Keep one of them.")
+    return nested if beside is None else beside
 
 
 def _media_of_rows(prompts: list[str] | None, images: list[MediaInfo], metadata: list[Any]) -> list[MediaInfo]:

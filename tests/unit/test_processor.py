@@ -683,15 +683,47 @@ def test_options_of_all_videos_may_be_told_for_each(processor):
 @pytest.mark.parametrize(
     ("own", "name"),
     [
-        ([{"pixel_dtype": "uint8"}, {}], "pixel_dtype"),
-        ([{}, {"size": {"height": 84, "width": 84}}], "size"),
-        ([{"frame_encoder": print}, {}], "frame_encoder"),
+        ([{"pixel_dtype": "uint8"}, {}], "pixel_dtype=uint8"),
+        ([None, {"size": {"height": 84, "width": 84}}], "patches_per_frame=49 for one video and patches_per_frame=36"),
+        ([{"frame_encoder": lambda pixels, pooling, grids: torch.zeros(0, 4)}, {}], "frame_encoder=True"),
     ],
 )
 def test_videos_whose_outputs_cannot_be_joined(processor, own, name):
-    message = f"`per_video_options` leads to {name} .* whose outputs cannot be joined. Pass one for all videos"
+    message = f"`per_video_options` leads to {name} .* whose outputs cannot be joined. Pass the same for all videos"
     with pytest.raises(ValueError, match=message):
         processor(text="<|video|><|video|>", videos=[str(CLIP)] * 2, per_video_options=own)
+
+
+def test_videos_whose_outputs_can_be_joined(processor):
+    """None stands for no options, "cpu" for where pixels are in any case, and sizes may differ in their form alone."""
+    arguments = {"text": "<|video|><|video|>", "videos": [str(CLIP)] * 2, "num_frames": 2, "return_tensors": "pt"}
+    expected = processor(**arguments)["pixel_values_videos"]
+    for own in ([{"device": "cpu"}, None], [{}, {"device": torch.device("cpu")}], None):
+        nested = processor(**arguments, per_video_options=own, videos_kwargs={"per_video_options": None})
+        assert torch.equal(nested["pixel_values_videos"], expected)
+    sizes = [{"size": {"height": 84, "width": 168}}, {"size": {"height": 168, "width": 84}}]
+    assert len(processor(**arguments, per_video_options=sizes)["pixel_values_videos"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ([{"video_metadata": {"fps": 2.0}}, {}], "has 'video_metadata', which holds for a whole call"),
+        ([{}, "fast"], "has 'fast' at place 1. Pass a dictionary of options"),
+    ],
+)
+def test_entries_that_are_no_options_of_a_video(processor, own, message):
+    with pytest.raises(ValueError, match=message):
+        processor(text="<|video|><|video|>", videos=[str(CLIP)] * 2, per_video_options=own)
+
+
+def test_counts_know_options_of_each_video_wherever_they_are_given(processor):
+    own = [{"pooling_size": 1}, {}]
+    sizes = [(4, 50, 70)] * 2
+    expected = processor._get_num_multimodal_tokens(None, sizes, per_video_options=own).num_video_tokens
+    nested = processor._get_num_multimodal_tokens(None, sizes, videos_kwargs={"per_video_options": own})
+    assert nested.num_video_tokens == expected
+    assert expected[0] > expected[1]
 
 
 # --- callers of other libraries --------------------------------------------------------------------------------------

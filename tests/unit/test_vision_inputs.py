@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from molmo2.model.vision_inputs import TokenGroup, flat_pooling, prompt_order, token_groups
+from molmo2.model.vision_inputs import TokenGroup, flat_pooling, prompt_order, require_grids, token_groups
 from support.model_inputs import owners_of
 
 # p patch, l low-res patch, c column, e image end, f frame end, s image start, o low-res start, . text
@@ -96,3 +96,15 @@ def test_prompt_order_interleaves_images_and_videos():
     # Features lie as image 0 (2), image 1 (3), video 0 (3).
     order = prompt_order(rows, torch.tensor([[1, 1, 1, 1], [1, 1, 1, 2]]), torch.tensor([[1, 1, 3]]))
     assert order.tolist() == [0, 1, 5, 6, 7, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "message"),
+    [
+        ("image", (2, 3), r"`image_grids` has the shape \(2, 3\), expected \(images, 4\)"),
+        ("video", (3,), r"`video_grids` has the shape \(3,\), expected \(videos, 3\)"),
+    ],
+)
+def test_grids_of_another_shape(kind, shape, message):
+    with pytest.raises(ValueError, match=message):
+        require_grids(kind, torch.ones(shape, dtype=torch.int64))

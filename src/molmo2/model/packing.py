@@ -88,17 +88,21 @@ def packed_rows(
     ids = example_ids if example_ids is not None else branch_ids
     if ids is None:
         return None
-    given = {"attention_mask": attention_mask, "example_ids": example_ids, "branch_ids": branch_ids}
+    require_token_shape(shape, attention_mask=attention_mask, example_ids=example_ids, branch_ids=branch_ids)
+    is_real = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.to(ids.device) != 0
+    examples = torch.zeros_like(ids) if example_ids is None else _fill_padding(example_ids, is_real)
+    branches = torch.zeros_like(ids) if branch_ids is None else _fill_padding(branch_ids.to(ids.device), is_real)
+    return PackedRows(examples, branches.long(), is_real)
+
+
+def require_token_shape(shape: tuple[int, ...], **given: Tensor | None) -> None:
+    """ValueError unless all that is given has the shape of the tokens, (B, S)."""
     for name, tensor in given.items():
         if tensor is not None and tuple(getattr(tensor, "shape", ())) != tuple(shape):
             raise ValueError(
                 f"`{name}` is {tuple(getattr(tensor, 'shape', ()))}, but the tokens are {tuple(shape)}. Examples and "
                 "branches are told apart token by token, in a pass without cached tokens."
             )
-    is_real = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.to(ids.device) != 0
-    examples = torch.zeros_like(ids) if example_ids is None else _fill_padding(example_ids, is_real)
-    branches = torch.zeros_like(ids) if branch_ids is None else _fill_padding(branch_ids.to(ids.device), is_real)
-    return PackedRows(examples, branches.long(), is_real)
 
 
 def _has_split_groups(ids: Tensor) -> Tensor:

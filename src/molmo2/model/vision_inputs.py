@@ -20,7 +20,7 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from molmo2.configuration import TOKEN_ID_OFFSETS
-from molmo2.model.packing import changes
+from molmo2.model.packing import changes, require_token_shape
 from molmo2.model.vision import record_calls
 
 logger = logging.get_logger(__name__)
@@ -77,6 +77,16 @@ def image_groups(image_grids: Tensor) -> Tensor:
     return image_grids.unflatten(-1, (2, 2)).prod(dim=-1)
 
 
+def require_grids(kind: str, grids: Tensor) -> None:
+    """ValueError for grids of another shape than the processor's, (items, 4) of images and (items, 3) of videos."""
+    columns = 4 if kind == "image" else 3
+    if grids.dim() != 2 or grids.shape[1] != columns:
+        raise ValueError(
+            f"`{kind}_grids` has the shape {tuple(grids.shape)}, expected ({kind}s, {columns}). Pass what the "
+            "processor returned."
+        )
+
+
 def on_host(*tables: Tensor) -> list[Tensor]:
     """Integer tensors on the CPU, all of them with one copy: each would be a wait for the device."""
     if all(table.device.type == "cpu" for table in tables):
@@ -112,6 +122,7 @@ def flat_media(kind: str, pixels: Tensor, *tables: Tensor) -> tuple[Tensor, Tens
     """
     names = ENCODED_INPUTS[kind]
     token_pooling, grids, *num_crops = on_host(*tables)
+    require_grids(kind, grids)
     if kind == "video":
         tokens, crops, stated = grids.prod(dim=-1), grids[:, 0], "`video_grids` counts"
     else:
@@ -394,6 +405,9 @@ class Molmo2VisionInputsMixin:
                 "Images and videos together need `image_grids`, `image_num_crops` and `video_grids` besides their "
                 "features, to tell which tokens belong to which. Pass all that the processor returned."
             )
+        require_grids("image", image_grids)
+        require_grids("video", video_grids)
+        require_token_shape(inputs_embeds.shape[:2], example_ids=example_ids)
         ids, *examples = on_host(
             self._special_ids(input_ids, inputs_embeds), *([] if example_ids is None else [example_ids])
         )

@@ -117,6 +117,10 @@ class VideoOptions(PixelOptions):
         return plan_video(num_frames, self.crops, self.between, self.key_frame_interval)
 
 
+# What no single video of a call can have.
+OPTIONS_OF_CALLS = frozenset({"per_video_options", "return_metadata", "return_tensors", "video_metadata"})
+
+
 class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[misc]  # two spellings of `from_dict`
     """Video processor that samples frames and cuts each into one crop of patches.
 
@@ -208,8 +212,8 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
             do_sample_frames: False takes all frames of a decoded video, whose indices in the source may be given as
                 `frames_indices` in the metadata. Files are sampled in any case, as in training.
             return_metadata: also return a list `video_metadata`, a `SampledVideoMetadata` per video.
-            per_video_options: for each video the options that override those of the call. What the outputs of all
-                videos are joined by has to be the same: sizes of frames and patches, dtype, device, encoder.
+            per_video_options: for each video the options that override those of the call, or None. Their outputs have
+                to fit together: the same number and size of patches, dtype and device, or features of all.
             kwargs: options of this call, see `Molmo2VideoProcessorKwargs`. None keeps the processor's value, except
                 for `max_fps`, where it lifts the limit.
 
@@ -227,12 +231,7 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
         call = {**kwargs, "do_sample_frames": do_sample_frames, "return_metadata": return_metadata}
         options = self._options(call)
         items = list_videos(videos, video_metadata)
-        own_options = per_video_options or [{}] * len(items)
-        if len(own_options) != len(items):
-            raise ValueError(
-                f"There are {len(items)} video(s), but {len(own_options)} entries in `per_video_options`. Pass one "
-                "dictionary per video, an empty one where nothing differs."
-            )
+        own_options = options_of_each(per_video_options, len(items))
         clips = clips_per_video(kwargs.get("clip"), len(items))
         clips = [clips_per_video(own.get("clip", clip), 1)[0] for clip, own in zip(clips, own_options)]
         chosen = [self._options({**call, **own}) if own else options for own in own_options]
@@ -341,32 +340,53 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
         return {"between_pooling_size": between, **flags}
 
 
-def _shared_options(chosen: Sequence[VideoOptions]) -> VideoOptions:
-    """The options of the first video, after a check that those of all others fit into the same arrays.
+def options_of_each(per_video_options: Any, num_videos: int) -> list[Mapping[str, Any]]:
+    """The options that each video has besides those of the call.
 
     Raises:
-        ValueError: They do not; the message names what differs.
+        ValueError: They are not one mapping (or None) for each, or name what belongs to the call.
+    """
+    if per_video_options is None:
+        return [{}] * num_videos
+    own_options = [{} if own is None else own for own in per_video_options]
+    if len(own_options) != num_videos:
+        raise ValueError(
+            f"There are {num_videos} video(s), but {len(own_options)} entries in `per_video_options`. Pass one "
+            "dictionary per video, an empty one where nothing differs."
+        )
+    for index, own in enumerate(own_options):
+        if not isinstance(own, Mapping):
+            raise ValueError(f"`per_video_options` has {own!r:.80} at place {index}. Pass a dictionary of options.")
+        if wrong := sorted(OPTIONS_OF_CALLS & own.keys()):
+            raise ValueError(f"`per_video_options` has {wrong[0]!r}, which holds for a whole call. Pass it there.")
+    return own_options
+
+
+def _shared_options(chosen: Sequence[VideoOptions]) -> VideoOptions:
+    """The options of the first video, after a check that the outputs of all can be joined.
+
+    Raises:
+        ValueError: They cannot; the message names what differs.
     """
 
     def of(options: VideoOptions) -> dict[str, Any]:
-        crops = options.crops
+        if options.frame_encoder is not None:  # features of one width
+            return {"frame_encoder": True}
         return {
-            "size": (crops.crop_height, crops.crop_width),
-            "patch_size": crops.patch_size,
+            "frame_encoder": False,
+            "patches_per_frame": options.crops.patches_per_crop,
+            "patch_size": options.crops.patch_size,
             "pixel_dtype": str(options.pixel_dtype),
-            "device": options.device,
-            "frame_encoder": options.frame_encoder,
+            "device": str(torch.device(options.device or "cpu")),
         }
 
     first = of(chosen[0])
-    for other in map(of, chosen[1:]):
-        for name, value in other.items():
-            if value is not first[name] and value != first[name]:
-                raise ValueError(
-                    f"`per_video_options` leads to {name} {first[name]!r:.80} for one video and {value!r:.80} for "
-                    "another, whose outputs cannot be joined. Pass one for all videos, or process them in calls of "
-                    "their own."
-                )
+    for name, value in [entry for options in chosen[1:] for entry in of(options).items()]:
+        if value != first.get(name):
+            raise ValueError(
+                f"`per_video_options` leads to {name}={first.get(name)} for one video and {name}={value} for another, "
+                "whose outputs cannot be joined. Pass the same for all videos, or process them in calls of their own."
+            )
     return chosen[0]
 
 
