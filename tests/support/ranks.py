@@ -52,18 +52,16 @@ def fork_ranks(program: str, folder: str, count: int, arguments: list[str]) -> i
 
 def _run_rank(program: str, arguments: list[str], errors: Path) -> None:
     """Run the program in this process, which ends with it."""
-    status = 1
     try:
         os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), sys.stderr.fileno())
         sys.argv = [program, *arguments]
         runpy.run_path(program, run_name="__main__")
-        status = 0
+        sys.stdout.flush()
     except BaseException:
         traceback.print_exc()
-    finally:
-        sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(status)
+        os._exit(1)  # here: behind this block the error's tensors are freed, which may wait for other ranks
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -82,6 +82,7 @@ class Molmo2Attention(Molmo2AttentionBase):
         past_key_values: Cache | None,
         cache_position: Tensor,
         implementation: str,
+        **kwargs: Any,  # of the `attend` that context parallelism puts here
     ) -> tuple[Tensor, Tensor | None]:
         """(B, S, D) to (B, S, D) and the attention weights where they were computed."""
         query_key, value = self.att_proj(hidden_states).split((sum(self.widths[:2]), self.widths[2]), dim=-1)
@@ -91,7 +92,7 @@ class Molmo2Attention(Molmo2AttentionBase):
         query, key = query_key.split((self.num_heads, self.num_key_value_heads), dim=1)
         if past_key_values is not None:
             key, value = update_cache(past_key_values, key, value, self.layer_idx, cache_position)
-        attended, weights = self.attend(query, key, value, attention_mask, implementation)
+        attended, weights = self.attend(query, key, value, attention_mask, implementation, **kwargs)
         return self.attn_out(attended), weights
 
 
