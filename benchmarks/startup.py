@@ -1,14 +1,15 @@
 """Start-up: programs of their own, from nothing to an import, a processor, a first call and a first answer.
 
 Time is that of the whole program, Python and torch included, or that of its last step; the peak is the program's own.
-Both sides read folders with the same files, of which ours has the code as well: a vocabulary of the published size, as
-copying or searching that is what may take long, and hardly any weights. The code of checkpoints is in transformers'
-cache of modules by then, and compiled. Programs have one thread: beside other work, two on two cores wait for each
-other, which made the first call take 50 or 1,200 ms of CPU time by chance. Starts still differ, hence the many rounds.
+Both sides read folders with the same files, of which ours has the code as well: a vocabulary of the published size
+with as many merges, as reading and searching those is what takes long, and hardly any weights. The code of checkpoints
+is in transformers' cache of modules by then, and compiled. Programs have one thread: beside other work, two on two
+cores wait for each other, which made the first call take 50 or 1,200 ms of CPU time by chance. Starts still differ,
+hence the many rounds.
 
 Of `step-processor` transformers takes the larger part of what ours needs more: it looks through the code of a
-checkpoint for imports (`check_imports`, 27 ms of CPU time), hashes it and compares it with its cache (10 ms); running
-our modules takes 25 ms. `step-package` is without all of this but the last.
+checkpoint for imports (`check_imports`, 27 ms of CPU time), hashes it and compares it with its cache (10 ms).
+`step-package` is without this.
 """
 
 import os
