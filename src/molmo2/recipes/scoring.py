@@ -32,7 +32,7 @@ def answer_conversations(
     model: Any, processor: Any, conversations: Sequence[Any], processor_kwargs: dict[str, Any], **generate_options: Any
 ) -> list[str]:
     """The answers to conversations in one call of `generate`, as text without blanks around it."""
-    return _answers(model, processor, _prompts(processor, conversations, processor_kwargs), generate_options)
+    return _answers(model, processor, _prompts(processor, conversations, processor_kwargs), **generate_options)
 
 
 def _prompts(processor: Any, conversations: Sequence[Any], processor_kwargs: dict[str, Any]) -> Any:
@@ -48,7 +48,7 @@ def _prompts(processor: Any, conversations: Sequence[Any], processor_kwargs: dic
     )
 
 
-def _answers(model: Any, processor: Any, inputs: Any, generate_options: dict[str, Any]) -> list[str]:
+def _answers(model: Any, processor: Any, inputs: Any, **generate_options: Any) -> list[str]:
     inputs = inputs.to(model.device)
     with torch.no_grad():
         ids = model.generate(**inputs, **generate_options)
@@ -70,7 +70,7 @@ def answer_examples(
     Args:
         max_new_tokens: Of an answer; None for that of the published evaluation.
         processor_kwargs: Options of the processor; those of a question, such as its frame rate, come before them.
-        generate_options: Further options of `generate`; it always decodes greedily.
+        generate_options: Further options of `generate`.
     Raises:
         EvaluationError: A question makes no prompt: its image cannot be decoded, ... The message names the row.
     """
@@ -85,7 +85,7 @@ def answer_examples(
                 raise
             except Exception as error:  # decoders raise nearly anything
                 raise EvaluationError(f"row {example.row}: {str(error) or repr(error)}") from error
-            (answer,) = _answers(model, processor, inputs, generate_options | options)
+            (answer,) = _answers(model, processor, inputs, **options, **generate_options)
             yield Scored(example.row, answer, METRICS[example.metric](answer, **example.truth), example.groups)
     finally:
         model.train(was_training)
