@@ -43,6 +43,15 @@ WORDS = ["There are ", "There are none.", " shows a total of 3", "Counting the "
 PIECES = st.sampled_from(TAG_PIECES + MARKS + NUMBERS + WORDS)
 
 
+@pytest.mark.parametrize("text", ["There are 5 \0", "\0 shows a total of 5", "There are \0 5 \0."])
+def test_a_nul_in_the_text_is_no_tag(text):
+    assert parse_grounding(text).count is None
+    stream = GroundingStream()
+    for character in text:
+        stream.feed(character)
+    assert stream.close() == parse_grounding(text)
+
+
 def rows(points):
     return [(point.key, point.id, round(point.x_norm * 1000), round(point.y_norm * 1000)) for point in points]
 

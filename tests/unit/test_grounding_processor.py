@@ -4,9 +4,10 @@ import copy
 import importlib.util
 import pickle
 import sys
+from collections import UserDict
 from fractions import Fraction
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 import av
 import numpy as np
@@ -178,6 +179,7 @@ def test_nothing_is_kept_on_the_processor(processor):
         (VideoMetadata(total_num_frames=10, fps=5.0, width=200, height=100), (100, 50)),
         ({"fps": 5.0, "width": 200, "height": 100, "total_num_frames": 10}, (100, 50)),
         ([{"fps": 5.0, "width": 200, "height": 100}], (100, 50)),
+        (MappingProxyType({"fps": 5.0, "width": 200, "height": 100}), (100, 50)),
     ],
     ids=lambda value: repr(value)[:30],
 )
@@ -375,6 +377,12 @@ def test_time_to_key_to_frame_of_real_clips(processor, shared, name, option):
 def test_the_frame_a_time_means(times, key, expected):
     media = media_info(SimpleNamespace(frames_indices=None, timestamps=times, fps=None))
     assert media.frame_at(key).sampled_index == expected
+
+
+@pytest.mark.parametrize("kind", [dict, MappingProxyType, UserDict, lambda given: VideoMetadata(6, **given)])
+def test_metadata_of_any_kind_of_mapping(kind):
+    media = media_info(kind({"fps": 10.0, "frames_indices": [0, 5]}))
+    assert media.sampled_frames == (SampledFrame(0.0, 0, 0, 0.0), SampledFrame(0.5, 1, 5, 0.5))
 
 
 def test_metadata_of_the_library(processor):
