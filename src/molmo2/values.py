@@ -1,7 +1,8 @@
 """What counts as a number, in settings, options and limits. Needs Python alone."""
 
 import math
-from typing import Any
+from numbers import Real
+from typing import Any, TypeGuard
 
 
 def is_whole(value: Any) -> bool:
@@ -12,3 +13,8 @@ def is_whole(value: Any) -> bool:
 def is_number(value: Any) -> bool:
     """Whether this is a finite number."""
     return is_whole(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def is_positive(value: Any) -> TypeGuard[float]:
+    """Whether this is a finite number above 0, also one of numpy."""
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < math.inf

@@ -161,6 +161,26 @@ def test_a_dead_or_silent_child_is_replaced(monkeypatch):
         child.open(str(__file__), MediaLimits(), "The video")
 
 
+@pytest.mark.parametrize(
+    ("last_words", "use"),
+    [
+        ('{"count": 2, "fps": 1.0, "shape": [4, 4, 3]}', lambda child: child.open(__file__, MediaLimits(), "It")),
+        ('{"index": 0, "shape": [4, 4, 3]}', lambda child: next(child.decode([0], 1))),
+        ("", lambda child: next(child.decode(list(range(500_000)), 500_000))),  # more than a pipe holds
+    ],
+    ids=["times", "pixels", "request"],
+)
+def test_a_child_that_stops_between_line_and_data(last_words, use, monkeypatch):
+    monkeypatch.setattr(decord_process, "SILENT_SECONDS", 0.1)
+    monkeypatch.setattr(decord_process, "WATCH_SECONDS", 0.05)
+    code = f"import time\nprint('{{\"ready\": true}}\\n{last_words}', flush=True)\ntime.sleep(1000)"
+    monkeypatch.setattr(DecordProcess, "_code", lambda child: code)
+    child = DecordProcess()
+    with pytest.raises(VideoDecodeError, match="stopped answering"):
+        use(child)
+    assert child._child.poll() is not None
+
+
 def test_a_child_ends_with_its_parent():
     """Though its input stays open and it never comes back to it."""
     stubs = (

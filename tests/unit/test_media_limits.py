@@ -199,8 +199,29 @@ def test_absurd_options_do_not_loop():
     many = SamplingSettings(num_frames=10**12, frame_sample_mode="fps", sampling_fps=2)
     assert sample_times(3.0, 25.0, many).tolist() == [0.0, 0.5, 1.0, 1.5, 2.0, 2.5]
     assert sample_indices(25, 25.0, many).tolist() == [0, 12]
-    with pytest.raises(ValueError, match=r"num_frames is 1,000,000,000,000, as many as would be spread over 3 s"):
-        sample_times(3.0, 25.0, SamplingSettings(num_frames=10**12))
+
+
+@pytest.mark.parametrize(
+    ("settings", "fps"),
+    [
+        ({}, 25.0),
+        ({"max_fps": 1e9}, 25.0),
+        ({"max_fps": 1e308}, 25.0),
+        ({"frame_sample_mode": "fps", "sampling_fps": 1e9}, 1e9),
+        ({"frame_sample_mode": "fps", "sampling_fps": 0.7e9}, 1e9),
+    ],
+    ids=["spread", "max_fps", "as high as goes", "sampling_fps", "sampling_fps that does not divide"],
+)
+def test_more_frames_than_memory_holds_are_refused(settings, fps):
+    many = SamplingSettings(num_frames=10**12, **settings)
+    message = r"num_frames is 1,000,000,000,000, and [\d,]+ frames would be sampled\. Use at most 10,000,000"
+    with pytest.raises(ValueError, match=message):
+        sample_times(60.0, fps, many)
+    with pytest.raises(ValueError, match=message):
+        sample_indices(60 * 10**9, fps, many)
+    few = SamplingSettings(num_frames=8, **settings)
+    assert len(sample_times(60.0, fps, few)) <= 8
+    assert len(sample_indices(60 * 10**9, fps, few)) <= 8
 
 
 def jpeg(size, orientation=None, **options):

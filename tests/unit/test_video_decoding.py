@@ -3,6 +3,7 @@
 import importlib
 import io
 import json
+import re
 import shutil
 import struct
 import tracemalloc
@@ -531,9 +532,11 @@ def test_errors_of_the_caller_pass_through(fake_backends):
         decode_video(b"\0video", lambda reader: 1 / 0)
 
 
-def test_unknown_backend():
-    with pytest.raises(ValueError, match=r"Unknown video backend 'opencv'\. Use one of decord, torchcodec, pyav"):
-        open_video(CLIPS / "vfr.mp4", "opencv")
+@pytest.mark.parametrize("backend", ["opencv", "", 3, [], ["pyav", "opencv"], [["pyav"]], [None]], ids=repr)
+def test_unknown_backend(backend):
+    message = rf"Unknown video backend {re.escape(repr(backend))}\. Use one of decord, torchcodec, pyav"
+    with pytest.raises(ValueError, match=message):
+        open_video(CLIPS / "vfr.mp4", backend)
 
 
 INSTALLED = "It is installed, but does not start: fix the error that is named here, or uninstall it."

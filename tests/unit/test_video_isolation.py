@@ -124,6 +124,20 @@ def test_a_decoder_that_never_gives_its_next_frame(stuck):
     assert started[0]._child.poll() is not None
 
 
+def test_a_decoder_that_stops_within_a_frame(stuck):
+    started = stuck(
+        "def half(reader, indices, send):\n"
+        "    send({'shape': [48, 64, 3]})\n"
+        "    time.sleep(1000)\n"
+        "isolation._send_frames = half"
+    )
+    with open_video(clip(), "pyav", ISOLATED) as reader:
+        started[0].seconds_left = 1.0
+        with pytest.raises(MediaLimitError, match="decode_seconds"):
+            next(reader.frames([0]))
+    assert started[0]._child.poll() is not None
+
+
 def wait_for_ever():
     while True:
         pass

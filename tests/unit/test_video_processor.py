@@ -249,6 +249,19 @@ def test_given_timestamps():
     assert metadata.timestamps == [7.0]
 
 
+@pytest.mark.parametrize(
+    ("indices", "expected"), [([0, 30, 60], [0, 30, 60]), ([0.0, 29.9999999, 60.5], [0, 30, 60])], ids=str
+)
+@pytest.mark.parametrize("times", [{"timestamps": [0.0, 1.0, 2.0]}, {"fps": 30.0}], ids=["times", "rate"])
+@pytest.mark.parametrize("do_sample_frames", [False, True])
+def test_given_indices_are_those_in_the_source(indices, expected, times, do_sample_frames):
+    """Beside times too; fractions, as of a file that was sampled, stand for the frame that is shown then."""
+    given = {**times, "frames_indices": indices}
+    (metadata,) = processed(clip(3), video_metadata=given, do_sample_frames=do_sample_frames)["video_metadata"]
+    assert metadata.source_frame_indices == expected
+    np.testing.assert_allclose(metadata.timestamps, times.get("timestamps", np.array(indices) / 30))
+
+
 def test_metadata_of_a_variable_rate_file():
     (metadata,) = processed(VFR, num_frames=8)["video_metadata"]
     assert isinstance(metadata, VideoMetadata)
@@ -400,10 +413,10 @@ def test_fetch_videos_then_preprocess_equals_preprocess():
 
 def test_fetch_videos_keeps_the_nesting_and_decoded_videos():
     processor = Molmo2VideoProcessor()
-    frames, metadata = processor.fetch_videos([[ONE_FRAME], [clip(), (clip(), FPS3)]])
-    assert [[len(video) for video in row] for row in frames] == [[2], [6, 6]]
+    frames, metadata = processor.fetch_videos([[ONE_FRAME], [clip(), (clip(), FPS3), (clip(), {})]])
+    assert [[len(video) for video in row] for row in frames] == [[2], [6, 6, 6]]
     assert metadata[0][0].timestamps == pytest.approx([0.0, 0.04])
-    assert metadata[1] == [None, FPS3]
+    assert metadata[1] == [None, FPS3, {}]
     single, single_metadata = processor.fetch_videos(ONE_FRAME)
     assert single.shape == (2, 96, 128, 3)
     assert single_metadata.source_frame_indices == [0, 0]
@@ -583,6 +596,9 @@ def test_steps_of_pixels():
             {},
             r"of videos\[0\] says total_num_frames=50, but 6 frames were passed",
         ),
+        ({"fps": 3.0, "total_num_frames": 0}, {}, "says total_num_frames=0, but 6 frames were passed"),
+        ({"fps": 3.0, "total_num_frames": 0}, {"clip": (0, 1)}, "says total_num_frames=0, but 6 frames were passed"),
+        ({"fps": 3.0, "total_num_frames": -1}, {"clip": (0, 1)}, "says total_num_frames=-1, but 6"),
         (
             {"fps": 3.0, "frames_indices": [0, 1]},
             {"do_sample_frames": False},
@@ -591,7 +607,15 @@ def test_steps_of_pixels():
         ({"timestamps": [0.0, 1.0]}, {}, r"timestamps of videos\[0\] have to be 6 ascending seconds, .* found 2"),
         ({"timestamps": [0.0, 2.0, 1.0, 3.0, 4.0, 5.0]}, {}, "have to be 6 ascending seconds"),
     ],
-    ids=["total", "indices", "number of timestamps", "order of timestamps"],
+    ids=[
+        "total",
+        "no total",
+        "no total of a clip",
+        "negative total",
+        "indices",
+        "number of timestamps",
+        "order of timestamps",
+    ],
 )
 def test_metadata_that_does_not_fit(metadata, options, message):
     with pytest.raises(ValueError, match=message):

@@ -80,17 +80,11 @@ class VideoItem:
 
 @dataclass(frozen=True)
 class ReadingOptions:
-    """Options of reading videos.
+    """Options of reading one video, see `Molmo2VideoProcessorKwargs`.
 
     Attributes:
-        sampling: the sampling of frames.
-        do_sample_frames: False takes all frames of a decoded video; files are sampled nonetheless.
-        clip: (start, end) in seconds, the part of the video to sample; end None is the end of the video.
-        backend: the only video decoder to use; None tries all of them.
         input_data_format: "channels_last" or "channels_first", for arrays that could be either.
-        sample_timestamps_fn: replaces the sampling of a file; called with `metadata=`, returns seconds.
-        sample_indices_fn: the same, returning frame indices.
-        limits: what is refused of videos.
+        sample_timestamps_fn, sample_indices_fn: see `Molmo2VideoProcessor.fetch_videos`.
     """
 
     sampling: SamplingSettings
@@ -107,10 +101,8 @@ def list_videos(videos: Any, video_metadata: Any = None) -> list[VideoItem]:
     """The videos of a call in order, nested lists flattened, each with its metadata.
 
     Args:
-        videos: one video or a (nested) list of them. A video is a path, URL (http, https, file, data), base64 text,
-            bytes or an open binary file; a row {"bytes", "path"} of an undecoded column; an array or tensor
-            (T, H, W, C) or (T, C, H, W); a list of images (PIL, arrays, paths of image files); or a pair
-            (frames, metadata).
+        videos: one video or a (nested) list of them, see `ACCEPTED_VIDEOS`. Arrays and tensors are (T, H, W, C) or
+            (T, C, H, W), the images of a list PIL's, arrays or paths of image files.
         video_metadata: a dict or `VideoMetadata` per video, nested or flat; None if there is none.
 
     Raises:
@@ -136,7 +128,7 @@ def is_one_video(value: Any) -> bool:
     return (
         is_encoded(value)
         or is_stored_file(value)
-        or _has_metadata(value)
+        or has_metadata(value)
         or _num_axes(value) == 4
         or _is_list_of_frames(value)
     )
@@ -287,7 +279,8 @@ def _frame_times(item: VideoItem, num_frames: int, are_all: bool) -> _FrameTimes
         )
     if indices is None or len(indices) != num_frames:  # the indices are those of an earlier sampling
         indices = range(num_frames)
-    indices = np.asarray(indices)
+    positions = np.asarray(indices)
+    indices = np.floor(positions + 1e-6).astype(np.int64)  # of a file they may be fractions: which frame is shown then
     if stamps is None:
         if fps is None:
             logger.warning_once(
@@ -299,7 +292,7 @@ def _frame_times(item: VideoItem, num_frames: int, are_all: bool) -> _FrameTimes
             fps = require_fps(fps)
         except ValueError as error:
             raise ValueError(f"{item.where}: {error}") from None
-        return _FrameTimes(indices, indices / fps, fps, indices)
+        return _FrameTimes(indices, positions / fps, fps, positions)
     seconds = np.asarray(stamps, dtype=np.float64).reshape(-1)
     if len(seconds) != num_frames or not np.all(np.isfinite(seconds)) or np.any(np.diff(seconds) < 0):
         raise ValueError(
@@ -310,7 +303,7 @@ def _frame_times(item: VideoItem, num_frames: int, are_all: bool) -> _FrameTimes
         span = seconds[-1] - seconds[0]
         fps = (num_frames - 1) / span if span > 0 else 1.0
     fps = require_fps(fps)
-    return _FrameTimes(np.arange(num_frames), seconds, fps, seconds * fps)
+    return _FrameTimes(indices, seconds, fps, seconds * fps)
 
 
 def _is_sampled(given: Mapping[str, Any], num_frames: int) -> bool:
@@ -326,7 +319,7 @@ def _is_sampled(given: Mapping[str, Any], num_frames: int) -> bool:
 def _chosen_frames(item: VideoItem, times: _FrameTimes, options: ReadingOptions) -> np.ndarray:
     """Indices of the sampled frames among the passed ones."""
     num_frames, total = len(item.video), _total_num_frames(item)
-    if total > num_frames:
+    if not 1 <= total <= num_frames:
         raise ValueError(
             f"The metadata of {item.where} says total_num_frames={total}, but {num_frames} frames were passed. Pass "
             "all frames, or correct the number; for frames that were sampled before, pass do_sample_frames=False and "
@@ -360,7 +353,7 @@ def _rgb_frame(item: VideoItem, frame: Any, index: int, options: ReadingOptions)
 
 def _flatten(videos: Any, where: str) -> Iterator[VideoItem]:
     """The videos of a nested list in order, not yet with the metadata of the call."""
-    if _has_metadata(videos):
+    if has_metadata(videos):
         yield VideoItem(where, stored_file(videos[0]), videos[1])
     elif is_one_video(videos):
         is_path_list = isinstance(videos, (list, tuple)) and _are_image_paths(videos)
@@ -373,7 +366,7 @@ def _flatten(videos: Any, where: str) -> Iterator[VideoItem]:
         raise TypeError(f"{where} is a {type(videos).__name__}{shape}, which is no video. Pass {ACCEPTED_VIDEOS}.")
 
 
-def _has_metadata(value: Any) -> bool:
+def has_metadata(value: Any) -> bool:
     """True for a pair (video, metadata)."""
     is_pair = isinstance(value, (list, tuple)) and len(value) == 2
     return is_pair and isinstance(value[1], Mapping) and not is_stored_file(value[1])

@@ -5,7 +5,6 @@ plan, times = plan_of(num_frames=64, clip=(10, 20))
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from transformers.video_utils import VideoMetadata
@@ -15,7 +14,7 @@ from molmo2.image.limits import MediaLimits, checked_limits
 from molmo2.image.loading import is_encoded
 from molmo2.video.decoding.backends import decode_video
 from molmo2.video.loading import ReadingOptions, VideoItem, file_times, list_videos, read_video, video_source
-from molmo2.video.processing import Molmo2VideoProcessor, clips_per_video
+from molmo2.video.processing import Molmo2VideoProcessor
 
 
 def probe_videos(
@@ -35,9 +34,9 @@ def probe_videos(
     def probe(item: VideoItem) -> Callable[..., tuple[VideoPlan, list[float]]]:
         sampled_times = _sampled_times(item, processor.video_backend, accepted)
 
-        def plan(clip: Any = None, **overrides: Any) -> tuple[VideoPlan, list[float]]:
+        def plan(**overrides: Any) -> tuple[VideoPlan, list[float]]:
             options = processor._options(overrides)
-            times = sampled_times(replace(options.reading, clip=clips_per_video(clip, 1)[0]))
+            times = sampled_times(options.reading)
             return options.plan(len(times)), times
 
         return plan

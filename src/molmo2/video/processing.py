@@ -19,13 +19,14 @@ from transformers.video_processing_utils import BaseVideoProcessor
 from molmo2.image.geometry import CropSettings, VideoPlan, plan_video, stack_pooling, video_token_pooling
 from molmo2.image.options import PATCH_ROWS_AND_COLS, PIXEL_STEPS, OptionsMixin, flag, pair, plain
 from molmo2.image.pixels import PixelOptions, as_output, frame_pixel_values
-from molmo2.values import is_number
+from molmo2.values import is_positive
 from molmo2.video.decoding.timeline import VideoDecodeError
 from molmo2.video.frame_encoding import FrameEncoder, encode_frames, read_ahead
 from molmo2.video.loading import (
     ReadingOptions,
     SampledVideoMetadata,
     VideoItem,
+    has_metadata,
     is_encoded,
     is_one_video,
     list_videos,
@@ -74,17 +75,12 @@ class Molmo2VideoProcessorKwargs(VideosKwargs, total=False):
             default, makes every frame a key frame.
         between_pooling_size: (rows, cols) of patches that become one token of a frame between key frames.
         do_resize: False refuses frames that do not have the size of a crop.
-        do_rescale, rescale_factor, do_normalize: whether pixels are multiplied by the factor (floating point frames,
-            of 0..1, by 255 times it), and whether mean and std are applied.
-        pixel_dtype: "float32", or "uint8": a quarter of the memory, normalised by the model to the same numbers.
-        device: device on which frames are resized and normalised, the CPU by default; a GPU rounds a few pixels
-            differently.
+        do_rescale, rescale_factor, do_normalize, image_mean, image_std, pixel_dtype, device, limits, return_tensors:
+            as in `Molmo2ImageProcessorKwargs`, for the frames and videos.
         frame_encoder: `model.encode_frames`, to encode frames while the next are decoded. The output has
             `video_features` (T, text width) instead of pixel values and pooling indices, and the pixel values of a
             whole video are never in memory.
-        limits: a `MediaLimits`, what is refused of videos.
         return_metadata: also return a list `video_metadata`.
-        return_tensors: "pt" for torch tensors, "np" or None for numpy arrays.
     """
 
     frame_sample_mode: str | None
@@ -127,9 +123,7 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
     Args:
         size: height and width of a frame for the model; an int for a square one.
         resample: the filter by PIL's number: 2 bilinear, 3 bicubic, 0 nearest.
-        image_mean, image_std: per channel, or one number for all, applied after scaling to 0..1.
-        num_frames, frame_sample_mode, max_fps, sampling_fps: sampling of frames, see `Molmo2VideoProcessorKwargs`.
-        patch_size, pooling_size: side of a patch; rows and columns of patches that become one token.
+        kwargs: the others are those of one call, see `Molmo2VideoProcessorKwargs`.
 
     Raises:
         ValueError: an option makes no sense; the message names it.
@@ -182,7 +176,7 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
             num_frames: sampled frames.
             overrides: options as for `preprocess`, for example `pooling_size=2`.
         """
-        return self._options(overrides).plan(num_frames)
+        return self._options({**overrides, "clip": None}).plan(num_frames)  # which may be one per video
 
     def get_num_of_video_patches(
         self, num_frames: int, height: int | None = None, width: int | None = None, videos_kwargs: Any = None
@@ -228,20 +222,21 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
         Raises:
             FileNotFoundError, TypeError, ValueError: a video cannot be read, or an option makes no sense.
         """
-        call = {**kwargs, "do_sample_frames": do_sample_frames, "return_metadata": return_metadata}
+        call = {**kwargs, "clip": None, "do_sample_frames": do_sample_frames, "return_metadata": return_metadata}
         options = self._options(call)
         items = list_videos(videos, video_metadata)
         own_options = options_of_each(per_video_options, len(items))
         clips = clips_per_video(kwargs.get("clip"), len(items))
-        clips = [clips_per_video(own.get("clip", clip), 1)[0] for clip, own in zip(clips, own_options)]
-        chosen = [self._options({**call, **own}) if own else options for own in own_options]
+        chosen = [self._options({**call, "clip": clip, **own}) for clip, own in zip(clips, own_options)]
         shared = _shared_options(chosen) if chosen else options
-        cut = [_cut(*video) for video in zip(items, chosen, clips)]
+        cut = [_cut(*video) for video in zip(items, chosen)]
         plans = [own.plan(len(metadata.timestamps)) for own, (_, metadata) in zip(chosen, cut)]
         grids = [grid for plan in plans for grid in plan.grids]
         data: dict[str, Any] = {}
         if shared.frame_encoder is None:
-            data["pixel_values_videos"] = _pixel_values([pixels for pixels, _ in cut], shared)
+            pixels = [pixels for pixels, _ in cut]
+            joined = pixels[0] if len(pixels) == 1 else torch.cat([shared.empty(0), *pixels])
+            data["pixel_values_videos"] = as_output(joined)
             window = max(own.crops.pool_height * own.crops.pool_width for own in chosen or [options])
             data["video_token_pooling"] = stack_pooling([video_token_pooling(plan) for plan in plans], window)
         elif cut:
@@ -284,10 +279,9 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
             return [frames for frames, _ in fetched], [metadata for _, metadata in fetched]
         (item,) = list_videos(video_url_or_urls)
         if not is_encoded(item.video):
-            return item.video, item.metadata or None
+            return item.video, item.metadata if has_metadata(video_url_or_urls) else None
         reading = replace(
             self._options(kwargs).reading,
-            clip=clips_per_video(kwargs.get("clip"), 1)[0],
             sample_timestamps_fn=sample_timestamps_fn,
             sample_indices_fn=sample_indices_fn,
         )
@@ -305,13 +299,14 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
         values, given = self._values(), self._given(overrides)
         fps = plain(given.get("fps", values["fps"]))
         if fps is not None:
-            if not is_number(fps) or fps <= 0:
+            if not is_positive(fps):
                 raise ValueError(f"fps is {fps!r:.80}. Pass one positive number, frames per second, for all videos.")
             given = {"max_fps": fps, "sampling_fps": fps} | given
         values = self._canonical(values | given)
         reading = ReadingOptions(
             sampling=SamplingSettings(**{entry.name: values[entry.name] for entry in fields(SamplingSettings)}),
             do_sample_frames=values["do_sample_frames"],
+            clip=clips_per_video(overrides.get("clip"), 1)[0],
             backend=values["video_backend"],
             input_data_format=overrides.get("input_data_format"),
             limits=self._limits(overrides),
@@ -390,9 +385,7 @@ def _shared_options(chosen: Sequence[VideoOptions]) -> VideoOptions:
     return chosen[0]
 
 
-def _cut(
-    item: VideoItem, options: VideoOptions, clip: tuple[float, float | None] | None
-) -> tuple[Any, SampledVideoMetadata]:
+def _cut(item: VideoItem, options: VideoOptions) -> tuple[Any, SampledVideoMetadata]:
     """The sampled frames of a video as pixel values, (F, P, values), or as features; one is decoded at a time."""
 
     def consume(frames: Iterator[np.ndarray], num_frames: int) -> torch.Tensor:
@@ -406,14 +399,7 @@ def _cut(
         with closing(read_ahead(frames, FRAMES_AHEAD)) as ahead:
             return frame_pixel_values(ahead, num_frames, options)
 
-    return read_video(item, replace(options.reading, clip=clip), consume)
-
-
-def _pixel_values(cut: list[torch.Tensor], options: VideoOptions) -> Any:
-    """The pixel values of all videos, (frames, patches, values) in one array."""
-    if len(cut) == 1:
-        return as_output(cut[0])
-    return as_output(torch.cat([options.empty(0), *cut]))
+    return read_video(item, options.reading, consume)
 
 
 def clips_per_video(clip: Any, num_videos: int) -> list[tuple[float, float | None] | None]:

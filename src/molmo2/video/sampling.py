@@ -13,12 +13,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from molmo2.values import is_positive
+
 UNIFORM_LAST_FRAME = "uniform_last_frame"
 FPS = "fps"
 FRAME_SAMPLE_MODES = (UNIFORM_LAST_FRAME, FPS)
 
 MIN_SAMPLING_FPS = 1e-5
-MAX_SPREAD_FRAMES = 10_000_000
+MAX_SAMPLED_FRAMES = 10_000_000
 MAX_CANDIDATE_FPS = 8  # up to which the `fps` mode raises the sampling rate of short videos
 # 29.97 is meant as 30, 23.976 as 24: these broadcast rates are a factor of 1000/1001 slower than their name.
 NOMINAL_FPS_TOLERANCE = 0.0015
@@ -26,14 +28,7 @@ NOMINAL_FPS_TOLERANCE = 0.0015
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """Options of frame sampling, named as the keys of `video_preprocessor_config.json`.
-
-    Attributes:
-        num_frames: maximum number of frames of a video, at least 1.
-        frame_sample_mode: `"uniform_last_frame"` (evenly spread, always ending on the last frame) or `"fps"`
-            (a constant rate from the start).
-        max_fps: maximum rate of `uniform_last_frame`, in frames per second; None for no limit.
-        sampling_fps: minimum rate of `fps`, in frames per second.
+    """Options of frame sampling, see `Molmo2VideoProcessorKwargs`; named as in `video_preprocessor_config.json`.
 
     Raises:
         ValueError: a value is not usable; the message names it.
@@ -49,17 +44,15 @@ class SamplingSettings:
             raise ValueError(
                 f"Unknown frame_sample_mode {self.frame_sample_mode!r}. Use one of {', '.join(FRAME_SAMPLE_MODES)}."
             )
-        if not _is_positive(self.num_frames) or int(self.num_frames) != self.num_frames:
+        if not is_positive(self.num_frames) or int(self.num_frames) != self.num_frames:
             raise ValueError(
                 f"num_frames is {self.num_frames!r}, but a video needs a whole number of frames, 1 or more."
             )
-        if self.max_fps is not None and not _is_positive(self.max_fps):
+        if self.max_fps is not None and not is_positive(self.max_fps):
             raise ValueError(
                 f"max_fps is {self.max_fps!r}, but it has to be a positive number. Pass max_fps=None for no limit."
             )
-        if not _is_positive(self.sampling_fps):
-            raise ValueError(f"sampling_fps is {self.sampling_fps!r}, but it has to be a positive number.")
-        if self.sampling_fps < MIN_SAMPLING_FPS:
+        if not is_positive(self.sampling_fps) or self.sampling_fps < MIN_SAMPLING_FPS:
             raise ValueError(
                 f"sampling_fps is {self.sampling_fps!r}, but it has to be at least {MIN_SAMPLING_FPS}, a frame a day."
             )
@@ -83,7 +76,8 @@ def sample_times(duration_seconds: float, video_fps: float | None, settings: Sam
         (unless `num_frames` is 1), when the last frame is on display.
 
     Raises:
-        ValueError: the duration is not a finite number >= 0, or the `fps` mode has no usable frame rate.
+        ValueError: the duration is not a finite number >= 0, the `fps` mode has no usable frame rate, or more than
+            `MAX_SAMPLED_FRAMES` would be sampled.
     """
     if not math.isfinite(duration_seconds) or duration_seconds < 0:
         raise ValueError(f"The duration of the video is {duration_seconds!r} seconds; expected a finite number >= 0.")
@@ -93,12 +87,8 @@ def sample_times(duration_seconds: float, video_fps: float | None, settings: Sam
         return np.zeros(1)
     max_fps = settings.max_fps
     if max_fps is None or (settings.num_frames - 1) / max_fps < duration_seconds:
-        if settings.num_frames > MAX_SPREAD_FRAMES:
-            raise ValueError(
-                f"num_frames is {settings.num_frames:,}, as many as would be spread over {duration_seconds:g} s. Use "
-                f"at most {MAX_SPREAD_FRAMES:,}, or set max_fps."
-            )
-        return np.linspace(0, duration_seconds, num=settings.num_frames, endpoint=True, dtype=np.float64)
+        return np.linspace(0, duration_seconds, num=_limited(math.inf, settings), endpoint=True, dtype=np.float64)
+    _limited(duration_seconds * max_fps, settings)
     steps = np.arange(0.0, duration_seconds, step=1 / max_fps)
     # Rounding of 1/max_fps can yield one step too many, within a rounding error of the end.
     return np.append(steps[: settings.num_frames - 1], float(duration_seconds))
@@ -119,7 +109,8 @@ def sample_indices(total_num_frames: int, fps: float | None, settings: SamplingS
         (F,) int64, ascending, 1 <= F <= num_frames. A frame may repeat where max_fps is above `fps`, as in training.
 
     Raises:
-        ValueError: there is no frame, or `fps` is missing or not a positive number.
+        ValueError: there is no frame, `fps` is missing or not a positive number, or more than `MAX_SAMPLED_FRAMES`
+            would be sampled.
     """
     if total_num_frames < 1:
         raise ValueError(f"The video has {total_num_frames} frames; expected at least one.")
@@ -131,7 +122,7 @@ def sample_indices(total_num_frames: int, fps: float | None, settings: SamplingS
 
 def require_fps(fps: float | None) -> float:
     """The frame rate as a float, or an error that says how to pass one."""
-    if fps is None or not _is_positive(fps):
+    if not is_positive(fps):
         raise ValueError(
             f"The video has no usable frame rate (fps is {fps!r}), so the times of its frames are unknown. Pass the "
             'rate with the frames: video_metadata={"fps": 30.0}, or the times in seconds of all frames: '
@@ -140,14 +131,26 @@ def require_fps(fps: float | None) -> float:
     return float(fps)
 
 
+def _limited(count: float, settings: SamplingSettings) -> int:
+    """So many frames, or `num_frames` if these are fewer; an error for more than a list of times should hold."""
+    num_frames = min(count, settings.num_frames)
+    if num_frames > MAX_SAMPLED_FRAMES:
+        raise ValueError(
+            f"num_frames is {settings.num_frames:,}, and {num_frames:,.0f} frames would be sampled. Use at most "
+            f"{MAX_SAMPLED_FRAMES:,}, or limit the rate."
+        )
+    return int(num_frames)
+
+
 def _uniform_indices(total_num_frames: int, fps: float, settings: SamplingSettings) -> np.ndarray:
     last = total_num_frames - 1
     num_frames, max_fps = settings.num_frames, settings.max_fps
     if max_fps is not None and total_num_frames <= 2 and total_num_frames <= num_frames:
         return np.arange(total_num_frames, dtype=np.int64)
     if max_fps is None or total_num_frames / fps > (num_frames - 1) / max_fps:
-        spread = np.linspace(0, last, num=min(num_frames, total_num_frames), endpoint=True)
+        spread = np.linspace(0, last, num=_limited(total_num_frames, settings), endpoint=True)
         return spread.astype(np.int64)
+    _limited(last * max_fps / fps, settings)
     indices = np.round(np.arange(0.0, last, step=fps / max_fps)).astype(np.int64)
     if indices[-1] != last:
         indices = np.append(indices, last)
@@ -160,8 +163,7 @@ def _times_at_rate(duration_seconds: float, fps: float, settings: SamplingSettin
     for candidate in higher_rates:
         if settings.num_frames / candidate >= duration_seconds:
             rate = candidate
-    fitting = min(settings.num_frames, math.ceil(duration_seconds * rate) + 1)
-    times = np.arange(fitting, dtype=np.float64) / rate
+    times = np.arange(_limited(duration_seconds * rate + 2, settings), dtype=np.float64) / rate
     return times[: max(1, int(np.count_nonzero(times < duration_seconds)))]
 
 
@@ -174,7 +176,7 @@ def _indices_at_rate(total_num_frames: int, fps: float, settings: SamplingSettin
     whole_fps = _whole_fps(fps, settings.sampling_fps)
     rates = _candidate_rates(fps, settings.sampling_fps)
     if whole_fps is None:  # no rate divides this video: take the frame on display at each sampled time
-        fitting = min(settings.num_frames, math.ceil(total_num_frames * rates[0] / fps) + 1)
+        fitting = _limited(total_num_frames * rates[0] / fps + 2, settings)
         displayed = np.floor(np.arange(fitting) * (fps / rates[0]) + 1e-6).astype(np.int64)
         return displayed[displayed < total_num_frames]
     step, *smaller_steps = (max(1, round(whole_fps / rate)) for rate in rates)
@@ -182,7 +184,7 @@ def _indices_at_rate(total_num_frames: int, fps: float, settings: SamplingSettin
         count, candidate_count = total_num_frames // step, total_num_frames // candidate
         if count == 0 or count < candidate_count <= settings.num_frames:
             step = candidate
-    return np.arange(0, total_num_frames, step, dtype=np.int64)[: settings.num_frames]
+    return np.arange(_limited(math.ceil(total_num_frames / step), settings), dtype=np.int64) * step
 
 
 def _candidate_rates(fps: float, sampling_fps: float) -> list[float]:
@@ -216,8 +218,3 @@ def _whole_fps(fps: float, sampling_fps: float) -> int | None:
 def _divides(rate: float, whole_fps: int) -> bool:
     frames = whole_fps / rate
     return frames >= 1 and abs(frames - round(frames)) < 1e-6
-
-
-def _is_positive(value: float) -> bool:
-    is_number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-    return is_number and math.isfinite(value) and value > 0

@@ -3,7 +3,7 @@
 A backend refuses what it cannot read reliably (see `molmo2.video.decoding.readers`), and the next one is tried.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TypeVar
 
 from transformers.utils import logging
@@ -34,10 +34,11 @@ def decode_video(
     Raises:
         MediaLimitError: the video is over one of its limits.
         VideoDecodeError: no backend can read it; the message has the reason of each.
-        ValueError: `backend` is not one of the three. Exceptions of `read` itself are passed on.
+        ValueError: `backend` is none of the three, or an empty list. Exceptions of `read` itself are passed on.
     """
     wanted = (backend,) if isinstance(backend, str) else backend
-    if wanted is not None and not set(wanted) <= set(BACKENDS):
+    is_known = isinstance(wanted, Collection) and len(wanted) > 0 and all(name in BACKENDS for name in wanted)
+    if wanted is not None and not is_known:
         raise ValueError(f"Unknown video backend {backend!r}. Use one of {', '.join(BACKENDS)}, or None to try all.")
     failures: dict[str, VideoDecodeError] = {}
     by_default = ("pillow",) if source.image_format == "WEBP" else BACKENDS

@@ -17,8 +17,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -263,7 +264,7 @@ class DecordProcess:
             answer = self._answer(self._patience)
             if "error" in answer:
                 self.is_busy = False
-                raise FrameError(answer["error"], answer["index"])
+                raise VideoDecodeError(answer["error"], index=answer["index"] or 0)
             if "more" in answer:
                 self.is_busy = False
                 if answer["more"]:
@@ -279,21 +280,29 @@ class DecordProcess:
         return SILENT_SECONDS + self._file_bytes / READ_BYTES_PER_SECOND
 
     def _ask(self, request: dict[str, Any]) -> None:
-        self.is_busy = True
-        try:
+        def send() -> None:
             self._child.stdin.write(json.dumps(request).encode() + b"\n")
             self._child.stdin.flush()
+
+        self.is_busy = True
+        try:
+            self._within(self._patience, send)  # a pipe may be full
         except OSError:
             raise self._death() from None
 
     def _answer(self, seconds: float) -> dict[str, Any]:
         """The next line of the child, which has to come within this time."""
-        self._deadline = time.monotonic() + seconds
-        line = self._child.stdout.readline()
-        self._deadline = math.inf
+        line = self._within(seconds, self._child.stdout.readline)
         if not line.endswith(b"\n"):
             raise self._death()
         return json.loads(line)
+
+    def _within(self, seconds: float, transfer: Callable[[], Any]) -> Any:
+        """What `transfer` gives; the child is ended if that takes longer than this."""
+        self._deadline = time.monotonic() + seconds
+        result = transfer()
+        self._deadline = math.inf
+        return result
 
     def _kill_at_deadline(self) -> None:
         while not self._ended.wait(WATCH_SECONDS):
@@ -303,8 +312,11 @@ class DecordProcess:
                 return
 
     def _read_into(self, array: np.ndarray) -> None:
-        if array.nbytes and self._child.stdout.readinto(memoryview(array.data).cast("B")) != array.nbytes:
-            raise self._death()
+        """Read what follows a line of the child, which has to come within the same time."""
+        if array.nbytes:
+            read = partial(self._child.stdout.readinto, memoryview(array.data).cast("B"))
+            if self._within(self._patience, read) != array.nbytes:
+                raise self._death()
 
     def _death(self) -> VideoDecodeError:
         self.kill()
@@ -321,11 +333,3 @@ def _may_be_mpeg4(path: str) -> bool:
         head = file.read(HEADER_BYTES)
         file.seek(max(0, Path(path).stat().st_size - HEADER_BYTES))
         return MPEG4_SIGN.search(head + file.read()) is not None
-
-
-class FrameError(VideoDecodeError):
-    """A frame cannot be decoded; `index` says which."""
-
-    def __init__(self, reason: str, index: int | None) -> None:
-        super().__init__(reason)
-        self.index = index

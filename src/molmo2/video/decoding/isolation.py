@@ -151,7 +151,7 @@ class IsolatedProcess(DecordProcess):
 
     def _result(self) -> dict[str, Any]:
         """The next answer; an error in it is raised."""
-        answer = self._answer(self.seconds_left)
+        answer = self._answer(self._patience)
         if "error" not in answer:
             return answer
         self.is_busy = False
@@ -159,14 +159,17 @@ class IsolatedProcess(DecordProcess):
             raise MediaLimitError(answer["text"])
         raise VideoDecodeError(answer["text"], answer["reason"])
 
-    def _answer(self, seconds: float) -> dict[str, Any]:
+    @property
+    def _patience(self) -> float:
+        return max(0.0, self.seconds_left)
+
+    def _within(self, seconds: float, transfer: Callable[[], Any]) -> Any:
         asked = time.monotonic()
-        answer = super()._answer(max(0.0, seconds))
-        if "ready" not in answer:  # the start of a child is no fault of the file
-            self.seconds_left -= time.monotonic() - asked
-            if self.seconds_left < 0:  # between two looks at the clock; `is_busy` has the child ended
-                raise MediaLimitError(self._late)
-        return answer
+        result = super()._within(seconds, transfer)
+        self.seconds_left -= time.monotonic() - asked  # endless while a child starts, which is no fault of the file
+        if self.seconds_left < 0:  # maybe between two looks at the clock; `is_busy` has the child ended
+            raise MediaLimitError(self._late)
+        return result
 
     def _death(self) -> VideoDecodeError:
         error = super()._death()

@@ -29,7 +29,7 @@ def open_video(
         FileNotFoundError, IsADirectoryError: There is no such file.
         MediaLimitError: It is over one of the limits.
         VideoDecodeError: No backend can open it; the message has the reason of each.
-        ValueError: `backend` is not one of the three.
+        ValueError: `backend` is none of the three, or an empty list.
         TypeError: `source` is none of these.
     """
     readable = source if isinstance(source, Source) else Source.from_input(source, checked_limits(limits))

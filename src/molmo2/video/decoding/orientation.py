@@ -6,10 +6,9 @@ those of the boxes `mvhd` and `tkhd` of ISO/IEC 14496-12.
 
 import math
 import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -26,13 +25,6 @@ def matrix_from_bytes(data: bytes, byte_order: str = "=") -> Matrix:
     """The part of a display matrix that turns, from nine 32-bit numbers: three rows of three."""
     a, b, _, c, d = struct.unpack(f"{byte_order}5i", data[:20])
     return a / 65536, b / 65536, c / 65536, d / 65536
-
-
-def is_plain_turn(matrix: Matrix) -> bool:
-    """Whether a display matrix turns by quarters without mirroring. One without direction, as of zeros, turns by 0."""
-    a, b, c, d = matrix
-    angle = _angle(matrix)
-    return angle is None or (abs(angle - 90 * round(angle / 90)) < 1 and a * d - b * c >= 0)
 
 
 def upright(frame: np.ndarray, matrix: Matrix) -> np.ndarray:
@@ -62,16 +54,19 @@ def _angle(matrix: Matrix) -> float | None:
     return math.degrees(math.atan2(b / down, a / across))
 
 
-@dataclass(frozen=True)
-class Mp4Track:
-    """What an MP4 or QuickTime file says about a video track.
-
-    Attributes:
-        num_pixels: of all its frames together; 0 where it does not say, as in fragmented files.
-    """
+class Mp4Track(NamedTuple):
+    """What an MP4 or QuickTime file says about a video track."""
 
     matrix: Matrix
-    num_pixels: float
+    num_pixels: float  # of all its frames together; 0 where it does not say, as in fragmented files
+
+
+def require_plain_turns(tracks: Iterable[Mp4Track]) -> None:
+    """Leave mirrored videos to PyAV: decord and torchcodec turn by quarters and know nothing of mirrors."""
+    for matrix, _ in tracks:
+        angle, (a, b, c, d) = _angle(matrix), matrix
+        if angle is not None and (abs(angle - 90 * round(angle / 90)) >= 1 or a * d - b * c < 0):
+            raise VideoDecodeError("its display matrix mirrors it or turns it by no multiple of 90 degrees")
 
 
 def mp4_tracks(path: str) -> list[Mp4Track]:

@@ -32,8 +32,9 @@ import numpy as np
 
 from molmo2.image.limits import MediaLimitError, MediaLimits
 from molmo2.image.opening import is_file_on_disk, open_image
-from molmo2.video.decoding.decord_process import BROKEN_INSTALLATION, DecordProcess, FrameError
-from molmo2.video.decoding.orientation import UPRIGHT, Mp4Track, is_plain_turn, matrix_from_bytes, mp4_tracks, upright
+from molmo2.values import is_positive
+from molmo2.video.decoding.decord_process import BROKEN_INSTALLATION, DecordProcess
+from molmo2.video.decoding.orientation import UPRIGHT, matrix_from_bytes, mp4_tracks, require_plain_turns, upright
 from molmo2.video.decoding.timeline import (
     CONSTANT_RATE_TOLERANCE_SECONDS,
     VideoDecodeError,
@@ -41,7 +42,6 @@ from molmo2.video.decoding.timeline import (
     brief,
     frame_blocks,
     is_ascending,
-    is_rate,
     make_timeline,
     undo_rounding,
 )
@@ -313,7 +313,7 @@ class _DecordReader(VideoReader):
     def __init__(self, source: Source, only_choice: bool) -> None:
         super().__init__(source)
         tracks = mp4_tracks(source.path)
-        _require_plain_turns(tracks)
+        require_plain_turns(tracks)
         if not only_choice:  # known without a child
             _leave_to_others(max((track.num_pixels for track in tracks), default=0))
         process = self._process = DecordProcess.borrow()
@@ -343,10 +343,9 @@ class _DecordReader(VideoReader):
             self._process.open(self._source.path, self._source.limits, self._source.name)
         try:
             yield from self._process.decode(indices, self.timeline.num_frames)
-        except FrameError as error:
-            raise self._frame_error(error.index or 0, error.reason) from None
         except VideoDecodeError as error:
-            raise self._error(error.reason) from None
+            at, reason = error.index, error.reason
+            raise (self._error(reason) if at is None else self._frame_error(at, reason)) from None
 
 
 def _leave_to_others(num_pixels: float) -> None:
@@ -369,12 +368,6 @@ def _decord_times(spans: np.ndarray) -> tuple[np.ndarray, float]:
     return times[:-1], float(times[-1])
 
 
-def _require_plain_turns(tracks: Sequence[Mp4Track]) -> None:
-    """Leave mirrored videos to PyAV: decord and torchcodec turn by quarters and know nothing of mirrors."""
-    if not all(is_plain_turn(track.matrix) for track in tracks):
-        raise VideoDecodeError("its display matrix mirrors it or turns it by no multiple of 90 degrees")
-
-
 # --- torchcodec ------------------------------------------------------------------------------------------------------
 
 
@@ -390,7 +383,7 @@ class _TorchcodecReader(VideoReader):
     def __init__(self, source: Source, only_choice: bool) -> None:
         super().__init__(source)
         decoders = _import_backend("torchcodec")
-        _require_plain_turns(mp4_tracks(source.path))
+        require_plain_turns(mp4_tracks(source.path))
         self._decoder = decoders.VideoDecoder(
             source.path,
             dimension_order="NHWC",
@@ -412,7 +405,7 @@ class _TorchcodecReader(VideoReader):
     def _predicted_timeline(self, end_seconds: float) -> VideoTimeline | None:
         """The timeline of a constant rate, exact or in whole milliseconds (Matroska, WebM); None if neither fits."""
         num_frames, fps = len(self._decoder), self._decoder.metadata.average_fps_from_header
-        if not is_rate(fps) or abs(num_frames / fps - end_seconds) > 1.5e-3:
+        if not is_positive(fps) or abs(num_frames / fps - end_seconds) > 1.5e-3:
             return None
         rate = Fraction(fps).limit_denominator(1001)
         exact = np.arange(num_frames) * rate.denominator / rate.numerator
@@ -598,17 +591,14 @@ class _PyavReader(VideoReader):
         if self._converter is None or self._converter[0] != shape:
             graph = self._av.filter.Graph()
             scaled = [] if shape[:2] == self._size else [graph.add("scale", "{}:{}".format(*self._size))]
-            stages = [
+            graph.link_nodes(
                 graph.add_buffer(
                     width=frame.width, height=frame.height, format=frame.format.name, time_base=self._stream.time_base
                 ),
                 *scaled,
                 graph.add("format", "pix_fmts=rgb24"),
                 graph.add("buffersink"),
-            ]
-            for stage, following in itertools.pairwise(stages):
-                stage.link_to(following)
-            graph.configure()
+            ).configure()
             self._converter = (shape, graph)
         graph = self._converter[1]
         graph.push(frame)
@@ -659,16 +649,16 @@ class _PacketTable:
     @classmethod
     def from_packets(cls, stream: Any, packets: Iterator[Any], *, is_avi: bool = False) -> "_PacketTable":
         """The table of all packets. Those that an edit list cuts off are needed for decoding but not shown."""
-        listed, decoded, line = _Stamps(), _Stamps(), _TimeLine(stream.time_base)
-        keys, hidden, rate, tick_seconds = array("q"), array("q"), stream.average_rate, stream.time_base
+        listed, decoded, keys, hidden = array("q"), array("q"), array("q"), array("q")
+        rate, tick_seconds = stream.average_rate, stream.time_base
+        steps_back: dict[bool, tuple[int, int, int]] = {}
         # AVI stores no order of B-frames. Where ffmpeg does not derive it, time stamps keep the order of the file, and
         # only the times of decoding are evenly spaced.
         is_unordered = is_avi and stream.codec_context.has_b_frames
         has_stamps, highest, last_ticks = True, NO_TICKS, 0
-        for place, packet in enumerate(packet for packet in packets if packet.size):
+        for place, packet in enumerate(_watched(packets, tick_seconds, steps_back)):
             has_stamps = has_stamps and packet.pts is not None
-            listed.append(packet.pts)
-            line.follow(place, packet.dts)
+            listed.append(packet.pts or 0)
             if is_unordered and packet.dts is not None:
                 decoded.append(packet.dts)
             if packet.is_keyframe:
@@ -677,13 +667,13 @@ class _PacketTable:
                 hidden.append(place)
             elif has_stamps and packet.pts >= highest:
                 highest, last_ticks = packet.pts, packet.duration or 0
-        count, is_counted = len(listed.offsets), not has_stamps
+        count, is_counted = len(listed), not has_stamps
         if count == len(hidden):
             raise VideoDecodeError("its video track has no frames")
         if has_stamps:
-            is_counted = len(decoded.offsets) == count and bool(np.all(listed.ticks[1:] >= listed.ticks[:-1]))
-            followed = decoded if is_counted else listed
-            origin, file_stamps = followed.origin, followed.ticks
+            ticks = np.frombuffer(listed, dtype=np.int64)
+            is_counted = len(decoded) == count and bool(np.all(ticks[1:] >= ticks[:-1]))
+            origin, file_stamps = _packed(decoded if is_counted else listed)
         elif rate:
             origin, file_stamps = 0, np.arange(count, dtype=np.int32)
             tick_seconds, last_ticks = 1 / rate, 1
@@ -697,7 +687,7 @@ class _PacketTable:
             num_lost = int(np.count_nonzero(ordered[1:] == ordered[:-1]))
             shown = np.unique(shown) if hidden or num_lost else ordered
         if has_stamps:
-            line.require_one(num_lost, count)
+            _require_one_recording(steps_back, tick_seconds, num_lost, count)
         return cls(
             origin=origin,
             file_stamps=file_stamps,
@@ -759,73 +749,52 @@ class _PacketTable:
         return make_timeline(starts, end, self.rate, size, first_timestamp)
 
 
-class _Stamps:
-    """Time stamps, kept in 32 bits as long as these hold their distance from the first one.
+def _packed(stamps: "array[int]") -> tuple[int, np.ndarray]:
+    """The first time stamp and, in 32 bits, how far each is from it; 0 and themselves where 32 bits hold no more."""
+    ticks = np.frombuffer(stamps, dtype=np.int64)
+    origin = stamps[0]
+    if max(origin - int(ticks.min()), int(ticks.max()) - origin) >= 1 << 31:
+        return 0, ticks
+    return origin, np.subtract(ticks, origin, out=np.empty(len(ticks), np.int32), casting="unsafe")
 
-    Attributes:
-        origin: what is added to the offsets.
-        offsets: of the time stamps, in ticks; 0 where a packet has none.
+
+def _watched(
+    packets: Iterator[Any], tick_seconds: Fraction, steps_back: dict[bool, tuple[int, int, int]]
+) -> Iterator[Any]:
+    """The packets with content. Within a recording they are decoded at ascending times; those of the next one restart.
+
+    Args:
+        steps_back: gets (place, ticks, ticks before) of the first step back of more than `MAX_BACKWARD_SECONDS`, at
+            True, and of the first shorter one.
     """
-
-    def __init__(self) -> None:
-        self.origin, self.offsets = 0, array("i")
-
-    def append(self, stamp: int | None) -> None:
-        if stamp is None:
-            stamp = self.origin
-        elif not self.offsets:
-            self.origin = stamp
-        try:
-            self.offsets.append(stamp - self.origin)
-        except OverflowError:
-            self.offsets = array("q", (self.origin + offset for offset in self.offsets))
-            self.origin = 0
-            self.offsets.append(stamp)
-
-    @property
-    def ticks(self) -> np.ndarray:
-        """The offsets, without a copy."""
-        return np.frombuffer(self.offsets, dtype=self.offsets.typecode)
+    latest: int | None = None
+    for place, packet in enumerate(packet for packet in packets if packet.size):
+        ticks = packet.dts
+        if ticks is not None:
+            if latest is not None and ticks < latest:
+                is_far = (latest - ticks) * tick_seconds > MAX_BACKWARD_SECONDS
+                steps_back.setdefault(is_far, (place, ticks, latest))
+            latest = ticks
+        yield packet
 
 
-class _TimeLine:
-    """Watches when packets are decoded: within a recording the times ascend, those of the next one restart.
+def _require_one_recording(
+    steps_back: dict[bool, tuple[int, int, int]], tick_seconds: Fraction, num_lost: int, count: int
+) -> None:
+    """Refuse recordings that are joined without new time stamps: frames of the same time would hide each other.
 
-    It keeps (place, ticks, ticks before) of the first step back, and of the first that is longer than
-    `MAX_BACKWARD_SECONDS`.
+    Args:
+        steps_back: see `_watched`.
+        num_lost: packets whose time to be shown is that of another one.
+        count: of all packets.
     """
-
-    def __init__(self, tick_seconds: Fraction) -> None:
-        self._tick_seconds = tick_seconds
-        self._latest: int | None = None
-        self._back: tuple[int, int, int] | None = None
-        self._far_back: tuple[int, int, int] | None = None
-
-    def follow(self, place: int, ticks: int | None) -> None:
-        """The packet at this place is decoded at this time, None where unknown."""
-        if ticks is None:
-            return
-        latest, self._latest = self._latest, ticks
-        if latest is not None and ticks < latest and self._far_back is None:
-            step = place, ticks, latest
-            self._back = self._back or step
-            if (latest - ticks) * self._tick_seconds > MAX_BACKWARD_SECONDS:
-                self._far_back = step
-
-    def require_one(self, num_lost: int, count: int) -> None:
-        """Refuse recordings that are joined without new time stamps: frames of the same time would hide each other.
-
-        Args:
-            num_lost: packets whose time to be shown is that of another one.
-            count: of all packets.
-        """
-        step = self._back if num_lost else self._far_back
-        if step is not None:
-            new, old = (float(ticks * self._tick_seconds) for ticks in step[1:])
-            raise VideoDecodeError(
-                f"its time stamps restart at frame {step[0]} of {count} ({new:.3f} s after {old:.3f} "
-                "s), as if recordings were joined; join them anew with ffmpeg's concat demuxer"
-            )
+    step = min(steps_back.values(), default=None) if num_lost else steps_back.get(True)
+    if step is not None:
+        new, old = (float(ticks * tick_seconds) for ticks in step[1:])
+        raise VideoDecodeError(
+            f"its time stamps restart at frame {step[0]} of {count} ({new:.3f} s after {old:.3f} "
+            "s), as if recordings were joined; join them anew with ffmpeg's concat demuxer"
+        )
 
 
 def _frame_with(stamp: int, frames: Iterator[tuple[int | None, Any]]) -> Any:

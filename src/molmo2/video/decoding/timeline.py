@@ -8,9 +8,10 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TypeGuard
 
 import numpy as np
+
+from molmo2.values import is_positive
 
 # Headers average a variable rate over the frames less one, or over the duration of the file; some only guess.
 DECLARED_RATE_TOLERANCE = 0.25
@@ -23,11 +24,12 @@ BLOCK_FRAMES = 1 << 13  # whose times are computed at a time
 
 
 class VideoDecodeError(ValueError):
-    """A video, or a frame of it, cannot be read. The message names the file, the backend and the `reason`."""
+    """A video, or its frame `index`, cannot be read. The message names the file, the backend and the `reason`."""
 
-    def __init__(self, message: str, reason: str | None = None) -> None:
+    def __init__(self, message: str, reason: str | None = None, index: int | None = None) -> None:
         super().__init__(message)
         self.reason = message if reason is None else reason
+        self.index = index
 
 
 def brief(problem: object) -> str:
@@ -143,7 +145,7 @@ def _is_close(times: np.ndarray, rate: Fraction, first: int) -> np.ndarray:
 
 def _likely_rates(starts: np.ndarray, declared_fps: float | None) -> list[Fraction]:
     """Frame rates to try, as fractions like 30000/1001: the declared one, then the measured one."""
-    rates = [declared_fps] if is_rate(declared_fps) else []
+    rates = [declared_fps] if is_positive(declared_fps) else []
     if len(starts) > 1:
         rates.append((len(starts) - 1) / starts[-1])
     fractions = [Fraction(rate).limit_denominator(1001) for rate in rates]
@@ -152,16 +154,11 @@ def _likely_rates(starts: np.ndarray, declared_fps: float | None) -> list[Fracti
 
 def _average_fps(num_frames: int, duration_seconds: float, declared_fps: float | None) -> float:
     """The declared rate, as in the original, unless it is far from that of the frame times."""
-    if is_rate(declared_fps) and abs(declared_fps * duration_seconds / num_frames - 1) <= DECLARED_RATE_TOLERANCE:
+    if is_positive(declared_fps) and abs(declared_fps * duration_seconds / num_frames - 1) <= DECLARED_RATE_TOLERANCE:
         return float(declared_fps)
     if duration_seconds > 0:
         return num_frames / duration_seconds
-    return float(declared_fps) if is_rate(declared_fps) else 1.0
-
-
-def is_rate(fps: float | None) -> TypeGuard[float]:
-    """True for a finite positive frame rate."""
-    return fps is not None and bool(np.isfinite(float(fps))) and fps > 0
+    return float(declared_fps) if is_positive(declared_fps) else 1.0
 
 
 def undo_rounding(times: np.ndarray) -> np.ndarray:
