@@ -289,6 +289,11 @@ def test_clip_of_a_file():
     whole, part = processed([CFR30, CFR30], clip=[None, (0, 0.5)])["video_metadata"]
     assert len(whole.timestamps) == 8
     assert part.timestamps == [0.0, 0.5]
+    own = [{"clip": None}, {"num_frames": 3}]
+    whole, part = processed([CFR30, CFR30], clip=(0, 0.5), per_video_options=own)["video_metadata"]
+    assert len(whole.timestamps) == 8
+    assert part.timestamps == [0.0, 0.5]
+    assert Molmo2VideoProcessor().plan(4, clip=[None, (0, 0.5)]).num_frames == 4
 
 
 def test_clip_of_an_array():
@@ -571,8 +576,9 @@ def test_frames_without_times_are_taken_as_24_per_second(metadata, do_sample_fra
 @pytest.mark.parametrize("do_sample_frames", [True, False])
 def test_frames_with_an_impossible_rate(do_sample_frames):
     message = r'videos\[0\]: The video has no usable frame rate .*video_metadata={"fps": 30.0}'
-    with pytest.raises(ValueError, match=message):
-        processed([clip()], video_metadata=[{"fps": 0.0}], do_sample_frames=do_sample_frames)
+    for given in ({"fps": 0.0}, {"fps": 0.0, "timestamps": [0, 1, 2, 3, 4, 5]}):
+        with pytest.raises(ValueError, match=message):
+            processed([clip()], video_metadata=[given], do_sample_frames=do_sample_frames)
 
 
 def test_steps_of_pixels():

@@ -281,28 +281,27 @@ def _frame_times(item: VideoItem, num_frames: int, are_all: bool) -> _FrameTimes
         indices = range(num_frames)
     positions = np.asarray(indices)
     indices = np.floor(positions + 1e-6).astype(np.int64)  # of a file they may be fractions: which frame is shown then
-    if stamps is None:
-        if fps is None:
-            logger.warning_once(
-                f"{item.where} has no frame rate: its times in the prompt assume {DEFAULT_FPS:.0f} frames per second. "
-                'Pass the rate, video_metadata={"fps": 30.0}, or times in seconds, {"timestamps": [0.0, 0.5]}.'
+    seconds = None if stamps is None else np.asarray(stamps, dtype=np.float64).reshape(-1)
+    if seconds is not None:
+        if len(seconds) != num_frames or not np.all(np.isfinite(seconds)) or np.any(np.diff(seconds) < 0):
+            raise ValueError(
+                f"The timestamps of {item.where} have to be {num_frames} ascending seconds, one per frame; found "
+                f"{len(seconds)}: {seconds[:8].tolist()}."
             )
-            fps = DEFAULT_FPS
-        try:
-            fps = require_fps(fps)
-        except ValueError as error:
-            raise ValueError(f"{item.where}: {error}") from None
-        return _FrameTimes(indices, positions / fps, fps, positions)
-    seconds = np.asarray(stamps, dtype=np.float64).reshape(-1)
-    if len(seconds) != num_frames or not np.all(np.isfinite(seconds)) or np.any(np.diff(seconds) < 0):
-        raise ValueError(
-            f"The timestamps of {item.where} have to be {num_frames} ascending seconds, one per frame; found "
-            f"{len(seconds)}: {seconds[:8].tolist()}."
-        )
-    if fps is None:
         span = seconds[-1] - seconds[0]
-        fps = (num_frames - 1) / span if span > 0 else 1.0
-    fps = require_fps(fps)
+        fps = ((num_frames - 1) / span if span > 0 else 1.0) if fps is None else fps
+    elif fps is None:
+        logger.warning_once(
+            f"{item.where} has no frame rate: its times in the prompt assume {DEFAULT_FPS:.0f} frames per second. "
+            'Pass the rate, video_metadata={"fps": 30.0}, or times in seconds, {"timestamps": [0.0, 0.5]}.'
+        )
+        fps = DEFAULT_FPS
+    try:
+        fps = require_fps(fps)
+    except ValueError as error:
+        raise ValueError(f"{item.where}: {error}") from None
+    if seconds is None:
+        return _FrameTimes(indices, positions / fps, fps, positions)
     return _FrameTimes(indices, seconds, fps, seconds * fps)
 
 

@@ -750,9 +750,8 @@ class _PacketTable:
 
 
 def _packed(stamps: "array[int]") -> tuple[int, np.ndarray]:
-    """The first time stamp and, in 32 bits, how far each is from it; 0 and themselves where 32 bits hold no more."""
-    ticks = np.frombuffer(stamps, dtype=np.int64)
-    origin = stamps[0]
+    """Time stamps as an origin and their distances from it: from the first one in 32 bits, or else from 0 in 64."""
+    ticks, origin = np.frombuffer(stamps, dtype=np.int64), stamps[0]
     if max(origin - int(ticks.min()), int(ticks.max()) - origin) >= 1 << 31:
         return 0, ticks
     return origin, np.subtract(ticks, origin, out=np.empty(len(ticks), np.int32), casting="unsafe")
