@@ -66,7 +66,7 @@ class Molmo2VideoProcessorKwargs(VideosKwargs, total=False):
         fps: max_fps and sampling_fps in one, as other processors call it.
         clip: (start, end) in seconds, the part of each video to sample, or a list of them, one per video; the end may
             be None. The printed times stay those of the whole video.
-        do_sample_frames: False takes all frames of a decoded video; files are sampled nonetheless.
+        do_sample_frames, return_metadata: see `Molmo2VideoProcessor.preprocess`.
         video_backend: "decord", "torchcodec" or "pyav" to use this decoder only. `backend` is an alias.
         patch_size: side of a patch, in pixels.
         pooling_size: (rows, cols) of patches that become one token.
@@ -80,7 +80,6 @@ class Molmo2VideoProcessorKwargs(VideosKwargs, total=False):
         frame_encoder: `model.encode_frames`, to encode frames while the next are decoded. The output has
             `video_features` (T, text width) instead of pixel values and pooling indices, and the pixel values of a
             whole video are never in memory.
-        return_metadata: also return a list `video_metadata`.
     """
 
     frame_sample_mode: str | None
