@@ -13,7 +13,8 @@ transformers; what is written is the published spelling in full, because all rea
 import copy
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from numbers import Real
+from typing import Any, TypeGuard
 
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PretrainedConfig
@@ -30,6 +31,11 @@ def is_whole(value: Any) -> bool:
 def is_number(value: Any) -> bool:
     """Whether this is a finite number."""
     return is_whole(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def is_positive(value: Any) -> TypeGuard[float]:
+    """Whether this is a finite number above 0, also one of numpy."""
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < math.inf
 
 
 # --- src/molmo2/configuration.py -------------------------------------------------------------------------------------

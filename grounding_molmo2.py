@@ -95,14 +95,6 @@ class Point:
             return None
         return float(self.key) if self.frame is None else self.frame.time
 
-    @property
-    def seconds_to_frame(self) -> float:
-        """Distance from the time as written to the sampled frame, in seconds; 0 where that is unknown and for images.
-
-        Of two points of an object in one frame, the one with the smaller distance counts.
-        """
-        return 0.0 if self.frame is None else round(abs(float(self.key) - self.frame.time), 6)
-
 
 @dataclass(frozen=True, slots=True)
 class Track:
@@ -152,8 +144,12 @@ class MediaInfo:
     more_videos: tuple["MediaInfo", ...] = ()
 
     def frame_at(self, seconds: float) -> SampledFrame | None:
-        """The sampled frame for a printed time; None without sampled frames. See `TimestampIndex`."""
-        return TimestampIndex(self.sampled_frames).frame_at(seconds)
+        """The sampled frame for a printed time; None without sampled frames.
+
+        A time finds the frame whose own time is printed like it, with one decimal, else any; of several the nearest,
+        of equally near ones the first.
+        """
+        return _frame_at(_in_time(self.sampled_frames), seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,7 +300,9 @@ def _video_info(metadata: Any) -> MediaInfo:
 
     def get(name: str) -> Any:
         try:
-            return metadata.get(name) if isinstance(metadata, dict) else getattr(metadata, name, None)
+            if hasattr(metadata, "frames_indices"):  # the library's class, whose own `get` fails for other names
+                return getattr(metadata, name, None)
+            return metadata.get(name)
         except (TypeError, ValueError):  # the library computes some from others that may be missing
             return None
 
@@ -335,31 +333,21 @@ def _video_info(metadata: Any) -> MediaInfo:
     return MediaInfo(VIDEO, ((int(width), int(height)),) if width and height else (), frames)
 
 
-class TimestampIndex:
-    """Lookup of sampled frames by printed time.
+def _in_time(frames: Sequence[SampledFrame]) -> list[SampledFrame]:
+    return sorted(frames, key=lambda frame: frame.time)
 
-    A time finds the frame whose own time is printed like it, with one decimal; of several the nearest, of equally near
-    ones the first. A time that no frame is printed with finds the nearest frame.
-    """
 
-    def __init__(self, frames: Sequence[SampledFrame]):
-        self._frames = sorted(frames, key=lambda frame: frame.time)
-        self._times = [frame.time for frame in self._frames]
-        self._printed: dict[float, SampledFrame] = {}
-        for frame in self._frames:
-            key = float(f"{frame.time:.1f}")
-            other = self._printed.setdefault(key, frame)
-            if abs(frame.time - key) < abs(other.time - key):
-                self._printed[key] = frame
+def _frame_at(frames: Sequence[SampledFrame], seconds: float) -> SampledFrame | None:
+    """`MediaInfo.frame_at` of frames in the order of their times."""
 
-    def frame_at(self, seconds: float) -> SampledFrame | None:
-        if seconds in self._printed or not self._frames:
-            return self._printed.get(seconds)
-        after = bisect_left(self._times, seconds)
-        around = self._frames[max(0, after - 1) : after + 1]
-        if len(around) == 2 and around[1].time - seconds < seconds - around[0].time:
-            around = around[1:]
-        return self._frames[bisect_left(self._times, around[0].time)]
+    def place(time: float) -> int:
+        return bisect_left(frames, time, key=lambda frame: frame.time)
+
+    around = frames[max(0, place(seconds) - 1) : place(seconds) + 1]
+    if not around:
+        return None
+    found = min(around, key=lambda frame: (float(f"{frame.time:.1f}") != seconds, abs(frame.time - seconds)))
+    return frames[place(found.time)]
 
 
 # --- the scanner -----------------------------------------------------------------------------------------------------
@@ -549,14 +537,14 @@ class _Scanner:
     Attributes:
         found: The points, in the order of the text.
         tags: The tags with coordinates that have ended.
-        prose: The text around the tags.
+        prose: The text around the tags, with None for each.
         is_cut: The text ends inside a tag.
     """
 
     def __init__(self) -> None:
         self.found: list[_FoundPoint] = []
         self.tags: list[_OpenTag] = []
-        self.prose: list[str] = []
+        self.prose: list[Any] = []
         self.is_cut = False
         self._text, self._base, self._start, self._is_last = "", 0, 0, False
         self._num_legacy = 0
@@ -573,7 +561,7 @@ class _Scanner:
 
     def _read(self) -> Iterator[None]:
         while (opening := (yield from self._search(TAG_START, self.prose))) is not None:
-            self.prose.append(TAG_MARK)
+            self.prose.append(None)
             tag = _OpenTag("tracks" if opening[1][0] in "tT" else "points", self._at(opening.start()))
             end = yield from self._read_opening(tag)
             self.is_cut |= not end
@@ -769,7 +757,7 @@ class GroundingStream:
     def __init__(self, media: Any = None, *, kind: str | None = None):
         self._media = media_info(media, kind)
         self._about = MediaInfo("") if self._media is None else self._media
-        self._frames = TimestampIndex(self._about.sampled_frames)
+        self._frames = _in_time(self._about.sampled_frames)
         self._scanner = _Scanner()
         self._pieces: list[str] = []
         self._num_found = 0
@@ -803,7 +791,7 @@ class GroundingStream:
             if found.key is None:
                 return None
             key: int | float = float(found.key)
-            size, index, frame = next(iter(self._about.sizes), None), None, self._frames.frame_at(key)
+            size, index, frame = next(iter(self._about.sizes), None), None, _frame_at(self._frames, key)
         else:
             number = 1.0 if found.key is None else float(found.key)
             sizes = self._about.image_sizes if self._about.kind == VIDEO else self._about.sizes
@@ -848,7 +836,8 @@ class GroundingStream:
             Tag(tag.kind, labels[id(tag)], tag.alt, (tag.start, tag.end), tag.truncated, tuple(by_tag[id(tag)]))
             for tag in scanner.tags
         )
-        count, is_none = _read_counts("".join(scanner.prose), bool(points))
+        prose = (TAG_MARK if text is None else text.replace(TAG_MARK, "\ufffd") for text in scanner.prose)
+        count, is_none = _read_counts("".join(prose), bool(points))
         kind = self._about.kind or kind_of(points, tags)
         return Grounding(
             text="".join(self._pieces),

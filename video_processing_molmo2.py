@@ -29,7 +29,7 @@ from abc import ABC, abstractmethod
 from array import array
 from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, fields, replace
@@ -37,7 +37,7 @@ from fractions import Fraction
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, TypeGuard, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ from transformers.utils import logging
 from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import VideoMetadata
 
-from .configuration_molmo2 import is_number
+from .configuration_molmo2 import is_positive
 from .grounding_molmo2 import Grounding  # noqa: F401
 from .image_processing_molmo2 import (
     FRAME_SUFFIXES,
@@ -95,11 +95,12 @@ BLOCK_FRAMES = 1 << 13  # whose times are computed at a time
 
 
 class VideoDecodeError(ValueError):
-    """A video, or a frame of it, cannot be read. The message names the file, the backend and the `reason`."""
+    """A video, or its frame `index`, cannot be read. The message names the file, the backend and the `reason`."""
 
-    def __init__(self, message: str, reason: str | None = None) -> None:
+    def __init__(self, message: str, reason: str | None = None, index: int | None = None) -> None:
         super().__init__(message)
         self.reason = message if reason is None else reason
+        self.index = index
 
 
 def brief(problem: object) -> str:
@@ -215,7 +216,7 @@ def _is_close(times: np.ndarray, rate: Fraction, first: int) -> np.ndarray:
 
 def _likely_rates(starts: np.ndarray, declared_fps: float | None) -> list[Fraction]:
     """Frame rates to try, as fractions like 30000/1001: the declared one, then the measured one."""
-    rates = [declared_fps] if is_rate(declared_fps) else []
+    rates = [declared_fps] if is_positive(declared_fps) else []
     if len(starts) > 1:
         rates.append((len(starts) - 1) / starts[-1])
     fractions = [Fraction(rate).limit_denominator(1001) for rate in rates]
@@ -224,16 +225,11 @@ def _likely_rates(starts: np.ndarray, declared_fps: float | None) -> list[Fracti
 
 def _average_fps(num_frames: int, duration_seconds: float, declared_fps: float | None) -> float:
     """The declared rate, as in the original, unless it is far from that of the frame times."""
-    if is_rate(declared_fps) and abs(declared_fps * duration_seconds / num_frames - 1) <= DECLARED_RATE_TOLERANCE:
+    if is_positive(declared_fps) and abs(declared_fps * duration_seconds / num_frames - 1) <= DECLARED_RATE_TOLERANCE:
         return float(declared_fps)
     if duration_seconds > 0:
         return num_frames / duration_seconds
-    return float(declared_fps) if is_rate(declared_fps) else 1.0
-
-
-def is_rate(fps: float | None) -> TypeGuard[float]:
-    """True for a finite positive frame rate."""
-    return fps is not None and bool(np.isfinite(float(fps))) and fps > 0
+    return float(declared_fps) if is_positive(declared_fps) else 1.0
 
 
 def undo_rounding(times: np.ndarray) -> np.ndarray:
@@ -485,7 +481,7 @@ class DecordProcess:
             answer = self._answer(self._patience)
             if "error" in answer:
                 self.is_busy = False
-                raise FrameError(answer["error"], answer["index"])
+                raise VideoDecodeError(answer["error"], index=answer["index"] or 0)
             if "more" in answer:
                 self.is_busy = False
                 if answer["more"]:
@@ -501,21 +497,29 @@ class DecordProcess:
         return SILENT_SECONDS + self._file_bytes / READ_BYTES_PER_SECOND
 
     def _ask(self, request: dict[str, Any]) -> None:
-        self.is_busy = True
-        try:
+        def send() -> None:
             self._child.stdin.write(json.dumps(request).encode() + b"\n")
             self._child.stdin.flush()
+
+        self.is_busy = True
+        try:
+            self._within(self._patience, send)  # a pipe may be full
         except OSError:
             raise self._death() from None
 
     def _answer(self, seconds: float) -> dict[str, Any]:
         """The next line of the child, which has to come within this time."""
-        self._deadline = time.monotonic() + seconds
-        line = self._child.stdout.readline()
-        self._deadline = math.inf
+        line = self._within(seconds, self._child.stdout.readline)
         if not line.endswith(b"\n"):
             raise self._death()
         return json.loads(line)
+
+    def _within(self, seconds: float, transfer: Callable[[], Any]) -> Any:
+        """What `transfer` gives; the child is ended if that takes longer than this."""
+        self._deadline = time.monotonic() + seconds
+        result = transfer()
+        self._deadline = math.inf
+        return result
 
     def _kill_at_deadline(self) -> None:
         while not self._ended.wait(WATCH_SECONDS):
@@ -525,8 +529,11 @@ class DecordProcess:
                 return
 
     def _read_into(self, array: np.ndarray) -> None:
-        if array.nbytes and self._child.stdout.readinto(memoryview(array.data).cast("B")) != array.nbytes:
-            raise self._death()
+        """Read what follows a line of the child, which has to come within the same time."""
+        if array.nbytes:
+            read = partial(self._child.stdout.readinto, memoryview(array.data).cast("B"))
+            if self._within(self._patience, read) != array.nbytes:
+                raise self._death()
 
     def _death(self) -> VideoDecodeError:
         self.kill()
@@ -545,14 +552,6 @@ def _may_be_mpeg4(path: str) -> bool:
         return MPEG4_SIGN.search(head + file.read()) is not None
 
 
-class FrameError(VideoDecodeError):
-    """A frame cannot be decoded; `index` says which."""
-
-    def __init__(self, reason: str, index: int | None) -> None:
-        super().__init__(reason)
-        self.index = index
-
-
 # --- src/molmo2/video/decoding/orientation.py ------------------------------------------------------------------------
 # How stored frames are turned and mirrored to be shown upright, the same for every decoder.
 
@@ -567,13 +566,6 @@ def matrix_from_bytes(data: bytes, byte_order: str = "=") -> Matrix:
     """The part of a display matrix that turns, from nine 32-bit numbers: three rows of three."""
     a, b, _, c, d = struct.unpack(f"{byte_order}5i", data[:20])
     return a / 65536, b / 65536, c / 65536, d / 65536
-
-
-def is_plain_turn(matrix: Matrix) -> bool:
-    """Whether a display matrix turns by quarters without mirroring. One without direction, as of zeros, turns by 0."""
-    a, b, c, d = matrix
-    angle = _angle(matrix)
-    return angle is None or (abs(angle - 90 * round(angle / 90)) < 1 and a * d - b * c >= 0)
 
 
 def upright(frame: np.ndarray, matrix: Matrix) -> np.ndarray:
@@ -603,16 +595,19 @@ def _angle(matrix: Matrix) -> float | None:
     return math.degrees(math.atan2(b / down, a / across))
 
 
-@dataclass(frozen=True)
-class Mp4Track:
-    """What an MP4 or QuickTime file says about a video track.
-
-    Attributes:
-        num_pixels: of all its frames together; 0 where it does not say, as in fragmented files.
-    """
+class Mp4Track(NamedTuple):
+    """What an MP4 or QuickTime file says about a video track."""
 
     matrix: Matrix
-    num_pixels: float
+    num_pixels: float  # of all its frames together; 0 where it does not say, as in fragmented files
+
+
+def require_plain_turns(tracks: Iterable[Mp4Track]) -> None:
+    """Leave mirrored videos to PyAV: decord and torchcodec turn by quarters and know nothing of mirrors."""
+    for matrix, _ in tracks:
+        angle, (a, b, c, d) = _angle(matrix), matrix
+        if angle is not None and (abs(angle - 90 * round(angle / 90)) >= 1 or a * d - b * c < 0):
+            raise VideoDecodeError("its display matrix mirrors it or turns it by no multiple of 90 degrees")
 
 
 def mp4_tracks(path: str) -> list[Mp4Track]:
@@ -946,7 +941,7 @@ class _DecordReader(VideoReader):
     def __init__(self, source: Source, only_choice: bool) -> None:
         super().__init__(source)
         tracks = mp4_tracks(source.path)
-        _require_plain_turns(tracks)
+        require_plain_turns(tracks)
         if not only_choice:  # known without a child
             _leave_to_others(max((track.num_pixels for track in tracks), default=0))
         process = self._process = DecordProcess.borrow()
@@ -976,10 +971,9 @@ class _DecordReader(VideoReader):
             self._process.open(self._source.path, self._source.limits, self._source.name)
         try:
             yield from self._process.decode(indices, self.timeline.num_frames)
-        except FrameError as error:
-            raise self._frame_error(error.index or 0, error.reason) from None
         except VideoDecodeError as error:
-            raise self._error(error.reason) from None
+            at, reason = error.index, error.reason
+            raise (self._error(reason) if at is None else self._frame_error(at, reason)) from None
 
 
 def _leave_to_others(num_pixels: float) -> None:
@@ -1002,12 +996,6 @@ def _decord_times(spans: np.ndarray) -> tuple[np.ndarray, float]:
     return times[:-1], float(times[-1])
 
 
-def _require_plain_turns(tracks: Sequence[Mp4Track]) -> None:
-    """Leave mirrored videos to PyAV: decord and torchcodec turn by quarters and know nothing of mirrors."""
-    if not all(is_plain_turn(track.matrix) for track in tracks):
-        raise VideoDecodeError("its display matrix mirrors it or turns it by no multiple of 90 degrees")
-
-
 # --- torchcodec ------------------------------------------------------------------------------------------------------
 
 
@@ -1023,7 +1011,7 @@ class _TorchcodecReader(VideoReader):
     def __init__(self, source: Source, only_choice: bool) -> None:
         super().__init__(source)
         decoders = _import_backend("torchcodec")
-        _require_plain_turns(mp4_tracks(source.path))
+        require_plain_turns(mp4_tracks(source.path))
         self._decoder = decoders.VideoDecoder(
             source.path,
             dimension_order="NHWC",
@@ -1045,7 +1033,7 @@ class _TorchcodecReader(VideoReader):
     def _predicted_timeline(self, end_seconds: float) -> VideoTimeline | None:
         """The timeline of a constant rate, exact or in whole milliseconds (Matroska, WebM); None if neither fits."""
         num_frames, fps = len(self._decoder), self._decoder.metadata.average_fps_from_header
-        if not is_rate(fps) or abs(num_frames / fps - end_seconds) > 1.5e-3:
+        if not is_positive(fps) or abs(num_frames / fps - end_seconds) > 1.5e-3:
             return None
         rate = Fraction(fps).limit_denominator(1001)
         exact = np.arange(num_frames) * rate.denominator / rate.numerator
@@ -1231,17 +1219,14 @@ class _PyavReader(VideoReader):
         if self._converter is None or self._converter[0] != shape:
             graph = self._av.filter.Graph()
             scaled = [] if shape[:2] == self._size else [graph.add("scale", "{}:{}".format(*self._size))]
-            stages = [
+            graph.link_nodes(
                 graph.add_buffer(
                     width=frame.width, height=frame.height, format=frame.format.name, time_base=self._stream.time_base
                 ),
                 *scaled,
                 graph.add("format", "pix_fmts=rgb24"),
                 graph.add("buffersink"),
-            ]
-            for stage, following in itertools.pairwise(stages):
-                stage.link_to(following)
-            graph.configure()
+            ).configure()
             self._converter = (shape, graph)
         graph = self._converter[1]
         graph.push(frame)
@@ -1292,16 +1277,16 @@ class _PacketTable:
     @classmethod
     def from_packets(cls, stream: Any, packets: Iterator[Any], *, is_avi: bool = False) -> "_PacketTable":
         """The table of all packets. Those that an edit list cuts off are needed for decoding but not shown."""
-        listed, decoded, line = _Stamps(), _Stamps(), _TimeLine(stream.time_base)
-        keys, hidden, rate, tick_seconds = array("q"), array("q"), stream.average_rate, stream.time_base
+        listed, decoded, keys, hidden = array("q"), array("q"), array("q"), array("q")
+        rate, tick_seconds = stream.average_rate, stream.time_base
+        steps_back: dict[bool, tuple[int, int, int]] = {}
         # AVI stores no order of B-frames. Where ffmpeg does not derive it, time stamps keep the order of the file, and
         # only the times of decoding are evenly spaced.
         is_unordered = is_avi and stream.codec_context.has_b_frames
         has_stamps, highest, last_ticks = True, NO_TICKS, 0
-        for place, packet in enumerate(packet for packet in packets if packet.size):
+        for place, packet in enumerate(_watched(packets, tick_seconds, steps_back)):
             has_stamps = has_stamps and packet.pts is not None
-            listed.append(packet.pts)
-            line.follow(place, packet.dts)
+            listed.append(packet.pts or 0)
             if is_unordered and packet.dts is not None:
                 decoded.append(packet.dts)
             if packet.is_keyframe:
@@ -1310,13 +1295,13 @@ class _PacketTable:
                 hidden.append(place)
             elif has_stamps and packet.pts >= highest:
                 highest, last_ticks = packet.pts, packet.duration or 0
-        count, is_counted = len(listed.offsets), not has_stamps
+        count, is_counted = len(listed), not has_stamps
         if count == len(hidden):
             raise VideoDecodeError("its video track has no frames")
         if has_stamps:
-            is_counted = len(decoded.offsets) == count and bool(np.all(listed.ticks[1:] >= listed.ticks[:-1]))
-            followed = decoded if is_counted else listed
-            origin, file_stamps = followed.origin, followed.ticks
+            ticks = np.frombuffer(listed, dtype=np.int64)
+            is_counted = len(decoded) == count and bool(np.all(ticks[1:] >= ticks[:-1]))
+            origin, file_stamps = _packed(decoded if is_counted else listed)
         elif rate:
             origin, file_stamps = 0, np.arange(count, dtype=np.int32)
             tick_seconds, last_ticks = 1 / rate, 1
@@ -1330,7 +1315,7 @@ class _PacketTable:
             num_lost = int(np.count_nonzero(ordered[1:] == ordered[:-1]))
             shown = np.unique(shown) if hidden or num_lost else ordered
         if has_stamps:
-            line.require_one(num_lost, count)
+            _require_one_recording(steps_back, tick_seconds, num_lost, count)
         return cls(
             origin=origin,
             file_stamps=file_stamps,
@@ -1392,73 +1377,51 @@ class _PacketTable:
         return make_timeline(starts, end, self.rate, size, first_timestamp)
 
 
-class _Stamps:
-    """Time stamps, kept in 32 bits as long as these hold their distance from the first one.
+def _packed(stamps: "array[int]") -> tuple[int, np.ndarray]:
+    """Time stamps as an origin and their distances from it: from the first one in 32 bits, or else from 0 in 64."""
+    ticks, origin = np.frombuffer(stamps, dtype=np.int64), stamps[0]
+    if max(origin - int(ticks.min()), int(ticks.max()) - origin) >= 1 << 31:
+        return 0, ticks
+    return origin, np.subtract(ticks, origin, out=np.empty(len(ticks), np.int32), casting="unsafe")
 
-    Attributes:
-        origin: what is added to the offsets.
-        offsets: of the time stamps, in ticks; 0 where a packet has none.
+
+def _watched(
+    packets: Iterator[Any], tick_seconds: Fraction, steps_back: dict[bool, tuple[int, int, int]]
+) -> Iterator[Any]:
+    """The packets with content. Within a recording they are decoded at ascending times; those of the next one restart.
+
+    Args:
+        steps_back: gets (place, ticks, ticks before) of the first step back of more than `MAX_BACKWARD_SECONDS`, at
+            True, and of the first shorter one.
     """
-
-    def __init__(self) -> None:
-        self.origin, self.offsets = 0, array("i")
-
-    def append(self, stamp: int | None) -> None:
-        if stamp is None:
-            stamp = self.origin
-        elif not self.offsets:
-            self.origin = stamp
-        try:
-            self.offsets.append(stamp - self.origin)
-        except OverflowError:
-            self.offsets = array("q", (self.origin + offset for offset in self.offsets))
-            self.origin = 0
-            self.offsets.append(stamp)
-
-    @property
-    def ticks(self) -> np.ndarray:
-        """The offsets, without a copy."""
-        return np.frombuffer(self.offsets, dtype=self.offsets.typecode)
+    latest: int | None = None
+    for place, packet in enumerate(packet for packet in packets if packet.size):
+        ticks = packet.dts
+        if ticks is not None:
+            if latest is not None and ticks < latest:
+                is_far = (latest - ticks) * tick_seconds > MAX_BACKWARD_SECONDS
+                steps_back.setdefault(is_far, (place, ticks, latest))
+            latest = ticks
+        yield packet
 
 
-class _TimeLine:
-    """Watches when packets are decoded: within a recording the times ascend, those of the next one restart.
+def _require_one_recording(
+    steps_back: dict[bool, tuple[int, int, int]], tick_seconds: Fraction, num_lost: int, count: int
+) -> None:
+    """Refuse recordings that are joined without new time stamps: frames of the same time would hide each other.
 
-    It keeps (place, ticks, ticks before) of the first step back, and of the first that is longer than
-    `MAX_BACKWARD_SECONDS`.
+    Args:
+        steps_back: see `_watched`.
+        num_lost: packets whose time to be shown is that of another one.
+        count: of all packets.
     """
-
-    def __init__(self, tick_seconds: Fraction) -> None:
-        self._tick_seconds = tick_seconds
-        self._latest: int | None = None
-        self._back: tuple[int, int, int] | None = None
-        self._far_back: tuple[int, int, int] | None = None
-
-    def follow(self, place: int, ticks: int | None) -> None:
-        """The packet at this place is decoded at this time, None where unknown."""
-        if ticks is None:
-            return
-        latest, self._latest = self._latest, ticks
-        if latest is not None and ticks < latest and self._far_back is None:
-            step = place, ticks, latest
-            self._back = self._back or step
-            if (latest - ticks) * self._tick_seconds > MAX_BACKWARD_SECONDS:
-                self._far_back = step
-
-    def require_one(self, num_lost: int, count: int) -> None:
-        """Refuse recordings that are joined without new time stamps: frames of the same time would hide each other.
-
-        Args:
-            num_lost: packets whose time to be shown is that of another one.
-            count: of all packets.
-        """
-        step = self._back if num_lost else self._far_back
-        if step is not None:
-            new, old = (float(ticks * self._tick_seconds) for ticks in step[1:])
-            raise VideoDecodeError(
-                f"its time stamps restart at frame {step[0]} of {count} ({new:.3f} s after {old:.3f} "
-                "s), as if recordings were joined; join them anew with ffmpeg's concat demuxer"
-            )
+    step = min(steps_back.values(), default=None) if num_lost else steps_back.get(True)
+    if step is not None:
+        new, old = (float(ticks * tick_seconds) for ticks in step[1:])
+        raise VideoDecodeError(
+            f"its time stamps restart at frame {step[0]} of {count} ({new:.3f} s after {old:.3f} "
+            "s), as if recordings were joined; join them anew with ffmpeg's concat demuxer"
+        )
 
 
 def _frame_with(stamp: int, frames: Iterator[tuple[int | None, Any]]) -> Any:
@@ -1556,10 +1519,11 @@ def decode_video(
     Raises:
         MediaLimitError: the video is over one of its limits.
         VideoDecodeError: no backend can read it; the message has the reason of each.
-        ValueError: `backend` is not one of the three. Exceptions of `read` itself are passed on.
+        ValueError: `backend` is none of the three, or an empty list. Exceptions of `read` itself are passed on.
     """
     wanted = (backend,) if isinstance(backend, str) else backend
-    if wanted is not None and not set(wanted) <= set(BACKENDS):
+    is_known = isinstance(wanted, Collection) and len(wanted) > 0 and all(name in BACKENDS for name in wanted)
+    if wanted is not None and not is_known:
         raise ValueError(f"Unknown video backend {backend!r}. Use one of {', '.join(BACKENDS)}, or None to try all.")
     failures: dict[str, VideoDecodeError] = {}
     by_default = ("pillow",) if source.image_format == "WEBP" else BACKENDS
@@ -1673,7 +1637,7 @@ FPS = "fps"
 FRAME_SAMPLE_MODES = (UNIFORM_LAST_FRAME, FPS)
 
 MIN_SAMPLING_FPS = 1e-5
-MAX_SPREAD_FRAMES = 10_000_000
+MAX_SAMPLED_FRAMES = 10_000_000
 MAX_CANDIDATE_FPS = 8  # up to which the `fps` mode raises the sampling rate of short videos
 # 29.97 is meant as 30, 23.976 as 24: these broadcast rates are a factor of 1000/1001 slower than their name.
 NOMINAL_FPS_TOLERANCE = 0.0015
@@ -1681,14 +1645,7 @@ NOMINAL_FPS_TOLERANCE = 0.0015
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """Options of frame sampling, named as the keys of `video_preprocessor_config.json`.
-
-    Attributes:
-        num_frames: maximum number of frames of a video, at least 1.
-        frame_sample_mode: `"uniform_last_frame"` (evenly spread, always ending on the last frame) or `"fps"`
-            (a constant rate from the start).
-        max_fps: maximum rate of `uniform_last_frame`, in frames per second; None for no limit.
-        sampling_fps: minimum rate of `fps`, in frames per second.
+    """Options of frame sampling, see `Molmo2VideoProcessorKwargs`; named as in `video_preprocessor_config.json`.
 
     Raises:
         ValueError: a value is not usable; the message names it.
@@ -1704,17 +1661,15 @@ class SamplingSettings:
             raise ValueError(
                 f"Unknown frame_sample_mode {self.frame_sample_mode!r}. Use one of {', '.join(FRAME_SAMPLE_MODES)}."
             )
-        if not _is_positive(self.num_frames) or int(self.num_frames) != self.num_frames:
+        if not is_positive(self.num_frames) or int(self.num_frames) != self.num_frames:
             raise ValueError(
                 f"num_frames is {self.num_frames!r}, but a video needs a whole number of frames, 1 or more."
             )
-        if self.max_fps is not None and not _is_positive(self.max_fps):
+        if self.max_fps is not None and not is_positive(self.max_fps):
             raise ValueError(
                 f"max_fps is {self.max_fps!r}, but it has to be a positive number. Pass max_fps=None for no limit."
             )
-        if not _is_positive(self.sampling_fps):
-            raise ValueError(f"sampling_fps is {self.sampling_fps!r}, but it has to be a positive number.")
-        if self.sampling_fps < MIN_SAMPLING_FPS:
+        if not is_positive(self.sampling_fps) or self.sampling_fps < MIN_SAMPLING_FPS:
             raise ValueError(
                 f"sampling_fps is {self.sampling_fps!r}, but it has to be at least {MIN_SAMPLING_FPS}, a frame a day."
             )
@@ -1738,7 +1693,8 @@ def sample_times(duration_seconds: float, video_fps: float | None, settings: Sam
         (unless `num_frames` is 1), when the last frame is on display.
 
     Raises:
-        ValueError: the duration is not a finite number >= 0, or the `fps` mode has no usable frame rate.
+        ValueError: the duration is not a finite number >= 0, the `fps` mode has no usable frame rate, or more than
+            `MAX_SAMPLED_FRAMES` would be sampled.
     """
     if not math.isfinite(duration_seconds) or duration_seconds < 0:
         raise ValueError(f"The duration of the video is {duration_seconds!r} seconds; expected a finite number >= 0.")
@@ -1748,12 +1704,8 @@ def sample_times(duration_seconds: float, video_fps: float | None, settings: Sam
         return np.zeros(1)
     max_fps = settings.max_fps
     if max_fps is None or (settings.num_frames - 1) / max_fps < duration_seconds:
-        if settings.num_frames > MAX_SPREAD_FRAMES:
-            raise ValueError(
-                f"num_frames is {settings.num_frames:,}, as many as would be spread over {duration_seconds:g} s. Use "
-                f"at most {MAX_SPREAD_FRAMES:,}, or set max_fps."
-            )
-        return np.linspace(0, duration_seconds, num=settings.num_frames, endpoint=True, dtype=np.float64)
+        return np.linspace(0, duration_seconds, num=_limited(math.inf, settings), endpoint=True, dtype=np.float64)
+    _limited(duration_seconds * max_fps, settings)
     steps = np.arange(0.0, duration_seconds, step=1 / max_fps)
     # Rounding of 1/max_fps can yield one step too many, within a rounding error of the end.
     return np.append(steps[: settings.num_frames - 1], float(duration_seconds))
@@ -1774,7 +1726,8 @@ def sample_indices(total_num_frames: int, fps: float | None, settings: SamplingS
         (F,) int64, ascending, 1 <= F <= num_frames. A frame may repeat where max_fps is above `fps`, as in training.
 
     Raises:
-        ValueError: there is no frame, or `fps` is missing or not a positive number.
+        ValueError: there is no frame, `fps` is missing or not a positive number, or more than `MAX_SAMPLED_FRAMES`
+            would be sampled.
     """
     if total_num_frames < 1:
         raise ValueError(f"The video has {total_num_frames} frames; expected at least one.")
@@ -1786,7 +1739,7 @@ def sample_indices(total_num_frames: int, fps: float | None, settings: SamplingS
 
 def require_fps(fps: float | None) -> float:
     """The frame rate as a float, or an error that says how to pass one."""
-    if fps is None or not _is_positive(fps):
+    if not is_positive(fps):
         raise ValueError(
             f"The video has no usable frame rate (fps is {fps!r}), so the times of its frames are unknown. Pass the "
             'rate with the frames: video_metadata={"fps": 30.0}, or the times in seconds of all frames: '
@@ -1795,14 +1748,26 @@ def require_fps(fps: float | None) -> float:
     return float(fps)
 
 
+def _limited(count: float, settings: SamplingSettings) -> int:
+    """So many frames, or `num_frames` if these are fewer; an error for more than a list of times should hold."""
+    num_frames = min(count, settings.num_frames)
+    if num_frames > MAX_SAMPLED_FRAMES:
+        raise ValueError(
+            f"num_frames is {settings.num_frames:,}, and {num_frames:,.0f} frames would be sampled. Use at most "
+            f"{MAX_SAMPLED_FRAMES:,}, or limit the rate."
+        )
+    return int(num_frames)
+
+
 def _uniform_indices(total_num_frames: int, fps: float, settings: SamplingSettings) -> np.ndarray:
     last = total_num_frames - 1
     num_frames, max_fps = settings.num_frames, settings.max_fps
     if max_fps is not None and total_num_frames <= 2 and total_num_frames <= num_frames:
         return np.arange(total_num_frames, dtype=np.int64)
     if max_fps is None or total_num_frames / fps > (num_frames - 1) / max_fps:
-        spread = np.linspace(0, last, num=min(num_frames, total_num_frames), endpoint=True)
+        spread = np.linspace(0, last, num=_limited(total_num_frames, settings), endpoint=True)
         return spread.astype(np.int64)
+    _limited(last * max_fps / fps, settings)
     indices = np.round(np.arange(0.0, last, step=fps / max_fps)).astype(np.int64)
     if indices[-1] != last:
         indices = np.append(indices, last)
@@ -1815,8 +1780,7 @@ def _times_at_rate(duration_seconds: float, fps: float, settings: SamplingSettin
     for candidate in higher_rates:
         if settings.num_frames / candidate >= duration_seconds:
             rate = candidate
-    fitting = min(settings.num_frames, math.ceil(duration_seconds * rate) + 1)
-    times = np.arange(fitting, dtype=np.float64) / rate
+    times = np.arange(_limited(duration_seconds * rate + 2, settings), dtype=np.float64) / rate
     return times[: max(1, int(np.count_nonzero(times < duration_seconds)))]
 
 
@@ -1829,7 +1793,7 @@ def _indices_at_rate(total_num_frames: int, fps: float, settings: SamplingSettin
     whole_fps = _whole_fps(fps, settings.sampling_fps)
     rates = _candidate_rates(fps, settings.sampling_fps)
     if whole_fps is None:  # no rate divides this video: take the frame on display at each sampled time
-        fitting = min(settings.num_frames, math.ceil(total_num_frames * rates[0] / fps) + 1)
+        fitting = _limited(total_num_frames * rates[0] / fps + 2, settings)
         displayed = np.floor(np.arange(fitting) * (fps / rates[0]) + 1e-6).astype(np.int64)
         return displayed[displayed < total_num_frames]
     step, *smaller_steps = (max(1, round(whole_fps / rate)) for rate in rates)
@@ -1837,7 +1801,7 @@ def _indices_at_rate(total_num_frames: int, fps: float, settings: SamplingSettin
         count, candidate_count = total_num_frames // step, total_num_frames // candidate
         if count == 0 or count < candidate_count <= settings.num_frames:
             step = candidate
-    return np.arange(0, total_num_frames, step, dtype=np.int64)[: settings.num_frames]
+    return np.arange(_limited(math.ceil(total_num_frames / step), settings), dtype=np.int64) * step
 
 
 def _candidate_rates(fps: float, sampling_fps: float) -> list[float]:
@@ -1871,11 +1835,6 @@ def _whole_fps(fps: float, sampling_fps: float) -> int | None:
 def _divides(rate: float, whole_fps: int) -> bool:
     frames = whole_fps / rate
     return frames >= 1 and abs(frames - round(frames)) < 1e-6
-
-
-def _is_positive(value: float) -> bool:
-    is_number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-    return is_number and math.isfinite(value) and value > 0
 
 
 # --- src/molmo2/video/loading.py -------------------------------------------------------------------------------------
@@ -1929,17 +1888,11 @@ class VideoItem:
 
 @dataclass(frozen=True)
 class ReadingOptions:
-    """Options of reading videos.
+    """Options of reading one video, see `Molmo2VideoProcessorKwargs`.
 
     Attributes:
-        sampling: the sampling of frames.
-        do_sample_frames: False takes all frames of a decoded video; files are sampled nonetheless.
-        clip: (start, end) in seconds, the part of the video to sample; end None is the end of the video.
-        backend: the only video decoder to use; None tries all of them.
         input_data_format: "channels_last" or "channels_first", for arrays that could be either.
-        sample_timestamps_fn: replaces the sampling of a file; called with `metadata=`, returns seconds.
-        sample_indices_fn: the same, returning frame indices.
-        limits: what is refused of videos.
+        sample_timestamps_fn, sample_indices_fn: see `Molmo2VideoProcessor.fetch_videos`.
     """
 
     sampling: SamplingSettings
@@ -1956,10 +1909,8 @@ def list_videos(videos: Any, video_metadata: Any = None) -> list[VideoItem]:
     """The videos of a call in order, nested lists flattened, each with its metadata.
 
     Args:
-        videos: one video or a (nested) list of them. A video is a path, URL (http, https, file, data), base64 text,
-            bytes or an open binary file; a row {"bytes", "path"} of an undecoded column; an array or tensor
-            (T, H, W, C) or (T, C, H, W); a list of images (PIL, arrays, paths of image files); or a pair
-            (frames, metadata).
+        videos: one video or a (nested) list of them, see `ACCEPTED_VIDEOS`. Arrays and tensors are (T, H, W, C) or
+            (T, C, H, W), the images of a list PIL's, arrays or paths of image files.
         video_metadata: a dict or `VideoMetadata` per video, nested or flat; None if there is none.
 
     Raises:
@@ -1985,7 +1936,7 @@ def is_one_video(value: Any) -> bool:
     return (
         is_encoded(value)
         or is_stored_file(value)
-        or _has_metadata(value)
+        or has_metadata(value)
         or _num_axes(value) == 4
         or _is_list_of_frames(value)
     )
@@ -2136,30 +2087,30 @@ def _frame_times(item: VideoItem, num_frames: int, are_all: bool) -> _FrameTimes
         )
     if indices is None or len(indices) != num_frames:  # the indices are those of an earlier sampling
         indices = range(num_frames)
-    indices = np.asarray(indices)
-    if stamps is None:
-        if fps is None:
-            logger.warning_once(
-                f"{item.where} has no frame rate: its times in the prompt assume {DEFAULT_FPS:.0f} frames per second. "
-                'Pass the rate, video_metadata={"fps": 30.0}, or times in seconds, {"timestamps": [0.0, 0.5]}.'
+    positions = np.asarray(indices)
+    indices = np.floor(positions + 1e-6).astype(np.int64)  # of a file they may be fractions: which frame is shown then
+    seconds = None if stamps is None else np.asarray(stamps, dtype=np.float64).reshape(-1)
+    if seconds is not None:
+        if len(seconds) != num_frames or not np.all(np.isfinite(seconds)) or np.any(np.diff(seconds) < 0):
+            raise ValueError(
+                f"The timestamps of {item.where} have to be {num_frames} ascending seconds, one per frame; found "
+                f"{len(seconds)}: {seconds[:8].tolist()}."
             )
-            fps = DEFAULT_FPS
-        try:
-            fps = require_fps(fps)
-        except ValueError as error:
-            raise ValueError(f"{item.where}: {error}") from None
-        return _FrameTimes(indices, indices / fps, fps, indices)
-    seconds = np.asarray(stamps, dtype=np.float64).reshape(-1)
-    if len(seconds) != num_frames or not np.all(np.isfinite(seconds)) or np.any(np.diff(seconds) < 0):
-        raise ValueError(
-            f"The timestamps of {item.where} have to be {num_frames} ascending seconds, one per frame; found "
-            f"{len(seconds)}: {seconds[:8].tolist()}."
-        )
-    if fps is None:
         span = seconds[-1] - seconds[0]
-        fps = (num_frames - 1) / span if span > 0 else 1.0
-    fps = require_fps(fps)
-    return _FrameTimes(np.arange(num_frames), seconds, fps, seconds * fps)
+        fps = ((num_frames - 1) / span if span > 0 else 1.0) if fps is None else fps
+    elif fps is None:
+        logger.warning_once(
+            f"{item.where} has no frame rate: its times in the prompt assume {DEFAULT_FPS:.0f} frames per second. "
+            'Pass the rate, video_metadata={"fps": 30.0}, or times in seconds, {"timestamps": [0.0, 0.5]}.'
+        )
+        fps = DEFAULT_FPS
+    try:
+        fps = require_fps(fps)
+    except ValueError as error:
+        raise ValueError(f"{item.where}: {error}") from None
+    if seconds is None:
+        return _FrameTimes(indices, positions / fps, fps, positions)
+    return _FrameTimes(indices, seconds, fps, seconds * fps)
 
 
 def _is_sampled(given: Mapping[str, Any], num_frames: int) -> bool:
@@ -2175,7 +2126,7 @@ def _is_sampled(given: Mapping[str, Any], num_frames: int) -> bool:
 def _chosen_frames(item: VideoItem, times: _FrameTimes, options: ReadingOptions) -> np.ndarray:
     """Indices of the sampled frames among the passed ones."""
     num_frames, total = len(item.video), _total_num_frames(item)
-    if total > num_frames:
+    if not 1 <= total <= num_frames:
         raise ValueError(
             f"The metadata of {item.where} says total_num_frames={total}, but {num_frames} frames were passed. Pass "
             "all frames, or correct the number; for frames that were sampled before, pass do_sample_frames=False and "
@@ -2209,7 +2160,7 @@ def _rgb_frame(item: VideoItem, frame: Any, index: int, options: ReadingOptions)
 
 def _flatten(videos: Any, where: str) -> Iterator[VideoItem]:
     """The videos of a nested list in order, not yet with the metadata of the call."""
-    if _has_metadata(videos):
+    if has_metadata(videos):
         yield VideoItem(where, stored_file(videos[0]), videos[1])
     elif is_one_video(videos):
         is_path_list = isinstance(videos, (list, tuple)) and _are_image_paths(videos)
@@ -2222,7 +2173,7 @@ def _flatten(videos: Any, where: str) -> Iterator[VideoItem]:
         raise TypeError(f"{where} is a {type(videos).__name__}{shape}, which is no video. Pass {ACCEPTED_VIDEOS}.")
 
 
-def _has_metadata(value: Any) -> bool:
+def has_metadata(value: Any) -> bool:
     """True for a pair (video, metadata)."""
     is_pair = isinstance(value, (list, tuple)) and len(value) == 2
     return is_pair and isinstance(value[1], Mapping) and not is_stored_file(value[1])
@@ -2290,7 +2241,7 @@ class Molmo2VideoProcessorKwargs(VideosKwargs, total=False):
         fps: max_fps and sampling_fps in one, as other processors call it.
         clip: (start, end) in seconds, the part of each video to sample, or a list of them, one per video; the end may
             be None. The printed times stay those of the whole video.
-        do_sample_frames: False takes all frames of a decoded video; files are sampled nonetheless.
+        do_sample_frames, return_metadata: see `Molmo2VideoProcessor.preprocess`.
         video_backend: "decord", "torchcodec" or "pyav" to use this decoder only. `backend` is an alias.
         patch_size: side of a patch, in pixels.
         pooling_size: (rows, cols) of patches that become one token.
@@ -2299,17 +2250,11 @@ class Molmo2VideoProcessorKwargs(VideosKwargs, total=False):
             default, makes every frame a key frame.
         between_pooling_size: (rows, cols) of patches that become one token of a frame between key frames.
         do_resize: False refuses frames that do not have the size of a crop.
-        do_rescale, rescale_factor, do_normalize: whether pixels are multiplied by the factor (floating point frames,
-            of 0..1, by 255 times it), and whether mean and std are applied.
-        pixel_dtype: "float32", or "uint8": a quarter of the memory, normalised by the model to the same numbers.
-        device: device on which frames are resized and normalised, the CPU by default; a GPU rounds a few pixels
-            differently.
+        do_rescale, rescale_factor, do_normalize, image_mean, image_std, pixel_dtype, device, limits, return_tensors:
+            as in `Molmo2ImageProcessorKwargs`, for the frames and videos.
         frame_encoder: `model.encode_frames`, to encode frames while the next are decoded. The output has
             `video_features` (T, text width) instead of pixel values and pooling indices, and the pixel values of a
             whole video are never in memory.
-        limits: a `MediaLimits`, what is refused of videos.
-        return_metadata: also return a list `video_metadata`.
-        return_tensors: "pt" for torch tensors, "np" or None for numpy arrays.
     """
 
     frame_sample_mode: str | None
@@ -2352,9 +2297,7 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
     Args:
         size: height and width of a frame for the model; an int for a square one.
         resample: the filter by PIL's number: 2 bilinear, 3 bicubic, 0 nearest.
-        image_mean, image_std: per channel, or one number for all, applied after scaling to 0..1.
-        num_frames, frame_sample_mode, max_fps, sampling_fps: sampling of frames, see `Molmo2VideoProcessorKwargs`.
-        patch_size, pooling_size: side of a patch; rows and columns of patches that become one token.
+        kwargs: the others are those of one call, see `Molmo2VideoProcessorKwargs`.
 
     Raises:
         ValueError: an option makes no sense; the message names it.
@@ -2407,7 +2350,7 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
             num_frames: sampled frames.
             overrides: options as for `preprocess`, for example `pooling_size=2`.
         """
-        return self._options(overrides).plan(num_frames)
+        return self._options({**overrides, "clip": None}).plan(num_frames)  # which may be one per video
 
     def get_num_of_video_patches(
         self, num_frames: int, height: int | None = None, width: int | None = None, videos_kwargs: Any = None
@@ -2453,20 +2396,21 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
         Raises:
             FileNotFoundError, TypeError, ValueError: a video cannot be read, or an option makes no sense.
         """
-        call = {**kwargs, "do_sample_frames": do_sample_frames, "return_metadata": return_metadata}
+        call = {**kwargs, "clip": None, "do_sample_frames": do_sample_frames, "return_metadata": return_metadata}
         options = self._options(call)
         items = list_videos(videos, video_metadata)
         own_options = options_of_each(per_video_options, len(items))
         clips = clips_per_video(kwargs.get("clip"), len(items))
-        clips = [clips_per_video(own.get("clip", clip), 1)[0] for clip, own in zip(clips, own_options)]
-        chosen = [self._options({**call, **own}) if own else options for own in own_options]
+        chosen = [self._options({**call, "clip": clip, **own}) for clip, own in zip(clips, own_options)]
         shared = _shared_options(chosen) if chosen else options
-        cut = [_cut(*video) for video in zip(items, chosen, clips)]
+        cut = [_cut(*video) for video in zip(items, chosen)]
         plans = [own.plan(len(metadata.timestamps)) for own, (_, metadata) in zip(chosen, cut)]
         grids = [grid for plan in plans for grid in plan.grids]
         data: dict[str, Any] = {}
         if shared.frame_encoder is None:
-            data["pixel_values_videos"] = _pixel_values([pixels for pixels, _ in cut], shared)
+            pixels = [pixels for pixels, _ in cut]
+            joined = pixels[0] if len(pixels) == 1 else torch.cat([shared.empty(0), *pixels])
+            data["pixel_values_videos"] = as_output(joined)
             window = max(own.crops.pool_height * own.crops.pool_width for own in chosen or [options])
             data["video_token_pooling"] = stack_pooling([video_token_pooling(plan) for plan in plans], window)
         elif cut:
@@ -2509,10 +2453,9 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
             return [frames for frames, _ in fetched], [metadata for _, metadata in fetched]
         (item,) = list_videos(video_url_or_urls)
         if not is_encoded(item.video):
-            return item.video, item.metadata or None
+            return item.video, item.metadata if has_metadata(video_url_or_urls) else None
         reading = replace(
             self._options(kwargs).reading,
-            clip=clips_per_video(kwargs.get("clip"), 1)[0],
             sample_timestamps_fn=sample_timestamps_fn,
             sample_indices_fn=sample_indices_fn,
         )
@@ -2530,13 +2473,14 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
         values, given = self._values(), self._given(overrides)
         fps = plain(given.get("fps", values["fps"]))
         if fps is not None:
-            if not is_number(fps) or fps <= 0:
+            if not is_positive(fps):
                 raise ValueError(f"fps is {fps!r:.80}. Pass one positive number, frames per second, for all videos.")
             given = {"max_fps": fps, "sampling_fps": fps} | given
         values = self._canonical(values | given)
         reading = ReadingOptions(
             sampling=SamplingSettings(**{entry.name: values[entry.name] for entry in fields(SamplingSettings)}),
             do_sample_frames=values["do_sample_frames"],
+            clip=clips_per_video(overrides.get("clip"), 1)[0],
             backend=values["video_backend"],
             input_data_format=overrides.get("input_data_format"),
             limits=self._limits(overrides),
@@ -2615,9 +2559,7 @@ def _shared_options(chosen: Sequence[VideoOptions]) -> VideoOptions:
     return chosen[0]
 
 
-def _cut(
-    item: VideoItem, options: VideoOptions, clip: tuple[float, float | None] | None
-) -> tuple[Any, SampledVideoMetadata]:
+def _cut(item: VideoItem, options: VideoOptions) -> tuple[Any, SampledVideoMetadata]:
     """The sampled frames of a video as pixel values, (F, P, values), or as features; one is decoded at a time."""
 
     def consume(frames: Iterator[np.ndarray], num_frames: int) -> torch.Tensor:
@@ -2631,14 +2573,7 @@ def _cut(
         with closing(read_ahead(frames, FRAMES_AHEAD)) as ahead:
             return frame_pixel_values(ahead, num_frames, options)
 
-    return read_video(item, replace(options.reading, clip=clip), consume)
-
-
-def _pixel_values(cut: list[torch.Tensor], options: VideoOptions) -> Any:
-    """The pixel values of all videos, (frames, patches, values) in one array."""
-    if len(cut) == 1:
-        return as_output(cut[0])
-    return as_output(torch.cat([options.empty(0), *cut]))
+    return read_video(item, options.reading, consume)
 
 
 def clips_per_video(clip: Any, num_videos: int) -> list[tuple[float, float | None] | None]:
