@@ -39,31 +39,30 @@ def mask_of(kind, queries):
 def test_the_numbers_are_those_of_the_library(queries, kind, dtype):
     query, key, value = states(queries, dtype)
     mask = mask_of(kind, queries)
-    found, _ = sdpa_grouped_decode(MODULE, query, key, value, mask, dropout=0.0, scaling=0.3)
+    found = sdpa_grouped_decode(query, key, value, mask, scaling=0.3, dropout=0.0)
     # releases differ in what they do with masks that are longer than the keys
     shown = None if mask is None else mask[..., :KEYS].expand(-1, -1, queries, -1)
     expected, _ = sdpa_attention_forward(MODULE, query, key, value, shown, dropout=0.0, scaling=0.3)
     torch.testing.assert_close(found, expected, rtol=PRECISION[dtype], atol=PRECISION[dtype])
 
 
-def chosen(query, key, value, mask, is_causal=True):
+def chosen(query, key, mask, is_causal=True):
     module = Molmo2AttentionBase.__new__(Molmo2AttentionBase)
     torch.nn.Module.__init__(module)
     module.is_causal = is_causal
-    return module._sdpa_function(query, key, mask)
+    return module._is_grouped_decode(query, key, mask)
 
 
 def test_it_is_chosen_for_few_queries_of_heads_that_share_keys():
-    query, key, value = states(1)
-    assert chosen(query, key, value, None) is sdpa_grouped_decode
-    assert chosen(*states(15), mask_of("each", 15)) is sdpa_grouped_decode
-    assert chosen(*states(16), mask_of("each", 16)) is sdpa_attention_forward
-    assert chosen(query[:, :KEY_HEADS], key, value, None) is sdpa_attention_forward
-    assert chosen(query, key, value, torch.zeros(3, 1, 1, KEYS)) is sdpa_attention_forward  # added to the scores
-    query, key, value = states(5)
-    prefill = query, key[:, :, :5], value[:, :, :5]
-    assert chosen(*prefill, None) is sdpa_attention_forward
-    assert chosen(*prefill, None, is_causal=False) is sdpa_grouped_decode
+    query, key, _ = states(1)
+    assert chosen(query, key, None)
+    assert chosen(*states(15)[:2], mask_of("each", 15))
+    assert not chosen(*states(16)[:2], mask_of("each", 16))
+    assert not chosen(query[:, :KEY_HEADS], key, None)
+    assert not chosen(query, key, torch.zeros(3, 1, 1, KEYS))  # added to the scores
+    query, key, _ = states(5)
+    assert not chosen(query, key[:, :, :5], None)
+    assert chosen(query, key[:, :, :5], None, is_causal=False)
 
 
 @pytest.mark.parametrize("names", [("image",), ("text", "image")], ids=["alone", "padded"])
@@ -71,9 +70,9 @@ def test_it_is_chosen_for_few_queries_of_heads_that_share_keys():
 def test_every_step_of_decoding_takes_it(names, monkeypatch):
     model, calls = without_stopping(build_model("qwen3")), []
 
-    def noted(module, query, *args, **kwargs):
+    def noted(query, *args):
         calls.append(query.shape[2])
-        return sdpa_grouped_decode(module, query, *args, **kwargs)
+        return sdpa_grouped_decode(query, *args)
 
     settings = {"max_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     monkeypatch.setattr(attention, "sdpa_grouped_decode", noted)

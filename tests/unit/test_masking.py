@@ -115,8 +115,6 @@ def test_examples_by_positions_that_restart():
     assert split_examples_by_position_ids(spec, torch.tensor([[0, 1, 2]]), 1) is spec
     split = split_examples_by_position_ids(spec, torch.tensor([[0, 1, 0]]), 2)
     assert (split.is_visual is spec.is_visual, split.example_ids.tolist()) == (True, [[0, 0, 1]] * 2)
-    told = AttentionSpec(example_ids=torch.tensor([[0, 1, 1]]))
-    assert split_examples_by_position_ids(told, torch.tensor([[0, 1, 0]]), 1) is told
 
 
 def test_only_a_prefill_starts_a_sequence():

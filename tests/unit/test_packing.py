@@ -9,7 +9,6 @@ import torch
 from transformers import DynamicCache
 
 from molmo2.model.attention.blockwise import BlockwiseMask
-from molmo2.model.attention.mask import attention_spec
 from molmo2.model.loss import shift_labels, weighted_loss
 from molmo2.model.packing import packed_rows, require_packed_layout
 from molmo2.model.vision_inputs import token_groups
@@ -356,9 +355,13 @@ def test_a_packed_row_may_be_longer_than_the_longest_prompt(qwen3):
         model(**inputs)
 
 
-def test_flash_has_no_mask_for_packed_rows():
-    tables = attention_spec(None, packed_rows(None, digits("0011"), None, (1, 4)))
-    assert not tables.is_empty()  # so that `attention_implementation` takes sdpa
+def test_flash_has_no_mask_for_packed_rows(qwen3, monkeypatch):
+    text = qwen3.get_decoder()
+    monkeypatch.setattr(text.config, "_attn_implementation_internal", "flash_attention_2")
+    rows = packed_rows(None, digits("0011"), None, (1, 4))
+    embeds = torch.zeros(1, 4, text.config.hidden_size)
+    arguments, _ = text._layer_arguments(embeds, None, None, None, None, rows, False, None)
+    assert arguments["implementation"] == "sdpa"
 
 
 # --- weights of labels -----------------------------------------------------------------------------------------------

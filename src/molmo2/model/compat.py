@@ -14,17 +14,11 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-_MASK_PARAMETERS = inspect.signature(create_causal_mask).parameters
-_EMBEDS_NAME = "inputs_embeds" if "inputs_embeds" in _MASK_PARAMETERS else "input_embeds"
-_MASK_WANTS_CACHE_POSITION = (
-    "cache_position" in _MASK_PARAMETERS and _MASK_PARAMETERS["cache_position"].default is inspect.Parameter.empty
-)
+_MASK_PARAMETERS = frozenset(inspect.signature(create_causal_mask).parameters)
 # What the library calls `past_key_values` in arguments, outputs and options of `generate`: "cache" from 5.24 on.
 CACHE_NAME = next(
     field.name for field in fields(BaseModelOutputWithPast) if field.name in ("past_key_values", "cache")
 )
-_CACHE_TAKES_KWARGS_DICT = "cache_kwargs" in inspect.signature(Cache.update).parameters
-
 
 Function = TypeVar("Function", bound=Callable)
 
@@ -33,14 +27,15 @@ def takes_cache(function: Function) -> Function:
     """A forward pass or hook of `generate` whose `past_key_values` may be passed as `cache`, its name from 5.24 on.
 
     Raises:
-        ValueError: When called with both.
+        ValueError: When called with two caches.
     """
 
     @wraps(function)
     def with_either_name(*args: Any, **kwargs: Any) -> Any:
-        if "cache" in kwargs:
-            cache = kwargs.pop("cache")
-            if kwargs.get("past_key_values", cache) is not cache:
+        cache = kwargs.pop("cache", None)
+        if cache is not None:
+            named = kwargs.get("past_key_values")
+            if named is not None and named is not cache:
                 raise ValueError("`cache` and `past_key_values` are two names of one argument: pass one of them.")
             kwargs["past_key_values"] = cache
         return function(*args, **kwargs)
@@ -55,17 +50,10 @@ def takes_cache(function: Function) -> Function:
 
 def mask_arguments(inputs_embeds: Tensor, past_key_values: Cache | None, cache_position: Tensor) -> dict[str, Any]:
     """Those arguments of `create_causal_mask` whose names differ between releases, or that some do not take."""
-    arguments: dict[str, Any] = {_EMBEDS_NAME: inputs_embeds, CACHE_NAME: past_key_values}
-    return {**arguments, "cache_position": cache_position} if _MASK_WANTS_CACHE_POSITION else arguments
-
-
-def update_cache(
-    cache: Cache, key: Tensor, value: Tensor, layer_idx: int, cache_position: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Append `key` and `value`, each (B, heads, S, head_dim), and return everything the layer has seen."""
-    if _CACHE_TAKES_KWARGS_DICT:
-        return cache.update(key, value, layer_idx, {"cache_position": cache_position})
-    return cache.update(key, value, layer_idx)
+    embeds, cache = inputs_embeds, past_key_values
+    names = {"inputs_embeds": embeds, "input_embeds": embeds, "past_key_values": cache, "cache": cache}
+    arguments = {**names, "cache_position": cache_position}
+    return {name: value for name, value in arguments.items() if name in _MASK_PARAMETERS}
 
 
 def scaled_rope(config: Any) -> tuple[Tensor, float]:

@@ -13,26 +13,21 @@ from transformers.utils.generic import can_return_tuple
 from molmo2.configuration import Molmo2TextConfig
 from molmo2.model.attention.dispatch import Molmo2AttentionBase, attention_implementation, make_attention_mask
 from molmo2.model.attention.mask import (
-    attention_spec,
+    AttentionSpec,
     cached_length,
     make_position_ids,
     split_examples_by_position_ids,
 )
 from molmo2.model.cache import use_preallocated_layers
-from molmo2.model.compat import CACHE_NAME, takes_cache, update_cache
+from molmo2.model.compat import CACHE_NAME, takes_cache
 from molmo2.model.embedding import Molmo2Embedding
 from molmo2.model.packing import PackedRows
 from molmo2.model.pretrained import Molmo2PreTrainedModel
 from molmo2.model.rotary import Molmo2RotaryEmbedding, rotate
 
 
-class Molmo2RMSNorm(nn.Module):
+class Molmo2RMSNorm(nn.RMSNorm):
     """Root-mean-square norm in float32, cast back before the weight (Zhang & Sennrich 2019); one kernel on a GPU."""
-
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
 
     def forward(self, states: Tensor) -> Tensor:
         size = self.weight.shape
@@ -91,7 +86,7 @@ class Molmo2Attention(Molmo2AttentionBase):
         query_key, value = (states.transpose(1, 2) for states in heads)  # (B, heads, S, head_dim)
         query, key = query_key.split((self.num_heads, self.num_key_value_heads), dim=1)
         if past_key_values is not None:
-            key, value = update_cache(past_key_values, key, value, self.layer_idx, cache_position)
+            key, value = past_key_values.update(key, value, self.layer_idx, {"cache_position": cache_position})
         attended, weights = self.attend(query, key, value, attention_mask, implementation, **kwargs)
         return self.attn_out(attended), weights
 
@@ -190,14 +185,17 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
         """What every layer is called with, and the rotary table of each."""
         query_length = inputs_embeds.shape[1]
         past_length = cached_length(past_key_values)
-        spec = attention_spec(is_visual, packed_rows)
-        if position_ids is not None and attention_mask is None and past_key_values is None:
-            spec = split_examples_by_position_ids(spec, position_ids, len(inputs_embeds))
+        spec = AttentionSpec(is_visual=is_visual)
         if packed_rows is not None:
+            branches = packed_rows.branches if bool(packed_rows.branches.any()) else None
+            spec = AttentionSpec(is_visual=is_visual, example_ids=packed_rows.examples(), branch_ids=branches)
             position_ids = packed_rows.positions() if position_ids is None else position_ids
             self._require_positions(int(position_ids.max()) + 1)
-        elif isinstance(past_length, int) and past_length == 0:
-            self._require_positions(query_length, attention_mask)
+        else:
+            if position_ids is not None and attention_mask is None and past_key_values is None:
+                spec = split_examples_by_position_ids(spec, position_ids, len(inputs_embeds))
+            if isinstance(past_length, int) and past_length == 0:
+                self._require_positions(query_length, attention_mask)
         if cache_position is None:
             cache_position = torch.arange(query_length, device=inputs_embeds.device) + past_length
         implementation = attention_implementation(self.config, wants_weights, not spec.is_empty())

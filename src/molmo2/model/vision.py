@@ -4,8 +4,6 @@ Everything is flat: the crops of all images and frames one after the other, and 
 """
 
 import itertools
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -309,24 +307,6 @@ class Molmo2VisionBackbone(Molmo2PreTrainedModel):
         token_pooling = torch.where(token_pooling >= 0, token_pooling - first_patch, token_pooling)
         chunks = self._chunks(token_pooling, self.tokens_per_chunk)
         return [self.image_projector(self.image_pooling_2d(features, chunk)) for chunk in chunks]
-
-
-@contextmanager
-def record_calls(modules: Iterable[nn.Module]) -> Iterator[list[list[tuple[Any, Any]]]]:
-    """While open, keeps (first input, output) of every call of these modules; one list for each."""
-    calls: list[list[tuple[Any, Any]]] = []
-    handles = []
-    for module in modules:
-        own: list[tuple[Any, Any]] = []
-        calls.append(own)
-        handles.append(
-            module.register_forward_hook(lambda _module, args, output, own=own: own.append((args[0], output)))
-        )
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def is_distributed_training(module: nn.Module) -> bool:

@@ -21,7 +21,6 @@ from transformers.utils.generic import can_return_tuple
 
 from molmo2.configuration import TOKEN_ID_OFFSETS
 from molmo2.model.packing import changes, require_token_shape
-from molmo2.model.vision import record_calls
 
 logger = logging.get_logger(__name__)
 
@@ -340,11 +339,21 @@ class Molmo2VisionInputsMixin:
         wants_weights = model._setting("output_attentions", wants_weights)
         blocks = list(self.vision_backbone.image_vit.transformer.resblocks)
         attentions = [block.attention for block in blocks] if wants_weights else []
-        with record_calls(blocks if wants_states else blocks[-1:]) as calls, record_calls(attentions) as weighed:
+        blocks = blocks if wants_states else blocks[-1:]
+        # First input and output of each call, one for each chunk of crops.
+        calls: dict[Any, list[tuple[Any, Any]]] = {module: [] for module in (*blocks, *attentions)}
+        hooks = [
+            module.register_forward_hook(lambda module, args, output: calls[module].append((args[0], output)))
+            for module in calls
+        ]
+        try:
             vectors = self.vision_backbone(pixels, pooling)
-        states = [_of_all_chunks([output for _, output in own]) for own in calls]
-        weights = [_of_all_chunks([output[1] for _, output in own]) for own in weighed]
-        embedded = _of_all_chunks([states_in for states_in, _ in calls[0]])
+        finally:
+            for hook in hooks:
+                hook.remove()
+        states = [_of_all_chunks([output for _, output in calls[block]]) for block in blocks]
+        weights = [_of_all_chunks([output[1] for _, output in calls[attention]]) for attention in attentions]
+        embedded = _of_all_chunks([states_in for states_in, _ in calls[blocks[0]]])
         found = (pooling >= 0).any(-1).split(tokens.tolist())  # tokens without a patch have no vector
         return BaseModelOutputWithPooling(
             last_hidden_state=states[-1],
@@ -424,12 +433,7 @@ class Molmo2VisionInputsMixin:
         return self.vision_backbone(pixels, pooling)
 
     def _add_features(
-        self,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor,
-        vectors: Tensor,
-        repeats: int,
-        is_visual: Tensor | None,
+        self, input_ids: Tensor | None, inputs_embeds: Tensor, vectors: Tensor, repeats: int, is_visual: Tensor | None
     ) -> tuple[Tensor, bool]:
         """(B, S, D) with vectors (T, D) added to the patch tokens; `repeats` consecutive rows share theirs.
 

@@ -121,12 +121,7 @@ def blockwise_attention(
 
     In training each block is computed again in the backward pass, so that no part of the mask is kept.
 
-    Args:
-        query: (B, heads, S, head_dim).
-        key, value: (B, key/value heads, keys, head_dim); keys past the end of the sequence are ignored.
-        dropout: Probability of dropping a weight.
-    Returns:
-        (B, S, heads, head_dim).
+    Args: as `eager_attention`; keys past the end of the sequence are ignored. Returns (B, S, heads, head_dim).
     """
     shares_heads = query.shape[1] != key.shape[1]
     if shares_heads and query.device.type != "cpu":

@@ -7,7 +7,6 @@ flash attention                            padding only; passes that need more r
 """
 
 import copy
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -57,27 +56,19 @@ def eager_attention(
 
 
 def flex_attention_on_cpu(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: BlockMask | Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
+    query: Tensor, key: Tensor, value: Tensor, mask: BlockMask | Tensor | None, scaling: float, dropout: float
+) -> Tensor:
     """flex_attention without its compiler, which generates C++ that does not build when lengths vary (torch 2.13).
 
-    Args and returns: as the attention functions of transformers; a tensor mask, (B or 1, heads or 1, queries or 1,
-    keys), is added to the scores.
+    Args and returns: as `blockwise_attention`; a tensor mask, (B or 1, heads or 1, queries or 1, keys), is added to
+    the scores.
     """
     if dropout > 0:
         raise ValueError(
             f"flex_attention has no dropout, but `attention_dropout` is {dropout}: set it to 0 or train with "
             '`attn_implementation="sdpa"`.'
         )
-    block_mask = attention_mask if isinstance(attention_mask, BlockMask) else None
-    added: Any = attention_mask.expand(*query.shape[:3], -1) if isinstance(attention_mask, Tensor) else None
+    added: Any = mask.expand(*query.shape[:3], -1) if isinstance(mask, Tensor) else None
 
     def add_mask(score: Tensor, batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return score + added[batch_idx, head_idx, q_idx, kv_idx]
@@ -87,38 +78,31 @@ def flex_attention_on_cpu(
         key,
         value,
         score_mod=None if added is None else add_mask,
-        block_mask=block_mask,
+        block_mask=mask if isinstance(mask, BlockMask) else None,
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    return output.transpose(1, 2), None
+    return output.transpose(1, 2)
 
 
 def sdpa_grouped_decode(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float,
-    scaling: float,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float
+) -> Tensor:
     """sdpa of a few new tokens under grouped-query attention, with each key read once.
 
     Query heads that share a key head become further queries of one head, where transformers repeats keys and values.
-    Args and returns: as the attention functions of transformers.
+    Args and returns: as `blockwise_attention`; the mask is bool, (B or 1, 1, queries or 1, keys or more), or None.
     """
     groups = query.shape[1] // key.shape[1]
-    if attention_mask is not None:
-        attention_mask = attention_mask[..., : key.shape[2]]
-        if attention_mask.shape[2] > 1:
-            attention_mask = attention_mask.repeat(1, 1, groups, 1)
+    if mask is not None:
+        mask = mask[..., : key.shape[2]]
+        if mask.shape[2] > 1:
+            mask = mask.repeat(1, 1, groups, 1)
     queries = query.unflatten(1, (-1, groups)).flatten(2, 3)
     output = nn.functional.scaled_dot_product_attention(
-        queries, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling
+        queries, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling
     )
-    return output.unflatten(2, (groups, -1)).flatten(1, 2).transpose(1, 2), None
+    return output.unflatten(2, (groups, -1)).flatten(1, 2).transpose(1, 2)
 
 
 def attention_implementation(config: Any, wants_weights: bool, needs_mask: bool) -> str:
@@ -233,12 +217,7 @@ class Molmo2AttentionBase(nn.Module):
         self.float32_attention = float32_attention
 
     def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Any,
-        implementation: str,
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, implementation: str
     ) -> tuple[Tensor, Tensor | None]:
         """Scaled dot-product attention.
 
@@ -257,29 +236,29 @@ class Molmo2AttentionBase(nn.Module):
         if self.float32_attention and "flash" not in implementation:
             query, key = query.float(), key.float()
             value = value if implementation == "eager" else value.float()
-        dropout = self.attention_dropout if self.training else 0.0
-        if implementation == "eager":
-            output, weights = eager_attention(query, key, value, attention_mask, self.scaling, dropout)
+        is_flex = implementation == "flex_attention"
+        if is_flex and isinstance(attention_mask, Tensor) and attention_mask.dtype == torch.bool:  # it adds tensors
+            added = torch.zeros(attention_mask.shape, device=query.device)
+            attention_mask = added.masked_fill(~attention_mask, torch.finfo(torch.float32).min)
+        scaling, dropout = self.scaling, self.attention_dropout if self.training else 0.0
+        function = None if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
+        weights = None
+        if function is None:
+            output, weights = eager_attention(query, key, value, attention_mask, scaling, dropout)
         elif isinstance(attention_mask, BlockwiseMask):
-            output, weights = blockwise_attention(query, key, value, attention_mask, self.scaling, dropout), None
+            output = blockwise_attention(query, key, value, attention_mask, scaling, dropout)
+        elif is_flex and query.device.type == "cpu":
+            output = flex_attention_on_cpu(query, key, value, attention_mask, scaling, dropout)
+        elif function is sdpa_attention_forward and self._is_grouped_decode(query, key, attention_mask):
+            output = sdpa_grouped_decode(query, key, value, attention_mask, scaling, dropout)
         else:
-            function = ALL_ATTENTION_FUNCTIONS[implementation]
-            if implementation == "flex_attention":
-                if isinstance(attention_mask, Tensor) and attention_mask.dtype == torch.bool:  # it adds tensors
-                    added = torch.zeros(attention_mask.shape, device=query.device)
-                    attention_mask = added.masked_fill(~attention_mask, torch.finfo(torch.float32).min)
-                function = flex_attention_on_cpu if query.device.type == "cpu" else function
-            elif function is sdpa_attention_forward:
-                function = self._sdpa_function(query, key, attention_mask)
-            output, weights = function(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling)
+            output, weights = function(self, query, key, value, attention_mask, dropout=dropout, scaling=scaling)
         return output.flatten(2).to(dtype), weights
 
-    def _sdpa_function(self, query: Tensor, key: Tensor, mask: Any) -> Callable:
-        """`sdpa_grouped_decode` for a few queries of heads that share keys, else the function of transformers."""
+    def _is_grouped_decode(self, query: Tensor, key: Tensor, mask: Any) -> bool:
+        """Whether these are a few queries, not causal among themselves, of heads that share keys and the mask."""
         if query.shape[1] == key.shape[1] or query.shape[2] > MAX_GROUPED_QUERIES:
-            return sdpa_attention_forward
+            return False
         if mask is None:
-            is_causal = self.is_causal and query.shape[2] > 1
-            return sdpa_attention_forward if is_causal else sdpa_grouped_decode
-        is_shared_by_heads = isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape[1] == 1
-        return sdpa_grouped_decode if is_shared_by_heads else sdpa_attention_forward
+            return query.shape[2] == 1 or not self.is_causal
+        return isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape[1] == 1

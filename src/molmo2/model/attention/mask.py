@@ -13,8 +13,6 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from molmo2.model.packing import PackedRows
-
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (batch, head, query, key) indices to bool
 
 
@@ -94,18 +92,6 @@ def require_empty_cache(past_key_values: Cache | None, found: str, advice: str) 
         raise ValueError(f"{found} belong to whole rows, but the cache holds {past_length} tokens already. {advice}.")
 
 
-def attention_spec(is_visual: Tensor | None, packed_rows: PackedRows | None) -> AttentionSpec:
-    """The spec of a prefill, padding aside."""
-    if packed_rows is None:
-        return AttentionSpec(is_visual=is_visual)
-    branches = packed_rows.branches
-    return AttentionSpec(
-        is_visual=is_visual,
-        example_ids=packed_rows.examples(),
-        branch_ids=branches if bool(branches.any()) else None,
-    )
-
-
 def split_examples_by_position_ids(spec: AttentionSpec, position_ids: Tensor, batch: int) -> AttentionSpec:
     """Adds packed examples told by positions that do not go up by one, the convention of transformers.
 
@@ -113,8 +99,7 @@ def split_examples_by_position_ids(spec: AttentionSpec, position_ids: Tensor, ba
         position_ids: (B, S), or (1, S) for all rows.
     """
     restarts = position_ids[:, 1:] != position_ids[:, :-1] + 1
-    is_one_example = not torch.compiler.is_compiling() and not bool(restarts.any())
-    if is_one_example or spec.example_ids is not None:
+    if not torch.compiler.is_compiling() and not bool(restarts.any()):
         return spec
     return replace(spec, example_ids=nn.functional.pad(restarts.long().cumsum(-1), (1, 0)).expand(batch, -1))
 
