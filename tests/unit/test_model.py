@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import DynamicCache, StaticCache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils import logging
 
 from molmo2.model import vision_inputs
 from molmo2.model.compat import CACHE_NAME
@@ -15,6 +16,7 @@ from support.checkpoints import FAMILIES, build_model, make_image, without_stopp
 from support.model_inputs import MIXED, batch, clip, processor, real_tokens
 
 ATOL = 2e-5
+PIECES = ("model.transformer.wte.embedding", "model.transformer.wte.new_embedding")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -661,6 +663,12 @@ def test_caches_by_both_names(qwen3):
         torch.testing.assert_close(logits[:, -1], expected)
     with pytest.raises(ValueError, match=r"^`cache` and `past_key_values` are two names of one argument"):
         qwen3(input_ids=ids, cache=DynamicCache(), past_key_values=DynamicCache())
+    names = ("past_key_values", "cache")
+    for values in ((None, DynamicCache()), (DynamicCache(), None), (DynamicCache(),) * 2, (None, None)):
+        output = qwen3(input_ids=ids, use_cache=True, **dict(zip(names, values)))
+        given = [value for value in values if value is not None]
+        assert not given or output[CACHE_NAME] is given[0]
+        torch.testing.assert_close(output.logits[:, -1], expected)
 
 
 @pytest.mark.parametrize(
@@ -690,11 +698,10 @@ def test_a_model_is_printed():
 def test_an_embedding_that_is_cut_elsewhere_in_the_file_loads(tmp_path):
     """As transformers' own class saves its single table; what is saved here has the published cut again."""
     expected = build_model("olmo3").state_dict()
-    names = [f"model.transformer.wte.{name}" for name in ("embedding", "new_embedding")]
-    table = torch.cat([expected[name] for name in names])
+    table = torch.cat([expected[name] for name in PIECES])
     write_checkpoint(tmp_path, "olmo3", remote_code=False)
     for num_rows in (len(table) // 2, 3):
-        pieces = dict(zip(names, (piece.clone() for piece in table.split((num_rows, len(table) - num_rows)))))
+        pieces = dict(zip(PIECES, (piece.clone() for piece in table.split((num_rows, len(table) - num_rows)))))
         save_file({**expected, **pieces}, tmp_path / "model.safetensors", metadata={"format": "pt"})
         model = Molmo2ForConditionalGeneration.from_pretrained(tmp_path)
         found = model.state_dict()
@@ -703,8 +710,52 @@ def test_an_embedding_that_is_cut_elsewhere_in_the_file_loads(tmp_path):
         given = Molmo2ForConditionalGeneration.from_pretrained(
             None, config=model.config, state_dict={**expected, **pieces}
         )
-        assert torch.equal(given.state_dict()[names[0]], expected[names[0]])
-    pieces[names[1]] = pieces[names[1]][:-1].clone()
+        assert torch.equal(given.state_dict()[PIECES[0]], expected[PIECES[0]])
+    pieces[PIECES[1]] = pieces[PIECES[1]][:-1].clone()
     save_file({**expected, **pieces}, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises((RuntimeError, ValueError), match="mismatch"):
         Molmo2ForConditionalGeneration.from_pretrained(tmp_path)
+
+
+def halves_in(folder) -> torch.Tensor:
+    """The embedding table, which `folder` then holds as transformers' own class saves it."""
+    state = build_model("olmo3").state_dict()
+    table = torch.cat([state[name] for name in PIECES])
+    write_checkpoint(folder, "olmo3", remote_code=False)
+    halves = dict(zip(PIECES, (half.clone() for half in table.chunk(2))))
+    save_file({**state, **halves}, folder / "model.safetensors", metadata={"format": "pt"})
+    return table
+
+
+def test_the_cut_is_moved_before_weights_are_offloaded(tmp_path, monkeypatch):
+    """The library calls `eval` once they are loaded; after it those on the CPU leave the modules for hooks."""
+    seen = []
+    monkeypatch.setattr(Molmo2ForConditionalGeneration, "eval", lambda model: seen.append(model.state_dict()))
+    table = halves_in(tmp_path)
+    Molmo2ForConditionalGeneration.from_pretrained(tmp_path)
+    assert [tuple(seen[0][name].shape) for name in PIECES] == [(1024, 40), (128, 40)]
+    assert torch.equal(torch.cat([seen[0][name] for name in PIECES]), table)
+
+
+def test_an_embedding_on_disk_stays_as_it_is_there(tmp_path, caplog, monkeypatch):
+    """And works; a warning says how it would be saved."""
+    table = halves_in(tmp_path)
+    parts = ("emb_drop", "blocks", "ln_f", "rotary_emb")
+    names = ("lm_head", "model.vision_backbone", *(f"model.transformer.{part}" for part in parts))
+    places = {"model.transformer.wte": "disk", **dict.fromkeys(names, "cpu")}
+    monkeypatch.setattr(logging.get_logger("transformers"), "propagate", True)
+    model = Molmo2ForConditionalGeneration.from_pretrained(
+        tmp_path, device_map=places, offload_folder=tmp_path / "offloaded"
+    )
+    assert "The embedding in these files is cut after 576 rows, not after 1024" in caplog.text
+    ids = torch.tensor([[0, 575, 576, 1023, 1024, 1151]])
+    assert torch.equal(model.get_input_embeddings()(ids)[0], table[ids[0]])
+
+
+def test_the_cut_of_an_embedding_without_memory(monkeypatch):
+    """Under FSDP one process alone reads the files, and all need the same shapes."""
+    monkeypatch.setattr("molmo2.model.pretrained.is_fsdp_enabled", lambda: True)
+    monkeypatch.setattr(PreTrainedModel, "_load_pretrained_model", lambda *args: None)
+    model = build_model("olmo3").to("meta")
+    model._load_pretrained_model(model, {name: torch.empty(576, 40) for name in PIECES}, None)
+    assert [tuple(model.state_dict()[name].shape) for name in PIECES] == [(1024, 40), (128, 40)]

@@ -6,9 +6,6 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers.utils import logging
-
-logger = logging.get_logger(__name__)
 
 
 class Molmo2Embedding(nn.Embedding):
@@ -56,20 +53,28 @@ class Molmo2Embedding(nn.Embedding):
         self.embedding = nn.Parameter(table.detach(), requires_grad=trains)
         self.new_embedding = nn.Parameter(table.new_empty(0, table.shape[1]), requires_grad=trains)
 
-    def cut_at(self, num_rows: int) -> None:
-        """Moves the cut: `num_rows` rows in the base vocabulary. Tensors without memory keep theirs."""
-        if num_rows == len(self.embedding) or self.embedding.is_meta or not len(self.new_embedding):
-            return
-        pieces = self.weight.detach().split((num_rows, self.num_embeddings - num_rows))
-        trains = self.embedding.requires_grad
-        self.embedding, self.new_embedding = (nn.Parameter(piece.clone(), requires_grad=trains) for piece in pieces)
+    def take_shapes(self, state_dict: dict[str, Any] | None, files: Iterable[str] | None) -> None:
+        """Makes room, without values, for the same rows cut elsewhere, as a state dict or safetensors files have them.
 
-    def take_shapes(self, shapes: dict[str, list[int]]) -> None:
-        """Makes room, without values, for pieces of a checkpoint that has the same rows, cut elsewhere."""
-        found = [shapes[name] for name in ("wte.embedding", "wte.new_embedding") if name in shapes]
+        The library's own Molmo2 class has one table, and saves it cut into halves under the names of the two pieces.
+        """
+        shapes = {name: list(tensor.shape) for name, tensor in (state_dict or {}).items()}
+        for path in () if state_dict else files or ():
+            if str(path).endswith(".safetensors"):
+                with safe_open(path, framework="pt") as file:
+                    names = [name for name in list(file.keys()) if ".wte." in f".{name}"]
+                    shapes |= {name: file.get_slice(name).get_shape() for name in names}
+        by_end = {".".join(name.split(".")[-2:]): shape for name, shape in shapes.items()}
+        found = [by_end[name] for name in ("wte.embedding", "wte.new_embedding") if name in by_end]
         is_cut_elsewhere = len(found) == 2 and found[0] != list(self.embedding.shape)
         if is_cut_elsewhere and found[0][0] + found[1][0] == self.num_embeddings:
             self.embedding, self.new_embedding = (nn.Parameter(self.embedding.new_empty(shape)) for shape in found)
+
+    def cut_at(self, num_rows: int) -> None:
+        """Moves the cut: `num_rows` rows in the base vocabulary. Parameters stay, with what loaders note on them."""
+        if num_rows != len(self.embedding) and len(self.new_embedding):
+            base, new = self.weight.detach().split((num_rows, self.num_embeddings - num_rows))
+            self.embedding.data, self.new_embedding.data = base.clone(), new.clone()
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """(B, S) ids to (B, S, D); only the rows asked for are touched."""
@@ -80,29 +85,3 @@ class Molmo2Embedding(nn.Embedding):
         base = nn.functional.embedding(input_ids.masked_fill(is_new, 0), self.embedding)
         new = nn.functional.embedding((input_ids - base_size).clamp(min=0), self.new_embedding)
         return torch.where(is_new[..., None], new, base)
-
-
-def stored_shapes(state_dict: dict[str, Any] | None, files: Iterable[str] | None) -> dict[str, list[int]]:
-    """Shapes of the embedding's pieces in a state dict, or else in safetensors files, by the last two parts of names.
-
-    The library's own Molmo2 class has one table, and saves it cut into halves under the names of the two pieces.
-    """
-    shapes = {name: list(tensor.shape) for name, tensor in (state_dict or {}).items()}
-    for path in () if state_dict else files or ():
-        if str(path).endswith(".safetensors"):
-            with safe_open(path, framework="pt") as file:
-                names = [name for name in list(file.keys()) if ".wte." in f".{name}"]
-                shapes |= {name: file.get_slice(name).get_shape() for name in names}
-    return {".".join(name.split(".")[-2:]): shape for name, shape in shapes.items()}
-
-
-def warn_about_lost_rows(config: Any, names: Iterable[str], num_rows: int | None) -> None:
-    """Warns where visual tokens of the configuration have ids past the rows that an embedding is to have."""
-    ids = {name: getattr(config, name) for name in names if hasattr(config, name)}
-    lost = {name: token_id for name, token_id in ids.items() if num_rows is not None and token_id >= num_rows}
-    if lost:
-        logger.warning(
-            f"The embedding is cut to {num_rows} rows, which leaves visual tokens without one: {lost}. The model can "
-            f"not read images any more, nor be loaded again. Keep {max(lost.values()) + 1} rows or more; "
-            "`len(processor.tokenizer)` counts these tokens."
-        )

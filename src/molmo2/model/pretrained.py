@@ -3,11 +3,12 @@
 from typing import Any
 
 from torch import nn
+from transformers.integrations import is_fsdp_enabled
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 from molmo2.configuration import TOKEN_ID_OFFSETS, Molmo2Config
-from molmo2.model.embedding import Molmo2Embedding, stored_shapes, warn_about_lost_rows
+from molmo2.model.embedding import Molmo2Embedding
 from molmo2.model.rotary import Molmo2RotaryEmbedding
 
 logger = logging.get_logger(__name__)
@@ -54,20 +55,23 @@ class Molmo2PreTrainedModel(PreTrainedModel):
     def _load_pretrained_model(  # a static method in recent releases
         cls, model: Any, state_dict: dict[str, Any] | None, checkpoint_files: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """As in transformers, also for an embedding that is cut elsewhere in the files; see `stored_shapes`."""
+        """As in transformers, also of a folder that the library's own class saved: its embedding is cut anew."""
         embeddings = [module for module in model.modules() if isinstance(module, Molmo2Embedding)]
         for embedding in embeddings:
-            embedding.take_shapes(stored_shapes(state_dict, checkpoint_files))
-        return super()._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers. A folder that the library's own Molmo2 class saved is taken too."""
-        loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        for module in model.modules():
-            if isinstance(module, Molmo2Embedding):
-                module.cut_at(model.config.get_text_config().vocab_size)
+            embedding.take_shapes(state_dict, checkpoint_files)
+        loaded = super()._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
+        num_rows = model.config.get_text_config().vocab_size
+        for embedding in embeddings:
+            found = len(embedding.embedding)
+            # Under FSDP all processes but one have no memory yet; elsewhere what has none stays in the files.
+            if found == num_rows or not embedding.embedding.is_meta or is_fsdp_enabled():
+                embedding.cut_at(num_rows)
+            else:
+                logger.warning(
+                    f"The embedding in these files is cut after {found} rows, not after {num_rows} as in published "
+                    "checkpoints, and stays so, as it is offloaded to disk: `save_pretrained` would write it so. To "
+                    "save it with the published cut, load it into memory."
+                )
         return loaded
 
     def _setting(self, name: str, value: bool | None) -> bool:
@@ -85,17 +89,24 @@ class Molmo2PreTrainedModel(PreTrainedModel):
         the mean of the old ones, where visual tokens, which no answer contains, are less likely than an average token.
         `vocab_size` and `additional_vocab_size`, 0 afterwards, describe the result to every reader of `config.json`.
         """
-        warn_about_lost_rows(self.config, TOKEN_ID_OFFSETS, new_num_tokens)
+        ids = {name: getattr(self.config, name) for name in TOKEN_ID_OFFSETS if hasattr(self.config, name)}
+        num_rows = float("inf") if new_num_tokens is None else new_num_tokens
+        lost = {name: token_id for name, token_id in ids.items() if token_id >= num_rows}
+        if lost:
+            logger.warning(
+                f"The embedding is cut to {new_num_tokens} rows, which leaves visual tokens without one: {lost}. "
+                "The model can not read images any more, nor be loaded again. Keep "
+                f"{max(lost.values()) + 1} rows or more; `len(processor.tokenizer)` counts these tokens."
+            )
         return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
     def _get_resized_embeddings(
         self, old_embeddings: Any, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
     ) -> nn.Embedding:
-        library: Any = super()
         if not isinstance(old_embeddings, Molmo2Embedding):
-            return library._get_resized_embeddings(old_embeddings, new_num_tokens, *args, **kwargs)
+            return super()._get_resized_embeddings(old_embeddings, new_num_tokens, *args, **kwargs)
         joined = nn.Embedding.from_pretrained(old_embeddings.weight.detach(), freeze=False)
-        resized = library._get_resized_embeddings(joined, new_num_tokens, *args, **kwargs)
+        resized = super()._get_resized_embeddings(joined, new_num_tokens, *args, **kwargs)
         if new_num_tokens is not None or resized.num_embeddings != old_embeddings.num_embeddings:
             old_embeddings.join(resized.weight)
             self.config.get_text_config().additional_vocab_size = 0
