@@ -11,7 +11,7 @@ from transformers import DynamicCache, StaticCache, TextIteratorStreamer
 
 from molmo2.model import generation
 from molmo2.model.generation import LatestMatchLookup, latest_continuation
-from molmo2.model.vision_inputs import MEDIA_INPUTS
+from molmo2.model.vision_inputs import ENCODED_INPUTS, MEDIA_INPUTS
 from support.checkpoints import FAMILIES, build_model, make_image, without_stopping
 from support.model_inputs import MIXED, batch, clip, processor
 
@@ -264,6 +264,28 @@ def test_streaming(qwen3):
     streamed = "".join(streamer)
     thread.join()
     assert streamed == tokenizer.decode(answer(qwen3, inputs)[0])
+
+
+@pytest.mark.parametrize("name", ["image", "video"])
+def test_a_prefill_in_chunks(qwen3, name):
+    """Text is cut anywhere. All visual tokens, which see each other, their end included, are in the first chunk."""
+
+    def in_chunks(inputs, size):
+        return answer(qwen3, inputs, prefill_chunk_size=size, past_key_values=DynamicCache())
+
+    assert torch.equal(in_chunks(batch("text"), 5), answer(qwen3, batch("text")))
+    inputs, encoded = batch(name), batch(name)
+    given = {part: encoded.pop(part) for part in ENCODED_INPUTS[name]}
+    encoded[f"{name}_features"] = getattr(qwen3, f"get_{name}_features")(**given)
+    end = int(inputs["token_type_ids"][0].nonzero()[-1]) + 1
+    for size in (4, end - 1):
+        for cut in (inputs, encoded):
+            with pytest.raises(
+                ValueError, match=rf"^The first {size} tokens .* its visual tokens end with token {end}"
+            ):
+                in_chunks(cut, size)
+    assert torch.equal(in_chunks(encoded, end), answer(qwen3, encoded))  # recent releases refuse pixels in any chunk
+    assert torch.equal(in_chunks(inputs, inputs["input_ids"].shape[1]), answer(qwen3, inputs))
 
 
 @pytest.mark.parametrize("name", ["image", "video", "image and video"])

@@ -101,28 +101,12 @@ def _restore_next_sequence_length(
     return {**options, "next_sequence_length": num_new} if num_new > 0 else options
 
 
-def _drop_extrapolated_types(token_types: Tensor, by_id: Tensor) -> Tensor:
-    """(B, S) bool token types without the run at the end of a row that disagrees with the types found by id.
-
-    `generate` copies the type of the last prompt token to tokens that it writes or drafts, and that token may be the
-    end of an image.
-    """
-    agrees = ~token_types | by_id
-    precedes_agreement = agrees.flip(-1).cumsum(-1).flip(-1) > 0
-    return token_types & precedes_agreement
-
-
 def can_copy_rows(cache: Cache | None) -> bool:
     """Whether a cache is empty and grows by rows too, so that equal prompts can be read once and copied.
 
     None is the cache that the model makes itself: some releases leave that of the prefill to it.
     """
     return cache is None or (type(cache) is DynamicCache and not cache.offloading and cache.get_seq_length() == 0)
-
-
-def every_nth_row(tensors: dict[str, Tensor | None], step: int) -> dict[str, Tensor | None]:
-    """Rows 0, step, 2 * step, ... of tensors (B, ...); those of one row, which holds for all, stay."""
-    return {name: rows if rows is None or len(rows) == 1 else rows[::step] for name, rows in tensors.items()}
 
 
 class Molmo2GenerationMixin(GenerationMixin):
@@ -162,9 +146,8 @@ class Molmo2GenerationMixin(GenerationMixin):
         if is_prefill:
             ids = input_ids if inputs_embeds is None else None
             is_visual = self.model.resolve_visual_mask(token_type_ids, ids, inputs_embeds)
-            kwargs["token_type_ids"] = (
-                is_visual if ids is None else _drop_extrapolated_types(is_visual, self.model.visual_token_mask(ids))
-            )
+            # `generate` copies the type of the last prompt token, which may end an image, to what it writes or drafts.
+            kwargs["token_type_ids"] = is_visual if ids is None else is_visual & self.model.visual_token_mask(ids)
         elif inputs_embeds is None:
             kwargs = _restore_next_sequence_length(kwargs, input_ids, past_key_values)
         library: Any = super()
@@ -183,10 +166,8 @@ class Molmo2GenerationMixin(GenerationMixin):
         inputs_embeds: Tensor | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
-        position_ids: Tensor | None = None,
         cache_position: Tensor | None = None,
         token_type_ids: Tensor | None = None,
-        mm_token_type_ids: Tensor | None = None,
         input_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -196,13 +177,12 @@ class Molmo2GenerationMixin(GenerationMixin):
         """
         embeds: Any = input_embeds if inputs_embeds is None else inputs_embeds
         text_config = config.get_text_config()
-        if token_type_ids is None:
-            token_type_ids = mm_token_type_ids
-        if token_type_ids is not None and not starts_sequence(embeds.shape[1], past_key_values):
-            token_type_ids = None
         if cache_position is None:
             cache_position = torch.arange(embeds.shape[1], device=embeds.device) + cached_length(past_key_values)
-        spec = AttentionSpec(is_visual=None if token_type_ids is None else token_type_ids.bool())
+        is_visual = None
+        if token_type_ids is not None and starts_sequence(embeds.shape[1], past_key_values):
+            is_visual = token_type_ids.bool()
+        spec = AttentionSpec(is_visual=is_visual)
         implementation = attention_implementation(text_config, False, not spec.is_empty())
         if is_blockwise(implementation, embeds.shape[1]):
             return attention_mask
@@ -213,23 +193,17 @@ class Molmo2GenerationMixin(GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        library: Any = super()
-        done = library._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        done = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore
         use_preallocated_layers(model_kwargs.get(CACHE_NAME))
         return done
 
     def _expand_inputs_for_generation(
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: Any = None,
-        **model_kwargs: Any,
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any
     ) -> tuple[Any, dict[str, Any]]:
         """Repeat every row `expand_size` times (beams, several answers); its prompt and media are still read once."""
         self._require_cached_media(input_ids, model_kwargs)
         media = {name: model_kwargs.pop(name, None) for name in MEDIA_INPUTS}
-        library: Any = super()
-        input_ids, model_kwargs = library._expand_inputs_for_generation(
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
         media = {name: value for name, value in media.items() if value is not None}
@@ -253,6 +227,30 @@ class Molmo2GenerationMixin(GenerationMixin):
                 "images and videos can only enter at the start of a sequence. Start without `past_key_values`."
             )
 
+    def _prefill(self, input_ids: Tensor, generation_config: Any, model_kwargs: Any, *args: Any, **kwargs: Any) -> Any:
+        self._require_media_in_one_chunk(input_ids, generation_config.prefill_chunk_size, model_kwargs)
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)  # type: ignore
+
+    def _prefill_chunking(self, input_ids: Tensor, generation_config: Any, **model_kwargs: Any) -> Any:
+        """The prefill in chunks before transformers 5.0, which leaves the last token to the first step."""
+        chunk_size = min(generation_config.prefill_chunk_size, input_ids.shape[1] - 1)
+        self._require_media_in_one_chunk(input_ids, chunk_size, model_kwargs)
+        return super()._prefill_chunking(input_ids, generation_config, **model_kwargs)  # type: ignore
+
+    def _require_media_in_one_chunk(
+        self, input_ids: Tensor, chunk_size: int | None, model_kwargs: dict[str, Any]
+    ) -> None:
+        """Refuses a prefill in chunks whose first one does not hold all visual tokens, which see each other."""
+        if chunk_size is None or int(cached_length(model_kwargs.get(CACHE_NAME))):
+            return
+        columns = self.model.visual_token_mask(input_ids).any(0).nonzero()[:, 0].tolist()
+        if columns and columns[-1] >= chunk_size:
+            raise ValueError(
+                f"The first {chunk_size} tokens of the prompt would be read alone (`prefill_chunk_size`), but its "
+                f"visual tokens end with token {columns[-1] + 1}, and see each other. Leave `prefill_chunk_size` at "
+                "None."
+            )
+
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         vocab_size = self.config.get_text_config().vocab_size
         prompt, settings = kwargs.get("encoder_input_ids"), kwargs.get("generation_config")
@@ -261,11 +259,9 @@ class Molmo2GenerationMixin(GenerationMixin):
             kwargs["encoder_input_ids"] = None  # looking for negative ids in it would be a wait for the device
         elif isinstance(prompt, Tensor) and not prompt.is_floating_point():
             kwargs["encoder_input_ids"] = prompt.clamp(max=vocab_size - 1)
-        library: Any = super()
-        processors = library._get_logits_processor(*args, **kwargs)
+        processors = super()._get_logits_processor(*args, **kwargs)  # type: ignore
         return BaseVocabularyProcessors(processors, vocab_size) if len(processors) else processors
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> CandidateGenerator:
-        library: Any = super()
-        generator = library._get_candidate_generator(*args, **kwargs)
+        generator = super()._get_candidate_generator(*args, **kwargs)  # type: ignore
         return LatestMatchLookup(generator) if isinstance(generator, PromptLookupCandidateGenerator) else generator

@@ -20,7 +20,7 @@ from molmo2.configuration import Molmo2Config
 from molmo2.model.attention.mask import require_empty_cache, starts_sequence
 from molmo2.model.compat import CACHE_NAME, takes_cache
 from molmo2.model.embedding import Molmo2Embedding
-from molmo2.model.generation import Molmo2GenerationMixin, can_copy_rows, every_nth_row
+from molmo2.model.generation import Molmo2GenerationMixin, can_copy_rows
 from molmo2.model.loss import IGNORED, kept_label_fraction, shift_labels, weighted_loss
 from molmo2.model.packing import packed_rows, require_packed_layout
 from molmo2.model.pretrained import Molmo2PreTrainedModel
@@ -151,13 +151,7 @@ class Molmo2Model(Molmo2PreTrainedModel, Molmo2VisionInputsMixin):
             cache_position=kwargs.get("cache_position"),
             return_dict=True,
         )
-        return Molmo2ModelOutputWithPast(
-            last_hidden_state=outputs.last_hidden_state,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=vectors,
-            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
-        )
+        return Molmo2ModelOutputWithPast(**outputs, image_hidden_states=vectors)
 
 
 class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixin):
@@ -253,7 +247,8 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
         makes_cache = use_cache if past_key_values is None else use_cache is not False
         if makes_cache and not self.get_decoder().drops_cache and can_copy_rows(past_key_values):
             copies = passed_on.pop(REPEAT_FACTOR, 1)
-            rows = every_nth_row(rows, copies)
+            # A tensor of one row holds for all rows.
+            rows = {key: given if given is None or len(given) == 1 else given[::copies] for key, given in rows.items()}
         outputs = self.model(
             **rows,
             pixel_values=pixel_values,
@@ -301,14 +296,8 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
             else:
                 weights = nn.functional.pad(loss_weights[:, 1:], (0, 1))
                 loss = weighted_loss(logits, kwargs["shift_labels"], weights, kwargs.get("num_items_in_batch"))
-        return Molmo2CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
-            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
-        )
+        others = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        return Molmo2CausalLMOutputWithPast(loss=loss, logits=logits, **others)
 
 
 __all__ = ["Molmo2ForConditionalGeneration", "Molmo2Model", "Molmo2PreTrainedModel", "Molmo2TextModel"]
