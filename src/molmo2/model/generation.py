@@ -228,6 +228,7 @@ class Molmo2GenerationMixin(GenerationMixin):
             )
 
     def _prefill(self, input_ids: Tensor, generation_config: Any, model_kwargs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The prefill from transformers 5.0 on."""
         self._require_media_in_one_chunk(input_ids, generation_config.prefill_chunk_size, model_kwargs)
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)  # type: ignore
 
