@@ -14,8 +14,7 @@ Parameter names are those of the published checkpoints.
 import copy
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from functools import lru_cache, wraps
@@ -32,6 +31,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.configuration_utils import PretrainedConfig
 from transformers.generation import GenerationMixin, LogitsProcessorList
 from transformers.generation.candidate_generator import CandidateGenerator, PromptLookupCandidateGenerator
+from transformers.integrations import is_fsdp_enabled
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -53,144 +53,6 @@ from .configuration_molmo2 import (
 )
 
 logger = logging.get_logger(__name__)
-
-# --- src/molmo2/model/packing.py -------------------------------------------------------------------------------------
-# Several examples in one row, several branches under one prefix: reading their ids, checks and positions.
-
-
-@dataclass(frozen=True)
-class PackedRows:
-    """The examples and branches of a batch; padding belongs to those of the token before it.
-
-    Attributes:
-        example_ids: (B, S) int64: one value for all tokens of an example.
-        branches: (B, S) int64: 0 in the prefix that the branches of an example share.
-        is_real: (B, S) bool, False on padding.
-    """
-
-    example_ids: Tensor
-    branches: Tensor
-    is_real: Tensor
-
-    def example_starts(self) -> Tensor:
-        """(B, S) bool: first tokens of examples."""
-        return changes(self.example_ids)
-
-    def examples(self) -> Tensor:
-        """(B, S) int64: number of the example within its row, from 0."""
-        return self.example_starts().long().cumsum(-1) - 1
-
-    def branch_starts(self) -> Tensor:
-        """(B, S) bool: first tokens of branches, prefixes not among them."""
-        return (self.example_starts() | changes(self.branches)) & (self.branches != 0)
-
-    def positions(self) -> Tensor:
-        """(B, S) int64: positions within each example; a branch continues after the prefix; padding gets 0 or more."""
-        place = torch.arange(self.branches.shape[1], device=self.branches.device)
-        counted = self.is_real.long()
-        prefix = counted * (self.branches == 0)
-        example_start = torch.where(self.example_starts(), place, 0).cummax(-1).values
-        segment_start = torch.where(self.example_starts() | self.branch_starts(), place, 0).cummax(-1).values
-        in_prefix = _count_since(prefix, example_start)
-        in_branch = _count_since(counted, segment_start) * (self.branches != 0)
-        return (in_prefix + in_branch - 1).clamp(min=0)
-
-
-def changes(ids: Tensor) -> Tensor:
-    """(B, S) bool: entries that differ from the one before, and the first ones."""
-    first = torch.ones_like(ids[:, :1], dtype=torch.bool)
-    return torch.cat((first, ids[:, 1:] != ids[:, :-1]), dim=1)
-
-
-def _count_since(counted: Tensor, start: Tensor) -> Tensor:
-    """Sum of `counted` from the column `start` of each entry up to the entry itself."""
-    total = counted.cumsum(-1)
-    return total - (total - counted).gather(-1, start)
-
-
-def _fill_padding(ids: Tensor, is_real: Tensor) -> Tensor:
-    """Padding takes the id of the real token before it, at the start of a row that of the first one."""
-    place = torch.arange(ids.shape[1], device=ids.device)
-    last_real = torch.where(is_real, place, -1).cummax(-1).values
-    first_real = is_real.long().argmax(-1, keepdim=True)
-    return ids.gather(-1, torch.where(last_real < 0, first_real, last_real))
-
-
-def packed_rows(
-    attention_mask: Tensor | None, example_ids: Tensor | None, branch_ids: Tensor | None, shape: tuple[int, ...]
-) -> PackedRows | None:
-    """The examples and branches that ids describe; None when there are no ids.
-
-    Args:
-        attention_mask: (B, S), 0 on padding.
-        example_ids: (B, S) int64, one value for all tokens of an example; without it a row is one example.
-        branch_ids: (B, S) int64, 0 in shared prefixes; without it there are no branches.
-        shape: (B, S) of the tokens.
-    Raises:
-        ValueError: For tensors of another shape.
-    """
-    ids = example_ids if example_ids is not None else branch_ids
-    if ids is None:
-        return None
-    require_token_shape(shape, attention_mask=attention_mask, example_ids=example_ids, branch_ids=branch_ids)
-    is_real = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.to(ids.device) != 0
-    examples = torch.zeros_like(ids) if example_ids is None else _fill_padding(example_ids, is_real)
-    branches = torch.zeros_like(ids) if branch_ids is None else _fill_padding(branch_ids.to(ids.device), is_real)
-    return PackedRows(examples, branches.long(), is_real)
-
-
-def require_token_shape(shape: tuple[int, ...], **given: Tensor | None) -> None:
-    """ValueError unless all that is given has the shape of the tokens, (B, S)."""
-    for name, tensor in given.items():
-        if tensor is not None and tuple(getattr(tensor, "shape", ())) != tuple(shape):
-            raise ValueError(
-                f"`{name}` is {tuple(getattr(tensor, 'shape', ()))}, but the tokens are {tuple(shape)}. Examples and "
-                "branches are told apart token by token, in a pass without cached tokens."
-            )
-
-
-def _has_split_groups(ids: Tensor) -> Tensor:
-    """(B,) bool: the row has an id in several runs."""
-    ordered = ids.sort(-1).values
-    return changes(ids).sum(-1) > changes(ordered).sum(-1)
-
-
-def require_packed_layout(rows: PackedRows, is_visual: Tensor | None = None) -> None:
-    """Refuses ids that do not describe examples of one prefix and its branches.
-
-    Args:
-        is_visual: (B, S) bool.
-    Raises:
-        ValueError: An example or a branch in several pieces, a prefix after its branches, negative branch numbers, or
-            visual tokens in a branch, with the rows concerned and what to do.
-    """
-    pairs = rows.examples() * (rows.branches.max() + 1) + rows.branches
-    late_prefix = changes(rows.branches) & ~rows.example_starts() & (rows.branches == 0)
-    visual_in_branch = torch.zeros_like(rows.is_real)
-    if is_visual is not None:
-        visual_in_branch = is_visual.to(rows.is_real.device).bool() & (rows.branches != 0) & rows.is_real
-    problems = {
-        "`example_ids` has an example in several pieces: put the tokens of each example side by side": (
-            _has_split_groups(rows.example_ids)
-        ),
-        "`branch_ids` has negative numbers: use 0 for the shared prefix and 1, 2, ... for branches": (
-            rows.branches < 0
-        ).any(-1),
-        "`branch_ids` has a shared prefix (0) after a branch of the same example: put the prefix first": (
-            late_prefix.any(-1)
-        ),
-        "`branch_ids` has a branch in several pieces: put the tokens of each branch side by side": _has_split_groups(
-            pairs
-        ),
-        "there are visual tokens in a branch: put images and videos into the shared prefix (`branch_ids` 0), because "
-        "in a row of its own a branch's image would be seen by those of the prefix": visual_in_branch.any(-1),
-    }
-    found = torch.stack(list(problems.values())).tolist()
-    for problem, row_flags in zip(problems, found):
-        if any(row_flags):
-            affected = [row for row, is_affected in enumerate(row_flags) if is_affected]
-            raise ValueError(f"In row(s) {affected[:8]} {problem}.")
-
 
 # --- src/molmo2/model/attention/mask.py ------------------------------------------------------------------------------
 # Who may attend to whom, as a function of ids, and where tokens stand.
@@ -274,18 +136,6 @@ def require_empty_cache(past_key_values: Cache | None, found: str, advice: str) 
         raise ValueError(f"{found} belong to whole rows, but the cache holds {past_length} tokens already. {advice}.")
 
 
-def attention_spec(is_visual: Tensor | None, packed_rows: PackedRows | None) -> AttentionSpec:
-    """The spec of a prefill, padding aside."""
-    if packed_rows is None:
-        return AttentionSpec(is_visual=is_visual)
-    branches = packed_rows.branches
-    return AttentionSpec(
-        is_visual=is_visual,
-        example_ids=packed_rows.examples(),
-        branch_ids=branches if bool(branches.any()) else None,
-    )
-
-
 def split_examples_by_position_ids(spec: AttentionSpec, position_ids: Tensor, batch: int) -> AttentionSpec:
     """Adds packed examples told by positions that do not go up by one, the convention of transformers.
 
@@ -293,8 +143,7 @@ def split_examples_by_position_ids(spec: AttentionSpec, position_ids: Tensor, ba
         position_ids: (B, S), or (1, S) for all rows.
     """
     restarts = position_ids[:, 1:] != position_ids[:, :-1] + 1
-    is_one_example = not torch.compiler.is_compiling() and not bool(restarts.any())
-    if is_one_example or spec.example_ids is not None:
+    if not torch.compiler.is_compiling() and not bool(restarts.any()):
         return spec
     return replace(spec, example_ids=nn.functional.pad(restarts.long().cumsum(-1), (1, 0)).expand(batch, -1))
 
@@ -428,12 +277,7 @@ def blockwise_attention(
 
     In training each block is computed again in the backward pass, so that no part of the mask is kept.
 
-    Args:
-        query: (B, heads, S, head_dim).
-        key, value: (B, key/value heads, keys, head_dim); keys past the end of the sequence are ignored.
-        dropout: Probability of dropping a weight.
-    Returns:
-        (B, S, heads, head_dim).
+    Args: as `eager_attention`; keys past the end of the sequence are ignored. Returns (B, S, heads, head_dim).
     """
     shares_heads = query.shape[1] != key.shape[1]
     if shares_heads and query.device.type != "cpu":
@@ -592,17 +436,11 @@ def _append(states: Tensor, new: Tensor) -> Tensor:
 # --- src/molmo2/model/compat.py --------------------------------------------------------------------------------------
 # The one place for calls whose signature changed between the supported releases of transformers (4.57.1 .. 5.24).
 
-_MASK_PARAMETERS = inspect.signature(create_causal_mask).parameters
-_EMBEDS_NAME = "inputs_embeds" if "inputs_embeds" in _MASK_PARAMETERS else "input_embeds"
-_MASK_WANTS_CACHE_POSITION = (
-    "cache_position" in _MASK_PARAMETERS and _MASK_PARAMETERS["cache_position"].default is inspect.Parameter.empty
-)
+_MASK_PARAMETERS = frozenset(inspect.signature(create_causal_mask).parameters)
 # What the library calls `past_key_values` in arguments, outputs and options of `generate`: "cache" from 5.24 on.
 CACHE_NAME = next(
     field.name for field in fields(BaseModelOutputWithPast) if field.name in ("past_key_values", "cache")
 )
-_CACHE_TAKES_KWARGS_DICT = "cache_kwargs" in inspect.signature(Cache.update).parameters
-
 
 Function = TypeVar("Function", bound=Callable)
 
@@ -611,14 +449,15 @@ def takes_cache(function: Function) -> Function:
     """A forward pass or hook of `generate` whose `past_key_values` may be passed as `cache`, its name from 5.24 on.
 
     Raises:
-        ValueError: When called with both.
+        ValueError: When called with two caches.
     """
 
     @wraps(function)
     def with_either_name(*args: Any, **kwargs: Any) -> Any:
-        if "cache" in kwargs:
-            cache = kwargs.pop("cache")
-            if kwargs.get("past_key_values", cache) is not cache:
+        cache = kwargs.pop("cache", None)
+        if cache is not None:
+            named = kwargs.get("past_key_values")
+            if named is not None and named is not cache:
                 raise ValueError("`cache` and `past_key_values` are two names of one argument: pass one of them.")
             kwargs["past_key_values"] = cache
         return function(*args, **kwargs)
@@ -633,17 +472,10 @@ def takes_cache(function: Function) -> Function:
 
 def mask_arguments(inputs_embeds: Tensor, past_key_values: Cache | None, cache_position: Tensor) -> dict[str, Any]:
     """Those arguments of `create_causal_mask` whose names differ between releases, or that some do not take."""
-    arguments: dict[str, Any] = {_EMBEDS_NAME: inputs_embeds, CACHE_NAME: past_key_values}
-    return {**arguments, "cache_position": cache_position} if _MASK_WANTS_CACHE_POSITION else arguments
-
-
-def update_cache(
-    cache: Cache, key: Tensor, value: Tensor, layer_idx: int, cache_position: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Append `key` and `value`, each (B, heads, S, head_dim), and return everything the layer has seen."""
-    if _CACHE_TAKES_KWARGS_DICT:
-        return cache.update(key, value, layer_idx, {"cache_position": cache_position})
-    return cache.update(key, value, layer_idx)
+    embeds, cache = inputs_embeds, past_key_values
+    names = {"inputs_embeds": embeds, "input_embeds": embeds, "past_key_values": cache, "cache": cache}
+    arguments = {**names, "cache_position": cache_position}
+    return {name: value for name, value in arguments.items() if name in _MASK_PARAMETERS}
 
 
 def scaled_rope(config: Any) -> tuple[Tensor, float]:
@@ -702,27 +534,19 @@ def eager_attention(
 
 
 def flex_attention_on_cpu(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: BlockMask | Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
+    query: Tensor, key: Tensor, value: Tensor, mask: BlockMask | Tensor | None, scaling: float, dropout: float
+) -> Tensor:
     """flex_attention without its compiler, which generates C++ that does not build when lengths vary (torch 2.13).
 
-    Args and returns: as the attention functions of transformers; a tensor mask, (B or 1, heads or 1, queries or 1,
-    keys), is added to the scores.
+    Args and returns: as `blockwise_attention`; a tensor mask, (B or 1, heads or 1, queries or 1, keys), is added to
+    the scores.
     """
     if dropout > 0:
         raise ValueError(
             f"flex_attention has no dropout, but `attention_dropout` is {dropout}: set it to 0 or train with "
             '`attn_implementation="sdpa"`.'
         )
-    block_mask = attention_mask if isinstance(attention_mask, BlockMask) else None
-    added: Any = attention_mask.expand(*query.shape[:3], -1) if isinstance(attention_mask, Tensor) else None
+    added: Any = mask.expand(*query.shape[:3], -1) if isinstance(mask, Tensor) else None
 
     def add_mask(score: Tensor, batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return score + added[batch_idx, head_idx, q_idx, kv_idx]
@@ -732,38 +556,31 @@ def flex_attention_on_cpu(
         key,
         value,
         score_mod=None if added is None else add_mask,
-        block_mask=block_mask,
+        block_mask=mask if isinstance(mask, BlockMask) else None,
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    return output.transpose(1, 2), None
+    return output.transpose(1, 2)
 
 
 def sdpa_grouped_decode(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float,
-    scaling: float,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float
+) -> Tensor:
     """sdpa of a few new tokens under grouped-query attention, with each key read once.
 
     Query heads that share a key head become further queries of one head, where transformers repeats keys and values.
-    Args and returns: as the attention functions of transformers.
+    Args and returns: as `blockwise_attention`; the mask is bool, (B or 1, 1, queries or 1, keys or more), or None.
     """
     groups = query.shape[1] // key.shape[1]
-    if attention_mask is not None:
-        attention_mask = attention_mask[..., : key.shape[2]]
-        if attention_mask.shape[2] > 1:
-            attention_mask = attention_mask.repeat(1, 1, groups, 1)
+    if mask is not None:
+        mask = mask[..., : key.shape[2]]
+        if mask.shape[2] > 1:
+            mask = mask.repeat(1, 1, groups, 1)
     queries = query.unflatten(1, (-1, groups)).flatten(2, 3)
     output = nn.functional.scaled_dot_product_attention(
-        queries, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling
+        queries, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling
     )
-    return output.unflatten(2, (groups, -1)).flatten(1, 2).transpose(1, 2), None
+    return output.unflatten(2, (groups, -1)).flatten(1, 2).transpose(1, 2)
 
 
 def attention_implementation(config: Any, wants_weights: bool, needs_mask: bool) -> str:
@@ -878,12 +695,7 @@ class Molmo2AttentionBase(nn.Module):
         self.float32_attention = float32_attention
 
     def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Any,
-        implementation: str,
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, implementation: str
     ) -> tuple[Tensor, Tensor | None]:
         """Scaled dot-product attention.
 
@@ -902,32 +714,32 @@ class Molmo2AttentionBase(nn.Module):
         if self.float32_attention and "flash" not in implementation:
             query, key = query.float(), key.float()
             value = value if implementation == "eager" else value.float()
-        dropout = self.attention_dropout if self.training else 0.0
-        if implementation == "eager":
-            output, weights = eager_attention(query, key, value, attention_mask, self.scaling, dropout)
+        is_flex = implementation == "flex_attention"
+        if is_flex and isinstance(attention_mask, Tensor) and attention_mask.dtype == torch.bool:  # it adds tensors
+            added = torch.zeros(attention_mask.shape, device=query.device)
+            attention_mask = added.masked_fill(~attention_mask, torch.finfo(torch.float32).min)
+        scaling, dropout = self.scaling, self.attention_dropout if self.training else 0.0
+        function = None if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
+        weights = None
+        if function is None:
+            output, weights = eager_attention(query, key, value, attention_mask, scaling, dropout)
         elif isinstance(attention_mask, BlockwiseMask):
-            output, weights = blockwise_attention(query, key, value, attention_mask, self.scaling, dropout), None
+            output = blockwise_attention(query, key, value, attention_mask, scaling, dropout)
+        elif is_flex and query.device.type == "cpu":
+            output = flex_attention_on_cpu(query, key, value, attention_mask, scaling, dropout)
+        elif function is sdpa_attention_forward and self._is_grouped_decode(query, key, attention_mask):
+            output = sdpa_grouped_decode(query, key, value, attention_mask, scaling, dropout)
         else:
-            function = ALL_ATTENTION_FUNCTIONS[implementation]
-            if implementation == "flex_attention":
-                if isinstance(attention_mask, Tensor) and attention_mask.dtype == torch.bool:  # it adds tensors
-                    added = torch.zeros(attention_mask.shape, device=query.device)
-                    attention_mask = added.masked_fill(~attention_mask, torch.finfo(torch.float32).min)
-                function = flex_attention_on_cpu if query.device.type == "cpu" else function
-            elif function is sdpa_attention_forward:
-                function = self._sdpa_function(query, key, attention_mask)
-            output, weights = function(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling)
+            output, weights = function(self, query, key, value, attention_mask, dropout=dropout, scaling=scaling)
         return output.flatten(2).to(dtype), weights
 
-    def _sdpa_function(self, query: Tensor, key: Tensor, mask: Any) -> Callable:
-        """`sdpa_grouped_decode` for a few queries of heads that share keys, else the function of transformers."""
+    def _is_grouped_decode(self, query: Tensor, key: Tensor, mask: Any) -> bool:
+        """Whether these are a few queries, not causal among themselves, of heads that share keys and the mask."""
         if query.shape[1] == key.shape[1] or query.shape[2] > MAX_GROUPED_QUERIES:
-            return sdpa_attention_forward
+            return False
         if mask is None:
-            is_causal = self.is_causal and query.shape[2] > 1
-            return sdpa_attention_forward if is_causal else sdpa_grouped_decode
-        is_shared_by_heads = isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape[1] == 1
-        return sdpa_grouped_decode if is_shared_by_heads else sdpa_attention_forward
+            return query.shape[2] == 1 or not self.is_causal
+        return isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape[1] == 1
 
 
 # --- src/molmo2/model/embedding.py -----------------------------------------------------------------------------------
@@ -979,20 +791,28 @@ class Molmo2Embedding(nn.Embedding):
         self.embedding = nn.Parameter(table.detach(), requires_grad=trains)
         self.new_embedding = nn.Parameter(table.new_empty(0, table.shape[1]), requires_grad=trains)
 
-    def cut_at(self, num_rows: int) -> None:
-        """Moves the cut: `num_rows` rows in the base vocabulary. Tensors without memory keep theirs."""
-        if num_rows == len(self.embedding) or self.embedding.is_meta or not len(self.new_embedding):
-            return
-        pieces = self.weight.detach().split((num_rows, self.num_embeddings - num_rows))
-        trains = self.embedding.requires_grad
-        self.embedding, self.new_embedding = (nn.Parameter(piece.clone(), requires_grad=trains) for piece in pieces)
+    def take_shapes(self, state_dict: dict[str, Any] | None, files: Iterable[str] | None) -> None:
+        """Makes room, without values, for the same rows cut elsewhere, as a state dict or safetensors files have them.
 
-    def take_shapes(self, shapes: dict[str, list[int]]) -> None:
-        """Makes room, without values, for pieces of a checkpoint that has the same rows, cut elsewhere."""
-        found = [shapes[name] for name in ("wte.embedding", "wte.new_embedding") if name in shapes]
+        The library's own Molmo2 class has one table, and saves it cut into halves under the names of the two pieces.
+        """
+        shapes = {name: list(tensor.shape) for name, tensor in (state_dict or {}).items()}
+        for path in () if state_dict else files or ():
+            if str(path).endswith(".safetensors"):
+                with safe_open(path, framework="pt") as file:
+                    names = [name for name in list(file.keys()) if ".wte." in f".{name}"]
+                    shapes |= {name: file.get_slice(name).get_shape() for name in names}
+        by_end = {".".join(name.split(".")[-2:]): shape for name, shape in shapes.items()}
+        found = [by_end[name] for name in ("wte.embedding", "wte.new_embedding") if name in by_end]
         is_cut_elsewhere = len(found) == 2 and found[0] != list(self.embedding.shape)
         if is_cut_elsewhere and found[0][0] + found[1][0] == self.num_embeddings:
             self.embedding, self.new_embedding = (nn.Parameter(self.embedding.new_empty(shape)) for shape in found)
+
+    def cut_at(self, num_rows: int) -> None:
+        """Moves the cut: `num_rows` rows in the base vocabulary. Parameters stay, with what loaders note on them."""
+        if num_rows != len(self.embedding) and len(self.new_embedding):
+            base, new = self.weight.detach().split((num_rows, self.num_embeddings - num_rows))
+            self.embedding.data, self.new_embedding.data = base.clone(), new.clone()
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """(B, S) ids to (B, S, D); only the rows asked for are touched."""
@@ -1005,566 +825,142 @@ class Molmo2Embedding(nn.Embedding):
         return torch.where(is_new[..., None], new, base)
 
 
-def stored_shapes(state_dict: dict[str, Any] | None, files: Iterable[str] | None) -> dict[str, list[int]]:
-    """Shapes of the embedding's pieces in a state dict, or else in safetensors files, by the last two parts of names.
+# --- src/molmo2/model/packing.py -------------------------------------------------------------------------------------
+# Several examples in one row, several branches under one prefix: reading their ids, checks and positions.
 
-    The library's own Molmo2 class has one table, and saves it cut into halves under the names of the two pieces.
+
+@dataclass(frozen=True)
+class PackedRows:
+    """The examples and branches of a batch; padding belongs to those of the token before it.
+
+    Attributes:
+        example_ids: (B, S) int64: one value for all tokens of an example.
+        branches: (B, S) int64: 0 in the prefix that the branches of an example share.
+        is_real: (B, S) bool, False on padding.
     """
-    shapes = {name: list(tensor.shape) for name, tensor in (state_dict or {}).items()}
-    for path in () if state_dict else files or ():
-        if str(path).endswith(".safetensors"):
-            with safe_open(path, framework="pt") as file:
-                names = [name for name in list(file.keys()) if ".wte." in f".{name}"]
-                shapes |= {name: file.get_slice(name).get_shape() for name in names}
-    return {".".join(name.split(".")[-2:]): shape for name, shape in shapes.items()}
+
+    example_ids: Tensor
+    branches: Tensor
+    is_real: Tensor
+
+    def example_starts(self) -> Tensor:
+        """(B, S) bool: first tokens of examples."""
+        return changes(self.example_ids)
+
+    def examples(self) -> Tensor:
+        """(B, S) int64: number of the example within its row, from 0."""
+        return self.example_starts().long().cumsum(-1) - 1
+
+    def branch_starts(self) -> Tensor:
+        """(B, S) bool: first tokens of branches, prefixes not among them."""
+        return (self.example_starts() | changes(self.branches)) & (self.branches != 0)
+
+    def positions(self) -> Tensor:
+        """(B, S) int64: positions within each example; a branch continues after the prefix; padding gets 0 or more."""
+        place = torch.arange(self.branches.shape[1], device=self.branches.device)
+        counted = self.is_real.long()
+        prefix = counted * (self.branches == 0)
+        example_start = torch.where(self.example_starts(), place, 0).cummax(-1).values
+        segment_start = torch.where(self.example_starts() | self.branch_starts(), place, 0).cummax(-1).values
+        in_prefix = _count_since(prefix, example_start)
+        in_branch = _count_since(counted, segment_start) * (self.branches != 0)
+        return (in_prefix + in_branch - 1).clamp(min=0)
 
 
-def warn_about_lost_rows(config: Any, names: Iterable[str], num_rows: int | None) -> None:
-    """Warns where visual tokens of the configuration have ids past the rows that an embedding is to have."""
-    ids = {name: getattr(config, name) for name in names if hasattr(config, name)}
-    lost = {name: token_id for name, token_id in ids.items() if num_rows is not None and token_id >= num_rows}
-    if lost:
-        logger.warning(
-            f"The embedding is cut to {num_rows} rows, which leaves visual tokens without one: {lost}. The model can "
-            f"not read images any more, nor be loaded again. Keep {max(lost.values()) + 1} rows or more; "
-            "`len(processor.tokenizer)` counts these tokens."
-        )
+def changes(ids: Tensor) -> Tensor:
+    """(B, S) bool: entries that differ from the one before, and the first ones."""
+    first = torch.ones_like(ids[:, :1], dtype=torch.bool)
+    return torch.cat((first, ids[:, 1:] != ids[:, :-1]), dim=1)
 
 
-# --- src/molmo2/model/rotary.py --------------------------------------------------------------------------------------
-# Rotary position embeddings: float32 tables, scaled on some layers and plain on the others.
+def _count_since(counted: Tensor, start: Tensor) -> Tensor:
+    """Sum of `counted` from the column `start` of each entry up to the entry itself."""
+    total = counted.cumsum(-1)
+    return total - (total - counted).gather(-1, start)
 
 
-def plain_inverse_frequencies(head_dim: int, theta: float) -> Tensor:
-    """`theta ** (-2i / head_dim)` for i = 0 .. head_dim / 2 - 1, float32 (Su et al. 2021, RoFormer)."""
-    with torch.device("cpu"):
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
-        return 1.0 / (theta**exponents)
+def _fill_padding(ids: Tensor, is_real: Tensor) -> Tensor:
+    """Padding takes the id of the real token before it, at the start of a row that of the first one."""
+    place = torch.arange(ids.shape[1], device=ids.device)
+    last_real = torch.where(is_real, place, -1).cummax(-1).values
+    first_real = is_real.long().argmax(-1, keepdim=True)
+    return ids.gather(-1, torch.where(last_real < 0, first_real, last_real))
 
 
-def rotate(states: Tensor, table: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + head_dim / 2) of `states`, of all heads in two kernels.
+def packed_rows(
+    attention_mask: Tensor | None, example_ids: Tensor | None, branch_ids: Tensor | None, shape: tuple[int, ...]
+) -> PackedRows | None:
+    """The examples and branches that ids describe; None when there are no ids.
 
     Args:
-        states: (B, S, heads, head_dim).
-        table: (B, S, 2, 2, head_dim / 2) rotation matrices [[cos, -sin], [sin, cos]], one for each pair.
+        attention_mask: (B, S), 0 on padding.
+        example_ids: (B, S) int64, one value for all tokens of an example; without it a row is one example.
+        branch_ids: (B, S) int64, 0 in shared prefixes; without it there are no branches.
+        shape: (B, S) of the tokens.
+    Raises:
+        ValueError: For tensors of another shape.
     """
-    halves = states.unflatten(-1, (1, 2, -1))
-    from_first, from_second = (halves * table[:, :, None]).unbind(-2)
-    return (from_first + from_second).flatten(-2)
-
-
-class Molmo2RotaryEmbedding(nn.Module):
-    """Computes the rotation matrices for every layer of the text model.
-
-    With `rope_scaling_layers`, the layers it names use the scaled frequencies (and, for yarn, the factor on cos and
-    sin), the rest the plain ones of the same theta; without it every layer is scaled. The tables are not stored in
-    checkpoints: `restore` recomputes them after anything that may have left them empty or rounded, because loaders
-    build modules without memory and `.to(dtype)` would cast them.
-    """
-
-    inv_freq: Tensor
-    scaled_inv_freq: Tensor | None
-
-    def __init__(self, config: PretrainedConfig):
-        super().__init__()
-        self.config = config
-        is_scaled = config.rope_parameters["rope_type"] != "default"
-        every_layer = range(config.num_hidden_layers)
-        chosen = every_layer if config.rope_scaling_layers is None else config.rope_scaling_layers
-        self.scaled_layers = frozenset(chosen) if is_scaled else frozenset()
-        self.scaling_factor = 1.0
-        self.register_buffer("inv_freq", None, persistent=False)
-        self.register_buffer("scaled_inv_freq", None, persistent=False)
-        self.restore()
-
-    def restore(self) -> None:
-        """Recompute the tables, on the device where they were."""
-        device = torch.device("cpu") if self.inv_freq is None else self.inv_freq.device
-        if device.type == "meta":
-            device = torch.device("cpu")
-        self.inv_freq = plain_inverse_frequencies(self.config.head_dim, self.config.rope_theta).to(device)
-        if self.scaled_layers:
-            scaled, self.scaling_factor = scaled_rope(self.config)
-            self.scaled_inv_freq = scaled.to(device)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Molmo2RotaryEmbedding":
-        super()._apply(fn, recurse)
-        if self.inv_freq.device.type != "meta":
-            self.restore()
-        return self
-
-    @torch.no_grad()
-    def forward(self, position_ids: Tensor, dtype: torch.dtype) -> list[Tensor]:
-        """A table for each layer, (B, S, 2, 2, head_dim / 2) in `dtype`; layers with equal ones share it.
-
-        Args:
-            position_ids: (B, S) or (1, S) integers.
-        """
-        plain = self._table(position_ids, self.inv_freq, 1.0, dtype)
-        if self.scaled_inv_freq is None:
-            return [plain] * self.config.num_hidden_layers
-        scaled = self._table(position_ids, self.scaled_inv_freq, self.scaling_factor, dtype)
-        return [scaled if layer in self.scaled_layers else plain for layer in range(self.config.num_hidden_layers)]
-
-    @staticmethod
-    def _table(position_ids: Tensor, inv_freq: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
-        inv_freq = inv_freq.to(position_ids.device)
-        # An outer product by broadcasting: exact in float32 also under autocast.
-        angles = position_ids[..., None].float() * inv_freq
-        cos, sin = angles.cos(), angles.sin()
-        matrices = torch.stack((cos, -sin, sin, cos), dim=-2)
-        return (matrices if factor == 1.0 else matrices * factor).to(dtype).unflatten(-2, (2, 2))
-
-
-# --- src/molmo2/model/pretrained.py ----------------------------------------------------------------------------------
-# Base class: capability flags for transformers, weight initialisation.
-
-
-class Molmo2PreTrainedModel(PreTrainedModel):
-    """Base of the text model, the vision transformer, the connector and the models made of them."""
-
-    config_class: Any = Molmo2Config
-    base_model_prefix = "model"
-    input_modalities: Any = ("image", "video", "text")
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["Molmo2DecoderLayer", "Molmo2VisionBlock", "Molmo2Pooling", "Molmo2Projector"]
-    _skip_keys_device_placement = ["past_key_values", "cache"]
-    _supports_flash_attn = True
-    _supports_flash_attn_2 = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
-
-    # Reentrant checkpointing, the default before transformers 5, passes no gradient to a layer whose input has none:
-    # adapters in an otherwise frozen vision transformer, whose input is pixels, would not be trained. Releases with
-    # `activation_checkpointing_enable` call it from `gradient_checkpointing_enable`.
-    if hasattr(PreTrainedModel, "activation_checkpointing_enable"):
-
-        def activation_checkpointing_enable(  # type: ignore[override]
-            self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
-        ) -> None:
-            """As in transformers, with `use_reentrant=False` unless given."""
-            settings = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
-            super().activation_checkpointing_enable(activation_checkpointing_kwargs=settings, **options)
-
-    else:
-
-        def gradient_checkpointing_enable(
-            self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
-        ) -> None:
-            """As in transformers, with `use_reentrant=False` unless given."""
-            settings = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-            super().gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings, **options)
-
-    @classmethod
-    def _load_pretrained_model(  # a static method in recent releases
-        cls, model: Any, state_dict: dict[str, Any] | None, checkpoint_files: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        """As in transformers, also for an embedding that is cut elsewhere in the files; see `stored_shapes`."""
-        embeddings = [module for module in model.modules() if isinstance(module, Molmo2Embedding)]
-        for embedding in embeddings:
-            embedding.take_shapes(stored_shapes(state_dict, checkpoint_files))
-        return super()._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers. A folder that the library's own Molmo2 class saved is taken too."""
-        loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        for module in model.modules():
-            if isinstance(module, Molmo2Embedding):
-                module.cut_at(model.config.get_text_config().vocab_size)
-        return loaded
-
-    def _setting(self, name: str, value: bool | None) -> bool:
-        return bool(getattr(self.config, name)) if value is None else value
-
-    def _tie_or_clone_weights(self, output_embeddings: nn.Module, input_embeddings: nn.Module) -> None:
-        """Asked by older releases where a configuration was set to tie after it was made; newer ones do not ask."""
-        logger.warning_once("Molmo2 never ties its output matrix: a configuration's `tie_word_embeddings` is ignored.")
-
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """As in transformers: the model reads `new_num_tokens` ids, and predicts as many.
-
-        The ids of visual tokens lie behind the base vocabulary, and added tokens behind them, so the two tables of a
-        published checkpoint become one, and the output matrix grows by the rows between. Rows that are new start at
-        the mean of the old ones, where visual tokens, which no answer contains, are less likely than an average token.
-        `vocab_size` and `additional_vocab_size`, 0 afterwards, describe the result to every reader of `config.json`.
-        """
-        warn_about_lost_rows(self.config, TOKEN_ID_OFFSETS, new_num_tokens)
-        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
-
-    def _get_resized_embeddings(
-        self, old_embeddings: Any, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
-    ) -> nn.Embedding:
-        library: Any = super()
-        if not isinstance(old_embeddings, Molmo2Embedding):
-            return library._get_resized_embeddings(old_embeddings, new_num_tokens, *args, **kwargs)
-        joined = nn.Embedding.from_pretrained(old_embeddings.weight.detach(), freeze=False)
-        resized = library._get_resized_embeddings(joined, new_num_tokens, *args, **kwargs)
-        if new_num_tokens is not None or resized.num_embeddings != old_embeddings.num_embeddings:
-            old_embeddings.join(resized.weight)
-            self.config.get_text_config().additional_vocab_size = 0
-        return old_embeddings
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """Initialise what a checkpoint did not contain; never touch a tensor that was loaded.
-
-        Some releases of transformers call this for modules whose tensors are partly or wholly loaded, with a mark on
-        the loaded ones, and with rotary buffers that were allocated but never computed.
-        """
-        if isinstance(module, Molmo2RotaryEmbedding):
-            module.restore()
-            return
-        is_norm = isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm")
-        for name, parameter in module.named_parameters(recurse=False):
-            if getattr(parameter, "_is_hf_initialized", False):
-                continue
-            if name == "bias":
-                nn.init.zeros_(parameter)
-            elif is_norm:
-                nn.init.ones_(parameter)
-            else:
-                nn.init.normal_(parameter, mean=0.0, std=self.config.initializer_range)
-
-
-# --- src/molmo2/model/vision.py --------------------------------------------------------------------------------------
-# From pixel patches to vectors of the text model: vision transformer, attention pooling, projector.
-
-
-def normalize_on_device(pixels: Tensor) -> Tensor:
-    """uint8 patches normalised to float32 as the processor does it, on their device."""
-    return pixels.float().div_(255).sub_(UINT8_MEAN).div_(UINT8_STD)
-
-
-class Molmo2VisionAttention(Molmo2AttentionBase):
-    """Multi-head attention without causality; queries and keys may come from different tokens."""
-
-    def __init__(self, config: Molmo2VitConfig | Molmo2AdapterConfig, input_size: int):
-        super().__init__(config, float32_attention=config.float32_attention)
-        key_value_size = self.num_key_value_heads * self.head_dim
-        self.wq = nn.Linear(input_size, self.num_heads * self.head_dim)
-        self.wk = nn.Linear(input_size, key_value_size)
-        self.wv = nn.Linear(input_size, key_value_size)
-        self.wo = nn.Linear(self.num_heads * self.head_dim, config.hidden_size)
-        self.dropout = nn.Dropout(config.residual_dropout)
-
-    def forward(
-        self, queries: Tensor, keys: Tensor, attention_mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """(N, queries, input) attending to (N, keys, input): (N, queries, D), and the weights where computed.
-
-        Args:
-            attention_mask: (N, 1, 1, keys) bool, True where a key is present; None when all are.
-        """
-        query, key, value = self.wq(queries), self.wk(keys), self.wv(keys)
-        query, key, value = (
-            states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for states in (query, key, value)
-        )
-        implementation = attention_implementation(self.config, False, needs_mask=attention_mask is not None)
-        attended, weights = self.attend(query, key, value, attention_mask, implementation)
-        return self.dropout(self.wo(attended)), weights
-
-
-class Molmo2VisionMLP(nn.Module):
-    """Two linear layers with an activation in between."""
-
-    def __init__(self, config: Molmo2VitConfig):
-        super().__init__()
-        self.w1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.w2 = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.act = ACT2FN[config.hidden_act]
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.w2(self.act(self.w1(hidden_states)))
-
-
-class Molmo2VisionBlock(GradientCheckpointingLayer):
-    """Pre-norm transformer block."""
-
-    def __init__(self, config: Molmo2VitConfig):
-        super().__init__()
-        self.attention = Molmo2VisionAttention(config, config.hidden_size)
-        self.feed_forward = Molmo2VisionMLP(config)
-        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.ffn_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        normed = self.attention_norm(hidden_states)
-        hidden_states = hidden_states + self.attention(normed, normed)[0]
-        return hidden_states + self.feed_forward(self.ffn_norm(hidden_states))
-
-
-class Molmo2VisionBlocks(nn.Module):
-    """Holds the blocks under the name they have on disk."""
-
-    def __init__(self, config: Molmo2VitConfig, num_layers: int):
-        super().__init__()
-        self.resblocks = nn.ModuleList([Molmo2VisionBlock(config) for _ in range(num_layers)])
-
-
-class Molmo2VisionTransformer(Molmo2PreTrainedModel):
-    """The vision tower up to the last layer whose output is wanted.
-
-    Args:
-        feature_layers: Layers whose outputs are returned; negative values count from `config.num_hidden_layers`.
-            By default the last one.
-    """
-
-    config_class = Molmo2VitConfig
-    config: Molmo2VitConfig
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    _input_embed_layer = "patch_embedding"
-
-    def __init__(self, config: Molmo2VitConfig, feature_layers: list[int] | tuple[int, ...] = (-1,)):
-        super().__init__(config)
-        depth = config.num_hidden_layers
-        self.feature_layers = [layer % depth for layer in feature_layers]
-        num_positions: Any = config.image_num_pos  # the configuration fills it in where it is None
-        self.positional_embedding = nn.Parameter(torch.empty(num_positions, config.hidden_size))
-        self.patch_embedding = nn.Linear(config.image_patch_size**2 * 3, config.hidden_size)
-        self.transformer = Molmo2VisionBlocks(config, max(self.feature_layers) + 1)
-        self.gradient_checkpointing = False
-        self.post_init()
-
-    def _positions(self) -> Tensor:
-        """(P, D) position vectors; a stored grid of another size is resized (bicubic, antialiased)."""
-        table = self.positional_embedding
-        rows, cols = self.config.image_num_patch
-        side = round(table.shape[0] ** 0.5)
-        if (rows, cols) == (side, side) or table.shape[0] == rows * cols != side * side:
-            return table
-        grid = table.reshape(1, side, side, -1).permute(0, 3, 1, 2)
-        grid = nn.functional.interpolate(
-            grid.float(), size=(rows, cols), mode="bicubic", align_corners=False, antialias=True
-        )
-        return grid.permute(0, 2, 3, 1).reshape(rows * cols, -1).to(table.dtype)
-
-    def forward(self, pixel_values: Tensor) -> list[Tensor]:
-        """Encode crops.
-
-        Args:
-            pixel_values: (C, P, patch * patch * 3), patch pixels flattened row, column, channel.
-        Returns:
-            For each of the feature layers, in their order, (C, P, D).
-        """
-        # Device and dtype of this module's own tensor: a submodule's may be elsewhere while weights are offloaded.
-        positions = self.positional_embedding
-        pixel_values = pixel_values.to(positions.device)
-        if pixel_values.dtype == torch.uint8:
-            pixel_values = normalize_on_device(pixel_values)
-        hidden_states = self.patch_embedding(pixel_values.to(positions.dtype))
-        hidden_states = hidden_states + self._positions().to(hidden_states.dtype)
-        kept: dict[int, Tensor] = {}
-        for index, block in enumerate(self.transformer.resblocks):
-            hidden_states = block(hidden_states)
-            if index in self.feature_layers:
-                kept[index] = hidden_states
-        return [kept[layer] for layer in self.feature_layers]
-
-
-class Molmo2Pooling(Molmo2VisionAttention):
-    """One query per token, the mean of its patches, attending to these patches."""
-
-    def __init__(self, config: Molmo2AdapterConfig):
-        super().__init__(config, input_size=config.hidden_size * len(config.vit_layers))
-        self.masks_missing = config.pooling_attention_mask
-        self.feature_dropout = nn.Dropout(config.image_feature_dropout)
-
-    def forward(self, features: Tensor, token_pooling: Tensor) -> Tensor:  # type: ignore[override]  # no weights
-        """Pool patches into tokens.
-
-        Args:
-            features: (patches, layers * D) of all crops, flat.
-            token_pooling: (T, K) int64 rows of `features`, -1 where a window has no patch, -2 behind its end.
-        Returns:
-            (T, D).
-        """
-        present = token_pooling >= 0  # (T, K)
-        gathered = self.feature_dropout(features[token_pooling.clamp(min=0)])
-        gathered = gathered * present[..., None].to(gathered.dtype)
-        counted = present if self.masks_missing else token_pooling > PAD_SLOT
-        if not self.masks_missing and bool(counted.all()):
-            return super().forward(gathered.mean(1, keepdim=True), gathered)[0][:, 0]
-        count = counted.sum(-1, keepdim=True).clamp(min=1).to(gathered.dtype)
-        query = (gathered.sum(1) / count)[:, None]
-        return super().forward(query, gathered, counted[:, None, None])[0][:, 0]
-
-
-class Molmo2Projector(nn.Module):
-    """Gated feed-forward into the width of the text model."""
-
-    def __init__(self, config: Molmo2AdapterConfig):
-        super().__init__()
-        self.w1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.w2 = nn.Linear(config.intermediate_size, config.text_hidden_size, bias=False)
-        self.w3 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.act = ACT2FN[config.hidden_act]
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.w2(self.act(self.w1(hidden_states)) * self.w3(hidden_states))
-
-
-def pooling_schedule(
-    token_pooling: Tensor, patches_per_crop: int, chunk_ends: list[int]
-) -> tuple[Tensor, list[int], list[int]]:
-    """Which tokens can be pooled after which chunk of crops, so that features can be freed early.
-
-    Args:
-        token_pooling: (T, K) int64, -1 for none, at least one patch in each row.
-        chunk_ends: Crops encoded after each chunk.
-    Returns:
-        (T,) tokens in the order in which they are ready; for each chunk, how many are ready after it, and the first
-        crop that tokens still need.
-    """
-    last = token_pooling.amax(-1) // patches_per_crop
-    first = torch.where(token_pooling >= 0, token_pooling, token_pooling.amax(-1, keepdim=True)).amin(-1)
-    last, order = last.sort(stable=True)
-    ends = torch.tensor(chunk_ends)
-    ready = torch.searchsorted(last, ends)
-    # The smallest first crop of this token and all later ones; after the last token nothing is needed.
-    needed = (first // patches_per_crop)[order].flip(0).cummin(0).values.flip(0)
-    needed = torch.cat((needed, ends[-1:]))[ready]
-    return order, ready.tolist(), torch.minimum(needed, ends).tolist()
-
-
-class Molmo2VisionBackbone(Molmo2PreTrainedModel):
-    """Vision transformer and connector.
-
-    `crops_per_chunk` and `tokens_per_chunk`, the numbers of crops encoded and of tokens pooled at a time,
-    bound the working memory, which does not grow with the number of crops. None means all at once. The result does not
-    depend on them.
-    """
-
-    config_class = Molmo2AdapterConfig
-    config: Molmo2AdapterConfig
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-
-    def __init__(self, vit_config: Molmo2VitConfig, adapter_config: Molmo2AdapterConfig):
-        super().__init__(adapter_config)
-        self.image_vit = Molmo2VisionTransformer(vit_config, adapter_config.vit_layers)
-        self.image_pooling_2d = Molmo2Pooling(adapter_config)
-        self.image_projector = Molmo2Projector(adapter_config)
-        self.crops_per_chunk: int | None = 16
-        self.tokens_per_chunk: int | None = 4096
-        self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.image_vit.patch_embedding
-
-    @staticmethod
-    def _chunks(tensor: Tensor, size: int | None) -> tuple[Tensor, ...]:
-        if size is not None and size < 1:
-            raise ValueError(f"A chunk of {size} was asked for; expected at least 1, or None for all at once.")
-        return (tensor,) if size is None or len(tensor) <= size else tensor.split(size)
-
-    def encode_crops(self, pixel_values: Tensor) -> Tensor:
-        """(C, P, pixels) to the concatenated features of the chosen layers, (C * P, layers * D), in one go.
-
-        Nothing is kept for a backward pass where nothing of the tower is trained, even if hooks on its embedding
-        (`enable_input_require_grads`, as adapters on the text model call it) ask for gradients.
-        """
-        trains = pixel_values.requires_grad or any(own.requires_grad for own in self.image_vit.parameters())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
-            return torch.cat(self.image_vit(pixel_values), dim=-1).flatten(0, 1)
-
-    def forward(self, pixel_values: Tensor, token_pooling: Tensor) -> Tensor:
-        """Encode crops and pool them into tokens of the text model.
-
-        Features are held only until the last token that needs them is pooled: a chunk of crops and, for large images,
-        the crops before it that share a token with it.
-
-        Args:
-            pixel_values: (C, P, patch * patch * 3) float, or uint8 not normalised yet; crops of all images, one after
-                the other. They may be on another device; a chunk is moved at a time.
-            token_pooling: (T, K) int64; patches of each token as indices into the C * P patches, -1 for none.
-        Returns:
-            (valid rows of `token_pooling`, text width): rows without any patch are dropped.
-        Raises:
-            ValueError: For an index past the last patch, and for vectors that float16 cannot hold.
-        """
-        patches = pixel_values.shape[1]
-        # Planned on the CPU, to which the table is copied once; the parts that chunks need are moved back with them.
-        token_pooling = token_pooling.cpu()
-        token_pooling = token_pooling[(token_pooling >= 0).any(-1)]
-        if token_pooling.numel() and bool(token_pooling.max() >= len(pixel_values) * patches):
+    ids = example_ids if example_ids is not None else branch_ids
+    if ids is None:
+        return None
+    require_token_shape(shape, attention_mask=attention_mask, example_ids=example_ids, branch_ids=branch_ids)
+    is_real = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.to(ids.device) != 0
+    examples = torch.zeros_like(ids) if example_ids is None else _fill_padding(example_ids, is_real)
+    branches = torch.zeros_like(ids) if branch_ids is None else _fill_padding(branch_ids.to(ids.device), is_real)
+    return PackedRows(examples, branches.long(), is_real)
+
+
+def require_token_shape(shape: tuple[int, ...], **given: Tensor | None) -> None:
+    """ValueError unless all that is given has the shape of the tokens, (B, S)."""
+    for name, tensor in given.items():
+        if tensor is not None and tuple(getattr(tensor, "shape", ())) != tuple(shape):
             raise ValueError(
-                f"`token_pooling` points at patch {int(token_pooling.max())}, but {len(pixel_values)} crop(s) hold "
-                f"{len(pixel_values) * patches} patches. Pass the pooling table that was made with these pixels."
+                f"`{name}` is {tuple(getattr(tensor, 'shape', ()))}, but the tokens are {tuple(shape)}. Examples and "
+                "branches are told apart token by token, in a pass without cached tokens."
             )
-        if not token_pooling.numel():
-            return torch.zeros(0, self.config.text_hidden_size, device=self.device, dtype=self.dtype)
-        chunks = self._chunks(pixel_values, self.crops_per_chunk)
-        ends = list(itertools.accumulate(len(chunk) for chunk in chunks))
-        order, ready_tokens, first_crops = pooling_schedule(token_pooling, patches, ends)
-        token_pooling = token_pooling[order]
-        held, held_from, done, vectors = None, 0, 0, []
-        for chunk, end, ready, first_crop in zip(chunks, ends, ready_tokens, first_crops):
-            held = self.encode_crops(chunk) if held is None else torch.cat((held, self.encode_crops(chunk)))
-            if ready > done:
-                vectors += self._pooled(held, token_pooling[done:ready], held_from * patches)
-            # A copy, so that the memory of what is no longer needed is freed.
-            held = held[(first_crop - held_from) * patches :].clone() if first_crop < end else None
-            held_from, done = first_crop, ready
-        joined = torch.cat(vectors)
-        if joined.dtype == torch.float16 and not bool(joined.isfinite().all()):
-            raise ValueError(
-                "Vectors of an image are not finite in float16, whose largest number is 65504; every token after them "
-                "would be nonsense. Load the model in bfloat16 or float32: `dtype=torch.bfloat16`."
-            )
-        is_in_order = bool((order[1:] > order[:-1]).all())
-        return joined if is_in_order else joined[order.argsort().to(joined.device)]
-
-    def _pooled(self, features: Tensor, token_pooling: Tensor, first_patch: int) -> list[Tensor]:
-        """Vectors of tokens, chunk by chunk; `features` begin at patch `first_patch`."""
-        token_pooling = token_pooling.to(features.device)
-        token_pooling = torch.where(token_pooling >= 0, token_pooling - first_patch, token_pooling)
-        chunks = self._chunks(token_pooling, self.tokens_per_chunk)
-        return [self.image_projector(self.image_pooling_2d(features, chunk)) for chunk in chunks]
 
 
-@contextmanager
-def record_calls(modules: Iterable[nn.Module]) -> Iterator[list[list[tuple[Any, Any]]]]:
-    """While open, keeps (first input, output) of every call of these modules; one list for each."""
-    calls: list[list[tuple[Any, Any]]] = []
-    handles = []
-    for module in modules:
-        own: list[tuple[Any, Any]] = []
-        calls.append(own)
-        handles.append(
-            module.register_forward_hook(lambda _module, args, output, own=own: own.append((args[0], output)))
-        )
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
+def _has_split_groups(ids: Tensor) -> Tensor:
+    """(B,) bool: the row has an id in several runs."""
+    ordered = ids.sort(-1).values
+    return changes(ids).sum(-1) > changes(ordered).sum(-1)
 
 
-def is_distributed_training(module: nn.Module) -> bool:
-    """Whether this module is being trained by several processes."""
-    if not (module.training and torch.is_grad_enabled() and torch.distributed.is_available()):
-        return False
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() < 2:
-        return False
-    return any(parameter.requires_grad for parameter in module.parameters())
+def require_packed_layout(rows: PackedRows, is_visual: Tensor | None = None) -> None:
+    """Refuses ids that do not describe examples of one prefix and its branches.
 
-
-def zero_vision_loss(vision_backbone: Any) -> Tensor:
-    """A dummy forward pass for DDP: zero, computed from all vision parameters with one black crop.
-
-    Processes average their gradients tensor by tensor, so each must have one for every tensor, also the process whose
-    batch has no image.
+    Args:
+        is_visual: (B, S) bool.
+    Raises:
+        ValueError: An example or a branch in several pieces, a prefix after its branches, negative branch numbers, or
+            visual tokens in a branch, with the rows concerned and what to do.
     """
-    config = vision_backbone.image_vit.config
-    device, dtype = vision_backbone.image_vit.device, vision_backbone.image_vit.dtype
-    rows, cols = config.image_num_patch
-    crop = torch.zeros(1, rows * cols, 3 * config.image_patch_size**2, device=device, dtype=dtype)
-    return 0.0 * vision_backbone(crop, torch.zeros(1, 1, dtype=torch.int64, device=device)).sum()
+    pairs = rows.examples() * (rows.branches.max() + 1) + rows.branches
+    late_prefix = changes(rows.branches) & ~rows.example_starts() & (rows.branches == 0)
+    visual_in_branch = torch.zeros_like(rows.is_real)
+    if is_visual is not None:
+        visual_in_branch = is_visual.to(rows.is_real.device).bool() & (rows.branches != 0) & rows.is_real
+    problems = {
+        "`example_ids` has an example in several pieces: put the tokens of each example side by side": (
+            _has_split_groups(rows.example_ids)
+        ),
+        "`branch_ids` has negative numbers: use 0 for the shared prefix and 1, 2, ... for branches": (
+            rows.branches < 0
+        ).any(-1),
+        "`branch_ids` has a shared prefix (0) after a branch of the same example: put the prefix first": (
+            late_prefix.any(-1)
+        ),
+        "`branch_ids` has a branch in several pieces: put the tokens of each branch side by side": _has_split_groups(
+            pairs
+        ),
+        "there are visual tokens in a branch: put images and videos into the shared prefix (`branch_ids` 0), because "
+        "in a row of its own a branch's image would be seen by those of the prefix": visual_in_branch.any(-1),
+    }
+    found = torch.stack(list(problems.values())).tolist()
+    for problem, row_flags in zip(problems, found):
+        if any(row_flags):
+            affected = [row for row, is_affected in enumerate(row_flags) if is_affected]
+            raise ValueError(f"In row(s) {affected[:8]} {problem}.")
 
 
 # --- src/molmo2/model/vision_inputs.py -------------------------------------------------------------------------------
@@ -1885,11 +1281,21 @@ class Molmo2VisionInputsMixin:
         wants_weights = model._setting("output_attentions", wants_weights)
         blocks = list(self.vision_backbone.image_vit.transformer.resblocks)
         attentions = [block.attention for block in blocks] if wants_weights else []
-        with record_calls(blocks if wants_states else blocks[-1:]) as calls, record_calls(attentions) as weighed:
+        blocks = blocks if wants_states else blocks[-1:]
+        # First input and output of each call, one for each chunk of crops.
+        calls: dict[Any, list[tuple[Any, Any]]] = {module: [] for module in (*blocks, *attentions)}
+        hooks = [
+            module.register_forward_hook(lambda module, args, output: calls[module].append((args[0], output)))
+            for module in calls
+        ]
+        try:
             vectors = self.vision_backbone(pixels, pooling)
-        states = [_of_all_chunks([output for _, output in own]) for own in calls]
-        weights = [_of_all_chunks([output[1] for _, output in own]) for own in weighed]
-        embedded = _of_all_chunks([states_in for states_in, _ in calls[0]])
+        finally:
+            for hook in hooks:
+                hook.remove()
+        states = [_of_all_chunks([output for _, output in calls[block]]) for block in blocks]
+        weights = [_of_all_chunks([output[1] for _, output in calls[attention]]) for attention in attentions]
+        embedded = _of_all_chunks([states_in for states_in, _ in calls[blocks[0]]])
         found = (pooling >= 0).any(-1).split(tokens.tolist())  # tokens without a patch have no vector
         return BaseModelOutputWithPooling(
             last_hidden_state=states[-1],
@@ -1969,12 +1375,7 @@ class Molmo2VisionInputsMixin:
         return self.vision_backbone(pixels, pooling)
 
     def _add_features(
-        self,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor,
-        vectors: Tensor,
-        repeats: int,
-        is_visual: Tensor | None,
+        self, input_ids: Tensor | None, inputs_embeds: Tensor, vectors: Tensor, repeats: int, is_visual: Tensor | None
     ) -> tuple[Tensor, bool]:
         """(B, S, D) with vectors (T, D) added to the patch tokens; `repeats` consecutive rows share theirs.
 
@@ -2090,28 +1491,12 @@ def _restore_next_sequence_length(
     return {**options, "next_sequence_length": num_new} if num_new > 0 else options
 
 
-def _drop_extrapolated_types(token_types: Tensor, by_id: Tensor) -> Tensor:
-    """(B, S) bool token types without the run at the end of a row that disagrees with the types found by id.
-
-    `generate` copies the type of the last prompt token to tokens that it writes or drafts, and that token may be the
-    end of an image.
-    """
-    agrees = ~token_types | by_id
-    precedes_agreement = agrees.flip(-1).cumsum(-1).flip(-1) > 0
-    return token_types & precedes_agreement
-
-
 def can_copy_rows(cache: Cache | None) -> bool:
     """Whether a cache is empty and grows by rows too, so that equal prompts can be read once and copied.
 
     None is the cache that the model makes itself: some releases leave that of the prefill to it.
     """
     return cache is None or (type(cache) is DynamicCache and not cache.offloading and cache.get_seq_length() == 0)
-
-
-def every_nth_row(tensors: dict[str, Tensor | None], step: int) -> dict[str, Tensor | None]:
-    """Rows 0, step, 2 * step, ... of tensors (B, ...); those of one row, which holds for all, stay."""
-    return {name: rows if rows is None or len(rows) == 1 else rows[::step] for name, rows in tensors.items()}
 
 
 class Molmo2GenerationMixin(GenerationMixin):
@@ -2151,9 +1536,8 @@ class Molmo2GenerationMixin(GenerationMixin):
         if is_prefill:
             ids = input_ids if inputs_embeds is None else None
             is_visual = self.model.resolve_visual_mask(token_type_ids, ids, inputs_embeds)
-            kwargs["token_type_ids"] = (
-                is_visual if ids is None else _drop_extrapolated_types(is_visual, self.model.visual_token_mask(ids))
-            )
+            # `generate` copies the type of the last prompt token, which may end an image, to what it writes or drafts.
+            kwargs["token_type_ids"] = is_visual if ids is None else is_visual & self.model.visual_token_mask(ids)
         elif inputs_embeds is None:
             kwargs = _restore_next_sequence_length(kwargs, input_ids, past_key_values)
         library: Any = super()
@@ -2172,10 +1556,8 @@ class Molmo2GenerationMixin(GenerationMixin):
         inputs_embeds: Tensor | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
-        position_ids: Tensor | None = None,
         cache_position: Tensor | None = None,
         token_type_ids: Tensor | None = None,
-        mm_token_type_ids: Tensor | None = None,
         input_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -2185,13 +1567,12 @@ class Molmo2GenerationMixin(GenerationMixin):
         """
         embeds: Any = input_embeds if inputs_embeds is None else inputs_embeds
         text_config = config.get_text_config()
-        if token_type_ids is None:
-            token_type_ids = mm_token_type_ids
-        if token_type_ids is not None and not starts_sequence(embeds.shape[1], past_key_values):
-            token_type_ids = None
         if cache_position is None:
             cache_position = torch.arange(embeds.shape[1], device=embeds.device) + cached_length(past_key_values)
-        spec = AttentionSpec(is_visual=None if token_type_ids is None else token_type_ids.bool())
+        is_visual = None
+        if token_type_ids is not None and starts_sequence(embeds.shape[1], past_key_values):
+            is_visual = token_type_ids.bool()
+        spec = AttentionSpec(is_visual=is_visual)
         implementation = attention_implementation(text_config, False, not spec.is_empty())
         if is_blockwise(implementation, embeds.shape[1]):
             return attention_mask
@@ -2202,23 +1583,17 @@ class Molmo2GenerationMixin(GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        library: Any = super()
-        done = library._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        done = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore
         use_preallocated_layers(model_kwargs.get(CACHE_NAME))
         return done
 
     def _expand_inputs_for_generation(
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: Any = None,
-        **model_kwargs: Any,
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any
     ) -> tuple[Any, dict[str, Any]]:
         """Repeat every row `expand_size` times (beams, several answers); its prompt and media are still read once."""
         self._require_cached_media(input_ids, model_kwargs)
         media = {name: model_kwargs.pop(name, None) for name in MEDIA_INPUTS}
-        library: Any = super()
-        input_ids, model_kwargs = library._expand_inputs_for_generation(
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
         media = {name: value for name, value in media.items() if value is not None}
@@ -2242,6 +1617,31 @@ class Molmo2GenerationMixin(GenerationMixin):
                 "images and videos can only enter at the start of a sequence. Start without `past_key_values`."
             )
 
+    def _prefill(self, input_ids: Tensor, generation_config: Any, model_kwargs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The prefill from transformers 5.0 on."""
+        self._require_media_in_one_chunk(input_ids, generation_config.prefill_chunk_size, model_kwargs)
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)  # type: ignore
+
+    def _prefill_chunking(self, input_ids: Tensor, generation_config: Any, **model_kwargs: Any) -> Any:
+        """The prefill in chunks before transformers 5.0, which leaves the last token to the first step."""
+        chunk_size = min(generation_config.prefill_chunk_size, input_ids.shape[1] - 1)
+        self._require_media_in_one_chunk(input_ids, chunk_size, model_kwargs)
+        return super()._prefill_chunking(input_ids, generation_config, **model_kwargs)  # type: ignore
+
+    def _require_media_in_one_chunk(
+        self, input_ids: Tensor, chunk_size: int | None, model_kwargs: dict[str, Any]
+    ) -> None:
+        """Refuses a prefill in chunks whose first one does not hold all visual tokens, which see each other."""
+        if chunk_size is None or int(cached_length(model_kwargs.get(CACHE_NAME))):
+            return
+        columns = self.model.visual_token_mask(input_ids).any(0).nonzero()[:, 0].tolist()
+        if columns and columns[-1] >= chunk_size:
+            raise ValueError(
+                f"The first {chunk_size} tokens of the prompt would be read alone (`prefill_chunk_size`), but its "
+                f"visual tokens end with token {columns[-1] + 1}, and see each other. Leave `prefill_chunk_size` at "
+                "None."
+            )
+
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         vocab_size = self.config.get_text_config().vocab_size
         prompt, settings = kwargs.get("encoder_input_ids"), kwargs.get("generation_config")
@@ -2250,13 +1650,11 @@ class Molmo2GenerationMixin(GenerationMixin):
             kwargs["encoder_input_ids"] = None  # looking for negative ids in it would be a wait for the device
         elif isinstance(prompt, Tensor) and not prompt.is_floating_point():
             kwargs["encoder_input_ids"] = prompt.clamp(max=vocab_size - 1)
-        library: Any = super()
-        processors = library._get_logits_processor(*args, **kwargs)
+        processors = super()._get_logits_processor(*args, **kwargs)  # type: ignore
         return BaseVocabularyProcessors(processors, vocab_size) if len(processors) else processors
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> CandidateGenerator:
-        library: Any = super()
-        generator = library._get_candidate_generator(*args, **kwargs)
+        generator = super()._get_candidate_generator(*args, **kwargs)  # type: ignore
         return LatestMatchLookup(generator) if isinstance(generator, PromptLookupCandidateGenerator) else generator
 
 
@@ -2328,17 +1726,221 @@ def weighted_loss(
     return total / num_items_in_batch
 
 
+# --- src/molmo2/model/rotary.py --------------------------------------------------------------------------------------
+# Rotary position embeddings: float32 tables, scaled on some layers and plain on the others.
+
+
+def plain_inverse_frequencies(head_dim: int, theta: float) -> Tensor:
+    """`theta ** (-2i / head_dim)` for i = 0 .. head_dim / 2 - 1, float32 (Su et al. 2021, RoFormer)."""
+    with torch.device("cpu"):
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+        return 1.0 / (theta**exponents)
+
+
+def rotate(states: Tensor, table: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + head_dim / 2) of `states`, of all heads in two kernels.
+
+    Args:
+        states: (B, S, heads, head_dim).
+        table: (B, S, 2, 2, head_dim / 2) rotation matrices [[cos, -sin], [sin, cos]], one for each pair.
+    """
+    halves = states.unflatten(-1, (1, 2, -1))
+    from_first, from_second = (halves * table[:, :, None]).unbind(-2)
+    return (from_first + from_second).flatten(-2)
+
+
+class Molmo2RotaryEmbedding(nn.Module):
+    """Computes the rotation matrices for every layer of the text model.
+
+    With `rope_scaling_layers`, the layers it names use the scaled frequencies (and, for yarn, the factor on cos and
+    sin), the rest the plain ones of the same theta; without it every layer is scaled. The tables are not stored in
+    checkpoints: `restore` recomputes them after anything that may have left them empty or rounded, because loaders
+    build modules without memory and `.to(dtype)` would cast them.
+    """
+
+    inv_freq: Tensor
+    scaled_inv_freq: Tensor | None
+
+    def __init__(self, config: PretrainedConfig):
+        super().__init__()
+        self.config = config
+        is_scaled = config.rope_parameters["rope_type"] != "default"
+        every_layer = range(config.num_hidden_layers)
+        chosen = every_layer if config.rope_scaling_layers is None else config.rope_scaling_layers
+        self.scaled_layers = frozenset(chosen) if is_scaled else frozenset()
+        self.scaling_factor = 1.0
+        self.register_buffer("inv_freq", None, persistent=False)
+        self.register_buffer("scaled_inv_freq", None, persistent=False)
+        self.restore()
+
+    def restore(self) -> None:
+        """Recompute the tables, on the device where they were."""
+        device = torch.device("cpu") if self.inv_freq is None else self.inv_freq.device
+        if device.type == "meta":
+            device = torch.device("cpu")
+        self.inv_freq = plain_inverse_frequencies(self.config.head_dim, self.config.rope_theta).to(device)
+        if self.scaled_layers:
+            scaled, self.scaling_factor = scaled_rope(self.config)
+            self.scaled_inv_freq = scaled.to(device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Molmo2RotaryEmbedding":
+        super()._apply(fn, recurse)
+        if self.inv_freq.device.type != "meta":
+            self.restore()
+        return self
+
+    @torch.no_grad()
+    def forward(self, position_ids: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        """A table for each layer, (B, S, 2, 2, head_dim / 2) in `dtype`; layers with equal ones share it.
+
+        Args:
+            position_ids: (B, S) or (1, S) integers.
+        """
+        plain = self._table(position_ids, self.inv_freq, 1.0, dtype)
+        if self.scaled_inv_freq is None:
+            return [plain] * self.config.num_hidden_layers
+        scaled = self._table(position_ids, self.scaled_inv_freq, self.scaling_factor, dtype)
+        return [scaled if layer in self.scaled_layers else plain for layer in range(self.config.num_hidden_layers)]
+
+    @staticmethod
+    def _table(position_ids: Tensor, inv_freq: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
+        inv_freq = inv_freq.to(position_ids.device)
+        # An outer product by broadcasting: exact in float32 also under autocast.
+        angles = position_ids[..., None].float() * inv_freq
+        cos, sin = angles.cos(), angles.sin()
+        matrices = torch.stack((cos, -sin, sin, cos), dim=-2)
+        return (matrices if factor == 1.0 else matrices * factor).to(dtype).unflatten(-2, (2, 2))
+
+
+# --- src/molmo2/model/pretrained.py ----------------------------------------------------------------------------------
+# Base class: capability flags for transformers, weight initialisation.
+
+
+class Molmo2PreTrainedModel(PreTrainedModel):
+    """Base of the text model, the vision transformer, the connector and the models made of them."""
+
+    config_class: Any = Molmo2Config
+    base_model_prefix = "model"
+    input_modalities: Any = ("image", "video", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Molmo2DecoderLayer", "Molmo2VisionBlock", "Molmo2Pooling", "Molmo2Projector"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
+    _supports_flash_attn = True
+    _supports_flash_attn_2 = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    # Reentrant checkpointing, the default before transformers 5, passes no gradient to a layer whose input has none:
+    # adapters in an otherwise frozen vision transformer, whose input is pixels, would not be trained. Releases with
+    # `activation_checkpointing_enable` call it from `gradient_checkpointing_enable`.
+    if hasattr(PreTrainedModel, "activation_checkpointing_enable"):
+
+        def activation_checkpointing_enable(  # type: ignore[override]
+            self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+        ) -> None:
+            """As in transformers, with `use_reentrant=False` unless given."""
+            settings = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
+            super().activation_checkpointing_enable(activation_checkpointing_kwargs=settings, **options)
+
+    else:
+
+        def gradient_checkpointing_enable(
+            self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+        ) -> None:
+            """As in transformers, with `use_reentrant=False` unless given."""
+            settings = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+            super().gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings, **options)
+
+    @classmethod
+    def _load_pretrained_model(  # a static method in recent releases
+        cls, model: Any, state_dict: dict[str, Any] | None, checkpoint_files: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As in transformers, also of a folder that the library's own class saved: its embedding is cut anew."""
+        embeddings = [module for module in model.modules() if isinstance(module, Molmo2Embedding)]
+        for embedding in embeddings:
+            embedding.take_shapes(state_dict, checkpoint_files)
+        loaded = super()._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
+        num_rows = model.config.get_text_config().vocab_size
+        for embedding in embeddings:
+            found = len(embedding.embedding)
+            # Under FSDP all processes but one have no memory yet; elsewhere what has none stays in the files.
+            if found == num_rows or not embedding.embedding.is_meta or is_fsdp_enabled():
+                embedding.cut_at(num_rows)
+            else:
+                logger.warning(
+                    f"The embedding in these files is cut after {found} rows, not after {num_rows} as in published "
+                    "checkpoints, and stays so, as it is offloaded to disk: `save_pretrained` would write it so. To "
+                    "save it with the published cut, load it into memory."
+                )
+        return loaded
+
+    def _setting(self, name: str, value: bool | None) -> bool:
+        return bool(getattr(self.config, name)) if value is None else value
+
+    def _tie_or_clone_weights(self, output_embeddings: nn.Module, input_embeddings: nn.Module) -> None:
+        """Asked by older releases where a configuration was set to tie after it was made; newer ones do not ask."""
+        logger.warning_once("Molmo2 never ties its output matrix: a configuration's `tie_word_embeddings` is ignored.")
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As in transformers: the model reads `new_num_tokens` ids, and predicts as many.
+
+        The ids of visual tokens lie behind the base vocabulary, and added tokens behind them, so the two tables of a
+        published checkpoint become one, and the output matrix grows by the rows between. Rows that are new start at
+        the mean of the old ones, where visual tokens, which no answer contains, are less likely than an average token.
+        `vocab_size` and `additional_vocab_size`, 0 afterwards, describe the result to every reader of `config.json`.
+        """
+        ids = {name: getattr(self.config, name) for name in TOKEN_ID_OFFSETS if hasattr(self.config, name)}
+        num_rows = float("inf") if new_num_tokens is None else new_num_tokens
+        lost = {name: token_id for name, token_id in ids.items() if token_id >= num_rows}
+        if lost:
+            logger.warning(
+                f"The embedding is cut to {new_num_tokens} rows, which leaves visual tokens without one: {lost}. "
+                "The model can not read images any more, nor be loaded again. Keep "
+                f"{max(lost.values()) + 1} rows or more; `len(processor.tokenizer)` counts these tokens."
+            )
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+
+    def _get_resized_embeddings(
+        self, old_embeddings: Any, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
+    ) -> nn.Embedding:
+        if not isinstance(old_embeddings, Molmo2Embedding):
+            return super()._get_resized_embeddings(old_embeddings, new_num_tokens, *args, **kwargs)
+        joined = nn.Embedding.from_pretrained(old_embeddings.weight.detach(), freeze=False)
+        resized = super()._get_resized_embeddings(joined, new_num_tokens, *args, **kwargs)
+        if new_num_tokens is not None or resized.num_embeddings != old_embeddings.num_embeddings:
+            old_embeddings.join(resized.weight)
+            self.config.get_text_config().additional_vocab_size = 0
+        return old_embeddings
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise what a checkpoint did not contain; never touch a tensor that was loaded.
+
+        Some releases of transformers call this for modules whose tensors are partly or wholly loaded, with a mark on
+        the loaded ones, and with rotary buffers that were allocated but never computed.
+        """
+        if isinstance(module, Molmo2RotaryEmbedding):
+            module.restore()
+            return
+        is_norm = isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm")
+        for name, parameter in module.named_parameters(recurse=False):
+            if getattr(parameter, "_is_hf_initialized", False):
+                continue
+            if name == "bias":
+                nn.init.zeros_(parameter)
+            elif is_norm:
+                nn.init.ones_(parameter)
+            else:
+                nn.init.normal_(parameter, mean=0.0, std=self.config.initializer_range)
+
+
 # --- src/molmo2/model/text.py ----------------------------------------------------------------------------------------
 # The text model: a decoder with fused projections and an embedding table in two pieces.
 
 
-class Molmo2RMSNorm(nn.Module):
+class Molmo2RMSNorm(nn.RMSNorm):
     """Root-mean-square norm in float32, cast back before the weight (Zhang & Sennrich 2019); one kernel on a GPU."""
-
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
 
     def forward(self, states: Tensor) -> Tensor:
         size = self.weight.shape
@@ -2397,7 +1999,7 @@ class Molmo2Attention(Molmo2AttentionBase):
         query_key, value = (states.transpose(1, 2) for states in heads)  # (B, heads, S, head_dim)
         query, key = query_key.split((self.num_heads, self.num_key_value_heads), dim=1)
         if past_key_values is not None:
-            key, value = update_cache(past_key_values, key, value, self.layer_idx, cache_position)
+            key, value = past_key_values.update(key, value, self.layer_idx, {"cache_position": cache_position})
         attended, weights = self.attend(query, key, value, attention_mask, implementation, **kwargs)
         return self.attn_out(attended), weights
 
@@ -2496,14 +2098,17 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
         """What every layer is called with, and the rotary table of each."""
         query_length = inputs_embeds.shape[1]
         past_length = cached_length(past_key_values)
-        spec = attention_spec(is_visual, packed_rows)
-        if position_ids is not None and attention_mask is None and past_key_values is None:
-            spec = split_examples_by_position_ids(spec, position_ids, len(inputs_embeds))
+        spec = AttentionSpec(is_visual=is_visual)
         if packed_rows is not None:
+            branches = packed_rows.branches if bool(packed_rows.branches.any()) else None
+            spec = AttentionSpec(is_visual=is_visual, example_ids=packed_rows.examples(), branch_ids=branches)
             position_ids = packed_rows.positions() if position_ids is None else position_ids
             self._require_positions(int(position_ids.max()) + 1)
-        elif isinstance(past_length, int) and past_length == 0:
-            self._require_positions(query_length, attention_mask)
+        else:
+            if position_ids is not None and attention_mask is None and past_key_values is None:
+                spec = split_examples_by_position_ids(spec, position_ids, len(inputs_embeds))
+            if isinstance(past_length, int) and past_length == 0:
+                self._require_positions(query_length, attention_mask)
         if cache_position is None:
             cache_position = torch.arange(query_length, device=inputs_embeds.device) + past_length
         implementation = attention_implementation(self.config, wants_weights, not spec.is_empty())
@@ -2588,6 +2193,325 @@ class Molmo2TextModel(Molmo2PreTrainedModel):
             attentions=tuple(all_weights) if output_attentions else None,
             **{CACHE_NAME: past_key_values if use_cache else None},
         )
+
+
+# --- src/molmo2/model/vision.py --------------------------------------------------------------------------------------
+# From pixel patches to vectors of the text model: vision transformer, attention pooling, projector.
+
+
+def normalize_on_device(pixels: Tensor) -> Tensor:
+    """uint8 patches normalised to float32 as the processor does it, on their device."""
+    return pixels.float().div_(255).sub_(UINT8_MEAN).div_(UINT8_STD)
+
+
+class Molmo2VisionAttention(Molmo2AttentionBase):
+    """Multi-head attention without causality; queries and keys may come from different tokens."""
+
+    def __init__(self, config: Molmo2VitConfig | Molmo2AdapterConfig, input_size: int):
+        super().__init__(config, float32_attention=config.float32_attention)
+        key_value_size = self.num_key_value_heads * self.head_dim
+        self.wq = nn.Linear(input_size, self.num_heads * self.head_dim)
+        self.wk = nn.Linear(input_size, key_value_size)
+        self.wv = nn.Linear(input_size, key_value_size)
+        self.wo = nn.Linear(self.num_heads * self.head_dim, config.hidden_size)
+        self.dropout = nn.Dropout(config.residual_dropout)
+
+    def forward(
+        self, queries: Tensor, keys: Tensor, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """(N, queries, input) attending to (N, keys, input): (N, queries, D), and the weights where computed.
+
+        Args:
+            attention_mask: (N, 1, 1, keys) bool, True where a key is present; None when all are.
+        """
+        query, key, value = self.wq(queries), self.wk(keys), self.wv(keys)
+        query, key, value = (
+            states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for states in (query, key, value)
+        )
+        implementation = attention_implementation(self.config, False, needs_mask=attention_mask is not None)
+        attended, weights = self.attend(query, key, value, attention_mask, implementation)
+        return self.dropout(self.wo(attended)), weights
+
+
+class Molmo2VisionMLP(nn.Module):
+    """Two linear layers with an activation in between."""
+
+    def __init__(self, config: Molmo2VitConfig):
+        super().__init__()
+        self.w1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.w2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.act = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.w2(self.act(self.w1(hidden_states)))
+
+
+class Molmo2VisionBlock(GradientCheckpointingLayer):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: Molmo2VitConfig):
+        super().__init__()
+        self.attention = Molmo2VisionAttention(config, config.hidden_size)
+        self.feed_forward = Molmo2VisionMLP(config)
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.ffn_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        normed = self.attention_norm(hidden_states)
+        hidden_states = hidden_states + self.attention(normed, normed)[0]
+        return hidden_states + self.feed_forward(self.ffn_norm(hidden_states))
+
+
+class Molmo2VisionBlocks(nn.Module):
+    """Holds the blocks under the name they have on disk."""
+
+    def __init__(self, config: Molmo2VitConfig, num_layers: int):
+        super().__init__()
+        self.resblocks = nn.ModuleList([Molmo2VisionBlock(config) for _ in range(num_layers)])
+
+
+class Molmo2VisionTransformer(Molmo2PreTrainedModel):
+    """The vision tower up to the last layer whose output is wanted.
+
+    Args:
+        feature_layers: Layers whose outputs are returned; negative values count from `config.num_hidden_layers`.
+            By default the last one.
+    """
+
+    config_class = Molmo2VitConfig
+    config: Molmo2VitConfig
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _input_embed_layer = "patch_embedding"
+
+    def __init__(self, config: Molmo2VitConfig, feature_layers: list[int] | tuple[int, ...] = (-1,)):
+        super().__init__(config)
+        depth = config.num_hidden_layers
+        self.feature_layers = [layer % depth for layer in feature_layers]
+        num_positions: Any = config.image_num_pos  # the configuration fills it in where it is None
+        self.positional_embedding = nn.Parameter(torch.empty(num_positions, config.hidden_size))
+        self.patch_embedding = nn.Linear(config.image_patch_size**2 * 3, config.hidden_size)
+        self.transformer = Molmo2VisionBlocks(config, max(self.feature_layers) + 1)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def _positions(self) -> Tensor:
+        """(P, D) position vectors; a stored grid of another size is resized (bicubic, antialiased)."""
+        table = self.positional_embedding
+        rows, cols = self.config.image_num_patch
+        side = round(table.shape[0] ** 0.5)
+        if (rows, cols) == (side, side) or table.shape[0] == rows * cols != side * side:
+            return table
+        grid = table.reshape(1, side, side, -1).permute(0, 3, 1, 2)
+        grid = nn.functional.interpolate(
+            grid.float(), size=(rows, cols), mode="bicubic", align_corners=False, antialias=True
+        )
+        return grid.permute(0, 2, 3, 1).reshape(rows * cols, -1).to(table.dtype)
+
+    def forward(self, pixel_values: Tensor) -> list[Tensor]:
+        """Encode crops.
+
+        Args:
+            pixel_values: (C, P, patch * patch * 3), patch pixels flattened row, column, channel.
+        Returns:
+            For each of the feature layers, in their order, (C, P, D).
+        """
+        # Device and dtype of this module's own tensor: a submodule's may be elsewhere while weights are offloaded.
+        positions = self.positional_embedding
+        pixel_values = pixel_values.to(positions.device)
+        if pixel_values.dtype == torch.uint8:
+            pixel_values = normalize_on_device(pixel_values)
+        hidden_states = self.patch_embedding(pixel_values.to(positions.dtype))
+        hidden_states = hidden_states + self._positions().to(hidden_states.dtype)
+        kept: dict[int, Tensor] = {}
+        for index, block in enumerate(self.transformer.resblocks):
+            hidden_states = block(hidden_states)
+            if index in self.feature_layers:
+                kept[index] = hidden_states
+        return [kept[layer] for layer in self.feature_layers]
+
+
+class Molmo2Pooling(Molmo2VisionAttention):
+    """One query per token, the mean of its patches, attending to these patches."""
+
+    def __init__(self, config: Molmo2AdapterConfig):
+        super().__init__(config, input_size=config.hidden_size * len(config.vit_layers))
+        self.masks_missing = config.pooling_attention_mask
+        self.feature_dropout = nn.Dropout(config.image_feature_dropout)
+
+    def forward(self, features: Tensor, token_pooling: Tensor) -> Tensor:  # type: ignore[override]  # no weights
+        """Pool patches into tokens.
+
+        Args:
+            features: (patches, layers * D) of all crops, flat.
+            token_pooling: (T, K) int64 rows of `features`, -1 where a window has no patch, -2 behind its end.
+        Returns:
+            (T, D).
+        """
+        present = token_pooling >= 0  # (T, K)
+        gathered = self.feature_dropout(features[token_pooling.clamp(min=0)])
+        gathered = gathered * present[..., None].to(gathered.dtype)
+        counted = present if self.masks_missing else token_pooling > PAD_SLOT
+        if not self.masks_missing and bool(counted.all()):
+            return super().forward(gathered.mean(1, keepdim=True), gathered)[0][:, 0]
+        count = counted.sum(-1, keepdim=True).clamp(min=1).to(gathered.dtype)
+        query = (gathered.sum(1) / count)[:, None]
+        return super().forward(query, gathered, counted[:, None, None])[0][:, 0]
+
+
+class Molmo2Projector(nn.Module):
+    """Gated feed-forward into the width of the text model."""
+
+    def __init__(self, config: Molmo2AdapterConfig):
+        super().__init__()
+        self.w1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.w2 = nn.Linear(config.intermediate_size, config.text_hidden_size, bias=False)
+        self.w3 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.act = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.w2(self.act(self.w1(hidden_states)) * self.w3(hidden_states))
+
+
+def pooling_schedule(
+    token_pooling: Tensor, patches_per_crop: int, chunk_ends: list[int]
+) -> tuple[Tensor, list[int], list[int]]:
+    """Which tokens can be pooled after which chunk of crops, so that features can be freed early.
+
+    Args:
+        token_pooling: (T, K) int64, -1 for none, at least one patch in each row.
+        chunk_ends: Crops encoded after each chunk.
+    Returns:
+        (T,) tokens in the order in which they are ready; for each chunk, how many are ready after it, and the first
+        crop that tokens still need.
+    """
+    last = token_pooling.amax(-1) // patches_per_crop
+    first = torch.where(token_pooling >= 0, token_pooling, token_pooling.amax(-1, keepdim=True)).amin(-1)
+    last, order = last.sort(stable=True)
+    ends = torch.tensor(chunk_ends)
+    ready = torch.searchsorted(last, ends)
+    # The smallest first crop of this token and all later ones; after the last token nothing is needed.
+    needed = (first // patches_per_crop)[order].flip(0).cummin(0).values.flip(0)
+    needed = torch.cat((needed, ends[-1:]))[ready]
+    return order, ready.tolist(), torch.minimum(needed, ends).tolist()
+
+
+class Molmo2VisionBackbone(Molmo2PreTrainedModel):
+    """Vision transformer and connector.
+
+    `crops_per_chunk` and `tokens_per_chunk`, the numbers of crops encoded and of tokens pooled at a time,
+    bound the working memory, which does not grow with the number of crops. None means all at once. The result does not
+    depend on them.
+    """
+
+    config_class = Molmo2AdapterConfig
+    config: Molmo2AdapterConfig
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+
+    def __init__(self, vit_config: Molmo2VitConfig, adapter_config: Molmo2AdapterConfig):
+        super().__init__(adapter_config)
+        self.image_vit = Molmo2VisionTransformer(vit_config, adapter_config.vit_layers)
+        self.image_pooling_2d = Molmo2Pooling(adapter_config)
+        self.image_projector = Molmo2Projector(adapter_config)
+        self.crops_per_chunk: int | None = 16
+        self.tokens_per_chunk: int | None = 4096
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.image_vit.patch_embedding
+
+    @staticmethod
+    def _chunks(tensor: Tensor, size: int | None) -> tuple[Tensor, ...]:
+        if size is not None and size < 1:
+            raise ValueError(f"A chunk of {size} was asked for; expected at least 1, or None for all at once.")
+        return (tensor,) if size is None or len(tensor) <= size else tensor.split(size)
+
+    def encode_crops(self, pixel_values: Tensor) -> Tensor:
+        """(C, P, pixels) to the concatenated features of the chosen layers, (C * P, layers * D), in one go.
+
+        Nothing is kept for a backward pass where nothing of the tower is trained, even if hooks on its embedding
+        (`enable_input_require_grads`, as adapters on the text model call it) ask for gradients.
+        """
+        trains = pixel_values.requires_grad or any(own.requires_grad for own in self.image_vit.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
+            return torch.cat(self.image_vit(pixel_values), dim=-1).flatten(0, 1)
+
+    def forward(self, pixel_values: Tensor, token_pooling: Tensor) -> Tensor:
+        """Encode crops and pool them into tokens of the text model.
+
+        Features are held only until the last token that needs them is pooled: a chunk of crops and, for large images,
+        the crops before it that share a token with it.
+
+        Args:
+            pixel_values: (C, P, patch * patch * 3) float, or uint8 not normalised yet; crops of all images, one after
+                the other. They may be on another device; a chunk is moved at a time.
+            token_pooling: (T, K) int64; patches of each token as indices into the C * P patches, -1 for none.
+        Returns:
+            (valid rows of `token_pooling`, text width): rows without any patch are dropped.
+        Raises:
+            ValueError: For an index past the last patch, and for vectors that float16 cannot hold.
+        """
+        patches = pixel_values.shape[1]
+        # Planned on the CPU, to which the table is copied once; the parts that chunks need are moved back with them.
+        token_pooling = token_pooling.cpu()
+        token_pooling = token_pooling[(token_pooling >= 0).any(-1)]
+        if token_pooling.numel() and bool(token_pooling.max() >= len(pixel_values) * patches):
+            raise ValueError(
+                f"`token_pooling` points at patch {int(token_pooling.max())}, but {len(pixel_values)} crop(s) hold "
+                f"{len(pixel_values) * patches} patches. Pass the pooling table that was made with these pixels."
+            )
+        if not token_pooling.numel():
+            return torch.zeros(0, self.config.text_hidden_size, device=self.device, dtype=self.dtype)
+        chunks = self._chunks(pixel_values, self.crops_per_chunk)
+        ends = list(itertools.accumulate(len(chunk) for chunk in chunks))
+        order, ready_tokens, first_crops = pooling_schedule(token_pooling, patches, ends)
+        token_pooling = token_pooling[order]
+        held, held_from, done, vectors = None, 0, 0, []
+        for chunk, end, ready, first_crop in zip(chunks, ends, ready_tokens, first_crops):
+            held = self.encode_crops(chunk) if held is None else torch.cat((held, self.encode_crops(chunk)))
+            if ready > done:
+                vectors += self._pooled(held, token_pooling[done:ready], held_from * patches)
+            # A copy, so that the memory of what is no longer needed is freed.
+            held = held[(first_crop - held_from) * patches :].clone() if first_crop < end else None
+            held_from, done = first_crop, ready
+        joined = torch.cat(vectors)
+        if joined.dtype == torch.float16 and not bool(joined.isfinite().all()):
+            raise ValueError(
+                "Vectors of an image are not finite in float16, whose largest number is 65504; every token after them "
+                "would be nonsense. Load the model in bfloat16 or float32: `dtype=torch.bfloat16`."
+            )
+        is_in_order = bool((order[1:] > order[:-1]).all())
+        return joined if is_in_order else joined[order.argsort().to(joined.device)]
+
+    def _pooled(self, features: Tensor, token_pooling: Tensor, first_patch: int) -> list[Tensor]:
+        """Vectors of tokens, chunk by chunk; `features` begin at patch `first_patch`."""
+        token_pooling = token_pooling.to(features.device)
+        token_pooling = torch.where(token_pooling >= 0, token_pooling - first_patch, token_pooling)
+        chunks = self._chunks(token_pooling, self.tokens_per_chunk)
+        return [self.image_projector(self.image_pooling_2d(features, chunk)) for chunk in chunks]
+
+
+def is_distributed_training(module: nn.Module) -> bool:
+    """Whether this module is being trained by several processes."""
+    if not (module.training and torch.is_grad_enabled() and torch.distributed.is_available()):
+        return False
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() < 2:
+        return False
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def zero_vision_loss(vision_backbone: Any) -> Tensor:
+    """A dummy forward pass for DDP: zero, computed from all vision parameters with one black crop.
+
+    Processes average their gradients tensor by tensor, so each must have one for every tensor, also the process whose
+    batch has no image.
+    """
+    config = vision_backbone.image_vit.config
+    device, dtype = vision_backbone.image_vit.device, vision_backbone.image_vit.dtype
+    rows, cols = config.image_num_patch
+    crop = torch.zeros(1, rows * cols, 3 * config.image_patch_size**2, device=device, dtype=dtype)
+    return 0.0 * vision_backbone(crop, torch.zeros(1, 1, dtype=torch.int64, device=device)).sum()
 
 
 # --- src/molmo2/model/modeling.py ------------------------------------------------------------------------------------
@@ -2715,13 +2639,7 @@ class Molmo2Model(Molmo2PreTrainedModel, Molmo2VisionInputsMixin):
             cache_position=kwargs.get("cache_position"),
             return_dict=True,
         )
-        return Molmo2ModelOutputWithPast(
-            last_hidden_state=outputs.last_hidden_state,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=vectors,
-            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
-        )
+        return Molmo2ModelOutputWithPast(**outputs, image_hidden_states=vectors)
 
 
 class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixin):
@@ -2817,7 +2735,8 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
         makes_cache = use_cache if past_key_values is None else use_cache is not False
         if makes_cache and not self.get_decoder().drops_cache and can_copy_rows(past_key_values):
             copies = passed_on.pop(REPEAT_FACTOR, 1)
-            rows = every_nth_row(rows, copies)
+            # A tensor of one row holds for all rows.
+            rows = {key: given if given is None or len(given) == 1 else given[::copies] for key, given in rows.items()}
         outputs = self.model(
             **rows,
             pixel_values=pixel_values,
@@ -2865,14 +2784,8 @@ class Molmo2ForConditionalGeneration(Molmo2PreTrainedModel, Molmo2GenerationMixi
             else:
                 weights = nn.functional.pad(loss_weights[:, 1:], (0, 1))
                 loss = weighted_loss(logits, kwargs["shift_labels"], weights, kwargs.get("num_items_in_batch"))
-        return Molmo2CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
-            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
-        )
+        others = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        return Molmo2CausalLMOutputWithPast(loss=loss, logits=logits, **others)
 
 
 __all__ = ["Molmo2ForConditionalGeneration", "Molmo2Model", "Molmo2PreTrainedModel", "Molmo2TextModel"]
