@@ -90,6 +90,33 @@ def test_media_become_arguments_of_the_call():
         media_arguments(media, {"images": ["1"]})
 
 
+def test_what_messages_say_of_videos_and_what_the_call_says():
+    """Metadata of the call override those of messages, options of parts those of the call; null is nothing said."""
+    known, own = {"fps": 30}, {"num_frames": 4}
+    parts = {"type": "video", "video": "a.mp4", **own, "timestamps": [0.0]}, {"type": "video", "video": "b.mp4"}
+    media = [find_media(user(*parts))]
+    alone = media_arguments(media, {})
+    of_call = [{"num_frames": 8, "max_fps": 1}, {"max_fps": 2}]
+    for name, said, expected in (
+        ("video_metadata", None, [{"timestamps": [0.0]}, None]),
+        ("video_metadata", [known, None], [known, None]),
+        ("video_metadata", [None, known], [{"timestamps": [0.0]}, known]),
+        ("per_video_options", None, [own, {}]),
+        ("per_video_options", [None, {"max_fps": 2}], [own, {"max_fps": 2}]),
+        ("per_video_options", of_call, [{"num_frames": 4, "max_fps": 1}, {"max_fps": 2}]),
+    ):
+        assert media_arguments(media, {name: said}) == {**alone, name: expected}
+        nested = {"videos_kwargs": {name: said, "clip": (0, 1)}}
+        found = media_arguments(media, nested)
+        assert found == {**alone, name: expected, "videos_kwargs": {"clip": (0, 1)}}
+        assert nested == {"videos_kwargs": {name: said, "clip": (0, 1)}}
+        if said is not None:
+            with pytest.raises(ValueError, match=f"`{name}` is given twice: in `videos_kwargs` and beside it"):
+                media_arguments(media, {name: said, **nested})
+    with pytest.raises(ValueError, match=r"2 video\(s\), but 1 entries in `per_video_options`"):
+        media_arguments(media, {"per_video_options": [{}]})
+
+
 def test_images_of_all_turns_in_order():
     conversation = [
         {"role": "subtitle", "content": "said"},
@@ -146,7 +173,7 @@ def test_a_rate_beside_a_file_asks_for_that_sampling_and_beside_frames_tells_the
     media = find_media(
         user({"type": "video", "video": "a.mp4", "fps": 1}, {"type": "video", "video": frames, "fps": 2})
     )
-    assert media.video_options == [{"fps": 1}, {}]
+    assert media.video_options == [{"fps": 1, "max_fps": 1, "sampling_fps": 1}, {}]
     assert media.video_metadata == [None, {"fps": 2}]
 
 
@@ -171,6 +198,12 @@ def test_what_is_no_conversation(conversation):
 def test_metadata_of_a_video_part(said, metadata):
     part = {"type": "video", "video": [[[0]]], **said}
     assert find_media(user(part)).video_metadata == [metadata]
+
+
+def test_null_metadata_hide_no_others():
+    for empty, key in (("video_metadata", "metadata"), ("metadata", "video_metadata")):
+        part = {"type": "video", "video": [[[0]]], empty: None, key: {"fps": 30}}
+        assert find_media(user(part)).video_metadata == [{"fps": 30}]
 
 
 def test_metadata_object_of_a_video_part():

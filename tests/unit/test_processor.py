@@ -589,6 +589,17 @@ def test_options_of_a_video_part(processor, options, printed):
     assert times_of(ask(processor, {"type": "video", "video": str(CLIP), **options})) == printed.split()
 
 
+def test_options_of_a_part_hold_against_those_of_the_call(processor):
+    part = {"type": "video", "video": str(CLIP), "fps": 1}
+    expected = times_of(ask(processor, part, num_frames=8))
+    assert expected == ["0.0", "1.0", "2.0", "3.0", "3.2"]
+    for name in ("fps", "max_fps", "sampling_fps"):
+        assert times_of(ask(processor, part, num_frames=8, **{name: 2})) == expected
+    of_call = [{"num_frames": 2}] * 2
+    output = ask(processor, {**part, "fps": None, "clip": [0, 1]}, part, per_video_options=of_call)
+    assert output["video_grids"][:, 0].tolist() == [2, 2]
+
+
 def test_every_video_part_has_its_own_options(processor):
     """Options of the call hold where a part has none of its own; metadata stay with their video."""
     frames = {"type": "video", "video": video(), "video_metadata": METADATA}

@@ -12,6 +12,7 @@ from typing import Any
 from transformers.utils import logging
 
 from molmo2.image.loading import is_encoded
+from molmo2.video.processing import options_of_each
 
 logger = logging.get_logger(__name__)
 
@@ -152,7 +153,8 @@ def media_source(part: Mapping[str, Any], kind: str) -> Any:
 
 
 def _metadata(part: Mapping[str, Any], video: Any) -> Any:
-    given = part.get("video_metadata", part.get("metadata"))
+    given = part.get("video_metadata")
+    given = part.get("metadata") if given is None else given
     keys = ("timestamps",) if is_encoded(video) else ("timestamps", "fps")
     said = {key: part[key] for key in keys if part.get(key) is not None}
     if not said:
@@ -162,8 +164,9 @@ def _metadata(part: Mapping[str, Any], video: Any) -> Any:
 
 def _options(part: Mapping[str, Any], video: Any) -> dict[str, Any]:
     options = {VIDEO_OPTIONS[key]: part[key] for key in VIDEO_OPTIONS if part.get(key) is not None}
-    if is_encoded(video) and part.get("fps") is not None:
-        options["fps"] = part["fps"]  # of frames it is their own rate, of a file the rate to sample at
+    if is_encoded(video) and part.get("fps") is not None:  # of frames it is their own rate
+        rate = dict.fromkeys(("fps", "max_fps", "sampling_fps"), part["fps"])  # whichever of them the call has
+        options = {**rate, **options}
     return options
 
 
@@ -204,26 +207,45 @@ def find_media(conversation: Any) -> ConversationMedia:
 def media_arguments(conversations: Sequence[ConversationMedia], options: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `Molmo2Processor.__call__`: the media of conversations, and options of the call.
 
-    `video_metadata` among the options overrides that of the messages; options of video parts override
-    `per_video_options`.
+    `video_metadata` among the options overrides that of the messages; the options of a video part override those of
+    its video in `per_video_options`.
 
     Raises:
-        ValueError: The options contain images or videos.
+        ValueError: The options contain images or videos, or `per_video_options` of another number of videos.
     """
     twice = sorted({"images", "videos"} & set(options))
     if twice:
         raise ValueError(
             f"{twice} given as a keyword argument, beside messages that name their own. Keep one of them."
         )
+    nested = dict(options.get("videos_kwargs") or {})
     arguments = {
         **options,
+        **({"videos_kwargs": nested} if nested else {}),
         "images": [image for media in conversations for image in media.images] or None,
         "videos": [video for media in conversations for video in media.videos] or None,
     }
     metadata = [entry for media in conversations for entry in media.video_metadata]
-    per_video_options = [entry for media in conversations for entry in media.video_options]
+    own_options = [entry for media in conversations for entry in media.video_options]
     if any(entry is not None for entry in metadata):
-        arguments.setdefault("video_metadata", metadata)
-    if any(per_video_options):
-        arguments["per_video_options"] = per_video_options
+        given = option_of_call("video_metadata", options.get("video_metadata"), nested)
+        if isinstance(given, (list, tuple)) and len(given) == len(metadata):
+            given = [own if entry is None else entry for entry, own in zip(given, metadata)]
+        arguments["video_metadata"] = metadata if given is None else given
+    if any(own_options):
+        given = option_of_call("per_video_options", options.get("per_video_options"), nested)
+        of_call = options_of_each(given, len(own_options))
+        arguments["per_video_options"] = [{**call, **own} for call, own in zip(of_call, own_options)]
     return arguments
+
+
+def option_of_call(name: str, beside: Any, videos_kwargs: dict[str, Any]) -> Any:
+    """An option given beside `videos_kwargs` or, and then removed from there, in it; None where it is in neither.
+
+    Raises:
+        ValueError: It is given twice.
+    """
+    nested = videos_kwargs.pop(name, None)
+    if nested is not None and beside is not None:
+        raise ValueError(f"`{name}` is given twice: in `videos_kwargs` and beside it. Keep one of them.")
+    return nested if beside is None else beside

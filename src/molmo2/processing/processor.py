@@ -26,7 +26,7 @@ from molmo2.image.limits import MediaLimits, checked_limits
 from molmo2.image.processing import Molmo2ImageProcessor, Molmo2ImageProcessorKwargs
 from molmo2.image.suffixes import IMAGE_SUFFIXES
 from molmo2.media_features import MediaFeatures, ground_answers
-from molmo2.processing.chat import find_media, is_batch, media_arguments, messages_of
+from molmo2.processing.chat import find_media, is_batch, media_arguments, messages_of, option_of_call
 from molmo2.processing.plain_text import (
     RenderedPrompt,
     SpecialTokens,
@@ -272,7 +272,7 @@ class Molmo2Processor(ProcessorMixin):
             raise ValueError("Nothing to process: pass `text`, and `images` or `videos` with it.")
         own_options = kwargs.pop("per_video_options", None)
         options = self.sort_options(kwargs)
-        own_options = _own_options(own_options, options["videos_kwargs"])
+        own_options = option_of_call("per_video_options", own_options, options["videos_kwargs"])
         return_tensors = options["text_kwargs"].get("return_tensors")
         prompts, stand_ins = (None, []) if text is None else self._hidden(_as_prompts(text), options["text_kwargs"])
 
@@ -629,7 +629,7 @@ class Molmo2Processor(ProcessorMixin):
         """
         own_options = kwargs.pop("per_video_options", None)
         options = self.sort_options(kwargs)
-        own_options = _own_options(own_options, options["videos_kwargs"])
+        own_options = option_of_call("per_video_options", own_options, options["videos_kwargs"])
         token_format = self.visual_token_format
         counts: dict[str, list[int]] = {}
         if image_sizes is not None:
@@ -760,18 +760,6 @@ def _require_slots(prompts: list[str] | None, given: Any, number: int, placehold
     lengths = [len(row) for row in given] if is_nested else []
     is_by_prompt = len(lengths) == len(prompts) and sum(lengths) == number
     require_placeholders(counts, lengths if is_by_prompt else number, placeholder, noun)
-
-
-def _own_options(beside: Any, videos_kwargs: dict[str, Any]) -> Any:
-    """`per_video_options`, given beside `videos_kwargs` or, and then removed from there, in it.
-
-    Raises:
-        ValueError: It is given twice.
-    """
-    nested = videos_kwargs.pop("per_video_options", None)
-    if nested is not None and beside is not None:
-        raise ValueError("`per_video_options` is given twice: in `videos_kwargs` and beside it. Keep one of them.")
-    return nested if beside is None else beside
 
 
 def _media_of_rows(prompts: list[str] | None, images: list[MediaInfo], metadata: list[Any]) -> list[MediaInfo]:
