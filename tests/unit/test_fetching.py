@@ -1,5 +1,6 @@
 """Downloads: where they may go, how long and how large they may be, and what is said about those that fail."""
 
+import base64
 import gzip
 import http.client
 import socket
@@ -54,6 +55,8 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(b"", 302, Location=f"/redirect/{count - 1}" if count else "/image")
         elif kind == "to":
             self.answer(b"", 307, Location=argument)
+        elif kind == "raw":
+            self.answer(b"", 301, Location="/bild-ü.jpg".encode(argument).decode("latin-1"))
         elif kind == "status":
             self.answer(IMAGE, int(argument))
         elif kind == "encoded":
@@ -142,6 +145,20 @@ def test_images_and_videos_are_downloaded(server):
     assert headers["Host"] == server[7:]
     assert {own["User-Agent"] for _, own in Handler.asked[-8:]} == {fetching.USER_AGENT}  # images and videos alike
     assert "molmo2" in fetching.USER_AGENT
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+def test_a_redirect_with_letters_that_are_not_quoted(server, encoding):
+    assert load_images(f"{server}/raw/{encoding}", limits=LOCAL)
+    assert Handler.asked[-1][0] == "/bild-%C3%BC.jpg"
+
+
+def test_escapes_anywhere_in_a_data_url():
+    content = bytes(range(250)) * 400 + b"a"
+    encoded = base64.b64encode(content).decode()
+    assert encoded.endswith("=")
+    for quoted in (encoded, encoded.replace("=", "%3D"), encoded.replace("+", "%2B")):
+        assert fetching.data_url_bytes(f"data:image/png;base64,{quoted}", "images", LOCAL) == content
 
 
 @pytest.mark.parametrize(

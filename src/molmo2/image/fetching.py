@@ -112,7 +112,7 @@ def data_url_bytes(url: str, where: str, limits: MediaLimits) -> bytes:
     limits.check_source("data", where)
     header, _, payload = url.partition(",")
     limits.check("fetch_bytes", len(payload) * 3 // 4, f"{where} is a data URL of {len(payload):,} characters")
-    content = base64_bytes(unquote(payload) if "%" in payload[:CHUNK_BYTES] else payload)
+    content = base64_bytes(unquote(payload) if "%" in payload else payload)
     if content is None and header.lower().rstrip().endswith(";base64"):
         raise ValueError(f"{where} is '{url[:40]}...', which is not valid base64. Encode the bytes of the file.")
     return unquote_to_bytes(payload) if content is None else content
@@ -152,6 +152,8 @@ class _Download:
                     location = response.headers.get("Location")
                 if location is None:
                     raise _Refused(f"it answered {response.status} without saying where to go")
+                with suppress(UnicodeDecodeError):  # the library reads headers as Latin-1
+                    location = location.encode("latin-1").decode()
                 url = urljoin(url, location)
                 if scheme_of(url) not in PORTS or scheme_of(url) not in self._limits.sources:
                     raise _Refused(f"it redirects to {masked(url)}, whose scheme is not accepted")
