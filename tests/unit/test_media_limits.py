@@ -252,6 +252,19 @@ def test_a_large_jpeg_is_decoded_at_a_part_of_its_size(scale, orientation):
     assert np.abs(found["pixel_values"] - expected["pixel_values"]).max() > 0  # why it is no default
 
 
+@pytest.mark.parametrize("exif", [b"Exif\0\0junkjunk", b"Exif\0\0II*\0"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_damaged_metadata_keep_no_image_from_being_read(exif, kind, tmp_path):
+    """Nor do they turn it."""
+    image, plain, path = Image.effect_noise((8, 4), 50).convert("RGB"), io.BytesIO(), tmp_path / "damaged"
+    image.save(plain, kind)
+    image.save(path, kind, exif=exif, dpi=(72, 72))  # without a density, Pillow passes over it for a JPEG
+    with pytest.warns(UserWarning, match=r"EXIF data of .*damaged cannot be read .*; it is taken as upright"):
+        assert measure_images(path) == [(4, 8)]
+    with pytest.warns(UserWarning, match="it is taken as upright"):
+        np.testing.assert_array_equal(load_images(path)[0], load_images(plain.getvalue())[0])
+
+
 def test_frames_that_are_reduced_keep_their_size(tmp_path):
     (tmp_path / "frame.jpg").write_bytes(jpeg((800, 480)))
     frames = [str(tmp_path / "frame.jpg")] * 2

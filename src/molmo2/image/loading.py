@@ -13,12 +13,12 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.utils import logging
 
 from molmo2.image.fetching import base64_bytes, data_url_bytes, fetch, masked, scheme_of
 from molmo2.image.limits import MediaLimitError, MediaLimits, checked_limits
-from molmo2.image.opening import check_pixels, is_file_on_disk, local_path, open_image, upright_size
+from molmo2.image.opening import check_pixels, is_file_on_disk, local_path, open_image, orientation, upright_size
 
 logger = logging.get_logger(__name__)
 
@@ -50,7 +50,7 @@ def original_size(image: np.ndarray) -> tuple[int, int]:
 def upright(image: Image.Image) -> Image.Image:
     """The decoded image, turned by its orientation tag; itself where that does not turn it, which saves a copy."""
     image.load()
-    if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
+    if orientation(image) == 1:
         return image.copy() if image.format == "WEBP" else image  # which keeps its decoder and two canvases
     turned = ImageOps.exif_transpose(image)
     if hasattr(image, "original_size"):

@@ -4,6 +4,7 @@ Decoders of videos run in children that import this, so it needs Pillow alone: t
 """
 
 import stat
+import warnings
 from io import BytesIO
 from pathlib import Path
 from typing import IO
@@ -78,8 +79,17 @@ def _can_seek(file: IO[bytes]) -> bool:
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """(width, height) once it is turned by its orientation tag, of a reduced image before it was reduced."""
     width, height = getattr(image, "original_size", image.size)
-    is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) in range(5, 9)  # these swap height and width
-    return (height, width) if is_turned else (width, height)
+    return (height, width) if orientation(image) in range(5, 9) else (width, height)  # these swap height and width
+
+
+def orientation(image: Image.Image) -> int:
+    """The orientation tag, 1 for upright; also 1, with a warning, where damage keeps it from being read."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception as error:  # of a parser: nearly anything
+        name = getattr(image, "filename", "") or "an image"
+        warnings.warn(f"The EXIF data of {name} cannot be read ({error}); it is taken as upright.", stacklevel=2)
+        return 1
 
 
 def check_pixels(image: Image.Image, where: str, limits: MediaLimits) -> None:
