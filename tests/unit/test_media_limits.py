@@ -3,6 +3,7 @@
 import base64
 import copy
 import io
+import re
 from dataclasses import fields
 from types import SimpleNamespace
 
@@ -91,8 +92,11 @@ def test_limits_are_checked_themselves():
             MediaLimits(total_seconds=value)
     whole = MediaLimits(fetch_bytes=1e9, read_seconds=0.5)
     assert (whole.fetch_bytes, type(whole.fetch_bytes), whole.read_seconds) == (10**9, int, 0.5)
-    with pytest.raises(ValueError, match="image_formats is 'PNG'"):
-        MediaLimits(image_formats="PNG")
+    for value in ("PNG", None, 5, [1], b"PNG"):
+        for name in ("image_formats", "sources"):
+            with pytest.raises(ValueError, match=f"MediaLimits: {name} is {re.escape(repr(value))}. Pass a tuple"):
+                MediaLimits(**{name: value})
+    assert MediaLimits(sources=(name for name in ["data", "https"])).sources == ("data", "https")
     with pytest.raises(ValueError, match=r"unknown source\(s\) \['ftp'\]"):
         MediaLimits(sources=("ftp",))
     with pytest.raises(TypeError, match=r"limits is 5 of type int. Pass a MediaLimits"):

@@ -6,6 +6,7 @@
 They belong to a program, not to a model: no processor file holds them, and none can raise them.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -71,9 +72,10 @@ class MediaLimits:
             if value is None and field.default is None:
                 continue
             if isinstance(field.default, tuple):
-                if isinstance(value, str) or not all(isinstance(entry, str) for entry in value):
+                names = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else None
+                if names is None or not all(isinstance(name, str) for name in names):
                     raise ValueError(f"MediaLimits: {field.name} is {value!r}. Pass a tuple of names.")
-                object.__setattr__(self, field.name, tuple(value))
+                object.__setattr__(self, field.name, names)
             elif isinstance(field.default, bool):
                 if not isinstance(value, bool):
                     raise ValueError(f"MediaLimits: {field.name} is {value!r}. Pass True or False.")
