@@ -81,8 +81,9 @@ def warn_about_library_model(names: Collection[str]) -> None:
 
 def ground_answers(answers: Any, media: Any, kind: str | None, tokenizer: Any) -> Grounding | list[Grounding]:
     """Groundings of answers, decoded if they are ids; see `Molmo2Processor.post_process_grounding`."""
+    is_row = getattr(answers, "ndim", 0) == 1  # which tells one answer without ids from a batch of none
     answers = _as_lists(answers)
-    is_one = isinstance(answers, str) or _is_ids(answers)
+    is_one = isinstance(answers, str) or (_is_ids(answers) and (is_row or len(answers) > 0))
     batch = [answers] if is_one else answers
     if not isinstance(batch, Sequence) or not all(isinstance(answer, str) or _is_ids(answer) for answer in batch):
         raise TypeError(

@@ -253,6 +253,18 @@ def test_ids(processor):
         assert processor.post_process_grounding(batch, (200, 100)) == [expected, expected]
 
 
+def test_no_answers(processor):
+    """Not an answer without text, of which there is one."""
+    nothing = processor.post_process_grounding("", (200, 100))
+    for batch in ([], (), torch.empty((0, 5), dtype=torch.int64), np.empty((0, 5), np.int64)):
+        assert processor.post_process_grounding(batch) == []
+        assert processor.post_process_grounding(batch, (200, 100)) == []
+    for row in (torch.empty(0, dtype=torch.int64), np.empty(0, np.int64)):
+        assert processor.post_process_grounding(row, (200, 100)) == nothing
+        assert processor.post_process_grounding([row], (200, 100)) == [nothing]
+    assert processor.post_process_grounding([[]], (200, 100)) == [nothing]
+
+
 def test_ids_lose_the_prompt_that_generate_returns_with_them(processor):
     prompts = ["<|image|>Point to <points coords='1 1 000 000'>this</points>", "<|image|>a"]
     inputs = processor(text=prompts, images=[make_image(300, 200)] * 2, padding=True, return_tensors="pt")
