@@ -5,6 +5,7 @@ import pickle
 import random
 
 import pytest
+from transformers import AddedToken
 
 from molmo2.processing.plain_text import SpecialTokens, one_of, split_pieces
 from molmo2.tools.plan import plan
@@ -168,6 +169,23 @@ def test_the_longest_token_is_found():
     assert tokens.special.findall("<a><b><a>|x|<t>") == ["<a><b>", "<a>", "|x|", "<"]
     assert tokens.added.findall("<t>") == ["<t>"]
     assert one_of([]) == ""
+
+
+def test_tokens_of_a_tokenizer_are_those_that_it_has_now():
+    own = copy.deepcopy(tokenizer())
+
+    def found():
+        return SpecialTokens.from_tokenizer(own, ()).special.findall("<mine> <|im_end|>")
+
+    before = found()
+    own.add_tokens(["<mine>"])
+    assert found() == before
+    known = SpecialTokens.from_tokenizer(own, ())
+    assert SpecialTokens.from_tokenizer(own, ()) is known
+    size = len(own)
+    own.add_tokens([AddedToken("<mine>", special=True)], special_tokens=True)
+    assert len(own) == size
+    assert found() == ["<mine>", *before]
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -38,7 +38,7 @@ class SpecialTokens:
         added: Matches all tokens that a tokenizer takes out of a text before it splits the rest.
     """
 
-    _known: "WeakKeyDictionary[Any, tuple[int, SpecialTokens]]" = WeakKeyDictionary()
+    _known: "WeakKeyDictionary[Any, tuple[Any, SpecialTokens]]" = WeakKeyDictionary()
 
     def __init__(self, special: Iterable[str], added: Iterable[str]):
         special = set(special)
@@ -49,11 +49,11 @@ class SpecialTokens:
     @classmethod
     def from_tokenizer(cls, tokenizer: Any, always: Iterable[str]) -> "SpecialTokens":
         """Those of a tokenizer as it is now, and the strings in `always`."""
-        size, known = cls._known.get(tokenizer, (-1, None))
-        if known is None or size != len(tokenizer):
-            added = [token for token in tokenizer.added_tokens_decoder.values() if token.content]
-            known = cls({*always, *(token.content for token in added if token.special)}, [t.content for t in added])
-            cls._known[tokenizer] = (len(tokenizer), known)
+        state = {token.content: token.special for token in tokenizer.added_tokens_decoder.values() if token.content}
+        built_for, known = cls._known.get(tokenizer, (None, None))
+        if known is None or built_for != state:  # tokens may be added, and become special
+            known = cls({*always, *(content for content, is_special in state.items() if is_special)}, state)
+            cls._known[tokenizer] = (state, known)
         return known
 
     def occur_in(self, text: str) -> bool:
