@@ -20,6 +20,7 @@ from molmo2.image.bilinear import MAX_BLOCK_ELEMENTS, MAX_INLINE_ELEMENTS, Bilin
 from molmo2.image.geometry import CropSettings
 from molmo2.image.loading import fetch_images, load_images
 from molmo2.image.pixels import (
+    INTERPOLATION_MODES,
     Normalization,
     PixelOptions,
     _planes,
@@ -131,7 +132,7 @@ def resize(image, height, width, resample):
     if image.dtype == np.uint8 and resample == 2:
         pixels = torch.cat([rows for _, rows in resize_rows(image, (height, width), 1)])
     else:
-        pixels = _resized(_planes(image), (height, width), resample, image.dtype)
+        pixels = _resized(_planes(image), (height, width), INTERPOLATION_MODES[resample], image.dtype)
     return pixels.numpy().astype(image.dtype)
 
 
@@ -227,11 +228,6 @@ def test_normalize_is_per_channel_in_float32():
     np.testing.assert_array_equal(normalized, normalized_by_hand(pixels, mean, std))
     floats = normalize(values.double() / 255, steps, np.dtype(np.float64))
     np.testing.assert_allclose(floats, normalized, rtol=0, atol=1e-6)
-
-
-def test_normalize_needs_a_number_per_channel():
-    with pytest.raises(ValueError, match="1 numbers"):
-        normalize(torch.zeros(2, 2, 3), Normalization((0.5,), (0.5,) * 3), np.dtype(np.uint8))
 
 
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic", "nearest"])
@@ -331,12 +327,6 @@ def test_frames_are_one_crop_each(rgb):
         frame_pixel_values(iter(frames), 4, options)
     with pytest.raises(ValueError, match=r"num_frames is 2, but the iterable gave more"):
         frame_pixel_values(iter(frames), 2, options)
-
-
-@pytest.mark.parametrize("bad", [np.zeros((4, 4, 4), np.uint8), np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), int)])
-def test_only_images_are_resized(bad):
-    with pytest.raises(ValueError, match=r"cannot be resized. Pass \(height, width, 3\), as uint8 or one of float16"):
-        frame_pixel_values([bad], 1, pixel_options(14, 14, 14, 1, 1))
 
 
 def test_crops_are_cut_from_the_resized_image(rgb):

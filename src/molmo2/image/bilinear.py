@@ -74,7 +74,7 @@ class BilinearTables:
             taken = (torch.from_numpy(pixels.take(index.numpy(), axis=1)) for index in (self.left, self.right))
             left, right = (columns.flatten(1) for columns in taken)
         else:
-            lines = torch_view(pixels).flatten(1)
+            lines = _torch_view(pixels).flatten(1)
             left, right = (lines.gather(1, index.expand(len(lines), -1)) for index in self._value_indices)
         return left, right
 
@@ -85,6 +85,9 @@ class BilinearTables:
             (index[:, None] * CHANNELS + torch.arange(CHANNELS)).flatten() for index in (self.left, self.right)
         )
         return left, right
+
+
+_tables = lru_cache(maxsize=64)(BilinearTables)  # all frames of a clip share theirs, of a few kilobytes
 
 
 def resize_rows(
@@ -98,19 +101,13 @@ def resize_rows(
         multiple: the number of rows of a block is a multiple of it.
         max_elements: maximum number of elements of a block, unless `multiple` rows have more.
     """
-    tables = bilinear_tables(tuple(image.shape[:2]), size)
+    tables = _tables(tuple(image.shape[:2]), size)
     count = multiple * max(1, max_elements // (multiple * size[1] * CHANNELS))
     for start in range(0, size[0], count):
         with torch.inference_mode():
             rows = tables.rows(image, start, min(size[0], start + count))
         np.rint(rows.numpy(), out=rows.numpy())
         yield start, rows
-
-
-@lru_cache(maxsize=64)
-def bilinear_tables(source: tuple[int, int], size: tuple[int, int]) -> BilinearTables:
-    """Cached `BilinearTables`, as all frames of a clip share theirs; they take a few kilobytes."""
-    return BilinearTables(source, size)
 
 
 def _neighbours(source: int, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -133,8 +130,8 @@ class _WritableView:
         self.__array_interface__ = {**interface, "data": (interface["data"][0], False)}
 
 
-def torch_view(array: np.ndarray) -> Tensor:
-    """A tensor over the memory of an array, or of a copy where torch has no view (negative strides, byte order)."""
-    if min(array.strides) < 0 or not array.dtype.isnative:
-        return torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
+def _torch_view(array: np.ndarray) -> Tensor:
+    """A tensor over the memory of an array, or of a copy where torch has no view."""
+    if min(array.strides) < 0:
+        return torch.from_numpy(array.copy())
     return torch.from_numpy(array if array.flags.writeable else np.asarray(_WritableView(array)))

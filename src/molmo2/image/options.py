@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from molmo2.configuration import CHANNELS, UINT8_MEAN, UINT8_STD
 from molmo2.image.limits import MediaLimits, checked_limits
-from molmo2.image.pixels import RESCALE_FACTOR, Normalization, interpolation_mode
+from molmo2.image.pixels import INTERPOLATION_MODES, RESCALE_FACTOR, Normalization
 from molmo2.values import is_number, is_whole
 
 logger = logging.get_logger(__name__)
@@ -32,6 +32,7 @@ FLAGS = ("do_convert_rgb", "do_normalize", "do_rescale", "do_resize")
 NEAR_MISS = 0.85  # similarity (0..1) from which an unknown name counts as a misspelt option
 MAX_SIDE = 2**15  # of a crop in pixels, a window in patches: more is damage, and would be allocated
 PATCH_ROWS_AND_COLS = "(rows, cols) in patches"
+UNSUPPORTED_FILTERS = {1: "lanczos", 4: "box", 5: "hamming"}  # PIL's others
 
 
 def plain(value: Any) -> Any:
@@ -45,22 +46,16 @@ def listed(value: Any) -> list[Any]:
     return [plain(entry) for entry in np.ravel(values)]
 
 
-def per_channel(name: str, value: Any) -> list[float]:
-    """Three numbers, one per channel, from three or from one for all."""
+def per_channel(name: str, value: Any, *, is_divisor: bool = False) -> list[float]:
+    """Three numbers, one per channel, from three or from one for all; 0 is no divisor."""
     numbers = listed(value)
     if len(numbers) not in (1, CHANNELS) or not all(map(is_number, numbers)):
         raise ValueError(
             f"{name} is {value!r:.80}. Use finite numbers, one for all channels or {CHANNELS}, one per channel."
         )
+    if is_divisor and 0 in numbers:
+        raise ValueError(f"{name} is {value!r:.80}, but pixels are divided by it. Use numbers other than 0.")
     return [float(number) for number in numbers] * (CHANNELS // len(numbers))
-
-
-def divisors_per_channel(name: str, value: Any) -> list[float]:
-    """Three numbers that pixels are divided by: as `per_channel`, but 0 is refused."""
-    numbers = per_channel(name, value)
-    if 0 in numbers:
-        raise ValueError(f"{name} is {numbers}, but pixels are divided by it. Use numbers other than 0.")
-    return numbers
 
 
 def pixel_dtype(value: Any, steps: Normalization) -> np.dtype:
@@ -105,9 +100,16 @@ def flag(name: str, value: Any) -> bool:
 
 
 def resample_filter(value: Any) -> int:
-    """PIL's number of the filter that images are resized with, one that torch has."""
-    interpolation_mode(plain(value))
-    return int(value)
+    """PIL's number of the filter that images are resized with, one that torch has without antialiasing."""
+    number = plain(value)
+    if not is_whole(number) or number not in INTERPOLATION_MODES:
+        name = UNSUPPORTED_FILTERS.get(number) if is_whole(number) else None
+        found = f"{value!r:.80}" if name is None else f"{int(number)} ({name})"
+        raise ValueError(
+            f"resample is {found}, which is not supported. Use 2 (bilinear, what the published checkpoints expect), "
+            "3 (bicubic) or 0 (nearest)."
+        )
+    return int(number)
 
 
 def size_dict(size: Any) -> dict[str, int]:
@@ -132,7 +134,7 @@ class OptionsMixin:
     """Options of a processor: defaults, checks, overrides for one call, and the same JSON on every release.
 
     A processor sets the attributes below, derives from this class first and from the library's base class second, and
-    implements `_canonical_own` and `_options`.
+    implements `_options`.
 
     Attributes:
         DEFAULTS: option name -> value where nothing is passed; every option of the processor is in it.
@@ -232,6 +234,8 @@ class OptionsMixin:
     def _canonical(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """All options in the one form they are stored and saved in, which is plain JSON.
 
+        A processor overrides this for its own options, as far as `plain` does not give their form.
+
         Raises:
             ValueError: a value makes no sense; the message names the option.
         """
@@ -240,17 +244,11 @@ class OptionsMixin:
             **{name: flag(name, values[name]) for name in FLAGS},
             "rescale_factor": nonzero("rescale_factor", values["rescale_factor"]),
             "image_mean": per_channel("image_mean", values["image_mean"]),
-            "image_std": divisors_per_channel("image_std", values["image_std"]),
+            "image_std": per_channel("image_std", values["image_std"], is_divisor=True),
             "pooling_size": pair("pooling_size", values["pooling_size"], PATCH_ROWS_AND_COLS),
             "resample": resample_filter(values["resample"]),
             "size": size_dict(values["size"]),
-            **cls._canonical_own(values),
         }
-
-    @classmethod
-    def _canonical_own(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The canonical form of options that only this processor has, as far as `plain` does not give it."""
-        raise NotImplementedError
 
     @classmethod
     def _warn_about(cls, options: Mapping[str, Any], *, only_near_misses: bool = False) -> None:

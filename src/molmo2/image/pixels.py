@@ -18,17 +18,13 @@ from torch import Tensor
 from transformers.utils import logging
 
 from molmo2.configuration import CHANNELS
-from molmo2.image.bilinear import MAX_BLOCK_ELEMENTS, MAX_INLINE_ELEMENTS, resize_rows, torch_view
+from molmo2.image.bilinear import MAX_BLOCK_ELEMENTS, MAX_INLINE_ELEMENTS, resize_rows
 from molmo2.image.geometry import CropSettings, ImagePlan
-from molmo2.values import is_whole
 
 logger = logging.get_logger(__name__)
 
-FLOAT_DTYPES = (np.float16, np.float32, np.float64)
-
 # PIL's numbers for resampling filters, as processor configs store them -> torch's names
 INTERPOLATION_MODES = {0: "nearest", 2: "bilinear", 3: "bicubic"}
-UNSUPPORTED_FILTERS = {1: "lanczos", 4: "box", 5: "hamming"}
 RESCALE_FACTOR = 1 / 255  # from uint8 to 0..1
 
 _imported_in = os.getpid()
@@ -69,16 +65,7 @@ class Normalization:
 
 @dataclass(frozen=True)
 class PixelOptions:
-    """How images and frames of videos become pixel values.
-
-    Attributes:
-        crops: the size of crops and patches.
-        resample: PIL's number of the filter, see `interpolation_mode`.
-        steps: see `Normalization`.
-        do_resize: False refuses what does not have its size already.
-        pixel_dtype: float32, or uint8 for pixels that the model normalises.
-        device: device of the resizing and of the result; None for the CPU.
-    """
+    """How images and frames of videos become pixel values; the options that `Molmo2ImageProcessorKwargs` explains."""
 
     crops: CropSettings
     resample: int
@@ -90,25 +77,9 @@ class PixelOptions:
     def empty(self, num_crops: int) -> Tensor:
         """Uninitialised pixel values, (num_crops, P, patch_size * patch_size * 3)."""
         shape = num_crops, self.crops.patches_per_crop, self.crops.patch_size**2 * CHANNELS
-        return empty_pixels(shape, self.pixel_dtype, self.device)
-
-
-def interpolation_mode(resample: int) -> str:
-    """Torch's name of a PIL resampling filter: 0 nearest, 2 bilinear, 3 bicubic.
-
-    Raises:
-        ValueError: torch has no such filter without antialiasing, or `resample` is no number of a filter.
-    """
-    number: Any = resample if is_whole(resample) else None
-    mode = INTERPOLATION_MODES.get(number)
-    if mode is None:
-        name = UNSUPPORTED_FILTERS.get(number)
-        found = f"{resample!r:.80}" if name is None else f"{int(resample)} ({name})"
-        raise ValueError(
-            f"resample is {found}, which is not supported. Use 2 (bilinear, what the published checkpoints expect), "
-            "3 (bicubic) or 0 (nearest)."
-        )
-    return mode
+        if self.device is None or torch.device(self.device).type == "cpu":
+            return torch.from_numpy(np.empty(shape, self.pixel_dtype))  # in huge pages, with few page faults
+        return torch.empty(shape, dtype=getattr(torch, self.pixel_dtype.name), device=self.device)
 
 
 def require_size(image: np.ndarray, height: int, width: int) -> None:
@@ -146,8 +117,6 @@ def normalize(pixels: Tensor, steps: Normalization, dtype: np.dtype) -> Tensor:
 @lru_cache(maxsize=16)
 def _per_value(per_channel: tuple[float, ...], width: int, device: torch.device) -> Tensor:
     """A number per channel, repeated for each pixel of a row: (width * 3,) float32."""
-    if len(per_channel) != CHANNELS:
-        raise ValueError(f"There are {len(per_channel)} numbers, {list(per_channel)}, for {CHANNELS} channels.")
     return torch.tensor(per_channel, dtype=torch.float32, device=device).repeat(width)
 
 
@@ -191,16 +160,6 @@ def write_image_pixel_values(image: np.ndarray, plan: ImagePlan, out: Tensor, op
                 write_patches(tiles.permute(1, 0, 3, 2), own, patch)
 
 
-def empty_pixels(shape: tuple[int, ...], dtype: Any, device: Any = None) -> Tensor:
-    """An uninitialised tensor for pixels; `dtype` is numpy's.
-
-    On the CPU numpy allocates it: it asks for huge pages, which saves most of the page faults.
-    """
-    if device is None or torch.device(device).type == "cpu":
-        return torch.from_numpy(np.empty(shape, dtype=dtype))
-    return torch.empty(shape, dtype=getattr(torch, np.dtype(dtype).name), device=device)
-
-
 def as_output(pixels: Tensor) -> np.ndarray | Tensor:
     """Pixels on the CPU as an array over the same memory; others unchanged."""
     return pixels.numpy() if pixels.device.type == "cpu" else pixels
@@ -221,7 +180,7 @@ def frame_pixel_values(frames: Iterable[np.ndarray], num_frames: int, options: P
             are asked for as uint8.
     """
     out = options.empty(num_frames)
-    found, buffer = 0, None
+    found = 0
     patch, size = options.crops.patch_size, (options.crops.crop_height, options.crops.crop_width)
     views = out.unflatten(1, (size[0] // patch, -1))
     for found, frame in enumerate(frames, start=1):
@@ -229,10 +188,8 @@ def frame_pixel_values(frames: Iterable[np.ndarray], num_frames: int, options: P
             break
         if not options.do_resize:
             require_size(frame, *size)
-        resizer = _Resizer(frame, out, options, buffer)
-        for top, pixels in resizer.row_blocks(size, patch, MAX_INLINE_ELEMENTS):
+        for top, pixels in _Resizer(frame, out, options).row_blocks(size, patch, MAX_INLINE_ELEMENTS):
             write_patches(pixels, views[found - 1, top // patch : (top + len(pixels)) // patch], patch)
-        buffer = resizer.planes
     if found != num_frames:
         raise ValueError(
             f"num_frames is {num_frames}, but the iterable gave {'more' if found > num_frames else found}. Pass the "
@@ -246,24 +203,20 @@ class _Resizer:
 
     uint8 is resized in blocks of rows by gathering where that gives the same values, which is less work; otherwise
     torch resizes the whole image as floating point.
-
-    Attributes:
-        planes: the image as floating point where torch resizes, else None; may be the `buffer` of the next image.
     """
 
-    def __init__(self, image: np.ndarray, out: Tensor, options: PixelOptions, buffer: Tensor | None = None):
+    def __init__(self, image: np.ndarray, out: Tensor, options: PixelOptions):
         leave_threads_of_parent()
-        _require_image(image)
-        self.image, self.resample, self.steps = image, options.resample, options.steps
+        self.image, self.steps = image, options.steps
+        self.mode = INTERPOLATION_MODES[options.resample]
         self.keeps_uint8 = out.dtype == torch.uint8  # for the model to normalise
         if self.keeps_uint8 and image.dtype != np.uint8:
             raise ValueError(
                 f"pixel_dtype is uint8, but there is an image of dtype {image.dtype}. Pass uint8 images, or leave "
                 "pixel_dtype at float32."
             )
-        is_bilinear = interpolation_mode(options.resample) == "bilinear"
-        gathers = out.device.type == "cpu" and image.dtype == np.uint8 and is_bilinear
-        self.planes = None if gathers else _planes(image, buffer, out.device)
+        gathers = out.device.type == "cpu" and image.dtype == np.uint8 and self.mode == "bilinear"
+        self.planes = None if gathers else _planes(image, out.device)
 
     def row_blocks(
         self, size: tuple[int, int], multiple: int, max_elements: int = MAX_BLOCK_ELEMENTS
@@ -272,41 +225,25 @@ class _Resizer:
         if self.planes is None:
             blocks = resize_rows(self.image, size, multiple, max_elements)
         else:
-            blocks = iter([(0, _resized(self.planes, size, self.resample, self.image.dtype))])
+            blocks = iter([(0, _resized(self.planes, size, self.mode, self.image.dtype))])
         for row, pixels in blocks:
             yield row, pixels if self.keeps_uint8 else normalize(pixels, self.steps, self.image.dtype)
 
 
-def _require_image(image: np.ndarray) -> None:
-    if image.ndim != 3 or image.shape[2] != CHANNELS or image.dtype not in (np.uint8, *FLOAT_DTYPES):
-        raise ValueError(
-            f"An image of shape {image.shape} and dtype {image.dtype} cannot be resized. Pass (height, width, 3), as "
-            f"uint8 or one of {', '.join(dtype.__name__ for dtype in FLOAT_DTYPES)}."
-        )
-
-
-def _planes(image: np.ndarray, buffer: Tensor | None = None, device: Any = None) -> Tensor:
+def _planes(image: np.ndarray, device: Any = None) -> Tensor:
     """An image as (1, 3, H, W) floating point: float64 stays, everything else becomes float32, of the same range.
 
-    Its memory layout is (H, W, 3), which torch resizes several times faster, to the same values. The memory of
-    `buffer`, planes of an earlier image, is reused if dtype and size are equal.
+    Its memory layout is (H, W, 3), which torch resizes several times faster, to the same values.
     """
-    source = torch_view(image)
-    dtype = np.dtype(np.float64 if image.dtype == np.float64 else np.float32)
-    if buffer is not None and (buffer.dtype, buffer.shape[2:]) == (getattr(torch, dtype.name), source.shape[:2]):
-        planes = buffer
-    else:
-        planes = empty_pixels((1, *source.shape), dtype, device).permute(0, 3, 1, 2)
-    planes[0].permute(1, 2, 0).copy_(source)
-    return planes
+    pixels = torch.tensor(np.ascontiguousarray(image), device=device)  # a copy: torch has no view of read-only arrays
+    return pixels.to(torch.float64 if image.dtype == np.float64 else torch.float32)[None].permute(0, 3, 1, 2)
 
 
-def _resized(planes: Tensor, size: tuple[int, int], resample: int, dtype: np.dtype) -> Tensor:
+def _resized(planes: Tensor, size: tuple[int, int], mode: str, dtype: np.dtype) -> Tensor:
     """Resized (1, 3, H, W) planes: (height, width, 3), rounded or clipped to the value range of `dtype`.
 
     Half-pixel centres, no antialiasing.
     """
-    mode = interpolation_mode(resample)
     with torch.inference_mode():
         align_corners = None if mode == "nearest" else False
         pixels = F.interpolate(planes, size=size, mode=mode, align_corners=align_corners)[0].permute(1, 2, 0)

@@ -191,7 +191,7 @@ class Molmo2ImageProcessor(OptionsMixin, BaseImageProcessor):  # type: ignore[mi
         return {name: value for name, value in stored.items() if PIXEL_STEPS.get(name) != value}
 
     @classmethod
-    def _canonical_own(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+    def _canonical(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         max_crops = plain(values["max_crops"])
         if isinstance(max_crops, bool) or not isinstance(max_crops, int) or not 1 <= max_crops <= MAX_CROPS:
             raise ValueError(
@@ -200,7 +200,7 @@ class Molmo2ImageProcessor(OptionsMixin, BaseImageProcessor):  # type: ignore[mi
                 "for the default."
             )
         margins = pair("overlap_margins", values["overlap_margins"], "(before, after) in patches", minimum=0)
-        return {"max_crops": max_crops, "overlap_margins": margins}
+        return {**super()._canonical(values), "max_crops": max_crops, "overlap_margins": margins}
 
 
 def _pixel_values(images: list[np.ndarray], plans: list[ImagePlan], options: ImageOptions) -> Any:

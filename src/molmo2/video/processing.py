@@ -328,10 +328,10 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
         return super()._given(options)
 
     @classmethod
-    def _canonical_own(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+    def _canonical(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         between = pair("between_pooling_size", values["between_pooling_size"], PATCH_ROWS_AND_COLS)
         flags = {name: flag(name, values[name]) for name in ("do_sample_frames", "return_metadata")}
-        return {"between_pooling_size": between, **flags}
+        return {**super()._canonical(values), "between_pooling_size": between, **flags}
 
 
 def options_of_each(per_video_options: Any, num_videos: int) -> list[Mapping[str, Any]]:
