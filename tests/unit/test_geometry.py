@@ -12,9 +12,9 @@ from molmo2.image import geometry
 from molmo2.image.geometry import (
     CropSettings,
     ImagePlan,
+    VideoPlan,
     image_token_pooling,
     plan_image,
-    plan_video,
     video_token_pooling,
 )
 from support.golden_cases import HAS_FULL_SET, table
@@ -156,7 +156,7 @@ def test_crops_need_not_be_square():
 
 def test_video_frames_are_crops_one_after_the_other():
     crops = CropSettings(3, 3, 1, 2, 2)
-    plan = plan_video(2, crops)
+    plan = VideoPlan(2, crops)
     assert (plan.grids, plan.num_pooled_tokens) == ([(2, 2, 2)], 8)
     pooling = video_token_pooling(plan)
     assert pooling.dtype == np.int64
@@ -167,7 +167,7 @@ def test_video_frames_are_crops_one_after_the_other():
 
 
 def test_released_video_frame():
-    plan = plan_video(3, CropSettings(378, 378, 14, 3, 3))
+    plan = VideoPlan(3, CropSettings(378, 378, 14, 3, 3))
     pooling = video_token_pooling(plan)
     assert plan.grids == [(3, 9, 9)]
     assert pooling.shape == (3 * 81, 9)
@@ -176,7 +176,7 @@ def test_released_video_frame():
 
 
 def test_a_frame_is_pooled_like_the_low_res_view_of_a_image():
-    frame = video_token_pooling(plan_video(1, RELEASED))
+    frame = video_token_pooling(VideoPlan(1, RELEASED))
     assert np.array_equal(frame, image_token_pooling(plan_image(300, 300, RELEASED, 8))[:196])
 
 
@@ -214,7 +214,7 @@ def test_plan_and_pooling_equal_brute_force(height, width, crops, max_crops):
 
 @given(num_frames=st.integers(1, 9), crops=crop_settings())
 def test_every_video_patch_is_pooled_once(num_frames, crops):
-    plan = plan_video(num_frames, crops)
+    plan = VideoPlan(num_frames, crops)
     pooling = video_token_pooling(plan)
     assert len(pooling) == plan.num_pooled_tokens
     assert sorted(pooling[pooling >= 0].tolist()) == list(range(num_frames * crops.patches_per_crop))
@@ -333,7 +333,7 @@ def test_impossible_images(height, width, max_crops, message):
 
 def test_a_video_needs_a_frame():
     with pytest.raises(ValueError, match="num_frames is 0, but must be a whole number of at least 1"):
-        plan_video(0, RELEASED)
+        VideoPlan(0, RELEASED)
 
 
 def test_examples_in_the_documentation():

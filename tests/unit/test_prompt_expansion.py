@@ -138,9 +138,15 @@ def test_without_placeholders_nothing_moves():
     assert [ExpandedPrompt("abc").position(place) for place in range(4)] == [0, 1, 2, 3]
 
 
+def require(counts, passed):
+    """Prompts with these numbers of placeholders, and images of all or of each."""
+    number, given = (passed, None) if isinstance(passed, int) else (sum(passed), [["a"] * own for own in passed])
+    require_placeholders(["b<|image|>" * count for count in counts], "<|image|>", number, given)
+
+
 @pytest.mark.parametrize(("counts", "passed"), [([], 0), ([0], 0), ([2, 0, 1], 3), ([2, 0, 1], [2, 0, 1])])
 def test_matching_placeholders(counts, passed):
-    require_placeholders(counts, passed, "<|image|>", "image")
+    require(counts, passed)
 
 
 RULE = "The number of `<|image|>` tokens in the prompts should be the same as the number of images."
@@ -158,7 +164,7 @@ ADVICE = f"{RULE} Put one `<|image|>` where each image belongs, or let `apply_ch
 )
 def test_placeholders_and_images_that_do_not_match(counts, passed, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        require_placeholders(counts, passed, "<|image|>", "image")
+        require(counts, passed)
 
 
 # --- rows of ids -----------------------------------------------------------------------------------------------------

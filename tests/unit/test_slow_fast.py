@@ -2,12 +2,14 @@
 
 import re
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from molmo2.image.geometry import CropSettings, plan_video, split_runs, stack_pooling, video_token_pooling
+from molmo2.image.geometry import CropSettings, VideoPlan, stack_pooling, video_token_pooling
+from molmo2.processing.prompt_tokens import timed_grids
 from molmo2.video.processing import Molmo2VideoProcessor
 from support.checkpoints import build_model
 from support.model_inputs import batch, clip, processor
@@ -29,13 +31,13 @@ SLOW_FAST = {"key_frame_interval": 3, "between_pooling_size": 7}  # the tiny fra
     ],
 )
 def test_key_frames_come_at_their_interval_and_last(frames, interval, drawing):
-    runs = plan_video(frames, FINE, COARSE, interval).runs
+    runs = VideoPlan(frames, FINE, COARSE, interval).runs
     assert "".join(("K" if run.settings is FINE else ".") * run.num_frames for run in runs) == drawing
     assert all(a.settings is not b.settings for a, b in pairwise(runs))
 
 
 def test_every_patch_of_every_frame_is_pooled_once_with_its_own_window():
-    plan = plan_video(7, FINE, COARSE, 3)
+    plan = VideoPlan(7, FINE, COARSE, 3)
     assert plan.grids == [(1, 3, 3), (2, 2, 2), (1, 3, 3), (2, 2, 2), (1, 3, 3)]
     pooling = video_token_pooling(plan)
     assert pooling.shape == (plan.num_pooled_tokens, 9)
@@ -58,17 +60,19 @@ def test_tables_are_stacked_at_the_width_of_the_widest():
 
 @pytest.mark.parametrize("as_rows", [list, np.array, torch.tensor])
 def test_runs_are_given_back_to_their_videos(as_rows):
-    plans = [plan_video(5, FINE), plan_video(7, FINE, COARSE, 3), plan_video(1, FINE)]
+    plans = [VideoPlan(5, FINE), VideoPlan(7, FINE, COARSE, 3), VideoPlan(1, FINE)]
     grids = as_rows([grid for plan in plans for grid in plan.grids])
-    grouped = split_runs(grids, [plan.num_frames for plan in plans])
-    assert grouped == [[list(grid) for grid in plan.grids] for plan in plans]
-    assert split_runs([], []) == []
+    videos = [SimpleNamespace(timestamps=list(range(plan.num_frames))) for plan in plans]
+    assert timed_grids(grids, videos) == [
+        ([list(grid) for grid in plan.grids], video.timestamps) for plan, video in zip(plans, videos)
+    ]
+    assert timed_grids([], []) == []
 
 
 @pytest.mark.parametrize("frame_counts", [[3], [5, 2], [2, 4], [7], []])
 def test_runs_of_other_videos_are_refused(frame_counts):
     with pytest.raises(ValueError, match=r"runs of \[1, 2, 3\] frames, which do not add up to videos of "):
-        split_runs([(1, 2, 2), (2, 1, 1), (3, 2, 2)], frame_counts)
+        timed_grids([(1, 2, 2), (2, 1, 1), (3, 2, 2)], [SimpleNamespace(timestamps=[0] * n) for n in frame_counts])
 
 
 def test_prompt_pixels_and_counts_follow_from_the_same_plan():

@@ -9,10 +9,10 @@ Source of the rules: the training-time preprocessing of Molmo2.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby, pairwise
+from itertools import groupby
 
 import numpy as np
 
@@ -150,12 +150,21 @@ class VideoPlan:
         settings: the crop settings of key frames.
         between: the crop settings of the other frames; None if all are pooled alike.
         key_frame_interval: frames from one key frame to the next; the last frame of the video is a key frame as well.
+
+    Raises:
+        ValueError: there is no frame, or the interval is not a whole number of at least 1.
     """
 
     num_frames: int
     settings: CropSettings
     between: CropSettings | None = None
     key_frame_interval: int = 1
+
+    def __post_init__(self) -> None:
+        _require_int("num_frames", self.num_frames, minimum=1, hint="A video needs at least one frame.")
+        hint = "1 makes every frame a key frame."
+        _require_int("key_frame_interval", self.key_frame_interval, minimum=1, hint=hint)
+        object.__setattr__(self, "num_frames", int(self.num_frames))  # numbers of numpy would reach grids and counts
 
     @property
     def runs(self) -> tuple["VideoPlan", ...]:
@@ -238,19 +247,6 @@ def image_token_pooling(plan: ImagePlan) -> np.ndarray:
     return np.concatenate([low_res, tiles])
 
 
-def plan_video(
-    num_frames: int, settings: CropSettings, between: CropSettings | None = None, key_frame_interval: int = 1
-) -> VideoPlan:
-    """The plan of a video with `num_frames` sampled frames; see `VideoPlan` for the other arguments.
-
-    Raises:
-        ValueError: there is no frame, or the interval is not a whole number of at least 1.
-    """
-    _require_int("num_frames", num_frames, minimum=1, hint="A video needs at least one frame.")
-    _require_int("key_frame_interval", key_frame_interval, minimum=1, hint="1 makes every frame a key frame.")
-    return VideoPlan(int(num_frames), settings, between if key_frame_interval > 1 else None, int(key_frame_interval))
-
-
 def video_token_pooling(plan: VideoPlan) -> np.ndarray:
     """Pooling table of a video: for every token, the patches it pools.
 
@@ -275,33 +271,6 @@ def stack_pooling(tables: Sequence[np.ndarray], window: int = 0) -> np.ndarray:
     empty = np.empty((0, window), dtype=np.int64)
     padded = [np.pad(table, ((0, 0), (0, window - table.shape[1])), constant_values=PAD_SLOT) for table in tables]
     return np.concatenate([empty, *padded])
-
-
-def split_runs(grids: Iterable[Sequence[int]], frame_counts: Iterable[int]) -> list[list[list[int]]]:
-    """The rows of `video_grids` grouped by video: one row of a plain video, one per run of a slow-fast video.
-
-        >>> split_runs([[8, 9, 9], [1, 9, 9], [3, 3, 3], [1, 9, 9]], frame_counts=[8, 5])
-        [[[8, 9, 9]], [[1, 9, 9], [3, 3, 3], [1, 9, 9]]]
-
-    Args:
-        grids: (runs, 3) frames, then rows and columns of tokens of each; lists, an array or a tensor.
-        frame_counts: sampled frames of each video.
-
-    Raises:
-        ValueError: the frames of the runs do not add up to those of the videos.
-    """
-    rows = [[int(number) for number in row] for row in grids]
-    counts = [int(count) for count in frame_counts]
-    run_ends = np.cumsum([0, *(row[0] for row in rows)]).tolist()
-    video_ends = np.cumsum([0, *counts]).tolist()
-    if run_ends[-1] != video_ends[-1] or not set(video_ends) <= set(run_ends):
-        raise ValueError(
-            f"video_grids has runs of {[row[0] for row in rows]} frames, which do not add up to videos of {counts} "
-            "sampled frames. Pass the grids and the metadata of the same call."
-        )
-    return [
-        [row for row, end in zip(rows, run_ends[1:]) if start < end <= stop] for start, stop in pairwise(video_ends)
-    ]
 
 
 def _run_token_pooling(run: VideoPlan) -> np.ndarray:

@@ -9,7 +9,7 @@ long as what they stand for, so that places in the prompt stay where they are.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,7 +17,7 @@ from tokenizers import PreTokenizedString
 
 # Where stand-ins are taken from: letters of one plane, which `repr` and JSON leave as they are.
 STAND_INS = range(0x20000, 0x2A6D0)
-SURROGATE = re.compile("[\ud800-\udfff]")
+SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair, which is no character and cannot be encoded
 
 
 def one_of(strings: Iterable[str]) -> str:
@@ -83,26 +83,14 @@ class RenderedPrompt(str):
         return self.hidden, self.stand_ins
 
 
-def _strings(value: Any) -> Iterator[str]:
-    """All strings in messages, tools, documents: keys and values at any depth."""
+def _mapped(value: Any, function: Callable[[str], Any]) -> Any:
+    """Messages, tools, documents with what a function makes of each string: keys and values at any depth."""
     if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, entry in value.items():
-            yield from _strings(key)
-            yield from _strings(entry)
-    elif isinstance(value, (list, tuple)):
-        for entry in value:
-            yield from _strings(entry)
-
-
-def _replaced(value: Any, pattern: re.Pattern[str], replacement: Any) -> Any:
-    if isinstance(value, str):
-        return pattern.sub(replacement, value)
+        return function(value)
     if isinstance(value, Mapping):
-        return {_replaced(k, pattern, replacement): _replaced(v, pattern, replacement) for k, v in value.items()}
+        return {_mapped(key, function): _mapped(entry, function) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        entries = [_replaced(entry, pattern, replacement) for entry in value]
+        entries = [_mapped(entry, function) for entry in value]
         return entries if isinstance(value, list) else tuple(entries)
     return value
 
@@ -117,7 +105,8 @@ def hide(value: Any, tokens: SpecialTokens, other_text: str = "", kept: frozense
     Returns:
         (value, {stand-in: special token}); the same object and nothing where there are none.
     """
-    strings = list(_strings(value))
+    strings: list[str] = []
+    _mapped(value, strings.append)
     found = {token for text in strings if tokens.occur_in(text) for token in tokens.special.findall(text)} - kept
     if not found:
         return value, {}
@@ -125,7 +114,11 @@ def hide(value: Any, tokens: SpecialTokens, other_text: str = "", kept: frozense
     free = (chr(code) for code in STAND_INS if chr(code) not in used)
     stand_ins = dict(zip(free, sorted(found)))
     of_token = {token: stand_in * len(token) for stand_in, token in stand_ins.items()}
-    return _replaced(value, tokens.special, lambda match: of_token.get(match[0], match[0])), stand_ins
+
+    def replaced(text: str) -> str:
+        return tokens.special.sub(lambda match: of_token.get(match[0], match[0]), text)
+
+    return _mapped(value, replaced), stand_ins
 
 
 def _runs_of(stand_ins: Mapping[str, str]) -> re.Pattern[str]:
@@ -169,12 +162,3 @@ def encode_plain(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, 
     pieces.tokenize(backend.model.tokenize)
     encoding = pieces.to_encoding()
     return encoding.ids, encoding.offsets
-
-
-def without_surrogates(text: str) -> str:
-    """Text that can be encoded: halves of surrogate pairs, which are no characters, become U+FFFD."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return SURROGATE.sub("\ufffd", text)
-    return text

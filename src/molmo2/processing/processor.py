@@ -6,11 +6,11 @@ and the media that they name.
 """
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,12 @@ from molmo2.image.suffixes import IMAGE_SUFFIXES
 from molmo2.media_features import MediaFeatures, ground_answers
 from molmo2.processing.chat import find_media, is_batch, media_arguments, messages_of, option_of_call
 from molmo2.processing.plain_text import (
+    SURROGATE,
     RenderedPrompt,
     SpecialTokens,
     encode_plain,
     hide,
     split_pieces,
-    without_surrogates,
 )
 from molmo2.processing.prompt_tokens import (
     IMAGE_PLACEHOLDER,
@@ -100,7 +100,6 @@ class Molmo2ProcessorKwargs(ProcessingKwargs, total=False):
     _defaults = CALL_DEFAULTS  # type: ignore[misc]
 
 
-BLANK = re.compile(r"\s")
 # Options that a tokenizer may bring along from its own construction, for every call.
 TOKENIZER_DEFAULTS = ("add_special_tokens", "padding", "truncation", "max_length", "pad_to_multiple_of")
 # Options of tokenizers without a meaning for rows with visual tokens.
@@ -111,11 +110,6 @@ UNUSED_TEXT_OPTIONS = {"text_pair", "text_target", "text_pair_target", "stride",
 IMAGE_ONLY_KWARGS = frozenset({"resample"})
 # Options that choose which frames of a video are taken.
 SAMPLING_OPTIONS = frozenset({"num_frames", "frame_sample_mode", "max_fps", "sampling_fps", "fps", "clip"})
-SECTIONS = {
-    "text_kwargs": Molmo2TextKwargs,
-    "images_kwargs": Molmo2ImageProcessorKwargs,
-    "videos_kwargs": Molmo2VideoProcessorKwargs,
-}
 
 
 class Molmo2Processor(ProcessorMixin):
@@ -281,14 +275,16 @@ class Molmo2Processor(ProcessorMixin):
         metadata = None
         if images is not None:
             outputs = self.image_processor.preprocess(images, **{**options["images_kwargs"], "return_tensors": None})
-            _require_slots(prompts, images, len(outputs["image_grids"]), IMAGE_PLACEHOLDER, "image")
+            if prompts is not None:
+                require_placeholders(prompts, IMAGE_PLACEHOLDER, len(outputs["image_grids"]), images)
             sizes = outputs.media
             media.update(outputs if len(outputs["image_grids"]) else {})
         if videos is not None:
             given = {**options["videos_kwargs"], "return_tensors": None, "return_metadata": True}
             outputs = self.video_processor.preprocess(videos, per_video_options=own_options, **given)
             metadata = outputs.pop("video_metadata")
-            _require_slots(prompts, videos, len(metadata), VIDEO_PLACEHOLDER, "video")
+            if prompts is not None:
+                require_placeholders(prompts, VIDEO_PLACEHOLDER, len(metadata), videos)
             media.update(outputs if metadata else {})
         data = dict(media)
         if prompts is not None:
@@ -316,12 +312,11 @@ class Molmo2Processor(ProcessorMixin):
         common = dict(kwargs.get("common_kwargs") or {})
         flat = {name: value for name, value in kwargs.items() if name not in sections and name != "common_kwargs"}
         unknown = set(flat)
-        for name, known in SECTIONS.items():
+        for name in sections:
+            known = Molmo2ProcessorKwargs.__annotations__[name].__annotations__
             nested = dict(kwargs.get(name) or {})
             elsewhere = IMAGE_ONLY_KWARGS if name == "videos_kwargs" else frozenset()
-            own = {
-                option: flat[option] for option in flat if option in known.__annotations__ and option not in elsewhere
-            }
+            own = {option: flat[option] for option in flat if option in known and option not in elsewhere}
             twice = sorted(set(own) & set(nested))
             if twice:
                 raise ValueError(f"{twice} given twice: in `{name}` and as a keyword argument. Keep one of them.")
@@ -339,10 +334,10 @@ class Molmo2Processor(ProcessorMixin):
         token_format = self.visual_token_format
         image_texts = ["".join(image_tokens(grid, token_format)) for grid in image_grids]
         video_texts = [video_string(grids, times, token_format) for grids, times in videos]
-        placed = ((IMAGE_PLACEHOLDER, image_texts, "image"), (VIDEO_PLACEHOLDER, video_texts, "video"))
-        for placeholder, texts, noun in placed:
-            require_placeholders([prompt.count(placeholder) for prompt in prompts], len(texts), placeholder, noun)
-        waiting = {placeholder: iter(texts) for placeholder, texts, _ in placed}
+        texts = {IMAGE_PLACEHOLDER: image_texts, VIDEO_PLACEHOLDER: video_texts}
+        for placeholder, own in texts.items():
+            require_placeholders(prompts, placeholder, len(own))
+        waiting = {placeholder: iter(own) for placeholder, own in texts.items()}
         return [expand(prompt, waiting) for prompt in prompts]
 
     @property
@@ -370,7 +365,7 @@ class Molmo2Processor(ProcessorMixin):
     def _encode(self, texts: list[str], with_offsets: bool, add_special_tokens: bool) -> tuple[list[Any], list[Any]]:
         """Ids, and on request the (start, end) characters of each."""
         encoded = self.tokenizer(
-            [without_surrogates(text) for text in texts],
+            [SURROGATE.sub("\ufffd", text) for text in texts],
             add_special_tokens=add_special_tokens,
             split_special_tokens=False,  # the visual tokens must not be
             return_attention_mask=False,
@@ -388,7 +383,7 @@ class Molmo2Processor(ProcessorMixin):
         done = 0
         for piece, is_text in split_pieces(text, stand_ins, self._special_tokens):
             if is_text:
-                ids, offsets = encode_plain(self.tokenizer, without_surrogates(piece))
+                ids, offsets = encode_plain(self.tokenizer, SURROGATE.sub("\ufffd", piece))
             else:
                 (ids,), rows = self._encode([piece], with_offsets, add_special_tokens=False)
                 offsets = rows[0] if with_offsets else []
@@ -684,7 +679,7 @@ class Molmo2Processor(ProcessorMixin):
         )
 
     def save_pretrained(
-        self, save_directory: str | PathLike[str], push_to_hub: bool = False, **kwargs: Any
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
     ) -> list[str]:
         """Save files that every supported release, and tools that read single files, can load.
 
@@ -731,16 +726,12 @@ def _is_text(value: Any) -> bool:
 
 def _are_references(texts: str | list[str]) -> bool:
     """Whether all strings are URLs, paths of files or names of image files, and therefore no prompts."""
-    return all(_is_reference(text) for text in ([texts] if isinstance(texts, str) else texts))
-
-
-def _is_reference(text: str) -> bool:
-    if text.startswith(("http://", "https://", "file://", "data:")):
-        return True
-    try:
-        return Path(text).is_file() or (not BLANK.search(text) and Path(text).suffix.lower() in IMAGE_SUFFIXES)
-    except (OSError, ValueError):  # too long for a path, or with characters that none has
-        return False
+    return all(
+        text.startswith(("http://", "https://", "file://", "data:"))
+        or os.path.isfile(text)
+        or (text.split() == [text] and Path(text).suffix.lower() in IMAGE_SUFFIXES)
+        for text in ([texts] if isinstance(texts, str) else texts)
+    )
 
 
 def _as_prompts(text: Any) -> list[str]:
@@ -749,17 +740,6 @@ def _as_prompts(text: Any) -> list[str]:
     if wrong or not prompts:
         raise ValueError(f"`text` holds {wrong[0] if wrong else 'nothing'}; expected a string or a list of strings.")
     return prompts
-
-
-def _require_slots(prompts: list[str] | None, given: Any, number: int, placeholder: str, noun: str) -> None:
-    """Check images or videos against placeholders, prompt by prompt where the caller grouped them by prompt."""
-    if prompts is None:
-        return
-    counts = [prompt.count(placeholder) for prompt in prompts]
-    is_nested = isinstance(given, (list, tuple)) and all(isinstance(row, (list, tuple)) for row in given)
-    lengths = [len(row) for row in given] if is_nested else []
-    is_by_prompt = len(lengths) == len(prompts) and sum(lengths) == number
-    require_placeholders(counts, lengths if is_by_prompt else number, placeholder, noun)
 
 
 def _media_of_rows(prompts: list[str] | None, images: list[MediaInfo], metadata: list[Any]) -> list[MediaInfo]:

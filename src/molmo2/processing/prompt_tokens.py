@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from molmo2.image.geometry import split_runs
-
 # Strings that Molmo2 adds to a tokenizer; their ids are the tokenizer's business.
 IMAGE_PLACEHOLDER = "<|image|>"
 VIDEO_PLACEHOLDER = "<|video|>"
@@ -118,15 +116,29 @@ def video_string(grid: Sequence[Any], timestamps: Sequence[float], token_format:
 
 
 def timed_grids(
-    video_grids: Iterable[Sequence[int]], metadata: Sequence[Any]
+    video_grids: Iterable[Sequence[int]], metadata: Iterable[Any]
 ) -> list[tuple[list[list[int]], Sequence[float]]]:
     """(rows of `video_grids`, timestamps) of each video; a slow-fast video has one row per run of frames.
 
     Args:
+        video_grids: (runs, 3) frames, then rows and columns of tokens of each; lists, an array or a tensor.
         metadata: Of each video, with `timestamps` in seconds.
+    Raises:
+        ValueError: The frames of the runs do not add up to those of the videos.
     """
+    rows = [[int(number) for number in row] for row in video_grids]
     times = [entry.timestamps for entry in metadata]
-    return list(zip(split_runs(video_grids, [len(own) for own in times]), times))
+    run_ends = np.cumsum([0, *(row[0] for row in rows)]).tolist()
+    video_ends = np.cumsum([0, *map(len, times)]).tolist()
+    if run_ends[-1] != video_ends[-1] or not set(video_ends) <= set(run_ends):
+        raise ValueError(
+            f"video_grids has runs of {[row[0] for row in rows]} frames, which do not add up to videos of "
+            f"{[len(own) for own in times]} sampled frames. Pass the grids and the metadata of the same call."
+        )
+    return [
+        ([row for row, end in zip(rows, run_ends[1:]) if start < end <= stop], own)
+        for start, stop, own in zip(video_ends, video_ends[1:], times)
+    ]
 
 
 @dataclass(frozen=True)
@@ -169,31 +181,31 @@ def expand(prompt: str, waiting: Mapping[str, Iterator[str]]) -> ExpandedPrompt:
     return ExpandedPrompt("".join([*pieces, prompt[done:]]), tuple(replaced))
 
 
-def require_placeholders(counts: Sequence[int], passed: Sequence[int] | int, placeholder: str, noun: str) -> None:
-    """Check that the prompts have one placeholder for each image or video that was passed.
+def require_placeholders(prompts: Sequence[str], placeholder: str, number: int, given: Any = None) -> None:
+    """Check that the prompts have one placeholder for each image or video.
 
     Args:
-        counts: Placeholders in each prompt.
-        passed: Images or videos for each prompt, or of all prompts together.
-        noun: "image" or "video".
+        number: Images or videos of all prompts.
+        given: They as the caller passed them, perhaps grouped by prompt.
     Raises:
         ValueError: The numbers differ; the message names both, and the prompt where it is known.
     """
+    noun = placeholder.strip("<|>")
+    counts = [prompt.count(placeholder) for prompt in prompts]
+    is_nested = isinstance(given, (list, tuple)) and all(isinstance(row, (list, tuple)) for row in given)
+    lengths = [len(row) for row in given] if is_nested else []
     advice = (
         f"The number of `{placeholder}` tokens in the prompts should be the same as the number of {noun}s. Put one "
         f"`{placeholder}` where each {noun} belongs, or let `apply_chat_template` write the prompt"
     )
-    if isinstance(passed, int):
-        if sum(counts) != passed:
-            raise ValueError(
-                f"{sum(counts)} `{placeholder}` in the text, but {passed} {noun}(s) were passed. {advice}."
-            )
-        return
-    for index, (count, number) in enumerate(zip(counts, passed, strict=True)):
-        if count != number:
-            raise ValueError(
-                f"Prompt {index} has {count} `{placeholder}`, but {number} {noun}(s) were passed for it. {advice}."
-            )
+    if len(lengths) == len(prompts) and sum(lengths) == number:
+        for index, (count, length) in enumerate(zip(counts, lengths)):
+            if count != length:
+                raise ValueError(
+                    f"Prompt {index} has {count} `{placeholder}`, but {length} {noun}(s) were passed for it. {advice}."
+                )
+    if sum(counts) != number:
+        raise ValueError(f"{sum(counts)} `{placeholder}` in the text, but {number} {noun}(s) were passed. {advice}.")
 
 
 def insert_bos(ids: list[int], bos_id: int) -> list[int]:

@@ -24,8 +24,8 @@ from transformers import DynamicCache, GenerationConfig, StoppingCriteria, Stopp
 
 from molmo2.grounding.parse import GroundingStream, MediaInfo
 from molmo2.grounding.prompts import Prompt
-from molmo2.image.geometry import split_runs
 from molmo2.model.compat import CACHE_NAME
+from molmo2.processing.prompt_tokens import timed_grids
 from molmo2.tools.answer import Answer, AnswerPiece, Timings
 
 MAX_NEW_TOKENS = 512
@@ -129,9 +129,8 @@ class MediaSession:
         self._allow_special_tokens = bool(options.get("allow_special_tokens"))
         inputs = prepare_inputs(model, processor, [user_turn("", self._images, self._videos)], options)
         self.media: MediaInfo = inputs.media[0]
-        timestamps = [metadata.timestamps for metadata in inputs.pop("video_metadata", [])]
-        runs = split_runs(inputs.get("video_grids", []), [len(times) for times in timestamps])
-        self._grids = (inputs.get("image_grids", []), list(zip(runs, timestamps)))
+        metadata = inputs.pop("video_metadata", [])
+        self._grids = (inputs.get("image_grids", []), timed_grids(inputs.get("video_grids", []), metadata))
         self._prefix, self._cache = self._prefill_media(inputs)
         self._turns: list[dict[str, Any]] = []
         self._chat: tuple[Tensor, Any] = (self._prefix, self._cache)

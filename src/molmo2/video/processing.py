@@ -16,7 +16,7 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.processing_utils import Unpack, VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
 
-from molmo2.image.geometry import CropSettings, VideoPlan, plan_video, stack_pooling, video_token_pooling
+from molmo2.image.geometry import CropSettings, VideoPlan, stack_pooling, video_token_pooling
 from molmo2.image.options import PATCH_ROWS_AND_COLS, PIXEL_STEPS, OptionsMixin, flag, pair, plain
 from molmo2.image.pixels import PixelOptions, as_output, frame_pixel_values
 from molmo2.values import is_positive
@@ -109,7 +109,7 @@ class VideoOptions(PixelOptions):
 
     def plan(self, num_frames: int) -> VideoPlan:
         """The plan of a video with this number of sampled frames."""
-        return plan_video(num_frames, self.crops, self.between, self.key_frame_interval)
+        return VideoPlan(num_frames, self.crops, self.between, self.key_frame_interval)
 
 
 # What no single video of a call can have.
