@@ -198,7 +198,7 @@ def _file_size(source: Any) -> tuple[int, int] | None:
     """(width, height) of a file, turned upright; None where there is no file. Errors of decoders are passed on."""
     from molmo2.image.fetching import data_url_bytes, scheme_of
     from molmo2.image.limits import MediaLimits
-    from molmo2.image.opening import is_file_on_disk, local_path, open_image, upright_size
+    from molmo2.image.opening import local_path, open_image, upright_size
 
     where, limits = "the image", MediaLimits()
     file: Path | io.BytesIO
@@ -210,7 +210,7 @@ def _file_size(source: Any) -> tuple[int, int] | None:
         file = io.BytesIO(data_url_bytes(text, where, limits))
     else:
         file = local_path(text, scheme_of(text))
-        if not is_file_on_disk(file):
+        if not os.path.isfile(file):
             return None
     with open_image(file, where, limits) as image:
         return upright_size(image)

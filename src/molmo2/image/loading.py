@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from molmo2.image.fetching import base64_bytes, data_url_bytes, fetch, masked, scheme_of
 from molmo2.image.limits import MediaLimitError, MediaLimits, checked_limits
-from molmo2.image.opening import check_pixels, is_file_on_disk, local_path, open_image, orientation, upright_size
+from molmo2.image.opening import check_pixels, local_path, open_image, orientation, upright_size
 
 logger = logging.get_logger(__name__)
 
@@ -191,7 +191,7 @@ def named_file(
     if scheme == "data":
         return name, data_url_bytes(text, where, limits)
     path = local_path(text, scheme)
-    is_there = (scheme or "path") in limits.sources and is_file_on_disk(path)
+    is_there = (scheme or "path") in limits.sources and os.path.isfile(path)
     if not is_there and isinstance(reference, str) and len(text) >= MIN_BASE64_CHARACTERS:
         content = base64_bytes(text)
         if content is not None:
@@ -210,7 +210,7 @@ def _open(reference: Any, where: str, finish: Callable[[Image.Image], Any], limi
     else:
         name, file = f"{len(reference)} bytes", reference
     if isinstance(file, Path):
-        if is_file_on_disk(file):
+        if os.path.isfile(file):
             return _decode(where, name, file, finish, limits)
         text = shortened(os.fsdecode(reference))
         if os.path.isdir(file):

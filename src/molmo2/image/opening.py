@@ -3,7 +3,6 @@
 Decoders of videos run in children that import this, so it needs Pillow alone: torch takes two seconds and 0.3 GB.
 """
 
-import stat
 import warnings
 from io import BytesIO
 from pathlib import Path
@@ -19,14 +18,6 @@ from molmo2.image.limits import MediaLimitError, MediaLimits
 def local_path(text: str, scheme: str) -> Path:
     """The file that a text names: that of a URL with `file:`, else the text itself."""
     return Path(url2pathname(urlsplit(text).path)) if scheme == "file" else Path(text)
-
-
-def is_file_on_disk(path: Path) -> bool:
-    """True for a file that has an end: no folder, device or pipe."""
-    try:
-        return stat.S_ISREG(path.stat().st_mode)
-    except (OSError, ValueError):  # base64 text is too long for a file name, or holds what no file name may hold
-        return False
 
 
 def open_image(file: Path | IO[bytes], where: str, limits: MediaLimits) -> Image.Image:

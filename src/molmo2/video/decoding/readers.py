@@ -31,7 +31,7 @@ from typing import IO, Any
 import numpy as np
 
 from molmo2.image.limits import MediaLimitError, MediaLimits
-from molmo2.image.opening import is_file_on_disk, open_image
+from molmo2.image.opening import open_image
 from molmo2.values import is_positive
 from molmo2.video.decoding.decord_process import BROKEN_INSTALLATION, DecordProcess
 from molmo2.video.decoding.orientation import UPRIGHT, matrix_from_bytes, mp4_tracks, require_plain_turns, upright
@@ -123,7 +123,7 @@ class Source:
             raise IsADirectoryError(f"{str(path)!r} is a directory. Pass a video file, or a list of its frames.")
         if not os.path.exists(path):
             raise FileNotFoundError(f"There is no video file {str(path)!r:.300}. Check the path.")
-        if not is_file_on_disk(path):
+        if not os.path.isfile(path):
             raise VideoDecodeError(f"{str(path)!r} is a device or pipe, not a file. Pass the path of a video file.")
         return cls(repr(str(path)), str(path.absolute()), path.stat().st_size, limits)
 
