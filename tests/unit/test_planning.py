@@ -75,6 +75,25 @@ def test_options_of_a_video_part_win():
     assert planned.num_frames == (3,)
 
 
+def test_options_for_each_video_of_a_call():
+    """Beside prompts and beside messages, whose parts override them."""
+    parts = [{"type": "video", "path": str(CLIP), "max_fps": 1}, {"type": "video", "video": clip(8), "clip": None}]
+    messages = [{"role": "user", "content": [*parts, {"type": "text", "text": "?"}]}]
+    own = [{"num_frames": 3, "max_fps": 2}, {"num_frames": 2}]
+    for options in (
+        {"per_video_options": own, "video_metadata": [None, {"fps": 4.0}]},
+        {"videos_kwargs": {"per_video_options": own, "video_metadata": [None, {"fps": 4.0}]}},
+    ):
+        call = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
+        inputs = processor().apply_chat_template(messages, **call, **options)
+        planned = plan(processor(), messages, **options)
+        assert planned.num_frames == (3, 2)
+        assert (list(planned.row_tokens), list(planned.visual_tokens)) == lengths(inputs)
+        assert planned.timestamps[1][1] == 1.75
+        beside = plan(processor(), "<|video|><|video|>", videos=[str(CLIP), clip(8)], **options)
+        assert beside.num_frames == (3, 2)
+
+
 def test_sizes_are_those_after_turning_upright():
     turned = io.BytesIO()
     exif = Image.Exif()

@@ -11,11 +11,11 @@ from typing import Any
 
 from molmo2.image.geometry import VideoPlan
 from molmo2.image.measuring import measure_images
-from molmo2.processing.chat import find_media, is_batch
+from molmo2.processing.chat import find_media, is_batch, media_arguments, option_of_call
 from molmo2.processing.prompt_tokens import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
 from molmo2.tools.memory import MemoryEstimate, RequestShape, estimate_memory
 from molmo2.video.probing import probe_videos
-from molmo2.video.processing import clips_per_video
+from molmo2.video.processing import clips_per_video, options_of_each
 
 # Options of the call that change how many tokens a prompt has.
 TEXT_OPTIONS = ("add_special_tokens", "allow_special_tokens", "split_special_tokens")
@@ -169,20 +169,26 @@ class RequestPlanner:
 
     @classmethod
     def from_call(
-        cls, processor: Any, text: Any, images: Any, videos: Any, options: dict[str, dict[str, Any]]
+        cls,
+        processor: Any,
+        text: Any,
+        images: Any,
+        videos: Any,
+        per_video_options: Any,
+        options: dict[str, dict[str, Any]],
     ) -> "RequestPlanner":
         """Read the headers of the images and videos of a call; arguments as for `plan`."""
-        own_options: list[dict[str, Any]] = []
         metadata = options["videos_kwargs"].pop("video_metadata", None)
         if _is_conversation(text):
             if images is not None or videos is not None:
                 raise ValueError("Messages name their images and videos: pass them without `images` and `videos`.")
             conversations = list(text) if is_batch(text) else [text]
-            media = [find_media(messages) for messages in conversations]
-            images = [image for own in media for image in own.images]
-            videos = [video for own in media for video in own.videos]
-            metadata = [entry for own in media for entry in own.video_metadata]
-            own_options = [entry for own in media for entry in own.video_options]
+            call = media_arguments(
+                [find_media(messages) for messages in conversations],
+                {"video_metadata": metadata, "per_video_options": per_video_options},
+            )
+            images, videos = call["images"], call["videos"]
+            metadata, per_video_options = call.get("video_metadata"), call.get("per_video_options")
             text = [processor.apply_chat_template(messages, add_generation_prompt=True) for messages in conversations]
         limits = options["images_kwargs"].get("limits")
         limits = processor.image_processor.limits if limits is None else limits
@@ -192,9 +198,9 @@ class RequestPlanner:
         if text is None:
             text = IMAGE_PLACEHOLDER * len(image_sizes) + VIDEO_PLACEHOLDER * len(video_plans)
         clips = options["videos_kwargs"].pop("clip", None)
+        clips = clips_per_video(clips, len(video_plans))
         own_options = [
-            {"clip": clip, **own}
-            for clip, own in zip(clips_per_video(clips, len(video_plans)), own_options or [{}] * len(video_plans))
+            {"clip": clip, **own} for clip, own in zip(clips, options_of_each(per_video_options, len(video_plans)))
         ]
         prompts = [text] if isinstance(text, str) else list(text)
         return cls(processor, prompts, image_sizes, video_plans, own_options, options)
@@ -266,8 +272,10 @@ def plan(
         )
     if max_memory is not None and model is None:
         raise ValueError("`max_memory` needs `model`, whose shapes decide how much a request takes.")
+    beside = options.pop("per_video_options", None)
     sorted_options = processor.sort_options(options)
-    planner = RequestPlanner.from_call(processor, text, images, videos, sorted_options)
+    per_video_options = option_of_call("per_video_options", beside, sorted_options["videos_kwargs"])
+    planner = RequestPlanner.from_call(processor, text, images, videos, per_video_options, sorted_options)
 
     def chosen(section: str, part: Any, name: str) -> int:
         value = sorted_options[section].pop(name, None)
