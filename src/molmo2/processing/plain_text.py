@@ -44,7 +44,6 @@ class SpecialTokens:
         special = set(special)
         self.special = re.compile(one_of(special))
         self.added = re.compile(one_of({*special, *added}))
-        self._heads = {token[0] for token in special}
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any, always: Iterable[str]) -> "SpecialTokens":
@@ -55,9 +54,6 @@ class SpecialTokens:
             known = cls({*always, *(content for content, is_special in state.items() if is_special)}, state)
             cls._known[tokenizer] = (state, known)
         return known
-
-    def occur_in(self, text: str) -> bool:
-        return any(head in text for head in self._heads) and self.special.search(text) is not None
 
 
 class RenderedPrompt(str):
@@ -107,7 +103,7 @@ def hide(value: Any, tokens: SpecialTokens, other_text: str = "", kept: frozense
     """
     strings: list[str] = []
     _mapped(value, strings.append)
-    found = {token for text in strings if tokens.occur_in(text) for token in tokens.special.findall(text)} - kept
+    found = {token for text in strings for token in tokens.special.findall(text)} - kept
     if not found:
         return value, {}
     used = set(other_text).union(*strings)
