@@ -64,12 +64,16 @@ def test_images_of_other_forms_are_sent_upright_in_rgb(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (40, 20), "red").save(turned, exif=exif)
+    damaged = tmp_path / "damaged.png"
+    Image.new("RGB", (40, 20), "red").save(damaged, exif=b"Exif\0\0junkjunk")
     pixels = np.arange(30 * 10 * 3, dtype=np.uint8).reshape(30, 10, 3)
-    with serve(answer='<points coords="1 1 500 500\t2 2 500 500">a</points>') as server:
-        answer = Client(server.url).ask("Point.", images=[turned, pixels])
+    said = pytest.warns(UserWarning, match="it is taken as upright")
+    with serve(answer='<points coords="1 1 500 500\t2 2 500 500">a</points>') as server, said:
+        answer = Client(server.url).ask("Point.", images=[turned, pixels, damaged])
     assert [(point.x, point.y) for point in answer.grounding] == [(10.0, 20.0), (5.0, 15.0)]
     assert sent_image(server.requests[0], 0)[1].size == (20, 40)
     assert (np.asarray(sent_image(server.requests[0], 1)[1]) == pixels).all()
+    assert not sent_image(server.requests[0], 2)[1].getexif()
 
 
 def test_clips_come_back_in_source_frames():

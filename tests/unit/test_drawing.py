@@ -73,6 +73,9 @@ def test_arrays_paths_and_turned_files(tmp_path):
     exif[0x0112] = 6
     Image.new("RGB", (60, 40)).save(tmp_path / "turned.jpg", exif=exif)
     assert draw_points(tmp_path / "turned.jpg", answer((1, 500, 500))).size == (40, 60)
+    Image.new("RGB", (60, 40)).save(tmp_path / "damaged.png", exif=b"Exif\0\0junkjunk")
+    with pytest.warns(UserWarning, match="it is taken as upright"):
+        assert to_rgb(tmp_path / "damaged.png").size == (60, 40)
     with pytest.raises(TypeError, match="float is not an image"):
         to_rgb(1.5)
 

@@ -7,12 +7,13 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from PIL import ExifTags, Image
+from PIL import Image
 
 from molmo2.grounding.parse import IMAGE, MULTI_IMAGE, MediaInfo, media_info
 from molmo2.image.limits import MediaLimits, checked_limits
 from molmo2.image.loading import fetch_images, is_encoded, load_images
 from molmo2.image.measuring import measure_images
+from molmo2.image.opening import orientation
 from molmo2.tools.media_files import is_url
 from molmo2.video.loading import ReadingOptions, SampledVideoMetadata, VideoItem, read_video
 from molmo2.video.processing import Molmo2VideoProcessor, clips_per_video
@@ -60,8 +61,7 @@ def image_url(image: Any) -> str:
 
 def _type_to_send(image: Image.Image) -> str | None:
     """The media type of a file that is sent as it is; None for others."""
-    is_upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
-    return SENT_AS_THEY_ARE.get(image.format or "") if image.mode == "RGB" and is_upright else None
+    return SENT_AS_THEY_ARE.get(image.format or "") if image.mode == "RGB" and orientation(image) == 1 else None
 
 
 def video_url(video: Any) -> str:

@@ -50,7 +50,7 @@ def original_size(image: np.ndarray) -> tuple[int, int]:
 def upright(image: Image.Image) -> Image.Image:
     """The decoded image, turned by its orientation tag; itself where that does not turn it, which saves a copy."""
     image.load()
-    if orientation(image) == 1:
+    if orientation(image) in (None, 1):
         return image.copy() if image.format == "WEBP" else image  # which keeps its decoder and two canvases
     turned = ImageOps.exif_transpose(image)
     if hasattr(image, "original_size"):

@@ -73,14 +73,14 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
     return (height, width) if orientation(image) in range(5, 9) else (width, height)  # these swap height and width
 
 
-def orientation(image: Image.Image) -> int:
-    """The orientation tag, 1 for upright; also 1, with a warning, where damage keeps it from being read."""
+def orientation(image: Image.Image) -> int | None:
+    """The orientation tag, 1 for upright; None, with a warning, where damage keeps it from being read."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception as error:  # of a parser: nearly anything
         name = getattr(image, "filename", "") or "an image"
         warnings.warn(f"The EXIF data of {name} cannot be read ({error}); it is taken as upright.", stacklevel=2)
-        return 1
+        return None
 
 
 def check_pixels(image: Image.Image, where: str, limits: MediaLimits) -> None:

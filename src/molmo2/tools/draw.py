@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from molmo2.image.opening import orientation
+
 Color = tuple[int, int, int]
 Position = tuple[float, float]  # x, y
 
@@ -253,7 +255,8 @@ def to_rgb(image: Any) -> Image.Image:
         return Image.fromarray(np.asarray(image)).convert("RGB")
     try:
         with Image.open(image) as opened:
-            return ImageOps.exif_transpose(opened).convert("RGB")
+            is_turned = orientation(opened) not in (None, 1)
+            return (ImageOps.exif_transpose(opened) if is_turned else opened).convert("RGB")
     except AttributeError as error:
         raise TypeError(
             f"{type(image).__name__} is not an image. Pass a PIL image, an array of uint8 or a path."
