@@ -19,6 +19,7 @@ from molmo2.image.loading import fetch_images, load_images, original_size
 from molmo2.image.options import PIXEL_STEPS, OptionsMixin, pair, plain
 from molmo2.image.pixels import PixelOptions, as_output, require_size, write_image_pixel_values
 from molmo2.media_features import MediaFeatures
+from molmo2.values import is_whole
 
 MAX_CROPS = 10_000  # an image of a million visual tokens; every tiling up to it is compared
 
@@ -193,7 +194,7 @@ class Molmo2ImageProcessor(OptionsMixin, BaseImageProcessor):  # type: ignore[mi
     @classmethod
     def _canonical(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         max_crops = plain(values["max_crops"])
-        if isinstance(max_crops, bool) or not isinstance(max_crops, int) or not 1 <= max_crops <= MAX_CROPS:
+        if not is_whole(max_crops) or not 1 <= max_crops <= MAX_CROPS:
             raise ValueError(
                 f"max_crops is {max_crops!r}, but must be a whole number of at least 1: the maximum number of tiles "
                 f"of an image, up to {MAX_CROPS:,}. 1 gives one tile besides the low-resolution view; leave it out "
