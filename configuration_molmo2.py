@@ -611,18 +611,13 @@ class Molmo2Config(Molmo2BaseConfig):
         self.use_cache = use_cache
         self._require_consistent(tie_word_embeddings)
         if kwargs.get("attn_implementation") is None:  # older releases pass None for "not chosen"
-            kwargs["attn_implementation"] = self._attn_implementation_of_parts(given)
+            # What a file chose for its parts, which the base class forgets without a choice at the top.
+            of_parts = {
+                name: part.get("attn_implementation") for name, part in given.items() if isinstance(part, dict)
+            }
+            kwargs["attn_implementation"] = {name: own for name, own in of_parts.items() if own is not None} or None
         super().__init__(**{**self._settable(kwargs), "tie_word_embeddings": False})
         self.tie_word_embeddings = False
-
-    @staticmethod
-    def _attn_implementation_of_parts(given: dict[str, Any]) -> dict[str, str] | None:
-        """The attention that a file chose for its parts, which the base class forgets without a choice at the top."""
-        chosen = {}
-        for name, value in given.items():
-            if isinstance(value, dict) and value.get("attn_implementation") is not None:
-                chosen[name] = value["attn_implementation"]
-        return chosen if chosen else None
 
     def _complete_token_ids(self) -> None:
         given = [name for name in TOKEN_ID_OFFSETS if getattr(self, name) is not None]

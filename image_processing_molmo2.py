@@ -20,18 +20,18 @@ import math
 import os
 import socket
 import ssl
-import stat
 import sys
 import tempfile
 import threading
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, KeysView, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import cache, cached_property, lru_cache
 from io import BytesIO
-from itertools import groupby, pairwise
+from itertools import groupby
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import quote, unquote, unquote_to_bytes, urljoin, urlsplit
@@ -111,7 +111,7 @@ class BilinearTables:
             taken = (torch.from_numpy(pixels.take(index.numpy(), axis=1)) for index in (self.left, self.right))
             left, right = (columns.flatten(1) for columns in taken)
         else:
-            lines = torch_view(pixels).flatten(1)
+            lines = _torch_view(pixels).flatten(1)
             left, right = (lines.gather(1, index.expand(len(lines), -1)) for index in self._value_indices)
         return left, right
 
@@ -122,6 +122,9 @@ class BilinearTables:
             (index[:, None] * CHANNELS + torch.arange(CHANNELS)).flatten() for index in (self.left, self.right)
         )
         return left, right
+
+
+_tables = lru_cache(maxsize=64)(BilinearTables)  # all frames of a clip share theirs, of a few kilobytes
 
 
 def resize_rows(
@@ -135,19 +138,13 @@ def resize_rows(
         multiple: the number of rows of a block is a multiple of it.
         max_elements: maximum number of elements of a block, unless `multiple` rows have more.
     """
-    tables = bilinear_tables(tuple(image.shape[:2]), size)
+    tables = _tables(tuple(image.shape[:2]), size)
     count = multiple * max(1, max_elements // (multiple * size[1] * CHANNELS))
     for start in range(0, size[0], count):
         with torch.inference_mode():
             rows = tables.rows(image, start, min(size[0], start + count))
         np.rint(rows.numpy(), out=rows.numpy())
         yield start, rows
-
-
-@lru_cache(maxsize=64)
-def bilinear_tables(source: tuple[int, int], size: tuple[int, int]) -> BilinearTables:
-    """Cached `BilinearTables`, as all frames of a clip share theirs; they take a few kilobytes."""
-    return BilinearTables(source, size)
 
 
 def _neighbours(source: int, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -170,10 +167,10 @@ class _WritableView:
         self.__array_interface__ = {**interface, "data": (interface["data"][0], False)}
 
 
-def torch_view(array: np.ndarray) -> Tensor:
-    """A tensor over the memory of an array, or of a copy where torch has no view (negative strides, byte order)."""
-    if min(array.strides) < 0 or not array.dtype.isnative:
-        return torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
+def _torch_view(array: np.ndarray) -> Tensor:
+    """A tensor over the memory of an array, or of a copy where torch has no view."""
+    if min(array.strides) < 0:
+        return torch.from_numpy(array.copy())
     return torch.from_numpy(array if array.flags.writeable else np.asarray(_WritableView(array)))
 
 
@@ -240,9 +237,10 @@ class MediaLimits:
             if value is None and field.default is None:
                 continue
             if isinstance(field.default, tuple):
-                if isinstance(value, str) or not all(isinstance(entry, str) for entry in value):
+                names = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else None
+                if names is None or not all(isinstance(name, str) for name in names):
                     raise ValueError(f"MediaLimits: {field.name} is {value!r}. Pass a tuple of names.")
-                object.__setattr__(self, field.name, tuple(value))
+                object.__setattr__(self, field.name, names)
             elif isinstance(field.default, bool):
                 if not isinstance(value, bool):
                     raise ValueError(f"MediaLimits: {field.name} is {value!r}. Pass True or False.")
@@ -411,7 +409,7 @@ def data_url_bytes(url: str, where: str, limits: MediaLimits) -> bytes:
     limits.check_source("data", where)
     header, _, payload = url.partition(",")
     limits.check("fetch_bytes", len(payload) * 3 // 4, f"{where} is a data URL of {len(payload):,} characters")
-    content = base64_bytes(unquote(payload) if "%" in payload[:CHUNK_BYTES] else payload)
+    content = base64_bytes(unquote(payload) if "%" in payload else payload)
     if content is None and header.lower().rstrip().endswith(";base64"):
         raise ValueError(f"{where} is '{url[:40]}...', which is not valid base64. Encode the bytes of the file.")
     return unquote_to_bytes(payload) if content is None else content
@@ -451,6 +449,8 @@ class _Download:
                     location = response.headers.get("Location")
                 if location is None:
                     raise _Refused(f"it answered {response.status} without saying where to go")
+                with suppress(UnicodeDecodeError):  # the library reads headers as Latin-1
+                    location = location.encode("latin-1").decode()
                 url = urljoin(url, location)
                 if scheme_of(url) not in PORTS or scheme_of(url) not in self._limits.sources:
                     raise _Refused(f"it redirects to {masked(url)}, whose scheme is not accepted")
@@ -820,6 +820,9 @@ class VideoPlan:
         settings: the crop settings of key frames.
         between: the crop settings of the other frames; None if all are pooled alike.
         key_frame_interval: frames from one key frame to the next; the last frame of the video is a key frame as well.
+
+    Raises:
+        ValueError: there is no frame, or the interval is not a whole number of at least 1.
     """
 
     num_frames: int
@@ -827,10 +830,16 @@ class VideoPlan:
     between: CropSettings | None = None
     key_frame_interval: int = 1
 
+    def __post_init__(self) -> None:
+        _require_int("num_frames", self.num_frames, minimum=1, hint="A video needs at least one frame.")
+        hint = "1 makes every frame a key frame."
+        _require_int("key_frame_interval", self.key_frame_interval, minimum=1, hint=hint)
+        object.__setattr__(self, "num_frames", int(self.num_frames))  # numbers of numpy would reach grids and counts
+
     @property
     def runs(self) -> tuple["VideoPlan", ...]:
         """Plans of the runs of frames that are pooled alike. Key frames that follow each other are one run."""
-        if self.between is None:
+        if self.between is None or self.key_frame_interval == 1:
             return (self,)
         last = self.num_frames - 1
         is_key = [index % self.key_frame_interval == 0 or index == last for index in range(self.num_frames)]
@@ -908,19 +917,6 @@ def image_token_pooling(plan: ImagePlan) -> np.ndarray:
     return np.concatenate([low_res, tiles])
 
 
-def plan_video(
-    num_frames: int, settings: CropSettings, between: CropSettings | None = None, key_frame_interval: int = 1
-) -> VideoPlan:
-    """The plan of a video with `num_frames` sampled frames; see `VideoPlan` for the other arguments.
-
-    Raises:
-        ValueError: there is no frame, or the interval is not a whole number of at least 1.
-    """
-    _require_int("num_frames", num_frames, minimum=1, hint="A video needs at least one frame.")
-    _require_int("key_frame_interval", key_frame_interval, minimum=1, hint="1 makes every frame a key frame.")
-    return VideoPlan(int(num_frames), settings, between if key_frame_interval > 1 else None, int(key_frame_interval))
-
-
 def video_token_pooling(plan: VideoPlan) -> np.ndarray:
     """Pooling table of a video: for every token, the patches it pools.
 
@@ -945,33 +941,6 @@ def stack_pooling(tables: Sequence[np.ndarray], window: int = 0) -> np.ndarray:
     empty = np.empty((0, window), dtype=np.int64)
     padded = [np.pad(table, ((0, 0), (0, window - table.shape[1])), constant_values=PAD_SLOT) for table in tables]
     return np.concatenate([empty, *padded])
-
-
-def split_runs(grids: Iterable[Sequence[int]], frame_counts: Iterable[int]) -> list[list[list[int]]]:
-    """The rows of `video_grids` grouped by video: one row of a plain video, one per run of a slow-fast video.
-
-        >>> split_runs([[8, 9, 9], [1, 9, 9], [3, 3, 3], [1, 9, 9]], frame_counts=[8, 5])
-        [[[8, 9, 9]], [[1, 9, 9], [3, 3, 3], [1, 9, 9]]]
-
-    Args:
-        grids: (runs, 3) frames, then rows and columns of tokens of each; lists, an array or a tensor.
-        frame_counts: sampled frames of each video.
-
-    Raises:
-        ValueError: the frames of the runs do not add up to those of the videos.
-    """
-    rows = [[int(number) for number in row] for row in grids]
-    counts = [int(count) for count in frame_counts]
-    run_ends = np.cumsum([0, *(row[0] for row in rows)]).tolist()
-    video_ends = np.cumsum([0, *counts]).tolist()
-    if run_ends[-1] != video_ends[-1] or not set(video_ends) <= set(run_ends):
-        raise ValueError(
-            f"video_grids has runs of {[row[0] for row in rows]} frames, which do not add up to videos of {counts} "
-            "sampled frames. Pass the grids and the metadata of the same call."
-        )
-    return [
-        [row for row, end in zip(rows, run_ends[1:]) if start < end <= stop] for start, stop in pairwise(video_ends)
-    ]
 
 
 def _run_token_pooling(run: VideoPlan) -> np.ndarray:
@@ -1055,14 +1024,6 @@ def local_path(text: str, scheme: str) -> Path:
     return Path(url2pathname(urlsplit(text).path)) if scheme == "file" else Path(text)
 
 
-def is_file_on_disk(path: Path) -> bool:
-    """True for a file that has an end: no folder, device or pipe."""
-    try:
-        return stat.S_ISREG(path.stat().st_mode)
-    except (OSError, ValueError):  # base64 text is too long for a file name, or holds what no file name may hold
-        return False
-
-
 def open_image(file: Path | IO[bytes], where: str, limits: MediaLimits) -> Image.Image:
     """An image of an accepted format and size, of which only the header is read.
 
@@ -1113,8 +1074,17 @@ def _can_seek(file: IO[bytes]) -> bool:
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """(width, height) once it is turned by its orientation tag, of a reduced image before it was reduced."""
     width, height = getattr(image, "original_size", image.size)
-    is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) in range(5, 9)  # these swap height and width
-    return (height, width) if is_turned else (width, height)
+    return (height, width) if orientation(image) in range(5, 9) else (width, height)  # these swap height and width
+
+
+def orientation(image: Image.Image) -> int | None:
+    """The orientation tag, 1 for upright; None, with a warning, where damage keeps it from being read."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception as error:  # of a parser: nearly anything
+        name = getattr(image, "filename", "") or "an image"
+        warnings.warn(f"The EXIF data of {name} cannot be read ({error}); it is taken as upright.", stacklevel=2)
+        return None
 
 
 def check_pixels(image: Image.Image, where: str, limits: MediaLimits) -> None:
@@ -1173,7 +1143,7 @@ def original_size(image: np.ndarray) -> tuple[int, int]:
 def upright(image: Image.Image) -> Image.Image:
     """The decoded image, turned by its orientation tag; itself where that does not turn it, which saves a copy."""
     image.load()
-    if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
+    if orientation(image) in (None, 1):
         return image.copy() if image.format == "WEBP" else image  # which keeps its decoder and two canvases
     turned = ImageOps.exif_transpose(image)
     if hasattr(image, "original_size"):
@@ -1314,7 +1284,7 @@ def named_file(
     if scheme == "data":
         return name, data_url_bytes(text, where, limits)
     path = local_path(text, scheme)
-    is_there = (scheme or "path") in limits.sources and is_file_on_disk(path)
+    is_there = (scheme or "path") in limits.sources and os.path.isfile(path)
     if not is_there and isinstance(reference, str) and len(text) >= MIN_BASE64_CHARACTERS:
         content = base64_bytes(text)
         if content is not None:
@@ -1333,7 +1303,7 @@ def _open(reference: Any, where: str, finish: Callable[[Image.Image], Any], limi
     else:
         name, file = f"{len(reference)} bytes", reference
     if isinstance(file, Path):
-        if is_file_on_disk(file):
+        if os.path.isfile(file):
             return _decode(where, name, file, finish, limits)
         text = shortened(os.fsdecode(reference))
         if os.path.isdir(file):
@@ -1511,11 +1481,8 @@ def _checked_values(image: np.ndarray, where: str) -> np.ndarray:
 # --- src/molmo2/image/pixels.py --------------------------------------------------------------------------------------
 # Pixel values: images are resized, cut into patches and normalised.
 
-FLOAT_DTYPES = (np.float16, np.float32, np.float64)
-
 # PIL's numbers for resampling filters, as processor configs store them -> torch's names
 INTERPOLATION_MODES = {0: "nearest", 2: "bilinear", 3: "bicubic"}
-UNSUPPORTED_FILTERS = {1: "lanczos", 4: "box", 5: "hamming"}
 RESCALE_FACTOR = 1 / 255  # from uint8 to 0..1
 
 _imported_in = os.getpid()
@@ -1556,16 +1523,7 @@ class Normalization:
 
 @dataclass(frozen=True)
 class PixelOptions:
-    """How images and frames of videos become pixel values.
-
-    Attributes:
-        crops: the size of crops and patches.
-        resample: PIL's number of the filter, see `interpolation_mode`.
-        steps: see `Normalization`.
-        do_resize: False refuses what does not have its size already.
-        pixel_dtype: float32, or uint8 for pixels that the model normalises.
-        device: device of the resizing and of the result; None for the CPU.
-    """
+    """How images and frames of videos become pixel values; the options that `Molmo2ImageProcessorKwargs` explains."""
 
     crops: CropSettings
     resample: int
@@ -1577,25 +1535,9 @@ class PixelOptions:
     def empty(self, num_crops: int) -> Tensor:
         """Uninitialised pixel values, (num_crops, P, patch_size * patch_size * 3)."""
         shape = num_crops, self.crops.patches_per_crop, self.crops.patch_size**2 * CHANNELS
-        return empty_pixels(shape, self.pixel_dtype, self.device)
-
-
-def interpolation_mode(resample: int) -> str:
-    """Torch's name of a PIL resampling filter: 0 nearest, 2 bilinear, 3 bicubic.
-
-    Raises:
-        ValueError: torch has no such filter without antialiasing, or `resample` is no number of a filter.
-    """
-    number: Any = resample if is_whole(resample) else None
-    mode = INTERPOLATION_MODES.get(number)
-    if mode is None:
-        name = UNSUPPORTED_FILTERS.get(number)
-        found = f"{resample!r:.80}" if name is None else f"{int(resample)} ({name})"
-        raise ValueError(
-            f"resample is {found}, which is not supported. Use 2 (bilinear, what the published checkpoints expect), "
-            "3 (bicubic) or 0 (nearest)."
-        )
-    return mode
+        if self.device is None or torch.device(self.device).type == "cpu":
+            return torch.from_numpy(np.empty(shape, self.pixel_dtype))  # in huge pages, with few page faults
+        return torch.empty(shape, dtype=getattr(torch, self.pixel_dtype.name), device=self.device)
 
 
 def require_size(image: np.ndarray, height: int, width: int) -> None:
@@ -1633,8 +1575,6 @@ def normalize(pixels: Tensor, steps: Normalization, dtype: np.dtype) -> Tensor:
 @lru_cache(maxsize=16)
 def _per_value(per_channel: tuple[float, ...], width: int, device: torch.device) -> Tensor:
     """A number per channel, repeated for each pixel of a row: (width * 3,) float32."""
-    if len(per_channel) != CHANNELS:
-        raise ValueError(f"There are {len(per_channel)} numbers, {list(per_channel)}, for {CHANNELS} channels.")
     return torch.tensor(per_channel, dtype=torch.float32, device=device).repeat(width)
 
 
@@ -1678,16 +1618,6 @@ def write_image_pixel_values(image: np.ndarray, plan: ImagePlan, out: Tensor, op
                 write_patches(tiles.permute(1, 0, 3, 2), own, patch)
 
 
-def empty_pixels(shape: tuple[int, ...], dtype: Any, device: Any = None) -> Tensor:
-    """An uninitialised tensor for pixels; `dtype` is numpy's.
-
-    On the CPU numpy allocates it: it asks for huge pages, which saves most of the page faults.
-    """
-    if device is None or torch.device(device).type == "cpu":
-        return torch.from_numpy(np.empty(shape, dtype=dtype))
-    return torch.empty(shape, dtype=getattr(torch, np.dtype(dtype).name), device=device)
-
-
 def as_output(pixels: Tensor) -> np.ndarray | Tensor:
     """Pixels on the CPU as an array over the same memory; others unchanged."""
     return pixels.numpy() if pixels.device.type == "cpu" else pixels
@@ -1708,7 +1638,7 @@ def frame_pixel_values(frames: Iterable[np.ndarray], num_frames: int, options: P
             are asked for as uint8.
     """
     out = options.empty(num_frames)
-    found, buffer = 0, None
+    found = 0
     patch, size = options.crops.patch_size, (options.crops.crop_height, options.crops.crop_width)
     views = out.unflatten(1, (size[0] // patch, -1))
     for found, frame in enumerate(frames, start=1):
@@ -1716,10 +1646,8 @@ def frame_pixel_values(frames: Iterable[np.ndarray], num_frames: int, options: P
             break
         if not options.do_resize:
             require_size(frame, *size)
-        resizer = _Resizer(frame, out, options, buffer)
-        for top, pixels in resizer.row_blocks(size, patch, MAX_INLINE_ELEMENTS):
+        for top, pixels in _Resizer(frame, out, options).row_blocks(size, patch, MAX_INLINE_ELEMENTS):
             write_patches(pixels, views[found - 1, top // patch : (top + len(pixels)) // patch], patch)
-        buffer = resizer.planes
     if found != num_frames:
         raise ValueError(
             f"num_frames is {num_frames}, but the iterable gave {'more' if found > num_frames else found}. Pass the "
@@ -1733,24 +1661,20 @@ class _Resizer:
 
     uint8 is resized in blocks of rows by gathering where that gives the same values, which is less work; otherwise
     torch resizes the whole image as floating point.
-
-    Attributes:
-        planes: the image as floating point where torch resizes, else None; may be the `buffer` of the next image.
     """
 
-    def __init__(self, image: np.ndarray, out: Tensor, options: PixelOptions, buffer: Tensor | None = None):
+    def __init__(self, image: np.ndarray, out: Tensor, options: PixelOptions):
         leave_threads_of_parent()
-        _require_image(image)
-        self.image, self.resample, self.steps = image, options.resample, options.steps
+        self.image, self.steps = image, options.steps
+        self.mode = INTERPOLATION_MODES[options.resample]
         self.keeps_uint8 = out.dtype == torch.uint8  # for the model to normalise
         if self.keeps_uint8 and image.dtype != np.uint8:
             raise ValueError(
                 f"pixel_dtype is uint8, but there is an image of dtype {image.dtype}. Pass uint8 images, or leave "
                 "pixel_dtype at float32."
             )
-        is_bilinear = interpolation_mode(options.resample) == "bilinear"
-        gathers = out.device.type == "cpu" and image.dtype == np.uint8 and is_bilinear
-        self.planes = None if gathers else _planes(image, buffer, out.device)
+        gathers = out.device.type == "cpu" and image.dtype == np.uint8 and self.mode == "bilinear"
+        self.planes = None if gathers else _planes(image, out.device)
 
     def row_blocks(
         self, size: tuple[int, int], multiple: int, max_elements: int = MAX_BLOCK_ELEMENTS
@@ -1759,41 +1683,25 @@ class _Resizer:
         if self.planes is None:
             blocks = resize_rows(self.image, size, multiple, max_elements)
         else:
-            blocks = iter([(0, _resized(self.planes, size, self.resample, self.image.dtype))])
+            blocks = iter([(0, _resized(self.planes, size, self.mode, self.image.dtype))])
         for row, pixels in blocks:
             yield row, pixels if self.keeps_uint8 else normalize(pixels, self.steps, self.image.dtype)
 
 
-def _require_image(image: np.ndarray) -> None:
-    if image.ndim != 3 or image.shape[2] != CHANNELS or image.dtype not in (np.uint8, *FLOAT_DTYPES):
-        raise ValueError(
-            f"An image of shape {image.shape} and dtype {image.dtype} cannot be resized. Pass (height, width, 3), as "
-            f"uint8 or one of {', '.join(dtype.__name__ for dtype in FLOAT_DTYPES)}."
-        )
-
-
-def _planes(image: np.ndarray, buffer: Tensor | None = None, device: Any = None) -> Tensor:
+def _planes(image: np.ndarray, device: Any = None) -> Tensor:
     """An image as (1, 3, H, W) floating point: float64 stays, everything else becomes float32, of the same range.
 
-    Its memory layout is (H, W, 3), which torch resizes several times faster, to the same values. The memory of
-    `buffer`, planes of an earlier image, is reused if dtype and size are equal.
+    Its memory layout is (H, W, 3), which torch resizes several times faster, to the same values.
     """
-    source = torch_view(image)
-    dtype = np.dtype(np.float64 if image.dtype == np.float64 else np.float32)
-    if buffer is not None and (buffer.dtype, buffer.shape[2:]) == (getattr(torch, dtype.name), source.shape[:2]):
-        planes = buffer
-    else:
-        planes = empty_pixels((1, *source.shape), dtype, device).permute(0, 3, 1, 2)
-    planes[0].permute(1, 2, 0).copy_(source)
-    return planes
+    pixels = torch.tensor(np.ascontiguousarray(image), device=device)  # a copy: torch has no view of read-only arrays
+    return pixels.to(torch.float64 if image.dtype == np.float64 else torch.float32)[None].permute(0, 3, 1, 2)
 
 
-def _resized(planes: Tensor, size: tuple[int, int], resample: int, dtype: np.dtype) -> Tensor:
+def _resized(planes: Tensor, size: tuple[int, int], mode: str, dtype: np.dtype) -> Tensor:
     """Resized (1, 3, H, W) planes: (height, width, 3), rounded or clipped to the value range of `dtype`.
 
     Half-pixel centres, no antialiasing.
     """
-    mode = interpolation_mode(resample)
     with torch.inference_mode():
         align_corners = None if mode == "nearest" else False
         pixels = F.interpolate(planes, size=size, mode=mode, align_corners=align_corners)[0].permute(1, 2, 0)
@@ -1818,6 +1726,7 @@ FLAGS = ("do_convert_rgb", "do_normalize", "do_rescale", "do_resize")
 NEAR_MISS = 0.85  # similarity (0..1) from which an unknown name counts as a misspelt option
 MAX_SIDE = 2**15  # of a crop in pixels, a window in patches: more is damage, and would be allocated
 PATCH_ROWS_AND_COLS = "(rows, cols) in patches"
+UNSUPPORTED_FILTERS = {1: "lanczos", 4: "box", 5: "hamming"}  # PIL's others
 
 
 def plain(value: Any) -> Any:
@@ -1831,22 +1740,16 @@ def listed(value: Any) -> list[Any]:
     return [plain(entry) for entry in np.ravel(values)]
 
 
-def per_channel(name: str, value: Any) -> list[float]:
-    """Three numbers, one per channel, from three or from one for all."""
+def per_channel(name: str, value: Any, *, is_divisor: bool = False) -> list[float]:
+    """Three numbers, one per channel, from three or from one for all; 0 is no divisor."""
     numbers = listed(value)
     if len(numbers) not in (1, CHANNELS) or not all(map(is_number, numbers)):
         raise ValueError(
             f"{name} is {value!r:.80}. Use finite numbers, one for all channels or {CHANNELS}, one per channel."
         )
+    if is_divisor and 0 in numbers:
+        raise ValueError(f"{name} is {value!r:.80}, but pixels are divided by it. Use numbers other than 0.")
     return [float(number) for number in numbers] * (CHANNELS // len(numbers))
-
-
-def divisors_per_channel(name: str, value: Any) -> list[float]:
-    """Three numbers that pixels are divided by: as `per_channel`, but 0 is refused."""
-    numbers = per_channel(name, value)
-    if 0 in numbers:
-        raise ValueError(f"{name} is {numbers}, but pixels are divided by it. Use numbers other than 0.")
-    return numbers
 
 
 def pixel_dtype(value: Any, steps: Normalization) -> np.dtype:
@@ -1891,9 +1794,16 @@ def flag(name: str, value: Any) -> bool:
 
 
 def resample_filter(value: Any) -> int:
-    """PIL's number of the filter that images are resized with, one that torch has."""
-    interpolation_mode(plain(value))
-    return int(value)
+    """PIL's number of the filter that images are resized with, one that torch has without antialiasing."""
+    number = plain(value)
+    if not is_whole(number) or number not in INTERPOLATION_MODES:
+        name = UNSUPPORTED_FILTERS.get(number) if is_whole(number) else None
+        found = f"{value!r:.80}" if name is None else f"{int(number)} ({name})"
+        raise ValueError(
+            f"resample is {found}, which is not supported. Use 2 (bilinear, what the published checkpoints expect), "
+            "3 (bicubic) or 0 (nearest)."
+        )
+    return int(number)
 
 
 def size_dict(size: Any) -> dict[str, int]:
@@ -1918,7 +1828,7 @@ class OptionsMixin:
     """Options of a processor: defaults, checks, overrides for one call, and the same JSON on every release.
 
     A processor sets the attributes below, derives from this class first and from the library's base class second, and
-    implements `_canonical_own` and `_options`.
+    implements `_options`.
 
     Attributes:
         DEFAULTS: option name -> value where nothing is passed; every option of the processor is in it.
@@ -2018,6 +1928,8 @@ class OptionsMixin:
     def _canonical(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """All options in the one form they are stored and saved in, which is plain JSON.
 
+        A processor overrides this for its own options, as far as `plain` does not give their form.
+
         Raises:
             ValueError: a value makes no sense; the message names the option.
         """
@@ -2026,17 +1938,11 @@ class OptionsMixin:
             **{name: flag(name, values[name]) for name in FLAGS},
             "rescale_factor": nonzero("rescale_factor", values["rescale_factor"]),
             "image_mean": per_channel("image_mean", values["image_mean"]),
-            "image_std": divisors_per_channel("image_std", values["image_std"]),
+            "image_std": per_channel("image_std", values["image_std"], is_divisor=True),
             "pooling_size": pair("pooling_size", values["pooling_size"], PATCH_ROWS_AND_COLS),
             "resample": resample_filter(values["resample"]),
             "size": size_dict(values["size"]),
-            **cls._canonical_own(values),
         }
-
-    @classmethod
-    def _canonical_own(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The canonical form of options that only this processor has, as far as `plain` does not give it."""
-        raise NotImplementedError
 
     @classmethod
     def _warn_about(cls, options: Mapping[str, Any], *, only_near_misses: bool = False) -> None:
@@ -2140,8 +2046,9 @@ def warn_about_library_model(names: Collection[str]) -> None:
 
 def ground_answers(answers: Any, media: Any, kind: str | None, tokenizer: Any) -> Grounding | list[Grounding]:
     """Groundings of answers, decoded if they are ids; see `Molmo2Processor.post_process_grounding`."""
+    is_row = getattr(answers, "ndim", 0) == 1  # which tells one answer without ids from a batch of none
     answers = _as_lists(answers)
-    is_one = isinstance(answers, str) or _is_ids(answers)
+    is_one = isinstance(answers, str) or (_is_ids(answers) and (is_row or len(answers) > 0))
     batch = [answers] if is_one else answers
     if not isinstance(batch, Sequence) or not all(isinstance(answer, str) or _is_ids(answer) for answer in batch):
         raise TypeError(
@@ -2398,16 +2305,16 @@ class Molmo2ImageProcessor(OptionsMixin, BaseImageProcessor):  # type: ignore[mi
         return {name: value for name, value in stored.items() if PIXEL_STEPS.get(name) != value}
 
     @classmethod
-    def _canonical_own(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+    def _canonical(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         max_crops = plain(values["max_crops"])
-        if isinstance(max_crops, bool) or not isinstance(max_crops, int) or not 1 <= max_crops <= MAX_CROPS:
+        if not is_whole(max_crops) or not 1 <= max_crops <= MAX_CROPS:
             raise ValueError(
                 f"max_crops is {max_crops!r}, but must be a whole number of at least 1: the maximum number of tiles "
                 f"of an image, up to {MAX_CROPS:,}. 1 gives one tile besides the low-resolution view; leave it out "
                 "for the default."
             )
         margins = pair("overlap_margins", values["overlap_margins"], "(before, after) in patches", minimum=0)
-        return {"max_crops": max_crops, "overlap_margins": margins}
+        return {**super()._canonical(values), "max_crops": max_crops, "overlap_margins": margins}
 
 
 def _pixel_values(images: list[np.ndarray], plans: list[ImagePlan], options: ImageOptions) -> Any:

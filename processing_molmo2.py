@@ -10,12 +10,12 @@ and the media that they name.
 """
 
 import json
+import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from itertools import islice
-from os import PathLike
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -39,7 +39,6 @@ from .image_processing_molmo2 import (
     checked_limits,
     ground_answers,
     is_encoded,
-    split_runs,
 )
 from .video_processing_molmo2 import Molmo2VideoProcessor, Molmo2VideoProcessorKwargs, options_of_each
 
@@ -185,7 +184,8 @@ def media_source(part: Mapping[str, Any], kind: str) -> Any:
 
 
 def _metadata(part: Mapping[str, Any], video: Any) -> Any:
-    given = part.get("video_metadata", part.get("metadata"))
+    given = part.get("video_metadata")
+    given = part.get("metadata") if given is None else given
     keys = ("timestamps",) if is_encoded(video) else ("timestamps", "fps")
     said = {key: part[key] for key in keys if part.get(key) is not None}
     if not said:
@@ -195,8 +195,9 @@ def _metadata(part: Mapping[str, Any], video: Any) -> Any:
 
 def _options(part: Mapping[str, Any], video: Any) -> dict[str, Any]:
     options = {VIDEO_OPTIONS[key]: part[key] for key in VIDEO_OPTIONS if part.get(key) is not None}
-    if is_encoded(video) and part.get("fps") is not None:
-        options["fps"] = part["fps"]  # of frames it is their own rate, of a file the rate to sample at
+    if is_encoded(video) and part.get("fps") is not None:  # of frames it is their own rate
+        rate = dict.fromkeys(("fps", "max_fps", "sampling_fps"), part["fps"])  # whichever of them the call has
+        options = {**rate, **options}
     return options
 
 
@@ -237,29 +238,48 @@ def find_media(conversation: Any) -> ConversationMedia:
 def media_arguments(conversations: Sequence[ConversationMedia], options: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `Molmo2Processor.__call__`: the media of conversations, and options of the call.
 
-    `video_metadata` among the options overrides that of the messages; options of video parts override
-    `per_video_options`.
+    `video_metadata` among the options overrides that of the messages; the options of a video part override those of
+    its video in `per_video_options`.
 
     Raises:
-        ValueError: The options contain images or videos.
+        ValueError: The options contain images or videos, or `per_video_options` of another number of videos.
     """
     twice = sorted({"images", "videos"} & set(options))
     if twice:
         raise ValueError(
             f"{twice} given as a keyword argument, beside messages that name their own. Keep one of them."
         )
+    nested = dict(options.get("videos_kwargs") or {})
     arguments = {
         **options,
+        **({"videos_kwargs": nested} if nested else {}),
         "images": [image for media in conversations for image in media.images] or None,
         "videos": [video for media in conversations for video in media.videos] or None,
     }
     metadata = [entry for media in conversations for entry in media.video_metadata]
-    per_video_options = [entry for media in conversations for entry in media.video_options]
+    own_options = [entry for media in conversations for entry in media.video_options]
     if any(entry is not None for entry in metadata):
-        arguments.setdefault("video_metadata", metadata)
-    if any(per_video_options):
-        arguments["per_video_options"] = per_video_options
+        given = option_of_call("video_metadata", options.get("video_metadata"), nested)
+        if isinstance(given, (list, tuple)) and len(given) == len(metadata):
+            given = [own if entry is None else entry for entry, own in zip(given, metadata)]
+        arguments["video_metadata"] = metadata if given is None else given
+    if any(own_options):
+        given = option_of_call("per_video_options", options.get("per_video_options"), nested)
+        of_call = options_of_each(given, len(own_options))
+        arguments["per_video_options"] = [{**call, **own} for call, own in zip(of_call, own_options)]
     return arguments
+
+
+def option_of_call(name: str, beside: Any, videos_kwargs: dict[str, Any]) -> Any:
+    """An option given beside `videos_kwargs` or, and then removed from there, in it; None where it is in neither.
+
+    Raises:
+        ValueError: It is given twice.
+    """
+    nested = videos_kwargs.pop(name, None)
+    if nested is not None and beside is not None:
+        raise ValueError(f"`{name}` is given twice: in `videos_kwargs` and beside it. Keep one of them.")
+    return nested if beside is None else beside
 
 
 # --- src/molmo2/processing/plain_text.py -----------------------------------------------------------------------------
@@ -267,7 +287,7 @@ def media_arguments(conversations: Sequence[ConversationMedia], options: Mapping
 
 # Where stand-ins are taken from: letters of one plane, which `repr` and JSON leave as they are.
 STAND_INS = range(0x20000, 0x2A6D0)
-SURROGATE = re.compile("[\ud800-\udfff]")
+SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair, which is no character and cannot be encoded
 
 
 def one_of(strings: Iterable[str]) -> str:
@@ -288,26 +308,22 @@ class SpecialTokens:
         added: Matches all tokens that a tokenizer takes out of a text before it splits the rest.
     """
 
-    _known: "WeakKeyDictionary[Any, tuple[int, SpecialTokens]]" = WeakKeyDictionary()
+    _known: "WeakKeyDictionary[Any, tuple[Any, SpecialTokens]]" = WeakKeyDictionary()
 
     def __init__(self, special: Iterable[str], added: Iterable[str]):
         special = set(special)
         self.special = re.compile(one_of(special))
         self.added = re.compile(one_of({*special, *added}))
-        self._heads = {token[0] for token in special}
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any, always: Iterable[str]) -> "SpecialTokens":
         """Those of a tokenizer as it is now, and the strings in `always`."""
-        size, known = cls._known.get(tokenizer, (-1, None))
-        if known is None or size != len(tokenizer):
-            added = [token for token in tokenizer.added_tokens_decoder.values() if token.content]
-            known = cls({*always, *(token.content for token in added if token.special)}, [t.content for t in added])
-            cls._known[tokenizer] = (len(tokenizer), known)
+        state = {token.content: token.special for token in tokenizer.added_tokens_decoder.values() if token.content}
+        built_for, known = cls._known.get(tokenizer, (None, None))
+        if known is None or built_for != state:  # tokens may be added, and become special
+            known = cls({*always, *(content for content, is_special in state.items() if is_special)}, state)
+            cls._known[tokenizer] = (state, known)
         return known
-
-    def occur_in(self, text: str) -> bool:
-        return any(head in text for head in self._heads) and self.special.search(text) is not None
 
 
 class RenderedPrompt(str):
@@ -333,26 +349,14 @@ class RenderedPrompt(str):
         return self.hidden, self.stand_ins
 
 
-def _strings(value: Any) -> Iterator[str]:
-    """All strings in messages, tools, documents: keys and values at any depth."""
+def _mapped(value: Any, function: Callable[[str], Any]) -> Any:
+    """Messages, tools, documents with what a function makes of each string: keys and values at any depth."""
     if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, entry in value.items():
-            yield from _strings(key)
-            yield from _strings(entry)
-    elif isinstance(value, (list, tuple)):
-        for entry in value:
-            yield from _strings(entry)
-
-
-def _replaced(value: Any, pattern: re.Pattern[str], replacement: Any) -> Any:
-    if isinstance(value, str):
-        return pattern.sub(replacement, value)
+        return function(value)
     if isinstance(value, Mapping):
-        return {_replaced(k, pattern, replacement): _replaced(v, pattern, replacement) for k, v in value.items()}
+        return {_mapped(key, function): _mapped(entry, function) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        entries = [_replaced(entry, pattern, replacement) for entry in value]
+        entries = [_mapped(entry, function) for entry in value]
         return entries if isinstance(value, list) else tuple(entries)
     return value
 
@@ -367,15 +371,20 @@ def hide(value: Any, tokens: SpecialTokens, other_text: str = "", kept: frozense
     Returns:
         (value, {stand-in: special token}); the same object and nothing where there are none.
     """
-    strings = list(_strings(value))
-    found = {token for text in strings if tokens.occur_in(text) for token in tokens.special.findall(text)} - kept
+    strings: list[str] = []
+    _mapped(value, strings.append)
+    found = {token for text in strings for token in tokens.special.findall(text)} - kept
     if not found:
         return value, {}
     used = set(other_text).union(*strings)
     free = (chr(code) for code in STAND_INS if chr(code) not in used)
     stand_ins = dict(zip(free, sorted(found)))
     of_token = {token: stand_in * len(token) for stand_in, token in stand_ins.items()}
-    return _replaced(value, tokens.special, lambda match: of_token.get(match[0], match[0])), stand_ins
+
+    def replaced(text: str) -> str:
+        return tokens.special.sub(lambda match: of_token.get(match[0], match[0]), text)
+
+    return _mapped(value, replaced), stand_ins
 
 
 def _runs_of(stand_ins: Mapping[str, str]) -> re.Pattern[str]:
@@ -419,15 +428,6 @@ def encode_plain(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, 
     pieces.tokenize(backend.model.tokenize)
     encoding = pieces.to_encoding()
     return encoding.ids, encoding.offsets
-
-
-def without_surrogates(text: str) -> str:
-    """Text that can be encoded: halves of surrogate pairs, which are no characters, become U+FFFD."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return SURROGATE.sub("\ufffd", text)
-    return text
 
 
 # --- src/molmo2/processing/prompt_tokens.py --------------------------------------------------------------------------
@@ -539,15 +539,29 @@ def video_string(grid: Sequence[Any], timestamps: Sequence[float], token_format:
 
 
 def timed_grids(
-    video_grids: Iterable[Sequence[int]], metadata: Sequence[Any]
+    video_grids: Iterable[Sequence[int]], metadata: Iterable[Any]
 ) -> list[tuple[list[list[int]], Sequence[float]]]:
     """(rows of `video_grids`, timestamps) of each video; a slow-fast video has one row per run of frames.
 
     Args:
+        video_grids: (runs, 3) frames, then rows and columns of tokens of each; lists, an array or a tensor.
         metadata: Of each video, with `timestamps` in seconds.
+    Raises:
+        ValueError: The frames of the runs do not add up to those of the videos.
     """
+    rows = [[int(number) for number in row] for row in video_grids]
     times = [entry.timestamps for entry in metadata]
-    return list(zip(split_runs(video_grids, [len(own) for own in times]), times))
+    run_ends = np.cumsum([0, *(row[0] for row in rows)]).tolist()
+    video_ends = np.cumsum([0, *map(len, times)]).tolist()
+    if run_ends[-1] != video_ends[-1] or not set(video_ends) <= set(run_ends):
+        raise ValueError(
+            f"video_grids has runs of {[row[0] for row in rows]} frames, which do not add up to videos of "
+            f"{[len(own) for own in times]} sampled frames. Pass the grids and the metadata of the same call."
+        )
+    return [
+        ([row for row, end in zip(rows, run_ends[1:]) if start < end <= stop], own)
+        for start, stop, own in zip(video_ends, video_ends[1:], times)
+    ]
 
 
 @dataclass(frozen=True)
@@ -590,31 +604,31 @@ def expand(prompt: str, waiting: Mapping[str, Iterator[str]]) -> ExpandedPrompt:
     return ExpandedPrompt("".join([*pieces, prompt[done:]]), tuple(replaced))
 
 
-def require_placeholders(counts: Sequence[int], passed: Sequence[int] | int, placeholder: str, noun: str) -> None:
-    """Check that the prompts have one placeholder for each image or video that was passed.
+def require_placeholders(prompts: Sequence[str], placeholder: str, number: int, given: Any = None) -> None:
+    """Check that the prompts have one placeholder for each image or video.
 
     Args:
-        counts: Placeholders in each prompt.
-        passed: Images or videos for each prompt, or of all prompts together.
-        noun: "image" or "video".
+        number: Images or videos of all prompts.
+        given: They as the caller passed them, perhaps grouped by prompt.
     Raises:
         ValueError: The numbers differ; the message names both, and the prompt where it is known.
     """
+    noun = placeholder.strip("<|>")
+    counts = [prompt.count(placeholder) for prompt in prompts]
+    is_nested = isinstance(given, (list, tuple)) and all(isinstance(row, (list, tuple)) for row in given)
+    lengths = [len(row) for row in given] if is_nested else []
     advice = (
         f"The number of `{placeholder}` tokens in the prompts should be the same as the number of {noun}s. Put one "
         f"`{placeholder}` where each {noun} belongs, or let `apply_chat_template` write the prompt"
     )
-    if isinstance(passed, int):
-        if sum(counts) != passed:
-            raise ValueError(
-                f"{sum(counts)} `{placeholder}` in the text, but {passed} {noun}(s) were passed. {advice}."
-            )
-        return
-    for index, (count, number) in enumerate(zip(counts, passed, strict=True)):
-        if count != number:
-            raise ValueError(
-                f"Prompt {index} has {count} `{placeholder}`, but {number} {noun}(s) were passed for it. {advice}."
-            )
+    if len(lengths) == len(prompts) and sum(lengths) == number:
+        for index, (count, length) in enumerate(zip(counts, lengths)):
+            if count != length:
+                raise ValueError(
+                    f"Prompt {index} has {count} `{placeholder}`, but {length} {noun}(s) were passed for it. {advice}."
+                )
+    if sum(counts) != number:
+        raise ValueError(f"{sum(counts)} `{placeholder}` in the text, but {number} {noun}(s) were passed. {advice}.")
 
 
 def insert_bos(ids: list[int], bos_id: int) -> list[int]:
@@ -722,7 +736,6 @@ class Molmo2ProcessorKwargs(ProcessingKwargs, total=False):
     _defaults = CALL_DEFAULTS  # type: ignore[misc]
 
 
-BLANK = re.compile(r"\s")
 # Options that a tokenizer may bring along from its own construction, for every call.
 TOKENIZER_DEFAULTS = ("add_special_tokens", "padding", "truncation", "max_length", "pad_to_multiple_of")
 # Options of tokenizers without a meaning for rows with visual tokens.
@@ -733,11 +746,6 @@ UNUSED_TEXT_OPTIONS = {"text_pair", "text_target", "text_pair_target", "stride",
 IMAGE_ONLY_KWARGS = frozenset({"resample"})
 # Options that choose which frames of a video are taken.
 SAMPLING_OPTIONS = frozenset({"num_frames", "frame_sample_mode", "max_fps", "sampling_fps", "fps", "clip"})
-SECTIONS = {
-    "text_kwargs": Molmo2TextKwargs,
-    "images_kwargs": Molmo2ImageProcessorKwargs,
-    "videos_kwargs": Molmo2VideoProcessorKwargs,
-}
 
 
 class Molmo2Processor(ProcessorMixin):
@@ -894,7 +902,7 @@ class Molmo2Processor(ProcessorMixin):
             raise ValueError("Nothing to process: pass `text`, and `images` or `videos` with it.")
         own_options = kwargs.pop("per_video_options", None)
         options = self.sort_options(kwargs)
-        own_options = _own_options(own_options, options["videos_kwargs"])
+        own_options = option_of_call("per_video_options", own_options, options["videos_kwargs"])
         return_tensors = options["text_kwargs"].get("return_tensors")
         prompts, stand_ins = (None, []) if text is None else self._hidden(_as_prompts(text), options["text_kwargs"])
 
@@ -903,14 +911,16 @@ class Molmo2Processor(ProcessorMixin):
         metadata = None
         if images is not None:
             outputs = self.image_processor.preprocess(images, **{**options["images_kwargs"], "return_tensors": None})
-            _require_slots(prompts, images, len(outputs["image_grids"]), IMAGE_PLACEHOLDER, "image")
+            if prompts is not None:
+                require_placeholders(prompts, IMAGE_PLACEHOLDER, len(outputs["image_grids"]), images)
             sizes = outputs.media
             media.update(outputs if len(outputs["image_grids"]) else {})
         if videos is not None:
             given = {**options["videos_kwargs"], "return_tensors": None, "return_metadata": True}
             outputs = self.video_processor.preprocess(videos, per_video_options=own_options, **given)
             metadata = outputs.pop("video_metadata")
-            _require_slots(prompts, videos, len(metadata), VIDEO_PLACEHOLDER, "video")
+            if prompts is not None:
+                require_placeholders(prompts, VIDEO_PLACEHOLDER, len(metadata), videos)
             media.update(outputs if metadata else {})
         data = dict(media)
         if prompts is not None:
@@ -938,12 +948,11 @@ class Molmo2Processor(ProcessorMixin):
         common = dict(kwargs.get("common_kwargs") or {})
         flat = {name: value for name, value in kwargs.items() if name not in sections and name != "common_kwargs"}
         unknown = set(flat)
-        for name, known in SECTIONS.items():
+        for name in sections:
+            known = Molmo2ProcessorKwargs.__annotations__[name].__annotations__
             nested = dict(kwargs.get(name) or {})
             elsewhere = IMAGE_ONLY_KWARGS if name == "videos_kwargs" else frozenset()
-            own = {
-                option: flat[option] for option in flat if option in known.__annotations__ and option not in elsewhere
-            }
+            own = {option: flat[option] for option in flat if option in known and option not in elsewhere}
             twice = sorted(set(own) & set(nested))
             if twice:
                 raise ValueError(f"{twice} given twice: in `{name}` and as a keyword argument. Keep one of them.")
@@ -961,10 +970,10 @@ class Molmo2Processor(ProcessorMixin):
         token_format = self.visual_token_format
         image_texts = ["".join(image_tokens(grid, token_format)) for grid in image_grids]
         video_texts = [video_string(grids, times, token_format) for grids, times in videos]
-        placed = ((IMAGE_PLACEHOLDER, image_texts, "image"), (VIDEO_PLACEHOLDER, video_texts, "video"))
-        for placeholder, texts, noun in placed:
-            require_placeholders([prompt.count(placeholder) for prompt in prompts], len(texts), placeholder, noun)
-        waiting = {placeholder: iter(texts) for placeholder, texts, _ in placed}
+        texts = {IMAGE_PLACEHOLDER: image_texts, VIDEO_PLACEHOLDER: video_texts}
+        for placeholder, own in texts.items():
+            require_placeholders(prompts, placeholder, len(own))
+        waiting = {placeholder: iter(own) for placeholder, own in texts.items()}
         return [expand(prompt, waiting) for prompt in prompts]
 
     @property
@@ -992,7 +1001,7 @@ class Molmo2Processor(ProcessorMixin):
     def _encode(self, texts: list[str], with_offsets: bool, add_special_tokens: bool) -> tuple[list[Any], list[Any]]:
         """Ids, and on request the (start, end) characters of each."""
         encoded = self.tokenizer(
-            [without_surrogates(text) for text in texts],
+            [SURROGATE.sub("\ufffd", text) for text in texts],
             add_special_tokens=add_special_tokens,
             split_special_tokens=False,  # the visual tokens must not be
             return_attention_mask=False,
@@ -1010,7 +1019,7 @@ class Molmo2Processor(ProcessorMixin):
         done = 0
         for piece, is_text in split_pieces(text, stand_ins, self._special_tokens):
             if is_text:
-                ids, offsets = encode_plain(self.tokenizer, without_surrogates(piece))
+                ids, offsets = encode_plain(self.tokenizer, SURROGATE.sub("\ufffd", piece))
             else:
                 (ids,), rows = self._encode([piece], with_offsets, add_special_tokens=False)
                 offsets = rows[0] if with_offsets else []
@@ -1251,7 +1260,7 @@ class Molmo2Processor(ProcessorMixin):
         """
         own_options = kwargs.pop("per_video_options", None)
         options = self.sort_options(kwargs)
-        own_options = _own_options(own_options, options["videos_kwargs"])
+        own_options = option_of_call("per_video_options", own_options, options["videos_kwargs"])
         token_format = self.visual_token_format
         counts: dict[str, list[int]] = {}
         if image_sizes is not None:
@@ -1306,7 +1315,7 @@ class Molmo2Processor(ProcessorMixin):
         )
 
     def save_pretrained(
-        self, save_directory: str | PathLike[str], push_to_hub: bool = False, **kwargs: Any
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
     ) -> list[str]:
         """Save files that every supported release, and tools that read single files, can load.
 
@@ -1353,16 +1362,12 @@ def _is_text(value: Any) -> bool:
 
 def _are_references(texts: str | list[str]) -> bool:
     """Whether all strings are URLs, paths of files or names of image files, and therefore no prompts."""
-    return all(_is_reference(text) for text in ([texts] if isinstance(texts, str) else texts))
-
-
-def _is_reference(text: str) -> bool:
-    if text.startswith(("http://", "https://", "file://", "data:")):
-        return True
-    try:
-        return Path(text).is_file() or (not BLANK.search(text) and Path(text).suffix.lower() in IMAGE_SUFFIXES)
-    except (OSError, ValueError):  # too long for a path, or with characters that none has
-        return False
+    return all(
+        text.startswith(("http://", "https://", "file://", "data:"))
+        or os.path.isfile(text)
+        or (text.split() == [text] and Path(text).suffix.lower() in IMAGE_SUFFIXES)
+        for text in ([texts] if isinstance(texts, str) else texts)
+    )
 
 
 def _as_prompts(text: Any) -> list[str]:
@@ -1371,29 +1376,6 @@ def _as_prompts(text: Any) -> list[str]:
     if wrong or not prompts:
         raise ValueError(f"`text` holds {wrong[0] if wrong else 'nothing'}; expected a string or a list of strings.")
     return prompts
-
-
-def _require_slots(prompts: list[str] | None, given: Any, number: int, placeholder: str, noun: str) -> None:
-    """Check images or videos against placeholders, prompt by prompt where the caller grouped them by prompt."""
-    if prompts is None:
-        return
-    counts = [prompt.count(placeholder) for prompt in prompts]
-    is_nested = isinstance(given, (list, tuple)) and all(isinstance(row, (list, tuple)) for row in given)
-    lengths = [len(row) for row in given] if is_nested else []
-    is_by_prompt = len(lengths) == len(prompts) and sum(lengths) == number
-    require_placeholders(counts, lengths if is_by_prompt else number, placeholder, noun)
-
-
-def _own_options(beside: Any, videos_kwargs: dict[str, Any]) -> Any:
-    """`per_video_options`, given beside `videos_kwargs` or, and then removed from there, in it.
-
-    Raises:
-        ValueError: It is given twice.
-    """
-    nested = videos_kwargs.pop("per_video_options", None)
-    if nested is not None and beside is not None:
-        raise ValueError("`per_video_options` is given twice: in `videos_kwargs` and beside it. Keep one of them.")
-    return nested if beside is None else beside
 
 
 def _media_of_rows(prompts: list[str] | None, images: list[MediaInfo], metadata: list[Any]) -> list[MediaInfo]:

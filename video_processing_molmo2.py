@@ -65,7 +65,6 @@ from .image_processing_molmo2 import (
     flag,
     frame_pixel_values,
     is_encoded,
-    is_file_on_disk,
     is_stored_file,
     load_images,
     named_file,
@@ -73,7 +72,6 @@ from .image_processing_molmo2 import (
     original_size,
     pair,
     plain,
-    plan_video,
     stack_pooling,
     stored_file,
     video_token_pooling,
@@ -240,6 +238,70 @@ def undo_rounding(times: np.ndarray) -> np.ndarray:
         if tolerance * ticks_per_second < 0.25 and np.all(np.abs(on_ticks - times) <= tolerance):
             return on_ticks
     return times
+
+
+# --- src/molmo2/video/frame_encoding.py ------------------------------------------------------------------------------
+# Frames decoded ahead of their use, and encoded by the model while the next are decoded.
+
+FRAMES_PER_CHUNK = 16  # as many as the vision tower encodes at a time
+
+Item = TypeVar("Item")
+# (F, P, values), (T, K) and (1, 3), as `get_video_features` takes them -> (T, text width)
+FrameEncoder = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def read_ahead(items: Iterator[Item], count: int) -> Generator[Item, None, None]:
+    """The same items, of which up to `count` are made in another thread while an earlier one is in use.
+
+    An error of `items` is raised here, after the items before it. Closing this iterator early stops the thread and
+    waits for it, so that the source of the items may be closed next: wrap it in `contextlib.closing`.
+    """
+    end: Any = object()
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="molmo2-read-ahead") as executor:
+        pending = deque(executor.submit(next, items, end) for _ in range(count))
+        try:
+            while (item := pending.popleft().result()) is not end:
+                pending.append(executor.submit(next, items, end))
+                yield item
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def encode_frames(
+    frames: Iterator[np.ndarray],
+    plan: VideoPlan,
+    cut: Callable[[Iterator[np.ndarray], int], Tensor],
+    encoder: FrameEncoder,
+) -> Tensor:
+    """Features of the visual tokens of a video, (T, text width), frame after frame.
+
+    Args:
+        frames: the sampled frames, `plan.num_frames` of them; read in another thread, one chunk ahead.
+        plan: the plan of the video.
+        cut: (frames, their number) -> pixel values, (F, P, values).
+        encoder: see `FrameEncoder`; `model.encode_frames` moves its arguments to the model.
+
+    Raises:
+        ValueError: there are more frames than planned. Errors of reading, cutting and encoding are passed on.
+    """
+    chunks = list(_chunks(plan))
+    pixel_values = (cut(islice(frames, chunk.num_frames), chunk.num_frames) for chunk in chunks)
+    features = []
+    with closing(read_ahead(pixel_values, 1)) as ahead:
+        for chunk, pixels in zip(chunks, ahead):
+            pooling, grids = torch.from_numpy(video_token_pooling(chunk)), torch.tensor(chunk.grids)
+            features.append(encoder(pixels, pooling, grids))
+    if next(frames, None) is not None:  # also reads to the end, where some faults of a file show
+        raise ValueError(f"There are more frames than the {plan.num_frames} of the plan.")
+    return torch.cat(features)
+
+
+def _chunks(plan: VideoPlan) -> Iterator[VideoPlan]:
+    """The runs of a video as plans of their own, split so that none has more than `FRAMES_PER_CHUNK` frames."""
+    for run in plan.runs:
+        for start in range(0, run.num_frames, FRAMES_PER_CHUNK):
+            yield VideoPlan(min(FRAMES_PER_CHUNK, run.num_frames - start), run.settings)
 
 
 # --- src/molmo2/video/decoding/decord_process.py ---------------------------------------------------------------------
@@ -751,7 +813,7 @@ class Source:
             raise IsADirectoryError(f"{str(path)!r} is a directory. Pass a video file, or a list of its frames.")
         if not os.path.exists(path):
             raise FileNotFoundError(f"There is no video file {str(path)!r:.300}. Check the path.")
-        if not is_file_on_disk(path):
+        if not os.path.isfile(path):
             raise VideoDecodeError(f"{str(path)!r} is a device or pipe, not a file. Pass the path of a video file.")
         return cls(repr(str(path)), str(path.absolute()), path.stat().st_size, limits)
 
@@ -1565,70 +1627,6 @@ def _open_reader(name: str, source: Source, only_choice: bool) -> VideoReader:
     return reader
 
 
-# --- src/molmo2/video/frame_encoding.py ------------------------------------------------------------------------------
-# Frames decoded ahead of their use, and encoded by the model while the next are decoded.
-
-FRAMES_PER_CHUNK = 16  # as many as the vision tower encodes at a time
-
-Item = TypeVar("Item")
-# (F, P, values), (T, K) and (1, 3), as `get_video_features` takes them -> (T, text width)
-FrameEncoder = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def read_ahead(items: Iterator[Item], count: int) -> Generator[Item, None, None]:
-    """The same items, of which up to `count` are made in another thread while an earlier one is in use.
-
-    An error of `items` is raised here, after the items before it. Closing this iterator early stops the thread and
-    waits for it, so that the source of the items may be closed next: wrap it in `contextlib.closing`.
-    """
-    end: Any = object()
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="molmo2-read-ahead") as executor:
-        pending = deque(executor.submit(next, items, end) for _ in range(count))
-        try:
-            while (item := pending.popleft().result()) is not end:
-                pending.append(executor.submit(next, items, end))
-                yield item
-        finally:
-            for future in pending:
-                future.cancel()
-
-
-def encode_frames(
-    frames: Iterator[np.ndarray],
-    plan: VideoPlan,
-    cut: Callable[[Iterator[np.ndarray], int], Tensor],
-    encoder: FrameEncoder,
-) -> Tensor:
-    """Features of the visual tokens of a video, (T, text width), frame after frame.
-
-    Args:
-        frames: the sampled frames, `plan.num_frames` of them; read in another thread, one chunk ahead.
-        plan: the plan of the video.
-        cut: (frames, their number) -> pixel values, (F, P, values).
-        encoder: see `FrameEncoder`; `model.encode_frames` moves its arguments to the model.
-
-    Raises:
-        ValueError: there are more frames than planned. Errors of reading, cutting and encoding are passed on.
-    """
-    chunks = list(_chunks(plan))
-    pixel_values = (cut(islice(frames, chunk.num_frames), chunk.num_frames) for chunk in chunks)
-    features = []
-    with closing(read_ahead(pixel_values, 1)) as ahead:
-        for chunk, pixels in zip(chunks, ahead):
-            pooling, grids = torch.from_numpy(video_token_pooling(chunk)), torch.tensor(chunk.grids)
-            features.append(encoder(pixels, pooling, grids))
-    if next(frames, None) is not None:  # also reads to the end, where some faults of a file show
-        raise ValueError(f"There are more frames than the {plan.num_frames} of the plan.")
-    return torch.cat(features)
-
-
-def _chunks(plan: VideoPlan) -> Iterator[VideoPlan]:
-    """The runs of a video as plans of their own, split so that none has more than `FRAMES_PER_CHUNK` frames."""
-    for run in plan.runs:
-        for start in range(0, run.num_frames, FRAMES_PER_CHUNK):
-            yield VideoPlan(min(FRAMES_PER_CHUNK, run.num_frames - start), run.settings)
-
-
 # --- src/molmo2/video/sampling.py ------------------------------------------------------------------------------------
 # Frame sampling: the times or frame indices at which the model sees a video.
 
@@ -2284,7 +2282,7 @@ class VideoOptions(PixelOptions):
 
     def plan(self, num_frames: int) -> VideoPlan:
         """The plan of a video with this number of sampled frames."""
-        return plan_video(num_frames, self.crops, self.between, self.key_frame_interval)
+        return VideoPlan(num_frames, self.crops, self.between, self.key_frame_interval)
 
 
 # What no single video of a call can have.
@@ -2503,10 +2501,10 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
         return super()._given(options)
 
     @classmethod
-    def _canonical_own(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+    def _canonical(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         between = pair("between_pooling_size", values["between_pooling_size"], PATCH_ROWS_AND_COLS)
         flags = {name: flag(name, values[name]) for name in ("do_sample_frames", "return_metadata")}
-        return {"between_pooling_size": between, **flags}
+        return {**super()._canonical(values), "between_pooling_size": between, **flags}
 
 
 def options_of_each(per_video_options: Any, num_videos: int) -> list[Mapping[str, Any]]:

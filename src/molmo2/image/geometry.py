@@ -169,7 +169,7 @@ class VideoPlan:
     @property
     def runs(self) -> tuple["VideoPlan", ...]:
         """Plans of the runs of frames that are pooled alike. Key frames that follow each other are one run."""
-        if self.between is None:
+        if self.between is None or self.key_frame_interval == 1:
             return (self,)
         last = self.num_frames - 1
         is_key = [index % self.key_frame_interval == 0 or index == last for index in range(self.num_frames)]
