@@ -78,3 +78,12 @@ def auto_classes_stay_as_they_are():
     auto = sys.modules.get("transformers.models.auto.configuration_auto")
     registered = auto and auto.CONFIG_MAPPING._extra_content.get("molmo2")
     assert not registered, "a test of this module called molmo2.register(); run it in a process of its own"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def torch_keeps_its_threads():
+    """More threads than processors wait for each other: a second becomes ten, in all tests that follow."""
+    torch = sys.modules.get("torch")
+    before = torch and torch.get_num_threads()
+    yield
+    assert torch is None or torch.get_num_threads() == before, "a test of this module left torch other threads"

@@ -149,8 +149,9 @@ def test_adapters_are_trained_and_nothing_else(qwen3, inputs, parts, tmp_path):
     adapted.save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(copy.deepcopy(qwen3), tmp_path).eval()
     torch.testing.assert_close(again(**inputs).logits.detach(), logits)
-    merged = again.merge_and_unload()
-    torch.testing.assert_close(merged(**inputs).logits.detach(), logits, atol=1e-4, rtol=1e-4)
+    again = again.double()  # merging rounds, and adapters this large pass that on
+    logits = again(**inputs).logits.detach()
+    torch.testing.assert_close(again.merge_and_unload()(**inputs).logits.detach(), logits)
 
 
 # --- several processes -----------------------------------------------------------------------------------------------
