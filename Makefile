@@ -1,6 +1,7 @@
 # Every target sets up what it needs; Python 3.11 or newer and pip are all it takes.
 PYTHON ?= python3
 WORKERS ?= 2
+RELEASES = $(shell $(PYTHON) scripts/matrix.py)
 IN := $(PYTHON) scripts/environment.py
 TEST := scripts/pytest python
 MINIATURE := $(IN) dev env -C examples python -m miniature
@@ -46,8 +47,12 @@ style: ## lets ruff fix what it can
 bundle: ## writes the remote code in the root from src/molmo2
 	$(IN) dev python scripts/bundle.py
 
+# Releases run side by side, each in one process: one that splits its tests over several imports and collects in each.
 matrix: ## the suite on every supported release; some of them: make matrix RELEASES="4.57.1 5.8.1"
-	$(PYTHON) scripts/matrix.py --jobs $(WORKERS) $(RELEASES)
+	$(MAKE) --keep-going --output-sync=target $(if $(findstring jobserver,$(MAKEFLAGS)),,--jobs=$(WORKERS)) $(addprefix matrix-,$(RELEASES))
+
+matrix-%:
+	$(PYTHON) scripts/matrix.py $* -n 0
 
 test-app: ## the app in a headless browser, and the notebooks; without a browser: make test-app BROWSER=optional
 	MOLMO2_NEEDS_BROWSER=$(if $(filter optional,$(BROWSER)),,1) $(IN) app $(TEST) tests/clients/test_app.py tests/clients/test_app_backend.py tests/clients/test_view_in_browser.py tests/clients/test_notebooks.py

@@ -82,15 +82,15 @@ def install(wheel: Path, folder: Path, packages: str | None = None) -> Path:
     Args:
         packages: A folder of packages that are seen besides. None: pip installs what the wheel asks for.
     """
-    run([sys.executable, "-m", "venv", str(folder)])
+    run([sys.executable, "-m", "venv", "--without-pip", str(folder)])
     python = folder / "bin" / "python"
     options = ["-c", str(ROOT / "constraints/dev.txt")]
     if packages is not None:
         # `addsitedir`, because what lies there may name further folders itself; the wheel comes first.
         (Path(site_packages(python)) / "packages.pth").write_text(f"import site; site.addsitedir({packages!r})\n")
         options = ["--no-deps", "--force-reinstall"]
-    pip = [str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--no-compile"]
-    run([*pip, *options, str(wheel)])
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "--disable-pip-version-check"]
+    run([*pip, "install", "-qq", "--no-compile", *options, str(wheel)])
     return python
 
 
