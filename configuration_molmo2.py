@@ -12,6 +12,7 @@ transformers; what is written is the published spelling in full, because all rea
 
 import copy
 import math
+import sys
 from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any, TypeGuard
@@ -34,8 +35,9 @@ def is_number(value: Any) -> bool:
 
 
 def is_positive(value: Any) -> TypeGuard[float]:
-    """Whether this is a finite number above 0, also one of numpy."""
-    return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < math.inf
+    """Whether this is a number above 0 that a float can hold, also a fraction or one of numpy."""
+    number: Any = value  # whose type declares no comparison with others
+    return isinstance(value, Real) and not isinstance(value, bool) and bool(0 < number <= sys.float_info.max)
 
 
 # --- src/molmo2/configuration.py -------------------------------------------------------------------------------------

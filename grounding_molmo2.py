@@ -300,10 +300,8 @@ def _video_info(metadata: Any) -> MediaInfo:
 
     def get(name: str) -> Any:
         try:
-            if hasattr(metadata, "frames_indices"):  # the library's class, whose own `get` fails for other names
-                return getattr(metadata, name, None)
-            return metadata.get(name)
-        except (TypeError, ValueError):  # the library computes some from others that may be missing
+            return metadata.get(name) if isinstance(metadata, Mapping) else getattr(metadata, name, None)
+        except (AttributeError, TypeError, ValueError):  # the library's lacks some, and computes some from others
             return None
 
     width, height, fps, frame_size = (get(name) for name in ("width", "height", "fps", "frame_size"))

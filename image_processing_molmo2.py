@@ -29,6 +29,7 @@ import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, KeysView, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
+from fractions import Fraction
 from functools import cache, cached_property, lru_cache
 from io import BytesIO
 from itertools import groupby
@@ -40,7 +41,7 @@ from urllib.request import getproxies, proxy_bypass, url2pathname
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.processing_utils import ImagesKwargs, Unpack
@@ -449,7 +450,7 @@ class _Download:
                     location = response.headers.get("Location")
                 if location is None:
                     raise _Refused(f"it answered {response.status} without saying where to go")
-                with suppress(UnicodeDecodeError):  # the library reads headers as Latin-1
+                with suppress(UnicodeError):  # the library reads headers as Latin-1
                     location = location.encode("latin-1").decode()
                 url = urljoin(url, location)
                 if scheme_of(url) not in PORTS or scheme_of(url) not in self._limits.sources:
@@ -834,12 +835,15 @@ class VideoPlan:
         _require_int("num_frames", self.num_frames, minimum=1, hint="A video needs at least one frame.")
         hint = "1 makes every frame a key frame."
         _require_int("key_frame_interval", self.key_frame_interval, minimum=1, hint=hint)
-        object.__setattr__(self, "num_frames", int(self.num_frames))  # numbers of numpy would reach grids and counts
+        for name in ("num_frames", "key_frame_interval"):  # numbers of numpy would reach grids and counts
+            object.__setattr__(self, name, int(getattr(self, name)))
+        if self.key_frame_interval == 1:
+            object.__setattr__(self, "between", None)
 
     @property
     def runs(self) -> tuple["VideoPlan", ...]:
         """Plans of the runs of frames that are pooled alike. Key frames that follow each other are one run."""
-        if self.between is None or self.key_frame_interval == 1:
+        if self.between is None:
             return (self,)
         last = self.num_frames - 1
         is_key = [index % self.key_frame_interval == 0 or index == last for index in range(self.num_frames)]
@@ -1018,6 +1022,18 @@ def _require_int(name: str, value: int, *, minimum: int, hint: str = "") -> None
 # --- src/molmo2/image/opening.py -------------------------------------------------------------------------------------
 # Opening of image files: their format and size are checked before a pixel is decoded.
 
+# How an image is turned upright, by its orientation tag (EXIF 2.3), and where Pillow finds the tag.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+ORIENTATION_IN = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
+
 
 def local_path(text: str, scheme: str) -> Path:
     """The file that a text names: that of a URL with `file:`, else the text itself."""
@@ -1077,8 +1093,24 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
     return (height, width) if orientation(image) in range(5, 9) else (width, height)  # these swap height and width
 
 
+def turned_upright(image: Image.Image) -> Image.Image:
+    """The image turned by its orientation tag, and without it; itself where that does not turn it.
+
+    Not `ImageOps.exif_transpose`, which writes all other tags anew and fails where one of them is damaged.
+    """
+    turn = TURNS.get(orientation(image) or 1)
+    if turn is None:
+        return image
+    turned = image.transpose(turn)
+    for name in ORIENTATION_IN:
+        turned.info.pop(name, None)
+    return turned
+
+
 def orientation(image: Image.Image) -> int | None:
     """The orientation tag, 1 for upright; None, with a warning, where damage keeps it from being read."""
+    if image.format == "PNG" and "exif" not in image.info:
+        image.load()  # as Pillow does, to find the tag behind the pixels; damage of these is no matter of metadata
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception as error:  # of a parser: nearly anything
@@ -1143,9 +1175,9 @@ def original_size(image: np.ndarray) -> tuple[int, int]:
 def upright(image: Image.Image) -> Image.Image:
     """The decoded image, turned by its orientation tag; itself where that does not turn it, which saves a copy."""
     image.load()
-    if orientation(image) in (None, 1):
+    turned = turned_upright(image)
+    if turned is image:
         return image.copy() if image.format == "WEBP" else image  # which keeps its decoder and two canvases
-    turned = ImageOps.exif_transpose(image)
     if hasattr(image, "original_size"):
         turned.original_size = upright_size(image)  # type: ignore[attr-defined]
     return turned
@@ -1523,7 +1555,14 @@ class Normalization:
 
 @dataclass(frozen=True)
 class PixelOptions:
-    """How images and frames of videos become pixel values; the options that `Molmo2ImageProcessorKwargs` explains."""
+    """How images and frames of videos become pixel values.
+
+    Attributes:
+        crops: the size of crops and patches.
+        resample: PIL's number of the filter, see `INTERPOLATION_MODES`.
+        steps: see `Normalization`.
+        do_resize, pixel_dtype, device: see `Molmo2ImageProcessorKwargs`.
+    """
 
     crops: CropSettings
     resample: int
@@ -1693,8 +1732,9 @@ def _planes(image: np.ndarray, device: Any = None) -> Tensor:
 
     Its memory layout is (H, W, 3), which torch resizes several times faster, to the same values.
     """
-    pixels = torch.tensor(np.ascontiguousarray(image), device=device)  # a copy: torch has no view of read-only arrays
-    return pixels.to(torch.float64 if image.dtype == np.float64 else torch.float32)[None].permute(0, 3, 1, 2)
+    pixels = torch.from_numpy(np.array(image, order="C"))  # a copy: torch has no view of read-only arrays
+    dtype = torch.float64 if image.dtype == np.float64 else torch.float32
+    return pixels.to(device, dtype)[None].permute(0, 3, 1, 2)
 
 
 def _resized(planes: Tensor, size: tuple[int, int], mode: str, dtype: np.dtype) -> Tensor:
@@ -1730,7 +1770,9 @@ UNSUPPORTED_FILTERS = {1: "lanczos", 4: "box", 5: "hamming"}  # PIL's others
 
 
 def plain(value: Any) -> Any:
-    """A numpy scalar as a Python number, which JSON can hold; anything else unchanged."""
+    """A numpy scalar or a fraction as a Python number, which JSON can hold; anything else unchanged."""
+    if isinstance(value, Fraction):
+        return float(value)
     return value.tolist() if isinstance(value, np.generic) else value
 
 
@@ -1813,7 +1855,7 @@ def size_dict(size: Any) -> dict[str, int]:
         size = (size, size)
     if isinstance(size, (list, tuple)) and len(size) == 2:
         size = {"height": size[0], "width": size[1]}
-    fields = size if isinstance(size, dict) else getattr(size, "__dict__", {})
+    fields = size if isinstance(size, Mapping) else getattr(size, "__dict__", {})
     fields = {name: value for name, value in fields.items() if value is not None}
     sides = {name: plain(side) for name, side in fields.items()}
     is_valid = set(sides) == {"height", "width"}
@@ -2112,8 +2154,8 @@ def _rows(media: Any, num_answers: int) -> list[Any]:
     """`media` as one description per row of the batch."""
     if _has_media(media):
         return media.media
-    if isinstance(media, (dict, BatchFeature)) and "input_ids" in media:
-        if "video_metadata" in media:
+    if isinstance(media, Mapping) and "input_ids" in list(media):  # the metadata of the library cannot be asked `in`
+        if media.get("video_metadata") is not None:
             return list(media["video_metadata"])
         raise ValueError(
             "These inputs are a plain dictionary, without the sizes of images and videos. Pass the processor's own "

@@ -513,6 +513,7 @@ def eager_attention(
         query: (B, heads, S, head_dim).
         key, value: (B, key/value heads, keys, head_dim); consecutive query heads share one.
         attention_mask: Broadcastable to (B, heads, S, keys): bool (True = may attend), or added to the scores.
+        scaling: Factor of the scores.
         dropout: Probability of dropping a weight.
     Returns:
         (B, S, heads, head_dim) in the dtype of `value`, and the weights (B, heads, S, keys).
@@ -538,8 +539,8 @@ def flex_attention_on_cpu(
 ) -> Tensor:
     """flex_attention without its compiler, which generates C++ that does not build when lengths vary (torch 2.13).
 
-    Args and returns: as `blockwise_attention`; a tensor mask, (B or 1, heads or 1, queries or 1, keys), is added to
-    the scores.
+    Args: as `eager_attention`; a tensor mask, (B or 1, heads or 1, queries or 1, keys), is added to the scores.
+    Returns (B, S, heads, head_dim).
     """
     if dropout > 0:
         raise ValueError(
@@ -569,7 +570,8 @@ def sdpa_grouped_decode(
     """sdpa of a few new tokens under grouped-query attention, with each key read once.
 
     Query heads that share a key head become further queries of one head, where transformers repeats keys and values.
-    Args and returns: as `blockwise_attention`; the mask is bool, (B or 1, 1, queries or 1, keys or more), or None.
+    Args: as `eager_attention`; the mask is bool, (B or 1, 1, queries or 1, keys or more), or None. Returns
+    (B, S, heads, head_dim).
     """
     groups = query.shape[1] // key.shape[1]
     if mask is not None:
@@ -734,7 +736,7 @@ class Molmo2AttentionBase(nn.Module):
         return output.flatten(2).to(dtype), weights
 
     def _is_grouped_decode(self, query: Tensor, key: Tensor, mask: Any) -> bool:
-        """Whether these are a few queries, not causal among themselves, of heads that share keys and the mask."""
+        """Whether these are a few queries of heads that share keys, and one mask or none says what they see."""
         if query.shape[1] == key.shape[1] or query.shape[2] > MAX_GROUPED_QUERIES:
             return False
         if mask is None:

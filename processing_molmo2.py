@@ -195,9 +195,8 @@ def _metadata(part: Mapping[str, Any], video: Any) -> Any:
 
 def _options(part: Mapping[str, Any], video: Any) -> dict[str, Any]:
     options = {VIDEO_OPTIONS[key]: part[key] for key in VIDEO_OPTIONS if part.get(key) is not None}
-    if is_encoded(video) and part.get("fps") is not None:  # of frames it is their own rate
-        rate = dict.fromkeys(("fps", "max_fps", "sampling_fps"), part["fps"])  # whichever of them the call has
-        options = {**rate, **options}
+    if is_encoded(video) and part.get("fps") is not None:
+        options["fps"] = part["fps"]  # of frames it is their own rate, of a file the rate to sample at
     return options
 
 
@@ -265,8 +264,8 @@ def media_arguments(conversations: Sequence[ConversationMedia], options: Mapping
         arguments["video_metadata"] = metadata if given is None else given
     if any(own_options):
         given = option_of_call("per_video_options", options.get("per_video_options"), nested)
-        of_call = options_of_each(given, len(own_options))
-        arguments["per_video_options"] = [{**call, **own} for call, own in zip(of_call, own_options)]
+        of_each = (options_of_each(entries, len(own_options)) for entries in (given, own_options))
+        arguments["per_video_options"] = [{**of_call, **own} for of_call, own in zip(*of_each)]
     return arguments
 
 

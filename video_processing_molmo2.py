@@ -93,7 +93,10 @@ BLOCK_FRAMES = 1 << 13  # whose times are computed at a time
 
 
 class VideoDecodeError(ValueError):
-    """A video, or its frame `index`, cannot be read. The message names the file, the backend and the `reason`."""
+    """A video, or a frame of it, cannot be read. The message names the file, the backend and the `reason`.
+
+    `index` is that of the frame where decord's process says so, and None otherwise.
+    """
 
     def __init__(self, message: str, reason: str | None = None, index: int | None = None) -> None:
         super().__init__(message)
@@ -1663,6 +1666,7 @@ class SamplingSettings:
             raise ValueError(
                 f"num_frames is {self.num_frames!r}, but a video needs a whole number of frames, 1 or more."
             )
+        object.__setattr__(self, "num_frames", int(self.num_frames))
         if self.max_fps is not None and not is_positive(self.max_fps):
             raise ValueError(
                 f"max_fps is {self.max_fps!r}, but it has to be a positive number. Pass max_fps=None for no limit."
@@ -1841,6 +1845,7 @@ def _divides(rate: float, whole_fps: int) -> bool:
 FrameConsumer = Callable[[Iterator[np.ndarray], int], Result]  # (frames, their number) -> result
 
 
+MAX_FRAME_INDEX = 1 << 53  # up to which floating point tells one from the next
 DEFAULT_FPS = 24.0  # of frames without a rate, as processors of transformers assume
 ACCEPTED_VIDEOS = (
     "a path, a URL (http, https, file, data), base64 text, the bytes of a video file or an open one, a row {'bytes', "
@@ -2083,9 +2088,11 @@ def _frame_times(item: VideoItem, num_frames: int, are_all: bool) -> _FrameTimes
             f"{item.where} has {num_frames} frames, but its metadata lists {len(indices)} frames_indices. Pass one "
             "index per frame, or leave them out."
         )
-    if indices is None or len(indices) != num_frames:  # the indices are those of an earlier sampling
-        indices = range(num_frames)
+    if indices is None or len(indices) != num_frames or all(index is None for index in indices):
+        indices = range(num_frames)  # where there are some, they are those of an earlier sampling
     positions = np.asarray(indices)
+    if positions.dtype.kind not in "iuf" or not np.all(np.abs(positions) <= MAX_FRAME_INDEX):
+        raise ValueError(f"The frames_indices of {item.where} have to be finite numbers; found {list(indices)[:8]}.")
     indices = np.floor(positions + 1e-6).astype(np.int64)  # of a file they may be fractions: which frame is shown then
     seconds = None if stamps is None else np.asarray(stamps, dtype=np.float64).reshape(-1)
     if seconds is not None:
@@ -2240,7 +2247,8 @@ class Molmo2VideoProcessorKwargs(VideosKwargs, total=False):
         clip: (start, end) in seconds, the part of each video to sample, or a list of them, one per video; the end may
             be None. The printed times stay those of the whole video.
         do_sample_frames, return_metadata: see `Molmo2VideoProcessor.preprocess`.
-        video_backend: "decord", "torchcodec" or "pyav" to use this decoder only. `backend` is an alias.
+        video_backend: "decord", "torchcodec" or "pyav" to use this decoder only, or a list of those to try in order;
+            None tries all. `backend` is an alias.
         patch_size: side of a patch, in pixels.
         pooling_size: (rows, cols) of patches that become one token.
         key_frame_interval: frames from one key frame to the next in a slow-fast clip; the last frame of the video is a
@@ -2508,7 +2516,7 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
 
 
 def options_of_each(per_video_options: Any, num_videos: int) -> list[Mapping[str, Any]]:
-    """The options that each video has besides those of the call.
+    """The options that each video has besides those of the call, in a form that overrides these.
 
     Raises:
         ValueError: They are not one mapping (or None) for each, or name what belongs to the call.
@@ -2526,7 +2534,14 @@ def options_of_each(per_video_options: Any, num_videos: int) -> list[Mapping[str
             raise ValueError(f"`per_video_options` has {own!r:.80} at place {index}. Pass a dictionary of options.")
         if wrong := sorted(OPTIONS_OF_CALLS & own.keys()):
             raise ValueError(f"`per_video_options` has {wrong[0]!r}, which holds for a whole call. Pass it there.")
-    return own_options
+    return [_overriding(own) for own in own_options]
+
+
+def _overriding(own: Mapping[str, Any]) -> dict[str, Any]:
+    """Options under the names that the call may have them by; None counts where it has a meaning of its own."""
+    options = {name: value for name, value in own.items() if value is not None or name in ("clip", "max_fps")}
+    names = {"max_fps": "fps", "sampling_fps": "fps", "video_backend": "backend"}
+    return {**{name: options[alias] for name, alias in names.items() if alias in options}, **options}
 
 
 def _shared_options(chosen: Sequence[VideoOptions]) -> VideoOptions:

@@ -6,7 +6,7 @@ Sizes and times are needed to read an answer, but not to generate it. They are a
 
 import gc
 import sys
-from collections.abc import Collection, KeysView, Sequence
+from collections.abc import Collection, KeysView, Mapping, Sequence
 from typing import Any
 
 from transformers.image_processing_utils import BatchFeature
@@ -147,8 +147,8 @@ def _rows(media: Any, num_answers: int) -> list[Any]:
     """`media` as one description per row of the batch."""
     if _has_media(media):
         return media.media
-    if isinstance(media, (dict, BatchFeature)) and "input_ids" in media:
-        if "video_metadata" in media:
+    if isinstance(media, Mapping) and "input_ids" in list(media):  # the metadata of the library cannot be asked `in`
+        if media.get("video_metadata") is not None:
             return list(media["video_metadata"])
         raise ValueError(
             "These inputs are a plain dictionary, without the sizes of images and videos. Pass the processor's own "

@@ -17,6 +17,8 @@ from molmo2.batch.settings import EngineError, EngineSettings
 from molmo2.cli import main
 from molmo2.client import Client, DeadlineExceeded, ServerError, ServerUnreachable
 from molmo2.client import http as client_http
+from molmo2.client.media import sampled_metadata
+from molmo2.video.processing import Molmo2VideoProcessor
 from support.checkpoints import REPOSITORY
 from support.fake_openai import serve
 from support.ports import closed_port
@@ -88,6 +90,12 @@ def test_clips_come_back_in_source_frames():
         assert "model" not in server.requests[0]
         with pytest.raises(TypeError, match="takes videos as files"):
             client.ask("What?", videos=[np.zeros((2, 8, 8, 3), np.uint8)])
+
+
+@pytest.mark.parametrize("options", [{}, {"fps": 1}, {"num_frames": None, "sampling_fps": None}, {"clip": (1, 2)}])
+def test_frames_of_an_answer_are_those_that_the_server_samples(options):
+    (metadata,) = Molmo2VideoProcessor()(str(CLIP), return_metadata=True, **options)["video_metadata"]
+    assert sampled_metadata(str(CLIP), options).timestamps == metadata.timestamps
 
 
 def test_options_of_the_processor_go_where_the_server_reads_them(photo):

@@ -173,7 +173,7 @@ def test_a_rate_beside_a_file_asks_for_that_sampling_and_beside_frames_tells_the
     media = find_media(
         user({"type": "video", "video": "a.mp4", "fps": 1}, {"type": "video", "video": frames, "fps": 2})
     )
-    assert media.video_options == [{"fps": 1, "max_fps": 1, "sampling_fps": 1}, {}]
+    assert media.video_options == [{"fps": 1}, {}]
     assert media.video_metadata == [None, {"fps": 2}]
 
 

@@ -340,3 +340,9 @@ def test_examples_in_the_documentation():
     results = doctest.testmod(geometry)
     assert results.attempted > 3
     assert results.failed == 0
+
+
+def test_a_plan_that_pools_alike_is_the_plain_one():
+    settings, coarse = CropSettings(28, 28, 14, 1, 1), CropSettings(28, 28, 14, 2, 2)
+    assert VideoPlan(4, settings, coarse, np.int64(1)) == VideoPlan(4, settings)
+    assert VideoPlan(4, settings, coarse, 2) != VideoPlan(4, settings)

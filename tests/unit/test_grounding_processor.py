@@ -188,6 +188,30 @@ def test_media_of_one_answer(processor, media, expected):
     assert [at(one) for one in processor.post_process_grounding([CENTRE], media)] == [[expected]]
 
 
+class AttributeDict(dict):
+    """Its entries are attributes too, also one that it lacks."""
+
+    frames_indices = None
+
+
+def test_metadata_whose_entries_are_attributes():
+    assert media_info(AttributeDict(fps=10.0, frames_indices=[0, 5])) == media_info(
+        {"fps": 10.0, "frames_indices": [0, 5]}
+    )
+
+
+@pytest.mark.parametrize("kind", [dict, UserDict, MappingProxyType])
+def test_inputs_in_any_mapping(processor, kind):
+    """What is left of the processor's output once it is copied into a dictionary."""
+    about = VideoMetadata(total_num_frames=10, fps=5.0, width=200, height=100)
+    inputs = {"input_ids": torch.zeros(1, 3, dtype=torch.long)}
+    (found,) = processor.post_process_grounding([CENTRE], kind({**inputs, "video_metadata": [about]}))
+    assert at(found) == [(100, 50)]
+    for lacking in (inputs, {**inputs, "video_metadata": None}):
+        with pytest.raises(ValueError, match="plain dictionary, without the sizes"):
+            processor.post_process_grounding([CENTRE], kind(lacking))
+
+
 def test_media_of_a_batch(processor):
     answers = [CENTRE, CENTRE]
 

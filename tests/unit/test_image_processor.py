@@ -9,6 +9,7 @@ import signal
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -726,6 +727,10 @@ def test_short_forms_of_options():
     assert processor.overlap_margins == [2, 3]
     assert json.loads(processor.to_json_string())["max_crops"] == 2
     assert Molmo2ImageProcessor(size=(196, 392)).size == {"height": 196, "width": 392}
+    assert Molmo2ImageProcessor(size=MappingProxyType({"height": 196, "width": 392})).size == {
+        "height": 196,
+        "width": 392,
+    }
     mean = processor(np.zeros((9, 9, 3), np.uint8), image_mean=0, image_std=2.0)["pixel_values"]
     assert np.unique(mean).tolist() == [0.0]
 

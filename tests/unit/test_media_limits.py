@@ -4,19 +4,23 @@ import base64
 import copy
 import io
 import re
+import struct
 from dataclasses import fields
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps
 
 from molmo2 import MediaLimitError, MediaLimits, plan
+from molmo2.data.media import image_size
 from molmo2.image import loading
 from molmo2.image.limits import checked_limits
-from molmo2.image.loading import load_images
+from molmo2.image.loading import fetch_images, load_images
 from molmo2.image.measuring import measure_images
+from molmo2.image.opening import orientation as orientation_of
 from molmo2.image.processing import Molmo2ImageProcessor
+from molmo2.tools.draw import to_rgb
 from molmo2.video.processing import Molmo2VideoProcessor
 from molmo2.video.sampling import SamplingSettings, sample_indices, sample_times
 from support.clips import load_video
@@ -267,6 +271,39 @@ def test_damaged_metadata_keep_no_image_from_being_read(exif, kind, tmp_path):
         assert measure_images(path) == [(4, 8)]
     with pytest.warns(UserWarning, match="it is taken as upright"):
         np.testing.assert_array_equal(load_images(path)[0], load_images(plain.getvalue())[0])
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_an_image_is_turned_upright_whatever_its_other_tags_are(kind, orientation):
+    """One of them has a type that Pillow cannot write again."""
+    entries = struct.pack("<HHII", 0x0112, 3, 1, orientation) + struct.pack("<HHI4s", 0x0111, 2, 4, b"abc\0")
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4)
+    tag = Image.Exif()
+    tag[ExifTags.Base.Orientation] = orientation
+    image, damaged, sound = Image.effect_noise((8, 4), 50).convert("RGB"), io.BytesIO(), io.BytesIO()
+    image.save(damaged, kind, exif=exif, dpi=(72, 72))
+    image.save(sound, kind, exif=tag)
+    if orientation > 1:
+        with pytest.raises(struct.error):
+            ImageOps.exif_transpose(Image.open(damaged))
+    expected = ImageOps.exif_transpose(Image.open(sound))
+    assert measure_images(damaged.getvalue()) == [expected.size[::-1]]
+    np.testing.assert_array_equal(load_images(damaged.getvalue())[0], expected)
+    np.testing.assert_array_equal(to_rgb(damaged), expected)
+    (turned,) = fetch_images([damaged.getvalue()])
+    np.testing.assert_array_equal(load_images(turned)[0], expected)
+    assert orientation_of(turned) == 1  # so that nobody turns it again
+
+
+def test_a_cut_image_has_no_size():
+    """Where the tag of a PNG stands behind its pixels, these are read first."""
+    file = io.BytesIO()
+    Image.effect_noise((64, 48), 50).convert("RGB").save(file, "PNG")
+    cut = file.getvalue()[:300]
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        measure_images(cut)
+    assert image_size(cut) is None
 
 
 def test_frames_that_are_reduced_keep_their_size(tmp_path):

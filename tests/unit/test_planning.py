@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from molmo2 import plan
 from molmo2.tools.plan import Budget, RequestPlan, fit_to_budget
+from molmo2.video import probing
 from support.checkpoints import build_model, make_image
 from support.model_inputs import MIXED, ROWS, clip, processor
 
@@ -92,6 +93,18 @@ def test_options_for_each_video_of_a_call():
         assert planned.timestamps[1][1] == 1.75
         beside = plan(processor(), "<|video|><|video|>", videos=[str(CLIP), clip(8)], **options)
         assert beside.num_frames == (3, 2)
+
+
+def test_headers_are_read_by_the_decoder_that_the_call_asks_for(monkeypatch):
+    asked = []
+    decode = probing.decode_video
+    monkeypatch.setattr(probing, "decode_video", lambda source, read, name: asked.append(name) or decode(source, read))
+    call = {"videos": [str(CLIP), str(CLIP)], "video_backend": "pyav"}
+    plan(processor(), "<|video|><|video|>", **call, per_video_options=[{"backend": "decord"}, None])
+    assert set(asked) == {"decord", "pyav"}
+    asked.clear()
+    plan(processor(), "<|video|>", videos=str(CLIP))
+    assert asked == [None]  # once, whatever is planned
 
 
 def test_sizes_are_those_after_turning_upright():

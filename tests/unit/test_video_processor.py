@@ -5,6 +5,7 @@ import io
 import json
 import threading
 import warnings
+from fractions import Fraction
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -260,6 +261,50 @@ def test_given_indices_are_those_in_the_source(indices, expected, times, do_samp
     (metadata,) = processed(clip(3), video_metadata=given, do_sample_frames=do_sample_frames)["video_metadata"]
     assert metadata.source_frame_indices == expected
     np.testing.assert_allclose(metadata.timestamps, times.get("timestamps", np.array(indices) / 30))
+
+
+@pytest.mark.parametrize("indices", [[None] * 3, [None, 1, 2], [float("nan")] * 3, [1e300] * 3, ["0", "1", "2"]])
+def test_indices_that_are_none(indices):
+    given = {"timestamps": [0.0, 1.0, 2.0], "frames_indices": indices}
+    if any(index is not None for index in indices):
+        with pytest.raises(ValueError, match=r"frames_indices of videos.* have to be finite numbers; found \["):
+            processed(clip(3), video_metadata=given)
+    else:
+        (metadata,) = processed(clip(3), video_metadata=given, do_sample_frames=False)["video_metadata"]
+        assert metadata.source_frame_indices == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("call", "own", "expected"),
+    [
+        ({"max_fps": 8}, {"fps": 1}, {"max_fps": 1, "sampling_fps": 1}),
+        ({"max_fps": 8}, {"fps": 1, "max_fps": 4}, {"max_fps": 4, "sampling_fps": 1}),
+        ({"fps": 8}, {"max_fps": None}, {"max_fps": None, "sampling_fps": 8}),
+        ({"num_frames": 3}, {"num_frames": None}, {"num_frames": 3}),
+        ({"video_backend": "decord"}, {"backend": "pyav"}, {"video_backend": "pyav"}),
+        ({"backend": "decord"}, {"video_backend": "pyav"}, {"video_backend": "pyav"}),
+    ],
+)
+def test_options_of_a_video_override_those_of_the_call(call, own, expected):
+    (found,) = processed([CFR30], **call, per_video_options=[own])["video_metadata"]
+    (wanted,) = processed([CFR30], **expected)["video_metadata"]
+    assert (found.timestamps, found.video_backend) == (wanted.timestamps, wanted.video_backend)
+
+
+def test_rates_may_be_fractions():
+    processor = Molmo2VideoProcessor(max_fps=Fraction(1, 2), sampling_fps=Fraction(4))
+    assert json.loads(processor.to_json_string())["max_fps"] == 0.5
+    assert json.loads(Molmo2VideoProcessor(fps=Fraction(1, 2)).to_json_string())["fps"] == 0.5
+
+
+@pytest.mark.parametrize("options", [{"fps": 10**400}, {"max_fps": 10**400}, {"num_frames": 10**400}])
+def test_numbers_that_no_float_holds(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        processed([CFR30], **options)
+
+
+def test_a_whole_number_may_be_a_float():
+    assert len(processed([CFR30], num_frames=3.0)["video_metadata"][0].timestamps) == 3
 
 
 def test_metadata_of_a_variable_rate_file():

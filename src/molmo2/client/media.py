@@ -15,9 +15,8 @@ from molmo2.image.loading import fetch_images, is_encoded, load_images
 from molmo2.image.measuring import measure_images
 from molmo2.image.opening import orientation
 from molmo2.tools.media_files import is_url
-from molmo2.video.loading import ReadingOptions, SampledVideoMetadata, VideoItem, read_video
-from molmo2.video.processing import Molmo2VideoProcessor, clips_per_video
-from molmo2.video.sampling import SamplingSettings
+from molmo2.video.loading import SampledVideoMetadata, VideoItem, read_video
+from molmo2.video.processing import Molmo2VideoProcessor
 
 SENT_AS_THEY_ARE = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
 VIDEO_TYPES = {".mkv": "video/x-matroska", ".mov": "video/quicktime", ".webm": "video/webm"}
@@ -88,14 +87,8 @@ def sampled_metadata(
     """Size and times of the frames that the model sees, without decoding them."""
     if not is_encoded(video):
         video_url(video)  # raises
-    values = {**Molmo2VideoProcessor.DEFAULTS, **options}
-    names = ("num_frames", "frame_sample_mode", "max_fps", "sampling_fps")
-    reading = ReadingOptions(
-        SamplingSettings(**{name: values[name] for name in names}),
-        clip=clips_per_video(values.get("clip"), 1)[0],
-        backend=values["video_backend"],
-        limits=checked_limits(limits),
-    )
+    own = {name: value for name, value in options.items() if name in ("clip", *Molmo2VideoProcessor.DEFAULTS)}
+    reading = replace(Molmo2VideoProcessor()._options(own).reading, limits=checked_limits(limits))
     return read_video(VideoItem("videos[0]", video), reading, lambda frames, count: None)[1]
 
 

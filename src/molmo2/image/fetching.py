@@ -152,7 +152,7 @@ class _Download:
                     location = response.headers.get("Location")
                 if location is None:
                     raise _Refused(f"it answered {response.status} without saying where to go")
-                with suppress(UnicodeDecodeError):  # the library reads headers as Latin-1
+                with suppress(UnicodeError):  # the library reads headers as Latin-1
                     location = location.encode("latin-1").decode()
                 url = urljoin(url, location)
                 if scheme_of(url) not in PORTS or scheme_of(url) not in self._limits.sources:

@@ -164,12 +164,15 @@ class VideoPlan:
         _require_int("num_frames", self.num_frames, minimum=1, hint="A video needs at least one frame.")
         hint = "1 makes every frame a key frame."
         _require_int("key_frame_interval", self.key_frame_interval, minimum=1, hint=hint)
-        object.__setattr__(self, "num_frames", int(self.num_frames))  # numbers of numpy would reach grids and counts
+        for name in ("num_frames", "key_frame_interval"):  # numbers of numpy would reach grids and counts
+            object.__setattr__(self, name, int(getattr(self, name)))
+        if self.key_frame_interval == 1:
+            object.__setattr__(self, "between", None)
 
     @property
     def runs(self) -> tuple["VideoPlan", ...]:
         """Plans of the runs of frames that are pooled alike. Key frames that follow each other are one run."""
-        if self.between is None or self.key_frame_interval == 1:
+        if self.between is None:
             return (self,)
         last = self.num_frames - 1
         is_key = [index % self.key_frame_interval == 0 or index == last for index in range(self.num_frames)]

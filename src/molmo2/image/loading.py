@@ -13,12 +13,12 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from transformers.utils import logging
 
 from molmo2.image.fetching import base64_bytes, data_url_bytes, fetch, masked, scheme_of
 from molmo2.image.limits import MediaLimitError, MediaLimits, checked_limits
-from molmo2.image.opening import check_pixels, local_path, open_image, orientation, upright_size
+from molmo2.image.opening import check_pixels, local_path, open_image, turned_upright, upright_size
 
 logger = logging.get_logger(__name__)
 
@@ -50,9 +50,9 @@ def original_size(image: np.ndarray) -> tuple[int, int]:
 def upright(image: Image.Image) -> Image.Image:
     """The decoded image, turned by its orientation tag; itself where that does not turn it, which saves a copy."""
     image.load()
-    if orientation(image) in (None, 1):
+    turned = turned_upright(image)
+    if turned is image:
         return image.copy() if image.format == "WEBP" else image  # which keeps its decoder and two canvases
-    turned = ImageOps.exif_transpose(image)
     if hasattr(image, "original_size"):
         turned.original_size = upright_size(image)  # type: ignore[attr-defined]
     return turned

@@ -14,6 +14,18 @@ from PIL import ExifTags, Image
 
 from molmo2.image.limits import MediaLimitError, MediaLimits
 
+# How an image is turned upright, by its orientation tag (EXIF 2.3), and where Pillow finds the tag.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+ORIENTATION_IN = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
+
 
 def local_path(text: str, scheme: str) -> Path:
     """The file that a text names: that of a URL with `file:`, else the text itself."""
@@ -73,8 +85,24 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
     return (height, width) if orientation(image) in range(5, 9) else (width, height)  # these swap height and width
 
 
+def turned_upright(image: Image.Image) -> Image.Image:
+    """The image turned by its orientation tag, and without it; itself where that does not turn it.
+
+    Not `ImageOps.exif_transpose`, which writes all other tags anew and fails where one of them is damaged.
+    """
+    turn = TURNS.get(orientation(image) or 1)
+    if turn is None:
+        return image
+    turned = image.transpose(turn)
+    for name in ORIENTATION_IN:
+        turned.info.pop(name, None)
+    return turned
+
+
 def orientation(image: Image.Image) -> int | None:
     """The orientation tag, 1 for upright; None, with a warning, where damage keeps it from being read."""
+    if image.format == "PNG" and "exif" not in image.info:
+        image.load()  # as Pillow does, to find the tag behind the pixels; damage of these is no matter of metadata
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception as error:  # of a parser: nearly anything

@@ -7,6 +7,7 @@ The result is plain JSON; a value that makes no sense is refused by name, an opt
 import difflib
 import json
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,9 @@ UNSUPPORTED_FILTERS = {1: "lanczos", 4: "box", 5: "hamming"}  # PIL's others
 
 
 def plain(value: Any) -> Any:
-    """A numpy scalar as a Python number, which JSON can hold; anything else unchanged."""
+    """A numpy scalar or a fraction as a Python number, which JSON can hold; anything else unchanged."""
+    if isinstance(value, Fraction):
+        return float(value)
     return value.tolist() if isinstance(value, np.generic) else value
 
 
@@ -119,7 +122,7 @@ def size_dict(size: Any) -> dict[str, int]:
         size = (size, size)
     if isinstance(size, (list, tuple)) and len(size) == 2:
         size = {"height": size[0], "width": size[1]}
-    fields = size if isinstance(size, dict) else getattr(size, "__dict__", {})
+    fields = size if isinstance(size, Mapping) else getattr(size, "__dict__", {})
     fields = {name: value for name, value in fields.items() if value is not None}
     sides = {name: plain(side) for name, side in fields.items()}
     is_valid = set(sides) == {"height", "width"}

@@ -65,7 +65,14 @@ class Normalization:
 
 @dataclass(frozen=True)
 class PixelOptions:
-    """How images and frames of videos become pixel values; the options that `Molmo2ImageProcessorKwargs` explains."""
+    """How images and frames of videos become pixel values.
+
+    Attributes:
+        crops: the size of crops and patches.
+        resample: PIL's number of the filter, see `INTERPOLATION_MODES`.
+        steps: see `Normalization`.
+        do_resize, pixel_dtype, device: see `Molmo2ImageProcessorKwargs`.
+    """
 
     crops: CropSettings
     resample: int
@@ -235,8 +242,9 @@ def _planes(image: np.ndarray, device: Any = None) -> Tensor:
 
     Its memory layout is (H, W, 3), which torch resizes several times faster, to the same values.
     """
-    pixels = torch.tensor(np.ascontiguousarray(image), device=device)  # a copy: torch has no view of read-only arrays
-    return pixels.to(torch.float64 if image.dtype == np.float64 else torch.float32)[None].permute(0, 3, 1, 2)
+    pixels = torch.from_numpy(np.array(image, order="C"))  # a copy: torch has no view of read-only arrays
+    dtype = torch.float64 if image.dtype == np.float64 else torch.float32
+    return pixels.to(device, dtype)[None].permute(0, 3, 1, 2)
 
 
 def _resized(planes: Tensor, size: tuple[int, int], mode: str, dtype: np.dtype) -> Tensor:

@@ -18,9 +18,9 @@ from math import ceil, sqrt
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
-from molmo2.image.opening import orientation
+from molmo2.image.opening import turned_upright
 
 Color = tuple[int, int, int]
 Position = tuple[float, float]  # x, y
@@ -255,8 +255,7 @@ def to_rgb(image: Any) -> Image.Image:
         return Image.fromarray(np.asarray(image)).convert("RGB")
     try:
         with Image.open(image) as opened:
-            is_turned = orientation(opened) not in (None, 1)
-            return (ImageOps.exif_transpose(opened) if is_turned else opened).convert("RGB")
+            return turned_upright(opened).convert("RGB")
     except AttributeError as error:
         raise TypeError(
             f"{type(image).__name__} is not an image. Pass a PIL image, an array of uint8 or a path."

@@ -177,7 +177,13 @@ class RequestPlanner:
         per_video_options: Any,
         options: dict[str, dict[str, Any]],
     ) -> "RequestPlanner":
-        """Read the headers of the images and videos of a call; arguments as for `plan`."""
+        """Read the headers of the images and videos of a call.
+
+        Args:
+            text, images, videos: As for `plan`.
+            per_video_options: Options of single videos, as of the processor.
+            options: As `sort_options` of the processor gives them.
+        """
         metadata = options["videos_kwargs"].pop("video_metadata", None)
         if _is_conversation(text):
             if images is not None or videos is not None:

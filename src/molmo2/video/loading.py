@@ -35,6 +35,7 @@ FrameConsumer = Callable[[Iterator[np.ndarray], int], Result]  # (frames, their 
 
 logger = logging.get_logger(__name__)
 
+MAX_FRAME_INDEX = 1 << 53  # up to which floating point tells one from the next
 DEFAULT_FPS = 24.0  # of frames without a rate, as processors of transformers assume
 ACCEPTED_VIDEOS = (
     "a path, a URL (http, https, file, data), base64 text, the bytes of a video file or an open one, a row {'bytes', "
@@ -277,9 +278,11 @@ def _frame_times(item: VideoItem, num_frames: int, are_all: bool) -> _FrameTimes
             f"{item.where} has {num_frames} frames, but its metadata lists {len(indices)} frames_indices. Pass one "
             "index per frame, or leave them out."
         )
-    if indices is None or len(indices) != num_frames:  # the indices are those of an earlier sampling
-        indices = range(num_frames)
+    if indices is None or len(indices) != num_frames or all(index is None for index in indices):
+        indices = range(num_frames)  # where there are some, they are those of an earlier sampling
     positions = np.asarray(indices)
+    if positions.dtype.kind not in "iuf" or not np.all(np.abs(positions) <= MAX_FRAME_INDEX):
+        raise ValueError(f"The frames_indices of {item.where} have to be finite numbers; found {list(indices)[:8]}.")
     indices = np.floor(positions + 1e-6).astype(np.int64)  # of a file they may be fractions: which frame is shown then
     seconds = None if stamps is None else np.asarray(stamps, dtype=np.float64).reshape(-1)
     if seconds is not None:

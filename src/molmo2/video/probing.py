@@ -13,6 +13,7 @@ from molmo2.image.geometry import VideoPlan
 from molmo2.image.limits import MediaLimits, checked_limits
 from molmo2.image.loading import is_encoded
 from molmo2.video.decoding.backends import decode_video
+from molmo2.video.decoding.timeline import VideoTimeline
 from molmo2.video.loading import ReadingOptions, VideoItem, file_times, list_videos, read_video, video_source
 from molmo2.video.processing import Molmo2VideoProcessor
 
@@ -32,7 +33,7 @@ def probe_videos(
     accepted = checked_limits(processor.limits if limits is None else limits)
 
     def probe(item: VideoItem) -> Callable[..., tuple[VideoPlan, list[float]]]:
-        sampled_times = _sampled_times(item, processor.video_backend, accepted)
+        sampled_times = _sampled_times(item, accepted)
 
         def plan(**overrides: Any) -> tuple[VideoPlan, list[float]]:
             options = processor._options(overrides)
@@ -44,13 +45,20 @@ def probe_videos(
     return [probe(item) for item in list_videos(videos, video_metadata)]
 
 
-def _sampled_times(
-    item: VideoItem, backend: str | None, limits: MediaLimits
-) -> Callable[[ReadingOptions], list[float]]:
+def _sampled_times(item: VideoItem, limits: MediaLimits) -> Callable[[ReadingOptions], list[float]]:
     """The sampled times of a video for any options; of a file only the first frame is decoded, for its size."""
     if not is_encoded(item.video):
         return lambda options: read_video(item, options, lambda frames, count: None)[1].timestamps
-    with decode_video(video_source(item, limits), lambda reader: reader, backend) as reader:
-        timeline = reader.timeline
-    about = VideoMetadata(total_num_frames=timeline.num_frames, fps=timeline.fps, duration=timeline.duration_seconds)
-    return lambda options: file_times(item, timeline, about, options).tolist()
+    source = video_source(item, limits)
+    timelines: dict[str, VideoTimeline] = {}
+
+    def times(options: ReadingOptions) -> list[float]:
+        key = repr(options.backend)
+        if key not in timelines:
+            with decode_video(source, lambda reader: reader, options.backend) as reader:
+                timelines[key] = reader.timeline
+        found = timelines[key]
+        about = VideoMetadata(total_num_frames=found.num_frames, fps=found.fps, duration=found.duration_seconds)
+        return file_times(item, found, about, options).tolist()
+
+    return times

@@ -67,7 +67,8 @@ class Molmo2VideoProcessorKwargs(VideosKwargs, total=False):
         clip: (start, end) in seconds, the part of each video to sample, or a list of them, one per video; the end may
             be None. The printed times stay those of the whole video.
         do_sample_frames, return_metadata: see `Molmo2VideoProcessor.preprocess`.
-        video_backend: "decord", "torchcodec" or "pyav" to use this decoder only. `backend` is an alias.
+        video_backend: "decord", "torchcodec" or "pyav" to use this decoder only, or a list of those to try in order;
+            None tries all. `backend` is an alias.
         patch_size: side of a patch, in pixels.
         pooling_size: (rows, cols) of patches that become one token.
         key_frame_interval: frames from one key frame to the next in a slow-fast clip; the last frame of the video is a
@@ -335,7 +336,7 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
 
 
 def options_of_each(per_video_options: Any, num_videos: int) -> list[Mapping[str, Any]]:
-    """The options that each video has besides those of the call.
+    """The options that each video has besides those of the call, in a form that overrides these.
 
     Raises:
         ValueError: They are not one mapping (or None) for each, or name what belongs to the call.
@@ -353,7 +354,14 @@ def options_of_each(per_video_options: Any, num_videos: int) -> list[Mapping[str
             raise ValueError(f"`per_video_options` has {own!r:.80} at place {index}. Pass a dictionary of options.")
         if wrong := sorted(OPTIONS_OF_CALLS & own.keys()):
             raise ValueError(f"`per_video_options` has {wrong[0]!r}, which holds for a whole call. Pass it there.")
-    return own_options
+    return [_overriding(own) for own in own_options]
+
+
+def _overriding(own: Mapping[str, Any]) -> dict[str, Any]:
+    """Options under the names that the call may have them by; None counts where it has a meaning of its own."""
+    options = {name: value for name, value in own.items() if value is not None or name in ("clip", "max_fps")}
+    names = {"max_fps": "fps", "sampling_fps": "fps", "video_backend": "backend"}
+    return {**{name: options[alias] for name, alias in names.items() if alias in options}, **options}
 
 
 def _shared_options(chosen: Sequence[VideoOptions]) -> VideoOptions:

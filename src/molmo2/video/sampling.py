@@ -48,6 +48,7 @@ class SamplingSettings:
             raise ValueError(
                 f"num_frames is {self.num_frames!r}, but a video needs a whole number of frames, 1 or more."
             )
+        object.__setattr__(self, "num_frames", int(self.num_frames))
         if self.max_fps is not None and not is_positive(self.max_fps):
             raise ValueError(
                 f"max_fps is {self.max_fps!r}, but it has to be a positive number. Pass max_fps=None for no limit."

@@ -24,7 +24,10 @@ BLOCK_FRAMES = 1 << 13  # whose times are computed at a time
 
 
 class VideoDecodeError(ValueError):
-    """A video, or its frame `index`, cannot be read. The message names the file, the backend and the `reason`."""
+    """A video, or a frame of it, cannot be read. The message names the file, the backend and the `reason`.
+
+    `index` is that of the frame where decord's process says so, and None otherwise.
+    """
 
     def __init__(self, message: str, reason: str | None = None, index: int | None = None) -> None:
         super().__init__(message)
