@@ -12,7 +12,6 @@ transformers; what is written is the published spelling in full, because all rea
 
 import copy
 import math
-import sys
 from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any, TypeGuard
@@ -36,8 +35,10 @@ def is_number(value: Any) -> bool:
 
 def is_positive(value: Any) -> TypeGuard[float]:
     """Whether this is a number above 0 that a float can hold, also a fraction or one of numpy."""
-    number: Any = value  # whose type declares no comparison with others
-    return isinstance(value, Real) and not isinstance(value, bool) and bool(0 < number <= sys.float_info.max)
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < math.inf
+    except OverflowError:
+        return False
 
 
 # --- src/molmo2/configuration.py -------------------------------------------------------------------------------------

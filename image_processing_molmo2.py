@@ -1090,14 +1090,20 @@ def _can_seek(file: IO[bytes]) -> bool:
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """(width, height) once it is turned by its orientation tag, of a reduced image before it was reduced."""
     width, height = getattr(image, "original_size", image.size)
-    return (height, width) if orientation(image) in range(5, 9) else (width, height)  # these swap height and width
+    if orientation(image) not in range(5, 9):  # these swap height and width
+        return width, height
+    if image.format == "TIFF":  # whose `size` is turned already in recent releases of Pillow
+        stored: Any = image.tag_v2  # type: ignore[attr-defined]
+        width, height = stored[ExifTags.Base.ImageWidth], stored[ExifTags.Base.ImageLength]
+    return height, width
 
 
 def turned_upright(image: Image.Image) -> Image.Image:
-    """The image turned by its orientation tag, and without it; itself where that does not turn it.
+    """The decoded image, turned by its orientation tag and without it; itself where that does not turn it.
 
-    Not `ImageOps.exif_transpose`, which writes all other tags anew and fails where one of them is damaged.
+    Not by `ImageOps.exif_transpose`, which writes all other tags anew and fails where one of them is damaged.
     """
+    image.load()  # Pillow turns some formats while it decodes them
     turn = TURNS.get(orientation(image) or 1)
     if turn is None:
         return image
@@ -1174,7 +1180,6 @@ def original_size(image: np.ndarray) -> tuple[int, int]:
 
 def upright(image: Image.Image) -> Image.Image:
     """The decoded image, turned by its orientation tag; itself where that does not turn it, which saves a copy."""
-    image.load()
     turned = turned_upright(image)
     if turned is image:
         return image.copy() if image.format == "WEBP" else image  # which keeps its decoder and two canvases

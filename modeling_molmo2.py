@@ -441,6 +441,7 @@ _MASK_PARAMETERS = frozenset(inspect.signature(create_causal_mask).parameters)
 CACHE_NAME = next(
     field.name for field in fields(BaseModelOutputWithPast) if field.name in ("past_key_values", "cache")
 )
+_CACHE_TAKES_KWARGS_DICT = "cache_kwargs" in inspect.signature(Cache.update).parameters
 
 Function = TypeVar("Function", bound=Callable)
 
@@ -476,6 +477,18 @@ def mask_arguments(inputs_embeds: Tensor, past_key_values: Cache | None, cache_p
     names = {"inputs_embeds": embeds, "input_embeds": embeds, "past_key_values": cache, "cache": cache}
     arguments = {**names, "cache_position": cache_position}
     return {name: value for name, value in arguments.items() if name in _MASK_PARAMETERS}
+
+
+def update_cache(
+    cache: Cache, key: Tensor, value: Tensor, layer_idx: int, cache_position: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Append `key` and `value`, each (B, heads, S, head_dim), and return everything the layer has seen.
+
+    With the arguments of the library's own models: caches of others may take no more.
+    """
+    if _CACHE_TAKES_KWARGS_DICT:
+        return cache.update(key, value, layer_idx, {"cache_position": cache_position})
+    return cache.update(key, value, layer_idx)
 
 
 def scaled_rope(config: Any) -> tuple[Tensor, float]:
@@ -2001,7 +2014,7 @@ class Molmo2Attention(Molmo2AttentionBase):
         query_key, value = (states.transpose(1, 2) for states in heads)  # (B, heads, S, head_dim)
         query, key = query_key.split((self.num_heads, self.num_key_value_heads), dim=1)
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx, {"cache_position": cache_position})
+            key, value = update_cache(past_key_values, key, value, self.layer_idx, cache_position)
         attended, weights = self.attend(query, key, value, attention_mask, implementation, **kwargs)
         return self.attn_out(attended), weights
 

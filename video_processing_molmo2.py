@@ -2471,8 +2471,10 @@ class Molmo2VideoProcessor(OptionsMixin, BaseVideoProcessor):  # type: ignore[mi
         self, metadata: Mapping[str, Any], **kwargs: Any
     ) -> np.ndarray:
         """Indices of the sampled frames of a decoded video with this metadata (`total_num_frames` and `fps`)."""
-        sampling = self._options(kwargs).reading.sampling
-        return sample_indices(metadata["total_num_frames"], metadata["fps"], sampling)
+        reading = self._options(kwargs).reading
+        if reading.clip is not None:
+            raise ValueError("`sample_frames` samples whole videos: pass `clip` where the video is passed.")
+        return sample_indices(metadata["total_num_frames"], metadata["fps"], reading.sampling)
 
     def _options(self, overrides: Mapping[str, Any]) -> VideoOptions:
         self._warn_about(overrides)

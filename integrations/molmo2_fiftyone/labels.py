@@ -12,7 +12,7 @@ from typing import Any
 
 import fiftyone as fo
 
-from molmo2.grounding.files import nearest_points, seconds_to_frame
+from molmo2.grounding.files import nearest_points
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def frame_keypoints(grounding: Any) -> dict[int, fo.Keypoints]:
 
 def _one_per_frame(track: Any) -> list[Any]:
     """The points of a track, one for each of its frames."""
-    placed = ((frame_number(point.frame), point, seconds_to_frame(point)) for point in track.points)
+    placed = ((frame_number(point.frame), point, point.seconds_to_frame) for point in track.points)
     return list(nearest_points(placed).values())
 
 

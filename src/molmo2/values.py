@@ -1,7 +1,6 @@
 """What counts as a number, in settings, options and limits. Needs Python alone."""
 
 import math
-import sys
 from numbers import Real
 from typing import Any, TypeGuard
 
@@ -18,5 +17,7 @@ def is_number(value: Any) -> bool:
 
 def is_positive(value: Any) -> TypeGuard[float]:
     """Whether this is a number above 0 that a float can hold, also a fraction or one of numpy."""
-    number: Any = value  # whose type declares no comparison with others
-    return isinstance(value, Real) and not isinstance(value, bool) and bool(0 < number <= sys.float_info.max)
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < math.inf
+    except OverflowError:
+        return False

@@ -34,7 +34,7 @@ FILES = {
     f"{name}_molmo2": REPOSITORY / f"{name}_molmo2.py"
     for name in ("configuration", "grounding", "image_processing", "modeling", "processing", "video_processing")
 }
-MAX_LINES = 10_820  # of all files together: who trusts remote code has to read it
+MAX_LINES = 10_850  # of all files together: who trusts remote code has to read it
 AUTO_MAP_MODULES = [name for name in FILES if name != "grounding_molmo2"]
 # What every installation of this project has; all the rest is looked for when it is needed.
 # transformers brings safetensors and tokenizers.

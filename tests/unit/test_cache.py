@@ -1,6 +1,7 @@
 """The cache grows in place, and is in all else a DynamicCache."""
 
 import copy
+import inspect
 
 import numpy as np
 import pytest
@@ -218,3 +219,24 @@ def test_answers_are_those_of_the_library_cache(own, monkeypatch):
     plain = model.generate(**inputs, **settings)
     assert torch.equal(grown.sequences, plain.sequences)
     torch.testing.assert_close(grown.logits, plain.logits, rtol=0, atol=0)
+
+
+class StrictCache(DynamicCache):
+    """Takes what the library's own models pass, which is a dictionary in early releases, and no more."""
+
+    if "cache_kwargs" in inspect.signature(DynamicCache.update).parameters:
+
+        def update(self, key_states, value_states, layer_idx, cache_kwargs):
+            return super().update(key_states, value_states, layer_idx, cache_kwargs)
+
+    else:
+
+        def update(self, key_states, value_states, layer_idx):
+            return super().update(key_states, value_states, layer_idx)
+
+
+def test_a_cache_of_somebody_else():
+    model, inputs = build_model("qwen3"), batch("text")
+    with torch.no_grad():
+        found = model(**inputs, past_key_values=StrictCache(config=model.config)).logits
+        assert torch.equal(found, model(**inputs).logits)

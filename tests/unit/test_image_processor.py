@@ -195,6 +195,16 @@ def test_any_memory_layout_is_resized(rgb, change):
     np.testing.assert_array_equal(resize(values, 9, 9, resample=2), plain)
 
 
+@pytest.mark.parametrize("step", [-1, 2])
+@pytest.mark.parametrize("resample", [0, 2, 3])
+def test_an_axis_of_one_pixel_may_have_any_stride(rgb, step, resample):
+    """numpy takes such an array as contiguous, torch does not."""
+    for values in (rgb[:, :1], rgb[:, :1].astype(np.float32) / 255):
+        own = np.repeat(values, abs(step), axis=1)[:, ::step]
+        assert own.shape == values.shape
+        np.testing.assert_array_equal(resize(own, 9, 9, resample=resample), resize(values.copy(), 9, 9, resample))
+
+
 def test_patches_run_row_by_row_with_channels_last():
     """A 2 x 4 crop in 2 x 2 patches; every value says its row, column and channel."""
     row, col, channel = torch.meshgrid(torch.arange(2), torch.arange(4), torch.arange(3), indexing="ij")

@@ -235,6 +235,7 @@ def test_a_path_alone_is_an_image_and_other_text_alone_a_prompt(processor, tmp_p
     alone = processor(images=str(path))
     assert set(alone) == {"pixel_values", "image_token_pooling", "image_grids", "image_num_crops"}
     assert "input_ids" in processor("no such file.png")
+    assert "input_ids" in processor("a" * 300 + ".png")  # no file can be called this
 
 
 def test_options_of_tokenizers_without_a_use_are_warned_about(processor, warnings_logged):

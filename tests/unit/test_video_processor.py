@@ -291,6 +291,17 @@ def test_options_of_a_video_override_those_of_the_call(call, own, expected):
     assert (found.timestamps, found.video_backend) == (wanted.timestamps, wanted.video_backend)
 
 
+def test_a_clip_is_no_option_of_sample_frames():
+    with pytest.raises(ValueError, match="`sample_frames` samples whole videos"):
+        Molmo2VideoProcessor().sample_frames({"total_num_frames": 8, "fps": 4}, clip=(0, 1))
+
+
+@pytest.mark.parametrize("rate", [np.float32("inf"), np.float16("inf"), np.float32("nan"), 0, -1, True, "2"])
+def test_what_is_no_rate(rate):
+    with pytest.raises(ValueError, match="max_fps"):
+        Molmo2VideoProcessor(max_fps=rate)(CFR30)
+
+
 def test_rates_may_be_fractions():
     processor = Molmo2VideoProcessor(max_fps=Fraction(1, 2), sampling_fps=Fraction(4))
     assert json.loads(processor.to_json_string())["max_fps"] == 0.5

@@ -364,7 +364,7 @@ def points_by_frame(points: Iterable[Point], fps: float | None = None) -> dict[t
                 "returned for the video, or pass `fps`."
             )
         frame = round(float(point.time or 0) * float(fps or 0)) if known is None else known
-        distance = seconds_to_frame(point)
+        distance = point.seconds_to_frame
         if known is None:
             distance = round(abs(float(point.key) - frame / float(fps or 1)), 6)
         placed.append(((frame, numbers[object_key(point)]), point, distance))
@@ -382,11 +382,6 @@ def nearest_points(placed: Iterable[tuple[Place, Point, float]]) -> dict[Place, 
         if place not in found or distance < found[place][1]:
             found[place] = point, distance
     return {place: point for place, (point, _) in found.items()}
-
-
-def seconds_to_frame(point: Point) -> float:
-    """Distance from the time as written to the sampled frame, in seconds; 0 where that is unknown and for images."""
-    return 0.0 if point.frame is None else round(abs(float(point.key) - point.frame.time), 6)
 
 
 def object_key(point: Point) -> tuple[str, str, int]:

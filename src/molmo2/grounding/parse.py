@@ -89,6 +89,14 @@ class Point:
             return None
         return float(self.key) if self.frame is None else self.frame.time
 
+    @property
+    def seconds_to_frame(self) -> float:
+        """Distance from the time as written to the sampled frame, in seconds; 0 where that is unknown and for images.
+
+        Of two points of an object in one frame, the one with the smaller distance counts.
+        """
+        return 0.0 if self.frame is None else round(abs(float(self.key) - self.frame.time), 6)
+
 
 @dataclass(frozen=True, slots=True)
 class Track:

@@ -49,7 +49,6 @@ def original_size(image: np.ndarray) -> tuple[int, int]:
 
 def upright(image: Image.Image) -> Image.Image:
     """The decoded image, turned by its orientation tag; itself where that does not turn it, which saves a copy."""
-    image.load()
     turned = turned_upright(image)
     if turned is image:
         return image.copy() if image.format == "WEBP" else image  # which keeps its decoder and two canvases

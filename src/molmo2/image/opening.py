@@ -6,7 +6,7 @@ Decoders of videos run in children that import this, so it needs Pillow alone: t
 import warnings
 from io import BytesIO
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -82,14 +82,20 @@ def _can_seek(file: IO[bytes]) -> bool:
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """(width, height) once it is turned by its orientation tag, of a reduced image before it was reduced."""
     width, height = getattr(image, "original_size", image.size)
-    return (height, width) if orientation(image) in range(5, 9) else (width, height)  # these swap height and width
+    if orientation(image) not in range(5, 9):  # these swap height and width
+        return width, height
+    if image.format == "TIFF":  # whose `size` is turned already in recent releases of Pillow
+        stored: Any = image.tag_v2  # type: ignore[attr-defined]
+        width, height = stored[ExifTags.Base.ImageWidth], stored[ExifTags.Base.ImageLength]
+    return height, width
 
 
 def turned_upright(image: Image.Image) -> Image.Image:
-    """The image turned by its orientation tag, and without it; itself where that does not turn it.
+    """The decoded image, turned by its orientation tag and without it; itself where that does not turn it.
 
-    Not `ImageOps.exif_transpose`, which writes all other tags anew and fails where one of them is damaged.
+    Not by `ImageOps.exif_transpose`, which writes all other tags anew and fails where one of them is damaged.
     """
+    image.load()  # Pillow turns some formats while it decodes them
     turn = TURNS.get(orientation(image) or 1)
     if turn is None:
         return image

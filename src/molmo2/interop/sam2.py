@@ -15,14 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from molmo2.grounding.files import (
-    nearest_points,
-    object_key,
-    object_numbers,
-    points_by_frame,
-    require_pixels,
-    seconds_to_frame,
-)
+from molmo2.grounding.files import nearest_points, object_key, object_numbers, points_by_frame, require_pixels
 from molmo2.grounding.parse import Grounding, Point
 from molmo2.interop.objects import is_about_video, label_of
 
@@ -98,7 +91,7 @@ def _by_sampled_frame(points: list[Point]) -> dict[tuple[int, int], Point]:
                 f"The sampled frame of the point at {point.key} s is unknown. Read the answer with what the processor "
                 "returned for the video."
             )
-        placed.append(((point.frame.sampled_index, numbers[object_key(point)]), point, seconds_to_frame(point)))
+        placed.append(((point.frame.sampled_index, numbers[object_key(point)]), point, point.seconds_to_frame))
     return dict(sorted(nearest_points(placed).items()))
 
 

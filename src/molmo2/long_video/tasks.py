@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 from molmo2.grounding import prompts
-from molmo2.grounding.files import nearest_points, seconds_to_frame
+from molmo2.grounding.files import nearest_points
 from molmo2.grounding.parse import Grounding, Point
 from molmo2.grounding.prompts import Prompt
 from molmo2.grounding.structured import StructuredAnswer
@@ -133,11 +133,11 @@ def tracked(clip: Clip, grounding: Grounding) -> tuple[list[Record], list[str]]:
     num_outside = 0
     for track in grounding.tracks:
         for point in track.points:
-            if point.frame is None or seconds_to_frame(point) >= step:
+            if point.frame is None or point.seconds_to_frame >= step:
                 num_outside += 1
                 continue
             own = placed.setdefault((track.label, track.id), [])
-            own.append((point.frame.sampled_index, point, seconds_to_frame(point)))
+            own.append((point.frame.sampled_index, point, point.seconds_to_frame))
     tracks = [
         {
             "label": label,

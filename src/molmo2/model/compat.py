@@ -19,6 +19,7 @@ _MASK_PARAMETERS = frozenset(inspect.signature(create_causal_mask).parameters)
 CACHE_NAME = next(
     field.name for field in fields(BaseModelOutputWithPast) if field.name in ("past_key_values", "cache")
 )
+_CACHE_TAKES_KWARGS_DICT = "cache_kwargs" in inspect.signature(Cache.update).parameters
 
 Function = TypeVar("Function", bound=Callable)
 
@@ -54,6 +55,18 @@ def mask_arguments(inputs_embeds: Tensor, past_key_values: Cache | None, cache_p
     names = {"inputs_embeds": embeds, "input_embeds": embeds, "past_key_values": cache, "cache": cache}
     arguments = {**names, "cache_position": cache_position}
     return {name: value for name, value in arguments.items() if name in _MASK_PARAMETERS}
+
+
+def update_cache(
+    cache: Cache, key: Tensor, value: Tensor, layer_idx: int, cache_position: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Append `key` and `value`, each (B, heads, S, head_dim), and return everything the layer has seen.
+
+    With the arguments of the library's own models: caches of others may take no more.
+    """
+    if _CACHE_TAKES_KWARGS_DICT:
+        return cache.update(key, value, layer_idx, {"cache_position": cache_position})
+    return cache.update(key, value, layer_idx)
 
 
 def scaled_rope(config: Any) -> tuple[Tensor, float]:

@@ -19,7 +19,7 @@ from molmo2.model.attention.mask import (
     split_examples_by_position_ids,
 )
 from molmo2.model.cache import use_preallocated_layers
-from molmo2.model.compat import CACHE_NAME, takes_cache
+from molmo2.model.compat import CACHE_NAME, takes_cache, update_cache
 from molmo2.model.embedding import Molmo2Embedding
 from molmo2.model.packing import PackedRows
 from molmo2.model.pretrained import Molmo2PreTrainedModel
@@ -86,7 +86,7 @@ class Molmo2Attention(Molmo2AttentionBase):
         query_key, value = (states.transpose(1, 2) for states in heads)  # (B, heads, S, head_dim)
         query, key = query_key.split((self.num_heads, self.num_key_value_heads), dim=1)
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx, {"cache_position": cache_position})
+            key, value = update_cache(past_key_values, key, value, self.layer_idx, cache_position)
         attended, weights = self.attend(query, key, value, attention_mask, implementation, **kwargs)
         return self.attn_out(attended), weights
 

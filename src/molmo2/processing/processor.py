@@ -100,6 +100,7 @@ class Molmo2ProcessorKwargs(ProcessingKwargs, total=False):
     _defaults = CALL_DEFAULTS  # type: ignore[misc]
 
 
+MAX_NAME = 255  # characters of a file name, on common systems
 # Options that a tokenizer may bring along from its own construction, for every call.
 TOKENIZER_DEFAULTS = ("add_special_tokens", "padding", "truncation", "max_length", "pad_to_multiple_of")
 # Options of tokenizers without a meaning for rows with visual tokens.
@@ -726,12 +727,14 @@ def _is_text(value: Any) -> bool:
 
 def _are_references(texts: str | list[str]) -> bool:
     """Whether all strings are URLs, paths of files or names of image files, and therefore no prompts."""
-    return all(
-        text.startswith(("http://", "https://", "file://", "data:"))
-        or os.path.isfile(text)
-        or (text.split() == [text] and Path(text).suffix.lower() in IMAGE_SUFFIXES)
-        for text in ([texts] if isinstance(texts, str) else texts)
-    )
+    return all(map(_is_reference, [texts] if isinstance(texts, str) else texts))
+
+
+def _is_reference(text: str) -> bool:
+    path = Path(text)
+    may_be_name = text.split() == [text] and len(path.name) <= MAX_NAME
+    is_image = may_be_name and path.suffix.lower() in IMAGE_SUFFIXES
+    return is_image or text.startswith(("http://", "https://", "file://", "data:")) or os.path.isfile(path)
 
 
 def _as_prompts(text: Any) -> list[str]:

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from molmo2.grounding.files import nearest_points, replaced, seconds_to_frame
+from molmo2.grounding.files import nearest_points, replaced
 from molmo2.tools.draw import DrawingStyle, Mark, Position, captions_of, draw_marks
 
 SINGLE_FRAME_HALF_INTERVAL = 0.5  # seconds; where there is only one sampled frame
@@ -142,7 +142,7 @@ class MarksOverTime:
         placed: dict[tuple[Any, ...], list[tuple[float, Any, float]]] = {}
         for number, point in enumerate(points):
             identity = (point.tag, point.label, point.id) if point.tag == "tracks" else (number,)
-            placed.setdefault(identity, []).append((_point_seconds(point), point, seconds_to_frame(point)))
+            placed.setdefault(identity, []).append((_point_seconds(point), point, point.seconds_to_frame))
         self._objects = {identity: nearest_points(own) for identity, own in placed.items()}
 
     def __call__(self, seconds: float) -> list[Mark]:
