@@ -2,6 +2,7 @@
 
 import functools
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,15 @@ def require_equal(found: dict, expected: dict) -> None:
     for name, gradient in found["gradients"].items():
         own = expected["gradients"].get(name, torch.zeros_like(gradient))
         torch.testing.assert_close(gradient, own, atol=2e-5, rtol=1e-3, msg=lambda text, name=name: name + text)
+
+
+def test_buckets_of_gradients(monkeypatch):
+    module = sys.modules[context_parallel.__module__]
+    monkeypatch.setattr(module, "BUCKET_BYTES", 100)
+    sizes = {torch.float32: (10, 15, 40, 5), torch.bfloat16: (4, 60)}
+    gradients = [torch.zeros(size, dtype=dtype) for dtype, own in sizes.items() for size in own]
+    found = [[len(gradient) for gradient in bucket] for bucket in module._buckets([*gradients, torch.zeros(1)])]
+    assert found == [[10, 15], [40], [5], [4], [60], [1]]
 
 
 @pytest.mark.slow

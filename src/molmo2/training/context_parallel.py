@@ -13,7 +13,7 @@ of the tokens is pooled from.
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from molmo2.model.packing import packed_rows
 from molmo2.training.collectives import Ranks, exchange, gather_parts, sum_parts
 
 RANKS = "molmo2_context_ranks"  # attribute of a model whose rows are shared out
+BUCKET_BYTES = 25 << 20  # of gradients that are averaged at once
 
 
 def context_parallel(model: nn.Module, group: Any = None) -> nn.Module:
@@ -121,12 +122,29 @@ class RepeatedRows(IterableDataset):
 def average_gradients(model: nn.Module, group: Any = None) -> None:
     """Average gradients over processes, where neither DDP nor FSDP does; all processes must call it."""
     ranks = Ranks(group)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            distributed.all_reduce(parameter.grad, group=ranks.group)
-            parameter.grad /= ranks.size
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    for bucket in _buckets([parameter.grad for parameter in trained if parameter.grad is not None]):
+        joined = torch.cat([gradient.flatten() for gradient in bucket])
+        distributed.all_reduce(joined, group=ranks.group)
+        joined /= ranks.size
+        for gradient, mean in zip(bucket, joined.split([gradient.numel() for gradient in bucket]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors in runs of one kind, of `BUCKET_BYTES` or of one tensor: a message each, as for DDP."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        kind, num_bytes = (tensor.dtype, tensor.device), sum(each.nbytes for each in bucket)
+        if bucket and (kind != (bucket[0].dtype, bucket[0].device) or num_bytes + tensor.nbytes > BUCKET_BYTES):
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket
 
 
 def _require_heads(attention: Any, ranks: Ranks) -> None:
