@@ -1,17 +1,22 @@
 """Uses checkpoints the way a stranger's program does: a new interpreter, empty caches, nothing of the tests imported.
 
 `run("scenario", ...)` starts this file as a program; what the scenario returns comes back as JSON. Scenarios import
-what they need themselves, because which imports happen, and in what order, is part of what is tested.
+what they need themselves, because which imports happen, and in what order, is part of what is tested. Those that begin
+with the library's Auto classes in any case are forked from a process that has imported these, which takes seconds.
 """
 
+import atexit
 import contextlib
+import functools
 import importlib
 import io
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
@@ -19,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 PROMPT = "What is in the picture?"
+FORKED = ("auto_classes", "from_hub_cache", "registered", "remote_logits", "save_all")
 WATCHED = ("torchvision", "decord", "av", "torchcodec", "cv2", "requests", "httpx")
 
 
@@ -35,8 +41,9 @@ def run(
     Returns:
         What the scenario returned.
     """
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
-    environment.update(HF_HOME=str(cache), HF_HUB_OFFLINE="1", TQDM_DISABLE="1", OMP_NUM_THREADS="1")
+    if scenario in FORKED and python_path is None and env is None:
+        return forker().run(scenario, cache, arguments)
+    environment = clean_environment(cache)
     environment.update({} if python_path is None else {"PYTHONPATH": str(python_path)})
     environment.update({} if env is None else env)
     done = subprocess.run(
@@ -51,6 +58,76 @@ def run(
     if done.returncode:
         raise RuntimeError(f"scenario {scenario!r} failed:\n{done.stderr[-6000:]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def clean_environment(home: Path) -> dict[str, str]:
+    """Variables of a new interpreter, without those of the tests for the library."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
+    return {**environment, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+
+
+class Forker:
+    """A process that has imported the library, and is forked for each scenario.
+
+    Its HF_HOME is a link to the folder of the scenario, because the library reads the variable while it is imported.
+    """
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="molmo2_fresh_"))
+        self.home, self.results, self.errors = (self.folder / name for name in ("home", "results", "errors"))
+        self.process = subprocess.Popen(
+            [sys.executable, __file__],
+            env=clean_environment(self.home),
+            cwd=self.folder,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        atexit.register(self.close)
+
+    def run(self, scenario: str, cache: Path, arguments: dict[str, Any]) -> Any:
+        self.home.unlink(missing_ok=True)
+        self.home.symlink_to(cache, target_is_directory=True)
+        self.process.stdin.write(json.dumps([scenario, arguments], default=str) + "\n")
+        self.process.stdin.flush()
+        if self.process.stdout.readline() != "0\n":
+            raise RuntimeError(f"scenario {scenario!r} failed:\n{self.errors.read_text()[-6000:]}")
+        return json.loads(self.results.read_text().splitlines()[-1])
+
+    def close(self) -> None:
+        self.process.stdin.close()  # which ends it
+        self.process.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@functools.cache
+def forker() -> Forker:
+    return Forker()
+
+
+def fork_for_each_request() -> None:
+    """Run scenarios, each a line of JSON on stdin, in forks of this process; prints the status of each."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor  # noqa: F401
+
+    for line in sys.stdin:
+        child = os.fork()
+        if not child:
+            run_forked(*json.loads(line))
+        print(os.waitpid(child, 0)[1], flush=True)
+
+
+def run_forked(scenario: str, arguments: dict[str, Any]) -> None:
+    """Run a scenario in this process, which ends with it."""
+    try:
+        for name, stream in (("results", sys.stdout), ("errors", sys.stderr)):
+            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
+        os.chdir(os.environ["HF_HOME"])
+        print(json.dumps(globals()[scenario](**arguments)), flush=True)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    os._exit(0)
 
 
 class ImportWatch:
@@ -381,4 +458,7 @@ def fsdp_plugin(output: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(globals()[sys.argv[1]](**json.loads(sys.argv[2]))))
+    if sys.argv[1:]:
+        print(json.dumps(globals()[sys.argv[1]](**json.loads(sys.argv[2]))))
+    else:
+        fork_for_each_request()
