@@ -24,8 +24,10 @@ def run_training(path: Path, output: str | None, resume: bool) -> int:
     try:
         recipe = read_recipe(path, **changes)
         from molmo2.recipes.run import train
+        from molmo2.training.collectives import leave_group
 
         folder = train(recipe, resume=resume, say=lambda line: click.echo(line, err=True))
+        leave_group()
     except (RecipeError, FileNotFoundError) as error:
         raise click.UsageError(str(error)) from error
     except OSError as error:

@@ -1,5 +1,6 @@
 """The model as lmms-eval asks it: messages of tasks in, answers out, in batches."""
 
+import atexit
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
 from molmo2.recipes import harness
+from molmo2.training.collectives import leave_group
 
 GENERATION = ("do_sample", "max_new_tokens", "num_beams", "temperature", "top_k", "top_p", "until")
 # What chat tasks add to a part for other models.
@@ -38,6 +40,7 @@ class Molmo2(lmms):
             from accelerate import Accelerator
 
             self.accelerator = Accelerator()
+            atexit.register(leave_group)  # which nobody else does
             target = self.accelerator.device if device == "auto" else device
         self.asked = harness.HarnessModel(pretrained, target, **options)
         self.model, self.processor = self.asked.model, self.asked.processor

@@ -143,3 +143,9 @@ def exchange(tensor: Tensor, ranks: Ranks, sent: list[int], received: list[int])
         (sum of `received`, ...), in the order of the processes.
     """
     return _Exchange.apply(tensor, ranks, sent, received)
+
+
+def leave_group() -> None:
+    """End the process group, if there is one: threads of a group that ends with its process may abort that."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
