@@ -86,4 +86,4 @@ def torch_keeps_its_threads():
     torch = sys.modules.get("torch")
     before = torch and torch.get_num_threads()
     yield
-    assert torch is None or torch.get_num_threads() == before, "a test of this module left torch other threads"
+    assert torch is None or torch.get_num_threads() <= before, "a test of this module left torch more threads"

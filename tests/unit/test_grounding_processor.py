@@ -438,3 +438,15 @@ def test_frames_of_fetch_videos_know_their_source(processor, clips):
     direct = processor(text="<|video|>a", videos=str(clips / "29.97.mp4"))
     frames, expected = inputs.media[0].sampled_frames, direct.media[0].sampled_frames
     assert [(f.source_index, f.file_time) for f in frames] == [(f.source_index, f.file_time) for f in expected]
+
+
+def test_an_attribute_may_end_with_a_backslash():
+    """Only in an escaped answer does it belong to the quote."""
+    plain = '<points alt="C:\\" coords="1 1 100 100">b</points>'
+    assert parse_grounding(plain).tags[0].alt == "C:\\"
+    assert parse_grounding(plain.replace('"', '\\"').replace("\\\\", "\\")).tags[0].alt == "C:"
+
+
+def test_frames_of_an_answer_without_a_size_are_fractions():
+    answer = parse_grounding('<tracks coords="0.5 1 500 250">a</tracks>')
+    assert answer.frames(fps=4) == [{"time": 0.5, "frame": 2, "points": {1: (0.5, 0.25)}}]
