@@ -34,15 +34,19 @@ def read_toml(path: Path) -> dict:
     return tomllib.loads(path.read_text(encoding="utf-8"))
 
 
+def installer() -> str:
+    """The release of pip that fills the environments; one with a base uses that of the base."""
+    return read_toml(CONSTRAINTS / "environments.toml")["installer"]
+
+
 @dataclass(frozen=True)
 class Environment:
-    """One virtual environment: what it holds, which pip puts it there, whose packages it sees, what finishes it."""
+    """One virtual environment: what it holds, the one whose packages it sees besides its own, and what finishes it."""
 
     name: str
     folder: Path
     packages: list[str]
     constraints: list[str]
-    installer: str
     base: Environment | None = None
     after: str | None = None
 
@@ -57,14 +61,13 @@ class Environment:
             raise ValueError(
                 f"There is no environment '{name}'. There are {', '.join(rows)}, and NAME@ of {releases}."
             )
-        row, installer = rows[row_name], table["installer"]
+        row = rows[row_name]
         if release in ("", main):
             folder = REPOSITORY / row.get("folder", FOLDER / row_name)
             base = cls.from_table(row["base"]) if "base" in row else None
-            return cls(row_name, folder, row["packages"], row["constraints"], installer, base, row.get("after"))
+            return cls(row_name, folder, row["packages"], row["constraints"], base, row.get("after"))
         packages = [*(row["packages"] if "base" in row else []), f"transformers=={release}"]
-        base = cls.from_table(row.get("base", row_name))
-        return cls(name, FOLDER / name, packages, row["constraints"], installer, base)
+        return cls(name, FOLDER / name, packages, row["constraints"], cls.from_table(row.get("base", row_name)))
 
     @property
     def python(self) -> Path:
@@ -80,18 +83,11 @@ class Environment:
     def fingerprint(self) -> str:
         """Changes with everything that decides what is installed."""
         project = read_toml(REPOSITORY / "pyproject.toml")
-        parts = [
-            sys.version,
-            self.installer,
-            self.packages,
-            project["build-system"],
-            project["project"],
-            project["tool"]["hatch"],
-        ]
+        parts = [sys.version, self.packages, project["build-system"], project["project"], project["tool"]["hatch"]]
         parts += [(CONSTRAINTS / f"{name}.txt").read_text(encoding="utf-8") for name in self.constraints]
         parts += [(REPOSITORY / name).read_text(encoding="utf-8") for name in self.packages if name.endswith(".txt")]
         parts += [(REPOSITORY / self.after).read_text(encoding="utf-8")] if self.after else []
-        parts += [self.base.fingerprint()] if self.base else []
+        parts += [self.base.fingerprint()] if self.base else [installer()]
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def ensure(self) -> None:
@@ -118,7 +114,7 @@ class Environment:
         # Python compiles what is imported, which is a small part of what is installed.
         pip = [self.python, "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--no-compile"]
         if not self.base:
-            subprocess.run([*pip, self.installer], check=True)
+            subprocess.run([*pip, installer()], check=True)
         subprocess.run([*pip, *options, *self.packages], check=True, cwd=REPOSITORY)
         if self.after:
             subprocess.run([self.python, REPOSITORY / self.after], check=True)
